@@ -1,0 +1,3 @@
+"""Prune, tune and evaluate sparse language models."""
+
+__version__ = "0.1.0"

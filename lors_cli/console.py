@@ -1,0 +1,216 @@
+"""What a person or a program reads: messages, tables, progress, and the one JSON document.
+
+Human output: results on stdout, messages and progress on stderr. With --json stdout carries exactly one
+JSON document. On a terminal progress is a live bar; elsewhere it is a line every few seconds, so that a
+log file shows that the work goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+Mode = Literal["human", "json"]
+LINE_EVERY_S = 10.0
+
+
+@dataclass
+class _State:
+    mode: Mode = "human"
+    verbosity: int = 0
+    log: Console = field(default_factory=lambda: Console(stderr=True, highlight=False, soft_wrap=True))
+    out: Console = field(default_factory=lambda: Console(highlight=False, soft_wrap=True))
+
+
+_state = _State()
+
+
+def configure(*, json_mode: bool = False, verbosity: int = 0) -> None:
+    """Set how this process talks.
+
+    Args:
+        json_mode: stdout is for one JSON document alone.
+        verbosity: -1 quiet, 0 usual, 1 with details, 2 with the libraries' own logs.
+    """
+    global _state
+    _state = _State(mode="json" if json_mode else "human", verbosity=verbosity)
+
+
+def is_json() -> bool:
+    """Whether stdout is reserved for one JSON document."""
+    return _state.mode == "json"
+
+
+def verbosity() -> int:
+    """-1 quiet, 0 usual, 1 or 2 with more details."""
+    return _state.verbosity
+
+
+def info(message: str) -> None:
+    """One line for the log (stderr), hidden by -q. `message` is plain text."""
+    if _state.verbosity >= 0:
+        _state.log.print(escape(message))
+
+
+def detail(message: str) -> None:
+    """One line for the log, shown only with -v."""
+    if _state.verbosity >= 1:
+        _state.log.print(f"[dim]{escape(message)}[/dim]")
+
+
+def heading(message: str) -> None:
+    """The start of a stage."""
+    if _state.verbosity >= 0:
+        _state.log.print(f"[bold]{escape(message)}[/bold]")
+
+
+def warn(message: str) -> None:
+    """Something the user should know; shown with -q too."""
+    _state.log.print(f"[yellow]warning:[/yellow] {escape(message)}")
+
+
+def error(message: str, hint: str | None = None) -> None:
+    """The one message of a failed command."""
+    _state.log.print(f"[bold red]error:[/bold red] {escape(message)}")
+    if hint:
+        _state.log.print(f"  {escape(hint)}")
+
+
+def result(text: str = "") -> None:
+    """A line of a command's result on stdout (nothing with --json)."""
+    if _state.mode == "human":
+        _state.out.print(escape(text))
+
+
+def document(value: Any) -> None:
+    """The command's JSON document on stdout (nothing without --json).
+
+    Args:
+        value: JSON-serialisable; NaN and infinities are written as null by the caller.
+    """
+    if _state.mode == "json":
+        sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        sys.stdout.flush()
+
+
+def table(columns: list[str], rows: list[list[str]], *, title: str | None = None) -> None:
+    """A table on stdout; the first column is text, the others are right-aligned (nothing with --json)."""
+    if _state.mode != "human":
+        return
+    grid = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    for index, name in enumerate(columns):
+        grid.add_column(name, justify="left" if index == 0 else "right", no_wrap=index == 0)
+    for row in rows:
+        grid.add_row(*(escape(cell) for cell in row))
+    _state.out.print(grid)
+
+
+class Task:
+    """A step in progress: `advance` it, give it a `note`."""
+
+    def __init__(self, description: str, total: int | None, unit: str) -> None:
+        self.description, self.total, self.unit = description, total, unit
+        self.completed = 0
+        self.started = self._last_line = time.monotonic()
+        self._start_at = 0
+        self.bar: tuple[Progress, Any] | None = None
+        self._note = ""
+
+    def advance(self, amount: int = 1, note: str | None = None) -> None:
+        """Count `amount` more units as done; `note` is a short text shown beside the count."""
+        self.update(self.completed + amount, note)
+
+    def update(self, completed: int, note: str | None = None) -> None:
+        """Set how many units are done."""
+        self.completed = completed
+        if note is not None:
+            self._note = note
+        if self.bar is not None:
+            progress, task_id = self.bar
+            progress.update(task_id, completed=completed, note=self._note)
+        elif time.monotonic() - self._last_line >= LINE_EVERY_S:
+            self._line()
+
+    def skip(self, amount: int) -> None:
+        """Units done by an earlier run: counted, but not used for the time estimate."""
+        self._start_at += amount
+        self.update(self.completed + amount)
+
+    def _line(self) -> None:
+        self._last_line = time.monotonic()
+        elapsed = self._last_line - self.started
+        text = f"{self.description}: {self.completed}"
+        if self.total:
+            text += f"/{self.total}"
+            done = self.completed - self._start_at
+            if done > 0:
+                left_s = elapsed / done * (self.total - self.completed)
+                text += f" {self.unit} · {duration(elapsed)} elapsed · about {duration(left_s)} left"
+        else:
+            text += f" {self.unit} · {duration(elapsed)} elapsed"
+        info(f"  {text}{' · ' + self._note if self._note else ''}")
+
+
+class _Note(ProgressColumn):
+    def render(self, task: Any) -> Any:
+        return f"[dim]{escape(task.fields.get('note', ''))}[/dim]"
+
+
+@contextmanager
+def progress(description: str, total: int | None = None, unit: str = "") -> Iterator[Task]:
+    """A long step, shown live on a terminal and as a line every ten seconds elsewhere.
+
+    Args:
+        description: what is being done (“prune”).
+        total: number of units, None when unknown.
+        unit: their name in the plural (“blocks”).
+    """
+    task = Task(description, total, unit)
+    if _state.verbosity < 0 or not _state.log.is_terminal:
+        yield task
+        if _state.verbosity >= 0 and time.monotonic() - task.started >= LINE_EVERY_S:
+            info(f"  {description}: done, {task.completed} {unit} in {duration(time.monotonic() - task.started)}")
+        return
+    columns = (
+        TextColumn("  {task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn(unit),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), _Note(),
+    )  # fmt: skip
+    with Progress(*columns, console=_state.log, transient=False) as bar:
+        task.bar = (bar, bar.add_task(description, total=total, note=""))
+        yield task
+
+
+def duration(seconds: float) -> str:
+    """`seconds` for people: `42 s`, `3 min 05 s`, `2 h 10 min`."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def gib(num_bytes: float) -> str:
+    """`num_bytes` for people, in binary units."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.1f} {unit}"
+    return f"{num_bytes:.0f} B"

@@ -1,0 +1,133 @@
+"""The few kinds of error a user can meet, and the one map from foreign exceptions to them.
+
+Exit codes: 0 ok, 1 bug, 2 usage or recipe, 3 a model, dataset or package is missing, offline or
+gated, 4 not enough memory or disk, 5 sparsity broken, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+
+class LorsError(Exception):
+    """A user's mistake or the machine's limit: shown as one message, never as a traceback.
+
+    Args:
+        message: what is wrong and where, in one sentence.
+        hint: what to do now.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  {self.hint}" if self.hint else self.message
+
+
+class UsageError(LorsError):
+    """A wrong argument, recipe or input file."""
+
+    exit_code = 2
+
+
+class MissingError(LorsError):
+    """A model, dataset or package that is not here and cannot be fetched."""
+
+    exit_code = 3
+
+
+class ResourceError(LorsError):
+    """Not enough memory or disk."""
+
+    exit_code = 4
+
+
+class SparsityError(LorsError):
+    """A weight that breaks the promised sparsity pattern."""
+
+    exit_code = 5
+
+
+OFFLINE_HINT = (
+    "Check the name and the network, or use a local folder. For gated repositories accept the licence on "
+    "the hub and run `hf auth login`."
+)
+_HUB_ERRORS = (
+    "RepositoryNotFoundError", "GatedRepoError", "RevisionNotFoundError", "EntryNotFoundError",
+    "LocalEntryNotFoundError", "OfflineModeIsEnabled", "HfHubHTTPError", "HFValidationError",
+    "DatasetNotFoundError", "DataFilesNotFoundError", "ConnectionError", "ConnectError", "ConnectTimeout",
+    "ReadTimeout", "ProxyError", "MaxRetryError", "NameResolutionError",
+)  # fmt: skip
+
+
+def translate(error: BaseException) -> LorsError | None:
+    """The user's error behind a foreign exception, or None when it is a bug of ours.
+
+    Args:
+        error: any exception that reached the command line.
+    """
+    if isinstance(error, LorsError):
+        return error
+    chain = _causes(error)
+    for link in chain:
+        if isinstance(link, LorsError):
+            return link
+        found = _translate_one(link)
+        if found is not None:
+            return found
+    return None
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """The exception and everything it was raised from, outermost first."""
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+    return chain
+
+
+def _translate_one(error: BaseException) -> LorsError | None:
+    name = type(error).__name__
+    text = str(error).strip() or name
+    first_line = text.splitlines()[0]
+    if isinstance(error, MemoryError) or name == "OutOfMemoryError" or "DefaultCPUAllocator" in text:
+        return ResourceError(
+            f"Not enough memory: {first_line}",
+            "Use fewer or shorter samples, a smaller per_device_batch_size, or bfloat16 weights.",
+        )
+    if "No space left on device" in text or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        where = f" writing {error.filename}" if getattr(error, "filename", None) else ""  # type: ignore[attr-defined]
+        return ResourceError(
+            f"The disk is full{where}: {first_line}",
+            "Free some space or choose another --out; what was finished before is intact.",
+        )
+    if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
+        return UsageError(f"Cannot write or read there: {first_line}", "Choose a folder you may write to.")
+    if name in _HUB_ERRORS or any(base.__name__ in _HUB_ERRORS for base in type(error).__mro__):
+        return MissingError(f"Not reachable: {first_line}", OFFLINE_HINT)
+    if isinstance(error, OSError) and "is not a local folder" in text:
+        return MissingError(first_line, OFFLINE_HINT)
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("lors_cli"):
+        return MissingError(f"The package {error.name!r} is not installed.", f"pip install {error.name}")
+    if isinstance(error, (NotADirectoryError, IsADirectoryError, FileExistsError)):
+        return UsageError(f"A file stands where a folder should be, or the reverse: {first_line}")
+    return None
+
+
+def require_file(path: Path, what: str) -> Path:
+    """`path`, or a MissingError naming what was looked for.
+
+    Args:
+        path: the file that must exist.
+        what: its role, for the message (“adapter weights”).
+    """
+    if not path.is_file():
+        raise MissingError(f"No {what} at {path}.")
+    return path

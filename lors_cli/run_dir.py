@@ -1,0 +1,288 @@
+"""Files that are whole or absent: atomic writes, stage records, fingerprints, locks.
+
+Layout of a run: DESIGN §4. A stage's results are prepared in `<stage>/.staging`, its resumable state in
+`<stage>/.work`; `publish` renames the results into place and writes `stage.json` last.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from lors_cli.errors import UsageError
+
+RECORD_NAME = "stage.json"
+STAGING_NAME = ".staging"
+WORK_NAME = ".work"
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file so that readers see the old content or the new, never a part.
+
+    Args:
+        path: its folder is made when missing.
+        data: the whole content.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_bytes` in UTF-8."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` of indented JSON; NaN and infinities are refused."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_file(path: Path) -> None:
+    """Make a file's content survive a power cut."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def read_json(path: Path) -> Any | None:
+    """The file's JSON, or None when it is absent or not whole."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return None
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _digest(file)
+
+
+def _digest(file: Any) -> str:
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def cached_sha256(path: Path) -> str:
+    """`file_sha256`, remembered per user by path, size and modification time.
+
+    The memory lies in $XDG_CACHE_HOME/lors (~/.cache/lors); where that cannot be written the file is read anew.
+    """
+    stat = path.stat()
+    key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lors" / "sha256.json"
+    known = read_json(cache)
+    known = known if isinstance(known, dict) else {}
+    if isinstance(known.get(key), str):
+        return known[key]
+    digest = file_sha256(path)
+    if time.time() - stat.st_mtime < 5:  # a file still being written could change within the clock's grain
+        return digest
+    try:
+        write_json(cache, {**dict(list(known.items())[-500:]), key: digest})
+    except OSError as error:
+        from lors_cli import console
+
+        console.detail(f"file hashes are not remembered: {error}")
+    return digest
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, tuples and paths as plain JSON values."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def fingerprint(stage: str, version: int, config: Any, inputs: dict[str, Any]) -> str:
+    """A short hash of everything that a stage's result depends on.
+
+    Args:
+        stage: its name.
+        version: raised when the stage's code changes its results.
+        config: the stage's config (dataclass or plain values).
+        inputs: fingerprints of the model and of the data it reads.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+    content = json.dumps(plain([stage, version, config, inputs]), sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What `stage.json` says of a finished stage."""
+
+    stage: str
+    fingerprint: str
+    config: dict[str, Any]
+    inputs: dict[str, Any]
+    metrics: dict[str, Any]
+    environment: dict[str, Any]
+    elapsed_s: float
+    files: dict[str, str]
+
+
+def read_record(folder: Path) -> StageRecord | None:
+    """The record of the stage in `folder`, or None when it is not finished."""
+    content = read_json(folder / RECORD_NAME)
+    if not isinstance(content, dict):
+        return None
+    try:
+        return StageRecord(**content)
+    except TypeError:
+        return None
+
+
+def is_finished(folder: Path, expected_fingerprint: str) -> bool:
+    """Whether `folder` holds the whole result of exactly this stage: every file there, of the right size class."""
+    record = read_record(folder)
+    if record is None or record.fingerprint != expected_fingerprint:
+        return False
+    return all((folder / name).is_file() for name in record.files)
+
+
+def work_dir(folder: Path, expected_fingerprint: str) -> Path:
+    """The folder for resumable state; state of another fingerprint is thrown away.
+
+    Args:
+        folder: the stage's folder, made when missing.
+        expected_fingerprint: of the stage that is to run.
+    """
+    work = folder / WORK_NAME
+    marker = read_json(work / "fingerprint.json")
+    if work.exists() and marker != expected_fingerprint:
+        shutil.rmtree(work)
+    if not work.exists():
+        work.mkdir(parents=True)
+        write_json(work / "fingerprint.json", expected_fingerprint)
+    return work
+
+
+def staging_dir(folder: Path) -> Path:
+    """An empty folder to prepare the stage's results in."""
+    staging = folder / STAGING_NAME
+    if staging.exists():
+        shutil.rmtree(staging)
+    staging.mkdir(parents=True)
+    return staging
+
+
+def publish(folder: Path, record: StageRecord, *, keep: Sequence[str] = ()) -> StageRecord:
+    """Move what is staged into place and declare the stage finished.
+
+    The old record goes first and the new one comes last, so a kill in between leaves an unfinished stage.
+
+    Args:
+        folder: the stage's folder, with its results in `.staging`.
+        record: its `files` are filled in here.
+        keep: names in `folder` that belong to the result though they were not staged.
+    """
+    staging = folder / STAGING_NAME
+    names = sorted(str(path.relative_to(staging)) for path in staging.rglob("*") if path.is_file())
+    for name in names:
+        sync_file(staging / name)
+    old = read_record(folder)
+    (folder / RECORD_NAME).unlink(missing_ok=True)
+    sync_folder(folder)
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(staging / name, folder / name)
+    for stale in sorted(set(old.files if old else ()) - set(names) - set(keep)):
+        (folder / stale).unlink(missing_ok=True)
+    files = {name: file_sha256(folder / name) for name in sorted({*names, *keep}) if (folder / name).is_file()}
+    finished = StageRecord(**{**asdict(record), "files": files})
+    write_json(folder / RECORD_NAME, plain(finished))
+    shutil.rmtree(staging)
+    shutil.rmtree(folder / WORK_NAME, ignore_errors=True)
+    return finished
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware that a result was made with."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {}
+    for name in ("lors-cli", "torch", "transformers", "accelerate", "datasets", "lm-eval", "numpy"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "absent"
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processors": os.cpu_count(),
+        "packages": versions,
+    }
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process; a second run on it is refused with the first one's pid and host.
+
+    The lock is the kernel's, so it goes with the process that held it, however that ended.
+
+    Raises:
+        UsageError: another process holds the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".lock"
+    with open(path, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            raise UsageError(
+                f"{folder} is in use by {owner}.", "Wait for it to end, or choose another --out."
+            ) from None
+        file.seek(0)
+        file.truncate()
+        file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            file.seek(0)
+            file.truncate()

@@ -1,0 +1,189 @@
+"""Sparsity patterns, their masks, and whether a weight keeps to them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lors_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from lors_cli.recipe import PruneConfig
+
+DENSE_BELOW = 0.05
+"""A weight with a smaller share of zeros counts as dense when nothing says that it was pruned."""
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Which weights may stay: at most `n` of every `m` consecutive inputs of a row, or a share of all.
+
+    Args:
+        n: kept weights a group; None for unstructured.
+        m: weights a group; None for unstructured.
+        sparsity: share of zeros.
+    """
+
+    n: int | None
+    m: int | None
+    sparsity: float
+
+    @classmethod
+    def parse(cls, pattern: str, sparsity: float | None = None) -> Pattern:
+        """`2:4`, any `N:M`, or `unstructured` with a sparsity.
+
+        Raises:
+            UsageError: it is none of these.
+        """
+        if pattern == "unstructured":
+            if sparsity is None or not 0 < sparsity < 1:
+                raise UsageError("unstructured sparsity needs a share between 0 and 1, for example --sparsity 0.5")
+            return cls(None, None, sparsity)
+        n, separator, m = pattern.partition(":")
+        if not (separator and n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m)):
+            raise UsageError(f"{pattern!r} is no sparsity pattern; write N:M with 0 < N < M (2:4), or unstructured")
+        return cls(int(n), int(m), 1 - int(n) / int(m))
+
+    @classmethod
+    def of(cls, config: PruneConfig) -> Pattern:
+        """The pattern a prune config asks for."""
+        return cls.parse(config.pattern, config.sparsity)
+
+    @property
+    def structured(self) -> bool:
+        """Whether it is N:M."""
+        return self.m is not None
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}" if self.structured else "unstructured"
+
+    def check_shape(self, name: str, shape: Iterable[int]) -> None:
+        """Refuse a weight whose inputs don't divide into groups of M.
+
+        Raises:
+            UsageError: naming the weight.
+        """
+        out_features, in_features = shape
+        if self.m is not None and in_features % self.m:
+            raise UsageError(
+                f"{name} ({out_features} × {in_features}) cannot be {self}: {in_features} inputs are no multiple "
+                f"of {self.m}."
+            )
+
+
+def keep_largest(scores: torch.Tensor, pattern: Pattern, *, per_row: bool) -> torch.Tensor:
+    """The mask that keeps the highest scores.
+
+    Args:
+        scores: (out_features, in_features), higher is more important.
+        pattern: N:M compares within each group; unstructured within a row or over the whole weight.
+        per_row: unstructured only: compare within each row instead of over the whole weight.
+
+    Returns:
+        (out_features, in_features) bool, True where the weight stays. Exactly the share asked for is removed,
+        rounded down to whole weights; among equal scores the later inputs go first.
+    """
+    import torch
+
+    if pattern.m is not None:
+        groups = scores.unflatten(1, (-1, pattern.m))
+        order = groups.sort(dim=-1, descending=True, stable=True).indices
+        mask = torch.zeros_like(groups, dtype=torch.bool)
+        return mask.scatter_(-1, order[..., : pattern.n], True).flatten(1)
+    rows = scores if per_row else scores.reshape(1, -1)
+    num_removed = int(rows.shape[1] * pattern.sparsity)
+    order = rows.sort(dim=-1, descending=True, stable=True).indices
+    mask = torch.zeros_like(rows, dtype=torch.bool)
+    return mask.scatter_(-1, order[:, : rows.shape[1] - num_removed], True).view_as(scores)
+
+
+def num_violations(weight: torch.Tensor, pattern: Pattern) -> int:
+    """How many groups keep more than N weights; for unstructured, how many zeros are missing.
+
+    Args:
+        weight: (out_features, in_features).
+        pattern: what was promised.
+    """
+    if pattern.m is not None:
+        if weight.shape[1] % pattern.m:
+            return weight.numel()
+        kept = (weight != 0).unflatten(1, (-1, pattern.m)).sum(-1)
+        return int((kept > pattern.n).sum())
+    # Shares are rounded down to whole weights in every row (Wanda) or in every 128 columns (SparseGPT).
+    rows, columns = weight.shape
+    by_row = rows * int(columns * pattern.sparsity)
+    by_block = int(rows * columns * pattern.sparsity) - -(-columns // 128)
+    return max(0, min(by_row, by_block) - int((weight == 0).sum()))
+
+
+@dataclass(frozen=True)
+class LayerSparsity:
+    """One linear's zeros."""
+
+    name: str
+    shape: tuple[int, ...]
+    num_zeros: int
+    violations: int
+
+    @property
+    def sparsity(self) -> float:
+        """Share of weights that are zero."""
+        return self.num_zeros / (self.shape[0] * self.shape[1])
+
+
+def measure(name: str, weight: torch.Tensor, pattern: Pattern | None) -> LayerSparsity:
+    """Count a weight's zeros and its violations of `pattern` (none without one).
+
+    Args:
+        name: the linear's full name.
+        weight: (out_features, in_features).
+        pattern: what it should keep to.
+    """
+    violations = num_violations(weight, pattern) if pattern else 0
+    return LayerSparsity(name, tuple(weight.shape), int((weight == 0).sum()), violations)
+
+
+def summarise(layers: list[LayerSparsity], pattern: Pattern | None) -> dict[str, Any]:
+    """The `lors inspect` document of DESIGN §4.
+
+    Args:
+        layers: every pruned linear.
+        pattern: what they should keep to, None for a dense model.
+    """
+    total = sum(layer.shape[0] * layer.shape[1] for layer in layers)
+    zeros = sum(layer.num_zeros for layer in layers)
+    return {
+        "pattern": str(pattern) if pattern else "dense",
+        "sparsity": round(zeros / total, 6) if total else 0.0,
+        "violations": sum(layer.violations for layer in layers),
+        "layers": [{"name": layer.name, "shape": list(layer.shape), "sparsity": round(layer.sparsity, 6)}
+                   for layer in layers],
+    }  # fmt: skip
+
+
+def mask_digest(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """A hash of where the given weights are zero, to tie an adapter to its base.
+
+    Args:
+        weights: (name, (out_features, in_features)) pairs; their order does not matter.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    import torch
+
+    parts = []
+    for name, weight in weights:
+        bits = (weight != 0).to("cpu", torch.uint8).numpy()
+        parts.append((name, tuple(weight.shape), hashlib.sha256(_pack(bits)).hexdigest()))
+    return hashlib.sha256(repr(sorted(parts)).encode()).hexdigest()
+
+
+def _pack(bits: Any) -> bytes:
+    import numpy
+
+    return numpy.packbits(bits).tobytes()
