@@ -110,6 +110,8 @@ def _translate_one(error: BaseException) -> LorsError | None:
         )
     if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
         return UsageError(f"Cannot write or read there: {first_line}", "Choose a folder you may write to.")
+    if isinstance(error, BrokenPipeError):  # a ConnectionError, but of our own output
+        return None
     if name in _HUB_ERRORS or any(base.__name__ in _HUB_ERRORS for base in type(error).__mro__):
         return MissingError(f"Not reachable: {first_line}", OFFLINE_HINT)
     if isinstance(error, OSError) and "is not a local folder" in text:

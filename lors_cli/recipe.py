@@ -134,6 +134,8 @@ class TuneConfig:
     gradient_checkpointing: bool = False
     save_steps: Positive = 100
     """Optimiser steps between training checkpoints."""
+    tensorboard: bool = False
+    """Write TensorBoard events too (needs the tensorboard package)."""
     seed: Seed = 0
 
     def __post_init__(self) -> None:

@@ -26,6 +26,7 @@ from lors_cli.errors import UsageError
 RECORD_NAME = "stage.json"
 STAGING_NAME = ".staging"
 WORK_NAME = ".work"
+JOURNAL_NAME = ".publishing.json"
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -105,7 +106,10 @@ def cached_sha256(path: Path) -> str:
     stat = path.stat()
     key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lors" / "sha256.json"
-    known = read_json(cache)
+    try:
+        known = read_json(cache)
+    except OSError:
+        known = None
     known = known if isinstance(known, dict) else {}
     if isinstance(known.get(key), str):
         return known[key]
@@ -176,11 +180,17 @@ def read_record(folder: Path) -> StageRecord | None:
 
 
 def is_finished(folder: Path, expected_fingerprint: str) -> bool:
-    """Whether `folder` holds the whole result of exactly this stage: every file there, of the right size class."""
+    """Whether `folder` holds the whole result of exactly this stage: its record and every file, as written.
+
+    Args:
+        folder: the stage's folder.
+        expected_fingerprint: of the stage asked for.
+    """
     record = read_record(folder)
     if record is None or record.fingerprint != expected_fingerprint:
         return False
-    return all((folder / name).is_file() for name in record.files)
+    return all((folder / name).is_file() and cached_sha256(folder / name) == digest
+               for name, digest in record.files.items())  # fmt: skip
 
 
 def work_dir(folder: Path, expected_fingerprint: str) -> Path:
@@ -212,7 +222,8 @@ def staging_dir(folder: Path) -> Path:
 def publish(folder: Path, record: StageRecord, *, keep: Sequence[str] = ()) -> StageRecord:
     """Move what is staged into place and declare the stage finished.
 
-    The old record goes first and the new one comes last, so a kill in between leaves an unfinished stage.
+    The old record goes first and the new one comes last, so a kill in between leaves an unfinished stage; a journal
+    of every name that may be there lets the next call remove what neither it nor `keep` has.
 
     Args:
         folder: the stage's folder, with its results in `.staging`.
@@ -224,16 +235,19 @@ def publish(folder: Path, record: StageRecord, *, keep: Sequence[str] = ()) -> S
     for name in names:
         sync_file(staging / name)
     old = read_record(folder)
+    earlier = {*(old.files if old else ()), *(read_json(folder / JOURNAL_NAME) or ())}
+    write_json(folder / JOURNAL_NAME, sorted({*earlier, *names}))
     (folder / RECORD_NAME).unlink(missing_ok=True)
     sync_folder(folder)
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(staging / name, folder / name)
-    for stale in sorted(set(old.files if old else ()) - set(names) - set(keep)):
+    for stale in sorted(earlier - set(names) - set(keep)):
         (folder / stale).unlink(missing_ok=True)
     files = {name: file_sha256(folder / name) for name in sorted({*names, *keep}) if (folder / name).is_file()}
     finished = StageRecord(**{**asdict(record), "files": files})
     write_json(folder / RECORD_NAME, plain(finished))
+    (folder / JOURNAL_NAME).unlink()
     shutil.rmtree(staging)
     shutil.rmtree(folder / WORK_NAME, ignore_errors=True)
     return finished

@@ -53,6 +53,10 @@ class Pattern:
         """The pattern a prune config asks for."""
         return cls.parse(config.pattern, config.sparsity)
 
+    def num_removed(self, num_weights: int) -> int:
+        """How many of `num_weights` go: their share, rounded down to whole weights (0.29 of 100 is 29)."""
+        return int(num_weights * self.sparsity + 1e-6)
+
     @property
     def structured(self) -> bool:
         """Whether it is N:M."""
@@ -95,10 +99,10 @@ def keep_largest(scores: torch.Tensor, pattern: Pattern, *, per_row: bool) -> to
         mask = torch.zeros_like(groups, dtype=torch.bool)
         return mask.scatter_(-1, order[..., : pattern.n], True).flatten(1)
     rows = scores if per_row else scores.reshape(1, -1)
-    num_removed = int(rows.shape[1] * pattern.sparsity)
+    num_kept = rows.shape[1] - pattern.num_removed(rows.shape[1])
     order = rows.sort(dim=-1, descending=True, stable=True).indices
     mask = torch.zeros_like(rows, dtype=torch.bool)
-    return mask.scatter_(-1, order[:, : rows.shape[1] - num_removed], True).view_as(scores)
+    return mask.scatter_(-1, order[:, :num_kept], True).view_as(scores)
 
 
 def num_violations(weight: torch.Tensor, pattern: Pattern) -> int:
@@ -115,8 +119,8 @@ def num_violations(weight: torch.Tensor, pattern: Pattern) -> int:
         return int((kept > pattern.n).sum())
     # Shares are rounded down to whole weights in every row (Wanda) or in every 128 columns (SparseGPT).
     rows, columns = weight.shape
-    by_row = rows * int(columns * pattern.sparsity)
-    by_block = int(rows * columns * pattern.sparsity) - -(-columns // 128)
+    by_row = rows * pattern.num_removed(columns)
+    by_block = pattern.num_removed(rows * columns) - -(-columns // 128)
     return max(0, min(by_row, by_block) - int((weight == 0).sum()))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lors_cli import console, run_dir
-from lors_cli.errors import SparsityError
+from lors_cli.errors import SparsityError, UsageError
 from lors_cli.sparsity import LayerSparsity, Pattern, measure, summarise
 
 if TYPE_CHECKING:
@@ -91,10 +91,13 @@ def prune(config: PruneConfig, model: ModelConfig, out: Path, *, data_dir: Path 
 
     Raises:
         SparsityError: a weight came out denser than promised; nothing is published.
+        UsageError: the model or one of its layers cannot be pruned so, or `out` is the model itself.
     """
     from lors_cli.models import load_model, load_tokenizer, model_fingerprint
 
     started = time.monotonic()
+    if Path(model.path).expanduser().resolve() == out.resolve():
+        raise UsageError(f"{out} is the model itself and would be overwritten.", "Choose another --out.")
     pattern = Pattern.of(config)
     base_fingerprint = model_fingerprint(model)
     fingerprint = stage_fingerprint(config, base_fingerprint, data_dir)

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lors_cli import console
+from lors_cli.errors import UsageError
+from lors_cli.pruning.statistics import NOT_FINITE
 from lors_cli.sparsity import Pattern, keep_largest
 
 if TYPE_CHECKING:
@@ -57,6 +59,9 @@ def inverse_factor(H: torch.Tensor) -> torch.Tensor:
 
     Returns:
         (C, C) upper triangular, float32.
+
+    Raises:
+        UsageError: H holds NaN or infinities.
     """
     import torch
 
@@ -72,9 +77,7 @@ def inverse_factor(H: torch.Tensor) -> torch.Tensor:
             if not failed and bool(torch.isfinite(U).all()):
                 return U.float()
         if not bool(torch.isfinite(H).all()):
-            from lors_cli.errors import UsageError
-
-            raise UsageError("the calibration inputs of a layer hold NaN or Inf; the model or its dtype is broken.")
+            raise UsageError(NOT_FINITE)
         if dtype == torch.float32:
             dtype = torch.float64
             console.info("  Hessian not positive definite in float32: trying float64")

@@ -8,10 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from lors_cli.errors import UsageError
+
 if TYPE_CHECKING:
     import torch
 
 Kind = Literal["none", "norm", "hessian"]
+NOT_FINITE = "the calibration inputs of a layer hold NaN or Inf; the model or its dtype is broken."
 
 
 @dataclass
@@ -55,9 +58,14 @@ class InputStatistics:
 
         Returns:
             (C,) float32.
+
+        Raises:
+            UsageError: an input was NaN or infinite.
         """
         assert self.total is not None
         squares = self.total if self.kind == "norm" else self.total.diagonal()
+        if not bool(squares.isfinite().all()):
+            raise UsageError(NOT_FINITE)
         return squares.sqrt()
 
     def hessian(self) -> torch.Tensor:

@@ -1,0 +1,294 @@
+"""A YAML reader for settings: YAML 1.2 scalars, no tags, no duplicate keys, and the line of every value.
+
+PyYAML parses; composing and resolving are done here, because its YAML 1.1 rules turn `2:4` into 124, `no` into
+false and leave `2e-5` a text. What is read is bounded in size and depth, aliases included.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+MAX_BYTES = 1_000_000
+MAX_NODES = 10_000
+MAX_DEPTH = 32
+
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_NULL = re.compile(r"~|null|Null|NULL|")
+_BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
+_INT = re.compile(r"[-+]?[0-9]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_INFINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+
+
+class YamlError(Exception):
+    """Text that cannot be read as settings.
+
+    Args:
+        line: where, counted from 1.
+        message: what is wrong.
+    """
+
+    def __init__(self, line: int, message: str) -> None:
+        super().__init__(message)
+        self.line = line
+        self.message = message
+
+
+@dataclass
+class Node:
+    """A value with its line; `raw` is the text of an unquoted scalar."""
+
+    line: int
+    value: Any
+    raw: str | None = None
+    size: int = 1
+    depth: int = 1
+
+
+@dataclass
+class Document:
+    """What a YAML text holds: plain data, and the line and raw text of every key path in it."""
+
+    data: Any = None
+    lines: dict[tuple[str | int, ...], int] = field(default_factory=dict)
+    raws: dict[tuple[str | int, ...], str] = field(default_factory=dict)
+    problems: list[tuple[int, str]] = field(default_factory=list)
+    is_empty: bool = False
+
+
+def resolve(text: str) -> Any:
+    """The value of an unquoted scalar by YAML 1.2's core schema, hexadecimal and octal left as text.
+
+    Args:
+        text: the scalar as written.
+
+    Returns:
+        None, a bool, an int, a float (whole numbers beyond 64 bits too), or the text itself.
+    """
+    if _NULL.fullmatch(text):
+        return None
+    if _BOOL.fullmatch(text):
+        return text.lower() == "true"
+    if _INT.fullmatch(text) and len(text) < 19:
+        return int(text)
+    if _FLOAT.fullmatch(text):
+        return float(text)
+    if _INFINITE.fullmatch(text):
+        return float(text.replace(".", "", 1))
+    return text
+
+
+def read(text: str) -> Document:
+    """Read one YAML document.
+
+    Args:
+        text: the whole of it.
+
+    Returns:
+        The data; keys are always text. Duplicate keys and the like are in its `problems`.
+
+    Raises:
+        YamlError: the text is not YAML, or not a kind that settings may use.
+    """
+    strange = yaml.reader.Reader.NON_PRINTABLE.search(text)
+    if strange:
+        line = text.count("\n", 0, strange.start()) + 1
+        raise YamlError(line, f"the character U+{ord(strange.group()):04X} may not stand in a YAML file")
+    composer = _Composer(text)
+    try:
+        root = composer.document()
+    except yaml.MarkedYAMLError as error:
+        raise _syntax_error(error, text) from None
+    except yaml.YAMLError as error:
+        raise YamlError(1, f"not valid YAML: {error}") from None
+    document = Document(problems=composer.problems, is_empty=root is None or root.raw == "")
+    if root is not None:
+        document.data = _flatten(root, (), root.line, document)
+    return document
+
+
+def _flatten(node: Node, path: tuple[str | int, ...], line: int, document: Document) -> Any:
+    document.lines[path] = line
+    if node.raw is not None:
+        document.raws[path] = node.raw
+    if isinstance(node.value, list):
+        return [_flatten(item, (*path, i), item.line, document) for i, item in enumerate(node.value)]
+    if isinstance(node.value, dict):
+        return {k: _flatten(item, (*path, k), at, document) for k, (at, item) in node.value.items()}
+    return node.value
+
+
+def _syntax_error(error: yaml.MarkedYAMLError, text: str) -> YamlError:
+    """A parser's error in plain words, at the line where the trouble shows."""
+    mark = error.problem_mark or error.context_mark
+    line = mark.line + 1 if mark else 1
+    problem = error.problem or "it cannot be read"
+    lines = text.splitlines()
+    written = lines[line - 1] if line <= len(lines) else ""
+    if "\t" in written[: len(written) - len(written.lstrip())] or ("start any token" in problem and "\t" in written):
+        return YamlError(line, "a tab is used where YAML wants spaces")
+    if "start any token" in problem:
+        return YamlError(line, "a text that starts with a special character must be in quotes")
+    if "mapping values are not allowed" in problem:
+        problem = "a `: ` stands where no key can be; put the text in quotes, or check the indentation"
+    if "flow" in str(error.context):
+        problem = "a list `[…]` or mapping `{…}` is not closed, or something in it cannot be read"
+    where = f" ({error.context}" if error.context else ""
+    if where and error.context_mark and error.context_mark.line + 1 != line:
+        where += f" that starts on line {error.context_mark.line + 1}"
+    return YamlError(line, f"not valid YAML: {problem}{where + ')' if where else ''}")
+
+
+class _Composer:
+    """Nodes from PyYAML's events; recursion is bounded by MAX_DEPTH."""
+
+    def __init__(self, text: str) -> None:
+        self.events: Iterator[Any] = iter(yaml.parse(text, Loader=_LOADER))
+        self.anchors: dict[str, Node | None] = {}
+        self.problems: list[tuple[int, str]] = []
+        self.keys: list[str] = []
+        self.made = 0
+
+    def document(self) -> Node | None:
+        """The only document's root, or None when there is none."""
+        root = None
+        for event in self.events:
+            if isinstance(event, yaml.DocumentStartEvent):
+                if root is not None:
+                    raise YamlError(_line(event), "a second document starts here; only one is read")
+                root = self.node(next(self.events), 1)
+        return root
+
+    def node(self, event: Any, depth: int) -> Node:
+        """The node that `event` opens, with all that is in it."""
+        line = _line(event)
+        if depth > MAX_DEPTH:
+            raise YamlError(line, f"nested more than {MAX_DEPTH} levels deep")
+        if isinstance(event, yaml.AliasEvent):
+            return self.alias(str(event.anchor), line)
+        self._refuse_tag(event, line)
+        if event.anchor:
+            self.anchors[event.anchor] = None
+        self._count(line, 1)
+        if isinstance(event, yaml.ScalarEvent):
+            made = self.scalar(event, line)
+        elif isinstance(event, yaml.SequenceStartEvent):
+            made = self.sequence(line, depth)
+        else:
+            made = self.mapping(line, depth)
+        if made.depth + depth - 1 > MAX_DEPTH:
+            raise YamlError(line, f"nested more than {MAX_DEPTH} levels deep")
+        if event.anchor:
+            self.anchors[event.anchor] = made
+        return made
+
+    def alias(self, name: str, line: int) -> Node:
+        """The node that was anchored before."""
+        if name not in self.anchors:
+            raise YamlError(line, f"*{name} refers to an anchor &{name} that is not defined before it")
+        known = self.anchors[name]
+        if known is None:
+            raise YamlError(line, f"*{name} refers to a value that contains it")
+        self._count(line, known.size)
+        return known
+
+    def scalar(self, event: Any, line: int) -> Node:
+        """A text, or what an unquoted text stands for."""
+        if not event.implicit[0]:
+            return Node(line, event.value)
+        return Node(line, resolve(event.value), raw=event.value)
+
+    def sequence(self, line: int, depth: int) -> Node:
+        """A list."""
+        items: list[Node] = []
+        while not isinstance(event := next(self.events), yaml.SequenceEndEvent):
+            items.append(self.node(event, depth + 1))
+        return _container(line, items, items)
+
+    def mapping(self, line: int, depth: int) -> Node:
+        """A mapping; keys of `<<` come after its own."""
+        entries: dict[str, tuple[int, Node]] = {}
+        merged: list[Node] = []
+        key_lines: dict[str, int] = {}
+        while not isinstance(event := next(self.events), yaml.MappingEndEvent):
+            at = _line(event)
+            if isinstance(event, yaml.ScalarEvent):
+                self._refuse_tag(event, at)
+                key = event.value
+            else:
+                raise YamlError(at, "a key must be a plain text")
+            self.keys.append(key)
+            value = self.node(next(self.events), depth + 1)
+            named = ".".join(map(shorten, self.keys))
+            self.keys.pop()
+            if key in key_lines:
+                self.problems.append((at, f"{named}: given twice; the first is on line {key_lines[key]}"))
+                continue
+            key_lines[key] = at
+            if key == "<<" and event.implicit[0]:
+                merged.append(value)
+            else:
+                entries[key] = (at, value)
+        for value in merged:
+            for source in value.value if isinstance(value.value, list) else [value]:
+                if not isinstance(source.value, dict):
+                    raise YamlError(key_lines["<<"], "<< must be given a mapping or a list of mappings")
+                for key, entry in source.value.items():
+                    entries.setdefault(key, entry)
+        return _container(line, entries, [node for _, node in entries.values()])
+
+    def _count(self, line: int, more: int) -> None:
+        self.made += more
+        if self.made > MAX_NODES:
+            raise YamlError(line, f"more than {MAX_NODES} values, aliases counted where they are used")
+
+    def _refuse_tag(self, event: Any, line: int) -> None:
+        tag = event.tag
+        if tag in (None, "!") or (tag == "tag:yaml.org,2002:str" and isinstance(event, yaml.ScalarEvent)):
+            return
+        shown = tag.replace("tag:yaml.org,2002:", "!!")
+        raise YamlError(line, f"the tag {shorten(shown)} is not allowed; write the value without it")
+
+
+def _line(event: Any) -> int:
+    return int(event.start_mark.line) + 1
+
+
+def _container(line: int, value: Any, children: list[Node]) -> Node:
+    size = 1 + sum(child.size for child in children)
+    return Node(line, value, size=size, depth=1 + max((child.depth for child in children), default=0))
+
+
+def shorten(text: str, length: int = 60) -> str:
+    """`text` on one line of at most `length` characters."""
+    line = text if text.isprintable() else repr(text)[1:-1]
+    return line if len(line) <= length else line[: length - 1] + "…"
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that either YAML 1.1 or `resolve` would take for something else."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    ambiguous = not isinstance(resolve(text), str)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'" if ambiguous else None)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def write(data: Any) -> str:
+    """YAML text that `read` reads back to the same data; lists of scalars stay on one line.
+
+    Args:
+        data: dicts, lists, texts, numbers, bools and None.
+    """
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, default_flow_style=None, allow_unicode=True, width=110)

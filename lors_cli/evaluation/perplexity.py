@@ -1,0 +1,86 @@
+"""Token perplexity: how well a model predicts the next token of a text.
+
+Not lm-eval's `wikitext`, which is perplexity a word.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from lors_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_BATCH_LOGITS = 2**28
+"""Logits that one forward pass may make, unless a single window has more (2^28 in float32: 1 GiB)."""
+MAX_CHUNK_LOGITS = 2**26
+"""Logits that are turned into float32 at once (256 MiB)."""
+
+
+def token_perplexity(
+    model: Any,
+    windows: torch.Tensor,
+    *,
+    batch_size: int,
+    on_progress: Callable[[int], None] | None = None,
+) -> dict[str, float | int]:
+    """The exponential of the mean negative log-likelihood of every token given those before it in its window.
+
+    Args:
+        model: causal LM in evaluation mode.
+        windows: token ids (windows, sequence_length), int64; the first token of a window is not predicted.
+        batch_size: windows a forward pass, fewer where their logits would pass `MAX_BATCH_LOGITS`.
+        on_progress: called with the number of windows that were scored since the last call.
+
+    Returns:
+        `value`, the perplexity; `tokens`, how many were predicted; `sequence_length`; `nll`, the mean in nats. A
+        broken model gives NaN or infinity.
+
+    Raises:
+        UsageError: there is nothing to predict.
+    """
+    import torch
+
+    num_windows, sequence_length = windows.shape
+    tokens = num_windows * (sequence_length - 1)
+    if tokens < 1:
+        raise UsageError(
+            f"{num_windows} windows of {sequence_length} tokens leave nothing to predict.",
+            "Give perplexity_length at least 2.",
+        )
+    vocabulary_size = model.get_output_embeddings().weight.shape[0]
+    step = max(1, min(batch_size, MAX_BATCH_LOGITS // (sequence_length * vocabulary_size)))
+    total = 0.0
+    with torch.inference_mode():
+        for batch in windows.split(step):
+            inputs = batch.to(model.device)
+            logits = model(input_ids=inputs, use_cache=False).logits
+            total += summed_nll(logits[:, :-1], inputs[:, 1:])
+            del logits
+            if on_progress is not None:
+                on_progress(len(batch))
+    mean = total / tokens
+    value = math.exp(mean) if not mean > 700 else math.inf
+    return {"value": value, "tokens": tokens, "sequence_length": sequence_length, "nll": mean}
+
+
+def summed_nll(logits: torch.Tensor, targets: torch.Tensor) -> float:
+    """The negative log-likelihood of all targets, in nats; float32 a chunk of rows, summed in float64.
+
+    Args:
+        logits: (batch, positions, vocabulary) in the model's dtype.
+        targets: token ids (batch, positions).
+    """
+    from torch.nn.functional import cross_entropy
+
+    rows = max(1, MAX_CHUNK_LOGITS // logits.shape[-1])
+    total = 0.0
+    for row_logits, row_targets in zip(logits, targets, strict=True):
+        for start in range(0, len(row_targets), rows):
+            part = row_logits[start : start + rows].float()
+            losses = cross_entropy(part, row_targets[start : start + rows], reduction="none")
+            total += float(losses.cpu().double().sum())
+    return total

@@ -1,0 +1,232 @@
+"""Where an evaluation task's definition and documents come from.
+
+The seven zero-shot tasks use lm-eval's own definitions; with a data folder their documents are read from its files
+instead of the hub. pydoc_choice is made on the spot. Every other name is looked up among lm-eval's definitions by a
+text scan (0.3 s; lm-eval's own TaskManager parses 14,000 YAML files for it).
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib.util
+import json
+import os
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lors_cli import pydoc_text, run_dir
+from lors_cli.errors import MissingError, UsageError
+from lors_cli.recipe import SEVEN_TASKS
+
+PYDOC_TASK = "pydoc_choice"
+PYDOC_ITEMS = 120
+_PYDOC_YAML = Path(__file__).with_name("pydoc_choice.yaml")
+
+_BUILT_IN = {
+    "arc_challenge": ("arc/arc_challenge.yaml", "test"),
+    "arc_easy": ("arc/arc_easy.yaml", "test"),
+    "boolq": ("super_glue/boolq/default.yaml", "validation"),
+    "hellaswag": ("hellaswag/hellaswag.yaml", "validation"),
+    "openbookqa": ("openbookqa/openbookqa.yaml", "test"),
+    "rte": ("glue/rte/default.yaml", "validation"),
+    "winogrande": ("winogrande/default.yaml", "validation"),
+}  # lm-eval's definition, below its tasks folder, and the split that it scores
+assert tuple(_BUILT_IN) == SEVEN_TASKS
+
+_NAME_LINE = re.compile(r"""^["']?(task|group|class)["']?[ \t]*:[ \t]*["']?([^\s"'#\[]*)""", re.MULTILINE)
+_TAG_LINE = re.compile(r"^tag[ \t]*:[ \t]*(\S*)((?:\s*\n[ \t]*-[ \t]*\S+)*)", re.MULTILINE)
+_INCLUDE_LINE = re.compile(r"""^include[ \t]*:[ \t]*["']?([^\s"'#]+)""", re.MULTILINE)
+
+
+@dataclass
+class TaskNames:
+    """What lm-eval's definitions define."""
+
+    tasks: dict[str, Path] = field(default_factory=dict)
+    """Task to its YAML file."""
+    groups: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    """Group or tag to those of its tasks that the text scan can tell, maybe none."""
+
+
+def check_tasks(names: Sequence[str], data_dir: Path | None) -> None:
+    """Refuse tasks that cannot be scored, before anything is loaded or pruned.
+
+    Args:
+        names: names of tasks.
+        data_dir: folder with local copies of the seven tasks' documents, None for the hub.
+
+    Raises:
+        UsageError: names that no definition has; all of them in one message.
+        MissingError: a file of documents that is not in `data_dir`.
+    """
+    known = {*SEVEN_TASKS, PYDOC_TASK}
+    unknown = [name for name in names if name not in known and name not in _lm_eval_names().tasks]
+    if unknown:
+        raise _unknown_tasks(unknown)
+    for name in names:
+        _data_file(name, data_dir)
+
+
+def task_definition(name: str, *, data_dir: Path | None, folder: Path) -> Path:
+    """The YAML file that lm-eval can load the task from, together with its documents.
+
+    Args:
+        name: one of the seven tasks, pydoc_choice, or any task of lm-eval.
+        data_dir: folder with local copies of the seven tasks' documents, None for the hub.
+        folder: where generated files and the documents' Arrow copies are put, made when missing.
+
+    Returns:
+        lm-eval's own file, or one in `folder` that includes it and names local documents.
+
+    Raises:
+        UsageError: an unknown task.
+        MissingError: a file of documents that is not in `data_dir`.
+    """
+    definition = _definition_file(name)
+    if name == PYDOC_TASK:
+        split, documents = "test", folder / f"{PYDOC_TASK}.jsonl"
+        items = pydoc_text.choice_items(PYDOC_ITEMS)
+        run_dir.write_text(documents, "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items))
+    else:
+        local = _data_file(name, data_dir)
+        if local is None:
+            return definition
+        split, documents = _BUILT_IN[name][1], local
+    content = _local_definition(name, definition, split, documents, folder / "datasets")
+    path = folder / f"{name}.yaml"
+    run_dir.write_text(path, content)
+    return path
+
+
+def task_fingerprint(name: str, data_dir: Path | None) -> str:
+    """A short hash of the task's definition and, as far as they are local, of its documents.
+
+    Args:
+        name: as for `task_definition`.
+        data_dir: as for `task_definition`.
+
+    Raises:
+        UsageError: an unknown task.
+        MissingError: a file of documents that is not in `data_dir`.
+    """
+    from importlib.metadata import version
+
+    inputs: dict[str, Any] = {"lm_eval": version("lm-eval"), "definition": _definition_text(_definition_file(name))}
+    local = _data_file(name, data_dir)
+    if name == PYDOC_TASK:
+        inputs["documents"] = [pydoc_text.fingerprint(), PYDOC_ITEMS]
+    elif local is not None:
+        inputs["documents"] = run_dir.cached_sha256(local)
+    return run_dir.fingerprint("task", 1, name, inputs)
+
+
+def _local_definition(name: str, definition: Path, split: str, documents: Path, cache: Path) -> str:
+    """YAML that takes over `definition` but reads `documents`; splits that are not there are switched off."""
+    import yaml
+
+    content: dict[str, Any] = {
+        "include": str(definition),
+        "task": name,
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {
+            "data_files": {split: str(documents.resolve())},
+            "cache_dir": str(cache.resolve()),
+        },
+        "training_split": None,
+        "validation_split": None,
+        "test_split": None,
+    }
+    content[f"{split}_split"] = split
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+def _data_file(name: str, data_dir: Path | None) -> Path | None:
+    """The local documents of one of the seven tasks; None where the task's documents are not read from a folder."""
+    if data_dir is None or name not in _BUILT_IN:
+        return None
+    split = _BUILT_IN[name][1]
+    compressed = data_dir / "eval" / name / f"{split}.jsonl.gz"
+    for path in (compressed, compressed.with_suffix("")):
+        if path.is_file():
+            return path
+    hint = "Put the file there, or leave data_dir and $LORS_DATA_DIR out to read the task from the hub."
+    raise MissingError(f"No documents of the task {name} at {compressed}.", hint)
+
+
+def _definition_file(name: str) -> Path:
+    if name == PYDOC_TASK:
+        return _PYDOC_YAML
+    if name in _BUILT_IN:
+        path = _tasks_folder() / _BUILT_IN[name][0]
+        assert path.is_file(), path
+        return path
+    found = _lm_eval_names().tasks.get(name)
+    if found is None:
+        raise _unknown_tasks([name])
+    return found
+
+
+def _definition_text(path: Path) -> list[str]:
+    """The file's text and that of every file it includes."""
+    text = path.read_text(encoding="utf-8")
+    included = [_definition_text(path.parent / name) for name in _INCLUDE_LINE.findall(text)]
+    return [text, *(part for parts in included for part in parts)]
+
+
+@functools.cache
+def _tasks_folder() -> Path:
+    """lm-eval's folder of definitions, without importing lm-eval."""
+    spec = importlib.util.find_spec("lm_eval")
+    if spec is None or spec.origin is None:
+        raise MissingError("The package lm-eval is not installed.", "pip install lm-eval==0.4.13")
+    return Path(spec.origin).parent / "tasks"
+
+
+@functools.cache
+def _lm_eval_names() -> TaskNames:
+    """Every name that lm-eval's definitions define, in the order in which lm-eval would take them."""
+    names = TaskNames()
+    for folder, folders, files in os.walk(_tasks_folder()):
+        folders.sort()
+        for file in sorted(files):
+            if file.endswith(".yaml"):
+                _scan(Path(folder, file), names)
+    return names
+
+
+def _scan(path: Path, names: TaskNames) -> None:
+    text = path.read_text(encoding="utf-8", errors="replace")
+    found = dict(_NAME_LINE.findall(text))
+    group, task = found.get("group"), found.get("task")
+    if task and ("class" in found or group is None):
+        names.tasks.setdefault(task, path)
+        tags = _TAG_LINE.search(text)
+        for tag in re.findall(r"[^\s\[\],\"'-][^\s\[\],\"']*", " ".join(tags.groups())) if tags else ():
+            names.groups[tag].append(task)
+    if group:
+        members = re.findall(r"^[ \t]*-[ \t]*(?:task:[ \t]*)?([\w.-]+)[ \t]*$", text, re.MULTILINE)
+        names.groups[group].extend([task] if task and "class" in found else members)
+
+
+def _unknown_tasks(unknown: Sequence[str]) -> UsageError:
+    """One message for all of them, with the names that were perhaps meant."""
+    names = _lm_eval_names()
+    known = [PYDOC_TASK, *SEVEN_TASKS, *names.tasks]
+    parts = []
+    for name in unknown:
+        if name in names.groups:
+            members = [member for member in names.groups[name] if member in names.tasks]
+            listing = f", such as {', '.join(members[:6])}" if members else ""
+            parts.append(f"{name} is a group of lm-eval; give its tasks by name{listing}")
+            continue
+        close = difflib.get_close_matches(name, known[: 1 + len(SEVEN_TASKS)], n=2)
+        close = close or difflib.get_close_matches(name, known, n=3, cutoff=0.75)
+        parts.append(f"there is no task {name!r}" + (f"; did you mean {' or '.join(close)}?" if close else ""))
+    hint = f"Tasks: {', '.join(SEVEN_TASKS)}, {PYDOC_TASK}, or any other that `lm-eval ls tasks` lists."
+    return UsageError(f"eval.tasks: {' — '.join(parts)}", hint)

@@ -1,0 +1,201 @@
+"""From text to token ids: tokenising in batches, packing into blocks, reading pre-tokenised files.
+
+No special token is added here but the end-of-sequence token between documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lors_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+DEFAULT_LENGTH = 2048
+BATCH_DOCUMENTS = 256
+BATCH_CHARS = 1_000_000
+_POOL_FACTOR = 16
+_POOL_MIN = 1000
+
+
+def packed_blocks(
+    documents: Iterator[str],
+    tokenizer: Any,
+    sequence_length: int,
+    num_blocks: int | None,
+    seed: int,
+    streamed: bool,
+) -> torch.Tensor:
+    """Documents joined by the end-of-sequence token, cut to full sequences, and these shuffled.
+
+    Blocks are shuffled, not documents: one book alone would otherwise fill every sequence.
+
+    Args:
+        documents: texts; the last tokens that fill no sequence are dropped.
+        tokenizer: needs an end-of-sequence token.
+        sequence_length: tokens a block.
+        num_blocks: how many to take after the shuffle; None for all.
+        seed: of the shuffle.
+        streamed: read only until there is a pool of 16 times num_blocks, at least 1,000, and shuffle that.
+
+    Returns:
+        (blocks, sequence_length) int64; fewer than num_blocks when the text ends before.
+
+    Raises:
+        UsageError: a stream without num_blocks has no end, or the tokenizer no end-of-sequence token.
+    """
+    import torch
+
+    if streamed and num_blocks is None:
+        raise UsageError("Streamed text has no end.", "Say how much of it to take: num_samples or max_steps.")
+    pool = max(_POOL_FACTOR * num_blocks, _POOL_MIN) if streamed and num_blocks is not None else None
+    end = eos_token_id(tokenizer)
+    blocks: list[torch.Tensor] = []
+    rest: list[int] = []
+    for batch in batches(documents):
+        for ids in encode(tokenizer, batch):
+            rest += ids
+            rest.append(end)
+        full = len(rest) // sequence_length
+        blocks.append(torch.tensor(rest[: full * sequence_length], dtype=torch.int64).view(full, sequence_length))
+        del rest[: full * sequence_length]
+        if pool is not None and sum(map(len, blocks)) >= pool:
+            break
+    if not blocks:
+        return torch.empty((0, sequence_length), dtype=torch.int64)
+    packed = torch.cat(blocks)[:pool]
+    order = torch.randperm(len(packed), generator=torch.Generator().manual_seed(seed))
+    return packed[order[:num_blocks]]
+
+
+def batches(texts: Iterable[str], max_chars: int = BATCH_CHARS) -> Iterator[list[str]]:
+    """Texts in groups that are large enough to be tokenised well and small enough for memory."""
+    batch: list[str] = []
+    num_chars = 0
+    for text in texts:
+        batch.append(text)
+        num_chars += len(text)
+        if num_chars >= max_chars or len(batch) == BATCH_DOCUMENTS:
+            yield batch
+            batch, num_chars = [], 0
+    if batch:
+        yield batch
+
+
+def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Token ids without special tokens; `verbose=False` is the tokenizer's switch for its length warning."""
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=False,
+        padding=False,
+        truncation=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    return encoded["input_ids"]
+
+
+def eos_token_id(tokenizer: Any) -> int:
+    """The end-of-sequence token.
+
+    Raises:
+        UsageError: the tokenizer has none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UsageError(
+            "The tokenizer has no end-of-sequence token, which is put between texts.",
+            'Set "eos_token" in its tokenizer_config.json.',
+        )
+    return tokenizer.eos_token_id
+
+
+# ---- lengths and pre-tokenised files
+
+
+def window_length(wanted: int | None, model_max_length: int) -> int:
+    """Tokens a sequence: what is asked for, else 2048 or the model's limit.
+
+    Raises:
+        UsageError: the model cannot take so many.
+    """
+    if wanted is None:
+        return min(DEFAULT_LENGTH, model_max_length)
+    check_length(wanted, model_max_length, "sequence_length")
+    return wanted
+
+
+def check_length(wanted: int, model_max_length: int, key: str) -> None:
+    """Refuse a length that the model cannot take or that leaves nothing to predict.
+
+    Args:
+        wanted: tokens a sequence.
+        model_max_length: tokens that the model can take.
+        key: the setting's name, for the message.
+
+    Raises:
+        UsageError: it is so.
+    """
+    if wanted < 2:
+        raise UsageError(f"{key} {wanted} leaves no token to predict.", "Give 2 or more.")
+    if wanted > model_max_length:
+        raise UsageError(
+            f"{key} {wanted} is more than the model's {model_max_length} tokens.",
+            f"Set {key} to {model_max_length} or less.",
+        )
+
+
+def read_tokens(
+    path: Path, tokenizer: Any, num_samples: int | None, length: int | None, model_max_length: int | None
+) -> torch.Tensor:
+    """The first rows and columns of a pre-tokenised file.
+
+    Args:
+        path: .safetensors with integer `input_ids` (num_samples, sequence_length).
+        tokenizer: whose vocabulary the tokens must be of.
+        num_samples: rows to take; None for all.
+        length: columns to take; None for all.
+        model_max_length: tokens that the model can take; None when the caller cuts the rows anyway.
+
+    Returns:
+        (num_samples, length) int64, in the file's order.
+
+    Raises:
+        UsageError: the file is broken, has fewer rows or columns, or tokens of another vocabulary.
+    """
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+            tokens = file.get_tensor("input_ids") if "input_ids" in names else None
+    except SafetensorError as error:
+        raise UsageError(f"{path} is not a sound safetensors file: {error}") from error
+    if tokens is None:
+        raise UsageError(f"{path} has no tensor input_ids, only {', '.join(names) or 'none'}.")
+    integers = (torch.int64, torch.int32, torch.int16, torch.uint32, torch.uint16)
+    if tokens.ndim != 2 or tokens.dtype not in integers or tokens.shape[0] == 0 or tokens.shape[1] < 2:
+        found = f"{tuple(tokens.shape)} {str(tokens.dtype).removeprefix('torch.')}"
+        raise UsageError(f"{path}: input_ids must be (num_samples, sequence_length) integers, not {found}.")
+    for key, asked, there in (
+        ("num_samples", num_samples, tokens.shape[0]),
+        ("sequence_length", length, tokens.shape[1]),
+    ):
+        if asked is not None and asked > there:
+            raise UsageError(f"{path} has {key} {there}, not {asked}.", f"Lower {key} or leave it out.")
+    tokens = tokens[:num_samples, :length].to(torch.int64)
+    if model_max_length is not None:
+        check_length(tokens.shape[1], model_max_length, "sequence_length")
+    outside = (tokens < 0) | (tokens >= len(tokenizer))
+    if outside.any():
+        row = int(outside.any(dim=1).nonzero()[0, 0])
+        raise UsageError(
+            f"{path}:{row + 1}: token {int(tokens[row][outside[row]][0])} is not in the tokenizer's vocabulary "
+            f"of {len(tokenizer)}.",
+            "The file was made with another model's tokenizer.",
+        )
+    return tokens.contiguous()

@@ -1,0 +1,289 @@
+"""Text sources: alpaca, slimpajama, c4, wikitext2, pydoc, and the user's own files.
+
+A source is read from the hub, or, when `data_dir` (or $LORS_DATA_DIR) is given, from the files there; a file that
+is missing there is an error, never a step to the hub. Opening a source reads its first row at most.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from lors_cli import pydoc_text
+from lors_cli.errors import MissingError, UsageError
+from lors_cli.prompts import alpaca_prompt
+from lors_cli.run_dir import cached_sha256
+from lors_cli.text_files import FORMATS, file_format, read_rows, read_text, row_kind
+
+Split = Literal["train", "validation"]
+Kind = Literal["text", "instructions", "tokens"]
+Want = Literal["text", "instructions"]
+Row = dict[str, str]
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Somewhere that text comes from."""
+
+    name: str
+    """As the user wrote it."""
+    kind: Kind
+    fingerprint: str
+    """Of the content for local files, of the place for the hub."""
+    path: Path | None
+    """The file, for kind "tokens"."""
+    streamed: bool
+    """Text that must not be read whole."""
+    _read: Callable[[], Iterator[Row]] = field(repr=False, compare=False)
+
+    def rows(self) -> Iterator[Row]:
+        """The rows in their order: {"text"}, or {"instruction", "input", "output"}.
+
+        Raises:
+            UsageError: a row of a local file is broken; the message names file and row.
+        """
+        return self._read()
+
+
+@dataclass(frozen=True)
+class _Known:
+    """Where a named source lies."""
+
+    kind: Kind
+    files: dict[str, str]
+    """Split to file below data_dir; a split that no one has is absent."""
+    repo: str
+    config: str | None
+    splits: dict[str, str]
+    """Split to the hub's name of it."""
+    streamed: bool = False
+    subset: str | None = None
+    """Only rows with this meta.redpajama_set_name, in local files."""
+
+
+_SLIMPAJAMA_FILES = {
+    "train": "slimpajama_like/train.jsonl.gz",
+    "validation": "slimpajama_like/validation.jsonl.gz",
+}
+_BOTH_SPLITS = {"train": "train", "validation": "validation"}
+_KNOWN = {
+    "alpaca": _Known(
+        "instructions", {"train": "alpaca/train.jsonl.gz"}, "tatsu-lab/alpaca", None, {"train": "train"}
+    ),
+    "c4": _Known(
+        "text", _SLIMPAJAMA_FILES, "allenai/c4", "en", _BOTH_SPLITS, streamed=True, subset="RedPajamaC4"
+    ),
+    "slimpajama": _Known(
+        "text", _SLIMPAJAMA_FILES, "cerebras/SlimPajama-627B", None, _BOTH_SPLITS, streamed=True
+    ),
+    "wikitext2": _Known(
+        "text", {"validation": "wikitext2/test.txt.gz"}, "Salesforce/wikitext", "wikitext-2-raw-v1",
+        {"train": "train", "validation": "test"},
+    ),
+}  # fmt: skip
+SOURCES = tuple(sorted([*_KNOWN, "pydoc"]))
+
+
+def open_source(name: str, *, split: Split, data_dir: Path | None, want: Want = "text") -> TextSource:
+    """The source that a user named.
+
+    WikiText-2 is one document: its lines that are not blank, joined by a newline, for local and hub rows alike,
+    so both give the same tokens (and those of lors' reference figures). The join usual elsewhere, two newlines
+    between all rows of the hub's table, keeps the blank rows and so gives other tokens and other perplexities:
+    compare such figures within one convention.
+
+    Args:
+        name: one of `SOURCES`, or a file: .jsonl .json .txt (each also .gz), .parquet, or .safetensors with
+            `input_ids` (num_samples, sequence_length).
+        split: "validation" is what perplexity is measured on: held-out rows; of wikitext2 the test split. A file
+            has no splits and gives all its rows.
+        data_dir: folder with local copies of the named sources; default $LORS_DATA_DIR, else the hub.
+        want: "text" turns instruction rows into prompt and response as one text. "instructions" lets pydoc give
+            pairs; a source of plain text stays one.
+
+    Returns:
+        The source; nothing is downloaded before its rows are asked for.
+
+    Raises:
+        UsageError: no such source or split, or a broken file.
+        MissingError: a file is not there.
+    """
+    source = _open(name, split, _resolve_data_dir(data_dir), want)
+    if want == "text" and source.kind == "instructions":
+        read = source.rows
+        return replace(source, kind="text", _read=lambda: _as_text(read()))
+    return source
+
+
+def fingerprint_source(name: str, *, split: Split, data_dir: Path | None) -> str:
+    """What identifies a source's content, without a network and without reading more than needed.
+
+    Args:
+        name: as for `open_source`.
+        split: as for `open_source`.
+        data_dir: as for `open_source`.
+
+    Returns:
+        A SHA-256 of the content for local files, `hub:<repo>/<config>/<split>` for the hub, Python's version and
+        this source's own for pydoc.
+
+    Raises:
+        UsageError: no such source or split.
+        MissingError: a file is not there.
+    """
+    if name == "pydoc":
+        return f"pydoc:{pydoc_text.fingerprint()}/{split}"
+    known = _KNOWN.get(name)
+    if known is None:
+        path = _user_file(name)
+        return f"{file_format(path)}:{cached_sha256(path)}"
+    folder = _resolve_data_dir(data_dir)
+    if folder is None:
+        return f"hub:{known.repo}/{known.config or 'default'}/{_hub_split(name, known, split)}"
+    path = _data_file(name, known, split, folder)
+    return f"{known.subset or name}:{cached_sha256(path)}"
+
+
+def _open(name: str, split: Split, data_dir: Path | None, want: Want) -> TextSource:
+    fingerprint = fingerprint_source(name, split=split, data_dir=data_dir)
+    if name == "pydoc":
+        return _open_pydoc(split, want, fingerprint)
+    known = _KNOWN.get(name)
+    if known is None:
+        return _open_file(name, _user_file(name), fingerprint)
+    if data_dir is None:
+        hub_split = _hub_split(name, known, split)
+        streamed = known.streamed
+        return TextSource(name, known.kind, fingerprint, None, streamed, lambda: _hub_rows(known, hub_split))
+    path = _data_file(name, known, split, data_dir)
+    if name == "wikitext2":
+        return TextSource(name, "text", fingerprint, None, False, lambda: _one_text(read_text(path).split("\n")))
+    if known.subset is not None:
+        subset = known.subset
+        return TextSource(name, known.kind, fingerprint, None, False, lambda: _subset_rows(path, subset))
+    return _open_file(name, path, fingerprint)
+
+
+def _open_pydoc(split: Split, want: Want, fingerprint: str) -> TextSource:
+    if want == "instructions":
+        return TextSource("pydoc", "instructions", fingerprint, None, False, lambda: pydoc_text.instructions(split))
+    return TextSource(
+        "pydoc", "text", fingerprint, None, False, lambda: ({"text": text} for text in pydoc_text.documents(split))
+    )
+
+
+def _open_file(name: str, path: Path, fingerprint: str) -> TextSource:
+    form = file_format(path)
+    if form == "safetensors":
+        return TextSource(name, "tokens", fingerprint, path, False, lambda: _no_rows(path))
+    if form == "txt":
+        return TextSource(name, "text", fingerprint, None, False, lambda: iter([{"text": read_text(path)}]))
+    kind = row_kind(path)
+    return TextSource(name, kind, fingerprint, None, False, lambda: read_rows(path, kind))
+
+
+def _no_rows(path: Path) -> Iterator[Row]:
+    raise UsageError(f"{path} holds tokens, not text.", "Give a .jsonl, .json, .parquet or .txt file.")
+
+
+def _as_text(rows: Iterator[Row]) -> Iterator[Row]:
+    """Instruction rows as the whole text that tuning would see."""
+    for row in rows:
+        yield {"text": alpaca_prompt(row["instruction"], row["input"]) + row["output"]}
+
+
+def _one_text(lines: Iterator[str] | list[str]) -> Iterator[Row]:
+    """WikiText's lines as one document."""
+    yield {"text": "\n".join(line.rstrip("\n") for line in lines if line.strip())}
+
+
+def _subset_rows(path: Path, subset: str) -> Iterator[Row]:
+    """Rows of one part of a file in SlimPajama's schema."""
+    found = False
+    for row in read_rows(path, "text", only=lambda value: _set_name(value) == subset):
+        found = True
+        yield row
+    if not found:
+        raise UsageError(f"{path} has no row whose meta.redpajama_set_name is {subset}.")
+
+
+def _set_name(value: dict[str, Any]) -> Any:
+    meta = value.get("meta")
+    return meta.get("redpajama_set_name") if isinstance(meta, dict) else None
+
+
+def _hub_rows(known: _Known, hub_split: str) -> Iterator[Row]:
+    """Rows of a dataset on the hub; errors of the network are the caller's."""
+    from datasets import load_dataset
+
+    rows = load_dataset(known.repo, known.config, split=hub_split, streaming=known.streamed)
+    if known.repo == "Salesforce/wikitext":
+        yield from _one_text(row["text"] for row in rows)
+        return
+    keys = ("text",) if known.kind == "text" else ("instruction", "input", "output")
+    for row in rows:
+        yield {key: row[key] for key in keys}
+
+
+# ---- where things lie
+
+
+def _resolve_data_dir(data_dir: Path | None) -> Path | None:
+    """The folder with local copies: the given one, else $LORS_DATA_DIR, else None for the hub."""
+    if data_dir is not None:
+        return Path(data_dir).expanduser()
+    from_environment = os.environ.get("LORS_DATA_DIR")
+    return Path(from_environment).expanduser() if from_environment else None
+
+
+def _data_file(name: str, known: _Known, split: Split, data_dir: Path) -> Path:
+    """The local copy of a named source."""
+    if not data_dir.is_dir():
+        raise MissingError(
+            f"The data folder {data_dir} does not exist.",
+            "Correct data_dir or $LORS_DATA_DIR, or leave both out to read from the hub.",
+        )
+    _hub_split(name, known, split)
+    if split not in known.files:
+        there = ", ".join(known.files.values())
+        raise MissingError(
+            f"{data_dir} has no {split} split of {name}, only {there}.",
+            "Choose another dataset, or leave data_dir out to read it from the hub.",
+        )
+    path = data_dir / known.files[split]
+    if not path.is_file():
+        raise MissingError(
+            f"No {name} data at {path}.", "Put the file there, or leave data_dir out to read from the hub."
+        )
+    return path
+
+
+def _hub_split(name: str, known: _Known, split: Split) -> str:
+    if split not in known.splits:
+        raise UsageError(
+            f"{name} has no {split} split, only {', '.join(known.splits)}.",
+            "Perplexity is measured on held-out text: wikitext2, pydoc, c4, slimpajama, or a file.",
+        )
+    return known.splits[split]
+
+
+def _user_file(name: str) -> Path:
+    """The file that `name` is the path of."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        file_format(path)
+        return path
+    if path.is_dir():
+        raise UsageError(f"{name} is a folder; a file is needed.", f"Files: {', '.join(FORMATS)}.")
+    if name.removesuffix(".gz").endswith(FORMATS):
+        raise MissingError(f"No file {name}.", f"Seen from {Path.cwd()}.")
+    close = difflib.get_close_matches(name.lower(), SOURCES, n=1)
+    suggestion = f" Did you mean {close[0]}?" if close else ""
+    raise UsageError(
+        f"There is no dataset or file {name!r}.{suggestion}",
+        f"Datasets: {', '.join(SOURCES)}; or a file ({', '.join(FORMATS)}).",
+    )

@@ -1,0 +1,189 @@
+"""Rows of local files: JSON lines, JSON, Parquet and plain text; every mistake with its file and row."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from lors_cli.errors import UsageError
+
+FORMATS = (".jsonl", ".json", ".parquet", ".txt", ".safetensors")
+_HINT = 'A row is {"text": …} or {"instruction": …, "output": …} with an optional "input".'
+_KEYS = {"text": ("text",), "instructions": ("instruction", "input", "output")}
+
+
+def file_format(path: Path) -> str:
+    """How a file is to be read, by the end of its name.
+
+    Args:
+        path: any file.
+
+    Returns:
+        "jsonl", "json", "parquet", "txt" or "safetensors".
+
+    Raises:
+        UsageError: its name ends otherwise.
+    """
+    name = path.name.lower()
+    for suffix in FORMATS:
+        gzipped = suffix in (".jsonl", ".json", ".txt") and name.endswith(f"{suffix}.gz")
+        if name.endswith(suffix) or gzipped:
+            return suffix[1:]
+    raise UsageError(
+        f"{path} is of no known format.",
+        f"The name must end in {', '.join(FORMATS)}; .jsonl, .json and .txt also with .gz.",
+    )
+
+
+def row_kind(path: Path) -> Literal["text", "instructions"]:
+    """Whether a file holds texts or instructions, judged by its first row.
+
+    A row with both (the hub's table of Alpaca has both) counts as an instruction.
+
+    Raises:
+        UsageError: the file is empty or its first row is neither.
+    """
+    for number, value in islice(_values(path), 1):
+        if isinstance(value, dict):
+            if "instruction" in value and "output" in value:
+                return "instructions"
+            if "text" in value:
+                return "text"
+        raise UsageError(f"{path}:{number}: this row is neither text nor an instruction.", _HINT)
+    raise UsageError(f"{path} is empty.", _HINT)
+
+
+def read_rows(
+    path: Path, kind: Literal["text", "instructions"], only: Callable[[dict[str, Any]], bool] = lambda _: True
+) -> Iterator[dict[str, str]]:
+    """The rows of a .jsonl, .json or .parquet file.
+
+    Args:
+        path: a .json file is a list, or JSON lines; blank lines are passed over.
+        kind: what each row must be.
+        only: which rows to give.
+
+    Returns:
+        {"text"} or {"instruction", "input", "output"}, other keys left out.
+
+    Raises:
+        UsageError: a row is broken; the message says `file:row`, rows counted from 1 (lines in JSON lines).
+    """
+    for number, value in _values(path):
+        if not isinstance(value, dict):
+            raise UsageError(f"{path}:{number}: not an object but {_named(value)}.", _HINT)
+        if only(value):
+            yield {key: _text_of(path, number, value, key) for key in _KEYS[kind]}
+
+
+def read_text(path: Path) -> str:
+    """The whole of a .txt or .txt.gz file, with newlines as they are.
+
+    Raises:
+        UsageError: it is empty, or not UTF-8; the message names the line.
+    """
+    with _opened(path) as file:
+        data = file.read()
+    text = _decode(path, 1, data).removeprefix("\ufeff")
+    if not text.strip():
+        raise UsageError(f"{path} is empty.")
+    return text
+
+
+def _text_of(path: Path, number: int, value: dict[str, Any], key: str) -> str:
+    """One value of a row, checked."""
+    found = value.get(key)
+    if key == "input" and found is None:
+        return ""
+    if key not in value:
+        near = f" It has {', '.join(map(repr, value))}." if value else " It is empty."
+        raise UsageError(f"{path}:{number}: the row has no {key!r}.{near}", _HINT)
+    if not isinstance(found, str):
+        raise UsageError(f"{path}:{number}: {key!r} must be text, not {_named(found)}.", _HINT)
+    if not found.isascii() and any("\ud800" <= char <= "\udfff" for char in found):
+        raise UsageError(f"{path}:{number}: {key!r} holds half a surrogate pair, which is no character.")
+    return found
+
+
+def _named(value: Any) -> str:
+    """A JSON value for a message."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 40 else f"{text[:40]}…"
+
+
+def _values(path: Path) -> Iterator[tuple[int, Any]]:
+    """(row number, value) of a file, not yet checked."""
+    form = file_format(path)
+    if form == "parquet":
+        yield from _parquet_values(path)
+        return
+    if form == "json":
+        with _opened(path) as file:
+            while (head := file.read(1)).isspace() or head in (b"\xef", b"\xbb", b"\xbf"):
+                continue
+        if head == b"[":
+            yield from _array_values(path)
+            return
+    with _opened(path) as file:
+        for number, line in enumerate(file, 1):
+            text = _decode(path, number, line).removeprefix("\ufeff" if number == 1 else "")
+            if text.strip():
+                yield number, _parse(path, number, text.rstrip())
+
+
+def _array_values(path: Path) -> Iterator[tuple[int, Any]]:
+    """The items of a .json file that is one list."""
+    with _opened(path) as file:
+        text = _decode(path, 1, file.read()).removeprefix("\ufeff")
+    yield from enumerate(_parse(path, 1, text), 1)
+
+
+def _parquet_values(path: Path) -> Iterator[tuple[int, Any]]:
+    """The rows of a Parquet file."""
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    number = 0
+    try:
+        for batch in ParquetFile(path).iter_batches(batch_size=1024):
+            columns = [name for name in batch.schema.names if name in ("text", *_KEYS["instructions"])]
+            for value in batch.select(columns).to_pylist():
+                number += 1
+                yield number, value
+    except (ArrowException, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}:{number + 1}: not a sound Parquet file: {error}") from error
+
+
+def _parse(path: Path, number: int, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        row = number + error.lineno - 1
+        raise UsageError(f"{path}:{row}: broken JSON: {error.msg} at column {error.colno}.", _HINT) from error
+    except RecursionError as error:
+        raise UsageError(f"{path}:{number}: JSON that is nested too deep.", _HINT) from error
+
+
+def _decode(path: Path, number: int, data: bytes) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        row = number + data.count(b"\n", 0, error.start)
+        raise UsageError(f"{path}:{row}: not UTF-8 ({error.reason}).", "Save the file as UTF-8.") from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """The file's bytes, unpacked when its name ends in .gz."""
+    gzipped = path.name.lower().endswith(".gz")
+    with gzip.open(path, "rb") if gzipped else open(path, "rb") as file:
+        try:
+            yield file  # type: ignore[misc]
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise UsageError(f"{path} is not a whole gzip file: {error}") from error

@@ -1,0 +1,303 @@
+"""The tuning stage: `tune` recovers a sparse model with adapters and merges them back, zeros kept."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lors_cli import console, run_dir
+from lors_cli.errors import MissingError, SparsityError, UsageError
+from lors_cli.sparsity import DENSE_BELOW, Pattern, measure, summarise
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from lors_cli.recipe import ModelConfig, TuneConfig
+    from lors_cli.tokens import TuneData
+    from lors_cli.tuning.trainer import AdapterTrainer
+
+STAGE_VERSION = 1
+WITHOUT_EFFECT = ("save_steps", "tensorboard", "gradient_checkpointing")
+"""Settings that change how the work is done, not what comes out."""
+CHECKPOINTS_NAME = "checkpoints"
+LOG_NAME = "log.jsonl"
+ADAPTER_NAME = "adapter"
+
+
+def stage_fingerprint(config: TuneConfig, model_fingerprint: str, data_dir: Path | None) -> str:
+    """The fingerprint of `tune`'s result; cheap, no model is loaded.
+
+    Args:
+        config: the stage's settings.
+        model_fingerprint: of the sparse model.
+        data_dir: local datasets.
+    """
+    from lors_cli.text import fingerprint_source
+
+    settings = {key: value for key, value in asdict(config).items() if key not in WITHOUT_EFFECT}
+    dataset = settings["data"].pop("dataset")
+    inputs = {
+        "model": model_fingerprint,
+        "data": fingerprint_source(dataset, split="train", data_dir=data_dir),
+    }
+    return run_dir.fingerprint("tune", STAGE_VERSION, settings, inputs)
+
+
+def tune(config: TuneConfig, model: ModelConfig, out: Path, *, data_dir: Path | None = None) -> run_dir.StageRecord:
+    """Tune a sparse causal LM and write adapter and merged checkpoint; an interrupted call goes on at its last one.
+
+    Args:
+        config: method, data, schedule.
+        model: the sparse model.
+        out: stage folder (DESIGN §4).
+        data_dir: local datasets, None for the hub.
+
+    Returns:
+        The stage's record; its metrics hold losses, throughput and the merged model's sparsity.
+
+    Raises:
+        UsageError: the model has no sparse linear, or the loss broke.
+        SparsityError: the merged model breaks the base's zeros; nothing is published.
+    """
+    from lors_cli.models import load_model, load_tokenizer, model_fingerprint, set_seed
+
+    started = time.monotonic()
+    base_fingerprint = model_fingerprint(model)
+    fingerprint = stage_fingerprint(config, base_fingerprint, data_dir)
+    run_dir.work_dir(out, fingerprint)
+    console.info(f"  loading {model.path}")
+    tokenizer = load_tokenizer(model)
+    network = load_model(model)
+    layers, pattern = sparse_layers(network, Path(model.path))
+    data = _load_data(config, network, tokenizer, data_dir)
+    set_seed(config.seed)
+    trainer = _prepare(config, network, layers, data, tokenizer, out, fingerprint)
+    training = _train(trainer, config, out, fingerprint)
+    adapter = _adapter_config(config, network, layers, model, base_fingerprint)
+    staging = run_dir.staging_dir(out)
+    metrics = {**training, **_data_metrics(data),
+               **_write_results(staging, network, tokenizer, adapter, pattern)}  # fmt: skip
+    _write_card(staging, config, model, metrics)
+    record = run_dir.StageRecord(
+        "tune", fingerprint, run_dir.plain(config), {"model": base_fingerprint, "path": model.path}, metrics,
+        run_dir.environment(), round(time.monotonic() - started, 2), {},
+    )  # fmt: skip
+    return run_dir.publish(out, record, keep=[LOG_NAME])
+
+
+def sparse_layers(model: PreTrainedModel, folder: Path) -> tuple[list[str], Pattern | None]:
+    """The linears that get an adapter: those the pruner made sparse.
+
+    A folder written by `lors prune` says which; elsewhere every linear of a decoder block with at least 5 % zeros.
+
+    Args:
+        model: the sparse model.
+        folder: where it was loaded from.
+
+    Returns:
+        Full names, and the pattern where it is known.
+
+    Raises:
+        UsageError: no linear is sparse.
+    """
+    from lors_cli.models import prunable_linears
+
+    linears = prunable_linears(model)
+    record = run_dir.read_record(folder) if folder.is_dir() else None
+    pattern = None
+    if record is not None and record.metrics.get("pattern") not in (None, "dense"):
+        pattern = Pattern.parse(record.metrics["pattern"], record.metrics["sparsity"] * 0.999)
+        layers = [layer["name"] for layer in record.metrics["layers"]]
+        missing = [name for name in layers if name not in linears]
+        if missing:
+            raise UsageError(f"{folder}: stage.json names {missing[0]}, which the checkpoint does not have.")
+    else:
+        layers = [name for name, linear in linears.items()
+                  if float((linear.weight == 0).float().mean()) >= DENSE_BELOW]  # fmt: skip
+    if not layers:
+        raise UsageError(
+            "the model is dense: no linear of its decoder blocks has zeros to keep.", "Prune it first: lors prune"
+        )
+    return layers, pattern
+
+
+def _load_data(config: TuneConfig, network: PreTrainedModel, tokenizer: Any, data_dir: Path | None) -> TuneData:
+    from lors_cli.models import model_max_length
+    from lors_cli.tokens import tuning_samples
+
+    needed = config.max_steps * config.batch_size if config.max_steps else None
+    data = tuning_samples(config.data, tokenizer, seed=config.seed, num_needed=needed,
+                          model_max_length=model_max_length(network), data_dir=data_dir)  # fmt: skip
+    skipped = ", ".join(f"{count} {reason}" for reason, count in data.skipped.items() if count)
+    console.info(f"  data: {config.data.dataset}, {len(data.samples)} samples, {data.num_tokens} tokens"
+                 + (f" (skipped: {skipped})" if skipped else ""))  # fmt: skip
+    for sample in data.samples:  # the first token is never predicted, so it must not count as a label
+        sample["labels"][0] = -100
+    return data
+
+
+def _prepare(
+    config: TuneConfig, network: PreTrainedModel, layers: list[str], data: TuneData, tokenizer: Any, out: Path,
+    fingerprint: str,
+) -> AdapterTrainer:  # fmt: skip
+    """Adapters on the model, started as the config says, and a Trainer around it."""
+    import torch
+
+    from lors_cli.models import quiet_libraries
+    from lors_cli.tokens import PadCollator
+    from lors_cli.tuning.adapter import attach
+    from lors_cli.tuning.initialization import gradient_directions
+    from lors_cli.tuning.trainer import AdapterTrainer, latest_checkpoint, training_arguments
+
+    checkpoints = out / CHECKPOINTS_NAME
+    collator = PadCollator(tokenizer.pad_token_id)
+    resumed = latest_checkpoint(checkpoints, fingerprint) is not None
+    start = {}
+    if config.init == "gradient" and not resumed:
+        linears: dict[str, nn.Linear] = {name: network.get_submodule(name) for name in layers}  # type: ignore[misc]
+        generator = torch.Generator().manual_seed(config.seed)
+        chosen = torch.randperm(len(data.samples), generator=generator)[: config.init_samples].tolist()
+        size = config.micro_batch_size
+        batches = [collator([data.samples[index] for index in chosen[first : first + size]])
+                   for first in range(0, len(chosen), size)]  # fmt: skip
+        start = gradient_directions(network, linears, batches, config.rank, seed=config.seed)
+    adapted = attach(network, layers, config.rank, config.alpha, use_rslora=config.use_rslora)
+    with torch.no_grad():
+        for name, directions in start.items():
+            adapted[name].lora_A.copy_(directions)
+    if config.gradient_checkpointing:
+        network.enable_input_require_grads()
+        network.gradient_checkpointing_enable({"use_reentrant": False})
+    with quiet_libraries():
+        return AdapterTrainer(
+            model=network, args=training_arguments(config, checkpoints, network.device), data_collator=collator,
+            train_dataset=data.samples, checkpoints=checkpoints, fingerprint=fingerprint,
+        )  # fmt: skip
+
+
+def _train(trainer: AdapterTrainer, config: TuneConfig, out: Path, fingerprint: str) -> dict[str, Any]:
+    """Run the Trainer to its end, from the last checkpoint where there is one."""
+    import shutil
+
+    from transformers.trainer_callback import PrinterCallback
+
+    from lors_cli.models import quiet_libraries
+    from lors_cli.tuning.trainer import (
+        LogCallback,
+        StepLog,
+        StopCallback,
+        latest_checkpoint,
+        stopping_gently,
+        whole_checkpoints,
+    )  # fmt: skip
+
+    network = trainer.model
+    assert network is not None
+    use_cache = network.config.use_cache
+    checkpoints = out / CHECKPOINTS_NAME
+    ours = whole_checkpoints(checkpoints, fingerprint)
+    for path in checkpoints.iterdir() if checkpoints.is_dir() else ():
+        if path not in ours:
+            shutil.rmtree(path)
+    last = latest_checkpoint(checkpoints, fingerprint)
+    done = int(last.name.rpartition("-")[2]) if last else 0
+    total = _num_steps(config, len(trainer.train_dataset))  # type: ignore[arg-type]
+    log = StepLog(out / LOG_NAME)
+    log.cut_after(done)
+    if last:
+        console.info(f"  going on after step {done} of {total} from {last}")
+    with console.progress("tune", total, "steps") as task, quiet_libraries():
+        task.skip(done)
+        callback, stop = LogCallback(log, task), StopCallback()
+        callback.trainer = trainer
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(callback)
+        trainer.add_callback(stop)
+        if done >= total:
+            assert last is not None
+            trainer._load_from_checkpoint(str(last))
+        else:
+            with stopping_gently(stop):
+                trainer.train(resume_from_checkpoint=str(last) if last else None)
+    network.config.use_cache = use_cache
+    network.eval()
+    return _loss_metrics(log.rows())
+
+
+def _num_steps(config: TuneConfig, num_samples: int) -> int:
+    """Optimiser steps of the whole run, as the Trainer counts them."""
+    import math
+
+    if config.max_steps:
+        return config.max_steps
+    micro_batches = math.ceil(num_samples / config.micro_batch_size)
+    steps_an_epoch = max(1, math.ceil(micro_batches / (config.batch_size // config.micro_batch_size)))
+    return math.ceil(config.epochs * steps_an_epoch)
+
+
+def _loss_metrics(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    if not rows:
+        raise MissingError("the training log is empty: no optimiser step was made.")
+    tail = rows[-max(1, len(rows) // 10) :]
+    rates = sorted(row["tokens_per_s"] for row in rows)
+    return {
+        "steps": rows[-1]["step"],
+        "first_loss": round(rows[0]["loss"], 6),
+        "last_loss": round(sum(row["loss"] for row in tail) / len(tail), 6),
+        "tokens_per_s": rates[len(rates) // 2],
+    }
+
+
+def _data_metrics(data: TuneData) -> dict[str, Any]:
+    return {"num_samples": len(data.samples), "skipped": dict(data.skipped), "tokens_an_epoch": data.num_tokens}
+
+
+def _adapter_config(
+    config: TuneConfig, network: PreTrainedModel, layers: list[str], model: ModelConfig, base_fingerprint: str
+) -> Any:
+    from lors_cli.tuning.adapter import AdapterConfig, base_mask, lors_layers
+
+    return AdapterConfig(
+        rank=config.rank, alpha=config.alpha, use_rslora=config.use_rslora, layers=tuple(layers), base=model.path,
+        base_fingerprint=base_fingerprint, base_mask=base_mask(lors_layers(network)),
+    )  # fmt: skip
+
+
+def _write_results(
+    staging: Path, network: PreTrainedModel, tokenizer: Any, adapter: Any, pattern: Pattern | None
+) -> dict[str, Any]:
+    """Adapter and merged checkpoint into `staging`, once the merged weights are known to keep the zeros."""
+    from lors_cli.models import prunable_linears, save_checkpoint
+    from lors_cli.tuning.adapter import adapter_tensors, merge_adapters, save_adapter
+
+    trainable = sum(tensor.numel() for tensor in adapter_tensors(network).values())
+    save_adapter(network, staging / ADAPTER_NAME, adapter)
+    num_zeroed = merge_adapters(network)
+    if num_zeroed:
+        console.info(f"  {num_zeroed} kept weights became exactly zero in the merge")
+    linears = prunable_linears(network)
+    layers = [measure(name, linears[name].weight, pattern) for name in adapter.layers]
+    summary = summarise(layers, pattern)
+    if summary["violations"]:
+        raise SparsityError(
+            f"the merged model breaks {pattern} at {summary['violations']} places; nothing was written."
+        )
+    if pattern is None:
+        summary["pattern"] = "unstructured"
+    save_checkpoint(network, tokenizer, staging)
+    return {**summary, "trainable_parameters": trainable, "zeroed": num_zeroed, "base_mask": adapter.base_mask}
+
+
+def _write_card(staging: Path, config: TuneConfig, model: ModelConfig, metrics: dict[str, Any]) -> None:
+    from lors_cli.report.card import model_card
+
+    record = run_dir.read_record(Path(model.path)) if Path(model.path).is_dir() else None
+    card = model_card(
+        base_model=record.inputs.get("path", model.path) if record else model.path,
+        prune=record.config if record and record.stage == "prune" else None,
+        tune=run_dir.plain(config), metrics=metrics, environment=run_dir.environment(),
+    )  # fmt: skip
+    run_dir.write_text(staging / "README.md", card)

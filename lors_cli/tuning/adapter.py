@@ -1,0 +1,268 @@
+"""Put adapters on a sparse model, save and load them, and merge them into the weights.
+
+On disk an adapter looks like PEFT's, but names its type LORS: stock PEFT would merge it densely without a word, so
+it must not recognise it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lors_cli import console, run_dir
+from lors_cli.errors import MissingError, SparsityError, UsageError, require_file
+from lors_cli.sparsity import mask_digest
+from lors_cli.tuning.lors import LorsLinear
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+PEFT_TYPE = "LORS"
+WEIGHTS_NAME = "adapter_model.safetensors"
+CONFIG_NAME = "adapter_config.json"
+PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What `adapter_config.json` holds.
+
+    Args:
+        rank: r.
+        alpha: numerator of the scale.
+        use_rslora: scale alpha/√r, else alpha/r.
+        layers: full names of the adapted linears.
+        base: the sparse model's path or hub id.
+        base_fingerprint: its fingerprint.
+        base_mask: digest of where the adapted weights are zero.
+    """
+
+    rank: int
+    alpha: float
+    use_rslora: bool
+    layers: tuple[str, ...]
+    base: str
+    base_fingerprint: str
+    base_mask: str
+
+
+def attach(
+    model: PreTrainedModel, layers: list[str], rank: int, alpha: float, *, use_rslora: bool
+) -> dict[str, LorsLinear]:
+    """Replace linears by LoRS layers, in place.
+
+    Args:
+        model: the sparse model.
+        layers: full names of its linears.
+        rank: r.
+        alpha: numerator of the scale.
+        use_rslora: scale alpha/√r, else alpha/r.
+
+    Returns:
+        The new layers by name.
+    """
+    adapted = {}
+    for name in layers:
+        adapted[name] = LorsLinear(model.get_submodule(name), rank, alpha, use_rslora=use_rslora)  # type: ignore[arg-type]
+        model.set_submodule(name, adapted[name])
+    return adapted
+
+
+def lors_layers(model: nn.Module) -> dict[str, LorsLinear]:
+    """Every LoRS layer of a model by full name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LorsLinear)}
+
+
+def base_mask(layers: dict[str, Any]) -> str:
+    """The digest of where the weights of linears or LoRS layers are zero."""
+    return mask_digest((name, layer.weight) for name, layer in layers.items())
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The adapters' tensors under PEFT's names, on the CPU."""
+    tensors = {}
+    for name, layer in lors_layers(model).items():
+        for part in ("lora_A", "lora_B"):
+            tensors[f"{PREFIX}{name}.{part}.weight"] = getattr(layer, part).detach().cpu().contiguous()
+    return tensors
+
+
+def save_adapter(model: nn.Module, folder: Path, config: AdapterConfig) -> None:
+    """Write `adapter_model.safetensors` and `adapter_config.json`.
+
+    Args:
+        model: with LoRS layers.
+        folder: made when missing.
+        config: written beside the tensors.
+    """
+    from safetensors.torch import save
+
+    run_dir.write_bytes(folder / WEIGHTS_NAME, save(adapter_tensors(model), metadata={"format": "pt"}))
+    content = {
+        "peft_type": PEFT_TYPE,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": config.base,
+        "base_fingerprint": config.base_fingerprint,
+        "base_mask": config.base_mask,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "use_rslora": config.use_rslora,
+        "target_modules": list(config.layers),
+    }
+    run_dir.write_json(folder / CONFIG_NAME, content)
+
+
+def read_adapter_config(folder: Path) -> AdapterConfig:
+    """The configuration of a saved adapter.
+
+    Raises:
+        MissingError: there is none.
+        UsageError: it is broken, or of another type than LORS.
+    """
+    path = require_file(folder / CONFIG_NAME, "adapter configuration")
+    content = run_dir.read_json(path)
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} is not readable JSON.")
+    if content.get("peft_type") != PEFT_TYPE:
+        raise UsageError(
+            f"{path} is a {content.get('peft_type')!s} adapter, not {PEFT_TYPE}.",
+            "Merging another kind of adapter would fill the zeros; lors only merges its own.",
+        )
+    try:
+        return AdapterConfig(
+            rank=int(content["r"]),
+            alpha=float(content["lora_alpha"]),
+            use_rslora=bool(content["use_rslora"]),
+            layers=tuple(content["target_modules"]),
+            base=str(content["base_model_name_or_path"]),
+            base_fingerprint=str(content["base_fingerprint"]),
+            base_mask=str(content["base_mask"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{path} is not complete: {error}") from error
+
+
+def load_tensors(model: nn.Module, path: Path) -> None:
+    """Fill the adapters of a model from a file written by `save_adapter`.
+
+    Raises:
+        UsageError: names or shapes do not fit the model.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(require_file(path, "adapter weights"))
+    except SafetensorError as error:
+        raise UsageError(f"{path} is not a whole safetensors file: {error}") from error
+    wanted = adapter_tensors(model)
+    odd = sorted(set(wanted) ^ set(tensors)) or [key for key in wanted if wanted[key].shape != tensors[key].shape]
+    if odd:
+        raise UsageError(f"{path} does not fit its configuration, first at {odd[0]}.")
+    with torch.no_grad():
+        for name, layer in lors_layers(model).items():
+            layer.lora_A.copy_(tensors[f"{PREFIX}{name}.lora_A.weight"])
+            layer.lora_B.copy_(tensors[f"{PREFIX}{name}.lora_B.weight"])
+
+
+def load_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """Put a saved adapter on the sparse model it was trained for.
+
+    Args:
+        base: a model with the same zeros as at training; changed in place.
+        folder: written by `save_adapter`.
+
+    Returns:
+        `base` with LoRS layers.
+
+    Raises:
+        UsageError: the base has other layers, or its zeros lie elsewhere.
+        MissingError: the adapter is not there.
+    """
+    from torch import nn
+
+    config = read_adapter_config(folder)
+    linears = {}
+    for name in config.layers:
+        try:
+            module = base.get_submodule(name)
+        except AttributeError:
+            module = None
+        if not isinstance(module, nn.Linear):
+            raise UsageError(f"the adapter in {folder} was made for another model: this one has no linear {name}.")
+        linears[name] = module
+    if base_mask(linears) != config.base_mask:
+        raise UsageError(
+            f"the adapter in {folder} belongs to another sparse model: the zeros lie elsewhere.",
+            f"It was trained on {config.base}; merging it here would not keep what was tuned.",
+        )
+    attach(base, list(config.layers), config.rank, config.alpha, use_rslora=config.use_rslora)
+    load_tensors(base, folder / WEIGHTS_NAME)
+    return base
+
+
+def merge_adapters(model: PreTrainedModel) -> int:
+    """Replace every LoRS layer by an ordinary linear with the masked merged weight, in place.
+
+    Args:
+        model: with LoRS layers.
+
+    Returns:
+        How many kept weights became exactly zero.
+
+    Raises:
+        SparsityError: a zero of the base became non-zero.
+    """
+    num_lost = 0
+    for name, layer in lors_layers(model).items():
+        linear = layer.to_linear()
+        if not bool(torch.isfinite(linear.weight).all()):
+            raise UsageError(f"the merged weight of {name} holds NaN or Inf; the adapter is broken.")
+        if bool(((linear.weight != 0) & (layer.weight == 0)).any()):
+            raise SparsityError(f"merging would fill zeros of {name}; nothing was written.")
+        num_lost += int(((linear.weight == 0) & (layer.weight != 0)).sum())
+        model.set_submodule(name, linear)
+    return num_lost
+
+
+def merge(base_path: str, adapter: Path, out: Path, *, dtype: str = "auto", device: str = "auto") -> dict[str, Any]:
+    """`lors merge`: the masked merge of a saved adapter into its sparse base, as a checkpoint.
+
+    Args:
+        base_path: the sparse model.
+        adapter: folder written by tuning.
+        out: stage folder for the merged checkpoint.
+        dtype: of the base, auto for its own.
+        device: where to merge.
+
+    Returns:
+        Counts for the user: layers, weights that became zero.
+    """
+    import time
+
+    from lors_cli.models import load_model, load_tokenizer, model_fingerprint, save_checkpoint
+    from lors_cli.recipe import ModelConfig
+
+    started = time.monotonic()
+    if not adapter.is_dir():
+        raise MissingError(f"No adapter folder at {adapter}.")
+    config = read_adapter_config(adapter)
+    source = ModelConfig(path=base_path, dtype=dtype, device=device)  # type: ignore[arg-type]
+    fingerprint = model_fingerprint(source)
+    if fingerprint != config.base_fingerprint:
+        console.detail("  the base's fingerprint differs from training time; its zeros are compared instead")
+    tokenizer = load_tokenizer(source)
+    model = load_adapter(load_model(source), adapter)
+    metrics = {"layers_merged": len(config.layers), "zeroed": merge_adapters(model)}
+    save_checkpoint(model, tokenizer, run_dir.staging_dir(out))
+    inputs = {"model": fingerprint, "adapter": run_dir.file_sha256(adapter / WEIGHTS_NAME)}
+    record = run_dir.StageRecord(
+        "merge", run_dir.fingerprint("merge", 1, {}, inputs), {"adapter": str(adapter)}, inputs, metrics,
+        run_dir.environment(), round(time.monotonic() - started, 2), {},
+    )  # fmt: skip
+    run_dir.publish(out, record)
+    return metrics

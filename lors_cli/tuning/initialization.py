@@ -1,0 +1,137 @@
+"""Where the adapters start: along the loss gradient.
+
+Legend: dW (R, C) loss gradient at a weight, A = lora_A (r, C), R out_features, C in_features, r rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lors_cli import console
+from lors_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+SHARE_AT_ONCE = 8
+"""At most one part in so many of all dW is in memory at a time (but always one layer)."""
+SMALLEST_BUDGET = 64 << 20
+
+
+def top_right_singular_vectors(dW: torch.Tensor, rank: int, *, seed: int = 0) -> torch.Tensor:
+    """An orthonormal basis of the directions of the input that dW acts on most.
+
+    Args:
+        dW: (R, C) float32.
+        rank: r ≤ C.
+        seed: of the randomised range finder that is used for large matrices.
+
+    Returns:
+        (r, C) float32, rows sorted by falling singular value, each row's largest entry positive.
+
+    Raises:
+        UsageError: the rank is above C.
+
+    Source: truncated SVD by subspace iteration, Halko et al. Algorithm 5.1, arXiv:0909.4061.
+    """
+    num_rows, num_columns = dW.shape
+    if rank > num_columns:
+        raise UsageError(f"rank: {rank} is above a layer's {num_columns} inputs; choose a smaller rank.")
+    width = 2 * rank + 16
+    if width >= min(num_rows, num_columns):
+        vectors = torch.linalg.svd(dW, full_matrices=True).Vh[:rank]
+    else:
+        with torch.random.fork_rng(devices=[dW.device] if dW.is_cuda else []):
+            torch.manual_seed(seed)
+            vectors = torch.svd_lowrank(dW, q=width, niter=4)[2].T[:rank]
+    peak = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
+    return vectors * torch.where(peak < 0, -1.0, 1.0)
+
+
+def gradient_directions(
+    model: PreTrainedModel,
+    linears: dict[str, nn.Linear],
+    batches: list[dict[str, torch.Tensor]],
+    rank: int,
+    *,
+    seed: int,
+) -> dict[str, torch.Tensor]:
+    """The top right singular vectors of the loss gradient dW of every linear, summed over the samples.
+
+    Layers are taken a few at a time, so that never more than an eighth of all dW is in memory (a single layer
+    where that is more); each group costs one forward and backward pass over the samples.
+
+    Args:
+        model: the sparse model, without adapters.
+        linears: by full name; their weights need no gradient before and after.
+        batches: collated samples (input_ids, attention_mask, labels).
+        rank: r.
+        seed: of the SVD's random start.
+
+    Returns:
+        (r, C) float32 by name.
+
+    Raises:
+        UsageError: the loss or a gradient is not finite, or the rank is too large.
+    """
+    directions = {}
+    groups = list(_layer_groups(linears))
+    with console.progress("gradient init", len(groups), "layer groups") as task:
+        for group in groups:
+            for name, dW in _summed_gradients(model, group, batches).items():
+                if not bool(torch.isfinite(dW).all()):
+                    raise UsageError(f"the loss gradient of {name} is not finite; try dtype: float32.")
+                directions[name] = top_right_singular_vectors(dW, rank, seed=seed)
+            task.advance()
+    return directions
+
+
+def _layer_groups(linears: dict[str, nn.Linear]) -> Iterator[dict[str, nn.Linear]]:
+    """Runs of layers, last ones first: their backward passes are the shortest."""
+    sizes = {name: 4 * linear.weight.numel() for name, linear in linears.items()}
+    budget = max(SMALLEST_BUDGET, sum(sizes.values()) // SHARE_AT_ONCE)
+    group: dict[str, nn.Linear] = {}
+    used = 0
+    for name, linear in reversed(linears.items()):
+        if group and used + sizes[name] > budget:
+            yield group
+            group, used = {}, 0
+        group[name] = linear
+        used += sizes[name]
+    yield group
+
+
+def _summed_gradients(
+    model: PreTrainedModel, group: dict[str, nn.Linear], batches: list[dict[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """dW (R, C) float32 of each layer of the group, one backward pass a batch."""
+    totals = {name: torch.zeros_like(linear.weight, dtype=torch.float32) for name, linear in group.items()}
+
+    def adder(total: torch.Tensor) -> Any:
+        def add(weight: torch.Tensor) -> None:
+            assert weight.grad is not None
+            total.add_(weight.grad)
+            weight.grad = None
+
+        return add
+
+    handles = []
+    num_labels = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+    try:
+        for name, linear in group.items():
+            linear.weight.requires_grad_(True)
+            handles.append(linear.weight.register_post_accumulate_grad_hook(adder(totals[name])))
+        for batch in batches:
+            inputs = {key: value.to(model.device) for key, value in batch.items()}
+            loss = model(**inputs, use_cache=False, num_items_in_batch=num_labels).loss
+            loss.backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for linear in group.values():
+            linear.weight.requires_grad_(False)
+    return totals

@@ -1,0 +1,254 @@
+"""`transformers.Trainer` for adapters: whole checkpoints, an honest log, a stop on a broken loss."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from lors_cli import console, run_dir
+from lors_cli.errors import UsageError
+from lors_cli.tuning.adapter import WEIGHTS_NAME, adapter_tensors, load_tensors
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lors_cli.recipe import TuneConfig
+
+KEEP_CHECKPOINTS = 2
+MARKER_NAME = "lors.json"
+PARTIAL_NAME = ".partial"
+
+
+class AdapterTrainer(Trainer):
+    """A Trainer whose checkpoints hold adapters and its own state only, and appear by rename.
+
+    Args:
+        checkpoints: folder for `checkpoint-N`.
+        fingerprint: of the stage; checkpoints of another are never resumed from.
+        **options: as for `transformers.Trainer`.
+    """
+
+    def __init__(self, *, checkpoints: Path, fingerprint: str, **options: Any) -> None:
+        super().__init__(**options)
+        self.checkpoints = checkpoints
+        self.fingerprint = fingerprint
+        self.tokens_seen = 0
+        self._is_saving = False
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """One micro-batch; its tokens are counted for the log."""
+        self.tokens_seen += int(inputs["attention_mask"].sum())
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
+        norm = float(super()._get_grad_norm(model, grad_norm))
+        if not math.isfinite(norm):
+            kept = latest_checkpoint(self.checkpoints, self.fingerprint)
+            raise UsageError(
+                f"training broke at step {self.state.global_step + 1}: the loss or its gradient is not finite.",
+                f"Lower learning_rate or use dtype: float32. {f'{kept} is kept.' if kept else 'No checkpoint yet.'}",
+            )
+        return norm
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.checkpoints / PARTIAL_NAME) if self._is_saving else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        partial = self.checkpoints / PARTIAL_NAME
+        shutil.rmtree(partial, ignore_errors=True)
+        self._is_saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._is_saving = False
+        name = f"checkpoint-{self.state.global_step}"
+        run_dir.write_json(partial / name / MARKER_NAME, {"fingerprint": self.fingerprint})
+        for file in (partial / name).iterdir():
+            run_dir.sync_file(file)
+        shutil.rmtree(self.checkpoints / name, ignore_errors=True)
+        os.replace(partial / name, self.checkpoints / name)
+        run_dir.sync_folder(self.checkpoints)
+        shutil.rmtree(partial)
+        for old in whole_checkpoints(self.checkpoints, self.fingerprint)[:-KEEP_CHECKPOINTS]:
+            shutil.rmtree(old)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        from safetensors.torch import save
+
+        folder = Path(output_dir or self.args.output_dir)
+        assert self.model is not None
+        run_dir.write_bytes(folder / WEIGHTS_NAME, save(adapter_tensors(self.model), metadata={"format": "pt"}))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        target = model or self.model
+        assert target is not None
+        load_tensors(target, Path(resume_from_checkpoint) / WEIGHTS_NAME)
+
+
+def whole_checkpoints(folder: Path, fingerprint: str) -> list[Path]:
+    """The complete checkpoints of this stage in `folder`, oldest first; others are passed over.
+
+    Args:
+        folder: may be missing.
+        fingerprint: of the stage.
+    """
+    needed = (WEIGHTS_NAME, "optimizer.pt", "scheduler.pt", "trainer_state.json")
+    found = []
+    for path in folder.glob("checkpoint-*") if folder.is_dir() else ():
+        marker = run_dir.read_json(path / MARKER_NAME)
+        is_ours = isinstance(marker, dict) and marker.get("fingerprint") == fingerprint
+        step = path.name.removeprefix("checkpoint-")
+        if is_ours and step.isdecimal() and all((path / name).is_file() for name in needed):
+            found.append((int(step), path))
+    return [path for _, path in sorted(found)]
+
+
+def latest_checkpoint(folder: Path, fingerprint: str) -> Path | None:
+    """The newest complete checkpoint of this stage, or None."""
+    found = whole_checkpoints(folder, fingerprint)
+    return found[-1] if found else None
+
+
+@dataclass
+class StepLog:
+    """`log.jsonl`: a line an optimiser step."""
+
+    path: Path
+
+    def cut_after(self, step: int) -> None:
+        """Forget steps after `step`, which an interrupted run did and this one does again."""
+        kept = [line for line in self.rows() if line["step"] <= step]
+        run_dir.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Every whole line."""
+        if not self.path.is_file():
+            return []
+        rows = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run may be torn
+                rows.append(json.loads(line))
+        return rows
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add a line."""
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+class LogCallback(TrainerCallback):
+    """Writes `log.jsonl` and shows loss and throughput live."""
+
+    def __init__(self, log: StepLog, task: console.Task) -> None:
+        self.log, self.task = log, task
+        self.trainer: AdapterTrainer | None = None
+        self._since = time.monotonic()
+        self._tokens = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        self._since = time.monotonic()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """One optimiser step is done."""
+        if not logs or "loss" not in logs:
+            return
+        assert self.trainer is not None
+        now = time.monotonic()
+        rate = (self.trainer.tokens_seen - self._tokens) / max(now - self._since, 1e-9)
+        self._since, self._tokens = now, self.trainer.tokens_seen
+        row = {"step": state.global_step, "loss": logs["loss"], "learning_rate": logs.get("learning_rate"),
+               "grad_norm": float(logs["grad_norm"]), "tokens_per_s": round(rate, 1),
+               "epoch": round(state.epoch or 0.0, 4)}  # fmt: skip
+        self.log.append(row)
+        self.task.update(state.global_step, f"loss {row['loss']:.3f} · {rate:.0f} tokens/s")
+
+
+class StopCallback(TrainerCallback):
+    """After a Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask the Trainer to save and stop."""
+        if self.asked:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+@contextlib.contextmanager
+def stopping_gently(callback: StopCallback) -> Iterator[None]:
+    """Turn the first Ctrl-C or SIGTERM into a saved stop, which then raises KeyboardInterrupt; a second stops at once."""
+
+    def ask(number: int, frame: Any) -> None:
+        if callback.asked:
+            raise KeyboardInterrupt
+        callback.asked = True
+        console.warn("stopping: this step is finished and saved first; press Ctrl-C again to stop at once")
+
+    before: dict[int, Callable[..., Any] | int | None] = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, ask)
+    except ValueError:  # not the main thread: the caller's own handling stays
+        before = {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if callback.asked:
+        raise KeyboardInterrupt
+
+
+def training_arguments(config: TuneConfig, checkpoints: Path, device: torch.device) -> TrainingArguments:
+    """The Trainer's settings for a tune config.
+
+    Args:
+        config: the stage's settings.
+        checkpoints: where `checkpoint-N` go.
+        device: of the model.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    samples = config.micro_batch_size * world_size
+    if config.batch_size % samples:
+        raise UsageError(f"batch_size: {config.batch_size} is no multiple of {samples} samples in flight.")
+    return TrainingArguments(
+        output_dir=str(checkpoints),
+        per_device_train_batch_size=config.micro_batch_size,
+        gradient_accumulation_steps=config.batch_size // samples,
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr": config.min_learning_rate},
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        optim="adamw_torch",
+        seed=config.seed,
+        data_seed=config.seed,
+        save_strategy="steps",
+        save_steps=config.save_steps,
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to=["tensorboard"] if config.tensorboard else [],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+        use_cpu=device.type == "cpu",
+    )

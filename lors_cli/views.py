@@ -1,0 +1,84 @@
+"""Plans, results and inspections as a person and as a program reads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lors_cli import console
+from lors_cli.pipeline import StagePlan, describe
+from lors_cli.planning import try_estimate
+
+
+def plan_document(name: str, out: Path, plans: list[StagePlan]) -> dict[str, Any]:
+    """A dry run's JSON document.
+
+    Args:
+        name: of the run or stage.
+        out: its folder.
+        plans: the stages in order.
+    """
+    stages = []
+    for plan in plans:
+        needs, why = try_estimate(plan.config, next(iter(plan.models.values())))
+        stages.append({
+            "stage": plan.stage, "status": plan.status, "detail": plan.detail, "what": describe(plan),
+            "folder": str(plan.folder), "fingerprint": plan.fingerprint,
+            "models": {label: model.path for label, model in plan.models.items()},
+            "peak_memory_bytes": needs.memory if needs else None, "disk_bytes": needs.disk if needs else None,
+            "estimate": str(needs) if needs else why,
+        })  # fmt: skip
+    return {"name": name, "run": str(out), "dry_run": True, "stages": stages}
+
+
+def show_plan(document: dict[str, Any]) -> None:
+    """A dry run on the terminal, and as JSON with --json."""
+    console.result(f"{document['name']} → {document['run']} (dry run: nothing is written)")
+    for number, stage in enumerate(document["stages"], 1):
+        console.result(f"\n{number}. {stage['stage']}: {stage['what']}")
+        console.result(f"   reads   {', '.join(stage['models'].values())}")
+        console.result(f"   writes  {stage['folder']}")
+        console.result(f"   needs   {stage['estimate']}")
+    console.document(document)
+
+
+def show_results(results: dict[str, Any], *, title: str | None = None) -> None:
+    """The table of an evaluation.
+
+    Args:
+        results: label → content of its JSON file.
+        title: above the table.
+    """
+    from lors_cli.evaluation import summary_table
+
+    if results:
+        columns, rows = summary_table(results)
+        console.table(columns, rows, title=title)
+
+
+def show_run(summary: dict[str, Any]) -> None:
+    """What `lors run` did: the results and where they are."""
+    show_results(summary["results"])
+    skipped = [stage["stage"] for stage in summary["stages"] if stage["status"] == "skipped"]
+    if len(skipped) == len(summary["stages"]):
+        console.result("Every stage was finished already: nothing was done.")
+    for stage in summary["stages"]:
+        note = " (finished earlier)" if stage["status"] == "skipped" else ""
+        console.result(f"{stage['stage']:7}{stage['folder']}{note}")
+    console.result(f"report {summary['report']}")
+    console.document(summary)
+
+
+def show_inspection(path: str, document: dict[str, Any]) -> None:
+    """Sparsity by layer, and what breaks the pattern."""
+    rows = [[layer["name"], "×".join(map(str, layer["shape"])), f"{100 * layer['sparsity']:.2f} %"]
+            for layer in document["layers"]]  # fmt: skip
+    if console.verbosity() < 1 and len(rows) > 24:
+        hidden = len(rows) - 16
+        rows = [*rows[:8], [f"… {hidden} more, shown with -v", "", ""], *rows[-8:]]
+    console.table(["linear", "shape", "zeros"], rows)
+    console.result(
+        f"{path}: {document['pattern']}, {100 * document['sparsity']:.2f} % zeros in {len(document['layers'])} "
+        f"linears, {document['violations']} violations"
+    )
+    console.document(document)

@@ -1,0 +1,98 @@
+"""Tiny random models of ten architectures, and a checkpoint with its tokenizer on disk."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+VOCABULARY = 64
+SIZES = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 64, "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1,
+}  # fmt: skip
+GATED = {**SIZES, "intermediate_size": 64, "num_key_value_heads": 2}
+TWO_WINDOWS = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama": ("LlamaConfig", GATED),
+    "Mistral": ("MistralConfig", {**GATED, "sliding_window": 6}),
+    "Qwen2": ("Qwen2Config", GATED),
+    "Qwen3": ("Qwen3Config", {**GATED, "head_dim": 8}),
+    "Gemma": ("GemmaConfig", {**GATED, "head_dim": 8}),
+    "Gemma2": ("Gemma2Config", {**GATED, "head_dim": 8, **TWO_WINDOWS}),
+    "Gemma3": ("Gemma3TextConfig", {**GATED, "head_dim": 8, **TWO_WINDOWS}),
+    "Phi3": ("Phi3Config", GATED),
+    "OPT": ("OPTConfig", {**SIZES, "ffn_dim": 64, "word_embed_proj_dim": 32, "init_std": 0.2}),
+    "GPT-NeoX": ("GPTNeoXConfig", {**SIZES, "intermediate_size": 64}),
+}
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def architecture(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def build() -> Callable[..., PreTrainedModel]:
+    """Makes a tiny random model of an architecture; keyword arguments change its configuration."""
+
+    def make(name: str = "Llama", **changes: Any) -> PreTrainedModel:
+        config_class, settings = ARCHITECTURES[name]
+        torch.manual_seed(0)
+        config = getattr(transformers, config_class)(**{**settings, **changes})
+        return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def batches() -> list[torch.Tensor]:
+    """Ten sequences of 24 tokens; the last batch is smaller."""
+    tokens = torch.randint(2, VOCABULARY, (10, 24), generator=torch.Generator().manual_seed(1))
+    return list(tokens.split(4))
+
+
+@pytest.fixture(scope="session")
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    words = {"<pad>": 0, "<eos>": 1, **{f"w{index}": index for index in range(2, VOCABULARY)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
+
+
+@pytest.fixture
+def checkpoint(
+    tmp_path: Path, build: Callable[..., PreTrainedModel], word_tokenizer: PreTrainedTokenizerFast
+) -> Path:
+    """A tiny float32 Llama saved with its tokenizer."""
+    folder = tmp_path / "dense"
+    build(num_hidden_layers=3).save_pretrained(folder)
+    word_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def token_file(tmp_path: Path, batches: list[torch.Tensor]) -> Path:
+    """The sequences of `batches` as a pre-tokenised file."""
+    path = tmp_path / "calibration.safetensors"
+    save_file({"input_ids": torch.cat(batches)}, path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def model_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stands in for the model card where its module is not there."""
+    if importlib.util.find_spec("lors_cli.report.card") is None:
+        card = ModuleType("lors_cli.report.card")
+        card.model_card = lambda **_: "# card\n"  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "lors_cli.report.card", card)

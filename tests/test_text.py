@@ -1,0 +1,265 @@
+"""Text sources: what they give, and what a user's mistake is told."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lors_cli.errors import MissingError, UsageError
+from lors_cli.prompts import alpaca_prompt
+from lors_cli.text import SOURCES, TextSource, fingerprint_source, open_source
+
+TEXTS = [{"text": "one"}, {"text": "zwei ä"}, {"text": "three\nlines"}]
+PAIRS = [
+    {"instruction": "Add.", "input": "1 1", "output": "2"},
+    {"instruction": "Say {hi}.", "output": "{hi}"},
+]
+
+
+def _open(name: Any, want: Any = "text", split: Any = "train", data_dir: Path | None = None) -> TextSource:
+    return open_source(str(name), split=split, data_dir=data_dir, want=want)
+
+
+def _write(path: Path, rows: list[Any]) -> Path:
+    """The rows in the format that the file's name tells."""
+    if path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        return path
+    name = path.name.removesuffix(".gz")
+    text = json.dumps(rows) if name.endswith(".json") else "".join(json.dumps(row) + "\n" for row in rows)
+    data = text.encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+def test_importing_loads_no_torch() -> None:
+    code = "import sys, lors_cli.text; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
+    root = Path(__file__).parents[1]
+    run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz", "a.parquet"])
+def test_local_rows(tmp_path: Path, name: str) -> None:
+    texts = _open(_write(tmp_path / name, TEXTS))
+    assert (texts.kind, texts.streamed, texts.path) == ("text", False, None)
+    assert list(texts.rows()) == TEXTS
+    assert list(texts.rows()) == TEXTS  # readable twice
+    pairs = _open(_write(tmp_path / f"pairs-{name}", PAIRS), want="instructions")
+    assert pairs.kind == "instructions"
+    assert list(pairs.rows()) == [PAIRS[0], {"input": "", **PAIRS[1]}]
+
+
+def test_json_may_be_lines_and_jsonl_may_have_blank_lines_and_a_mark(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\n{"text": "two", "id": 7}')
+    assert list(_open(path).rows()) == [{"text": "one"}, {"text": "two"}]
+
+
+def test_instructions_as_text_are_prompt_and_response(tmp_path: Path) -> None:
+    source = _open(_write(tmp_path / "a.jsonl", PAIRS))
+    first, second = (row["text"] for row in source.rows())
+    assert source.kind == "text"
+    assert first == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nAdd.\n\n### Input:\n1 1\n\n### Response:2"
+    )
+    assert second == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the "
+        "request.\n\n### Instruction:\nSay {hi}.\n\n### Response:{hi}"
+    )
+
+
+def test_prompt_keeps_braces() -> None:
+    assert "\n{input} {0}\n" in alpaca_prompt("{input} {0}", "x")
+
+
+def test_row_with_text_and_instruction_is_an_instruction(tmp_path: Path) -> None:
+    source = _open(_write(tmp_path / "a.jsonl", [{**PAIRS[0], "text": "all of it"}]), want="instructions")
+    assert source.kind == "instructions"
+
+
+def test_text_file_is_one_document(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("ä\r\n\n b \n".encode())
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"x\n\ny"))
+    assert list(_open(tmp_path / "a.txt").rows()) == [{"text": "ä\r\n\n b \n"}]
+    assert list(_open(tmp_path / "b.txt.gz").rows()) == [{"text": "x\n\ny"}]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": "a"', "a.jsonl:3: broken JSON"),
+        (b'["a"]', r"a.jsonl:3: not an object but \[\"a\"\]"),
+        (b'{"txt": "a"}', "a.jsonl:3: the row has no 'text'. It has 'txt'"),
+        (b'{"text": null}', "a.jsonl:3: 'text' must be text, not null"),
+        (b'{"text": 5}', "a.jsonl:3: 'text' must be text, not 5"),
+        (b'{"text": "\xff"}', "a.jsonl:3: not UTF-8"),
+        (b'{"text": "\\ud800"}', "a.jsonl:3: 'text' holds half a surrogate pair"),
+    ],
+)
+def test_broken_row_is_named(tmp_path: Path, line: bytes, message: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "fine"}\n\n' + line + b"\n")
+    source = _open(path)
+    with pytest.raises(UsageError, match=message):
+        list(source.rows())
+
+
+def test_broken_instruction_rows_are_named(tmp_path: Path) -> None:
+    for bad, message in (
+        ({"instruction": "a", "output": None}, ":2: 'output' must be text"),
+        ({"instruction": "a", "input": 3, "output": "b"}, ":2: 'input' must be text"),
+        ({"output": "b"}, ":2: the row has no 'instruction'"),
+    ):
+        source = _open(_write(tmp_path / "a.jsonl", [PAIRS[0], bad]), want="instructions")
+        with pytest.raises(UsageError, match=message):
+            list(source.rows())
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.jsonl", b"", "a.jsonl is empty"),
+        ("a.jsonl", b"\n\n", "a.jsonl is empty"),
+        ("a.json", b"[]", "a.json is empty"),
+        ("a.json", b'[{"text": "a"},\n{"text": }]', "a.json:2: broken JSON"),
+        ("a.txt", b" \n", "a.txt is empty"),
+        ("a.txt", b"a\nb\n\xff", "a.txt:3: not UTF-8"),
+        ("a.jsonl", b'{"prompt": "a"}', "a.jsonl:1: this row is neither text nor an instruction"),
+        ("a.jsonl.gz", b"not packed", "a.jsonl.gz is not a whole gzip file"),
+        ("a.txt.gz", gzip.compress(b"abc" * 999)[:-9], "a.txt.gz is not a whole gzip file"),
+        ("a.parquet", b"PAR1 nonsense", "a.parquet:1: not a sound Parquet file"),
+        ("a.csv", b"text\na", "a.csv is of no known format"),
+    ],
+)
+def test_broken_file_is_named(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UsageError, match=message):
+        list(_open(tmp_path / name).rows())
+
+
+def test_unknown_names(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"Did you mean alpaca\?") as caught:
+        _open("alpacca")
+    assert all(name in str(caught.value) for name in SOURCES)
+    with pytest.raises(MissingError, match=r"No file .*none\.jsonl"):
+        _open(tmp_path / "none.jsonl")
+    with pytest.raises(UsageError, match="is a folder"):
+        _open(tmp_path)
+
+
+def test_data_dir_never_falls_back_to_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("alpaca", "c4", "slimpajama"):
+        with pytest.raises(MissingError, match=str(tmp_path)):
+            _open(name, data_dir=tmp_path)
+    with pytest.raises(MissingError, match="nowhere does not exist"):
+        _open("alpaca", data_dir=tmp_path / "nowhere")
+    monkeypatch.setenv("LORS_DATA_DIR", str(tmp_path / "elsewhere"))
+    with pytest.raises(MissingError, match="elsewhere does not exist"):
+        _open("c4")
+    assert next(iter(_open("pydoc").rows()))["text"]  # needs no folder
+
+
+def test_c4_is_a_part_of_slimpajama(tmp_path: Path) -> None:
+    rows = [
+        {"text": "book", "meta": {"redpajama_set_name": "RedPajamaBook"}},
+        {"text": "web", "meta": {"redpajama_set_name": "RedPajamaC4"}},
+    ]
+    (tmp_path / "slimpajama_like").mkdir()
+    _write(tmp_path / "slimpajama_like/train.jsonl.gz", rows)
+    _write(tmp_path / "slimpajama_like/validation.jsonl.gz", rows[:1])
+    assert list(_open("c4", data_dir=tmp_path).rows()) == [{"text": "web"}]
+    assert [row["text"] for row in _open("slimpajama", data_dir=tmp_path).rows()] == ["book", "web"]
+    with pytest.raises(UsageError, match=r"no row whose meta\.redpajama_set_name is RedPajamaC4"):
+        list(_open("c4", data_dir=tmp_path, split="validation").rows())
+    prints = {fingerprint_source(name, split="train", data_dir=tmp_path) for name in ("c4", "slimpajama")}
+    assert len(prints) == 2
+
+
+def test_wikitext2_has_only_its_test_split(tmp_path: Path) -> None:
+    (tmp_path / "wikitext2").mkdir()
+    (tmp_path / "wikitext2/test.txt.gz").write_bytes(gzip.compress(b" \n = A = \n \n\n text . \n \n"))
+    source = _open("wikitext2", split="validation", data_dir=tmp_path)
+    assert list(source.rows()) == [{"text": " = A = \n text . "}]
+    with pytest.raises(MissingError, match="no train split of wikitext2"):
+        _open("wikitext2", data_dir=tmp_path)
+
+
+def test_pydoc_gives_texts_or_pairs() -> None:
+    assert set(next(iter(_open("pydoc").rows()))) == {"text"}
+    pairs = _open("pydoc", want="instructions")
+    assert (pairs.kind, set(next(iter(pairs.rows())))) == ("instructions", {"instruction", "input", "output"})
+    prints = {fingerprint_source("pydoc", split=split, data_dir=None) for split in ("train", "validation")}
+    assert len(prints) == 2
+
+
+def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
+    a, b = _write(tmp_path / "a.jsonl", TEXTS), _write(tmp_path / "b.jsonl", TEXTS)
+    before = fingerprint_source(str(a), split="train", data_dir=None)
+    assert before == fingerprint_source(str(b), split="train", data_dir=None) == _open(a).fingerprint
+    assert hashlib.sha256(a.read_bytes()).hexdigest() in before
+    _write(a, TEXTS[:2])
+    assert fingerprint_source(str(a), split="train", data_dir=None) != before
+
+
+def test_hub_fingerprints_need_no_network() -> None:
+    found = {name: _open(name, want="instructions").fingerprint for name in ("alpaca", "c4", "wikitext2")}
+    assert found == {
+        "alpaca": "hub:tatsu-lab/alpaca/default/train",
+        "c4": "hub:allenai/c4/en/train",
+        "wikitext2": "hub:Salesforce/wikitext/wikitext-2-raw-v1/train",
+    }
+    assert _open("c4").streamed
+    assert _open("slimpajama").streamed
+    assert not _open("alpaca").streamed
+    with pytest.raises(UsageError, match="alpaca has no validation split"):
+        _open("alpaca", split="validation")
+
+
+def test_hub_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    calls: list[Any] = []
+    tables = {
+        "tatsu-lab/alpaca": [{**PAIRS[0], "text": "whole"}],
+        "allenai/c4": [{"text": "a", "url": "b"}],
+        "Salesforce/wikitext": [{"text": ""}, {"text": " = A = \n"}, {"text": ""}, {"text": " text . \n"}],
+    }
+
+    def fake(repo: str, config: str | None, *, split: str, streaming: bool) -> Any:
+        calls.append((repo, config, split, streaming))
+        return iter(tables[repo])
+
+    monkeypatch.setattr(datasets, "load_dataset", fake)
+    assert list(_open("alpaca", want="instructions").rows()) == [PAIRS[0]]
+    assert list(_open("c4", split="validation").rows()) == [{"text": "a"}]
+    assert list(_open("wikitext2", split="validation").rows()) == [{"text": " = A = \n text . "}]
+    assert calls == [
+        ("tatsu-lab/alpaca", None, "train", False),
+        ("allenai/c4", "en", "validation", True),
+        ("Salesforce/wikitext", "wikitext-2-raw-v1", "test", False),
+    ]
+
+
+def test_real_files(shared_dir: Path) -> None:
+    data = shared_dir / "data"
+    alpaca = list(_open("alpaca", want="instructions", data_dir=data).rows())
+    assert len(alpaca) == 15130
+    assert sum(bool(row["input"]) for row in alpaca) == 5632
+    assert len(list(_open("c4", data_dir=data).rows())) == 2268
+    assert len(list(_open("slimpajama", split="validation", data_dir=data).rows())) == 158
+    wiki = list(_open("wikitext2", split="validation", data_dir=data).rows())
+    assert len(wiki) == 1
+    assert len(wiki[0]["text"].split("\n")) == 2891
