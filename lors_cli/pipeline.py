@@ -26,6 +26,7 @@ class StagePlan:
         folder: where its results go.
         config: its settings.
         models: the models it reads, by role.
+        origin: the dense model, whose sizes all of them share.
         fingerprint: of its result.
         status: done, resume (begun earlier), or run.
         detail: for people.
@@ -35,6 +36,7 @@ class StagePlan:
     folder: Path
     config: PruneConfig | TuneConfig | EvalConfig
     models: dict[str, ModelConfig]
+    origin: ModelConfig
     fingerprint: str
     status: str
     detail: str
@@ -76,11 +78,11 @@ def plan_stages(recipe: Recipe, out: Path, data_dir: Path | None) -> list[StageP
         check_tasks(recipe.eval.tasks, data_dir)
     if recipe.prune is not None:
         fingerprint = pruning.stage_fingerprint(recipe.prune, fingerprints[current], data_dir)
-        plans.append(_plan("prune", out / "prune", recipe.prune, {current: models[current]}, fingerprint))
+        plans.append(_plan("prune", out / "prune", recipe.prune, {current: models[current]}, recipe.model, fingerprint))
         current = _chain("pruned", "prune", out, recipe, fingerprint, models, fingerprints)
     if recipe.tune is not None:
         fingerprint = tuning.stage_fingerprint(recipe.tune, fingerprints[current], data_dir)
-        plans.append(_plan("tune", out / "tune", recipe.tune, {current: models[current]}, fingerprint))
+        plans.append(_plan("tune", out / "tune", recipe.tune, {current: models[current]}, recipe.model, fingerprint))
         _chain("tuned", "tune", out, recipe, fingerprint, models, fingerprints)
     if recipe.eval is not None:
         plans.append(_plan_eval(recipe.eval, out / "eval", models, fingerprints, data_dir))
@@ -97,7 +99,9 @@ def _chain(
     return role
 
 
-def _plan(stage: str, folder: Path, config: Any, models: dict[str, ModelConfig], fingerprint: str) -> StagePlan:
+def _plan(
+    stage: str, folder: Path, config: Any, models: dict[str, ModelConfig], origin: ModelConfig, fingerprint: str
+) -> StagePlan:  # fmt: skip
     if run_dir.is_finished(folder, fingerprint):
         status, detail = "done", "finished earlier"
     elif run_dir.read_json(folder / run_dir.WORK_NAME / "fingerprint.json") == fingerprint:
@@ -106,7 +110,7 @@ def _plan(stage: str, folder: Path, config: Any, models: dict[str, ModelConfig],
         status, detail = "run", "its settings or its input changed"
     else:
         status, detail = "run", "not done yet"
-    return StagePlan(stage, folder, config, models, fingerprint, status, detail)
+    return StagePlan(stage, folder, config, models, origin, fingerprint, status, detail)
 
 
 def plan_single(stage: str, config: Any, models: dict[str, ModelConfig], out: Path, data_dir: Path | None) -> StagePlan:
@@ -129,7 +133,9 @@ def plan_single(stage: str, config: Any, models: dict[str, ModelConfig], out: Pa
         return _plan_eval(config, out, models, fingerprints, data_dir)
     (base,) = fingerprints.values()
     module = pruning if stage == "prune" else tuning
-    return _plan(stage, out, config, models, module.stage_fingerprint(config, base, data_dir))
+    return _plan(
+        stage, out, config, models, next(iter(models.values())), module.stage_fingerprint(config, base, data_dir)
+    )
 
 
 def run_single(plan: StagePlan, data_dir: Path | None) -> bool:
@@ -164,10 +170,12 @@ def _plan_eval(
     pending = pending_pieces(config, known, folder, data_dir)
     total = len(chosen) * (len(config.tasks) + len(config.perplexity))
     if not pending and run_dir.is_finished(folder, fingerprint):
-        return StagePlan("eval", folder, config, chosen, fingerprint, "done", "finished earlier")
+        return StagePlan(
+            "eval", folder, config, chosen, next(iter(models.values())), fingerprint, "done", "finished earlier"
+        )
     status = "resume" if len(pending) < total else "run"
     detail = f"{len(pending)} of {total} measurements to do"
-    return StagePlan("eval", folder, config, chosen, fingerprint, status, detail)
+    return StagePlan("eval", folder, config, chosen, next(iter(models.values())), fingerprint, status, detail)
 
 
 def select(plans: list[StagePlan], first: str | None, last: str | None) -> list[StagePlan]:
@@ -214,7 +222,7 @@ def check_disk(plan: StagePlan) -> None:
     """
     from lors_cli.planning import try_estimate
 
-    needed, _ = try_estimate(plan.config, next(iter(plan.models.values())))
+    needed, _ = try_estimate(plan.config, plan.origin)
     parent = plan.folder
     while not parent.exists():
         parent = parent.parent

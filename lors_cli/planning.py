@@ -10,6 +10,8 @@ from lors_cli.errors import LorsError
 from lors_cli.recipe import EvalConfig, ModelConfig, PruneConfig, TuneConfig
 
 DEFAULT_LENGTH = 2048
+TASK_LENGTH = 512
+"""Tokens that few documents of a zero-shot task exceed."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def estimate(config: PruneConfig | TuneConfig | EvalConfig, size: ModelSize) -> 
         return _estimate_prune(config, size)
     if isinstance(config, TuneConfig):
         return _estimate_tune(config, size)
-    tokens = config.batch_size * min(DEFAULT_LENGTH, size.max_length)
+    tokens = config.batch_size * min(TASK_LENGTH, size.max_length)
     return Estimate(size.num_bytes + tokens * size.vocab_size * (4 + size.bytes_a_weight), 64 << 20)
 
 

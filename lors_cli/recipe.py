@@ -135,7 +135,7 @@ class TuneConfig:
     save_steps: Positive = 100
     """Optimiser steps between training checkpoints."""
     tensorboard: bool = False
-    """Write TensorBoard events too (needs the tensorboard package)."""
+    """Write TensorBoard events to tune/tensorboard too (needs the tensorboard package)."""
     seed: Seed = 0
 
     def __post_init__(self) -> None:

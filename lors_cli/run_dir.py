@@ -232,7 +232,10 @@ def publish(folder: Path, record: StageRecord, *, keep: Sequence[str] = ()) -> S
     """
     staging = folder / STAGING_NAME
     names = sorted(str(path.relative_to(staging)) for path in staging.rglob("*") if path.is_file())
+    umask = os.umask(0)
+    os.umask(umask)
     for name in names:
+        os.chmod(staging / name, 0o666 & ~umask)  # safetensors writes files that only their owner can read
         sync_file(staging / name)
     old = read_record(folder)
     earlier = {*(old.files if old else ()), *(read_json(folder / JOURNAL_NAME) or ())}

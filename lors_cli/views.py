@@ -20,7 +20,7 @@ def plan_document(name: str, out: Path, plans: list[StagePlan]) -> dict[str, Any
     """
     stages = []
     for plan in plans:
-        needs, why = try_estimate(plan.config, next(iter(plan.models.values())))
+        needs, why = try_estimate(plan.config, plan.origin)
         stages.append({
             "stage": plan.stage, "status": plan.status, "detail": plan.detail, "what": describe(plan),
             "folder": str(plan.folder), "fingerprint": plan.fingerprint,

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lors_cli import console
-from lors_cli.errors import LorsError, MissingError, UsageError, translate
+from lors_cli.errors import MissingError, translate
 from lors_cli.evaluation.tasks import task_definition
 
 _SEED = 1234
@@ -61,7 +61,7 @@ def score_task(
         label: the model's name, for the progress display.
 
     Raises:
-        UsageError: an unknown task, or one that would run code that the model wrote.
+        UsageError: an unknown task.
         MissingError: documents that are neither in `data_dir` nor to be had from the hub.
     """
     definition = task_definition(task, data_dir=data_dir, folder=folder)
@@ -102,13 +102,13 @@ def _load_task(name: str, definition: Path) -> Any:
         loaded = TaskManager(include_defaults=False).load([str(definition)])["tasks"]
     except Exception as error:
         known = translate(error)
-        if not isinstance(known, MissingError) or isinstance(error, LorsError):
+        if known is None and isinstance(error, FileNotFoundError):  # a metric or script that is fetched by name
+            known = MissingError(str(error).splitlines()[0])
+        if not isinstance(known, MissingError):
             raise
         hint = "Connect, or give a folder of local copies as data_dir (or $LORS_DATA_DIR)."
         raise MissingError(f"The task {name} cannot be loaded: {known.message}", hint) from error
     task = loaded[name]
-    if getattr(task, "UNSAFE_CODE", False):
-        raise UsageError(f"The task {name} would run code that the model wrote, which lors does not do.")
     task.set_config(key="num_fewshot", value=0)
     task.set_fewshot_seed(seed=_SEED)
     return task

@@ -40,6 +40,7 @@ assert tuple(_BUILT_IN) == SEVEN_TASKS
 
 _NAME_LINE = re.compile(r"""^["']?(task|group|class)["']?[ \t]*:[ \t]*["']?([^\s"'#\[]*)""", re.MULTILINE)
 _TAG_LINE = re.compile(r"^tag[ \t]*:[ \t]*(\S*)((?:\s*\n[ \t]*-[ \t]*\S+)*)", re.MULTILINE)
+_UNSAFE_LINE = re.compile(r"^unsafe_code[ \t]*:[ \t]*true", re.MULTILINE | re.IGNORECASE)
 _INCLUDE_LINE = re.compile(r"""^include[ \t]*:[ \t]*["']?([^\s"'#]+)""", re.MULTILINE)
 
 
@@ -61,7 +62,7 @@ def check_tasks(names: Sequence[str], data_dir: Path | None) -> None:
         data_dir: folder with local copies of the seven tasks' documents, None for the hub.
 
     Raises:
-        UsageError: names that no definition has; all of them in one message.
+        UsageError: names that no definition has, all of them in one message; a task that runs the model's code.
         MissingError: a file of documents that is not in `data_dir`.
     """
     known = {*SEVEN_TASKS, PYDOC_TASK}
@@ -70,6 +71,8 @@ def check_tasks(names: Sequence[str], data_dir: Path | None) -> None:
         raise _unknown_tasks(unknown)
     for name in names:
         _data_file(name, data_dir)
+        if name not in known and _UNSAFE_LINE.search("\n".join(_definition_text(_definition_file(name)))):
+            raise UsageError(f"The task {name} runs code that the model wrote, which lors does not do.")
 
 
 def task_definition(name: str, *, data_dir: Path | None, folder: Path) -> Path:

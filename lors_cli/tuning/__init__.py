@@ -71,11 +71,13 @@ def tune(config: TuneConfig, model: ModelConfig, out: Path, *, data_dir: Path | 
     console.info(f"  loading {model.path}")
     tokenizer = load_tokenizer(model)
     network = load_model(model)
+    use_cache = network.config.use_cache
     layers, pattern = sparse_layers(network, Path(model.path))
     data = _load_data(config, network, tokenizer, data_dir)
     set_seed(config.seed)
     trainer = _prepare(config, network, layers, data, tokenizer, out, fingerprint)
     training = _train(trainer, config, out, fingerprint)
+    network.config.use_cache = use_cache  # the Trainer turns it off
     adapter = _adapter_config(config, network, layers, model, base_fingerprint)
     staging = run_dir.staging_dir(out)
     metrics = {**training, **_data_metrics(data),
@@ -196,7 +198,6 @@ def _train(trainer: AdapterTrainer, config: TuneConfig, out: Path, fingerprint: 
 
     network = trainer.model
     assert network is not None
-    use_cache = network.config.use_cache
     checkpoints = out / CHECKPOINTS_NAME
     ours = whole_checkpoints(checkpoints, fingerprint)
     for path in checkpoints.iterdir() if checkpoints.is_dir() else ():
@@ -222,7 +223,6 @@ def _train(trainer: AdapterTrainer, config: TuneConfig, out: Path, fingerprint: 
         else:
             with stopping_gently(stop):
                 trainer.train(resume_from_checkpoint=str(last) if last else None)
-    network.config.use_cache = use_cache
     network.eval()
     return _loss_metrics(log.rows())
 

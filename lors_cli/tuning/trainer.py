@@ -226,6 +226,8 @@ def training_arguments(config: TuneConfig, checkpoints: Path, device: torch.devi
     samples = config.micro_batch_size * world_size
     if config.batch_size % samples:
         raise UsageError(f"batch_size: {config.batch_size} is no multiple of {samples} samples in flight.")
+    if config.tensorboard:
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(checkpoints.parent / "tensorboard")
     return TrainingArguments(
         output_dir=str(checkpoints),
         per_device_train_batch_size=config.micro_batch_size,

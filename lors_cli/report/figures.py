@@ -1,0 +1,213 @@
+"""The report's figures: each a function from a run's results to PNG bytes, or None when there is nothing to draw."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from lors_cli.report.results import RunResults
+
+COLOURS = {"dense": "#4D4D4D", "pruned": "#E69F00", "tuned": "#0072B2"}  # Okabe and Ito, safe for colour-blind eyes
+_GRID = "#DDDDDD"
+_STYLE = {
+    "font.family": "DejaVu Sans", "font.size": 11, "axes.titlesize": 13, "axes.titleweight": "bold",
+    "axes.titlelocation": "left", "axes.titlepad": 12, "axes.labelsize": 11, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.edgecolor": "#888888", "axes.axisbelow": True, "legend.frameon": False,
+    "xtick.color": "#333333", "ytick.color": "#333333", "figure.facecolor": "white", "savefig.facecolor": "white",
+}  # fmt: skip
+
+
+def loss(results: RunResults) -> bytes | None:
+    """Training loss by optimiser step, with a running mean when there are many steps."""
+    rows = results.log
+    if not rows:
+        return None
+    steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
+    with _style():
+        figure, axes = _figure(8, 4)
+        window = len(losses) // 20
+        if window >= 3:
+            axes.plot(steps, losses, color="#9CC3DD", linewidth=1, label="each step")
+            axes.plot(steps, _running_mean(losses, window), color=COLOURS["tuned"], linewidth=2.2,
+                      label=f"mean of {window} steps")  # fmt: skip
+            axes.legend()
+        else:
+            few = len(steps) <= 40
+            axes.plot(steps, losses, color=COLOURS["tuned"], linewidth=2, marker="o" if few else None, markersize=4)
+        axes.set(title="Training loss", xlabel="optimiser step", ylabel="cross-entropy (nats per token)")
+        axes.grid(axis="y", color=_GRID)
+        axes.margins(x=0.02)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        return _png(figure)
+
+
+def sparsity(results: RunResults) -> bytes | None:
+    """Share of zeros of each pruned linear: decoder blocks across, kinds of linear down, colours fixed from 0 to 1."""
+    record = results.records.get("prune") or results.records.get("tune")
+    layers = record.metrics.get("layers") if record else None
+    if not layers:
+        return None
+    cells = {split_name(layer["name"]): layer["sparsity"] for layer in layers}
+    blocks = sorted({block for block, _ in cells})
+    kinds = list(dict.fromkeys(kind for _, kind in cells))
+    grid = [[cells.get((block, kind), math.nan) for block in blocks] for kind in kinds]
+    with _style():
+        figure, axes = _figure(max(6.0, min(14.0, 3.2 + 0.3 * len(blocks))), 1.7 + 0.36 * len(kinds))
+        image = axes.imshow(grid, vmin=0, vmax=1, cmap="cividis", aspect="auto", interpolation="nearest")
+        axes.set(title="Share of weights that are zero", xlabel="decoder block")
+        every = max(1, math.ceil(len(blocks) / 16))
+        axes.set_xticks(range(0, len(blocks), every), [str(block) for block in blocks[::every]])
+        axes.set_yticks(range(len(kinds)), kinds)
+        axes.set_xticks([column + 0.5 for column in range(len(blocks) - 1)], minor=True)
+        axes.set_yticks([row + 0.5 for row in range(len(kinds) - 1)], minor=True)
+        axes.grid(which="minor", color="white", linewidth=1)
+        axes.tick_params(which="both", length=0)
+        axes.spines[:].set_visible(False)
+        bar = figure.colorbar(image, ax=axes, pad=0.02, ticks=[0, 0.25, 0.5, 0.75, 1])
+        bar.set_label("sparsity")
+        bar.outline.set_visible(False)
+        return _png(figure)
+
+
+def accuracy(results: RunResults) -> bytes | None:
+    """Zero-shot accuracy of each model and task, with standard errors where they are known."""
+    tasks = _names(results, "tasks", "acc")
+    if not tasks:
+        return None
+    labels = [*tasks, "mean"] if len(tasks) > 1 and _has_average(results) else tasks
+    values, errors = {}, {}
+    for role, content in results.scores.items():
+        scores = [content.get("tasks", {}).get(task, {}) for task in tasks]
+        values[role] = [_percent(score.get("acc")) for score in scores]
+        errors[role] = [_percent(score.get("acc_stderr")) for score in scores]
+        if len(labels) > len(tasks):
+            values[role].append(_percent((content.get("average") or {}).get("value")))
+            errors[role].append(math.nan)
+    return _bars(labels, values, errors, "Zero-shot accuracy", "accuracy (%)", top=100)
+
+
+def perplexity(results: RunResults) -> bytes | None:
+    """Perplexity of each model and text."""
+    texts = _names(results, "perplexity", "value")
+    if not texts:
+        return None
+    values = {
+        role: [_number(content.get("perplexity", {}).get(text, {}).get("value")) for text in texts]
+        for role, content in results.scores.items()
+    }
+    return _bars(texts, values, None, "Perplexity (lower is better)", "perplexity per token", top=None)
+
+
+FIGURES: dict[str, Callable[[RunResults], bytes | None]] = {
+    "accuracy": accuracy, "perplexity": perplexity, "loss": loss, "sparsity": sparsity,
+}  # fmt: skip
+
+
+def split_name(name: str) -> tuple[int, str]:
+    """A linear's decoder block and its kind: `model.layers.3.self_attn.q_proj` is (3, "q_proj").
+
+    Args:
+        name: the module's dotted name; without a number the block is 0 and the kind the whole name.
+    """
+    found = re.fullmatch(r".*?\.?(\d+)\.(.+)", name)
+    if not found:
+        return 0, name
+    return int(found.group(1)), re.sub(r"^(self_attn|attn|attention|mlp)\.", "", found.group(2))
+
+
+def _bars(
+    labels: list[str], values: dict[str, list[float]], errors: dict[str, list[float]] | None,
+    title: str, unit: str, *, top: float | None,
+) -> bytes:  # fmt: skip
+    """Groups of bars, one colour a model, each with its value on top."""
+    with _style():
+        figure, axes = _figure(max(5.0, min(15.0, 1.8 + 0.42 * len(labels) * (len(values) + 0.8))), 4.2)
+        width = 0.8 / len(values)
+        finite = [value for row in values.values() for value in row if math.isfinite(value)]
+        digits = 0 if top else 1 if max(finite) < 1000 else 0
+        is_log = top is None and max(finite) > 20 * min(finite) > 0
+        for index, (role, row) in enumerate(values.items()):
+            at = [group + (index - (len(values) - 1) / 2) * width for group in range(len(labels))]
+            bars = axes.bar(at, row, width * 0.92, label=role, color=COLOURS[role])
+            spread = errors[role] if errors else [math.nan] * len(row)
+            if any(map(math.isfinite, spread)):
+                axes.errorbar(at, row, yerr=spread, fmt="none", ecolor="#222222", elinewidth=1)
+            lifted = [value + (error if math.isfinite(error) else 0) for value, error in zip(row, spread, strict=True)]
+            for bar, height, value in zip(bars, lifted, row, strict=True):
+                if math.isfinite(value):
+                    middle = bar.get_x() + bar.get_width() / 2
+                    axes.annotate(f"{value:.{digits}f}", (middle, height), (0, 2), textcoords="offset points",
+                                  ha="center", va="bottom", fontsize=8.5)  # fmt: skip
+        if is_log:
+            axes.set_yscale("log")
+            axes.set_ylim(top=max(finite) * 2)
+        else:
+            axes.set_ylim(0, top * 1.0 if top else max(finite) * 1.15)
+        axes.set(ylabel=f"{unit}, log scale" if is_log else unit)
+        axes.set_xticks(range(len(labels)), labels, rotation=20 if len(labels) > 3 else 0,
+                        ha="right" if len(labels) > 3 else "center")  # fmt: skip
+        axes.set_title(title, pad=30)
+        axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=len(values), borderaxespad=0.2,
+                    handlelength=1.2, columnspacing=1.4)  # fmt: skip
+        axes.tick_params(axis="x", length=0)
+        axes.grid(axis="y", color=_GRID)
+        return _png(figure)
+
+
+def _names(results: RunResults, group: str, value: str) -> list[str]:
+    """Tasks or texts for which any model has a number, in order of appearance."""
+    found: dict[str, None] = {}
+    for content in results.scores.values():
+        for name, score in (content.get(group) or {}).items():
+            if math.isfinite(_number(score.get(value))):
+                found[name] = None
+    return list(found)
+
+
+def _has_average(results: RunResults) -> bool:
+    return any((content.get("average") or {}).get("value") is not None for content in results.scores.values())
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) else math.nan
+
+
+def _percent(value: Any) -> float:
+    return 100 * _number(value)
+
+
+def _running_mean(values: list[float], window: int) -> list[float]:
+    """Means over up to `window` values that end at each position."""
+    means, total = [], 0.0
+    for index, value in enumerate(values):
+        total += value - (values[index - window] if index >= window else 0.0)
+        means.append(total / min(index + 1, window))
+    return means
+
+
+def _style() -> AbstractContextManager[None]:
+    import matplotlib as mpl
+
+    settings: Any = {**mpl.rcParamsDefault, **_STYLE, "backend": "Agg"}
+    return mpl.rc_context(settings)
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    """A figure of its own (inches), outside pyplot, so that no state is left behind."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def _png(figure: Any) -> bytes:
+    """PNG bytes without the writer's name and the date."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None, "Creation Time": None})
+    return buffer.getvalue()

@@ -1,0 +1,172 @@
+"""The text of a run's report."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from lors_cli.console import duration
+from lors_cli.report.results import RunResults
+
+_FIGURE_TEXTS = {
+    "accuracy": "Zero-shot accuracy by task and model; lines are standard errors.",
+    "perplexity": "Perplexity by text and model.",
+    "loss": "Training loss by optimiser step.",
+    "sparsity": "Sparsity of every pruned linear by decoder block.",
+}
+
+
+def render(results: RunResults, figures: list[str]) -> str:
+    """The report in Markdown; a stage that was not run has no section.
+
+    Args:
+        results: of the run.
+        figures: names of the drawn figures, `figures/<name>.png`.
+
+    Returns:
+        The whole text, the same for the same results.
+    """
+    parts = [
+        f"# {escape(results.recipe.get('name') or results.run.resolve().name)}",
+        _summary(results),
+        *_scores(results, figures),
+        *_training(results, figures),
+        *_sparsity(results, figures),
+        *_settings(results),
+        *_making(results),
+        *_files(results),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _summary(results: RunResults) -> str:
+    """One line: method, pattern, sparsity, rank, base model."""
+    record, prune = _stage(results, "prune")
+    words = []
+    if prune:
+        sparsity = record.metrics.get("sparsity") if record else None
+        share = f" ({sparsity:.1%} of the pruned weights are zero)" if sparsity is not None else ""
+        words.append(f"pruned with {prune.get('method')} to {prune.get('pattern')}{share}")
+    _, tune = _stage(results, "tune")
+    if tune:
+        words.append(f"tuned with {tune.get('method')} at rank {tune.get('rank')}")
+    if results.scores:
+        words.append("evaluated")
+    base = (results.recipe.get("model") or {}).get("path") or (record.inputs.get("path") if record else None)
+    return f"{escape(base or 'A model')}: {escape(', '.join(words) or 'nothing has been run yet')}."
+
+
+def _stage(results: RunResults, stage: str) -> tuple[Any, dict[str, Any]]:
+    """A stage's record and config; the recipe's settings where it has not run."""
+    record = results.records.get(stage)
+    return record, record.config if record else results.recipe.get(stage) or {}
+
+
+def _scores(results: RunResults, figures: list[str]) -> list[str]:
+    from lors_cli.evaluation import recovered, summary_table
+
+    if not results.scores:
+        return []
+    columns, rows = summary_table(results.scores)
+    parts = ["## Results", table(columns, rows)]
+    shares = [f"{escape(name)} {share:.1%}" for name, share in recovered(results.scores).items()]
+    if shares:
+        parts.append(f"Share of the loss through pruning that tuning won back: {', '.join(shares)}.")
+    return [*parts, *_figures(("accuracy", "perplexity"), figures)]
+
+
+def _training(results: RunResults, figures: list[str]) -> list[str]:
+    record = results.records.get("tune")
+    if record is None and not results.log:
+        return []
+    metrics = record.metrics if record else {}
+    parts = ["## Tuning"]
+    first, last = metrics.get("first_loss"), metrics.get("last_loss")
+    if first is None and results.log:
+        first, last = results.log[0]["loss"], results.log[-1]["loss"]
+    if first is not None and last is not None:
+        steps = metrics.get("steps", results.log[-1]["step"] if results.log else None)
+        end = " (mean of the last tenth of the steps)" if "last_loss" in metrics else ""
+        parts.append(f"Loss {first:.4f} at the first step, {last:.4f} at the end{end}; {steps} optimiser steps.")
+    if metrics.get("tokens_per_s"):
+        parts.append(f"{metrics['tokens_per_s']:,.0f} tokens per second (median).")
+    if record is None:
+        parts.append("The tuning is not finished.")
+    return [*parts, *_figures(("loss",), figures)]
+
+
+def _sparsity(results: RunResults, figures: list[str]) -> list[str]:
+    rows = []
+    for stage, label in (("prune", "pruned"), ("tune", "tuned")):
+        record = results.records.get(stage)
+        if record and "sparsity" in record.metrics:
+            metrics = record.metrics
+            shares = [layer["sparsity"] for layer in metrics.get("layers", [])] or [metrics["sparsity"]]
+            spread = f"{min(shares):.4f} to {max(shares):.4f}"
+            pattern, violations = metrics.get("pattern", "-"), metrics.get("violations", "-")
+            rows.append([label, str(pattern), f"{metrics['sparsity']:.4f}", spread, str(violations)])
+    if not rows:
+        return []
+    columns = ["model", "pattern", "sparsity", "layers", "violations"]
+    return ["## Sparsity", table(columns, rows), *_figures(("sparsity",), figures)]
+
+
+def _settings(results: RunResults) -> list[str]:
+    if not results.recipe_text:
+        return []
+    runs = [len(run) for run in re.findall(r"`+", results.recipe_text)]
+    fence = "`" * max(3, 1 + max(runs, default=0))
+    return ["## Settings", f"{fence}yaml\n{results.recipe_text.rstrip()}\n{fence}"]
+
+
+def _making(results: RunResults) -> list[str]:
+    """Time, seed, versions and machine of each stage."""
+    if not results.records:
+        return []
+    rows = []
+    for stage, record in results.records.items():
+        config, environment = record.config, record.environment
+        seed = config.get("seed", (config.get("calibration") or {}).get("seed", "-"))
+        cells = [stage, duration(record.elapsed_s), str(seed), record.fingerprint[:12]]
+        rows.append([*cells, str(environment.get("platform", "-"))])
+    parts = ["## How it was made", table(["stage", "time", "seed", "fingerprint", "machine"], rows)]
+    seen: dict[str, list[str]] = {}
+    for stage, record in results.records.items():
+        seen.setdefault(versions(record.environment), []).append(stage)
+    parts += [f"{', '.join(stages)}: {text}." for text, stages in seen.items() if text]
+    return parts
+
+
+def versions(environment: dict[str, Any]) -> str:
+    """`Python 3.11.2, torch 2.8.0, …` of a record's environment, packages that are absent left out."""
+    found = [f"Python {environment['python']}"] if "python" in environment else []
+    packages = environment.get("packages") or {}
+    found += [f"{name} {version}" for name, version in packages.items() if version != "absent"]
+    gpu = environment.get("gpu") or environment.get("accelerator")
+    return escape(", ".join([*found, str(gpu)] if gpu else found))
+
+
+def _files(results: RunResults) -> list[str]:
+    rows = [
+        [f"{stage}/{name}", digest[:16]]
+        for stage, record in results.records.items()
+        for name, digest in record.files.items()
+        if not name.startswith("samples/")
+    ]
+    return ["## Files", table(["file", "SHA-256 (first 16 digits)"], rows)] if rows else []
+
+
+def _figures(names: tuple[str, ...], drawn: list[str]) -> list[str]:
+    return [f"![{_FIGURE_TEXTS[name]}](figures/{name}.png)" for name in names if name in drawn]
+
+
+def table(columns: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; the first column is text, the others are right-aligned."""
+    rule = [":--", *["--:"] * (len(columns) - 1)]
+    lines = [[escape(cell) for cell in columns], rule, *[[escape(cell) for cell in row] for row in rows]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def escape(text: Any) -> str:
+    """`text` on one line, with what Markdown would take for markup made harmless."""
+    return re.sub(r"([\\`*\[\]<>|#])", r"\\\1", " ".join(str(text).split()))

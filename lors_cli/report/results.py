@@ -1,0 +1,91 @@
+"""What a run left on disk, read for its report."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lors_cli import run_dir
+from lors_cli.recipe import STAGES
+
+ROLES = ("dense", "pruned", "tuned")
+
+
+@dataclass
+class RunResults:
+    """A run's recipe, finished stages, scores and training log; what is absent is empty."""
+
+    run: Path
+    recipe_text: str = ""
+    recipe: dict[str, Any] = field(default_factory=dict)
+    records: dict[str, run_dir.StageRecord] = field(default_factory=dict)
+    scores: dict[str, dict[str, Any]] = field(default_factory=dict)
+    log: list[dict[str, Any]] = field(default_factory=list)
+
+
+def read_run(run: Path) -> RunResults:
+    """Everything that a report may show.
+
+    Args:
+        run: a run folder (DESIGN §4).
+
+    Returns:
+        The results; scores are in the order dense, pruned, tuned.
+    """
+    results = RunResults(run)
+    path = run / "recipe.yaml"
+    if path.is_file():
+        results.recipe_text, results.recipe = _read_recipe(path)
+    for stage in STAGES:
+        record = run_dir.read_record(run / stage)
+        if record is not None:
+            results.records[stage] = record
+    for role in ROLES:
+        content = run_dir.read_json(run / "eval" / f"{role}.json")
+        if isinstance(content, dict):
+            results.scores[role] = content
+    results.log = read_log(run / "tune" / "log.jsonl")
+    return results
+
+
+def _read_recipe(path: Path) -> tuple[str, dict[str, Any]]:
+    from lors_cli._yaml import YamlError, read
+    from lors_cli.errors import UsageError
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        data = read(text).data
+    except YamlError as error:
+        raise UsageError(f"{path}:{error.line}: {error.message}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{path}: not UTF-8 text") from None
+    return text, data if isinstance(data, dict) else {}
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The training log's whole lines; a last line that a kill has torn is left out.
+
+    Args:
+        path: `log.jsonl`, one JSON object an optimiser step; it may be absent.
+
+    Returns:
+        The lines that have a step and a finite loss, in order of steps.
+    """
+    if not path.is_file():
+        return []
+    by_step = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int) and _is_finite(row.get("loss")):
+            by_step[row["step"]] = row
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)

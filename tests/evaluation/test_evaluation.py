@@ -1,0 +1,186 @@
+"""Resuming by piece, whole files, and what the results say; models are stand-ins."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lors_cli import evaluation, models, run_dir, tokens
+from lors_cli.errors import UsageError
+from lors_cli.evaluation import eval_fingerprint, evaluate, harness, pending_pieces, perplexity
+from lors_cli.recipe import EvalConfig, ModelConfig
+
+CONFIG = EvalConfig(tasks=("rte", "pydoc_choice"), perplexity=("pydoc",), limit=4)
+MODELS = {"dense": ModelConfig(path="d"), "pruned": ModelConfig(path="p")}
+
+
+class Bench:
+    """Stand-ins for loading and scoring, with a diary of what was called."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.loaded: list[str] = []
+        self.scored: list[tuple[str, str]] = []
+        self.versions: dict[str, int] = {}
+        self.fail_at: tuple[str, str] | None = None
+        self.perplexity = 8.0
+        self.alive = 0
+        monkeypatch.setattr(models, "load_model", self.load)
+        monkeypatch.setattr(models, "load_tokenizer", lambda config: None)
+        monkeypatch.setattr(models, "model_fingerprint", self.fingerprint)
+        monkeypatch.setattr(models, "model_max_length", lambda model: 16)
+        monkeypatch.setattr(harness, "score_task", self.score)
+        monkeypatch.setattr(tokens, "perplexity_windows", lambda *args, **kwargs: torch.zeros(2, 16))
+        monkeypatch.setattr(perplexity, "token_perplexity", self.measure)
+
+    def fingerprint(self, config: ModelConfig) -> str:
+        return f"{config.path}{self.versions.get(config.path, 0)}"
+
+    def load(self, config: ModelConfig) -> Any:
+        self.loaded.append(config.path)
+        assert self.alive == 0, "the model before is still there"
+        bench = self
+
+        class Model:
+            path = config.path
+
+            def __init__(self) -> None:
+                bench.alive += 1
+
+            def __del__(self) -> None:
+                bench.alive -= 1
+
+        return Model()
+
+    def score(self, model: Any, tokenizer: Any, task: str, *, label: str, **options: Any) -> Any:
+        if self.fail_at == (label, task):
+            raise KeyboardInterrupt
+        self.scored.append((label, task))
+        sample = {"doc_id": 0, "target": 1, "log_likelihoods": [-1.0, -2.0], "acc": 0}
+        return harness.TaskResult({"acc": 0.5, "acc_stderr": 0.1, "num_samples": 4}, [sample])
+
+    def measure(self, model: Any, windows: Any, *, batch_size: int, on_progress: Any) -> dict[str, Any]:
+        self.scored.append((model.path, "perplexity"))
+        on_progress(2)
+        return {"value": self.perplexity, "tokens": 30, "sequence_length": 16, "nll": 2.1}
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
+    return Bench(monkeypatch)
+
+
+def _files(folder: Path) -> dict[str, tuple[int, bytes]]:
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) for path in paths}
+
+
+def test_results_have_the_documented_form(bench: Bench, tmp_path: Path) -> None:
+    results = evaluate(CONFIG, MODELS, tmp_path, data_dir=None)
+    assert bench.loaded == ["d", "p"]
+    assert len(bench.scored) == 6
+    metrics = {"acc": 0.5, "acc_stderr": 0.1, "num_samples": 4}
+    assert results["pruned"] == {
+        "model": "p",
+        "tasks": {"rte": metrics, "pydoc_choice": metrics},
+        "average": {"metric": "acc", "value": 0.5, "tasks": ["rte", "pydoc_choice"]},
+        "perplexity": {"pydoc": {"value": 8.0, "tokens": 30, "sequence_length": 16}},
+    }
+    assert json.loads((tmp_path / "pruned.json").read_text()) == results["pruned"]
+    assert json.loads((tmp_path / "samples/dense/rte.jsonl").read_text())["log_likelihoods"] == [-1.0, -2.0]
+    fingerprint = eval_fingerprint(CONFIG, {"dense": "d0", "pruned": "p0"}, None)
+    assert run_dir.is_finished(tmp_path, fingerprint)
+    assert not (tmp_path / ".scratch").exists()
+
+
+def test_second_run_touches_nothing(bench: Bench, tmp_path: Path) -> None:
+    first = evaluate(CONFIG, MODELS, tmp_path, data_dir=None)
+    before, bench.loaded, bench.scored = _files(tmp_path), [], []
+    assert evaluate(CONFIG, MODELS, tmp_path, data_dir=None) == first
+    assert (bench.loaded, bench.scored) == ([], [])
+    assert _files(tmp_path) == before
+
+
+def test_only_what_changed_is_scored_again(bench: Bench, tmp_path: Path) -> None:
+    evaluate(CONFIG, MODELS, tmp_path, data_dir=None)
+    bench.versions["p"], bench.loaded, bench.scored = 1, [], []
+    evaluate(CONFIG, MODELS, tmp_path, data_dir=None)
+    assert bench.loaded == ["p"]
+    assert bench.scored == [("pruned", "rte"), ("pruned", "pydoc_choice"), ("p", "perplexity")]
+
+    bench.loaded, bench.scored = [], []
+    more = replace(CONFIG, tasks=(*CONFIG.tasks, "boolq"))
+    expected = [("dense", "boolq"), ("pruned", "boolq")]
+    assert pending_pieces(more, {"dense": "d0", "pruned": "p1"}, tmp_path, None) == expected
+    evaluate(more, MODELS, tmp_path, data_dir=None)
+    assert bench.scored == expected
+
+    bench.scored = []
+    assert evaluate(CONFIG, MODELS, tmp_path, data_dir=None)["dense"]["average"]["tasks"] == list(CONFIG.tasks)
+    assert bench.scored == []
+    evaluate(replace(CONFIG, batch_size=2, perplexity=()), {"dense": MODELS["dense"]}, tmp_path, data_dir=None)
+    assert bench.scored == [("dense", "rte"), ("dense", "pydoc_choice")]
+    assert not (tmp_path / "pruned.json").exists()
+
+
+def test_interrupt_keeps_finished_pieces_and_nothing_half(bench: Bench, tmp_path: Path) -> None:
+    bench.fail_at = ("dense", "pydoc_choice")
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(CONFIG, MODELS, tmp_path, data_dir=None)
+    assert set(_files(tmp_path)) == {".pieces/dense/rte.json", "samples/dense/rte.jsonl"}
+    assert bench.alive == 0
+    bench.fail_at, bench.scored = None, []
+    evaluate(CONFIG, MODELS, tmp_path, data_dir=None)
+    assert ("dense", "rte") not in bench.scored
+    assert len(bench.scored) == 5
+
+
+def test_piece_that_is_not_whole_is_scored_again(bench: Bench, tmp_path: Path) -> None:
+    evaluate(CONFIG, MODELS, tmp_path, data_dir=None)
+    (tmp_path / ".pieces/dense/rte.json").write_text('{"fingerprint": ')
+    (tmp_path / "samples/pruned/rte.jsonl").unlink()
+    known = {"dense": "d0", "pruned": "p0"}
+    assert pending_pieces(CONFIG, known, tmp_path, None) == [("dense", "rte"), ("pruned", "rte")]
+
+
+def test_model_that_is_yet_to_be_made_is_pending(bench: Bench, tmp_path: Path) -> None:
+    pending = pending_pieces(CONFIG, {"tuned": None}, tmp_path, None)
+    assert pending == [("tuned", "rte"), ("tuned", "pydoc_choice"), ("tuned", "pydoc")]
+
+
+def test_perplexity_of_a_broken_model_is_null(bench: Bench, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    bench.perplexity = float("nan")
+    results = evaluate(CONFIG, MODELS, tmp_path, data_dir=None)
+    assert results["dense"]["perplexity"]["pydoc"]["value"] is None
+    assert "not finite" in capfd.readouterr().err
+
+
+def test_files_as_texts_get_their_own_pieces(bench: Bench, tmp_path: Path) -> None:
+    texts = []
+    for folder in ("a", "b"):
+        path = tmp_path / folder / "text.txt"
+        path.parent.mkdir()
+        path.write_text(folder)
+        texts.append(str(path))
+    config = EvalConfig(tasks=(), perplexity=tuple(texts))
+    results = evaluate(config, MODELS, tmp_path / "out", data_dir=None)
+    assert list(results["dense"]["perplexity"]) == texts
+    assert results["dense"]["average"] == {"metric": "acc", "value": None, "tasks": []}
+    assert len(list((tmp_path / "out/.pieces/dense").iterdir())) == 2
+
+
+@pytest.mark.parametrize("label", ["a/b", "..", "stage", ""])
+def test_labels_are_file_names(bench: Bench, tmp_path: Path, label: str) -> None:
+    with pytest.raises(UsageError, match="cannot be a model's name"):
+        evaluate(CONFIG, {label: MODELS["dense"]}, tmp_path, data_dir=None)
+
+
+def test_unknown_task_stops_before_any_model_is_loaded(bench: Bench, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="did you mean boolq"):
+        evaluate(EvalConfig(tasks=("bolq",)), MODELS, tmp_path, data_dir=None)
+    assert bench.loaded == []
+    assert evaluation.STAGE_VERSION >= 1

@@ -1,0 +1,108 @@
+"""Where tasks come from, and what is said of those that do not exist."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lors_cli.errors import MissingError, UsageError
+from lors_cli.evaluation import tasks
+from lors_cli.recipe import SEVEN_TASKS
+
+
+def _local_rte(folder: Path, *, label: int = 0) -> Path:
+    path = folder / "eval" / "rte" / "validation.jsonl.gz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    row = {"sentence1": "A cat sleeps.", "sentence2": "A cat is awake.", "label": label, "idx": 0}
+    path.write_bytes(gzip.compress(json.dumps(row).encode()))
+    return path
+
+
+def test_unknown_names_are_all_named_with_suggestions() -> None:
+    with pytest.raises(UsageError) as caught:
+        tasks.check_tasks(["arc_esay", "rte", "wikitxt", "mmlu"], None)
+    assert caught.value.exit_code == 2
+    for part in ("'arc_esay'", "arc_easy", "'wikitxt'", "wikitext", "mmlu is a group"):
+        assert part in caught.value.message
+    assert "boolq" in (caught.value.hint or "")
+
+
+def test_other_tasks_of_lm_eval_are_found_in_its_definitions(tmp_path: Path) -> None:
+    tasks.check_tasks(["wikitext", "mmlu_abstract_algebra", "scrolls_qasper"], None)
+    path = tasks.task_definition("mmlu_abstract_algebra", data_dir=None, folder=tmp_path)
+    assert path.is_file()
+    assert "mmlu_abstract_algebra" in path.read_text()
+
+
+def test_tasks_that_run_the_models_code_are_refused() -> None:
+    with pytest.raises(UsageError, match="runs code"):
+        tasks.check_tasks(["humaneval"], None)
+
+
+def test_missing_local_file_is_named(tmp_path: Path) -> None:
+    _local_rte(tmp_path)
+    tasks.check_tasks(["rte", "pydoc_choice"], tmp_path)
+    for call in (
+        lambda: tasks.check_tasks(["rte", "boolq"], tmp_path),
+        lambda: tasks.task_definition("boolq", data_dir=tmp_path, folder=tmp_path / "work"),
+        lambda: tasks.task_fingerprint("boolq", tmp_path),
+    ):
+        with pytest.raises(MissingError, match=r"eval/boolq/validation\.jsonl\.gz") as caught:
+            call()
+        assert caught.value.exit_code == 3
+
+
+def test_checking_the_usual_tasks_needs_no_lm_eval() -> None:
+    code = (
+        "import sys, time; start = time.monotonic()\n"
+        "from lors_cli.evaluation import check_tasks\n"
+        "from lors_cli.recipe import SEVEN_TASKS\n"
+        "check_tasks([*SEVEN_TASKS, 'pydoc_choice'], None)\n"
+        "assert not {'torch', 'transformers', 'lm_eval', 'datasets'} & set(sys.modules)\n"
+        "print(time.monotonic() - start)"
+    )
+    started = time.monotonic()
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=Path(__file__).parents[2])
+    assert time.monotonic() - started < 10
+
+
+def test_generated_definition_reads_the_local_file_alone(tmp_path: Path) -> None:
+    data = _local_rte(tmp_path)
+    path = tasks.task_definition("rte", data_dir=tmp_path, folder=tmp_path / "work")
+    content = yaml.safe_load(path.read_text())
+    assert content["dataset_path"] == "json"
+    assert content["dataset_kwargs"]["data_files"] == {"validation": str(data)}
+    assert content["validation_split"] == "validation"
+    assert content["training_split"] is content["test_split"] is content["dataset_name"] is None
+    assert Path(content["include"]).is_file()
+
+
+def test_without_data_folder_the_built_in_definition_is_used(tmp_path: Path) -> None:
+    for name in SEVEN_TASKS:
+        path = tasks.task_definition(name, data_dir=None, folder=tmp_path)
+        assert f"task: {name}\n" in path.read_text()
+    assert not list(tmp_path.iterdir())
+
+
+def test_fingerprint_follows_content_not_place(tmp_path: Path) -> None:
+    _local_rte(tmp_path / "one")
+    _local_rte(tmp_path / "two")
+    _local_rte(tmp_path / "other", label=1)
+    one, two, other = (tasks.task_fingerprint("rte", tmp_path / name) for name in ("one", "two", "other"))
+    assert one == two
+    assert len({one, other, tasks.task_fingerprint("rte", None)}) == 3
+
+
+def test_pydoc_choice_documents(tmp_path: Path) -> None:
+    path = tasks.task_definition("pydoc_choice", data_dir=None, folder=tmp_path)
+    (documents,) = yaml.safe_load(path.read_text())["dataset_kwargs"]["data_files"].values()
+    items = [json.loads(line) for line in Path(documents).read_text().splitlines()]
+    assert len(items) == 120
+    assert all(len(item["choices"]) == 4 and 0 <= item["answer"] < 4 for item in items)

@@ -1,0 +1,352 @@
+"""The driver: whole checkpoints, every architecture, resumption, refusals, a naive sequential Wanda."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from lors_cli import pruning, run_dir
+from lors_cli.errors import SparsityError, UsageError
+from lors_cli.pruning import STATISTICS, _Driver, prune, stage_fingerprint
+from lors_cli.recipe import CalibrationConfig, ModelConfig, PruneConfig
+from lors_cli.sparsity import Pattern
+
+Build = Callable[..., PreTrainedModel]
+METHODS = list(STATISTICS)
+TWO_OF_FOUR = Pattern.parse("2:4")
+
+
+def config_of(method: str, token_file: Path | str = "c4", **changes: Any) -> PruneConfig:
+    calibration = CalibrationConfig(dataset=str(token_file), batch_size=4)
+    return PruneConfig(**{"method": method, "calibration": calibration, **changes})
+
+
+def is_linear_of_a_block(name: str) -> bool:
+    return name.startswith("model.layers.") and name.endswith("_proj.weight")
+
+
+def groups_with_more_than_two(weight: torch.Tensor) -> int:
+    return sum(sum(value != 0 for value in row[start : start + 4]) > 2
+               for row in weight.tolist() for start in range(0, len(row), 4))  # fmt: skip
+
+
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_pruned_checkpoint(method: str, checkpoint: Path, token_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    config = config_of(method, token_file)
+    record = prune(config, ModelConfig(path=str(checkpoint)), out)
+
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert AutoTokenizer.from_pretrained(out)("w5 w7").input_ids == [5, 7]
+    dense, sparse = weights_in(checkpoint), weights_in(out)
+    assert dense.keys() == sparse.keys() == dict(model.named_parameters()).keys()
+    pruned = [name for name in dense if is_linear_of_a_block(name)]
+    assert len(pruned) == 3 * 7
+    for name, weight in sparse.items():
+        assert weight.dtype == torch.float32
+        if name in pruned:
+            assert groups_with_more_than_two(weight) == 0
+            assert int((weight == 0).sum()) == weight.numel() // 2
+            if method != "sparsegpt":
+                assert torch.equal(weight[weight != 0], dense[name][weight != 0])
+        else:
+            assert torch.equal(weight, dense[name])
+
+    stage = json.loads((out / "stage.json").read_text())
+    assert stage["stage"] == "prune"
+    assert stage["fingerprint"] == record.fingerprint
+    assert run_dir.is_finished(out, record.fingerprint)
+    assert stage["config"]["method"] == method
+    assert stage["inputs"]["path"] == str(checkpoint)
+    metrics = stage["metrics"]
+    assert (metrics["pattern"], metrics["sparsity"], metrics["violations"]) == ("2:4", 0.5, 0)
+    assert metrics["dtype"] == "float32"
+    assert {layer["name"] + ".weight" for layer in metrics["layers"]} == set(pruned)
+    assert all(layer["sparsity"] == 0.5 for layer in metrics["layers"])
+    if method != "magnitude":
+        assert metrics["calibration"] == {"num_samples": 10, "tokens": 240}
+    assert set(stage["files"]) == {path.name for path in out.iterdir()} - {"stage.json"}
+    assert stage["files"] == {name: run_dir.file_sha256(out / name) for name in stage["files"]}
+
+
+def test_the_checkpoint_does_not_tell_where_or_when_it_was_made(
+    checkpoint: Path, token_file: Path, tmp_path: Path
+) -> None:
+    for name in ("first", "second"):
+        prune(config_of("wanda", token_file), ModelConfig(path=str(checkpoint)), tmp_path / name)
+    names = {path.name for path in (tmp_path / "first").iterdir()} - {"stage.json", "README.md"}
+    assert "model.safetensors" in names
+    for name in names:
+        content = (tmp_path / "first" / name).read_bytes()
+        assert content == (tmp_path / "second" / name).read_bytes()
+        assert str(tmp_path).encode() not in content
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_architecture(
+    architecture: str, method: str, build: Build, batches: list[torch.Tensor], tmp_path: Path
+) -> None:
+    model = build(architecture)
+    dense = {name: weight.clone() for name, weight in model.state_dict().items()}
+    driver = _Driver(config_of(method), model, TWO_OF_FOUR, tmp_path)
+    driver.check()
+    if method == "magnitude":
+        driver.prune_without_data()
+    else:
+        driver.prune_blocks(batches)
+    linears = {f"{name}.weight" for name, module in model.named_modules()
+               if isinstance(module, torch.nn.Linear) and ".layers." in name}  # fmt: skip
+    assert len(linears) == {"Phi3": 8, "OPT": 12, "GPT-NeoX": 8}.get(architecture, 14)
+    for name, weight in model.state_dict().items():
+        if name in linears:
+            assert groups_with_more_than_two(weight) == 0
+            assert int(weight.count_nonzero()) == weight.numel() // 2
+        else:
+            assert torch.equal(weight, dense[name])
+    assert bool(model(input_ids=batches[0]).logits.isfinite().all())
+
+
+def test_wanda_equals_a_naive_sequential_run(build: Build, batches: list[torch.Tensor], tmp_path: Path) -> None:
+    model, reference = build(), build()
+    _Driver(config_of("wanda"), model, TWO_OF_FOUR, tmp_path).prune_blocks(batches)
+
+    layers = reference.model.layers
+    for layer in layers:
+        # The layer as it is, behind already pruned ones; whole forward passes and one plain hook a linear.
+        linears = [module for module in layer.modules() if isinstance(module, torch.nn.Linear)]
+        squares: dict[torch.nn.Module, torch.Tensor] = {}
+
+        def listen(module: torch.nn.Module, args: Any, squares: dict = squares) -> None:
+            added = args[0].double().square().sum((0, 1))
+            squares[module] = squares.get(module, 0) + added
+
+        handles = [linear.register_forward_pre_hook(listen) for linear in linears]
+        with torch.no_grad():
+            for batch in batches:
+                reference(input_ids=batch)
+        for handle in handles:
+            handle.remove()
+        for linear in linears:
+            weight = linear.weight.data
+            score = weight.abs().double() * squares[linear].sqrt()
+            for row in range(weight.shape[0]):
+                for start in range(0, weight.shape[1], 4):
+                    lowest = score[row, start : start + 4].argsort()[:2] + start
+                    weight[row, lowest] = 0
+    for (name, got), expected in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert torch.equal(got, expected), name
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL."""
+
+
+@pytest.fixture
+def unbroken(checkpoint: Path, token_file: Path, tmp_path: Path) -> dict[str, torch.Tensor]:
+    out = tmp_path / "unbroken"
+    prune(config_of("sparsegpt", token_file), ModelConfig(path=str(checkpoint)), out)
+    return weights_in(out)
+
+
+@pytest.mark.parametrize("moment", ["before", "between", "after"])
+@pytest.mark.parametrize("block", [0, 1, 2])
+def test_a_killed_run_goes_on_and_ends_in_the_same_weights(
+    block: int,
+    moment: str,
+    unbroken: dict[str, torch.Tensor],
+    checkpoint: Path,
+    token_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out, model, config = tmp_path / "out", ModelConfig(path=str(checkpoint)), config_of("sparsegpt", token_file)
+    save, write = _Driver._save, run_dir.write_bytes
+
+    def killed_save(self: _Driver, index: int, *args: Any, **kwargs: Any) -> None:
+        if index == block and moment == "before":
+            raise Killed
+        save(self, index, *args, **kwargs)
+        if index == block and moment == "after":
+            raise Killed
+
+    def killed_write(path: Path, data: bytes) -> None:
+        if moment == "between" and path.name == f"inputs_{block + 1:04d}.safetensors":
+            raise Killed
+        write(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Driver, "_save", killed_save)
+        patch.setattr(run_dir, "write_bytes", killed_write)
+        with pytest.raises(Killed):
+            prune(config, model, out)
+    assert run_dir.read_record(out) is None
+    assert not (out / "model.safetensors").exists()
+
+    done: list[str] = []
+    prune_block = _Driver._prune_block
+
+    def counted(self: _Driver, prefix: str, *args: Any) -> None:
+        done.append(prefix)
+        prune_block(self, prefix, *args)
+
+    monkeypatch.setattr(_Driver, "_prune_block", counted)
+    record = prune(config, model, out)
+    first = block + 1 if moment == "after" else block
+    assert done == [f"model.layers.{index}" for index in range(first, 3)]
+    assert run_dir.is_finished(out, record.fingerprint)
+    assert not (out / ".work").exists()
+    resumed = weights_in(out)
+    assert resumed.keys() == unbroken.keys()
+    assert all(torch.equal(resumed[name], unbroken[name]) for name in unbroken)
+
+
+def test_other_settings_do_not_go_on_from_a_killed_run(
+    checkpoint: Path, token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, model = tmp_path / "out", ModelConfig(path=str(checkpoint))
+    with monkeypatch.context() as patch:
+        patch.setattr(pruning, "_verified", lambda *_: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(Killed):
+            prune(config_of("sparsegpt", token_file), model, out)
+    assert list((out / ".work").glob("block_*"))
+    prune(config_of("wanda", token_file), model, out)
+    prune(config_of("wanda", token_file), model, tmp_path / "clean")
+    clean = weights_in(tmp_path / "clean")
+    assert all(torch.equal(weight, clean[name]) for name, weight in weights_in(out).items())
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+def test_a_broken_pattern_publishes_nothing(
+    method: str, checkpoint: Path, token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pruning, "prune_group", lambda _method, weights, *_: list(weights))
+    out = tmp_path / "out"
+    with pytest.raises(SparsityError, match=r"21 pruned weights break 2:4, first model\.layers\.0") as raised:
+        prune(config_of(method, token_file), ModelConfig(path=str(checkpoint)), out)
+    assert raised.value.exit_code == 5
+    assert {path.name for path in out.iterdir()} <= {".work", ".staging"}
+    assert not list(out.rglob("model.safetensors"))
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> ModelConfig:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return ModelConfig(path=str(folder))
+
+
+def refuse_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("work was begun")
+
+    monkeypatch.setattr(pruning, "prune_group", never)
+    monkeypatch.setattr(pruning, "_calibration_batches", never)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "sparsegpt"])
+def test_a_width_that_has_no_groups_is_refused_before_work(
+    method: str, checkpoint: Path, token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_work(monkeypatch)
+    with pytest.raises(UsageError, match=r"model\.layers\.0\.self_attn\.q_proj \(32 × 32\) cannot be 2:5"):
+        prune(config_of(method, token_file, pattern="2:5"), ModelConfig(path=str(checkpoint)), tmp_path / "out")
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+def test_conv1d_is_refused_by_name(
+    method: str,
+    word_tokenizer: PreTrainedTokenizerFast,
+    token_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    refuse_work(monkeypatch)
+    gpt2 = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    )
+    model = save(gpt2, word_tokenizer, tmp_path / "gpt2")
+    with pytest.raises(UsageError, match=r"not supported: transformer\.h\.0\.attn\.c_attn is a Conv1D"):
+        prune(config_of(method, token_file), model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+def test_fused_experts_are_refused_by_name(
+    method: str,
+    word_tokenizer: PreTrainedTokenizerFast,
+    token_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    refuse_work(monkeypatch)
+    mixtral = transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, num_local_experts=2, max_position_embeddings=64,
+        )
+    )  # fmt: skip
+    model = save(mixtral, word_tokenizer, tmp_path / "mixtral")
+    with pytest.raises(UsageError, match=r"not supported: model\.layers\.0\.mlp\.experts\.\w+ .* several experts"):
+        prune(config_of(method, token_file), model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.5])
+@pytest.mark.parametrize("method", METHODS)
+def test_unstructured(method: str, sparsity: float, build: Build, batches: list[torch.Tensor], tmp_path: Path) -> None:
+    model = build()
+    pattern = Pattern.parse("unstructured", sparsity)
+    driver = _Driver(config_of(method), model, pattern, tmp_path)
+    if method == "magnitude":
+        driver.prune_without_data()
+    else:
+        driver.prune_blocks(batches)
+    for layer in driver.layers():
+        rows, columns = layer.shape
+        whole, by_row = int(rows * columns * sparsity), rows * int(columns * sparsity)
+        assert layer.num_zeros == (by_row if method == "wanda" else whole)
+        assert layer.violations == 0
+
+
+def test_the_model_itself_is_no_place_for_the_result(checkpoint: Path) -> None:
+    before = weights_in(checkpoint)
+    with pytest.raises(UsageError, match="is the model itself"):
+        prune(config_of("magnitude"), ModelConfig(path=str(checkpoint)), checkpoint)
+    assert all(torch.equal(weight, before[name]) for name, weight in weights_in(checkpoint).items())
+
+
+class TestStageFingerprint:
+    def test_it_covers_settings_model_and_calibration_text(self, token_file: Path, tmp_path: Path) -> None:
+        other = tmp_path / "other.safetensors"
+        other.write_bytes(token_file.read_bytes() + b" ")
+        configs = [
+            config_of("wanda", token_file),
+            config_of("ria", token_file),
+            config_of("wanda", token_file, pattern="1:4"),
+            config_of("wanda", other),
+            PruneConfig(method="wanda", calibration=CalibrationConfig(dataset=str(token_file), seed=1)),
+        ]
+        found = [stage_fingerprint(config, "m", None) for config in configs]
+        found.append(stage_fingerprint(configs[0], "other model", None))
+        assert len(set(found)) == len(found)
+        assert stage_fingerprint(configs[0], "m", None) == found[0]
+
+    def test_the_file_counts_by_content_and_not_by_name(self, token_file: Path, tmp_path: Path) -> None:
+        copy = tmp_path / "copy.safetensors"
+        copy.write_bytes(token_file.read_bytes())
+        assert stage_fingerprint(config_of("wanda", token_file), "m", None) == stage_fingerprint(
+            config_of("wanda", copy), "m", None
+        )
+
+    def test_magnitude_needs_no_text(self) -> None:
+        nowhere = config_of("magnitude", "/nowhere.txt")
+        assert stage_fingerprint(nowhere, "m", None) == stage_fingerprint(config_of("magnitude"), "m", None)

@@ -1,0 +1,178 @@
+"""The report of a small run folder made by hand."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lors_cli.errors import UsageError
+from lors_cli.report import write_report
+from lors_cli.report.figures import split_name
+from lors_cli.report.markdown import table
+from lors_cli.report.results import read_log
+
+TASKS = ["arc_challenge", "arc_easy", "boolq", "hellaswag", "openbookqa", "rte", "winogrande"]
+KINDS = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+         "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]  # fmt: skip
+RECIPE = """name: small
+model: {path: owner/base}
+prune: {method: wanda, pattern: '2:4'}
+tune: {method: lors, rank: 8}
+eval: {tasks: [boolq]}
+"""
+
+
+def scores(role: str, value: float, perplexity: float) -> dict[str, Any]:
+    tasks = {
+        task: {"acc": value + 0.03 * index, "acc_stderr": 0.012, "num_samples": 100}
+        for index, task in enumerate(TASKS)
+    }
+    average = sum(task["acc"] for task in tasks.values()) / len(tasks)
+    return {
+        "model": role,
+        "tasks": tasks,
+        "average": {"metric": "acc", "value": average, "tasks": TASKS},
+        "perplexity": {"wikitext2": {"value": perplexity, "tokens": 4096, "sequence_length": 2048}},
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+def stage(name: str, config: dict[str, Any], metrics: dict[str, Any], elapsed_s: float) -> dict[str, Any]:
+    packages = {"torch": "2.8.0", "lm-eval": "absent"}
+    environment = {"python": "3.11.9", "platform": "Linux-test", "processors": 8, "packages": packages}
+    return {
+        "stage": name, "fingerprint": "ab" * 16, "config": config, "inputs": {"path": "owner/base"},
+        "metrics": metrics, "environment": environment, "elapsed_s": elapsed_s,
+        "files": {"model.safetensors": "cd" * 32},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "small"
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(RECIPE)
+    layers = [
+        {"name": f"model.layers.{block}.{kind}", "shape": [8, 8], "sparsity": 0.5}
+        for block in range(30)
+        for kind in KINDS
+    ]
+    found = {"pattern": "2:4", "sparsity": 0.5, "violations": 0, "layers": layers}
+    pruning = {"method": "wanda", "pattern": "2:4", "calibration": {"dataset": "c4", "seed": 5}}
+    write_json(folder / "prune/stage.json", stage("prune", pruning, found, 125.0))
+    tuning = {"method": "lors", "rank": 8, "seed": 7}
+    losses = {"steps": 200, "first_loss": 3.25, "last_loss": 1.875, "tokens_per_s": 1234.0}
+    write_json(folder / "tune/stage.json", stage("tune", tuning, {**found, **losses}, 3700.0))
+    draw = random.Random(0)
+    rows = [
+        {"step": step, "loss": 1.8 + 1.4 / (1 + step / 20) + draw.gauss(0, 0.08), "learning_rate": 1e-5}
+        for step in range(1, 201)
+    ]
+    (folder / "tune/log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 201, "lo')
+    for role, value, perplexity in (("dense", 0.45, 14.5), ("pruned", 0.36, 31.2), ("tuned", 0.41, 19.9)):
+        write_json(folder / f"eval/{role}.json", scores(role, value, perplexity))
+    write_json(folder / "eval/stage.json", stage("eval", {"tasks": TASKS}, {}, 12.0))
+    return folder
+
+
+def all_bytes(run: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in [run / "report.md", *(run / "figures").iterdir()]}
+
+
+def test_report_has_the_numbers(run: Path) -> None:
+    path = write_report(run)
+    text = path.read_text()
+    assert path == run / "report.md"
+    assert text.startswith("# small\n\nowner/base: pruned with wanda to 2:4 (50.0% of the pruned weights are zero)")
+    for part in ("tuned with lors at rank 8", "45.00", "36.00", "19.900", "Loss 3.2500", "1.8750 at the end",
+                 "1,234 tokens", "2 min 05 s", "1 h 01 min", "torch 2.8.0", "Linux-test", "55.6%",
+                 RECIPE.strip()):  # fmt: skip
+        assert part in text
+    assert "lm-eval" not in text
+    assert "| prune | 2 min 05 s | 5 |" in text
+
+
+def test_every_figure_is_a_png_and_linked(run: Path) -> None:
+    text = write_report(run).read_text()
+    names = sorted(path.name for path in (run / "figures").iterdir())
+    assert names == ["accuracy.png", "loss.png", "perplexity.png", "sparsity.png"]
+    for name in names:
+        content = (run / "figures" / name).read_bytes()
+        assert content.startswith(b"\x89PNG\r\n\x1a\n")
+        assert len(content) > 5000
+        assert b"tEXt" not in content
+        assert f"](figures/{name})" in text
+
+
+def test_a_second_report_is_the_same_bytes(run: Path) -> None:
+    write_report(run)
+    first = all_bytes(run)
+    for path in (run / "figures").iterdir():
+        path.unlink()
+    write_report(run)
+    assert all_bytes(run) == first
+
+
+@pytest.mark.parametrize(
+    ("absent", "section", "figure"),
+    [("eval", "## Results", "accuracy.png"), ("tune", "## Tuning", "loss.png")],
+)
+def test_absent_stage_has_no_section(run: Path, absent: str, section: str, figure: str) -> None:
+    write_report(run)
+    (run / absent).rename(run.parent / absent)
+    text = write_report(run).read_text()
+    assert section not in text
+    assert not (run / "figures" / figure).exists(), "a figure of results that are gone is removed"
+
+
+def test_only_a_recipe(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("name: bare\nmodel: {path: x}\nprune: {}\n")
+    text = write_report(tmp_path).read_text()
+    assert "## Settings" in text
+    assert "## Results" not in text
+    assert "## How it was made" not in text
+
+
+def test_one_model_without_numbers(run: Path) -> None:
+    for role in ("dense", "tuned"):
+        (run / f"eval/{role}.json").unlink()
+    broken = scores("pruned", 0.3, 1.0)
+    broken["tasks"]["rte"]["acc"] = None
+    broken["average"]["value"] = None
+    broken["perplexity"]["wikitext2"]["value"] = None
+    write_json(run / "eval/pruned.json", broken)
+    text = write_report(run).read_text()
+    assert "figures/accuracy.png" in text
+    assert "figures/perplexity.png" not in text
+    assert "won back" not in text
+
+
+@pytest.mark.parametrize("name", ["missing", "empty"])
+def test_no_run(tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match=name):
+        write_report(tmp_path / name)
+
+
+def test_log_without_its_torn_line(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 2, "loss": 1.0}\n{"step": 1, "loss": 2.0}\n{"step": 3, "loss": NaN}\n{"step": 4, "l')
+    assert [row["step"] for row in read_log(path)] == [1, 2]
+
+
+def test_split_name() -> None:
+    assert split_name("model.layers.12.self_attn.q_proj") == (12, "q_proj")
+    assert split_name("transformer.h.3.mlp.c_fc") == (3, "c_fc")
+    assert split_name("project") == (0, "project")
+
+
+def test_table_escapes_cells() -> None:
+    assert table(["a", "b"], [["x|y", "`z`"]]).splitlines()[-1] == r"| x\|y | \`z\` |"

@@ -1,0 +1,136 @@
+"""Which foreign exceptions are the user's, and what they are told."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import errors as hub
+from safetensors import SafetensorError
+
+from lors_cli.errors import (
+    LorsError,
+    MissingError,
+    ResourceError,
+    SparsityError,
+    UsageError,
+    require_file,
+    translate,
+)
+
+# The HTTP client of the installed hub library: httpx in 1.x, httpx2 from 2.x.
+httpx = importlib.import_module(hub.HfHubHTTPError.__mro__[1].__module__.partition(".")[0])
+RESPONSE = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co/x"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "code"), [(LorsError, 2), (UsageError, 2), (MissingError, 3), (ResourceError, 4), (SparsityError, 5)]
+)
+def test_exit_codes(kind: type[LorsError], code: int) -> None:
+    assert kind("m").exit_code == code
+
+
+def test_text() -> None:
+    assert str(UsageError("what")) == "what"
+    assert str(UsageError("what", "do this")) == "what\n  do this"
+
+
+def wrapped(inner: BaseException, *, explicit: bool) -> BaseException:
+    """A RuntimeError that was raised while, or because, `inner` was handled."""
+    try:
+        try:
+            raise inner
+        except BaseException as error:
+            if explicit:
+                raise RuntimeError("outer") from error
+            raise RuntimeError("outer")  # noqa: B904
+    except RuntimeError as error:
+        return error
+
+
+FOREIGN: list[tuple[BaseException, type[LorsError], str]] = [
+    (OSError(errno.ENOSPC, "No space left on device", "/out/x"), ResourceError, "disk is full writing /out/x"),
+    (OSError(errno.EDQUOT, "Disk quota exceeded"), ResourceError, "disk is full"),
+    (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), ResourceError,
+     "disk is full"),
+    (PermissionError(errno.EACCES, "Permission denied", "/root/x"), UsageError, "/root/x"),
+    (OSError(errno.EROFS, "Read-only file system", "/x"), UsageError, "Read-only"),
+    (MemoryError(), ResourceError, "Not enough memory"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"), ResourceError, "Tried to allocate"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), ResourceError, "Not enough memory"),
+    (hub.RepositoryNotFoundError("404 no such repo", response=RESPONSE), MissingError, "no such repo"),
+    (hub.GatedRepoError("403 gated", response=RESPONSE), MissingError, "gated"),
+    (hub.RevisionNotFoundError("404 revision", response=RESPONSE), MissingError, "revision"),
+    (hub.HfHubHTTPError("500 server", response=RESPONSE), MissingError, "server"),
+    (hub.LocalEntryNotFoundError("not cached"), MissingError, "not cached"),
+    (hub.OfflineModeIsEnabled("offline"), MissingError, "offline"),
+    (httpx.ConnectError("name resolution failed"), MissingError, "name resolution"),
+    (httpx.ReadTimeout("slow"), MissingError, "slow"),
+    (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), MissingError, "refused"),
+    (OSError("x/y is not a local folder and is not a valid model identifier"), MissingError, "x/y"),
+    (ModuleNotFoundError("No module named 'gguf'", name="gguf"), MissingError, "'gguf' is not installed"),
+    (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/a"), UsageError, "/a"),
+    (IsADirectoryError(errno.EISDIR, "Is a directory", "/b"), UsageError, "/b"),
+    (FileExistsError(errno.EEXIST, "File exists", "/c"), UsageError, "/c"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("error", "kind", "text"), FOREIGN, ids=lambda value: type(value).__name__)
+def test_foreign_exceptions(error: BaseException, kind: type[LorsError], text: str) -> None:
+    for thrown in (error, wrapped(error, explicit=True), wrapped(error, explicit=False)):
+        found = translate(thrown)
+        assert type(found) is kind
+        assert text in found.message
+        assert "\n" not in found.message
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("a bug"),
+        KeyError("x"),
+        AssertionError(),
+        RuntimeError("shape mismatch"),
+        FileNotFoundError(errno.ENOENT, "No such file", "/x"),
+        BrokenPipeError(errno.EPIPE, "Broken pipe"),
+        ModuleNotFoundError("No module named 'lors_cli.nothing'", name="lors_cli.nothing"),
+        KeyboardInterrupt(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_everything_else_is_a_bug(error: BaseException) -> None:
+    assert translate(error) is None
+    assert translate(wrapped(error, explicit=True)) is None
+
+
+def test_our_own_errors_pass_through() -> None:
+    ours = SparsityError("broken")
+    assert translate(ours) is ours
+    assert translate(wrapped(ours, explicit=True)) is ours
+
+
+def test_a_suppressed_context_is_not_the_cause() -> None:
+    try:
+        try:
+            raise MemoryError
+        except MemoryError:
+            raise ValueError("a bug") from None
+    except ValueError as error:
+        assert translate(error) is None
+
+
+def test_a_ring_of_causes_ends() -> None:
+    first, second = ValueError("a"), ValueError("b")
+    first.__cause__, second.__cause__ = second, first
+    assert translate(first) is None
+
+
+def test_require_file(tmp_path: Path) -> None:
+    (tmp_path / "a").touch()
+    assert require_file(tmp_path / "a", "adapter weights") == tmp_path / "a"
+    for missing in (tmp_path / "b", tmp_path):
+        with pytest.raises(MissingError, match="No adapter weights at "):
+            require_file(missing, "adapter weights")

@@ -1,0 +1,343 @@
+"""Files that are whole or absent, stages that are finished or not, one process a folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lors_cli import run_dir
+from lors_cli.errors import UsageError
+from lors_cli.run_dir import (
+    StageRecord,
+    cached_sha256,
+    file_sha256,
+    fingerprint,
+    is_finished,
+    lock,
+    plain,
+    publish,
+    read_json,
+    read_record,
+    staging_dir,
+    work_dir,
+    write_bytes,
+    write_json,
+    write_text,
+)
+
+RECORD = StageRecord("prune", "f1", {"a": 1}, {}, {"sparsity": 0.5}, {}, 1.5, {})
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL."""
+
+
+def names(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+class TestWrite:
+    def test_new_content_and_new_folders(self, tmp_path: Path) -> None:
+        path = tmp_path / "a" / "b.txt"
+        write_text(path, "grün")
+        assert path.read_bytes() == "grün".encode()
+        write_bytes(path, b"new")
+        assert path.read_bytes() == b"new"
+        assert names(tmp_path) == {"a/b.txt"}
+
+    @pytest.mark.parametrize("function", ["replace", "fsync"])
+    @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+    def test_a_failure_leaves_the_old_content_and_no_part(
+        self, function: str, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = tmp_path / "a.txt"
+        write_text(path, "old")
+
+        def fail(*_: Any) -> None:
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, function, fail)
+            with pytest.raises(type(error)):
+                write_text(path, "new")
+        assert path.read_text() == "old"
+        assert names(tmp_path) == {"a.txt"}
+
+    def test_the_content_is_on_disk_before_the_name(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        steps: list[str] = []
+        fsync, move = os.fsync, os.replace
+        monkeypatch.setattr(os, "fsync", lambda fd: (steps.append("fsync"), fsync(fd)))
+        monkeypatch.setattr(os, "replace", lambda a, b: (steps.append("replace"), move(a, b)))
+        write_text(tmp_path / "a", "x")
+        assert steps == ["fsync", "replace", "fsync"]
+
+    def test_json(self, tmp_path: Path) -> None:
+        write_json(tmp_path / "a.json", {"ä": [1, None]})
+        assert read_json(tmp_path / "a.json") == {"ä": [1, None]}
+        with pytest.raises(ValueError, match="JSON"):
+            write_json(tmp_path / "a.json", math.nan)
+        assert read_json(tmp_path / "a.json") == {"ä": [1, None]}
+
+    @pytest.mark.parametrize("content", [None, b"", b'{"a": 1', b"\xff\xfe"])
+    def test_json_that_is_absent_or_not_whole(self, content: bytes | None, tmp_path: Path) -> None:
+        if content is not None:
+            (tmp_path / "a.json").write_bytes(content)
+        assert read_json(tmp_path / "a.json") is None
+
+
+class TestHashes:
+    def test_sha256(self, tmp_path: Path) -> None:
+        (tmp_path / "a").write_bytes(b"abc")
+        assert file_sha256(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+        with open(tmp_path / "a", "rb") as file:
+            assert run_dir._digest(file) == file_sha256(tmp_path / "a")
+
+    def test_old_files_are_read_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        path = tmp_path / "a"
+        path.write_bytes(b"abc")
+        os.utime(path, (1e9, 1e9))
+        digest = cached_sha256(path)
+        monkeypatch.setattr(run_dir, "file_sha256", lambda _: "read again")
+        assert cached_sha256(path) == digest
+        os.utime(path, (1e9, 1e9 + 1))
+        assert cached_sha256(path) == "read again"
+
+    def test_young_files_are_read_every_time(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        path = tmp_path / "a"
+        path.write_bytes(b"abc")
+        before = cached_sha256(path)
+        stat = path.stat()
+        path.write_bytes(b"abd")
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        assert cached_sha256(path) != before
+
+    def test_a_cache_that_cannot_be_used_does_not_matter(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "cache").write_text("a file stands here")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        path = tmp_path / "a"
+        path.write_bytes(b"abc")
+        os.utime(path, (1e9, 1e9))
+        assert cached_sha256(path) == file_sha256(path)
+
+    @pytest.mark.parametrize("content", ["[]", "{", '{"key": 1}'])
+    def test_a_broken_cache_is_replaced(self, content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        cache = tmp_path / "lors" / "sha256.json"
+        write_text(cache, content)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        path = tmp_path / "a"
+        path.write_bytes(b"abc")
+        os.utime(path, (1e9, 1e9))
+        assert cached_sha256(path) == file_sha256(path)
+        assert file_sha256(path) in json.loads(cache.read_text()).values()
+
+
+@dataclass
+class Inner:
+    path: Path
+    sizes: tuple[int, ...]
+
+
+def test_plain() -> None:
+    value = {1: Inner(Path("/a"), (1, 2)), "x": [None, True, 0.5]}
+    assert plain(value) == {"1": {"path": "/a", "sizes": [1, 2]}, "x": [None, True, 0.5]}
+
+
+def test_fingerprint_sees_every_part_and_no_order() -> None:
+    base = fingerprint("prune", 1, {"a": 1, "b": 2}, {"model": "m"})
+    assert len(base) == 32
+    assert fingerprint("prune", 1, {"b": 2, "a": 1}, {"model": "m"}) == base
+    others = [
+        fingerprint("tune", 1, {"a": 1, "b": 2}, {"model": "m"}),
+        fingerprint("prune", 2, {"a": 1, "b": 2}, {"model": "m"}),
+        fingerprint("prune", 1, {"a": 1, "b": 3}, {"model": "m"}),
+        fingerprint("prune", 1, {"a": 1, "b": "2"}, {"model": "m"}),
+        fingerprint("prune", 1, {"a": 1, "b": 2}, {"model": "n"}),
+    ]
+    assert len({base, *others}) == 6
+
+
+def stage(folder: Path, files: dict[str, str]) -> None:
+    staging = staging_dir(folder)
+    for name, text in files.items():
+        (staging / name).parent.mkdir(parents=True, exist_ok=True)
+        (staging / name).write_text(text)
+
+
+class TestPublish:
+    def test_it_moves_everything_and_writes_the_record(self, tmp_path: Path) -> None:
+        work_dir(tmp_path, "f1")
+        stage(tmp_path, {"model": "weights", "sub/file": "x"})
+        assert not is_finished(tmp_path, "f1")
+        record = publish(tmp_path, RECORD)
+        assert names(tmp_path) == {"model", "sub/file", "stage.json"}
+        assert not (tmp_path / ".work").exists()
+        assert record.files == {name: file_sha256(tmp_path / name) for name in ("model", "sub/file")}
+        assert read_record(tmp_path) == record == replace(RECORD, files=record.files)
+        assert is_finished(tmp_path, "f1")
+
+    def test_it_is_not_finished_for_another_fingerprint_or_with_a_missing_file(self, tmp_path: Path) -> None:
+        stage(tmp_path, {"model": "weights", "sub/file": "x"})
+        publish(tmp_path, RECORD)
+        assert not is_finished(tmp_path, "f2")
+        (tmp_path / "sub/file").unlink()
+        assert not is_finished(tmp_path, "f1")
+
+    @pytest.mark.parametrize("content", ["", "{", "[]", '{"stage": "prune"}', '{"unknown": 1}'])
+    def test_a_record_that_is_none(self, content: str, tmp_path: Path) -> None:
+        (tmp_path / "stage.json").write_text(content)
+        assert read_record(tmp_path) is None
+        assert not is_finished(tmp_path, "f1")
+
+    def test_a_folder_that_is_not_there(self, tmp_path: Path) -> None:
+        assert not is_finished(tmp_path / "nowhere", "f1")
+
+    def test_files_of_an_earlier_result_go_and_the_users_stay(self, tmp_path: Path) -> None:
+        stage(tmp_path, {"model-1-of-2": "a", "model-2-of-2": "b", "log": "kept"})
+        publish(tmp_path, RECORD)
+        (tmp_path / "notes.txt").write_text("mine")
+        stage(tmp_path, {"model": "c"})
+        record = publish(tmp_path, replace(RECORD, fingerprint="f2"), keep=["log", "absent"])
+        assert names(tmp_path) == {"model", "log", "notes.txt", "stage.json"}
+        assert set(record.files) == {"model", "log"}
+
+    # Every call that changes the folder, in turn: the run is killed just before it.
+    @pytest.mark.parametrize("step", range(12))
+    def test_a_kill_at_any_step_leaves_an_unfinished_stage_or_the_whole_one(
+        self, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        stage(tmp_path, {"model-1-of-2": "old", "model-2-of-2": "old", "config": "old"})
+        publish(tmp_path, RECORD)
+        stage(tmp_path, {"model": "new", "config": "new"})
+        count = 0
+
+        def killing(real: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                nonlocal count
+                count += 1
+                if count > step:
+                    raise Killed
+                return real(*args, **kwargs)
+
+            return call
+
+        killed = False
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", killing(os.replace))
+            patch.setattr(Path, "unlink", killing(Path.unlink))
+            patch.setattr(run_dir.shutil, "rmtree", killing(run_dir.shutil.rmtree))
+            try:
+                publish(tmp_path, replace(RECORD, fingerprint="f2"))
+            except Killed:
+                killed = True
+        assert killed == (step < count)
+        if is_finished(tmp_path, "f1"):
+            assert all((tmp_path / name).read_text() == "old" for name in ("model-1-of-2", "model-2-of-2", "config"))
+        if is_finished(tmp_path, "f2"):
+            assert (tmp_path / "model").read_text() == (tmp_path / "config").read_text() == "new"
+            assert not (tmp_path / "model-1-of-2").exists()
+
+        # The next run, with other results again, ends in exactly its own files.
+        stage(tmp_path, {"third": "3"})
+        publish(tmp_path, replace(RECORD, fingerprint="f3"))
+        assert is_finished(tmp_path, "f3")
+        assert {name for name in names(tmp_path) if not name.endswith(".partial")} == {"third", "stage.json"}
+
+    def test_the_record_comes_last(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        moved: list[str] = []
+        move = os.replace
+        monkeypatch.setattr(os, "replace", lambda a, b: (moved.append(Path(b).name), move(a, b)))
+        stage(tmp_path, {"zzz": "1", "aaa": "2"})
+        publish(tmp_path, RECORD)
+        assert moved == [".publishing.json", "aaa", "zzz", "stage.json"]
+
+
+class TestWorkAndStaging:
+    def test_work_of_the_same_fingerprint_stays(self, tmp_path: Path) -> None:
+        (work_dir(tmp_path / "s", "f1") / "block").write_text("x")
+        assert (work_dir(tmp_path / "s", "f1") / "block").read_text() == "x"
+
+    def test_work_of_another_fingerprint_goes(self, tmp_path: Path) -> None:
+        (work_dir(tmp_path, "f1") / "block").write_text("x")
+        assert names(work_dir(tmp_path, "f2")) == {"fingerprint.json"}
+        assert names(work_dir(tmp_path, "f1")) == {"fingerprint.json"}
+
+    @pytest.mark.parametrize("content", [None, "", '"f1'])
+    def test_work_without_a_whole_fingerprint_goes(self, content: str | None, tmp_path: Path) -> None:
+        work = work_dir(tmp_path, "f1")
+        (work / "block").write_text("x")
+        (work / "fingerprint.json").unlink()
+        if content is not None:
+            (work / "fingerprint.json").write_text(content)
+        assert not (work_dir(tmp_path, "f1") / "block").exists()
+
+    def test_staging_is_empty(self, tmp_path: Path) -> None:
+        (staging_dir(tmp_path / "s") / "left").write_text("x")
+        assert names(staging_dir(tmp_path / "s")) == set()
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from lors_cli.run_dir import lock
+with lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+class TestLock:
+    def hold(self, folder: Path) -> subprocess.Popen[str]:
+        root = Path(run_dir.__file__).parents[1]
+        process = subprocess.Popen(
+            [sys.executable, "-c", HOLDER, str(folder)], cwd=root, stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        return process
+
+    def test_a_second_process_is_refused_until_the_first_is_killed(self, tmp_path: Path) -> None:
+        holder = self.hold(tmp_path / "run")
+        try:
+            with pytest.raises(UsageError, match=rf"run is in use by pid {holder.pid} on \S+\."):
+                with lock(tmp_path / "run"):
+                    pass
+            with lock(tmp_path / "another"):
+                pass
+        finally:
+            holder.send_signal(signal.SIGKILL)
+            holder.wait()
+            assert holder.stdout is not None
+            holder.stdout.close()
+        started = time.monotonic()
+        with lock(tmp_path / "run"):
+            assert (tmp_path / "run" / ".lock").read_text().startswith(f"pid {os.getpid()} on ")
+        assert time.monotonic() - started < 5
+        assert (tmp_path / "run" / ".lock").read_text() == ""
+
+    def test_it_is_free_after_an_error(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="mine"):
+            with lock(tmp_path):
+                raise ValueError("mine")
+        with lock(tmp_path):
+            with pytest.raises(UsageError, match="is in use"):
+                with lock(tmp_path):
+                    pass
+
+
+def test_environment_is_plain_json() -> None:
+    environment = run_dir.environment()
+    assert environment["packages"]["torch"] != "absent"
+    assert json.loads(json.dumps(environment)) == environment

@@ -1,0 +1,131 @@
+"""Adapters on disk: the right base, and only that; merges that keep every zero."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from lors_cli.errors import MissingError, SparsityError, UsageError
+from lors_cli.models import prunable_linears
+from lors_cli.tuning import adapter as adapters
+from lors_cli.tuning.adapter import (
+    AdapterConfig,
+    attach,
+    base_mask,
+    load_adapter,
+    lors_layers,
+    merge_adapters,
+    save_adapter,
+)
+from lors_cli.tuning.lors import LorsLinear
+
+IDS = torch.arange(40).reshape(2, 20)
+
+
+def _adapted(model: PreTrainedModel) -> PreTrainedModel:
+    attach(model, list(prunable_linears(model)), rank=4, alpha=8.0, use_rslora=True)
+    generator = torch.Generator().manual_seed(7)
+    for layer in lors_layers(model).values():
+        layer.lora_B.data.copy_(torch.randn(layer.lora_B.shape, generator=generator) * 0.1)
+    return model
+
+
+def _saved(model: PreTrainedModel, folder: Path) -> Path:
+    layers = lors_layers(model)
+    config = AdapterConfig(4, 8.0, True, tuple(layers), "some/base", "fingerprint", base_mask(layers))
+    save_adapter(model, folder, config)
+    return folder
+
+
+def test_a_loaded_adapter_gives_the_same_logits(tmp_path: Path, sparse_llama: Callable[..., PreTrainedModel]) -> None:
+    model = _adapted(sparse_llama(torch.bfloat16))
+    folder = _saved(model, tmp_path / "adapter")
+    loaded = load_adapter(sparse_llama(torch.bfloat16), folder)
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
+def test_the_merged_model_gives_the_same_logits_bit_for_bit(sparse_llama: Callable[..., PreTrainedModel]) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        model = _adapted(sparse_llama(dtype))
+        before = model(IDS).logits
+        merge_adapters(model)
+        assert not lors_layers(model)
+        assert torch.equal(model(IDS).logits, before)
+
+
+def test_merging_keeps_every_zero_and_counts_new_ones(sparse_llama: Callable[..., PreTrainedModel]) -> None:
+    model = _adapted(sparse_llama())
+    masks = {name: layer.weight != 0 for name, layer in lors_layers(model).items()}
+    name, layer = next(iter(lors_layers(model).items()))
+    layer.lora_B.data.zero_()
+    layer.lora_A.data.zero_()
+    row, column = (int(index[0]) for index in layer.weight.nonzero(as_tuple=True))
+    layer.lora_A.data[0, column] = 1.0
+    layer.lora_B.data[row, 0] = -layer.weight[row, column] / layer.scale
+    lost = merge_adapters(model)
+    linears = prunable_linears(model)
+    assert all(bool((linears[key].weight[~mask] == 0).all()) for key, mask in masks.items())
+    assert linears[name].weight[row, column] == 0
+    assert lost == sum(int((linears[key].weight[mask] == 0).sum()) for key, mask in masks.items()) >= 1
+
+
+def test_a_merge_that_fills_a_zero_is_stopped(
+    sparse_llama: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = _adapted(sparse_llama())
+    monkeypatch.setattr(LorsLinear, "merged_weight", lambda self: torch.ones_like(self.weight))
+    with pytest.raises(SparsityError, match="fill zeros"):
+        merge_adapters(model)
+
+
+def test_a_base_with_other_zeros_is_refused(tmp_path: Path, sparse_llama: Callable[..., PreTrainedModel]) -> None:
+    folder = _saved(_adapted(sparse_llama()), tmp_path / "adapter")
+    other = sparse_llama()
+    weight = next(iter(prunable_linears(other).values())).weight
+    weight.data[0, 0], weight.data[0, 1] = 1.0, 0.0
+    with pytest.raises(UsageError, match="zeros lie elsewhere"):
+        load_adapter(other, folder)
+
+
+def test_on_disk_it_looks_like_peft_but_is_not_taken_for_lora(
+    tmp_path: Path, sparse_llama: Callable[..., PreTrainedModel]
+) -> None:
+    folder = _saved(_adapted(sparse_llama()), tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORS"
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight" in tensors
+    assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+
+
+def test_another_kind_of_adapter_is_refused(tmp_path: Path, sparse_llama: Callable[..., PreTrainedModel]) -> None:
+    folder = _saved(_adapted(sparse_llama()), tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "LORA"}))
+    with pytest.raises(UsageError, match="LORA adapter, not LORS"):
+        load_adapter(sparse_llama(), folder)
+
+
+def test_missing_and_broken_files_are_named(tmp_path: Path, sparse_llama: Callable[..., PreTrainedModel]) -> None:
+    with pytest.raises(MissingError, match="adapter configuration"):
+        load_adapter(sparse_llama(), tmp_path)
+    folder = _saved(_adapted(sparse_llama()), tmp_path / "adapter")
+    weights = folder / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UsageError, match="not a whole safetensors file"):
+        load_adapter(sparse_llama(), folder)
+    tensors = adapters.adapter_tensors(_adapted(sparse_llama()))
+    tensors.pop(next(iter(tensors)))
+    save_file(tensors, weights)
+    with pytest.raises(UsageError, match="does not fit its configuration"):
+        load_adapter(sparse_llama(), folder)
+    (folder / "adapter_config.json").write_text("{")
+    with pytest.raises(UsageError, match="not readable JSON"):
+        load_adapter(sparse_llama(), folder)
