@@ -49,6 +49,8 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
         )
         kwargs.pop("verbose", None)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+        if console.verbosity() < 2:  # the libraries' own bars; downloads keep theirs
+            os.environ.setdefault("TQDM_DISABLE", "1")
         try:
             return function(*args, **kwargs)
         except (KeyboardInterrupt, Exception) as error:

@@ -64,7 +64,7 @@ def model_size(config: ModelConfig) -> ModelSize | None:
 
     with quiet_libraries(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(settings)
-    linears = tuple(tuple(linear.weight.shape) for linear in prunable_linears(model).values())
+    linears = tuple((linear.out_features, linear.in_features) for linear in prunable_linears(model).values())
     text = settings.get_text_config()
     dtype = getattr(torch, config.dtype) if config.dtype != "auto" else getattr(settings, "dtype", None)
     return ModelSize(

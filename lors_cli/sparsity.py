@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -94,15 +94,38 @@ def keep_largest(scores: torch.Tensor, pattern: Pattern, *, per_row: bool) -> to
     import torch
 
     if pattern.m is not None:
-        groups = scores.unflatten(1, (-1, pattern.m))
-        order = groups.sort(dim=-1, descending=True, stable=True).indices
-        mask = torch.zeros_like(groups, dtype=torch.bool)
-        return mask.scatter_(-1, order[..., : pattern.n], True).flatten(1)
+        groups = scores.unflatten(1, (-1, pattern.m)).unbind(-1)
+        return torch.stack(keep_of_group(groups, pattern), dim=-1).flatten(1)
     rows = scores if per_row else scores.reshape(1, -1)
     num_kept = rows.shape[1] - pattern.num_removed(rows.shape[1])
     order = rows.sort(dim=-1, descending=True, stable=True).indices
     mask = torch.zeros_like(rows, dtype=torch.bool)
     return mask.scatter_(-1, order[:, :num_kept], True).view_as(scores)
+
+
+def keep_of_group(scores: Sequence[torch.Tensor], pattern: Pattern) -> list[torch.Tensor]:
+    """The mask of M competing scores, which may be vectors or matrices; a score stays if fewer than N beat it.
+
+    Counting is several times quicker than sorting groups of four.
+
+    Args:
+        scores: M tensors of one shape.
+        pattern: N:M.
+
+    Returns:
+        M bool tensors of that shape; among equal scores the earlier stay.
+    """
+    import torch
+
+    assert pattern.n is not None
+    masks = []
+    for i, score in enumerate(scores):
+        beaten = torch.zeros(score.shape, dtype=torch.int16, device=score.device)
+        for j, other in enumerate(scores):
+            if j != i:
+                beaten += other >= score if j < i else other > score
+        masks.append(beaten < pattern.n)
+    return masks
 
 
 def num_violations(weight: torch.Tensor, pattern: Pattern) -> int:

@@ -17,7 +17,8 @@ def unstructured(sparsity: float) -> Pattern:
 
 
 @pytest.mark.parametrize(
-    ("text", "n", "m", "sparsity"), [("2:4", 2, 4, 0.5), ("1:4", 1, 4, 0.75), ("4:8", 4, 8, 0.5), ("16:32", 16, 32, 0.5)]
+    ("text", "n", "m", "sparsity"),
+    [("2:4", 2, 4, 0.5), ("1:4", 1, 4, 0.75), ("4:8", 4, 8, 0.5), ("16:32", 16, 32, 0.5)],
 )
 def test_parse_n_of_m(text: str, n: int, m: int, sparsity: float) -> None:
     assert Pattern.parse(text) == Pattern(n, m, sparsity)
@@ -31,7 +32,9 @@ def test_parse_unstructured() -> None:
     assert not pattern.structured
 
 
-@pytest.mark.parametrize("text", ["", "2", "2:", ":4", "4:2", "4:4", "0:4", "2:4:8", "-2:4", "2.0:4", "a:b", "2/4", "²:4"])
+@pytest.mark.parametrize(
+    "text", ["", "2", "2:", ":4", "4:2", "4:4", "0:4", "2:4:8", "-2:4", "2.0:4", "a:b", "2/4", "²:4"]
+)
 def test_parse_refuses_what_is_no_pattern(text: str) -> None:
     with pytest.raises(UsageError, match="no sparsity pattern"):
         Pattern.parse(text)

@@ -277,7 +277,7 @@ class _Driver:
         run_dir.write_bytes(self.work / f"inputs_{index + 1:04d}.safetensors", save(inputs))
         (self.work / f"inputs_{index:04d}.safetensors").unlink(missing_ok=True)
 
-    def _resume(self, blocks: Sequence[nn.Module], hidden: list[torch.Tensor]) -> int:
+    def _resume(self, blocks: nn.ModuleList, hidden: list[torch.Tensor]) -> int:
         """Load what an interrupted run has done; the number of finished blocks."""
         from safetensors.torch import load_file
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from lors_cli import console
 from lors_cli.errors import UsageError
 from lors_cli.pruning.statistics import NOT_FINITE
-from lors_cli.sparsity import Pattern, keep_largest
+from lors_cli.sparsity import Pattern, keep_largest, keep_of_group
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lors_cli.pruning.statistics import InputStatistics
 
 BLOCK_COLUMNS = 128
+STRIP_COLUMNS = 16
 DAMPING = 0.01
 
 
@@ -88,27 +89,50 @@ def inverse_factor(H: torch.Tensor) -> torch.Tensor:
 
 def _sweep(Wt: torch.Tensor, U: torch.Tensor, pattern: Pattern, rows: list[int]) -> torch.Tensor:
     """Prune Wᵀ (C, R) in place, block by block of columns of W; `rows` splits R into separate weights."""
+    num_columns = Wt.shape[0]
+    width = _multiple(BLOCK_COLUMNS, pattern)
+    for start in range(0, num_columns, width):
+        block = slice(start, min(start + width, num_columns))
+        errors = _sweep_block(Wt[block], U[block, block], pattern, rows)
+        Wt[block.stop :].addmm_(U[block, block.stop :].T, errors, alpha=-1)
+    return Wt
+
+
+def _sweep_block(block: torch.Tensor, U: torch.Tensor, pattern: Pattern, rows: list[int]) -> torch.Tensor:
+    """Prune one block of columns in place; the errors (columns, R) that the columns to its right make up for.
+
+    Within the block the same is done once more with narrow strips: columns of a strip are updated one by one, the
+    rest of the block by one product a strip.
+    """
     import torch
 
-    num_columns = Wt.shape[0]
-    width = BLOCK_COLUMNS if pattern.m is None else max(pattern.m, BLOCK_COLUMNS // pattern.m * pattern.m)
-    for start in range(0, num_columns, width):
-        end = min(start + width, num_columns)
-        block, block_U = Wt[start:end], U[start:end, start:end]
-        errors = torch.empty_like(block)
-        mask = None if pattern.m is not None else _block_mask(block, block_U, pattern, rows)
-        for i in range(end - start):
-            if pattern.m is not None and i % pattern.m == 0:
+    errors = torch.empty_like(block)
+    masks = None if pattern.structured else _block_mask(block, U, pattern, rows)
+    width = _multiple(STRIP_COLUMNS, pattern)
+    for first in range(0, block.shape[0], width):
+        last = min(first + width, block.shape[0])
+        for i in range(first, last):
+            if pattern.m is not None and (i - first) % pattern.m == 0:
                 group = slice(i, i + pattern.m)
-                saliency = (block[group] / block_U.diagonal()[group, None]).square()
-                mask = keep_largest(saliency.T, pattern, per_row=True).T
-            assert mask is not None
-            keep = mask[i % pattern.m if pattern.m else i]
-            errors[i] = torch.where(keep, 0, block[i]) / block_U[i, i]
+                masks = _group_mask(block[group], U.diagonal()[group], pattern)
+            assert masks is not None
+            keep = masks[(i - first) % pattern.m if pattern.m else i]
+            torch.div(block[i] * ~keep, U[i, i], out=errors[i])
             block[i].mul_(keep)
-            block[i + 1 :].addr_(block_U[i, i + 1 :], errors[i], alpha=-1)
-        Wt[end:].addmm_(U[start:end, end:].T, errors, alpha=-1)
-    return Wt
+            if i + 1 < last:
+                block[i + 1 : last].addr_(U[i, i + 1 : last], errors[i], alpha=-1)
+        block[last:].addmm_(U[first:last, last:].T, errors[first:last], alpha=-1)
+    return errors
+
+
+def _multiple(width: int, pattern: Pattern) -> int:
+    """The largest multiple of the pattern's M up to `width`, at least M itself."""
+    return width if pattern.m is None else max(pattern.m, width // pattern.m * pattern.m)
+
+
+def _group_mask(columns: torch.Tensor, diagonal: torch.Tensor, pattern: Pattern) -> list[torch.Tensor]:
+    """N:M: for each of M columns (M, R), which of its rows stay."""
+    return keep_of_group((columns / diagonal[:, None]).square().unbind(), pattern)
 
 
 def _block_mask(block: torch.Tensor, block_U: torch.Tensor, pattern: Pattern, rows: list[int]) -> torch.Tensor:

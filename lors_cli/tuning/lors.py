@@ -141,12 +141,9 @@ class LorsLinear(nn.Module):
         self.bias = None if linear.bias is None else linear.bias.requires_grad_(False)
         self.rank, self.alpha = rank, alpha
         self.scale = alpha / math.sqrt(rank) if use_rslora else alpha / rank
-        options = {
-            "dtype": torch.float64 if self.weight.dtype == torch.float64 else torch.float32,
-            "device": self.weight.device,
-        }
-        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, **options))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, **options))
+        dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, dtype=dtype, device=self.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, dtype=dtype, device=self.weight.device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -161,7 +158,8 @@ class LorsLinear(nn.Module):
         """An ordinary linear with the merged weight, which gives the same outputs bit for bit."""
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         linear.weight = nn.Parameter(self.merged_weight(), requires_grad=False)
-        linear.bias = self.bias
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias, requires_grad=False)
         return linear
 
     def extra_repr(self) -> str:

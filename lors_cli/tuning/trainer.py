@@ -87,7 +87,7 @@ class AdapterTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         from safetensors.torch import save
 
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or str(self.checkpoints))
         assert self.model is not None
         run_dir.write_bytes(folder / WEIGHTS_NAME, save(adapter_tensors(self.model), metadata={"format": "pt"}))
 
@@ -191,7 +191,7 @@ class StopCallback(TrainerCallback):
 
 @contextlib.contextmanager
 def stopping_gently(callback: StopCallback) -> Iterator[None]:
-    """Turn the first Ctrl-C or SIGTERM into a saved stop, which then raises KeyboardInterrupt; a second stops at once."""
+    """Turn the first Ctrl-C or SIGTERM into a saved stop that ends in KeyboardInterrupt; a second stops at once."""
 
     def ask(number: int, frame: Any) -> None:
         if callback.asked:
@@ -199,17 +199,17 @@ def stopping_gently(callback: StopCallback) -> Iterator[None]:
         callback.asked = True
         console.warn("stopping: this step is finished and saved first; press Ctrl-C again to stop at once")
 
-    before: dict[int, Callable[..., Any] | int | None] = {}
+    before: dict[signal.Signals, Callable[..., Any] | int | None] = {}
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, ask)
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            before[signum] = signal.signal(signum, ask)
     except ValueError:  # not the main thread: the caller's own handling stays
         before = {}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
     if callback.asked:
         raise KeyboardInterrupt
 

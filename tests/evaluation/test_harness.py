@@ -63,8 +63,8 @@ def test_equals_hand_written_loop(
         scores = _choice_scores(model, tokenizer, f"Question: {question}\nAnswer:", choices)
         assert sample["log_likelihoods"] == pytest.approx(scores, abs=1e-3)
         assert sample["target"] == answer
-        best = max(range(len(choices)), key=lambda i: scores[i])  # noqa: B023
-        best_norm = max(range(len(choices)), key=lambda i: scores[i] / len(choices[i]))  # noqa: B023
+        best = max(range(len(choices)), key=lambda i: scores[i])
+        best_norm = max(range(len(choices)), key=lambda i: scores[i] / len(choices[i]))
         assert (sample["acc"], sample["acc_norm"]) == (int(best == answer), int(best_norm == answer))
         right, right_norm = right + (best == answer), right_norm + (best_norm == answer)
     assert result.metrics["acc"] == pytest.approx(right / LIMIT)
@@ -129,3 +129,16 @@ def test_finite_gives_plain_numbers() -> None:
     assert harness.finite(np.float32(0.5)) == 0.5
     assert type(harness.finite(np.int64(3))) is int
     assert [harness.finite(value) for value in ("N/A", float("nan"), float("inf"), None, [1])] == [None] * 5
+
+
+def test_rolling_likelihood_is_scored_document_by_document(stories: tuple[Any, Any]) -> None:
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    texts = ["Once upon a time there was a cat. " * 40, "The cat sat.", "A dog ran home. " * 3]
+    requests = [Instance(request_type="loglikelihood_rolling", doc={}, arguments=(text,), idx=0) for text in texts]
+    model, tokenizer = stories
+    shown = harness._shown_model_class()(model, tokenizer, 2, "x")
+    plain = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, softmax_dtype="float32")
+    expected = plain.loglikelihood_rolling(requests, disable_tqdm=True)
+    assert shown.loglikelihood_rolling(requests) == pytest.approx(expected, rel=1e-5)

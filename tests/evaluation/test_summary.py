@@ -12,7 +12,7 @@ from lors_cli.evaluation.summary import average
 
 
 def _result(acc: float | None, norm: float, boolq: float, perplexity: float | None) -> dict[str, Any]:
-    tasks = {
+    tasks: dict[str, dict[str, Any]] = {
         "arc_easy": {"acc": acc, "acc_stderr": 0.0123, "acc_norm": norm, "acc_norm_stderr": None, "num_samples": 9},
         "boolq": {"acc": boolq, "acc_stderr": 0.02, "num_samples": 9},
     }

@@ -71,9 +71,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture
-def checkpoint(
-    tmp_path: Path, build: Callable[..., PreTrainedModel], word_tokenizer: PreTrainedTokenizerFast
-) -> Path:
+def checkpoint(tmp_path: Path, build: Callable[..., PreTrainedModel], word_tokenizer: PreTrainedTokenizerFast) -> Path:
     """A tiny float32 Llama saved with its tokenizer."""
     folder = tmp_path / "dense"
     build(num_hidden_layers=3).save_pretrained(folder)
