@@ -279,7 +279,7 @@ class _Dumper(yaml.SafeDumper):
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     ambiguous = not isinstance(resolve(text), str)
-    style = '"' if not text.isprintable() else "'" if ambiguous else None  # a line break is written as \\n
+    style = '"' if not text.isprintable() else "'" if ambiguous else None  # a line break is written as \n
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 

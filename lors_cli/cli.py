@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -29,7 +29,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings, error
 Verbose = Annotated[int, typer.Option("--verbose", "-v", count=True, help="More details; -vv: the libraries' logs.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder for the results.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan; nothing is written.")]
-Config = Annotated[Path | None, typer.Option("--config", help="YAML file with the stage's settings.")]
+Config = Annotated[str | None, typer.Option("--config", help="YAML file with the stage's settings, or a shipped one.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, e.g. rank=32.")]
 DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Folder with local datasets; else $LORS_DATA_DIR.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")]
@@ -113,15 +113,16 @@ def _given(**flags: Any) -> dict[str, Any]:
 
 
 def _stage(
-    stage: str, models: dict[str, Any], out: Path, config: Path | None, overrides: list[str] | None,
+    stage: Literal["prune", "tune", "eval"], models: dict[str, Any], out: Path, config: str | None,
+    overrides: list[str] | None,
     flags: dict[str, Any], data_dir: Path | None, dry_run: bool,
 ) -> Any:  # fmt: skip
     """Plan and run one stage; its plan when it ran or was done, None after a dry run."""
     from lors_cli import views
-    from lors_cli.loading import load_stage
+    from lors_cli.loading import find_config, load_stage
     from lors_cli.pipeline import plan_single, resolve_data_dir, run_single
 
-    settings = load_stage(stage, config, overrides or [], flags)
+    settings = load_stage(stage, find_config(config) if config else None, overrides or [], flags)
     data = resolve_data_dir(str(data_dir) if data_dir else None)
     plan = plan_single(stage, settings, models, out, data)
     if dry_run:

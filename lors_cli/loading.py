@@ -16,7 +16,7 @@ from typing import Any, Literal
 from lors_cli._checks import KeyPath, Place, Settings, check, field_names, subsection, unknown_key
 from lors_cli._yaml import MAX_BYTES, YamlError, read, shorten, write
 from lors_cli.errors import UsageError
-from lors_cli.recipe import STAGE_CONFIGS, STAGES, EvalConfig, PruneConfig, Recipe, TuneConfig
+from lors_cli.recipe import STAGE_CONFIGS, STAGES, EvalConfig, ModelConfig, PruneConfig, Recipe, TuneConfig
 from lors_cli.run_dir import plain
 
 Stage = Literal["prune", "tune", "eval"]
@@ -79,6 +79,26 @@ def load_stage(
     return config
 
 
+def load_model_config(path: str, *, dtype: str = "auto", device: str = "auto") -> ModelConfig:
+    """The model named on a command line.
+
+    Args:
+        path: the MODEL argument.
+        dtype: of `--dtype`.
+        device: of `--device`.
+
+    Raises:
+        UsageError: a value is none that the schema allows.
+    """
+    settings = Settings({}, {(): Place("MODEL", (0, 0))})
+    for index, (key, place, value) in enumerate(
+        (("path", "MODEL", path), ("dtype", "--dtype", dtype), ("device", "--device", device))
+    ):
+        settings.set((key,), value, Place(place, (2, index), (key,)), {})
+    config: ModelConfig = check(ModelConfig, settings)
+    return config
+
+
 def dump_recipe(recipe: Recipe | PruneConfig | TuneConfig | EvalConfig) -> str:
     """YAML text from which `load_recipe` (or `load_stage`) makes an equal recipe (or config).
 
@@ -126,6 +146,27 @@ def find_recipe(name: str) -> Path:
         UsageError: there is none, with the nearest shipped name.
     """
     return _find(name, "recipes", "recipe", "`lors recipes` lists the shipped ones.")
+
+
+def find_shipped_recipe(name: str) -> Path:
+    """A shipped recipe's file, whatever lies in the current folder.
+
+    Raises:
+        UsageError: there is none, with the nearest shipped name.
+    """
+    shipped = shipped_recipes()
+    stem = re.sub(r"\.ya?ml$", "", name.removeprefix("recipes/"))
+    if stem in shipped:
+        return shipped[stem]
+    close = difflib.get_close_matches(stem[:100].lower(), list(shipped), n=1)
+    hint = f"Did you mean {close[0]}?" if close else f"There are: {', '.join(shipped)}."
+    raise UsageError(f"There is no shipped recipe {shorten(name)!r}.", hint)
+
+
+def recipe_summary(path: Path) -> str:
+    """What a recipe's first comment line says of it."""
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    return first.lstrip("# ") if first.startswith("#") else ""
 
 
 def find_config(name: str) -> Path:

@@ -208,7 +208,6 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
         MissingError: not there or not reachable.
         UsageError: only pickled weights, or weights that do not fit the configuration.
     """
-    import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, GgufConfig
 
@@ -223,7 +222,7 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
         options["use_safetensors"] = True
     with quiet_libraries():
         try:
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.name_or_path,
                 dtype=resolve_dtype(config, stored, device),
                 output_loading_info=True,
@@ -232,13 +231,13 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
             )
         except (ValueError, TypeError, RuntimeError, KeyError, OSError, struct.error, SafetensorError) as error:
             raise _load_error(config.path, "the checkpoint", error) from error
+    model, report = loaded
     bad = sorted({*report["missing_keys"], *(str(item[0]) for item in report["mismatched_keys"])})
     if bad:
         raise UsageError(f"{config.path}: {len(bad)} weights are missing or of the wrong shape, first: {bad[0]}")
     model.requires_grad_(False)
     if hasattr(model.config, "_model_name_or_path"):  # a .gguf's general.name, which is no setting
         del model.config._model_name_or_path
-    torch.set_grad_enabled(True)
     return model.to(device).eval()
 
 

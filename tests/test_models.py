@@ -108,8 +108,10 @@ class TestLocate:
         with pytest.raises(UsageError, match="is a file"):
             locate(str(folder / "model.safetensors"))
 
-    @pytest.mark.parametrize("name", ["package://", "package://x", "package://x/y.bin", "package://x-y/z.gguf",
-                                      "package://x/../z.gguf", "package://os//etc/z.gguf", "package://x/.gguf/"])  # fmt: skip
+    @pytest.mark.parametrize("name", [
+        "package://", "package://x", "package://x/y.bin", "package://x-y/z.gguf", "package://x/../z.gguf",
+        "package://os//etc/z.gguf", "package://x/.gguf/",
+    ])  # fmt: skip
     def test_a_malformed_package(self, name: str) -> None:
         with pytest.raises(UsageError, match="not of the form"):
             locate(name)

@@ -76,9 +76,16 @@ class TestWrite:
 
     def test_the_content_is_on_disk_before_the_name(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         steps: list[str] = []
-        fsync, move = os.fsync, os.replace
-        monkeypatch.setattr(os, "fsync", lambda fd: (steps.append("fsync"), fsync(fd)))
-        monkeypatch.setattr(os, "replace", lambda a, b: (steps.append("replace"), move(a, b)))
+
+        def noted(name: str, real: Callable[..., None]) -> Callable[..., None]:
+            def call(*args: Any) -> None:
+                steps.append(name)
+                real(*args)
+
+            return call
+
+        for name in ("fsync", "replace"):
+            monkeypatch.setattr(os, name, noted(name, getattr(os, name)))
         write_text(tmp_path / "a", "x")
         assert steps == ["fsync", "replace", "fsync"]
 
@@ -194,6 +201,10 @@ class TestPublish:
         assert not is_finished(tmp_path, "f2")
         (tmp_path / "sub/file").unlink()
         assert not is_finished(tmp_path, "f1")
+        (tmp_path / "sub/file").write_text("y")
+        assert not is_finished(tmp_path, "f1")
+        (tmp_path / "sub/file").write_text("x")
+        assert is_finished(tmp_path, "f1")
 
     @pytest.mark.parametrize("content", ["", "{", "[]", '{"stage": "prune"}', '{"unknown": 1}'])
     def test_a_record_that_is_none(self, content: str, tmp_path: Path) -> None:
@@ -257,8 +268,13 @@ class TestPublish:
 
     def test_the_record_comes_last(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         moved: list[str] = []
-        move = os.replace
-        monkeypatch.setattr(os, "replace", lambda a, b: (moved.append(Path(b).name), move(a, b)))
+        real = os.replace
+
+        def move(source: Path, target: Path) -> None:
+            moved.append(target.name)
+            real(source, target)
+
+        monkeypatch.setattr(os, "replace", move)
         stage(tmp_path, {"zzz": "1", "aaa": "2"})
         publish(tmp_path, RECORD)
         assert moved == [".publishing.json", "aaa", "zzz", "stage.json"]

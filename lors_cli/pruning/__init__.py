@@ -271,8 +271,8 @@ class _Driver:
         """Keep the block and the next one's inputs; the inputs' file is the sign that the block is done."""
         from safetensors.torch import save
 
-        run_dir.write_bytes(self.work / f"block_{index:04d}.safetensors",
-                            save({name: tensor.contiguous() for name, tensor in block.state_dict().items()}))  # fmt: skip
+        weights = {name: tensor.contiguous() for name, tensor in block.state_dict().items()}
+        run_dir.write_bytes(self.work / f"block_{index:04d}.safetensors", save(weights))
         inputs = {} if last else {f"{number:06d}": batch.contiguous() for number, batch in enumerate(hidden)}
         run_dir.write_bytes(self.work / f"inputs_{index + 1:04d}.safetensors", save(inputs))
         (self.work / f"inputs_{index:04d}.safetensors").unlink(missing_ok=True)

@@ -79,14 +79,14 @@ def _recorders(
     originals = [block.forward for block in blocks]
     try:
         for index, block in enumerate(blocks):
-            block.forward = recorder(index)  # type: ignore[method-assign]
+            block.forward = recorder(index)
         yield
     finally:
         for block, original in zip(blocks, originals, strict=True):
             if "forward" in vars(block):
                 del block.forward
             if block.forward != original:
-                block.forward = original  # type: ignore[method-assign]
+                block.forward = original
 
 
 @dataclass

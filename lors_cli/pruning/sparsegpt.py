@@ -107,7 +107,7 @@ def _sweep_block(block: torch.Tensor, U: torch.Tensor, pattern: Pattern, rows: l
     import torch
 
     errors = torch.empty_like(block)
-    masks = None if pattern.structured else _block_mask(block, U, pattern, rows)
+    masks: Sequence[torch.Tensor] = [] if pattern.structured else _block_mask(block, U, pattern, rows).unbind()
     width = _multiple(STRIP_COLUMNS, pattern)
     for first in range(0, block.shape[0], width):
         last = min(first + width, block.shape[0])
@@ -115,7 +115,6 @@ def _sweep_block(block: torch.Tensor, U: torch.Tensor, pattern: Pattern, rows: l
             if pattern.m is not None and (i - first) % pattern.m == 0:
                 group = slice(i, i + pattern.m)
                 masks = _group_mask(block[group], U.diagonal()[group], pattern)
-            assert masks is not None
             keep = masks[(i - first) % pattern.m if pattern.m else i]
             torch.div(block[i] * ~keep, U[i, i], out=errors[i])
             block[i].mul_(keep)

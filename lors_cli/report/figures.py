@@ -57,7 +57,7 @@ def sparsity(results: RunResults) -> bytes | None:
     grid = [[cells.get((block, kind), math.nan) for block in blocks] for kind in kinds]
     with _style():
         figure, axes = _figure(max(6.0, min(14.0, 3.2 + 0.3 * len(blocks))), 1.7 + 0.36 * len(kinds))
-        image = axes.imshow(grid, vmin=0, vmax=1, cmap="cividis", aspect="auto", interpolation="nearest")
+        image = axes.imshow(grid, vmin=0, vmax=1, cmap="Blues", aspect="auto", interpolation="nearest")
         axes.set(title="Share of weights that are zero", xlabel="decoder block")
         every = max(1, math.ceil(len(blocks) / 16))
         axes.set_xticks(range(0, len(blocks), every), [str(block) for block in blocks[::every]])

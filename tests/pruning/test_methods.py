@@ -230,13 +230,18 @@ class TestSparseGpt:
         weights = [normal(6, 160, seed=1), 10 * normal(3, 160, seed=2), 0.1 * normal(4, 160, seed=3)]
         self.compare(weights, inputs(400, 160), pattern, rtol=2e-3)
 
+    @pytest.mark.parametrize("size", [1.0, 0.01])  # where inputs are small, the pinned ones count in the damping
     @pytest.mark.parametrize("pattern", [PATTERNS[0], PATTERNS[3]], ids=describe)
-    def test_dead_inputs(self, pattern: Pattern) -> None:
-        X = inputs(400, 160)
+    def test_dead_inputs(self, pattern: Pattern, size: float) -> None:
+        X = size * inputs(400, 160)
         X[:, [0, 5, 6, 7, 130, 159]] = 0
         self.compare([normal(5, 160)], X, pattern)
         (pruned,) = sparsegpt([normal(5, 160)], statistics_of(X, "hessian"), pattern)
         assert int(pruned[:, [0, 5, 6, 7, 130, 159]].count_nonzero()) == 0
+
+    def test_inputs_that_are_all_dead(self) -> None:
+        (pruned,) = sparsegpt([normal(5, 16)], statistics_of(torch.zeros(9, 16), "hessian"), PATTERNS[0])
+        assert int(pruned.count_nonzero()) == 0
 
     @pytest.mark.parametrize("pattern", [PATTERNS[0], PATTERNS[3]], ids=describe)
     def test_fewer_tokens_than_inputs(self, pattern: Pattern) -> None:

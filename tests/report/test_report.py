@@ -28,8 +28,7 @@ eval: {tasks: [boolq]}
 
 def scores(role: str, value: float, perplexity: float) -> dict[str, Any]:
     tasks = {
-        task: {"acc": value + 0.03 * index, "acc_stderr": 0.012, "num_samples": 100}
-        for index, task in enumerate(TASKS)
+        task: {"acc": value + 0.03 * index, "acc_stderr": 0.012, "num_samples": 100} for index, task in enumerate(TASKS)
     }
     average = sum(task["acc"] for task in tasks.values()) / len(tasks)
     return {

@@ -1,0 +1,111 @@
+"""The rules between a recipe's keys, and what is derived from them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from lors_cli.recipe import EvalConfig, ModelConfig, PruneConfig, Recipe, TuneConfig
+
+MODEL = ModelConfig(path="m")
+
+
+@pytest.mark.parametrize(("pattern", "sparsity"), [("2:4", 0.5), ("1:4", 0.75), ("2:3", 1 / 3), ("4:8", None)])
+def test_sparsity_may_repeat_the_pattern(pattern: str, sparsity: float | None) -> None:
+    assert PruneConfig(pattern=pattern, sparsity=sparsity).sparsity == sparsity
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"pattern": "unstructured"}, "needs a sparsity"),
+        ({"pattern": "2:4", "sparsity": 0.6}, "contradicts pattern: 2:4, which is 0.5"),
+        ({"pattern": "4:4"}, "0 < N < M"),
+        ({"pattern": "0:4"}, "0 < N < M"),
+        ({"pattern": "4:2"}, "0 < N < M"),
+        ({"pattern": "0:0"}, "0 < N < M"),
+    ],
+)
+def test_prune_rules(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PruneConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"learning_rate": 1e-5, "min_learning_rate": 1e-4}, "min_learning_rate: 0.0001 is above"),
+        ({"batch_size": 10, "per_device_batch_size": 4}, "not a multiple of per_device_batch_size: 4"),
+    ],
+)
+def test_tune_rules(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TuneConfig(**values)
+
+
+def test_scale() -> None:
+    assert math.isclose(TuneConfig(alpha=16, rank=16).scale, 4.0)
+    assert math.isclose(TuneConfig(alpha=16, rank=64).scale, 2.0)
+    assert math.isclose(TuneConfig(alpha=16, rank=64, use_rslora=False).scale, 0.25)
+
+
+@pytest.mark.parametrize(("batch", "micro"), [(1, 1), (2, 2), (3, 3), (4, 4), (5, 1), (6, 3), (7, 1), (32, 4), (34, 2)])
+def test_micro_batch_size_divides_the_batch(batch: int, micro: int) -> None:
+    assert TuneConfig(batch_size=batch).micro_batch_size == micro
+    assert batch % micro == 0
+
+
+def test_micro_batch_size_as_given() -> None:
+    assert TuneConfig(batch_size=32, per_device_batch_size=16).micro_batch_size == 16
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"tasks": ("rte", "rte")}, "tasks: rte is listed twice"),
+        ({"models": ("dense", "dense")}, "models: dense is listed twice"),
+        ({"perplexity": ("c4", "c4")}, "perplexity: c4 is listed twice"),
+        ({"tasks": ()}, "nothing to evaluate"),
+    ],
+)
+def test_eval_rules(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EvalConfig(**values)
+
+
+def test_perplexity_alone_is_enough() -> None:
+    assert EvalConfig(tasks=(), perplexity=("pydoc",)).perplexity == ("pydoc",)
+
+
+def test_recipe_needs_a_stage() -> None:
+    with pytest.raises(ValueError, match="there is no stage"):
+        Recipe(name="a", model=MODEL)
+
+
+def test_eval_names_only_models_that_exist() -> None:
+    with pytest.raises(ValueError, match="pruned is not made by this recipe, which has dense, tuned"):
+        Recipe(name="a", model=MODEL, tune=TuneConfig(), eval=EvalConfig(models=("dense", "pruned")))
+
+
+@pytest.mark.parametrize(
+    ("stages", "roles"),
+    [
+        ({}, ("dense",)),
+        ({"prune": PruneConfig()}, ("dense", "pruned")),
+        ({"tune": TuneConfig()}, ("dense", "tuned")),
+        ({"prune": PruneConfig(), "tune": TuneConfig()}, ("dense", "pruned", "tuned")),
+    ],
+)
+def test_defaults_name_the_models_that_are_made(stages: dict[str, Any], roles: tuple[str, ...]) -> None:
+    recipe = Recipe(name="a", model=MODEL, eval=EvalConfig(), **stages).with_defaults()
+    assert recipe.roles() == roles
+    assert recipe.eval is not None
+    assert recipe.eval.models == roles
+    assert recipe.with_defaults() == recipe
+
+
+def test_chosen_models_are_kept() -> None:
+    recipe = Recipe(name="a", model=MODEL, prune=PruneConfig(), eval=EvalConfig(models=("pruned",)))
+    assert recipe.with_defaults() is recipe
