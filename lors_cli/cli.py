@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-import functools
-import os
-import sys
-import traceback
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 import typer
 
 from lors_cli import console
+from lors_cli.command import (
+    Config,
+    DataDir,
+    Device,
+    DryRun,
+    Dtype,
+    Json,
+    Model,
+    Out,
+    Overrides,
+    Seed,
+    guarded,
+    is_override,
+    model_labels,
+    split_list,
+)  # fmt: skip
 
 app = typer.Typer(
     name="lors",
@@ -23,81 +34,6 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(help="List, copy and describe the shipped recipes.", pretty_exceptions_enable=False)
 app.add_typer(recipes_app, name="recipes")
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, nothing else there.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings, errors and the result.")]
-Verbose = Annotated[int, typer.Option("--verbose", "-v", count=True, help="More details; -vv: the libraries' logs.")]
-Out = Annotated[Path, typer.Option("--out", help="Folder for the results.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan; nothing is written.")]
-Config = Annotated[str | None, typer.Option("--config", help="YAML file with the stage's settings, or a shipped one.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, e.g. rank=32.")]
-DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Folder with local datasets; else $LORS_DATA_DIR.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")]
-Dtype = Annotated[str, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything random in the stage.")]
-Model = Annotated[str, typer.Argument(help="Folder, hub id, .gguf file or package://module/file.gguf.")]
-
-
-def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Configure the console and turn every exception into one message and its exit code (DESIGN §2)."""
-
-    @functools.wraps(function)
-    def command(*args: Any, **kwargs: Any) -> Any:
-        console.configure(
-            json_mode=kwargs.pop("json_mode", False),
-            verbosity=-1 if kwargs.pop("quiet", False) else kwargs.pop("verbose", 0),
-        )
-        kwargs.pop("verbose", None)
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-        if console.verbosity() < 2:  # the libraries' own bars; downloads keep theirs
-            os.environ.setdefault("TQDM_DISABLE", "1")
-        try:
-            return function(*args, **kwargs)
-        except (KeyboardInterrupt, Exception) as error:
-            fail(error)
-
-    command.__signature__ = _with_common_options(function)  # type: ignore[attr-defined]
-    return command
-
-
-def _with_common_options(function: Callable[..., Any]) -> Any:
-    """The command's signature plus --json, -q and -v."""
-    import inspect
-
-    signature = inspect.signature(function, eval_str=True)
-    common = [("json_mode", Json, False), ("quiet", Quiet, False), ("verbose", Verbose, 0)]
-    extra = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=default)
-             for name, kind, default in common]  # fmt: skip
-    return signature.replace(parameters=[*signature.parameters.values(), *extra])
-
-
-def fail(error: BaseException) -> NoReturn:
-    """Say what went wrong and leave with the right exit code."""
-    from lors_cli.errors import translate
-
-    if isinstance(error, typer.Exit):
-        raise error
-    if isinstance(error, KeyboardInterrupt):
-        console.error("interrupted; what was finished is kept.", "The same command goes on from there.")
-        _fail_document("interrupted", None, 130)
-        raise typer.Exit(130) from None
-    known = translate(error)
-    if known is None:
-        traceback.print_exception(error, file=sys.stderr)
-        console.error(
-            f"this is a bug in lors: {type(error).__name__}: {error}", "Please report it with the lines above."
-        )
-        _fail_document(str(error), None, 1)
-        raise typer.Exit(1) from None
-    if console.verbosity() >= 2:
-        traceback.print_exception(error, file=sys.stderr)
-    console.error(known.message, known.hint)
-    _fail_document(known.message, known.hint, known.exit_code)
-    raise typer.Exit(known.exit_code) from None
-
-
-def _fail_document(message: str, hint: str | None, exit_code: int) -> None:
-    console.document({"error": {"message": message, "hint": hint, "exit_code": exit_code}})
 
 
 def _model_config(path: str, dtype: str, device: str) -> Any:
@@ -120,7 +56,8 @@ def _stage(
     """Plan and run one stage; its plan when it ran or was done, None after a dry run."""
     from lors_cli import views
     from lors_cli.loading import find_config, load_stage
-    from lors_cli.pipeline import plan_single, resolve_data_dir, run_single
+    from lors_cli.pipeline import run_single
+    from lors_cli.plans import plan_single, resolve_data_dir
 
     settings = load_stage(stage, find_config(config) if config else None, overrides or [], flags)
     data = resolve_data_dir(str(data_dir) if data_dir else None)
@@ -146,7 +83,8 @@ def run(
     """Run a recipe: prune, tune, evaluate. A second call goes on where the first stopped."""
     from lors_cli import views
     from lors_cli.loading import find_recipe, load_recipe
-    from lors_cli.pipeline import plan_stages, resolve_data_dir, run_recipe, select
+    from lors_cli.pipeline import run_recipe
+    from lors_cli.plans import plan_stages, resolve_data_dir, select
 
     settings = load_recipe(find_recipe(recipe), overrides or [])
     folder = out or Path("runs") / settings.name
@@ -245,10 +183,10 @@ def evaluate(
 
     from lors_cli import run_dir, views
 
-    overrides = [argument for argument in arguments if _is_override(argument)]
-    paths = [argument for argument in arguments if not _is_override(argument)]
-    models = {label: _model_config(path, dtype, device) for label, path in _labels(paths).items()}
-    flags = _given(tasks=_list(tasks), perplexity=_list(perplexity), limit=limit, batch_size=batch_size)
+    overrides = [argument for argument in arguments if is_override(argument)]
+    paths = [argument for argument in arguments if not is_override(argument)]
+    models = {label: _model_config(path, dtype, device) for label, path in model_labels(paths).items()}
+    flags = _given(tasks=split_list(tasks), perplexity=split_list(perplexity), limit=limit, batch_size=batch_size)
     with tempfile.TemporaryDirectory(prefix="lors-eval-") as scratch:
         folder = out or Path(scratch) / "eval"
         plan = _stage("eval", models, folder, config, overrides, flags, data_dir, dry_run)
@@ -258,32 +196,6 @@ def evaluate(
     views.show_results(found)
     console.result(f"results {out}" if out else "The results are not kept; give --out to keep them.")
     console.document({"results": found, "out": str(out) if out else None})
-
-
-def _is_override(argument: str) -> bool:
-    key, equals, _ = argument.partition("=")
-    return bool(equals) and key.replace("_", "").replace(".", "").isalnum() and not Path(argument).exists()
-
-
-def _labels(paths: list[str]) -> dict[str, str]:
-    """A short name for each model: the last part of its path, numbered where two are alike."""
-    from lors_cli.errors import UsageError
-
-    if not paths:
-        raise UsageError("no model is named.", "lors eval MODEL … [key=value …]")
-    labels: dict[str, str] = {}
-    for path in paths:
-        name = Path(path).resolve().name if Path(path).exists() else path.rstrip("/").rpartition("/")[2]
-        label = name = name.removesuffix(".gguf")
-        number = 2
-        while label in labels:
-            label, number = f"{name}-{number}", number + 1
-        labels[label] = path
-    return labels
-
-
-def _list(text: str | None) -> list[str] | None:
-    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _show_record(folder: Path) -> None:
@@ -347,11 +259,11 @@ def inspect(
 def recipes(context: typer.Context, json_mode: Json = False) -> None:
     """List the shipped recipes."""
     if context.invoked_subcommand is None:
-        list_recipes(json_mode=json_mode)
+        list_shipped(json_mode=json_mode)
 
 
 @guarded
-def list_recipes() -> None:
+def list_shipped() -> None:
     """Names and first comment lines of the shipped recipes."""
     from lors_cli.loading import recipe_summary, shipped_recipes
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -30,6 +31,14 @@ from rich.table import Table
 
 Mode = Literal["human", "json"]
 LINE_EVERY_S = 10.0
+WIDTH_OF_FILES = 160
+"""Characters a table may take where no terminal limits it."""
+
+
+def _plain_width(out: Console) -> Console:
+    if not out.is_terminal:
+        out.width = WIDTH_OF_FILES
+    return out
 
 
 @dataclass
@@ -37,7 +46,7 @@ class _State:
     mode: Mode = "human"
     verbosity: int = 0
     log: Console = field(default_factory=lambda: Console(stderr=True, highlight=False, soft_wrap=True))
-    out: Console = field(default_factory=lambda: Console(highlight=False, soft_wrap=True))
+    out: Console = field(default_factory=lambda: _plain_width(Console(highlight=False, soft_wrap=True)))
 
 
 _state = _State()
@@ -115,9 +124,10 @@ def table(columns: list[str], rows: list[list[str]], *, title: str | None = None
     """A table on stdout; the first column is text, the others are right-aligned (nothing with --json)."""
     if _state.mode != "human":
         return
-    grid = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    grid = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=box.SIMPLE_HEAD,
+                 show_edge=False, padding=(0, 1), pad_edge=False)  # fmt: skip
     for index, name in enumerate(columns):
-        grid.add_column(name, justify="left" if index == 0 else "right", no_wrap=index == 0)
+        grid.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:
         grid.add_row(*(escape(cell) for cell in row))
     _state.out.print(grid)

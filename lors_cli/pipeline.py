@@ -2,140 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lors_cli import console, run_dir
-from lors_cli.errors import MissingError, ResourceError, UsageError
-from lors_cli.recipe import STAGES, EvalConfig, ModelConfig, PruneConfig, Recipe, TuneConfig
-
-DATA_DIR_VARIABLE = "LORS_DATA_DIR"
-
-
-@dataclass(frozen=True)
-class StagePlan:
-    """A stage and what is known of it before it runs.
-
-    Args:
-        stage: prune, tune or eval.
-        folder: where its results go.
-        config: its settings.
-        models: the models it reads, by role.
-        origin: the dense model, whose sizes all of them share.
-        fingerprint: of its result.
-        status: done, resume (begun earlier), or run.
-        detail: for people.
-    """
-
-    stage: str
-    folder: Path
-    config: PruneConfig | TuneConfig | EvalConfig
-    models: dict[str, ModelConfig]
-    origin: ModelConfig
-    fingerprint: str
-    status: str
-    detail: str
-
-
-def resolve_data_dir(name: str | None) -> Path | None:
-    """The folder with local datasets: `name`, else $LORS_DATA_DIR, else None for the hub.
-
-    Raises:
-        MissingError: it is no folder.
-    """
-    chosen = name or os.environ.get(DATA_DIR_VARIABLE)
-    if not chosen:
-        return None
-    folder = Path(chosen).expanduser()
-    if not folder.is_dir():
-        source = "data_dir" if name else f"${DATA_DIR_VARIABLE}"
-        raise MissingError(f"{source}: {folder} is no folder.", "It should look like the layout in the README.")
-    return folder
-
-
-def plan_stages(recipe: Recipe, out: Path, data_dir: Path | None) -> list[StagePlan]:
-    """What a run of this recipe would do; no weights are loaded, nothing is written.
-
-    Args:
-        recipe: the whole pipeline.
-        out: run folder.
-        data_dir: local datasets.
-    """
-    from lors_cli import pruning, tuning
-    from lors_cli.evaluation import check_tasks
-    from lors_cli.models import model_fingerprint
-
-    models = {"dense": recipe.model}
-    fingerprints = {"dense": model_fingerprint(recipe.model)}
-    current = "dense"
-    plans = []
-    if recipe.eval is not None:
-        check_tasks(recipe.eval.tasks, data_dir)
-    if recipe.prune is not None:
-        fingerprint = pruning.stage_fingerprint(recipe.prune, fingerprints[current], data_dir)
-        plans.append(_plan("prune", out / "prune", recipe.prune, {current: models[current]}, recipe.model, fingerprint))
-        current = _chain("pruned", "prune", out, recipe, fingerprint, models, fingerprints)
-    if recipe.tune is not None:
-        fingerprint = tuning.stage_fingerprint(recipe.tune, fingerprints[current], data_dir)
-        plans.append(_plan("tune", out / "tune", recipe.tune, {current: models[current]}, recipe.model, fingerprint))
-        _chain("tuned", "tune", out, recipe, fingerprint, models, fingerprints)
-    if recipe.eval is not None:
-        plans.append(_plan_eval(recipe.eval, out / "eval", models, fingerprints, data_dir))
-    return plans
-
-
-def _chain(
-    role: str, stage: str, out: Path, recipe: Recipe, fingerprint: str,
-    models: dict[str, ModelConfig], fingerprints: dict[str, str],
-) -> str:  # fmt: skip
-    """Note the model that a stage will leave, under the fingerprint it will answer with."""
-    models[role] = replace(recipe.model, path=str(out / stage), revision="main")
-    fingerprints[role] = f"{stage}:{fingerprint}:{recipe.model.dtype}"
-    return role
-
-
-def _plan(
-    stage: str, folder: Path, config: Any, models: dict[str, ModelConfig], origin: ModelConfig, fingerprint: str
-) -> StagePlan:  # fmt: skip
-    if run_dir.is_finished(folder, fingerprint):
-        status, detail = "done", "finished earlier"
-    elif run_dir.read_json(folder / run_dir.WORK_NAME / "fingerprint.json") == fingerprint:
-        status, detail = "resume", "begun earlier, goes on from there"
-    elif run_dir.read_record(folder) is not None:
-        status, detail = "run", "its settings or its input changed"
-    else:
-        status, detail = "run", "not done yet"
-    return StagePlan(stage, folder, config, models, origin, fingerprint, status, detail)
-
-
-def plan_single(stage: str, config: Any, models: dict[str, ModelConfig], out: Path, data_dir: Path | None) -> StagePlan:
-    """The plan of a stage on its own, whose folder is `out`.
-
-    Args:
-        stage: prune, tune or eval.
-        config: its settings.
-        models: one model, or for eval several by label.
-        out: the stage folder.
-        data_dir: local datasets.
-    """
-    from lors_cli import pruning, tuning
-    from lors_cli.evaluation import check_tasks
-    from lors_cli.models import model_fingerprint
-
-    fingerprints = {label: model_fingerprint(model) for label, model in models.items()}
-    if stage == "eval":
-        check_tasks(config.tasks, data_dir)
-        return _plan_eval(config, out, models, fingerprints, data_dir)
-    (base,) = fingerprints.values()
-    module = pruning if stage == "prune" else tuning
-    return _plan(
-        stage, out, config, models, next(iter(models.values())), module.stage_fingerprint(config, base, data_dir)
-    )
+from lors_cli.errors import ResourceError, UsageError
+from lors_cli.plans import StagePlan, describe, plan_stages, resolve_data_dir, select
+from lors_cli.recipe import STAGES, PruneConfig, Recipe, TuneConfig
 
 
 def run_single(plan: StagePlan, data_dir: Path | None) -> bool:
@@ -156,46 +32,6 @@ def run_single(plan: StagePlan, data_dir: Path | None) -> bool:
         console.heading(f"{plan.stage}: {describe(plan)}")
         run_stage(plan, data_dir)
         return True
-
-
-def _plan_eval(
-    config: EvalConfig, folder: Path, models: dict[str, ModelConfig], fingerprints: dict[str, str],
-    data_dir: Path | None,
-) -> StagePlan:  # fmt: skip
-    from lors_cli.evaluation import eval_fingerprint, pending_pieces
-
-    chosen = {role: model for role, model in models.items() if config.models is None or role in config.models}
-    known = {role: fingerprints[role] for role in chosen}
-    fingerprint = eval_fingerprint(config, known, data_dir)
-    pending = pending_pieces(config, known, folder, data_dir)
-    total = len(chosen) * (len(config.tasks) + len(config.perplexity))
-    if not pending and run_dir.is_finished(folder, fingerprint):
-        return StagePlan(
-            "eval", folder, config, chosen, next(iter(models.values())), fingerprint, "done", "finished earlier"
-        )
-    status = "resume" if len(pending) < total else "run"
-    detail = f"{len(pending)} of {total} measurements to do"
-    return StagePlan("eval", folder, config, chosen, next(iter(models.values())), fingerprint, status, detail)
-
-
-def select(plans: list[StagePlan], first: str | None, last: str | None) -> list[StagePlan]:
-    """The stages from `first` to `last`.
-
-    Raises:
-        UsageError: the recipe lacks one of them, or a stage before `first` is not finished.
-    """
-    names = [plan.stage for plan in plans]
-    for flag, stage in (("--from", first), ("--until", last)):
-        if stage is not None and stage not in names:
-            raise UsageError(f"{flag} {stage}: this recipe has only {', '.join(names)}.")
-    start = names.index(first) if first else 0
-    end = names.index(last) + 1 if last else len(names)
-    if start >= end:
-        raise UsageError(f"--from {first} comes after --until {last}.")
-    unfinished = [plan.stage for plan in plans[:start] if plan.status != "done"]
-    if unfinished:
-        raise UsageError(f"--from {first}: {unfinished[0]} is not finished with these settings.", "Leave --from out.")
-    return plans[start:end]
 
 
 def guard_out(out: Path, marks: tuple[str, ...]) -> None:
@@ -315,18 +151,6 @@ def _run_plans(
 
 def _find(recipe: Recipe, out: Path, stage: str, data_dir: Path | None) -> StagePlan:
     return next(plan for plan in plan_stages(recipe, out, data_dir) if plan.stage == stage)
-
-
-def describe(plan: StagePlan) -> str:
-    """One line on what a stage does."""
-    config = plan.config
-    if isinstance(config, PruneConfig):
-        share = f" {config.sparsity:g}" if config.pattern == "unstructured" else ""
-        return f"{config.method} {config.pattern}{share} ({plan.detail})"
-    if isinstance(config, TuneConfig):
-        length = f"{config.max_steps} steps" if config.max_steps else f"{config.epochs:g} epochs"
-        return f"{config.method} rank {config.rank} on {config.data.dataset}, {length} ({plan.detail})"
-    return f"{', '.join(plan.models)}: {', '.join((*config.tasks, *config.perplexity))} ({plan.detail})"
 
 
 def _write_recipe(recipe: Recipe, out: Path) -> None:

@@ -1,0 +1,116 @@
+"""What every command shares: options, the console's mode, and one map from exceptions to exit codes."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from lors_cli import console
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, nothing else there.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings, errors and the result.")]
+Verbose = Annotated[int, typer.Option("--verbose", "-v", count=True, help="More details; -vv: the libraries' logs.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder for the results.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan; nothing is written.")]
+Config = Annotated[str | None, typer.Option("--config", help="YAML file with the stage's settings, or a shipped one.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, e.g. rank=32.")]
+DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Folder with local datasets; else $LORS_DATA_DIR.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything random in the stage.")]
+Model = Annotated[str, typer.Argument(help="Folder, hub id, .gguf file or package://module/file.gguf.")]
+
+
+def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Configure the console and turn every exception into one message and its exit code (DESIGN §2)."""
+
+    @functools.wraps(function)
+    def command(*args: Any, **kwargs: Any) -> Any:
+        console.configure(
+            json_mode=kwargs.pop("json_mode", False),
+            verbosity=-1 if kwargs.pop("quiet", False) else kwargs.pop("verbose", 0),
+        )
+        kwargs.pop("verbose", None)
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+        if console.verbosity() < 2:  # the libraries' own bars; downloads keep theirs
+            os.environ.setdefault("TQDM_DISABLE", "1")
+        try:
+            return function(*args, **kwargs)
+        except (KeyboardInterrupt, Exception) as error:
+            fail(error)
+
+    command.__signature__ = _with_common_options(function)  # type: ignore[attr-defined]
+    return command
+
+
+def _with_common_options(function: Callable[..., Any]) -> Any:
+    """The command's signature plus --json, -q and -v."""
+    import inspect
+
+    signature = inspect.signature(function, eval_str=True)
+    common = [("json_mode", Json, False), ("quiet", Quiet, False), ("verbose", Verbose, 0)]
+    extra = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=default)
+             for name, kind, default in common]  # fmt: skip
+    return signature.replace(parameters=[*signature.parameters.values(), *extra])
+
+
+def fail(error: BaseException) -> NoReturn:
+    """Say what went wrong and leave with the right exit code."""
+    from lors_cli.errors import translate
+
+    if isinstance(error, typer.Exit):
+        raise error
+    if isinstance(error, KeyboardInterrupt):
+        console.error("interrupted; what was finished is kept.", "The same command goes on from there.")
+        _fail_document("interrupted", None, 130)
+        raise typer.Exit(130) from None
+    known = translate(error)
+    if known is None:
+        traceback.print_exception(error, file=sys.stderr)
+        console.error(
+            f"this is a bug in lors: {type(error).__name__}: {error}", "Please report it with the lines above."
+        )
+        _fail_document(str(error), None, 1)
+        raise typer.Exit(1) from None
+    if console.verbosity() >= 2:
+        traceback.print_exception(error, file=sys.stderr)
+    console.error(known.message, known.hint)
+    _fail_document(known.message, known.hint, known.exit_code)
+    raise typer.Exit(known.exit_code) from None
+
+
+def _fail_document(message: str, hint: str | None, exit_code: int) -> None:
+    console.document({"error": {"message": message, "hint": hint, "exit_code": exit_code}})
+
+
+def is_override(argument: str) -> bool:
+    key, equals, _ = argument.partition("=")
+    return bool(equals) and key.replace("_", "").replace(".", "").isalnum() and not Path(argument).exists()
+
+
+def model_labels(paths: list[str]) -> dict[str, str]:
+    """A short name for each model: the last part of its path, numbered where two are alike."""
+    from lors_cli.errors import UsageError
+
+    if not paths:
+        raise UsageError("no model is named.", "lors eval MODEL … [key=value …]")
+    labels: dict[str, str] = {}
+    for path in paths:
+        name = Path(path).resolve().name if Path(path).exists() else path.rstrip("/").rpartition("/")[2]
+        label = name = name.removesuffix(".gguf")
+        number = 2
+        while label in labels:
+            label, number = f"{name}-{number}", number + 1
+        labels[label] = path
+    return labels
+
+
+def split_list(text: str | None) -> list[str] | None:
+    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
