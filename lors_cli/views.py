@@ -59,10 +59,15 @@ def show_results(results: dict[str, Any], *, title: str | None = None) -> None:
     if shares:  # the last column, said in words below
         columns, rows = columns[:-1], [row[:-1] for row in rows]
     columns = ["Δ" if name.startswith("Δ") else name for name in columns]
-    console.table(columns, [[re.sub(r" ± (\d+\.\d)\d$", r" ±\1", cell) for cell in row] for row in rows], title=title)
+    console.table(columns, [[_shorter_error(cell) for cell in row] for row in rows], title=title)
     for name, share in shares.items():
         what = "average accuracy" if name == "accuracy" else name.replace("perplexity", "log-perplexity on", 1)
         console.result(f"Tuning won back {100 * share:.1f} % of what pruning lost in {what}.")
+
+
+def _shorter_error(cell: str) -> str:
+    """`47.10 ± 1.23` as `47.10 ±1.2`."""
+    return re.sub(r" ± (\d+\.\d+)$", lambda match: f" ±{float(match[1]):.1f}", cell)
 
 
 def show_run(summary: dict[str, Any]) -> None:

@@ -101,12 +101,12 @@ def prune(config: PruneConfig, model: ModelConfig, out: Path, *, data_dir: Path 
     pattern = Pattern.of(config)
     base_fingerprint = model_fingerprint(model)
     fingerprint = stage_fingerprint(config, base_fingerprint, data_dir)
-    work = run_dir.work_dir(out, fingerprint)
     console.info(f"  loading {model.path}")
     tokenizer = load_tokenizer(model)
     network = load_model(model)
-    driver = _Driver(config, network, pattern, work)
+    driver = _Driver(config, network, pattern, out / run_dir.WORK_NAME)
     driver.check()
+    run_dir.work_dir(out, fingerprint)
     if STATISTICS[config.method] == "none":
         driver.prune_without_data()
     else:

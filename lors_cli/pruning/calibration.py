@@ -139,7 +139,12 @@ class InputRecorder:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             for tensor, group in self._seen:
                 if tensor is args[0]:
-                    group.names.append(name)
+                    if name not in group.names:
+                        group.names.append(name)
+                    return
+            for group in self.groups:
+                if name in group.names:  # called again in the same pass, with another input
+                    group.statistics.update(args[0])
                     return
             group = InputGroup([name], InputStatistics(self.kind))
             group.statistics.update(args[0])

@@ -66,7 +66,7 @@ def inverse_factor(H: torch.Tensor) -> torch.Tensor:
     """
     import torch
 
-    mean = H.diagonal().mean()
+    mean = H.diagonal().double().mean()
     damping = DAMPING
     dtype = torch.float32
     while True:
