@@ -9,6 +9,7 @@ import typer
 
 from lors_cli import console
 from lors_cli.command import (
+    Commands,
     Config,
     DataDir,
     Device,
@@ -27,6 +28,7 @@ from lors_cli.command import (
 
 app = typer.Typer(
     name="lors",
+    cls=Commands,
     help="Prune, tune and evaluate sparse language models.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -56,9 +58,10 @@ def _stage(
     """Plan and run one stage; its plan when it ran or was done, None after a dry run."""
     from lors_cli import views
     from lors_cli.loading import find_config, load_stage
-    from lors_cli.pipeline import run_single
+    from lors_cli.pipeline import guard_out, run_single
     from lors_cli.plans import plan_single, resolve_data_dir
 
+    guard_out(out, stage, [model.path for model in models.values()])
     settings = load_stage(stage, find_config(config) if config else None, overrides or [], flags)
     data = resolve_data_dir(str(data_dir) if data_dir else None)
     plan = plan_single(stage, settings, models, out, data)
@@ -83,16 +86,18 @@ def run(
     """Run a recipe: prune, tune, evaluate. A second call goes on where the first stopped."""
     from lors_cli import views
     from lors_cli.loading import find_recipe, load_recipe
-    from lors_cli.pipeline import run_recipe
+    from lors_cli.pipeline import guard_out, run_recipe
     from lors_cli.plans import plan_stages, resolve_data_dir, select
 
     settings = load_recipe(find_recipe(recipe), overrides or [])
     folder = out or Path("runs") / settings.name
+    again = tuple(force or ())
     if dry_run:
-        plans = plan_stages(settings, folder, resolve_data_dir(settings.data_dir))
-        views.show_plan(views.plan_document(settings.name, folder, select(plans, first, last)))
+        guard_out(folder, "run")
+        plans = select(plan_stages(settings, folder, resolve_data_dir(settings.data_dir)), first, last, again)
+        views.show_plan(views.plan_document(settings.name, folder, plans))
         return
-    views.show_run(run_recipe(settings, folder, first=first, last=last, force=tuple(force or ())))
+    views.show_run(run_recipe(settings, folder, first=first, last=last, force=again))
 
 
 @app.command()
@@ -224,13 +229,14 @@ def merge(
     dtype: Dtype = "auto",
 ) -> None:
     """Merge a LoRS adapter into its sparse base, zeros kept."""
-    from lors_cli import run_dir
-    from lors_cli.pipeline import guard_out
+    from lors_cli.pipeline import claim, guard_out
     from lors_cli.tuning.adapter import merge as merge_adapter
 
-    guard_out(out, (run_dir.RECORD_NAME, run_dir.STAGING_NAME, ".lock"))
     _model_config(model, dtype, device)
-    with run_dir.lock(out):
+    guard_out(out, "merge", [model])
+    if (adapter / "adapter" / "adapter_config.json").is_file():  # the folder of a tune stage
+        adapter = adapter / "adapter"
+    with claim(out):
         metrics = merge_adapter(model, adapter, out, dtype=dtype, device=device)
     console.result(f"{metrics['layers_merged']} layers merged, {metrics['zeroed']} kept weights became zero")
     console.result(f"merged {out}")
@@ -251,7 +257,10 @@ def inspect(
     document = inspect_model(_model_config(model, "auto", "cpu"), Pattern.parse(pattern) if pattern else None)
     show_inspection(model, document)
     if document["violations"]:
-        console.error(f"{document['violations']} violations of {document['pattern']} in {model}.")
+        console.error(
+            f"{document['violations']} violations of {document['pattern']} in {model}.",
+            "Something filled zeros after pruning: prune again, or tune and merge with lors.",
+        )
         raise typer.Exit(5)
 
 
@@ -295,13 +304,17 @@ def copy(
 
 
 @recipes_app.command()
+@guarded
 def schema() -> None:
     """Print the JSON Schema of a recipe, for editors."""
     import json
 
     from lors_cli.loading import recipe_schema
 
-    typer.echo(json.dumps(recipe_schema(), indent=2))
+    if console.is_json():
+        console.document(recipe_schema())
+    else:
+        typer.echo(json.dumps(recipe_schema(), indent=2))
 
 
 @app.command()
@@ -312,7 +325,10 @@ def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run
     from lors_cli.report import write_report
 
     if not (run_folder / "recipe.yaml").is_file():
-        raise MissingError(f"{run_folder} is no run folder: it has no recipe.yaml.")
+        raise MissingError(
+            f"{run_folder} is no run folder: it has no recipe.yaml.",
+            "Give the folder that lors run wrote, such as runs/quickstart.",
+        )
     path = write_report(run_folder)
     console.result(f"report {path}")
     console.document({"report": str(path)})

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from lors_cli import console
 
@@ -26,6 +29,31 @@ Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, 
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything random in the stage.")]
 Model = Annotated[str, typer.Argument(help="Folder, hub id, .gguf file or package://module/file.gguf.")]
+
+
+class Commands(TyperGroup):
+    """The commands of `lors`; with --json a mistake on the command line is a JSON document on stdout too."""
+
+    _json = False
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        self._json = "--json" in args
+        with self._documented():
+            return super().make_context(info_name, args, parent, **extra)
+
+    def invoke(self, ctx: Any) -> Any:
+        with self._documented():
+            return super().invoke(ctx)
+
+    @contextmanager
+    def _documented(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if self._json and hasattr(error, "format_message"):  # click's, which typer brings under its own name
+                console.configure(json_mode=True)
+                _fail_document(error.format_message(), "lors COMMAND --help lists what there is.", 2)
+            raise
 
 
 def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -71,6 +99,9 @@ def fail(error: BaseException) -> NoReturn:
         console.error("interrupted; what was finished is kept.", "The same command goes on from there.")
         _fail_document("interrupted", None, 130)
         raise typer.Exit(130) from None
+    if isinstance(error, BrokenPipeError):  # `lors … | head`: the reader has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(141) from None
     known = translate(error)
     if known is None:
         traceback.print_exception(error, file=sys.stderr)
@@ -96,7 +127,7 @@ def is_override(argument: str) -> bool:
 
 
 def model_labels(paths: list[str]) -> dict[str, str]:
-    """A short name for each model: the last part of its path, numbered where two are alike."""
+    """A short name for each model, fit for a file name: the last part of its path, numbered where two are alike."""
     from lors_cli.errors import UsageError
 
     if not paths:
@@ -104,7 +135,8 @@ def model_labels(paths: list[str]) -> dict[str, str]:
     labels: dict[str, str] = {}
     for path in paths:
         name = Path(path).resolve().name if Path(path).exists() else path.rstrip("/").rpartition("/")[2]
-        label = name = name.removesuffix(".gguf")
+        name = re.sub(r"[^A-Za-z0-9._-]+", "_", name.removesuffix(".gguf")).lstrip("._-")[:90] or "model"
+        label = name = f"{name}-model" if name in ("stage", "samples") else name
         number = 2
         while label in labels:
             label, number = f"{name}-{number}", number + 1

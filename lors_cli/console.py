@@ -45,8 +45,10 @@ def _plain_width(out: Console) -> Console:
 class _State:
     mode: Mode = "human"
     verbosity: int = 0
-    log: Console = field(default_factory=lambda: Console(stderr=True, highlight=False, soft_wrap=True))
-    out: Console = field(default_factory=lambda: _plain_width(Console(highlight=False, soft_wrap=True)))
+    log: Console = field(default_factory=lambda: Console(stderr=True, highlight=False, emoji=False, soft_wrap=True))
+    out: Console = field(
+        default_factory=lambda: _plain_width(Console(highlight=False, emoji=False, soft_wrap=True))
+    )
 
 
 _state = _State()

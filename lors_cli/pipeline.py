@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,12 @@ from lors_cli import console, run_dir
 from lors_cli.errors import ResourceError, UsageError
 from lors_cli.plans import StagePlan, describe, plan_stages, resolve_data_dir, select
 from lors_cli.recipe import STAGES, PruneConfig, Recipe, TuneConfig
+
+RUN_MARKS = {"recipe.yaml", "manifest.json"}
+STAGE_MARKS = {
+    run_dir.RECORD_NAME, run_dir.WORK_NAME, run_dir.STAGING_NAME, run_dir.JOURNAL_NAME, ".pieces", ".scratch",
+}  # fmt: skip
+"""Names that show that a folder was made here."""
 
 
 def run_single(plan: StagePlan, data_dir: Path | None) -> bool:
@@ -21,11 +28,7 @@ def run_single(plan: StagePlan, data_dir: Path | None) -> bool:
         plan: from `plan_single`.
         data_dir: local datasets.
     """
-    for model in plan.models.values():
-        if Path(model.path).exists() and plan.folder.exists() and plan.folder.samefile(model.path):
-            raise UsageError(f"--out {plan.folder} is the model's own folder; results go to another.")
-    guard_out(plan.folder, (run_dir.RECORD_NAME, run_dir.WORK_NAME, run_dir.STAGING_NAME, ".pieces", ".lock"))
-    with run_dir.lock(plan.folder):
+    with claim(plan.folder):
         if plan.status == "done":
             console.heading(f"{plan.stage}: finished earlier, nothing to do")
             return False
@@ -34,20 +37,43 @@ def run_single(plan: StagePlan, data_dir: Path | None) -> bool:
         return True
 
 
-def guard_out(out: Path, marks: tuple[str, ...]) -> None:
+def guard_out(out: Path, stage: str, inputs: Iterable[str] = ()) -> None:
     """Refuse to write into a folder that holds something else.
 
     Args:
         out: where results are to go.
-        marks: names that show it was made by us.
+        stage: prune, tune, eval, merge; or run for a whole run's folder.
+        inputs: the models that are read.
 
     Raises:
-        UsageError: it is a file, or a folder of others' files.
+        UsageError: it is a file, a model that is read, another stage's result or a folder of others' files.
     """
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file; --out must be a folder.")
-    if out.is_dir() and any(out.iterdir()) and not any((out / mark).exists() for mark in marks):
-        raise UsageError(f"{out} holds other files; results are not mixed with them.", "Choose another --out.")
+    elsewhere = "Choose another --out."
+    if not out.is_dir():
+        above = next((folder for folder in (out, *out.parents) if folder.exists()), Path())
+        if not above.is_dir():
+            raise UsageError(f"{above} is a file; --out must be a folder.", elsewhere)
+        return
+    if any(Path(path).exists() and out.samefile(path) for path in inputs):
+        raise UsageError(f"--out {out} is the model's own folder; results go to another.", elsewhere)
+    names = {path.name for path in out.iterdir()} - {".lock"}
+    record = run_dir.read_record(out)
+    if record is not None and record.stage != stage:
+        raise UsageError(f"{out} holds the results of {record.stage}, which would be overwritten.", elsewhere)
+    if names and not names & (RUN_MARKS if stage == "run" else STAGE_MARKS):
+        raise UsageError(f"{out} holds other files; results are not mixed with them.", elsewhere)
+
+
+@contextmanager
+def claim(out: Path) -> Iterator[None]:
+    """Hold `out` for this process; a folder made for it goes again when nothing was written there."""
+    fresh = not out.exists()
+    with run_dir.lock(out):
+        try:
+            yield
+        finally:
+            if fresh and [path.name for path in out.iterdir()] == [".lock"]:
+                shutil.rmtree(out)
 
 
 def check_disk(plan: StagePlan) -> None:
@@ -114,17 +140,14 @@ def run_recipe(
         The run's summary: stages with what was done, evaluation results, paths.
     """
     data_dir = resolve_data_dir(recipe.data_dir)
-    guard_out(out, ("recipe.yaml", "manifest.json", ".lock"))
-    plans = select(plan_stages(recipe, out, data_dir), first, last)
-    odd = [stage for stage in force if stage not in [plan.stage for plan in plans]]
-    if odd:
-        raise UsageError(f"--force {odd[0]}: that stage is not among {', '.join(plan.stage for plan in plans)}.")
-    with run_dir.lock(out):
+    guard_out(out, "run")
+    plans = select(plan_stages(recipe, out, data_dir), first, last, force)
+    with claim(out):
         _write_recipe(recipe, out)
         done = list(_run_plans(recipe, out, [plan.stage for plan in plans], data_dir, force))
         _write_manifest(recipe, out, done)
         report = _write_report(out)
-    return {"run": str(out), "stages": done, "results": results(out, recipe), "report": str(report)}
+    return {"run": str(out), "stages": done, "results": results(out, recipe, data_dir), "report": str(report)}
 
 
 def _run_plans(
@@ -186,7 +209,9 @@ def _write_report(out: Path) -> Path:
     return write_report(out)
 
 
-def results(out: Path, recipe: Recipe) -> dict[str, Any]:
-    """The evaluation results of a run by model; empty before eval is finished."""
+def results(out: Path, recipe: Recipe, data_dir: Path | None) -> dict[str, Any]:
+    """The evaluation results of a run by model; empty while eval is not finished with these settings."""
+    if not any(plan.stage == "eval" and plan.status == "done" for plan in plan_stages(recipe, out, data_dir)):
+        return {}
     found = {role: run_dir.read_json(out / "eval" / f"{role}.json") for role in recipe.roles()}
     return {role: content for role, content in found.items() if content is not None}

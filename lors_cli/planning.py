@@ -10,6 +10,8 @@ from lors_cli.errors import LorsError
 from lors_cli.recipe import EvalConfig, ModelConfig, PruneConfig, TuneConfig
 
 DEFAULT_LENGTH = 2048
+RUNTIME = 512 << 20
+"""Bytes that Python and the libraries take whatever the model."""
 TASK_LENGTH = 512
 """Tokens that few documents of a zero-shot task exceed."""
 
@@ -54,6 +56,21 @@ def model_size(config: ModelConfig) -> ModelSize | None:
     Args:
         config: a local model, or a hub id that is cached or in the table of shapes.
     """
+    from lors_cli.models import model_fingerprint
+
+    fingerprint = model_fingerprint(config)
+    if fingerprint not in _known_sizes:  # a .gguf takes seconds to read
+        size = _measured(config)
+        if size is None:
+            return None
+        _known_sizes[fingerprint] = size
+    return _known_sizes[fingerprint]
+
+
+_known_sizes: dict[str, ModelSize] = {}
+
+
+def _measured(config: ModelConfig) -> ModelSize | None:
     settings = _local_settings(config)
     if settings is None:
         return None
@@ -66,7 +83,6 @@ def model_size(config: ModelConfig) -> ModelSize | None:
         model = AutoModelForCausalLM.from_config(settings)
     linears = tuple((linear.out_features, linear.in_features) for linear in prunable_linears(model).values())
     text = settings.get_text_config()
-    dtype = getattr(torch, config.dtype) if config.dtype != "auto" else getattr(settings, "dtype", None)
     return ModelSize(
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         num_prunable=sum(rows * columns for rows, columns in linears),
@@ -77,8 +93,20 @@ def model_size(config: ModelConfig) -> ModelSize | None:
         num_blocks=text.num_hidden_layers,
         vocab_size=text.vocab_size,
         max_length=model_max_length(settings),
-        bytes_a_weight=dtype.itemsize if isinstance(dtype, torch.dtype) else 2,
+        bytes_a_weight=_bytes_a_weight(config, getattr(settings, "dtype", None)),
     )
+
+
+def _bytes_a_weight(config: ModelConfig, stored: Any) -> int:
+    """Of the number format that `models.resolve_dtype` will choose."""
+    import torch
+
+    from lors_cli.models import cpu_has_bfloat16
+
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype).itemsize
+    on_cpu = config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
+    return 4 if stored == torch.float32 or (on_cpu and not cpu_has_bfloat16()) else 2
 
 
 def _local_settings(config: ModelConfig) -> Any | None:
@@ -109,18 +137,23 @@ class Estimate:
 
 
 def estimate(config: PruneConfig | TuneConfig | EvalConfig, size: ModelSize) -> Estimate:
-    """A stage's needs, good to about a fifth: weights, activations, statistics, optimiser state.
+    """A stage's needs, good to about a fifth: libraries, weights, activations, statistics, optimiser state.
 
     Args:
         config: the stage's settings.
         size: of the model it loads.
     """
     if isinstance(config, PruneConfig):
-        return _estimate_prune(config, size)
+        return _with_runtime(_estimate_prune(config, size))
     if isinstance(config, TuneConfig):
-        return _estimate_tune(config, size)
+        return _with_runtime(_estimate_tune(config, size))
     tokens = config.batch_size * min(TASK_LENGTH, size.max_length)
-    return Estimate(size.num_bytes + tokens * size.vocab_size * (4 + size.bytes_a_weight), 64 << 20)
+    logits = tokens * size.vocab_size * (4 + size.bytes_a_weight)
+    return _with_runtime(Estimate(size.num_bytes + logits, 64 << 20))
+
+
+def _with_runtime(needs: Estimate) -> Estimate:
+    return Estimate(needs.memory + RUNTIME, needs.disk)
 
 
 def _estimate_prune(config: PruneConfig, size: ModelSize) -> Estimate:

@@ -101,13 +101,21 @@ def _plan(
 ) -> StagePlan:  # fmt: skip
     if run_dir.is_finished(folder, fingerprint):
         status, detail = "done", "finished earlier"
-    elif run_dir.read_json(folder / run_dir.WORK_NAME / "fingerprint.json") == fingerprint:
+    elif _is_begun(folder, fingerprint):
         status, detail = "resume", "begun earlier, goes on from there"
     elif run_dir.read_record(folder) is not None:
         status, detail = "run", "its settings or its input changed"
     else:
         status, detail = "run", "not done yet"
     return StagePlan(stage, folder, config, models, origin, fingerprint, status, detail)
+
+
+def _is_begun(folder: Path, fingerprint: str) -> bool:
+    """Whether an interrupted call left something to go on from."""
+    work, checkpoints = folder / run_dir.WORK_NAME, folder / "checkpoints"
+    if run_dir.read_json(work / "fingerprint.json") != fingerprint:
+        return False
+    return len(list(work.iterdir())) > 1 or (checkpoints.is_dir() and any(checkpoints.iterdir()))
 
 
 def plan_single(stage: str, config: Any, models: dict[str, ModelConfig], out: Path, data_dir: Path | None) -> StagePlan:
@@ -155,8 +163,10 @@ def _plan_eval(
     return StagePlan("eval", folder, config, chosen, next(iter(models.values())), fingerprint, status, detail)
 
 
-def select(plans: list[StagePlan], first: str | None, last: str | None) -> list[StagePlan]:
-    """The stages from `first` to `last`.
+def select(
+    plans: list[StagePlan], first: str | None, last: str | None, force: tuple[str, ...] = ()
+) -> list[StagePlan]:
+    """The stages from `first` to `last`, those in `force` to be done again.
 
     Raises:
         UsageError: the recipe lacks one of them, or a stage before `first` is not finished.
@@ -172,7 +182,12 @@ def select(plans: list[StagePlan], first: str | None, last: str | None) -> list[
     unfinished = [plan.stage for plan in plans[:start] if plan.status != "done"]
     if unfinished:
         raise UsageError(f"--from {first}: {unfinished[0]} is not finished with these settings.", "Leave --from out.")
-    return plans[start:end]
+    chosen = plans[start:end]
+    odd = [stage for stage in force if stage not in names[start:end]]
+    if odd:
+        raise UsageError(f"--force {odd[0]}: that stage is not among {', '.join(names[start:end])}.")
+    return [replace(plan, status="run", detail="done again: --force") if plan.stage in force else plan
+            for plan in chosen]  # fmt: skip
 
 
 def describe(plan: StagePlan) -> str:

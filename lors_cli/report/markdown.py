@@ -68,6 +68,7 @@ def _scores(results: RunResults, figures: list[str]) -> list[str]:
     if not results.scores:
         return []
     columns, rows = summary_table(results.scores)
+    rows = [[cells[0].replace("  ", "↳ ", 1), *cells[1:]] for cells in rows]  # Markdown drops leading spaces
     parts = ["## Results", table(columns, rows)]
     shares = [f"{escape(name)} {share:.1%}" for name, share in recovered(results.scores).items()]
     if shares:
