@@ -9,7 +9,8 @@ export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
 install: $(VENV)/.installed $(VENV)/.demo-model
 
-# torch goes first and alone: a plain `torch` may bring several GB of CUDA packages.
+# torch goes first and alone, so that no other package chooses its build: where pip would bring several GB of CUDA
+# packages to a machine without a GPU, install a CPU build of the pinned version into $(VENV) before.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip

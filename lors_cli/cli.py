@@ -277,7 +277,7 @@ def list_shipped() -> None:
     from lors_cli.loading import recipe_summary, shipped_recipes
 
     found = {name: recipe_summary(path) for name, path in shipped_recipes().items()}
-    console.table(["recipe", "what it does"], [[name, summary] for name, summary in found.items()])
+    console.table(["recipe", "what it does"], [[name, summary] for name, summary in found.items()], prose=True)
     console.result("lors recipes copy NAME writes one here to edit; lors run NAME runs it.")
     console.document([{"name": name, "summary": summary} for name, summary in found.items()])
 
@@ -321,7 +321,10 @@ def schema() -> None:
 @guarded
 def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
     """Write a run's report again."""
-    from lors_cli.errors import MissingError
+    from lors_cli.errors import LorsError, MissingError
+    from lors_cli.loading import load_recipe
+    from lors_cli.pipeline import finished_stages
+    from lors_cli.plans import resolve_data_dir
     from lors_cli.report import write_report
 
     if not (run_folder / "recipe.yaml").is_file():
@@ -329,7 +332,13 @@ def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run
             f"{run_folder} is no run folder: it has no recipe.yaml.",
             "Give the folder that lors run wrote, such as runs/quickstart.",
         )
-    path = write_report(run_folder)
+    settings = load_recipe(run_folder / "recipe.yaml")
+    try:
+        finished = finished_stages(settings, run_folder, resolve_data_dir(settings.data_dir))
+    except LorsError as error:
+        console.warn(f"whether the results belong to recipe.yaml cannot be checked: {error.message}")
+        finished = None
+    path = write_report(run_folder, finished)
     console.result(f"report {path}")
     console.document({"report": str(path)})
 

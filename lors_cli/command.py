@@ -69,6 +69,8 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         if console.verbosity() < 2:  # the libraries' own bars; downloads keep theirs
             os.environ.setdefault("TQDM_DISABLE", "1")
+            os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+            os.environ.setdefault("DATASETS_VERBOSITY", "error")
         try:
             return function(*args, **kwargs)
         except (KeyboardInterrupt, Exception) as error:

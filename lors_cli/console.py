@@ -27,7 +27,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 
 Mode = Literal["human", "json"]
 LINE_EVERY_S = 10.0
@@ -46,9 +46,7 @@ class _State:
     mode: Mode = "human"
     verbosity: int = 0
     log: Console = field(default_factory=lambda: Console(stderr=True, highlight=False, emoji=False, soft_wrap=True))
-    out: Console = field(
-        default_factory=lambda: _plain_width(Console(highlight=False, emoji=False, soft_wrap=True))
-    )
+    out: Console = field(default_factory=lambda: _plain_width(Console(highlight=False, emoji=False, soft_wrap=True)))
 
 
 _state = _State()
@@ -122,14 +120,24 @@ def document(value: Any) -> None:
         sys.stdout.flush()
 
 
-def table(columns: list[str], rows: list[list[str]], *, title: str | None = None) -> None:
-    """A table on stdout; the first column is text, the others are right-aligned (nothing with --json)."""
+def table(columns: list[str], rows: list[list[str]], *, title: str | None = None, prose: bool = False) -> None:
+    """A table on stdout (nothing with --json).
+
+    Args:
+        columns: names; the first column is left-aligned, the others are right-aligned.
+        rows: cells of each row.
+        title: above the table.
+        prose: the last column is running text, which may take several lines.
+    """
     if _state.mode != "human":
         return
-    grid = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=box.SIMPLE_HEAD,
-                 show_edge=False, padding=(0, 1), pad_edge=False)  # fmt: skip
+    grid = Table(
+        title=escape(title) if title else None, title_justify="left", title_style="bold", header_style="bold",
+        box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1), collapse_padding=True, pad_edge=False,
+    )  # fmt: skip
     for index, name in enumerate(columns):
-        grid.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
+        wraps = prose and index == len(columns) - 1
+        grid.add_column(escape(name), justify="left" if index == 0 or wraps else "right", no_wrap=not wraps)
     for row in rows:
         grid.add_row(*(escape(cell) for cell in row))
     _state.out.print(grid)
@@ -182,6 +190,9 @@ class Task:
 
 
 class _Note(ProgressColumn):
+    def get_table_column(self) -> Column:
+        return Column(no_wrap=True, overflow="ellipsis", ratio=1)
+
     def render(self, task: Any) -> Any:
         return f"[dim]{escape(task.fields.get('note', ''))}[/dim]"
 
@@ -202,10 +213,10 @@ def progress(description: str, total: int | None = None, unit: str = "") -> Iter
             info(f"  {description}: done, {task.completed} {unit} in {duration(time.monotonic() - task.started)}")
         return
     columns = (
-        TextColumn("  {task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn(unit),
+        TextColumn("  {task.description}"), BarColumn(bar_width=12), MofNCompleteColumn(), TextColumn(unit),
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), _Note(),
     )  # fmt: skip
-    with Progress(*columns, console=_state.log, transient=False) as bar:
+    with Progress(*columns, console=_state.log, transient=False, expand=True) as bar:
         task.bar = (bar, bar.add_task(description, total=total, note=""))
         yield task
 

@@ -102,7 +102,12 @@ def _translate_one(error: BaseException) -> LorsError | None:
             f"Not enough memory: {first_line}",
             "Use fewer or shorter samples, a smaller per_device_batch_size, or bfloat16 weights.",
         )
-    if "No space left on device" in text or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+    writer_broke = isinstance(error, RuntimeError) and "inline_container.cc" in text  # torch.save on a full disk
+    if (
+        "No space left on device" in text
+        or writer_broke
+        or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    ):
         where = f" writing {error.filename}" if getattr(error, "filename", None) else ""  # type: ignore[attr-defined]
         return ResourceError(
             f"The disk is full{where}: {first_line}",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lors_cli import run_dir
+from lors_cli.errors import UsageError
 from lors_cli.sparsity import DENSE_BELOW, Pattern, measure, num_violations, summarise
 
 if TYPE_CHECKING:
@@ -33,20 +34,43 @@ def inspect(model: ModelConfig, pattern: Pattern | None = None) -> dict[str, Any
     folder = Path(model.path)
     record = run_dir.read_record(folder) if folder.is_dir() else None
     linears = prunable_linears(load_model(model))
-    if pattern is None and record is not None:
-        pattern = _recorded(record)
-        names = {layer["name"] for layer in record.metrics.get("layers", ())}
-        linears = {name: linear for name, linear in linears.items() if not names or name in names}
-    if pattern is None:
-        pattern = detect_pattern(linears)
-    return summarise([measure(name, linear.weight, pattern) for name, linear in linears.items()], pattern)
+    held_to = {} if pattern else layer_patterns(linears, record)
+    patterns: dict[str, Pattern | None] = {**held_to} if held_to else dict.fromkeys(linears, pattern)
+    layers = [measure(name, linears[name].weight, held) for name, held in patterns.items()]
+    return summarise(layers, next(iter(patterns.values()), None))
 
 
-def _recorded(record: run_dir.StageRecord) -> Pattern | None:
-    name = record.metrics.get("pattern")
-    if name in (None, "dense"):
-        return None
-    return Pattern.parse(name, record.metrics["sparsity"] * 0.999)
+def layer_patterns(linears: dict[str, nn.Linear], record: run_dir.StageRecord | None) -> dict[str, Pattern]:
+    """What each pruned linear keeps to, from the stage record beside a checkpoint or else from its zeros.
+
+    Unstructured sparsity is held to by each linear on its own: it may differ from one to the next.
+
+    Args:
+        linears: of the decoder blocks, by full name.
+        record: of the stage that wrote the checkpoint, if there is one.
+
+    Returns:
+        The pattern of every pruned linear; empty for a dense model.
+
+    Raises:
+        UsageError: the record names a linear that the model lacks.
+    """
+    name = record.metrics.get("pattern") if record else None
+    if record is not None and name not in (None, "dense"):
+        shares = {layer["name"]: layer["sparsity"] for layer in record.metrics["layers"]}
+        missing = [layer for layer in shares if layer not in linears]
+        if missing:
+            raise UsageError(f"stage.json names {missing[0]}, which the checkpoint does not have.")
+        if name != "unstructured":
+            return dict.fromkeys(shares, Pattern.parse(name))
+        return {layer: Pattern(None, None, share) for layer, share in shares.items()}
+    found = detect_pattern(linears)
+    if found is None:
+        return {}
+    zeros = {layer: float((linear.weight == 0).double().mean()) for layer, linear in linears.items()}
+    if found.structured:
+        return {layer: found for layer, share in zeros.items() if share >= DENSE_BELOW}
+    return {layer: Pattern(None, None, share) for layer, share in zeros.items() if share >= DENSE_BELOW}
 
 
 def detect_pattern(linears: dict[str, nn.Linear]) -> Pattern | None:
@@ -66,4 +90,4 @@ def detect_pattern(linears: dict[str, nn.Linear]) -> Pattern | None:
             continue
         if sum(num_violations(weight, candidate) for weight in weights) <= TOLERATED * total / m:
             return candidate
-    return Pattern(None, None, 0.999 * min(float((weight == 0).float().mean()) for weight in weights))
+    return Pattern(None, None, sparsity)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lors_cli import console, run_dir
-from lors_cli.errors import MissingError, UsageError, translate
+from lors_cli.errors import OFFLINE_HINT, MissingError, UsageError, translate
 
 if TYPE_CHECKING:
     import torch
@@ -63,8 +63,10 @@ def locate(path: str) -> ModelSource:
         return ModelSource(folder=local.parent, gguf_file=local.name)
     if local.is_dir():
         if not (local / "config.json").is_file():
-            hint = "Was the stage that writes it interrupted? Run the same command again to finish it."
-            raise MissingError(f"{path} is not a checkpoint folder: it has no config.json.", hint)
+            raise MissingError(f"{path} is not a checkpoint folder: it has no config.json.", _folder_hint(local))
+        if (local / run_dir.JOURNAL_NAME).is_file() and run_dir.read_record(local) is None:
+            hint = "Run the command that writes it again; it takes a moment."
+            raise MissingError(f"{path} is half written: the stage that makes it was stopped at its end.", hint)
         return ModelSource(folder=local)
     if local.is_file():
         raise UsageError(f"{path} is a file; a model is a folder, a hub id or a .gguf file.")
@@ -112,14 +114,14 @@ def model_fingerprint(config: ModelConfig) -> str:
 
 
 def _as_recorded(folder: Path, files: dict[str, str]) -> bool:
-    wanted = {name: digest for name, digest in files.items() if name.endswith((".safetensors", "config.json"))}
+    wanted = {name: digest for name, digest in files.items() if not name.endswith((".md", ".jsonl"))}
     return all((folder / name).is_file() and run_dir.cached_sha256(folder / name) == digest
                for name, digest in wanted.items() if "/" not in name)  # fmt: skip
 
 
 def _checkpoint_files(folder: Path) -> list[str]:
     patterns = ("*.safetensors", "*.index.json", "config.json", "generation_config.json", "tokenizer*", "vocab*",
-                "merges.txt", "special_tokens_map.json", "added_tokens.json")  # fmt: skip
+                "merges.txt", "*.model", "chat_template*", "special_tokens_map.json", "added_tokens.json")  # fmt: skip
     return sorted({file.name for pattern in patterns for file in folder.glob(pattern)})
 
 
@@ -241,13 +243,26 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     return model.to(device).eval()
 
 
+def _folder_hint(folder: Path) -> str:
+    """What a folder without a config.json may be."""
+    inside = [str(folder / name) for name in ("prune", "tune") if (folder / name / "config.json").is_file()]
+    if inside:
+        return f"It is a run folder; its models are {' and '.join(inside)}."
+    if (folder / "adapter_config.json").is_file():
+        return "It is an adapter: `lors merge BASE ADAPTER --out DIR` makes a checkpoint of it."
+    return "Was the stage that writes it interrupted? Run the same command again to finish it."
+
+
 def _load_error(path: str, what: str, error: Exception) -> Exception:
     """What to raise when transformers cannot load `what`; full disks, missing files and the like stay themselves."""
     first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
     if type(error) is OSError and "safetensors" in first_line:
         hint = "Only safetensors are read; convert pickled weights on a machine that trusts them."
         return UsageError(f"{path}: {first_line}", hint)
-    return translate(error) or UsageError(f"{path}: {what} cannot be loaded: {first_line}")
+    known = translate(error)
+    if isinstance(known, MissingError):
+        return MissingError(f"{path}: no such folder, and not to be had from the hub: {first_line}", OFFLINE_HINT)
+    return known or UsageError(f"{path}: {what} cannot be loaded: {first_line}")
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:

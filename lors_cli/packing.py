@@ -18,7 +18,8 @@ DEFAULT_LENGTH = 2048
 BATCH_DOCUMENTS = 256
 BATCH_CHARS = 1_000_000
 _POOL_FACTOR = 16
-_POOL_MIN = 1000
+_POOL_MIN = 1_000
+_POOL_MAX = 10_000
 
 
 def packed_blocks(
@@ -39,7 +40,8 @@ def packed_blocks(
         sequence_length: tokens a block.
         num_blocks: how many to take after the shuffle; None for all.
         seed: of the shuffle.
-        streamed: read only until there is a pool of 16 times num_blocks, at least 1,000, and shuffle that.
+        streamed: read only until there is a pool of 16 times num_blocks (at least 1,000 and at most the larger of
+            10,000 and num_blocks), and shuffle that.
 
     Returns:
         (blocks, sequence_length) int64; fewer than num_blocks when the text ends before.
@@ -51,7 +53,9 @@ def packed_blocks(
 
     if streamed and num_blocks is None:
         raise UsageError("Streamed text has no end.", "Say how much of it to take: num_samples or max_steps.")
-    pool = max(_POOL_FACTOR * num_blocks, _POOL_MIN) if streamed and num_blocks is not None else None
+    pool = None
+    if streamed and num_blocks is not None:
+        pool = max(num_blocks, min(max(_POOL_FACTOR * num_blocks, _POOL_MIN), _POOL_MAX))
     end = eos_token_id(tokenizer)
     blocks: list[torch.Tensor] = []
     rest: list[int] = []

@@ -60,6 +60,8 @@ def guard_out(out: Path, stage: str, inputs: Iterable[str] = ()) -> None:
     record = run_dir.read_record(out)
     if record is not None and record.stage != stage:
         raise UsageError(f"{out} holds the results of {record.stage}, which would be overwritten.", elsewhere)
+    if stage != "run" and record is None and names & RUN_MARKS:
+        raise UsageError(f"{out} is a run's folder; a stage's results go to their own.", elsewhere)
     if names and not names & (RUN_MARKS if stage == "run" else STAGE_MARKS):
         raise UsageError(f"{out} holds other files; results are not mixed with them.", elsewhere)
 
@@ -139,6 +141,8 @@ def run_recipe(
     Returns:
         The run's summary: stages with what was done, evaluation results, paths.
     """
+    from lors_cli.report import write_report
+
     data_dir = resolve_data_dir(recipe.data_dir)
     guard_out(out, "run")
     plans = select(plan_stages(recipe, out, data_dir), first, last, force)
@@ -146,8 +150,10 @@ def run_recipe(
         _write_recipe(recipe, out)
         done = list(_run_plans(recipe, out, [plan.stage for plan in plans], data_dir, force))
         _write_manifest(recipe, out, done)
-        report = _write_report(out)
-    return {"run": str(out), "stages": done, "results": results(out, recipe, data_dir), "report": str(report)}
+        finished = finished_stages(recipe, out, data_dir)
+        report = write_report(out, finished)
+    scores = results(out, recipe) if "eval" in finished else {}
+    return {"run": str(out), "stages": done, "results": scores, "report": str(report)}
 
 
 def _run_plans(
@@ -164,7 +170,8 @@ def _run_plans(
             console.heading(f"{label}: {plan.detail}")
         else:
             console.heading(f"{label}: {describe(plan)}")
-            run_stage(plan, data_dir)
+            with run_dir.lock(plan.folder):  # against the same stage run on its own
+                run_stage(plan, data_dir)
             console.info(f"  {stage} took {console.duration(time.monotonic() - started)}")
         yield {
             "stage": stage, "status": "skipped" if plan.status == "done" else "done", "folder": str(plan.folder),
@@ -203,15 +210,18 @@ def _write_manifest(recipe: Recipe, out: Path, done: list[dict[str, Any]]) -> No
     run_dir.write_json(out / "manifest.json", content)
 
 
-def _write_report(out: Path) -> Path:
-    from lors_cli.report import write_report
+def finished_stages(recipe: Recipe, out: Path, data_dir: Path | None) -> set[str]:
+    """The stages whose results in `out` are those of this recipe.
 
-    return write_report(out)
+    Args:
+        recipe: the whole pipeline.
+        out: run folder.
+        data_dir: local datasets.
+    """
+    return {plan.stage for plan in plan_stages(recipe, out, data_dir) if plan.status == "done"}
 
 
-def results(out: Path, recipe: Recipe, data_dir: Path | None) -> dict[str, Any]:
-    """The evaluation results of a run by model; empty while eval is not finished with these settings."""
-    if not any(plan.stage == "eval" and plan.status == "done" for plan in plan_stages(recipe, out, data_dir)):
-        return {}
+def results(out: Path, recipe: Recipe) -> dict[str, Any]:
+    """The evaluation results of a run by model."""
     found = {role: run_dir.read_json(out / "eval" / f"{role}.json") for role in recipe.roles()}
     return {role: content for role, content in found.items() if content is not None}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lors_cli.console import gib
-from lors_cli.errors import LorsError
+from lors_cli.errors import LorsError, UsageError
 from lors_cli.recipe import EvalConfig, ModelConfig, PruneConfig, TuneConfig
 
 DEFAULT_LENGTH = 2048
@@ -79,9 +79,15 @@ def _measured(config: ModelConfig) -> ModelSize | None:
 
     from lors_cli.models import model_max_length, prunable_linears, quiet_libraries
 
-    with quiet_libraries(), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(settings)
+    try:
+        with quiet_libraries(), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(settings)
+    except (ValueError, KeyError) as error:
+        kind = getattr(settings, "model_type", "unknown")
+        raise UsageError(f"{config.path} is a {kind} model, not a decoder-only causal language model.") from error
     linears = tuple((linear.out_features, linear.in_features) for linear in prunable_linears(model).values())
+    if not linears:
+        raise UsageError(f"{config.path}: its decoder blocks hold no linear that could be pruned.")
     text = settings.get_text_config()
     return ModelSize(
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),

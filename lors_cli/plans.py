@@ -150,6 +150,8 @@ def _plan_eval(
     from lors_cli.evaluation import eval_fingerprint, pending_pieces
 
     chosen = {role: model for role, model in models.items() if config.models is None or role in config.models}
+    if not chosen:
+        raise UsageError("models: dense, pruned and tuned are a recipe's; `lors eval` scores the MODELs it is given.")
     known = {role: fingerprints[role] for role in chosen}
     fingerprint = eval_fingerprint(config, known, data_dir)
     pending = pending_pieces(config, known, folder, data_dir)
@@ -163,9 +165,7 @@ def _plan_eval(
     return StagePlan("eval", folder, config, chosen, next(iter(models.values())), fingerprint, status, detail)
 
 
-def select(
-    plans: list[StagePlan], first: str | None, last: str | None, force: tuple[str, ...] = ()
-) -> list[StagePlan]:
+def select(plans: list[StagePlan], first: str | None, last: str | None, force: tuple[str, ...] = ()) -> list[StagePlan]:
     """The stages from `first` to `last`, those in `force` to be done again.
 
     Raises:

@@ -21,6 +21,8 @@ from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from lors_cli.errors import UsageError
 
 RECORD_NAME = "stage.json"
@@ -266,12 +268,17 @@ def environment() -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             versions[name] = "absent"
-    return {
+    found: dict[str, Any] = {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processors": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "packages": versions,
     }
+    torch = sys.modules.get("torch")  # a look at the GPU is not worth importing it
+    if torch is not None and torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lors_cli import pydoc_text
-from lors_cli.errors import MissingError, UsageError
+from lors_cli.errors import MissingError, UsageError, translate
 from lors_cli.prompts import alpaca_prompt
 from lors_cli.run_dir import cached_sha256
 from lors_cli.text_files import FORMATS, file_format, read_rows, read_text, row_kind
@@ -217,10 +217,20 @@ def _set_name(value: dict[str, Any]) -> Any:
 
 
 def _hub_rows(known: _Known, hub_split: str) -> Iterator[Row]:
-    """Rows of a dataset on the hub; errors of the network are the caller's."""
+    """Rows of a dataset on the hub.
+
+    Raises:
+        MissingError: it cannot be reached.
+    """
     from datasets import load_dataset
 
-    rows = load_dataset(known.repo, known.config, split=hub_split, streaming=known.streamed)
+    try:
+        rows = load_dataset(known.repo, known.config, split=hub_split, streaming=known.streamed)
+    except Exception as error:
+        if isinstance(translate(error), MissingError):
+            hint = "Use data_dir=FOLDER with a local copy, or name a local file (README, Data)."
+            raise MissingError(f"The dataset {known.repo} cannot be reached on the hub.", hint) from error
+        raise
     if known.repo == "Salesforce/wikitext":
         yield from _one_text(row["text"] for row in rows)
         return

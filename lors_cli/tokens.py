@@ -217,7 +217,7 @@ def tuning_samples(
                 f"{config.dataset} has too little text for one sample of {config.max_length} tokens.",
                 "Lower max_length, or give more text.",
             )
-    samples = [{"input_ids": row, "labels": row} for row in blocks.tolist()]
+    samples = [{"input_ids": row, "labels": list(row)} for row in blocks.tolist()]
     return TuneData(samples, len(samples), {EMPTY_OUTPUT: 0, NO_LABEL: 0}, blocks.numel())
 
 

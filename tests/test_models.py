@@ -431,3 +431,38 @@ def test_every_refusal_is_one_message() -> None:
         with pytest.raises(LorsError) as raised:
             locate(name)
         assert "\n" not in raised.value.message
+
+
+def test_a_half_published_folder_is_not_taken_for_a_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / ".publishing.json").write_text("[]")
+    with pytest.raises(MissingError, match="half written"):
+        locate(str(tmp_path))
+
+
+def test_a_run_folder_and_an_adapter_are_recognised(tmp_path: Path) -> None:
+    (tmp_path / "prune").mkdir()
+    (tmp_path / "prune" / "config.json").write_text("{}")
+    with pytest.raises(MissingError) as run:
+        locate(str(tmp_path))
+    assert "run folder" in str(run.value)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(MissingError) as adapter:
+        locate(str(tmp_path / "adapter"))
+    assert "lors merge" in str(adapter.value)
+
+
+def test_the_tokenizer_is_part_of_a_stages_fingerprint(tmp_path: Path) -> None:
+    from lors_cli import run_dir
+
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (run_dir.staging_dir(tmp_path) if name == "config.json" else tmp_path / run_dir.STAGING_NAME).joinpath(
+            name
+        ).write_text("{}")
+    run_dir.publish(tmp_path, run_dir.StageRecord("prune", "f", {}, {}, {}, {}, 1.0, {}))
+    config = ModelConfig(path=str(tmp_path))
+    before = model_fingerprint(config)
+    assert before.startswith("prune:f:")
+    (tmp_path / "tokenizer.json").write_text("{ }")
+    assert model_fingerprint(config) != before

@@ -65,7 +65,7 @@ def stage_fingerprint(config: PruneConfig, model_fingerprint: str, data_dir: Pat
         model_fingerprint: of the dense model.
         data_dir: local datasets.
     """
-    settings = asdict(config)
+    settings = {**asdict(config), "sparsity": Pattern.of(config).sparsity}
     inputs = {"model": model_fingerprint}
     if STATISTICS[config.method] == "none":
         del settings["calibration"]
@@ -106,11 +106,12 @@ def prune(config: PruneConfig, model: ModelConfig, out: Path, *, data_dir: Path 
     network = load_model(model)
     driver = _Driver(config, network, pattern, out / run_dir.WORK_NAME)
     driver.check()
+    batches = _calibration_batches(config, network, tokenizer, data_dir)
     run_dir.work_dir(out, fingerprint)
-    if STATISTICS[config.method] == "none":
-        driver.prune_without_data()
+    if batches:
+        driver.prune_blocks(batches)
     else:
-        driver.prune_blocks(_calibration_batches(config, network, tokenizer, data_dir))
+        driver.prune_without_data()
     metrics = {**summarise(_verified(driver.layers(), pattern), pattern), **driver.metrics(),
                "dtype": str(network.dtype).removeprefix("torch."),
                "commit": getattr(network.config, "_commit_hash", None)}  # fmt: skip
@@ -143,9 +144,12 @@ def _write_checkpoint(
 def _calibration_batches(
     config: PruneConfig, network: PreTrainedModel, tokenizer: Any, data_dir: Path | None
 ) -> list[torch.Tensor]:
+    """The calibration sequences; none for a method that looks at weights alone."""
     from lors_cli.models import model_max_length
     from lors_cli.tokens import calibration_tokens
 
+    if STATISTICS[config.method] == "none":
+        return []
     calibration = config.calibration
     tokens = calibration_tokens(calibration, tokenizer, model_max_length=model_max_length(network), data_dir=data_dir)
     console.info(f"  calibration: {calibration.dataset}, {tokens.shape[0]} × {tokens.shape[1]} tokens")

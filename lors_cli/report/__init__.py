@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from lors_cli import run_dir
 from lors_cli.errors import UsageError
 
 
-def write_report(run: Path) -> Path:
+def write_report(run: Path, finished: Collection[str] | None = None) -> Path:
     """Write `report.md` and `figures/*.png` of a run; the same results give the same bytes.
 
     Args:
         run: a run folder (DESIGN §4); any stage may be missing.
+        finished: the stages whose results belong to the recipe; what others left from earlier settings is not
+            shown. None for all that are there.
 
     Returns:
         The report's path.
@@ -26,7 +29,7 @@ def write_report(run: Path) -> Path:
 
     if not run.is_dir():
         raise UsageError(f"{run} is no folder.", "Give the folder of a run, such as runs/quickstart.")
-    results = read_run(run)
+    results = read_run(run, finished)
     if not results.recipe_text and not results.records and not results.scores:
         raise UsageError(f"{run} holds no run.", "Give the folder of a run, such as runs/quickstart.")
     drawn = []

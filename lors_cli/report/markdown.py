@@ -143,7 +143,7 @@ def versions(environment: dict[str, Any]) -> str:
     found = [f"Python {environment['python']}"] if "python" in environment else []
     packages = environment.get("packages") or {}
     found += [f"{name} {version}" for name, version in packages.items() if version != "absent"]
-    gpu = environment.get("gpu") or environment.get("accelerator")
+    gpu = environment.get("gpu")
     return escape(", ".join([*found, str(gpu)] if gpu else found))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,12 @@ class RunResults:
     log: list[dict[str, Any]] = field(default_factory=list)
 
 
-def read_run(run: Path) -> RunResults:
+def read_run(run: Path, finished: Collection[str] | None = None) -> RunResults:
     """Everything that a report may show.
 
     Args:
         run: a run folder (DESIGN §4).
+        finished: the stages to read; None for all.
 
     Returns:
         The results; scores are in the order dense, pruned, tuned.
@@ -41,13 +43,14 @@ def read_run(run: Path) -> RunResults:
         results.recipe_text, results.recipe = _read_recipe(path)
     for stage in STAGES:
         record = run_dir.read_record(run / stage)
-        if record is not None:
+        if record is not None and (finished is None or stage in finished):
             results.records[stage] = record
-    for role in ROLES:
+    for role in ROLES if finished is None or "eval" in finished else ():
         content = run_dir.read_json(run / "eval" / f"{role}.json")
         if isinstance(content, dict):
             results.scores[role] = content
-    results.log = read_log(run / "tune" / "log.jsonl")
+    if finished is None or "tune" in finished:
+        results.log = read_log(run / "tune" / "log.jsonl")
     return results
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lors_cli import console, run_dir
 from lors_cli.errors import MissingError, SparsityError, UsageError
-from lors_cli.sparsity import DENSE_BELOW, Pattern, measure, summarise
+from lors_cli.sparsity import Pattern, measure, summarise
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,6 +38,11 @@ def stage_fingerprint(config: TuneConfig, model_fingerprint: str, data_dir: Path
     from lors_cli.text import fingerprint_source
 
     settings = {key: value for key, value in asdict(config).items() if key not in WITHOUT_EFFECT}
+    settings.update(alpha=float(config.alpha), per_device_batch_size=config.micro_batch_size)
+    if config.max_steps is not None:
+        del settings["epochs"]
+    if config.init != "gradient":
+        del settings["init_samples"]
     dataset = settings["data"].pop("dataset")
     inputs = {
         "model": model_fingerprint,
@@ -67,63 +72,55 @@ def tune(config: TuneConfig, model: ModelConfig, out: Path, *, data_dir: Path | 
     started = time.monotonic()
     base_fingerprint = model_fingerprint(model)
     fingerprint = stage_fingerprint(config, base_fingerprint, data_dir)
-    run_dir.work_dir(out, fingerprint)
     console.info(f"  loading {model.path}")
     tokenizer = load_tokenizer(model)
     network = load_model(model)
     use_cache = network.config.use_cache
-    layers, pattern = sparse_layers(network, Path(model.path))
+    patterns = sparse_layers(network, Path(model.path))
+    layers = list(patterns)
     data = _load_data(config, network, tokenizer, data_dir)
     set_seed(config.seed)
+    log = _running_log(out, run_dir.work_dir(out, fingerprint))
     trainer = _prepare(config, network, layers, data, tokenizer, out, fingerprint)
-    training = _train(trainer, config, out, fingerprint)
+    training = _train(trainer, config, out / CHECKPOINTS_NAME, log)
     network.config.use_cache = use_cache  # the Trainer turns it off
     adapter = _adapter_config(config, network, layers, model, base_fingerprint)
     staging = run_dir.staging_dir(out)
     metrics = {**training, **_data_metrics(data),
-               **_write_results(staging, network, tokenizer, adapter, pattern)}  # fmt: skip
+               **_write_results(staging, network, tokenizer, adapter, patterns)}  # fmt: skip
     _write_card(staging, config, model, metrics)
+    run_dir.write_bytes(staging / LOG_NAME, log.read_bytes())
     record = run_dir.StageRecord(
         "tune", fingerprint, run_dir.plain(config), {"model": base_fingerprint, "path": model.path}, metrics,
         run_dir.environment(), round(time.monotonic() - started, 2), {},
     )  # fmt: skip
-    return run_dir.publish(out, record, keep=[LOG_NAME])
+    return run_dir.publish(out, record)
 
 
-def sparse_layers(model: PreTrainedModel, folder: Path) -> tuple[list[str], Pattern | None]:
+def sparse_layers(model: PreTrainedModel, folder: Path) -> dict[str, Pattern]:
     """The linears that get an adapter: those the pruner made sparse.
 
-    A folder written by `lors prune` says which; elsewhere every linear of a decoder block with at least 5 % zeros.
+    A folder written by `lors` says which; elsewhere every linear of a decoder block with at least 5 % zeros.
 
     Args:
         model: the sparse model.
         folder: where it was loaded from.
 
     Returns:
-        Full names, and the pattern where it is known.
+        Full names and the pattern each keeps to.
 
     Raises:
         UsageError: no linear is sparse.
     """
+    from lors_cli.inspection import layer_patterns
     from lors_cli.models import prunable_linears
 
-    linears = prunable_linears(model)
-    record = run_dir.read_record(folder) if folder.is_dir() else None
-    pattern = None
-    if record is not None and record.metrics.get("pattern") not in (None, "dense"):
-        pattern = Pattern.parse(record.metrics["pattern"], record.metrics["sparsity"] * 0.999)
-        layers = [layer["name"] for layer in record.metrics["layers"]]
-        missing = [name for name in layers if name not in linears]
-        if missing:
-            raise UsageError(f"{folder}: stage.json names {missing[0]}, which the checkpoint does not have.")
-    else:
-        layers = [name for name, linear in linears.items()
-                  if float((linear.weight == 0).float().mean()) >= DENSE_BELOW]  # fmt: skip
+    layers = layer_patterns(prunable_linears(model), run_dir.read_record(folder) if folder.is_dir() else None)
     if not layers:
         raise UsageError(
             "the model is dense: no linear of its decoder blocks has zeros to keep.", "Prune it first: lors prune"
         )
-    return layers, pattern
+    return layers
 
 
 def _load_data(config: TuneConfig, network: PreTrainedModel, tokenizer: Any, data_dir: Path | None) -> TuneData:
@@ -136,8 +133,6 @@ def _load_data(config: TuneConfig, network: PreTrainedModel, tokenizer: Any, dat
     skipped = ", ".join(f"{count} {reason}" for reason, count in data.skipped.items() if count)
     console.info(f"  data: {config.data.dataset}, {len(data.samples)} samples, {data.num_tokens} tokens"
                  + (f" (skipped: {skipped})" if skipped else ""))  # fmt: skip
-    for sample in data.samples:  # the first token is never predicted, so it must not count as a label
-        sample["labels"][0] = -100
     return data
 
 
@@ -158,6 +153,9 @@ def _prepare(
     collator = PadCollator(tokenizer.pad_token_id)
     resumed = latest_checkpoint(checkpoints, fingerprint) is not None
     start = {}
+    if config.gradient_checkpointing:
+        network.enable_input_require_grads()
+        network.gradient_checkpointing_enable({"use_reentrant": False})
     if config.init == "gradient" and not resumed:
         linears: dict[str, nn.Linear] = {name: network.get_submodule(name) for name in layers}  # type: ignore[misc]
         generator = torch.Generator().manual_seed(config.seed)
@@ -170,9 +168,6 @@ def _prepare(
     with torch.no_grad():
         for name, directions in start.items():
             adapted[name].lora_A.copy_(directions)
-    if config.gradient_checkpointing:
-        network.enable_input_require_grads()
-        network.gradient_checkpointing_enable({"use_reentrant": False})
     with quiet_libraries():
         return AdapterTrainer(
             model=network, args=training_arguments(config, checkpoints, network.device), data_collator=collator,
@@ -180,42 +175,31 @@ def _prepare(
         )  # fmt: skip
 
 
-def _train(trainer: AdapterTrainer, config: TuneConfig, out: Path, fingerprint: str) -> dict[str, Any]:
-    """Run the Trainer to its end, from the last checkpoint where there is one."""
-    import shutil
+def _running_log(out: Path, work: Path) -> Path:
+    """Where to log steps: `log.jsonl`, unless that is a finished stage's, which stays until it is replaced."""
+    return (out if run_dir.read_record(out) is None else work) / LOG_NAME
 
+
+def _train(trainer: AdapterTrainer, config: TuneConfig, checkpoints: Path, log_path: Path) -> dict[str, Any]:
+    """Run the Trainer to its end, from the last checkpoint where there is one."""
     from transformers.trainer_callback import PrinterCallback
 
     from lors_cli.models import quiet_libraries
-    from lors_cli.tuning.trainer import (
-        LogCallback,
-        StepLog,
-        StopCallback,
-        latest_checkpoint,
-        stopping_gently,
-        whole_checkpoints,
-    )  # fmt: skip
+    from lors_cli.tuning.trainer import LogCallback, StepLog, StopCallback, latest_checkpoint, stopping_gently
 
-    network = trainer.model
-    assert network is not None
-    checkpoints = out / CHECKPOINTS_NAME
-    ours = whole_checkpoints(checkpoints, fingerprint)
-    for path in checkpoints.iterdir() if checkpoints.is_dir() else ():
-        if path not in ours:
-            shutil.rmtree(path)
-    last = latest_checkpoint(checkpoints, fingerprint)
+    _sweep(checkpoints, trainer.fingerprint)
+    last = latest_checkpoint(checkpoints, trainer.fingerprint)
     done = int(last.name.rpartition("-")[2]) if last else 0
     total = _num_steps(config, len(trainer.train_dataset))  # type: ignore[arg-type]
-    log = StepLog(out / LOG_NAME)
+    log = StepLog(log_path)
     log.cut_after(done)
     if last:
         console.info(f"  going on after step {done} of {total} from {last}")
     with console.progress("tune", total, "steps") as task, quiet_libraries():
         task.skip(done)
-        callback, stop = LogCallback(log, task), StopCallback()
-        callback.trainer = trainer
+        stop = StopCallback()
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(callback)
+        trainer.add_callback(LogCallback(log, task, trainer))
         trainer.add_callback(stop)
         if done >= total:
             assert last is not None
@@ -223,8 +207,21 @@ def _train(trainer: AdapterTrainer, config: TuneConfig, out: Path, fingerprint: 
         else:
             with stopping_gently(stop):
                 trainer.train(resume_from_checkpoint=str(last) if last else None)
-    network.eval()
+    assert trainer.model is not None
+    trainer.model.eval()
     return _loss_metrics(log.rows())
+
+
+def _sweep(checkpoints: Path, fingerprint: str) -> None:
+    """Remove checkpoints that are half written or belong to other settings."""
+    import shutil
+
+    from lors_cli.tuning.trainer import whole_checkpoints
+
+    ours = whole_checkpoints(checkpoints, fingerprint)
+    for path in checkpoints.iterdir() if checkpoints.is_dir() else ():
+        if path.is_dir() and path not in ours:
+            shutil.rmtree(path)
 
 
 def _num_steps(config: TuneConfig, num_samples: int) -> int:
@@ -267,7 +264,7 @@ def _adapter_config(
 
 
 def _write_results(
-    staging: Path, network: PreTrainedModel, tokenizer: Any, adapter: Any, pattern: Pattern | None
+    staging: Path, network: PreTrainedModel, tokenizer: Any, adapter: Any, patterns: dict[str, Pattern]
 ) -> dict[str, Any]:
     """Adapter and merged checkpoint into `staging`, once the merged weights are known to keep the zeros."""
     from lors_cli.models import prunable_linears, save_checkpoint
@@ -279,14 +276,13 @@ def _write_results(
     if num_zeroed:
         console.info(f"  {num_zeroed} kept weights became exactly zero in the merge")
     linears = prunable_linears(network)
-    layers = [measure(name, linears[name].weight, pattern) for name in adapter.layers]
+    layers = [measure(name, linears[name].weight, pattern) for name, pattern in patterns.items()]
+    pattern = next(iter(patterns.values()))
     summary = summarise(layers, pattern)
     if summary["violations"]:
         raise SparsityError(
             f"the merged model breaks {pattern} at {summary['violations']} places; nothing was written."
         )
-    if pattern is None:
-        summary["pattern"] = "unstructured"
     save_checkpoint(network, tokenizer, staging)
     return {**summary, "trainable_parameters": trainable, "zeroed": num_zeroed, "base_mask": adapter.base_mask}
 

@@ -80,6 +80,7 @@ def gradient_directions(
     """
     directions = {}
     groups = list(_layer_groups(linears))
+    _make_checkpointing_act(model)
     with console.progress("gradient init", len(groups), "layer groups") as task:
         for group in groups:
             for name, dW in _summed_gradients(model, group, batches).items():
@@ -88,6 +89,17 @@ def gradient_directions(
                 directions[name] = top_right_singular_vectors(dW, rank, seed=seed)
             task.advance()
     return directions
+
+
+def _make_checkpointing_act(model: PreTrainedModel) -> None:
+    """Blocks recompute their activations only in training mode; dropout, which knows that mode too, stays off."""
+    from torch import nn
+
+    if model.is_gradient_checkpointing:
+        model.train()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.eval()
 
 
 def _layer_groups(linears: dict[str, nn.Linear]) -> Iterator[dict[str, nn.Linear]]:

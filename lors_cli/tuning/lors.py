@@ -76,7 +76,7 @@ class _LorsFunction(torch.autograd.Function):
         dX = dbias = dA = dB = None
         if ctx.needs_input_grad[0]:
             dX = dY @ masked_merge(weight, lora_A, lora_B, s)
-        dY2, X = dY.flatten(0, -2), x.flatten(0, -2)
+        dY2, X = dY.reshape(-1, dY.shape[-1]), x.reshape(-1, x.shape[-1])
         if ctx.needs_input_grad[2]:
             dbias = dY2.sum(0)
         if ctx.needs_input_grad[3]:

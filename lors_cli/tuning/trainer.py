@@ -104,7 +104,7 @@ def whole_checkpoints(folder: Path, fingerprint: str) -> list[Path]:
         folder: may be missing.
         fingerprint: of the stage.
     """
-    needed = (WEIGHTS_NAME, "optimizer.pt", "scheduler.pt", "trainer_state.json")
+    needed = (WEIGHTS_NAME, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
     found = []
     for path in folder.glob("checkpoint-*") if folder.is_dir() else ():
         marker = run_dir.read_json(path / MARKER_NAME)
@@ -151,9 +151,8 @@ class StepLog:
 class LogCallback(TrainerCallback):
     """Writes `log.jsonl` and shows loss and throughput live."""
 
-    def __init__(self, log: StepLog, task: console.Task) -> None:
-        self.log, self.task = log, task
-        self.trainer: AdapterTrainer | None = None
+    def __init__(self, log: StepLog, task: console.Task, trainer: AdapterTrainer) -> None:
+        self.log, self.task, self.trainer = log, task, trainer
         self._since = time.monotonic()
         self._tokens = 0
 
@@ -165,7 +164,6 @@ class LogCallback(TrainerCallback):
         """One optimiser step is done."""
         if not logs or "loss" not in logs:
             return
-        assert self.trainer is not None
         now = time.monotonic()
         rate = (self.trainer.tokens_seen - self._tokens) / max(now - self._since, 1e-9)
         self._since, self._tokens = now, self.trainer.tokens_seen
@@ -222,16 +220,15 @@ def training_arguments(config: TuneConfig, checkpoints: Path, device: torch.devi
         checkpoints: where `checkpoint-N` go.
         device: of the model.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    samples = config.micro_batch_size * world_size
-    if config.batch_size % samples:
-        raise UsageError(f"batch_size: {config.batch_size} is no multiple of {samples} samples in flight.")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("lors tune runs on one device; WORLD_SIZE asks for several.", "Start it without torchrun.")
     if config.tensorboard:
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(checkpoints.parent / "tensorboard")
-    return TrainingArguments(
+    os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
+    arguments = TrainingArguments(
         output_dir=str(checkpoints),
         per_device_train_batch_size=config.micro_batch_size,
-        gradient_accumulation_steps=config.batch_size // samples,
+        gradient_accumulation_steps=config.batch_size // config.micro_batch_size,
         num_train_epochs=config.epochs,
         max_steps=config.max_steps or -1,
         learning_rate=config.learning_rate,
@@ -254,3 +251,7 @@ def training_arguments(config: TuneConfig, checkpoints: Path, device: torch.devi
         dataloader_pin_memory=device.type == "cuda",
         use_cpu=device.type == "cpu",
     )
+    # By itself the Trainer takes every GPU it sees (DataParallel), and the first of them.
+    arguments.__dict__["_setup_devices"] = device
+    arguments._n_gpu = int(device.type == "cuda")
+    return arguments

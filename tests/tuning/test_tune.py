@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lors_cli import run_dir
 from lors_cli.errors import SparsityError, UsageError
+from lors_cli.inspection import inspect
+from lors_cli.models import prunable_linears
 from lors_cli.recipe import ModelConfig, TuneConfig, TuneDataConfig
+from lors_cli.tuning import stage_fingerprint, tune
 from lors_cli.tuning import trainer as trainer_module
-from lors_cli.tuning import tune
 from lors_cli.tuning.adapter import load_adapter
 from lors_cli.tuning.trainer import AdapterTrainer, whole_checkpoints
 
@@ -226,3 +228,90 @@ def test_gradient_checkpointing_changes_nothing_but_memory(
     assert plain.fingerprint == checkpointed.fingerprint
     first, second = (tmp_path / name / "model.safetensors" for name in ("plain", "checkpointed"))
     assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["text", "tokens"])
+def test_plain_text_and_tokens_are_tuned_on_too(
+    sparse_checkpoint: Path, config: TuneConfig, tmp_path: Path, kind: str
+) -> None:
+    if kind == "text":
+        source = tmp_path / "book.txt"
+        source.write_text("the cat sat on the mat. " * 400, encoding="utf-8")
+    else:
+        source = tmp_path / "ids.safetensors"
+        save_file({"input_ids": torch.arange(64).repeat(12, 1).to(torch.int32)}, source)
+    data = TuneDataConfig(dataset=str(source), max_length=64)
+    record = tune(replace(config, data=data), ModelConfig(path=str(sparse_checkpoint)), tmp_path / "tune")
+    assert record.metrics["last_loss"] < record.metrics["first_loss"]
+
+
+def test_a_finished_result_stays_whole_while_another_is_begun_in_its_folder(
+    sparse_checkpoint: Path, config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, out = ModelConfig(path=str(sparse_checkpoint)), tmp_path / "tune"
+    finished = tune(config, model, out)
+    original = AdapterTrainer.training_step
+
+    def dies(self: AdapterTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.state.global_step == 2:
+            raise RuntimeError("killed")
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(AdapterTrainer, "training_step", dies)
+    with pytest.raises(RuntimeError, match="killed"):
+        tune(replace(config, rank=2), model, out)
+    assert run_dir.is_finished(out, finished.fingerprint)
+
+
+def test_each_linear_keeps_its_own_share_of_zeros(
+    sparse_llama: Callable[..., PreTrainedModel], tiny_tokenizer: Any, config: TuneConfig, tmp_path: Path
+) -> None:
+    model = sparse_llama()
+    for index, linear in enumerate(prunable_linears(model).values()):
+        linear.weight.data = torch.randn(linear.weight.shape, generator=torch.Generator().manual_seed(index))
+        rank = linear.weight.abs().flatten().argsort()
+        linear.weight.data.view(-1)[rank[: int(len(rank) * (0.3 + 0.03 * index))]] = 0
+    model.save_pretrained(tmp_path / "uneven")
+    tiny_tokenizer.save_pretrained(tmp_path / "uneven")
+    first = tune(replace(config, max_steps=2), ModelConfig(path=str(tmp_path / "uneven")), tmp_path / "once")
+    again = tune(replace(config, max_steps=2), ModelConfig(path=str(tmp_path / "once")), tmp_path / "twice")
+    assert inspect(ModelConfig(path=str(tmp_path / "twice")))["violations"] == 0
+    shares = [[layer["sparsity"] for layer in record.metrics["layers"]] for record in (first, again)]
+    assert shares[0] == pytest.approx(shares[1], abs=1e-2)
+    assert max(shares[0]) - min(shares[0]) > 0.3
+    broken = AutoModelForCausalLM.from_pretrained(tmp_path / "twice")
+    weight = next(iter(prunable_linears(broken).values())).weight
+    weight.data[weight == 0] = 0.01
+    broken.save_pretrained(tmp_path / "twice")
+    assert inspect(ModelConfig(path=str(tmp_path / "twice")))["violations"] > 100
+
+
+def test_settings_without_effect_do_not_change_the_fingerprint(sparse_checkpoint: Path, config: TuneConfig) -> None:
+    def fingerprint(**changes: Any) -> str:
+        return stage_fingerprint(replace(config, **changes), "base", None)
+
+    assert fingerprint() == fingerprint(epochs=9.0) == fingerprint(save_steps=50) == fingerprint(alpha=4)
+    assert fingerprint(init="kaiming") == fingerprint(init="kaiming", init_samples=2)
+    assert fingerprint(init_samples=2) != fingerprint() != fingerprint(rank=8)
+    assert fingerprint(max_steps=None) != fingerprint(max_steps=None, epochs=9.0)
+
+
+def test_only_the_models_own_device_is_used(
+    config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    arguments = trainer_module.training_arguments(config, tmp_path, torch.device("cpu"))
+    assert arguments.device == torch.device("cpu")
+    assert arguments.train_batch_size == config.micro_batch_size
+    assert arguments.gradient_accumulation_steps * arguments.train_batch_size == config.batch_size
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="one device"):
+        trainer_module.training_arguments(config, tmp_path, torch.device("cpu"))
+
+
+def test_tensorboard_events_are_written_when_asked_for(
+    sparse_checkpoint: Path, config: TuneConfig, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorboard")
+    tune(replace(config, max_steps=1, tensorboard=True), ModelConfig(path=str(sparse_checkpoint)), tmp_path / "tune")
+    assert list((tmp_path / "tune" / "tensorboard").rglob("events.out.tfevents*"))

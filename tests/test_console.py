@@ -1,0 +1,164 @@
+"""What a person and a program read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from lors_cli import console
+
+
+@pytest.fixture(autouse=True)
+def _usual_console() -> Iterator[None]:
+    console.configure()
+    yield
+    console.configure()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time, to be set by the test."""
+    now = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    return now
+
+
+Capture = pytest.CaptureFixture[str]
+ODD = "a [bold]word[/bold] [/x] [link=y] :warning: 100 % C:\\dir\\ [1/3]"
+
+
+def test_text_is_printed_as_it_is(capsys: Capture) -> None:
+    console.configure(verbosity=1)
+    for show in (console.info, console.detail, console.heading, console.warn, console.error):
+        show(ODD)
+        assert ODD in capsys.readouterr().err
+    console.error("x", ODD)
+    assert ODD in capsys.readouterr().err
+    console.result(ODD)
+    assert capsys.readouterr().out == ODD + "\n"
+    console.table([ODD], [[ODD]])
+    assert capsys.readouterr().out.count(ODD) == 2
+
+
+def test_long_lines_are_not_broken(capsys: Capture) -> None:
+    path = "/" + "/".join(["folder"] * 60)
+    console.result(path)
+    console.info(path)
+    captured = capsys.readouterr()
+    assert captured.out == path + "\n"
+    assert captured.err == path + "\n"
+
+
+def test_json_mode_keeps_stdout_for_the_document(capsys: Capture) -> None:
+    console.configure(json_mode=True)
+    console.heading("stage")
+    console.info("info")
+    console.warn("warning")
+    console.result("result")
+    console.table(["a"], [["b"]])
+    with console.progress("prune", 2, "blocks") as task:
+        task.advance()
+    console.document({"ü": [1, None]})
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == {"ü": [1, None]}
+    assert "warning" in captured.err
+
+
+def test_documents_hold_no_nan() -> None:
+    console.configure(json_mode=True)
+    with pytest.raises(ValueError, match="JSON compliant"):
+        console.document(float("nan"))
+
+
+def test_without_json_mode_there_is_no_document(capsys: Capture) -> None:
+    console.document({"a": 1})
+    assert capsys.readouterr().out == ""
+
+
+def test_levels(capsys: Capture) -> None:
+    def words(verbosity: int) -> str:
+        console.configure(verbosity=verbosity)
+        for show in (console.heading, console.info, console.detail, console.warn):
+            show(show.__name__)
+        return " ".join(capsys.readouterr().err.replace("warning: ", "").split())
+
+    assert words(-1) == "warn"
+    assert words(0) == "heading info warn"
+    assert words(1) == "heading info detail warn"
+
+
+def test_progress_in_a_file_is_a_line_now_and_then(capsys: Capture, clock: list[float]) -> None:
+    with console.progress("prune", 4, "blocks") as task:
+        for now in (3.0, 10.0, 15.0, 30.0):
+            clock[0] = now
+            task.advance(note=f"at {now:g}")
+    assert capsys.readouterr().err.splitlines() == [
+        "  prune: 2/4 blocks · 10 s elapsed · about 10 s left · at 10",
+        "  prune: 4/4 blocks · 30 s elapsed · about 0 s left · at 30",
+        "  prune: done, 4 blocks in 30 s",
+    ]
+
+
+def test_earlier_work_does_not_count_for_the_time_left(capsys: Capture, clock: list[float]) -> None:
+    with console.progress("tune", 100, "steps") as task:
+        task.skip(90)
+        clock[0] = 20.0
+        task.advance(5)
+        assert "95/100 steps · 20 s elapsed · about 20 s left" in capsys.readouterr().err
+
+
+def test_progress_without_a_total(capsys: Capture, clock: list[float]) -> None:
+    with console.progress("read", None, "rows") as task:
+        clock[0] = 11.0
+        task.advance(7)
+    assert capsys.readouterr().err.splitlines()[0] == "  read: 7 rows · 11 s elapsed"
+
+
+def test_quiet_hides_progress(capsys: Capture, clock: list[float]) -> None:
+    console.configure(verbosity=-1)
+    with console.progress("prune", 4, "blocks") as task:
+        clock[0] = 60.0
+        task.advance()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    console.configure()
+    with console.progress("prune [x]", 4, "blocks") as task:
+        assert task.bar is not None
+        task.update(4, "note [y]")
+    shown = capsys.readouterr().err
+    assert "4/4" in shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(-1, "0 s"), (0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (185, "3 min 05 s"), (7800, "2 h 10 min")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert console.duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (2**20, "1.0 MiB"), (16_060_522_496, "15.0 GiB")],
+)
+def test_sizes(num_bytes: float, text: str) -> None:
+    assert console.gib(num_bytes) == text
+
+
+def test_a_narrow_terminal_shows_all_names_and_wraps_the_prose(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("COLUMNS", "40")
+    console.configure()
+    console.table(["recipe", "what it does"], [["a-name-of-20-letters", "many words " * 10]], prose=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert "a-name-of-20-letters" in lines[2]
+    assert len(lines) > 4
+    assert max(map(len, lines[1:])) <= 40
