@@ -287,3 +287,20 @@ def test_lists() -> None:
     assert split_list(None) is None
     assert split_list("") == []
     assert split_list(" a, b ,") == ["a", "b"]
+
+
+def test_a_recipes_choice_of_models_means_nothing_to_eval(at_workshop: Path, lors: Lors) -> None:
+    result = lors("eval", "dense", "models=[pruned]", "--perplexity", "text.jsonl", "--tasks", "")
+    assert result.exit_code == 2
+    assert "a recipe's" in result.stderr
+
+
+def test_a_model_that_is_no_decoder_is_refused(at_workshop: Path, lors: Lors) -> None:
+    from transformers import T5Config
+
+    T5Config(d_model=16, num_layers=1, vocab_size=258).save_pretrained("t5")
+    result = lors("prune", "t5", "--out", "o", "--method", "magnitude", "--dry-run")
+    assert result.exit_code == 0
+    assert "not a decoder-only causal language model" in result.stdout
+    result = lors("prune", "t5", "--out", "o", "--method", "magnitude")
+    assert result.exit_code == 2

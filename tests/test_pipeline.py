@@ -120,6 +120,13 @@ def test_until_stops_and_from_goes_on(at_workshop: Path, lors: Lors) -> None:
 def test_results_of_other_settings_are_not_shown(at_finished: Path, lors: Lors) -> None:
     result = lors("run", "tiny.yaml", "prune.method=magnitude", "--until", "prune", "--json")
     assert json.loads(result.stdout)["results"] == {}
+    report = (RUN / "report.md").read_text()
+    assert "magnitude" in report
+    assert "tuned with" not in report
+    assert "## Results" not in report
+    assert not (RUN / "figures" / "loss.png").exists()
+    assert lors("report", RUN).exit_code == 0
+    assert (RUN / "report.md").read_text() == report
 
 
 @pytest.mark.parametrize(

@@ -40,26 +40,20 @@ def render(results: RunResults, figures: list[str]) -> str:
 
 
 def _summary(results: RunResults) -> str:
-    """One line: method, pattern, sparsity, rank, base model."""
-    record, prune = _stage(results, "prune")
+    """One line of what was done: method, pattern, sparsity, rank, base model."""
     words = []
+    prune, tune = results.records.get("prune"), results.records.get("tune")
     if prune:
-        sparsity = record.metrics.get("sparsity") if record else None
-        share = f" ({sparsity:.1%} of the pruned weights are zero)" if sparsity is not None else ""
-        words.append(f"pruned with {prune.get('method')} to {prune.get('pattern')}{share}")
-    _, tune = _stage(results, "tune")
+        share = (
+            f" ({prune.metrics['sparsity']:.1%} of the pruned weights are zero)" if "sparsity" in prune.metrics else ""
+        )
+        words.append(f"pruned with {prune.config.get('method')} to {prune.config.get('pattern')}{share}")
     if tune:
-        words.append(f"tuned with {tune.get('method')} at rank {tune.get('rank')}")
+        words.append(f"tuned with {tune.config.get('method')} at rank {tune.config.get('rank')}")
     if results.scores:
         words.append("evaluated")
-    base = (results.recipe.get("model") or {}).get("path") or (record.inputs.get("path") if record else None)
+    base = (results.recipe.get("model") or {}).get("path") or (prune.inputs.get("path") if prune else None)
     return f"{escape(base or 'A model')}: {escape(', '.join(words) or 'nothing has been run yet')}."
-
-
-def _stage(results: RunResults, stage: str) -> tuple[Any, dict[str, Any]]:
-    """A stage's record and config; the recipe's settings where it has not run."""
-    record = results.records.get(stage)
-    return record, record.config if record else results.recipe.get(stage) or {}
 
 
 def _scores(results: RunResults, figures: list[str]) -> list[str]:
