@@ -107,7 +107,7 @@ def prune(
     out: Out,
     overrides: Overrides = None,
     config: Config = None,
-    method: Annotated[str | None, typer.Option(help="magnitude, wanda, sparsegpt or ria.")] = None,
+    method: Annotated[str | None, typer.Option(help="magnitude, wanda, sparsegpt, ria or admm.")] = None,
     pattern: Annotated[str | None, typer.Option(help="N:M such as 2:4, or unstructured.")] = None,
     sparsity: Annotated[float | None, typer.Option(help="Share of zeros, with --pattern unstructured.")] = None,
     calibration: Annotated[str | None, typer.Option(help="Calibration text: a source's name or a file.")] = None,

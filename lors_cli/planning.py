@@ -163,7 +163,7 @@ def _with_runtime(needs: Estimate) -> Estimate:
 
 
 def _estimate_prune(config: PruneConfig, size: ModelSize) -> Estimate:
-    if config.method == "magnitude":
+    if config.method == "magnitude" and not config.refit:
         return Estimate(int(1.2 * size.num_bytes), size.num_bytes + (16 << 20))
     calibration = config.calibration
     length = calibration.sequence_length or min(DEFAULT_LENGTH, size.max_length)
@@ -172,7 +172,7 @@ def _estimate_prune(config: PruneConfig, size: ModelSize) -> Estimate:
     in_flight = calibration.batch_size * length
     block = in_flight * (6 * size.hidden_size + 4 * size.intermediate_size) * (size.bytes_a_weight + 4)
     solver = 0
-    if config.method == "sparsegpt":
+    if config.refit or config.method in ("sparsegpt", "admm"):
         widest = max(rows for rows, columns in size.linears if columns == size.largest_input)
         solver = 4 * (5 * size.largest_input**2 + 3 * widest * size.largest_input)
     memory = size.num_bytes + hidden + block + solver

@@ -66,11 +66,13 @@ class PruneConfig:
 
     __pydantic_config__ = _strict
 
-    method: Literal["magnitude", "wanda", "sparsegpt", "ria"] = "sparsegpt"
+    method: Literal["magnitude", "wanda", "sparsegpt", "ria", "admm"] = "sparsegpt"
     pattern: Annotated[str, Field(pattern=r"^(unstructured|[0-9]{1,4}:[0-9]{1,4})$")] = "2:4"
     """N:M keeps at most N of every M consecutive inputs of a row; unstructured needs `sparsity`."""
     sparsity: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of weights set to zero; with N:M it may be left out."""
+    refit: bool = False
+    """Solve for the kept weights anew on the mask that the method chose (least squares on the layer's outputs)."""
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
 
     def __post_init__(self) -> None:

@@ -27,7 +27,14 @@ if TYPE_CHECKING:
     from lors_cli.recipe import ModelConfig, PruneConfig
 
 STAGE_VERSION = 1
-STATISTICS: dict[str, Kind] = {"magnitude": "none", "wanda": "norm", "ria": "norm", "sparsegpt": "hessian"}
+STATISTICS: dict[str, Kind] = {
+    "magnitude": "none", "wanda": "norm", "ria": "norm", "sparsegpt": "hessian", "admm": "hessian",
+}  # fmt: skip
+
+
+def statistics_kind(config: PruneConfig) -> Kind:
+    """What must be known of the inputs: what the method looks at, or the Hessian when weights are refitted."""
+    return "hessian" if config.refit else STATISTICS[config.method]
 
 
 def prune_group(
@@ -44,17 +51,41 @@ def prune_group(
     Returns:
         The pruned weights, in the order given.
     """
+    from lors_cli.pruning.admm import admm
     from lors_cli.pruning.magnitude import magnitude
     from lors_cli.pruning.ria import ria
     from lors_cli.pruning.sparsegpt import sparsegpt
     from lors_cli.pruning.wanda import wanda
 
-    if method == "sparsegpt":
-        return sparsegpt(weights, statistics, pattern)
+    together: dict[str, Callable[..., list[torch.Tensor]]] = {"sparsegpt": sparsegpt, "admm": admm}
+    if method in together:
+        return together[method](weights, statistics, pattern)
     if method == "magnitude":
         return [magnitude(weight, pattern) for weight in weights]
     one: dict[str, Callable[..., torch.Tensor]] = {"wanda": wanda, "ria": ria}
     return [one[method](weight, statistics, pattern) for weight in weights]
+
+
+def refit_group(
+    weights: Sequence[torch.Tensor], pruned: Sequence[torch.Tensor], statistics: InputStatistics
+) -> list[torch.Tensor]:
+    """Solve for the kept weights of linears that share their input anew, on the masks that pruning chose.
+
+    Args:
+        weights: (out_features_i, in_features) each, dense.
+        pruned: the same with zeros.
+        statistics: Hessian of the shared input.
+
+    Returns:
+        The refitted weights in the dtypes and the order given.
+    """
+    import torch
+
+    from lors_cli.pruning.refit import refit
+
+    rows = [weight.shape[0] for weight in weights]
+    solved = refit(torch.cat([*weights]), torch.cat([*pruned]), statistics.hessian())
+    return [part.to(weight.dtype) for part, weight in zip(solved.split(rows), weights, strict=True)]
 
 
 def stage_fingerprint(config: PruneConfig, model_fingerprint: str, data_dir: Path | None) -> str:
@@ -67,7 +98,7 @@ def stage_fingerprint(config: PruneConfig, model_fingerprint: str, data_dir: Pat
     """
     settings = {**asdict(config), "sparsity": Pattern.of(config).sparsity}
     inputs = {"model": model_fingerprint}
-    if STATISTICS[config.method] == "none":
+    if statistics_kind(config) == "none":
         del settings["calibration"]
     else:
         from lors_cli.text import fingerprint_source
@@ -148,7 +179,7 @@ def _calibration_batches(
     from lors_cli.models import model_max_length
     from lors_cli.tokens import calibration_tokens
 
-    if STATISTICS[config.method] == "none":
+    if statistics_kind(config) == "none":
         return []
     calibration = config.calibration
     tokens = calibration_tokens(calibration, tokenizer, model_max_length=model_max_length(network), data_dir=data_dir)
@@ -245,6 +276,8 @@ class _Driver:
                 with self._phase("solve"):
                     weights = [linears[name].weight.data for name in group.names]
                     pruned = prune_group(self.config.method, weights, group.statistics, self.pattern)
+                    if self.config.refit:
+                        pruned = refit_group(weights, pruned, group.statistics)
                     for weight, new in zip(weights, pruned, strict=True):
                         weight.copy_(new)
             with self._phase("recompute"):
@@ -261,7 +294,7 @@ class _Driver:
         """Run the block on every batch, listening at its linears."""
         from lors_cli.pruning.calibration import InputRecorder
 
-        recorder = InputRecorder(linears, STATISTICS[self.config.method])
+        recorder = InputRecorder(linears, statistics_kind(self.config))
         try:
             with self._phase("capture"):
                 for batch in hidden:

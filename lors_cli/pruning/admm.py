@@ -1,0 +1,94 @@
+"""ADMM: the mask and the weights that make up for it are found together, by alternating directions.
+
+Legend: W (R, C) weight, H (C, C) = 2·XᵀX / n, both scaled so that H has a unit diagonal; Z (R, C) the sparse copy of
+the weight, D (R, C) the scaled dual, R out_features, C in_features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lors_cli.errors import UsageError
+from lors_cli.sparsity import Pattern, keep_largest
+
+if TYPE_CHECKING:
+    import torch
+
+    from lors_cli.pruning.statistics import InputStatistics
+
+ITERATIONS = 20
+MASK_ITERATIONS = 15
+PENALTY = 1.0
+DAMPING = 0.01
+
+
+def admm(
+    weights: Sequence[torch.Tensor],
+    statistics: InputStatistics,
+    pattern: Pattern,
+    *,
+    iterations: int = ITERATIONS,
+    mask_iterations: int = MASK_ITERATIONS,
+    penalty: float = PENALTY,
+) -> list[torch.Tensor]:
+    """Prune linears that share their input, by alternating between the least-squares weight and its sparse copy.
+
+    Inputs are scaled to unit norm, so that a weight's size is Wanda's score. The mask is chosen anew in the first
+    iterations and then kept while the weights converge to its least-squares solution. One factorisation serves all
+    the weights and all the iterations.
+
+    Args:
+        weights: (R_i, C) each; every weight keeps its own share of zeros.
+        statistics: Hessian of the shared input.
+        pattern: N:M within each group; unstructured over each whole weight.
+        iterations: of the alternation.
+        mask_iterations: in how many of them the mask is chosen anew.
+        penalty: ρ, weight of the two copies' difference.
+
+    Returns:
+        The pruned weights, (R_i, C) each, in their own dtypes; kept entries are updated.
+
+    Raises:
+        UsageError: the Hessian is not finite.
+
+    Source: Boža, Algorithms 1 and 2, arXiv:2401.02938.
+    """
+    import torch
+
+    H = statistics.hessian()
+    if not bool(torch.isfinite(H).all()):
+        raise UsageError("the calibration inputs of a layer hold NaN or Inf; the model or its dtype is broken.")
+    norms = H.diagonal().sqrt()
+    dead = norms == 0
+    norms[dead] = 1
+    H /= norms[:, None] * norms
+    H.diagonal()[dead] = 1
+    H.diagonal().add_(DAMPING)
+    rows = [weight.shape[0] for weight in weights]
+    W = torch.cat([weight.float() for weight in weights]) * norms
+    W[:, dead] = 0
+    target = W @ H
+    penalised = H.clone()
+    penalised.diagonal().add_(penalty)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(penalised))
+    D = torch.zeros_like(W)
+    mask = torch.empty(0)
+    for iteration in range(iterations):
+        W += D
+        if iteration < mask_iterations:
+            mask = _mask(W.abs(), pattern, rows)
+        Z = W * mask
+        D = W - Z
+        W = torch.addmm(target @ inverse, Z - D, inverse, alpha=penalty)
+    Z = (W + D).mul_(mask).div_(norms)
+    return [part.to(weight.dtype) for part, weight in zip(Z.split(rows), weights, strict=True)]
+
+
+def _mask(scores: torch.Tensor, pattern: Pattern, rows: list[int]) -> torch.Tensor:
+    """The mask of each stacked weight on its own."""
+    import torch
+
+    if pattern.structured:
+        return keep_largest(scores, pattern, per_row=True)
+    return torch.cat([keep_largest(part, pattern, per_row=False) for part in scores.split(rows)])
