@@ -56,7 +56,7 @@ def model_size(config: ModelConfig) -> ModelSize | None:
     Args:
         config: a local model, or a hub id that is cached or in the table of shapes.
     """
-    from lors_cli.models import model_fingerprint
+    from lors_cli.sources import model_fingerprint
 
     fingerprint = model_fingerprint(config)
     if fingerprint not in _known_sizes:  # a .gguf takes seconds to read
@@ -118,8 +118,9 @@ def _bytes_a_weight(config: ModelConfig, stored: Any) -> int:
 def _local_settings(config: ModelConfig) -> Any | None:
     from transformers import AutoConfig
 
-    from lors_cli.models import load_config, locate
+    from lors_cli.models import load_config
     from lors_cli.shapes import shape_of_hub_id
+    from lors_cli.sources import locate
 
     repo = locate(config.path).repo
     if repo is None:

@@ -65,7 +65,7 @@ def plan_stages(recipe: Recipe, out: Path, data_dir: Path | None) -> list[StageP
     """
     from lors_cli import pruning, tuning
     from lors_cli.evaluation import check_tasks
-    from lors_cli.models import model_fingerprint
+    from lors_cli.sources import model_fingerprint
 
     models = {"dense": recipe.model}
     fingerprints = {"dense": model_fingerprint(recipe.model)}
@@ -130,7 +130,7 @@ def plan_single(stage: str, config: Any, models: dict[str, ModelConfig], out: Pa
     """
     from lors_cli import pruning, tuning
     from lors_cli.evaluation import check_tasks
-    from lors_cli.models import model_fingerprint
+    from lors_cli.sources import model_fingerprint
 
     fingerprints = {label: model_fingerprint(model) for label, model in models.items()}
     if stage == "eval":

@@ -16,14 +16,11 @@ from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausa
 from lors_cli import models
 from lors_cli.errors import LorsError, MissingError, ResourceError, UsageError
 from lors_cli.models import (
-    ModelSource,
     block_linears,
     decoder_blocks,
     load_config,
     load_model,
     load_tokenizer,
-    locate,
-    model_fingerprint,
     model_max_length,
     prunable_linears,
     resolve_device,
@@ -33,6 +30,7 @@ from lors_cli.models import (
 )
 from lors_cli.recipe import ModelConfig
 from lors_cli.run_dir import StageRecord, publish, staging_dir
+from lors_cli.sources import ModelSource, locate, model_fingerprint
 
 UP = "model.layers.1.mlp.up_proj.weight"
 

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lors_cli import console, models, run_dir, text
+from lors_cli import console, models, run_dir, sources, text
 from lors_cli.errors import UsageError
 from lors_cli.evaluation.summary import average, recovered, summary_table
 from lors_cli.evaluation.tasks import check_tasks, task_fingerprint
@@ -73,7 +73,7 @@ def evaluate(
         MissingError: a model or data that is not there.
     """
     check_tasks(config.tasks, data_dir)
-    fingerprints = {label: models.model_fingerprint(model) for label, model in model_configs.items()}
+    fingerprints = {label: sources.model_fingerprint(model) for label, model in model_configs.items()}
     pieces = _pieces(config, fingerprints, out, data_dir)
     expected = eval_fingerprint(config, fingerprints, data_dir)
     for label, model_config in model_configs.items():
@@ -94,7 +94,7 @@ def eval_fingerprint(config: EvalConfig, model_fingerprints: Mapping[str, str], 
 
     Args:
         config: as for `evaluate`.
-        model_fingerprints: label to `models.model_fingerprint` of the model.
+        model_fingerprints: label to `sources.model_fingerprint` of the model.
         data_dir: as for `evaluate`.
     """
     pieces = _pieces(config, model_fingerprints, Path(), data_dir)
@@ -110,7 +110,7 @@ def pending_pieces(
 
     Args:
         config: as for `evaluate`.
-        model_fingerprints: label to `models.model_fingerprint`, None for a model that is yet to be made.
+        model_fingerprints: label to `sources.model_fingerprint`, None for a model that is yet to be made.
         out: the stage's folder.
         data_dir: as for `evaluate`.
 

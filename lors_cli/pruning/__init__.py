@@ -124,7 +124,8 @@ def prune(config: PruneConfig, model: ModelConfig, out: Path, *, data_dir: Path 
         SparsityError: a weight came out denser than promised; nothing is published.
         UsageError: the model or one of its layers cannot be pruned so, or `out` is the model itself.
     """
-    from lors_cli.models import load_model, load_tokenizer, model_fingerprint
+    from lors_cli.models import load_model, load_tokenizer
+    from lors_cli.sources import model_fingerprint
 
     started = time.monotonic()
     if Path(model.path).expanduser().resolve() == out.resolve():

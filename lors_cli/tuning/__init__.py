@@ -67,7 +67,8 @@ def tune(config: TuneConfig, model: ModelConfig, out: Path, *, data_dir: Path | 
         UsageError: the model has no sparse linear, or the loss broke.
         SparsityError: the merged model breaks the base's zeros; nothing is published.
     """
-    from lors_cli.models import load_model, load_tokenizer, model_fingerprint, set_seed
+    from lors_cli.models import load_model, load_tokenizer, set_seed
+    from lors_cli.sources import model_fingerprint
 
     started = time.monotonic()
     base_fingerprint = model_fingerprint(model)

@@ -244,8 +244,9 @@ def merge(base_path: str, adapter: Path, out: Path, *, dtype: str = "auto", devi
     """
     import time
 
-    from lors_cli.models import load_model, load_tokenizer, model_fingerprint, save_checkpoint
+    from lors_cli.models import load_model, load_tokenizer, save_checkpoint
     from lors_cli.recipe import ModelConfig
+    from lors_cli.sources import model_fingerprint
 
     started = time.monotonic()
     if not adapter.is_dir():

