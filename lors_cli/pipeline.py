@@ -170,7 +170,7 @@ def _run_plans(
             console.heading(f"{label}: {plan.detail}")
         else:
             console.heading(f"{label}: {describe(plan)}")
-            with run_dir.lock(plan.folder):  # against the same stage run on its own
+            with claim(plan.folder):  # against the same stage run on its own
                 run_stage(plan, data_dir)
             console.info(f"  {stage} took {console.duration(time.monotonic() - started)}")
         yield {

@@ -114,7 +114,7 @@ rank: 3
         "x.yaml:2: name: must be text; put it in quotes: '123'",
         "x.yaml:2: model: this key is missing",
         "x.yaml:3: modl: unknown key; did you mean model?",
-        "x.yaml:5: prune.method: must be one of magnitude, wanda, sparsegpt, ria, not wnda; did you mean wanda?",
+        "x.yaml:5: prune.method: must be one of magnitude, wanda, sparsegpt, ria, admm, not wnda; did you mean wanda?",
         "x.yaml:7: prune.sparsity: 0.7 contradicts pattern: 2:4, which is 0.5; leave it out",
         "x.yaml:8: prune.calibration: must be a section with keys of its own, not 5",
         "x.yaml:10: tune.learning_rat: unknown key; did you mean learning_rate?",
@@ -317,7 +317,7 @@ def test_load_stage_problems() -> None:
     with pytest.raises(UsageError) as caught:
         load_stage("prune", Path("p.yaml"), ["sparsity=2", "foo"], {"calibration.num_samples": 0, "pattern": "4:2"})
     assert caught.value.message.splitlines() == [
-        "p.yaml:1: method: must be one of magnitude, wanda, sparsegpt, ria, not wnda; did you mean wanda?",
+        "p.yaml:1: method: must be one of magnitude, wanda, sparsegpt, ria, admm, not wnda; did you mean wanda?",
         "p.yaml:2: tune: unknown key; known here: method, pattern, sparsity, calibration",
         "override sparsity=2: must be below 1, not 2",
         "override foo: must be key=value",
