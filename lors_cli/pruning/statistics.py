@@ -74,8 +74,13 @@ class InputStatistics:
         Returns:
             (C, C) float32, a new tensor.
 
+        Raises:
+            UsageError: an input was NaN or infinite.
+
         Source: SparseGPT §3.1, arXiv:2301.00774.
         """
         assert self.kind == "hessian"
         assert self.total is not None
+        if not bool(self.total.isfinite().all()):
+            raise UsageError(NOT_FINITE)
         return self.total * (2.0 / self.num_samples)
