@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 from lors_cli import run_dir
 from lors_cli.errors import UsageError
 from lors_cli.sparsity import DENSE_BELOW, Pattern, measure, num_violations, summarise
+from lors_cli.weights import PrunableWeight, prunable_weights
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from lors_cli.recipe import ModelConfig
 
 CANDIDATES = ((1, 4), (2, 4), (1, 2), (2, 8), (4, 8), (4, 16), (8, 16), (16, 32))
@@ -20,7 +19,7 @@ TOLERATED = 0.01
 
 
 def inspect(model: ModelConfig, pattern: Pattern | None = None) -> dict[str, Any]:
-    """Sparsity, pattern and violations over the linears of the decoder blocks; embeddings and head are left out.
+    """Sparsity, pattern and violations over the decoder blocks' weights; embeddings, head and routers are left out.
 
     Args:
         model: any checkpoint.
@@ -29,65 +28,65 @@ def inspect(model: ModelConfig, pattern: Pattern | None = None) -> dict[str, Any
     Returns:
         The document of DESIGN §4: pattern, sparsity, violations, layers.
     """
-    from lors_cli.models import load_model, prunable_linears
+    from lors_cli.models import load_model
 
     folder = Path(model.path)
     record = run_dir.read_record(folder) if folder.is_dir() else None
-    linears = prunable_linears(load_model(model))
-    held_to = {} if pattern else layer_patterns(linears, record)
-    patterns: dict[str, Pattern | None] = {**held_to} if held_to else dict.fromkeys(linears, pattern)
-    layers = [measure(name, linears[name].weight, held) for name, held in patterns.items()]
+    weights = prunable_weights(load_model(model))
+    held_to = {} if pattern else layer_patterns(weights, record)
+    patterns: dict[str, Pattern | None] = {**held_to} if held_to else dict.fromkeys(weights, pattern)
+    layers = [measure(name, weights[name].matrix, held) for name, held in patterns.items()]
     return summarise(layers, next(iter(patterns.values()), None))
 
 
-def layer_patterns(linears: dict[str, nn.Linear], record: run_dir.StageRecord | None) -> dict[str, Pattern]:
-    """What each pruned linear keeps to, from the stage record beside a checkpoint or else from its zeros.
+def layer_patterns(weights: dict[str, PrunableWeight], record: run_dir.StageRecord | None) -> dict[str, Pattern]:
+    """What each pruned weight keeps to, from the stage record beside a checkpoint or else from its zeros.
 
-    Unstructured sparsity is held to by each linear on its own: it may differ from one to the next.
+    Unstructured sparsity is held to by each weight on its own: it may differ from one to the next.
 
     Args:
-        linears: of the decoder blocks, by full name.
+        weights: of the decoder blocks, by full name.
         record: of the stage that wrote the checkpoint, if there is one.
 
     Returns:
-        The pattern of every pruned linear; empty for a dense model.
+        The pattern of every pruned weight; empty for a dense model.
 
     Raises:
-        UsageError: the record names a linear that the model lacks.
+        UsageError: the record names a weight that the model lacks.
     """
     name = record.metrics.get("pattern") if record else None
     if record is not None and name not in (None, "dense"):
         shares = {layer["name"]: layer["sparsity"] for layer in record.metrics["layers"]}
-        missing = [layer for layer in shares if layer not in linears]
+        missing = [layer for layer in shares if layer not in weights]
         if missing:
             raise UsageError(f"stage.json names {missing[0]}, which the checkpoint does not have.")
         if name != "unstructured":
             return dict.fromkeys(shares, Pattern.parse(name))
         return {layer: Pattern(None, None, share) for layer, share in shares.items()}
-    found = detect_pattern(linears)
+    found = detect_pattern(weights)
     if found is None:
         return {}
-    zeros = {layer: float((linear.weight == 0).double().mean()) for layer, linear in linears.items()}
+    zeros = {layer: float((weight.matrix == 0).double().mean()) for layer, weight in weights.items()}
     if found.structured:
         return {layer: found for layer, share in zeros.items() if share >= DENSE_BELOW}
     return {layer: Pattern(None, None, share) for layer, share in zeros.items() if share >= DENSE_BELOW}
 
 
-def detect_pattern(linears: dict[str, nn.Linear]) -> Pattern | None:
+def detect_pattern(weights: dict[str, PrunableWeight]) -> Pattern | None:
     """The pattern that the zeros of a model look like; None when it is dense.
 
     Args:
-        linears: by full name.
+        weights: by full name.
     """
-    weights = [linear.weight for linear in linears.values()]
-    total = sum(weight.numel() for weight in weights)
-    sparsity = sum(int((weight == 0).sum()) for weight in weights) / max(total, 1)
+    matrices = [weight.matrix for weight in weights.values()]
+    total = sum(matrix.numel() for matrix in matrices)
+    sparsity = sum(int((matrix == 0).sum()) for matrix in matrices) / max(total, 1)
     if sparsity < DENSE_BELOW:
         return None
     for n, m in CANDIDATES:
         candidate = Pattern(n, m, 1 - n / m)
-        if sparsity < candidate.sparsity - TOLERATED or any(weight.shape[1] % m for weight in weights):
+        if sparsity < candidate.sparsity - TOLERATED or any(matrix.shape[1] % m for matrix in matrices):
             continue
-        if sum(num_violations(weight, candidate) for weight in weights) <= TOLERATED * total / m:
+        if sum(num_violations(matrix, candidate) for matrix in matrices) <= TOLERATED * total / m:
             return candidate
     return Pattern(None, None, sparsity)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lors_cli import console
+from lors_cli import console, parallel
 from lors_cli.errors import OFFLINE_HINT, MissingError, UsageError, translate
 from lors_cli.sources import ModelSource, locate
 
@@ -34,8 +34,10 @@ def resolve_device(name: str) -> torch.device:
     """
     import torch
 
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda", parallel.local_index()) if parallel.num_processes() > 1 else torch.device("cuda")
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(f"device: {name} was asked for, but torch sees no GPU here.", "Use --device cpu.")
     if name == "mps" and not torch.backends.mps.is_available():
@@ -101,11 +103,15 @@ def load_config(config: ModelConfig) -> Any:
         try:
             return AutoConfig.from_pretrained(source.name_or_path, **_where(config, source))
         except (ValueError, TypeError, KeyError, OSError) as error:
-            raise _load_error(config.path, "its configuration", error) from error
+            raise load_error(config.path, "its configuration", error) from error
 
 
-def load_model(config: ModelConfig) -> PreTrainedModel:
+def load_model(config: ModelConfig, *, device: torch.device | None = None) -> PreTrainedModel:
     """The causal LM in evaluation mode, on its device, without gradients.
+
+    Args:
+        config: what to load; its device decides the number format that `dtype: auto` means.
+        device: where to put it; by default the config's.
 
     Raises:
         MissingError: not there or not reachable.
@@ -115,7 +121,7 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM, GgufConfig
 
     source = locate(config.path)
-    device = resolve_device(config.device)
+    computing = resolve_device(config.device)
     options = _where(config, source)
     if source.gguf_file is not None:
         options["quantization_config"] = GgufConfig(dequantize=True)
@@ -127,13 +133,13 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.name_or_path,
-                dtype=resolve_dtype(config, stored, device),
+                dtype=resolve_dtype(config, stored, computing),
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are refused below, by name
                 **options,
             )
         except (ValueError, TypeError, RuntimeError, KeyError, OSError, struct.error, SafetensorError) as error:
-            raise _load_error(config.path, "the checkpoint", error) from error
+            raise load_error(config.path, "the checkpoint", error) from error
     model, report = loaded
     bad = sorted({*report["missing_keys"], *(str(item[0]) for item in report["mismatched_keys"])})
     if bad:
@@ -141,10 +147,10 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     model.requires_grad_(False)
     if hasattr(model.config, "_model_name_or_path"):  # a .gguf's general.name, which is no setting
         del model.config._model_name_or_path
-    return model.to(device).eval()
+    return model.to(device or computing).eval()
 
 
-def _load_error(path: str, what: str, error: Exception) -> Exception:
+def load_error(path: str, what: str, error: Exception) -> Exception:
     """What to raise when transformers cannot load `what`; full disks, missing files and the like stay themselves."""
     first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
     if type(error) is OSError and "safetensors" in first_line:
@@ -170,7 +176,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         try:
             tokenizer = AutoTokenizer.from_pretrained(source.name_or_path, **_where(config, source))
         except (ValueError, TypeError, KeyError, OSError, struct.error) as error:
-            raise _load_error(config.path, "its tokenizer", error) from error
+            raise load_error(config.path, "its tokenizer", error) from error
     if tokenizer.eos_token_id is None:
         raise UsageError(f"{config.path}: its tokenizer has no EOS token, which separates documents.")
     if tokenizer.pad_token_id is None:
@@ -255,6 +261,20 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     """
     with quiet_libraries():
         model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+        tokenizer.save_pretrained(folder)
+
+
+def save_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write all of a checkpoint but its weights.
+
+    Args:
+        model: its weights are not looked at.
+        tokenizer: saved beside it.
+        folder: made when missing.
+    """
+    with quiet_libraries():
+        model.save_pretrained(folder, state_dict={})
+        (folder / "model.safetensors").unlink(missing_ok=True)
         tokenizer.save_pretrained(folder)
 
 

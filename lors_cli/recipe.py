@@ -57,6 +57,9 @@ class CalibrationConfig:
     """Tokens a sequence. Default 2048 or the model's limit; a pre-tokenised file is used whole."""
     batch_size: Positive = 8
     """Sequences a forward pass."""
+    offload: Literal["auto", "device", "cpu", "disk"] = "auto"
+    """Where hidden states are kept between blocks. auto: on the device if they take at most half of its free memory,
+    else in CPU memory, else on disk. Not part of a stage's fingerprint."""
     seed: Seed = 0
 
 
@@ -73,9 +76,23 @@ class PruneConfig:
     """Share of weights set to zero; with N:M it may be left out."""
     refit: bool = False
     """Solve for the kept weights anew on the mask that the method chose (least squares on the layer's outputs)."""
+    true_sequential: bool | None = None
+    """Prune each group of linears (q/k/v, o, gate/up, down) on inputs from the already pruned ones before it, in one
+    pass of each block, and not the whole block on its dense inputs in two. Faster and mostly better, at the price of
+    holding the activations of all samples inside a block. Default: on for admm, off for the others, as their papers'
+    codes do it."""
+    channel_permutation: bool = False
+    """N:M only: first reorder the inputs of down_proj and o_proj (with the rows that make them) so that the largest
+    scores share fewer groups; the dense model's function stays."""
+    layer_sparsity: Literal["uniform", "owl"] = "uniform"
+    """Unstructured only: the same sparsity for every block, or less for blocks with many outliers (OWL)."""
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
 
     def __post_init__(self) -> None:
+        if self.layer_sparsity == "owl" and (self.pattern != "unstructured" or self.method == "magnitude"):
+            raise ValueError("layer_sparsity: owl needs pattern: unstructured and a method that looks at inputs")
+        if self.channel_permutation and self.pattern == "unstructured":
+            raise ValueError("channel_permutation: groups of M are what it fills; it needs a pattern N:M")
         if self.pattern == "unstructured":
             if self.sparsity is None:
                 raise ValueError("pattern: unstructured needs a sparsity, for example sparsity: 0.5")
@@ -87,6 +104,11 @@ class PruneConfig:
             raise ValueError(
                 f"sparsity: {self.sparsity} contradicts pattern: {self.pattern}, which is {1 - n / m:g}; leave it out"
             )
+
+    @property
+    def sequential(self) -> bool:
+        """Whether groups are pruned one after the other (`true_sequential`, or what the method implies)."""
+        return self.method == "admm" if self.true_sequential is None else self.true_sequential
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from typer.testing import Result
 
 from lors_cli.inspection import detect_pattern
 from lors_cli.sparsity import Pattern
+from lors_cli.weights import block_weights
 
 Lors = Callable[..., Result]
 PRUNED, TUNED = Path("runs/tiny/prune"), Path("runs/tiny/tune")
@@ -114,9 +115,8 @@ def test_a_copied_checkpoint_is_the_same(at_finished: Path, lors: Lors) -> None:
 
 def test_detection_looks_at_all_layers_together() -> None:
     torch.manual_seed(0)
-    linears = {str(index): nn.Linear(32, 16, bias=False) for index in range(3)}
-    assert detect_pattern(linears) is None
-    with torch.no_grad():
-        for linear in linears.values():
-            keep(2, 4)(linear.weight)
-    assert detect_pattern(linears) == Pattern(2, 4, 0.5)
+    weights = block_weights(nn.ModuleList([nn.Linear(32, 16, bias=False) for _ in range(3)]), "layers.0")
+    assert detect_pattern(weights) is None
+    for weight in weights.values():
+        keep(2, 4)(weight.matrix)
+    assert detect_pattern(weights) == Pattern(2, 4, 0.5)

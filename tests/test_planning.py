@@ -41,13 +41,14 @@ def test_a_missing_folder_is_a_reason_not_an_error() -> None:
 
 
 def test_a_folder_has_the_size_of_its_model(workshop: Path) -> None:
-    from lors_cli.models import load_model, prunable_linears
+    from lors_cli.models import load_model
+    from lors_cli.weights import prunable_weights
 
     config = ModelConfig(path=str(workshop / "dense"), dtype="float32")
     size, model = model_size(config), load_model(config)
     assert size is not None
     assert size.num_parameters == model.num_parameters()
-    assert size.num_prunable == sum(linear.weight.numel() for linear in prunable_linears(model).values())
+    assert size.num_prunable == sum(weight.matrix.numel() for weight in prunable_weights(model).values())
     assert size.largest_input == 64
     assert size.num_bytes == 4 * size.num_parameters
     halved = model_size(replace(config, dtype="bfloat16"))

@@ -1,91 +1,33 @@
-"""The block-by-block pruning driver: `prune` turns a dense checkpoint into a sparse one.
+"""The pruning stage: `prune` turns a dense checkpoint into a sparse one, block by block.
 
-For every decoder block: run it on the calibration inputs and sum statistics, prune its linears group by group,
-run it again so that the next block sees what the pruned one puts out.
+A file for each method (pure maths), `driver` for the walk through the blocks, `methods` for what joins the two.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lors_cli import console, run_dir
+from lors_cli import console, parallel, run_dir
 from lors_cli.errors import SparsityError, UsageError
-from lors_cli.sparsity import LayerSparsity, Pattern, measure, summarise
+from lors_cli.pruning.methods import STATISTICS, prune_group, refit_group, statistics_kind
+from lors_cli.sparsity import Pattern, summarise
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedTokenizerBase
 
-    from lors_cli.pruning.calibration import BlockArguments, InputGroup
-    from lors_cli.pruning.statistics import InputStatistics, Kind
+    from lors_cli.pruning.driver import BlockPruner
     from lors_cli.recipe import ModelConfig, PruneConfig
+    from lors_cli.streaming import BlockwiseModel
+    from lors_cli.tensor_files import Entry
 
-STAGE_VERSION = 1
-STATISTICS: dict[str, Kind] = {
-    "magnitude": "none", "wanda": "norm", "ria": "norm", "sparsegpt": "hessian", "admm": "hessian",
-}  # fmt: skip
+__all__ = ["STATISTICS", "prune", "prune_group", "refit_group", "stage_fingerprint", "statistics_kind"]
 
-
-def statistics_kind(config: PruneConfig) -> Kind:
-    """What must be known of the inputs: what the method looks at, or the Hessian when weights are refitted."""
-    return "hessian" if config.refit else STATISTICS[config.method]
-
-
-def prune_group(
-    method: str, weights: Sequence[torch.Tensor], statistics: InputStatistics, pattern: Pattern
-) -> list[torch.Tensor]:
-    """Prune linears that share their input.
-
-    Args:
-        method: a key of `STATISTICS`.
-        weights: (out_features_i, in_features) each.
-        statistics: of the shared input, of the kind the method needs.
-        pattern: how many weights stay.
-
-    Returns:
-        The pruned weights, in the order given.
-    """
-    from lors_cli.pruning.admm import admm
-    from lors_cli.pruning.magnitude import magnitude
-    from lors_cli.pruning.ria import ria
-    from lors_cli.pruning.sparsegpt import sparsegpt
-    from lors_cli.pruning.wanda import wanda
-
-    together: dict[str, Callable[..., list[torch.Tensor]]] = {"sparsegpt": sparsegpt, "admm": admm}
-    if method in together:
-        return together[method](weights, statistics, pattern)
-    if method == "magnitude":
-        return [magnitude(weight, pattern) for weight in weights]
-    one: dict[str, Callable[..., torch.Tensor]] = {"wanda": wanda, "ria": ria}
-    return [one[method](weight, statistics, pattern) for weight in weights]
-
-
-def refit_group(
-    weights: Sequence[torch.Tensor], pruned: Sequence[torch.Tensor], statistics: InputStatistics
-) -> list[torch.Tensor]:
-    """Solve for the kept weights of linears that share their input anew, on the masks that pruning chose.
-
-    Args:
-        weights: (out_features_i, in_features) each, dense.
-        pruned: the same with zeros.
-        statistics: Hessian of the shared input.
-
-    Returns:
-        The refitted weights in the dtypes and the order given.
-    """
-    import torch
-
-    from lors_cli.pruning.refit import refit
-
-    rows = [weight.shape[0] for weight in weights]
-    solved = refit(torch.cat([*weights]), torch.cat([*pruned]), statistics.hessian())
-    return [part.to(weight.dtype) for part, weight in zip(solved.split(rows), weights, strict=True)]
+STAGE_VERSION = 2
 
 
 def stage_fingerprint(config: PruneConfig, model_fingerprint: str, data_dir: Path | None) -> str:
@@ -96,7 +38,8 @@ def stage_fingerprint(config: PruneConfig, model_fingerprint: str, data_dir: Pat
         model_fingerprint: of the dense model.
         data_dir: local datasets.
     """
-    settings = {**asdict(config), "sparsity": Pattern.of(config).sparsity}
+    settings = {**asdict(config), "sparsity": Pattern.of(config).sparsity, "true_sequential": config.sequential}
+    del settings["calibration"]["offload"]
     inputs = {"model": model_fingerprint}
     if statistics_kind(config) == "none":
         del settings["calibration"]
@@ -111,21 +54,27 @@ def stage_fingerprint(config: PruneConfig, model_fingerprint: str, data_dir: Pat
 def prune(config: PruneConfig, model: ModelConfig, out: Path, *, data_dir: Path | None = None) -> run_dir.StageRecord:
     """Prune a causal LM and write the sparse checkpoint; an interrupted call goes on at its last block.
 
+    Blocks are read, pruned and written one at a time; the model is never in memory whole (a .gguf is). Under
+    torchrun the calibration samples are shared out, and process 0 writes.
+
     Args:
         config: method, pattern, calibration.
         model: the dense model.
-        out: stage folder (DESIGN §4).
+        out: stage folder (DESIGN §4), which all processes see.
         data_dir: local datasets, None for the hub.
 
     Returns:
-        The stage's record; its metrics hold sparsity and pattern of every pruned linear.
+        The stage's record; its metrics hold sparsity and pattern of every pruned weight.
 
     Raises:
         SparsityError: a weight came out denser than promised; nothing is published.
-        UsageError: the model or one of its layers cannot be pruned so, or `out` is the model itself.
+        UsageError: the model or one of its weights cannot be pruned so, or `out` is the model itself.
     """
-    from lors_cli.models import load_model, load_tokenizer
+    from lors_cli.models import load_tokenizer
+    from lors_cli.pruning.driver import BlockPruner
     from lors_cli.sources import model_fingerprint
+    from lors_cli.streaming import open_blockwise
+    from lors_cli.weights import prunable_weights
 
     started = time.monotonic()
     if Path(model.path).expanduser().resolve() == out.resolve():
@@ -135,46 +84,34 @@ def prune(config: PruneConfig, model: ModelConfig, out: Path, *, data_dir: Path 
     fingerprint = stage_fingerprint(config, base_fingerprint, data_dir)
     console.info(f"  loading {model.path}")
     tokenizer = load_tokenizer(model)
-    network = load_model(model)
-    driver = _Driver(config, network, pattern, out / run_dir.WORK_NAME)
-    driver.check()
-    batches = _calibration_batches(config, network, tokenizer, data_dir)
-    run_dir.work_dir(out, fingerprint)
+    source = open_blockwise(model)
+    for name, weight in prunable_weights(source.network).items():
+        pattern.check_shape(name, weight.shape)
+    batches = _calibration_batches(config, source, tokenizer, data_dir)
+    parallel.start(source.device)
+    if parallel.is_main():
+        run_dir.work_dir(out, fingerprint)
+    parallel.wait_for_all()
+    pruner = BlockPruner(config, source, pattern, out / run_dir.WORK_NAME)
     if batches:
-        driver.prune_blocks(batches)
+        pruner.with_calibration(batches)
     else:
-        driver.prune_without_data()
-    metrics = {**summarise(_verified(driver.layers(), pattern), pattern), **driver.metrics(),
-               "dtype": str(network.dtype).removeprefix("torch."),
-               "commit": getattr(network.config, "_commit_hash", None)}  # fmt: skip
-    staging = run_dir.staging_dir(out)
-    _write_checkpoint(staging, network, tokenizer, config, model, metrics)
+        pruner.without_data()
+    metrics = _metrics(pruner, batches)
     record = run_dir.StageRecord(
         "prune", fingerprint, run_dir.plain(config), {"model": base_fingerprint, "path": model.path}, metrics,
         run_dir.environment(), round(time.monotonic() - started, 2), {},
     )  # fmt: skip
-    return run_dir.publish(out, record)
-
-
-def _write_checkpoint(
-    staging: Path,
-    network: Any,
-    tokenizer: Any,
-    config: PruneConfig,
-    model: ModelConfig,
-    metrics: dict[str, Any],
-) -> None:
-    from lors_cli.models import save_checkpoint
-    from lors_cli.report.card import model_card
-
-    save_checkpoint(network, tokenizer, staging)
-    card = model_card(base_model=model.path, prune=run_dir.plain(config), tune=None, metrics=metrics,
-                      environment=run_dir.environment())  # fmt: skip
-    run_dir.write_text(staging / "README.md", card)
+    if parallel.is_main():
+        _write_checkpoint(run_dir.staging_dir(out), pruner, tokenizer, model, metrics)
+        record = run_dir.publish(out, record)
+    parallel.wait_for_all()
+    parallel.stop()
+    return record
 
 
 def _calibration_batches(
-    config: PruneConfig, network: PreTrainedModel, tokenizer: Any, data_dir: Path | None
+    config: PruneConfig, source: BlockwiseModel, tokenizer: PreTrainedTokenizerBase, data_dir: Path | None
 ) -> list[torch.Tensor]:
     """The calibration sequences; none for a method that looks at weights alone."""
     from lors_cli.models import model_max_length
@@ -182,165 +119,62 @@ def _calibration_batches(
 
     if statistics_kind(config) == "none":
         return []
-    calibration = config.calibration
-    tokens = calibration_tokens(calibration, tokenizer, model_max_length=model_max_length(network), data_dir=data_dir)
+    calibration, max_length = config.calibration, model_max_length(source.network)
+    tokens = calibration_tokens(calibration, tokenizer, model_max_length=max_length, data_dir=data_dir)
     console.info(f"  calibration: {calibration.dataset}, {tokens.shape[0]} × {tokens.shape[1]} tokens")
     return list(tokens.split(calibration.batch_size))
 
 
-def _verified(layers: list[LayerSparsity], pattern: Pattern) -> list[LayerSparsity]:
-    broken = [layer for layer in layers if layer.violations]
+def _metrics(pruner: BlockPruner, batches: list[torch.Tensor]) -> dict[str, Any]:
+    """What stage.json says of the result, which is checked here."""
+    broken = [layer for layer in pruner.layers if layer.violations]
     if broken:
         raise SparsityError(
-            f"{len(broken)} pruned weights break {pattern}, first {broken[0].name} with {broken[0].violations} "
-            "violations; nothing was written.",
+            f"{len(broken)} pruned weights break {pruner.pattern}, first {broken[0].name} with "
+            f"{broken[0].violations} violations; nothing was written.",
             "This is a fault of the pruning method: please report it with the recipe.",
         )
-    return layers
+    network = pruner.model.network
+    metrics = {**summarise(pruner.layers, pruner.pattern), "dtype": str(network.dtype).removeprefix("torch."),
+               "commit": getattr(network.config, "_commit_hash", None)}  # fmt: skip
+    if batches:
+        num_samples, tokens = sum(len(batch) for batch in batches), sum(batch.numel() for batch in batches)
+        metrics["calibration"] = {"num_samples": num_samples, "tokens": tokens}
+        metrics["phases_s"] = pruner.phases.rounded()
+    if pruner.few_tokens:
+        metrics["few_tokens"] = pruner.few_tokens
+        _report_few_tokens(pruner.few_tokens)
+    return metrics
 
 
-@dataclass
-class _Driver:
-    """One pruning run over a loaded model, with its resumable state in `work`."""
+def _report_few_tokens(few_tokens: dict[str, int]) -> None:
+    unseen = sum(1 for tokens in few_tokens.values() if not tokens)
+    name = min(few_tokens, key=lambda key: few_tokens[key])
+    console.warn(
+        f"{len(few_tokens)} weights saw fewer calibration tokens than they have inputs, least {name} with "
+        f"{few_tokens[name]}; {unseen} saw none and were pruned by magnitude. More calibration samples would help; "
+        "stage.json names them all."
+    )
 
-    config: PruneConfig
-    network: PreTrainedModel
-    pattern: Pattern
-    work: Path
-    phases_s: dict[str, float] = field(default_factory=dict)
-    num_tokens: int = 0
-    num_sequences: int = 0
 
-    def check(self) -> None:
-        """Refuse what can't be pruned before any work is done."""
-        for name, linear in self._linears().items():
-            self.pattern.check_shape(name, linear.weight.shape)
+def _write_checkpoint(
+    staging: Path, pruner: BlockPruner, tokenizer: Any, model: ModelConfig, metrics: dict[str, Any]
+) -> None:
+    from lors_cli.models import MAX_SHARD_SIZE, save_settings
+    from lors_cli.report.card import model_card
+    from lors_cli.tensor_files import write_checkpoint
 
-    def _linears(self) -> dict[str, nn.Linear]:
-        from lors_cli.models import prunable_linears
+    save_settings(pruner.model.network, tokenizer, staging)
+    write_checkpoint(staging, _tensors(pruner), max_shard_size=MAX_SHARD_SIZE)
+    card = model_card(base_model=model.path, prune=run_dir.plain(pruner.config), tune=None, metrics=metrics,
+                      environment=run_dir.environment())  # fmt: skip
+    run_dir.write_text(staging / "README.md", card)
 
-        return prunable_linears(self.network)
 
-    def layers(self) -> list[LayerSparsity]:
-        """Every pruned linear, measured."""
-        return [measure(name, linear.weight, self.pattern) for name, linear in self._linears().items()]
+def _tensors(pruner: BlockPruner) -> Iterator[tuple[Entry, Callable[[], torch.Tensor]]]:
+    """Every tensor of the pruned checkpoint: those outside the blocks from the dense model, the rest as pruned."""
+    from lors_cli.tensor_files import saved_tensors
 
-    def metrics(self) -> dict[str, Any]:
-        """Calibration size and seconds a phase."""
-        if not self.num_tokens:
-            return {}
-        calibration = {"num_samples": self.num_sequences, "tokens": self.num_tokens}
-        return {
-            "calibration": calibration,
-            "phases_s": {key: round(value, 2) for key, value in self.phases_s.items()},
-        }
-
-    def prune_without_data(self) -> None:
-        """Methods that look at weights alone."""
-        from lors_cli.pruning.statistics import InputStatistics
-
-        linears = self._linears()
-        with console.progress("prune", len(linears), "linears") as task:
-            for linear in linears.values():
-                (pruned,) = prune_group(self.config.method, [linear.weight.data], InputStatistics("none"), self.pattern)
-                linear.weight.data.copy_(pruned)
-                task.advance()
-
-    def prune_blocks(self, batches: list[torch.Tensor]) -> None:
-        """Methods that look at the inputs of each layer."""
-        from lors_cli.models import decoder_blocks
-        from lors_cli.pruning.calibration import capture
-
-        prefix, blocks = decoder_blocks(self.network)
-        self.num_sequences = sum(batch.shape[0] for batch in batches)
-        self.num_tokens = sum(batch.numel() for batch in batches)
-        hidden, arguments = capture(self.network, list(blocks), batches)
-        with console.progress("prune", len(blocks), "blocks") as task:
-            first = self._resume(blocks, hidden)
-            task.skip(first)
-            for index in range(first, len(blocks)):
-                self._prune_block(f"{prefix}.{index}", blocks[index], hidden, arguments[index])
-                with self._phase("save"):
-                    self._save(index, blocks[index], hidden, last=index == len(blocks) - 1)
-                task.advance(note=self._spent())
-
-    def _prune_block(
-        self, prefix: str, block: nn.Module, hidden: list[torch.Tensor], arguments: BlockArguments
-    ) -> None:
-        import torch
-
-        from lors_cli.models import block_linears
-
-        linears = block_linears(block, prefix)
-        with torch.no_grad():
-            for group in self._collect(block, linears, hidden, arguments):
-                with self._phase("solve"):
-                    weights = [linears[name].weight.data for name in group.names]
-                    pruned = prune_group(self.config.method, weights, group.statistics, self.pattern)
-                    if self.config.refit:
-                        pruned = refit_group(weights, pruned, group.statistics)
-                    for weight, new in zip(weights, pruned, strict=True):
-                        weight.copy_(new)
-            with self._phase("recompute"):
-                for index, batch in enumerate(hidden):
-                    hidden[index] = arguments.run(block, batch)
-
-    def _collect(
-        self,
-        block: nn.Module,
-        linears: dict[str, nn.Linear],
-        hidden: list[torch.Tensor],
-        arguments: BlockArguments,
-    ) -> list[InputGroup]:
-        """Run the block on every batch, listening at its linears."""
-        from lors_cli.pruning.calibration import InputRecorder
-
-        recorder = InputRecorder(linears, statistics_kind(self.config))
-        try:
-            with self._phase("capture"):
-                for batch in hidden:
-                    arguments.run(block, batch)
-                    recorder.end_batch()
-        finally:
-            recorder.close()
-        return recorder.groups
-
-    def _save(self, index: int, block: nn.Module, hidden: list[torch.Tensor], *, last: bool) -> None:
-        """Keep the block and the next one's inputs; the inputs' file is the sign that the block is done."""
-        from safetensors.torch import save
-
-        weights = {name: tensor.contiguous() for name, tensor in block.state_dict().items()}
-        run_dir.write_bytes(self.work / f"block_{index:04d}.safetensors", save(weights))
-        inputs = {} if last else {f"{number:06d}": batch.contiguous() for number, batch in enumerate(hidden)}
-        run_dir.write_bytes(self.work / f"inputs_{index + 1:04d}.safetensors", save(inputs))
-        (self.work / f"inputs_{index:04d}.safetensors").unlink(missing_ok=True)
-
-    def _resume(self, blocks: nn.ModuleList, hidden: list[torch.Tensor]) -> int:
-        """Load what an interrupted run has done; the number of finished blocks."""
-        from safetensors.torch import load_file
-
-        saved = sorted(self.work.glob("inputs_*.safetensors"))
-        if not saved:
-            return 0
-        done = int(saved[-1].stem.split("_")[1])
-        for index in range(done):
-            blocks[index].load_state_dict(load_file(self.work / f"block_{index:04d}.safetensors"))
-        device = hidden[0].device
-        if done < len(blocks):
-            inputs = load_file(saved[-1])
-            hidden[:] = [inputs[f"{number:06d}"].to(device) for number in range(len(hidden))]
-        console.info(f"  going on after {done} of {len(blocks)} blocks done by an earlier run")
-        return done
-
-    def _spent(self) -> str:
-        return " ".join(f"{name} {seconds:.0f}s" for name, seconds in self.phases_s.items())
-
-    @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        import torch
-
-        started = time.monotonic()
-        yield
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.phases_s[name] = self.phases_s.get(name, 0.0) + time.monotonic() - started
+    yield from pruner.model.outer_tensors()
+    for file in pruner.block_files():
+        yield from saved_tensors(file)

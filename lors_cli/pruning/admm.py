@@ -55,11 +55,10 @@ def admm(
     """
     import torch
 
-    H = statistics.hessian()
-    norms = H.diagonal().sqrt()
+    norms = statistics.hessian().diagonal().sqrt()
     dead = norms == 0
     norms[dead] = 1
-    H /= norms[:, None] * norms
+    H = statistics.hessian() / norms[:, None] / norms
     H.diagonal()[dead] = 1
     H.diagonal().add_(DAMPING)
     rows = [weight.shape[0] for weight in weights]
@@ -69,6 +68,7 @@ def admm(
     penalised = H.clone()
     penalised.diagonal().add_(penalty)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(penalised))
+    base = target @ inverse
     D = torch.zeros_like(W)
     mask = torch.empty(0)
     for iteration in range(iterations):
@@ -77,7 +77,7 @@ def admm(
             mask = _mask(W.abs(), pattern, rows)
         Z = W * mask
         D = W - Z
-        W = torch.addmm(target @ inverse, Z - D, inverse, alpha=penalty)
+        W = torch.addmm(base, Z - D, inverse, alpha=penalty)
     Z = (W + D).mul_(mask).div_(norms)
     return [part.to(weight.dtype) for part, weight in zip(Z.split(rows), weights, strict=True)]
 

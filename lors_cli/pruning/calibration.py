@@ -7,14 +7,11 @@ masks and rotary tables differ between families and, in some, between blocks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-
-from lors_cli.errors import UsageError
-from lors_cli.pruning.statistics import InputStatistics, Kind
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,40 +35,72 @@ class BlockArguments:
         return output[0] if isinstance(output, tuple) else output
 
 
-@torch.no_grad()
+class _Captured(Exception):
+    """The last block was reached: nothing after it need be run."""
+
+
+def first_inputs(
+    model: PreTrainedModel,
+    blocks: Sequence[nn.Module],
+    batches: Sequence[torch.Tensor],
+    device: torch.device,
+    arguments: list[BlockArguments],
+) -> Iterator[torch.Tensor]:
+    """The first block's input for every batch, made one at a time; every block's other arguments are noted.
+
+    The blocks themselves are not run: each is replaced, for the while, by a recorder that hands its input on. What
+    comes after the last one is not run either.
+
+    Args:
+        model: a causal LM; only what comes before its blocks need have weights.
+        blocks: its decoder blocks.
+        batches: (samples, tokens) int64 each.
+        device: where to run.
+        arguments: one a block, filled here: complete once a batch of each size was run.
+
+    Yields:
+        Hidden states (samples, tokens, hidden_size) a batch.
+    """
+    for batch in batches:
+        yield _first_input(model, blocks, batch.to(device), arguments)
+
+
 def capture(
     model: PreTrainedModel, blocks: Sequence[nn.Module], batches: Sequence[torch.Tensor]
 ) -> tuple[list[torch.Tensor], list[BlockArguments]]:
-    """The first block's input for every batch, and every block's other arguments.
-
-    The blocks themselves are not run: each is replaced, for the while, by a recorder that hands its input on.
+    """`first_inputs` of all batches, and every block's other arguments, on the model's device.
 
     Args:
-        model: a causal LM.
+        model: a causal LM with all its weights.
         blocks: its decoder blocks.
         batches: (samples, tokens) int64 each.
-
-    Returns:
-        Hidden states (samples, tokens, hidden_size) a batch, on the model's device, and the arguments a block.
     """
-    device = next(model.parameters()).device
     arguments = [BlockArguments() for _ in blocks]
-    inputs: list[torch.Tensor] = []
-    with _recorders(blocks, arguments, inputs):
-        for batch in batches:
-            model(input_ids=batch.to(device), use_cache=False, logits_to_keep=1)
-    return inputs, arguments
+    device = next(model.parameters()).device
+    return list(first_inputs(model, blocks, batches, device, arguments)), arguments
+
+
+@torch.no_grad()
+def _first_input(
+    model: PreTrainedModel, blocks: Sequence[nn.Module], batch: torch.Tensor, arguments: list[BlockArguments]
+) -> torch.Tensor:
+    first: list[torch.Tensor] = []
+    with _recorders(blocks, arguments, first), suppress(_Captured):
+        model(input_ids=batch, use_cache=False, logits_to_keep=1)
+    return first[0]
 
 
 @contextmanager
 def _recorders(
-    blocks: Sequence[nn.Module], arguments: list[BlockArguments], inputs: list[torch.Tensor]
+    blocks: Sequence[nn.Module], arguments: list[BlockArguments], first: list[torch.Tensor]
 ) -> Iterator[None]:
     def recorder(index: int) -> Callable[..., torch.Tensor]:
         def forward(hidden_states: torch.Tensor, *positional: Any, **keyword: Any) -> torch.Tensor:
             if index == 0:
-                inputs.append(hidden_states.clone())
+                first.append(hidden_states.clone())
             arguments[index].by_batch_size.setdefault(hidden_states.shape[0], (positional, keyword))
+            if index == len(blocks) - 1:
+                raise _Captured
             return hidden_states
 
         return forward
@@ -87,74 +116,3 @@ def _recorders(
                 del block.forward
             if block.forward != original:
                 block.forward = original
-
-
-@dataclass
-class InputGroup:
-    """Linears of a block that read the very same tensor, and what is known of it."""
-
-    names: list[str]
-    statistics: InputStatistics
-
-
-class InputRecorder:
-    """Collects statistics once a group of linears that share an input (q/k/v, gate/up).
-
-    Which linears share is seen in the first batch: they are called with the same tensor object.
-
-    Args:
-        linears: a block's linears by name.
-        kind: which statistics.
-    """
-
-    def __init__(self, linears: dict[str, nn.Linear], kind: Kind) -> None:
-        self.kind = kind
-        self.groups: list[InputGroup] = []
-        self._linears = linears
-        self._seen: list[tuple[torch.Tensor, InputGroup]] = []
-        self._handles = {name: linear.register_forward_pre_hook(self._first_hook(name))
-                         for name, linear in linears.items()}  # fmt: skip
-
-    def end_batch(self) -> None:
-        """Close a batch; after the first, only one linear a group keeps listening."""
-        self._seen.clear()
-        if not self._handles:
-            return
-        reached = {name for group in self.groups for name in group.names}
-        unused = [name for name in self._linears if name not in reached]
-        if unused:
-            raise UsageError(f"not supported: {unused[0]} is never called in its block's forward pass.")
-        for handle in self._handles.values():
-            handle.remove()
-        self._handles = {}
-        self._leaders = [self._linears[group.names[0]].register_forward_pre_hook(self._hook(group))
-                         for group in self.groups]  # fmt: skip
-
-    def close(self) -> None:
-        """Remove every hook."""
-        for handle in [*self._handles.values(), *getattr(self, "_leaders", [])]:
-            handle.remove()
-
-    def _first_hook(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            for tensor, group in self._seen:
-                if tensor is args[0]:
-                    if name not in group.names:
-                        group.names.append(name)
-                    return
-            for group in self.groups:
-                if name in group.names:  # called again in the same pass, with another input
-                    group.statistics.update(args[0])
-                    return
-            group = InputGroup([name], InputStatistics(self.kind))
-            group.statistics.update(args[0])
-            self.groups.append(group)
-            self._seen.append((args[0], group))  # holds the tensor, so that no other can take its place
-
-        return hook
-
-    def _hook(self, group: InputGroup) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            group.statistics.update(args[0])
-
-        return hook

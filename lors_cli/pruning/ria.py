@@ -28,11 +28,23 @@ def ria(W: torch.Tensor, statistics: InputStatistics, pattern: Pattern) -> torch
     Returns:
         (R, C), kept weights unchanged.
 
-    Source: RIA §3 (without channel permutation), ICLR 2024, “Plug-and-Play: an efficient post-training pruning
-    method for large language models”.
+    Source: RIA §3, ICLR 2024, “Plug-and-Play: an efficient post-training pruning method for large language models”;
+    its channel permutation is `lors_cli.pruning.permutation`.
+    """
+    return W * keep_largest(relative_importance(W, statistics), pattern, per_row=False)
+
+
+def relative_importance(W: torch.Tensor, statistics: InputStatistics) -> torch.Tensor:
+    """(|W_ij|/Σ_i|W_ij| + |W_ij|/Σ_j|W_ij|)·‖X_j‖₂^0.5.
+
+    Args:
+        W: (R, C).
+        statistics: of the layer's inputs.
+
+    Returns:
+        (R, C) float32.
     """
     size = W.abs().float()
     tiny = 1e-12  # a row or column of zeros has importance 0, not 0/0
     relative = size / size.sum(0, keepdim=True).clamp_min(tiny) + size / size.sum(1, keepdim=True).clamp_min(tiny)
-    scores = relative * statistics.input_norms() ** ACTIVATION_POWER
-    return W * keep_largest(scores, pattern, per_row=False)
+    return relative * statistics.input_norms() ** ACTIVATION_POWER

@@ -40,12 +40,10 @@ def sparsegpt(weights: Sequence[torch.Tensor], statistics: InputStatistics, patt
     import torch
 
     H = statistics.hessian()
-    W = torch.cat([weight.float() for weight in weights])
-    dead = H.diagonal() == 0
-    H.diagonal()[dead] = 1
-    W[:, dead] = 0
+    Wt = torch.cat([weight.T.float() for weight in weights], dim=1)
+    Wt[H.diagonal() == 0] = 0
     rows = [weight.shape[0] for weight in weights]
-    swept = _sweep(W.T.contiguous(), inverse_factor(H), pattern, rows).T
+    swept = _sweep(Wt, inverse_factor(H), pattern, rows).T
     return [part.to(weight.dtype) for part, weight in zip(swept.split(rows), weights, strict=True)]
 
 
@@ -56,7 +54,8 @@ def inverse_factor(H: torch.Tensor) -> torch.Tensor:
     matrix is positive definite; each step is logged.
 
     Args:
-        H: (C, C) symmetric, float32, no zero on its diagonal.
+        H: (C, C) symmetric, float32. An input that was always 0 has no row and column but zeros: a 1 is put on the
+            diagonal there.
 
     Returns:
         (C, C) upper triangular, float32.
@@ -66,17 +65,17 @@ def inverse_factor(H: torch.Tensor) -> torch.Tensor:
     """
     import torch
 
-    mean = H.diagonal().double().mean()
+    diagonal = torch.where(H.diagonal() == 0, 1, H.diagonal())
+    mean = diagonal.double().mean()
     damping = DAMPING
     dtype = torch.float32
     while True:
         damped = H.to(dtype, copy=True)
-        damped.diagonal().add_(damping * mean.to(dtype))
-        L, failed = torch.linalg.cholesky_ex(damped)
+        damped.diagonal().copy_(diagonal.to(dtype) + damping * mean.to(dtype))
+        U, failed = _factor_of_inverse(damped)
+        del damped
         if not failed:
-            U, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(L), upper=True)
-            if not failed and bool(torch.isfinite(U).all()):
-                return U.float()
+            return U.float()
         if not bool(torch.isfinite(H).all()):
             raise UsageError(NOT_FINITE)
         if dtype == torch.float32:
@@ -85,6 +84,19 @@ def inverse_factor(H: torch.Tensor) -> torch.Tensor:
         else:
             damping *= 10
             console.warn(f"Hessian not positive definite: damping raised to {damping:g} × its mean diagonal")
+
+
+def _factor_of_inverse(H: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """The upper Cholesky factor of H⁻¹, and whether it failed; at most two matrices of H's size beside H."""
+    import torch
+
+    L, failed = torch.linalg.cholesky_ex(H)
+    if failed:
+        return L, True
+    inverse = torch.cholesky_inverse(L)
+    del L
+    U, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+    return U, bool(failed) or not bool(torch.isfinite(U).all())
 
 
 def _sweep(Wt: torch.Tensor, U: torch.Tensor, pattern: Pattern, rows: list[int]) -> torch.Tensor:

@@ -5,9 +5,10 @@ Legend: X (tokens, C) inputs of a linear, C in_features, H (C, C) the layer-wise
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from lors_cli import parallel
 from lors_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -17,12 +18,20 @@ Kind = Literal["none", "norm", "hessian"]
 NOT_FINITE = "the calibration inputs of a layer hold NaN or Inf; the model or its dtype is broken."
 
 
+PANEL_COLUMNS = 128
+CAST_BYTES = 256 << 20
+"""At most so many bytes of inputs are held in float32 at a time."""
+
+
 @dataclass
 class InputStatistics:
     """Sums over the calibration inputs that one group of linears shares.
 
+    XᵀX is symmetric: only its upper triangle is summed, in panels of rows, at little more than half the products of
+    the whole; `hessian` mirrors it.
+
     Args:
-        kind: what is summed: nothing, XᵀX's diagonal, or all of XᵀX; in float32.
+        kind: what is summed: nothing, XᵀX's diagonal, or XᵀX; in float32.
         total: (C,) or (C, C), None before the first input.
         num_samples: calibration sequences seen.
         num_tokens: rows of X seen.
@@ -32,6 +41,7 @@ class InputStatistics:
     total: torch.Tensor | None = None
     num_samples: int = 0
     num_tokens: int = 0
+    _hessian: torch.Tensor | None = field(default=None, repr=False)
 
     def update(self, x: torch.Tensor) -> None:
         """Add one batch of inputs.
@@ -39,19 +49,41 @@ class InputStatistics:
         Args:
             x: (samples, tokens, C), or (tokens, C) for one sample, any float dtype.
         """
+        assert self._hessian is None, "inputs came after the Hessian was asked for"
         self.num_samples += x.shape[0] if x.dim() > 2 else 1
         rows = x.reshape(-1, x.shape[-1])
         self.num_tokens += rows.shape[0]
         if self.kind == "none":
             return
-        X = rows.float()
-        if self.kind == "norm":
-            squares = X.square_().sum(0) if X is not rows else X.square().sum(0)
-            self.total = squares if self.total is None else self.total.add_(squares)
-        elif self.total is None:
-            self.total = X.T @ X
-        else:
-            self.total.addmm_(X.T, X)
+        if self.total is None:
+            width = rows.shape[1]
+            size = (width,) if self.kind == "norm" else (width, width)
+            self.total = rows.new_zeros(size, dtype=_float32())
+        for part in rows.split(max(1, CAST_BYTES // (4 * rows.shape[1]))):
+            X = part.float()
+            if self.kind == "norm":
+                self.total.add_((X.square_() if X is not part else X.square()).sum(0))
+            else:
+                _add_upper(self.total, X)
+
+    def add_up(self, width: int, device: torch.device) -> None:
+        """Add what all processes have seen; called once, by all of them, after the last input.
+
+        Args:
+            width: C; this process may have seen no input.
+            device: of the sums.
+        """
+        if parallel.num_processes() == 1:
+            return
+        import torch
+
+        if self.total is None and self.kind != "none":
+            size = (width,) if self.kind == "norm" else (width, width)
+            self.total = torch.zeros(size, dtype=torch.float32, device=device)
+        if self.total is not None:
+            parallel.add_up(self.total)
+        counts = parallel.add_up(torch.tensor([self.num_samples, self.num_tokens], device=device))
+        self.num_samples, self.num_tokens = counts.tolist()
 
     def input_norms(self) -> torch.Tensor:
         """‖X_j‖₂ of every input channel.
@@ -64,6 +96,8 @@ class InputStatistics:
         """
         assert self.total is not None
         squares = self.total if self.kind == "norm" else self.total.diagonal()
+        if self._hessian is not None:
+            squares = squares * (self.num_samples / 2)
         if not bool(squares.isfinite().all()):
             raise UsageError(NOT_FINITE)
         return squares.sqrt()
@@ -72,7 +106,8 @@ class InputStatistics:
         """H = 2·XᵀX / n.
 
         Returns:
-            (C, C) float32, a new tensor.
+            (C, C) float32. It is made in place of the sums and kept: every call returns the same tensor, which is
+            not to be written to, and no more inputs can be added.
 
         Raises:
             UsageError: an input was NaN or infinite.
@@ -81,6 +116,49 @@ class InputStatistics:
         """
         assert self.kind == "hessian"
         assert self.total is not None
-        if not bool(self.total.isfinite().all()):
-            raise UsageError(NOT_FINITE)
-        return self.total * (2.0 / self.num_samples)
+        if self._hessian is None:
+            if not bool(self.total.isfinite().all()):
+                raise UsageError(NOT_FINITE)
+            _mirror(self.total.mul_(2.0 / self.num_samples))
+            self._hessian = self.total
+        return self._hessian
+
+    def permute(self, permutation: torch.Tensor) -> None:
+        """Reorder the input channels, as the weights that read them are reordered.
+
+        Args:
+            permutation: (C,) int64, new channel j is the old channel permutation[j].
+        """
+        if self.total is None:
+            return
+        if self.kind == "hessian":
+            H = self.hessian()
+            H.copy_(H[permutation][:, permutation])
+        else:
+            self.total = self.total[permutation]
+
+
+def _float32() -> torch.dtype:
+    import torch
+
+    return torch.float32
+
+
+def _panels(width: int) -> list[slice]:
+    """Slices of the rows of an upper triangle: at most 16 of them, of at least `PANEL_COLUMNS`."""
+    step = max(PANEL_COLUMNS, -(-width // 16))
+    return [slice(first, min(first + step, width)) for first in range(0, width, step)]
+
+
+def _add_upper(total: torch.Tensor, X: torch.Tensor) -> None:
+    """Add XᵀX to the upper triangle of `total` (C, C); what is left of a panel's first column is not touched."""
+    for rows in _panels(X.shape[1]):
+        total[rows, rows.start :].addmm_(X[:, rows].T, X[:, rows.start :])
+
+
+def _mirror(total: torch.Tensor) -> None:
+    """Copy the upper triangle of `total` (C, C) to the lower one."""
+    for rows in _panels(total.shape[0]):
+        total[rows.stop :, rows].copy_(total[rows, rows.stop :].T)
+        corner = total[rows, rows]
+        corner.copy_(corner.triu() + corner.triu(1).T)

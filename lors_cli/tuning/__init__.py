@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lors_cli import console, run_dir
 from lors_cli.errors import MissingError, SparsityError, UsageError
 from lors_cli.sparsity import Pattern, measure, summarise
+from lors_cli.weights import prunable_weights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -69,6 +70,7 @@ def tune(config: TuneConfig, model: ModelConfig, out: Path, *, data_dir: Path | 
     """
     from lors_cli.models import load_model, load_tokenizer, set_seed
     from lors_cli.sources import model_fingerprint
+    from lors_cli.tuning.adapter import adaptable_layers
 
     started = time.monotonic()
     base_fingerprint = model_fingerprint(model)
@@ -78,7 +80,7 @@ def tune(config: TuneConfig, model: ModelConfig, out: Path, *, data_dir: Path | 
     network = load_model(model)
     use_cache = network.config.use_cache
     patterns = sparse_layers(network, Path(model.path))
-    layers = list(patterns)
+    layers = adaptable_layers(network, patterns)
     data = _load_data(config, network, tokenizer, data_dir)
     set_seed(config.seed)
     log = _running_log(out, run_dir.work_dir(out, fingerprint))
@@ -99,9 +101,9 @@ def tune(config: TuneConfig, model: ModelConfig, out: Path, *, data_dir: Path | 
 
 
 def sparse_layers(model: PreTrainedModel, folder: Path) -> dict[str, Pattern]:
-    """The linears that get an adapter: those the pruner made sparse.
+    """The weights the pruner made sparse.
 
-    A folder written by `lors` says which; elsewhere every linear of a decoder block with at least 5 % zeros.
+    A folder written by `lors` says which; elsewhere every weight of a decoder block with at least 5 % zeros.
 
     Args:
         model: the sparse model.
@@ -111,16 +113,13 @@ def sparse_layers(model: PreTrainedModel, folder: Path) -> dict[str, Pattern]:
         Full names and the pattern each keeps to.
 
     Raises:
-        UsageError: no linear is sparse.
+        UsageError: none is sparse.
     """
     from lors_cli.inspection import layer_patterns
-    from lors_cli.models import prunable_linears
 
-    layers = layer_patterns(prunable_linears(model), run_dir.read_record(folder) if folder.is_dir() else None)
+    layers = layer_patterns(prunable_weights(model), run_dir.read_record(folder) if folder.is_dir() else None)
     if not layers:
-        raise UsageError(
-            "the model is dense: no linear of its decoder blocks has zeros to keep.", "Prune it first: lors prune"
-        )
+        raise UsageError("the model is dense: its decoder blocks have no zeros to keep.", "Prune it first: lors prune")
     return layers
 
 
@@ -260,7 +259,7 @@ def _adapter_config(
 
     return AdapterConfig(
         rank=config.rank, alpha=config.alpha, use_rslora=config.use_rslora, layers=tuple(layers), base=model.path,
-        base_fingerprint=base_fingerprint, base_mask=base_mask(lors_layers(network)),
+        base_fingerprint=base_fingerprint, base_mask=base_mask(network, lors_layers(network)),
     )  # fmt: skip
 
 
@@ -268,7 +267,7 @@ def _write_results(
     staging: Path, network: PreTrainedModel, tokenizer: Any, adapter: Any, patterns: dict[str, Pattern]
 ) -> dict[str, Any]:
     """Adapter and merged checkpoint into `staging`, once the merged weights are known to keep the zeros."""
-    from lors_cli.models import prunable_linears, save_checkpoint
+    from lors_cli.models import save_checkpoint
     from lors_cli.tuning.adapter import adapter_tensors, merge_adapters, save_adapter
 
     trainable = sum(tensor.numel() for tensor in adapter_tensors(network).values())
@@ -276,8 +275,8 @@ def _write_results(
     num_zeroed = merge_adapters(network)
     if num_zeroed:
         console.info(f"  {num_zeroed} kept weights became exactly zero in the merge")
-    linears = prunable_linears(network)
-    layers = [measure(name, linears[name].weight, pattern) for name, pattern in patterns.items()]
+    weights = prunable_weights(network)
+    layers = [measure(name, weights[name].matrix, pattern) for name, pattern in patterns.items()]
     pattern = next(iter(patterns.values()))
     summary = summarise(layers, pattern)
     if summary["violations"]:

@@ -6,19 +6,21 @@ it must not recognise it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from lors_cli import console, run_dir
 from lors_cli.errors import MissingError, SparsityError, UsageError, require_file
 from lors_cli.sparsity import mask_digest
 from lors_cli.tuning.lors import LorsLinear
+from lors_cli.weights import prunable_weights
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel
 
 PEFT_TYPE = "LORS"
@@ -38,7 +40,7 @@ class AdapterConfig:
         layers: full names of the adapted linears.
         base: the sparse model's path or hub id.
         base_fingerprint: its fingerprint.
-        base_mask: digest of where the adapted weights are zero.
+        base_mask: digest of where the adapted weights, and those that no adapter can be put on, are zero.
     """
 
     rank: int
@@ -77,9 +79,37 @@ def lors_layers(model: nn.Module) -> dict[str, LorsLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LorsLinear)}
 
 
-def base_mask(layers: dict[str, Any]) -> str:
-    """The digest of where the weights of linears or LoRS layers are zero."""
-    return mask_digest((name, layer.weight) for name, layer in layers.items())
+def adaptable_layers(model: PreTrainedModel, pruned: Iterable[str]) -> list[str]:
+    """Those of the pruned weights that a LoRS layer can replace: linears. Experts and Conv1D stay as they are.
+
+    Args:
+        model: the sparse model, without adapters.
+        pruned: full names of its pruned weights.
+
+    Raises:
+        UsageError: there is none.
+    """
+    weights = prunable_weights(model)
+    layers = [name for name in pruned if isinstance(weights[name].module, nn.Linear)]
+    others = [name for name in pruned if not isinstance(weights[name].module, nn.Linear)]
+    if not layers:
+        kind = type(weights[others[0]].module).__name__
+        raise UsageError(f"LoRS adapts nn.Linear only, and none is sparse here: {others[0]} is a weight of {kind}.")
+    if others:
+        console.info(f"  {len(others)} pruned weights stay as they are, first {others[0]}: LoRS adapts nn.Linear only")
+    return layers
+
+
+def base_mask(model: PreTrainedModel, layers: dict[str, Any]) -> str:
+    """The digest of where a sparse model is zero: in adapted linears, and in what no adapter can be put on.
+
+    Args:
+        model: with or without LoRS layers.
+        layers: its linears or LoRS layers by full name.
+    """
+    others = {name: weight.matrix for name, weight in prunable_weights(model).items()
+              if not isinstance(weight.module, nn.Linear)}  # fmt: skip
+    return mask_digest({**{name: layer.weight for name, layer in layers.items()}, **others}.items())
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -183,8 +213,6 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
         UsageError: the base has other layers, or its zeros lie elsewhere.
         MissingError: the adapter is not there.
     """
-    from torch import nn
-
     config = read_adapter_config(folder)
     linears = {}
     for name in config.layers:
@@ -195,7 +223,7 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
         if not isinstance(module, nn.Linear):
             raise UsageError(f"the adapter in {folder} was made for another model: this one has no linear {name}.")
         linears[name] = module
-    if base_mask(linears) != config.base_mask:
+    if base_mask(base, linears) != config.base_mask:
         raise UsageError(
             f"the adapter in {folder} belongs to another sparse model: the zeros lie elsewhere.",
             f"It was trained on {config.base}; merging it here would not keep what was tuned.",

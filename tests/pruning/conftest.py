@@ -1,4 +1,4 @@
-"""Tiny random models of ten architectures, and a checkpoint with its tokenizer on disk."""
+"""Tiny random models of fifteen architectures, and a checkpoint with its tokenizer on disk."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ SIZES = {
     "max_position_embeddings": 64, "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1,
 }  # fmt: skip
 GATED = {**SIZES, "intermediate_size": 64, "num_key_value_heads": 2}
+FOUR_EXPERTS = {**GATED, "moe_intermediate_size": 48, "num_experts": 4, "num_experts_per_tok": 2}
 TWO_WINDOWS = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama": ("LlamaConfig", GATED),
@@ -34,7 +35,14 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "Phi3": ("Phi3Config", GATED),
     "OPT": ("OPTConfig", {**SIZES, "ffn_dim": 64, "word_embed_proj_dim": 32, "init_std": 0.2}),
     "GPT-NeoX": ("GPTNeoXConfig", {**SIZES, "intermediate_size": 64}),
-}
+    "GPT-2": ("GPT2Config", {**SIZES, "n_inner": 64}),
+    "Mixtral": ("MixtralConfig", {**GATED, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "Qwen2-MoE": ("Qwen2MoeConfig", {**FOUR_EXPERTS, "shared_expert_intermediate_size": 40, "mlp_only_layers": [1]}),
+    "Qwen3-MoE": ("Qwen3MoeConfig", {**FOUR_EXPERTS, "head_dim": 8}),
+    "GPT-OSS": ("GptOssConfig", {**GATED, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2,
+                                 "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, **TWO_WINDOWS}),
+}  # fmt: skip
+MIXTURES = ["Mixtral", "Qwen2-MoE", "Qwen3-MoE", "GPT-OSS"]
 
 
 @pytest.fixture(params=ARCHITECTURES)

@@ -1,4 +1,4 @@
-"""Blocks run one at a time give what the whole model gives, and linears that share an input are found."""
+"""Blocks run one at a time give what the whole model gives."""
 
 from __future__ import annotations
 
@@ -10,17 +10,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lors_cli.errors import UsageError
-from lors_cli.models import block_linears, decoder_blocks
-from lors_cli.pruning.calibration import BlockArguments, InputRecorder, capture
+from lors_cli.models import decoder_blocks
+from lors_cli.pruning.calibration import capture
 
 Build = Callable[..., PreTrainedModel]
-GROUPS = {
-    "Phi3": [["qkv_proj"], ["o_proj"], ["gate_up_proj"], ["down_proj"]],
-    "OPT": [["q_proj", "k_proj", "v_proj"], ["out_proj"], ["fc1"], ["fc2"]],
-    "GPT-NeoX": [["query_key_value"], ["dense"], ["dense_h_to_4h"], ["dense_4h_to_h"]],
-}
-LLAMA_LIKE = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
 
 
 @contextmanager
@@ -81,64 +74,3 @@ def test_a_wrapped_forward_stays_wrapped(build: Build, batches: list[torch.Tenso
     mine = blocks[0].forward
     capture(model, list(blocks), batches)
     assert blocks[0].forward is mine
-
-
-def record(
-    model: PreTrainedModel, batches: list[torch.Tensor]
-) -> tuple[InputRecorder, list[torch.Tensor], nn.Module, BlockArguments]:
-    """Run the first block on every batch, listening at its linears."""
-    prefix, blocks = decoder_blocks(model)
-    hidden, arguments = capture(model, list(blocks), batches)
-    recorder = InputRecorder(block_linears(blocks[0], f"{prefix}.0"), "hessian")
-    with torch.no_grad():
-        for batch in hidden:
-            arguments[0].run(blocks[0], batch)
-            recorder.end_batch()
-    return recorder, hidden, blocks[0], arguments[0]
-
-
-def test_groups_are_the_linears_that_read_one_tensor(
-    architecture: str, build: Build, batches: list[torch.Tensor]
-) -> None:
-    recorder, *_ = record(build(architecture), batches)
-    found = [sorted(name.rpartition(".")[2] for name in group.names) for group in recorder.groups]
-    assert sorted(found) == sorted(sorted(group) for group in GROUPS.get(architecture, LLAMA_LIKE))
-
-
-def test_statistics_of_every_linear_are_those_of_its_own_inputs(
-    architecture: str, build: Build, batches: list[torch.Tensor]
-) -> None:
-    model = build(architecture)
-    recorder, hidden, block, arguments = record(model, batches)
-    recorder.close()
-    prefix, _ = decoder_blocks(model)
-    for group in recorder.groups:
-        for name in group.names:
-            linear = block_linears(block, f"{prefix}.0")[name]
-            seen: list[torch.Tensor] = []
-            with linear.register_forward_pre_hook(lambda _module, args, seen=seen: seen.append(args[0].clone())):
-                with torch.no_grad():
-                    for batch in hidden:
-                        arguments.run(block, batch)
-            X = torch.cat([batch.reshape(-1, batch.shape[-1]) for batch in seen]).double()
-            assert group.statistics.num_tokens == len(X) == 240
-            assert group.statistics.total is not None
-            torch.testing.assert_close(group.statistics.total.double(), X.T @ X, rtol=1e-4, atol=1e-3)
-
-
-def test_close_removes_every_hook(build: Build, batches: list[torch.Tensor]) -> None:
-    model = build()
-    recorder, *_ = record(model, batches)
-    assert sum(len(module._forward_pre_hooks) for module in model.modules()) == len(recorder.groups)
-    recorder.close()
-    assert not any(module._forward_pre_hooks for module in model.modules())
-    unused = InputRecorder(block_linears(model.model.layers[0], "x"), "norm")
-    unused.close()
-    assert not any(module._forward_pre_hooks for module in model.modules())
-
-
-def test_a_linear_that_is_never_called_is_named(build: Build, batches: list[torch.Tensor]) -> None:
-    model = build()
-    model.model.layers[0].spare = nn.Linear(32, 32)
-    with pytest.raises(UsageError, match=r"model\.layers\.0\.spare is never called"):
-        record(model, batches)

@@ -9,19 +9,22 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.pytorch_utils import Conv1D
 
 from lors_cli import pruning, run_dir
 from lors_cli.errors import SparsityError, UsageError
-from lors_cli.pruning import STATISTICS, _Driver, prune, stage_fingerprint
+from lors_cli.pruning import STATISTICS, methods, prune, stage_fingerprint
+from lors_cli.pruning.driver import Block, BlockPruner
+from lors_cli.pruning.hidden_states import HiddenStates
 from lors_cli.recipe import CalibrationConfig, ModelConfig, PruneConfig
 from lors_cli.sparsity import Pattern
+from lors_cli.streaming import BlockwiseModel
+from lors_cli.tensor_files import TensorWriter
 
 Build = Callable[..., PreTrainedModel]
 METHODS = list(STATISTICS)
-TWO_OF_FOUR = Pattern.parse("2:4")
 
 
 def config_of(method: str, token_file: Path | str = "c4", **changes: Any) -> PruneConfig:
@@ -36,6 +39,19 @@ def is_linear_of_a_block(name: str) -> bool:
 def groups_with_more_than_two(weight: torch.Tensor) -> int:
     return sum(sum(value != 0 for value in row[start : start + 4]) > 2
                for row in weight.tolist() for start in range(0, len(row), 4))  # fmt: skip
+
+
+def pruned_in_memory(
+    config: PruneConfig, model: PreTrainedModel, batches: list[torch.Tensor], work: Path
+) -> BlockPruner:
+    """Prune a model that is in memory whole, in place."""
+    source = BlockwiseModel(model.requires_grad_(False), torch.device("cpu"), None)
+    pruner = BlockPruner(config, source, Pattern.of(config), work)
+    if config.method == "magnitude":
+        pruner.without_data()
+    else:
+        pruner.with_calibration(batches)
+    return pruner
 
 
 def weights_in(folder: Path) -> dict[str, torch.Tensor]:
@@ -94,25 +110,42 @@ def test_the_checkpoint_does_not_tell_where_or_when_it_was_made(
         assert str(tmp_path).encode() not in content
 
 
+NUM_PARAMETERS = {"Phi3": 8, "OPT": 12, "GPT-NeoX": 8, "GPT-2": 8, "Mixtral": 12, "Qwen2-MoE": 4 + 2 + 3 + 4 + 3,
+                  "Qwen3-MoE": 12, "GPT-OSS": 12}  # fmt: skip
+"""Parameters of two blocks that are to be pruned; a mixture's are two for all of its experts."""
+
+
+def block_matrices(model: PreTrainedModel) -> dict[str, list[torch.Tensor]]:
+    """By parameter, the (out_features, in_features) matrices in the blocks, written down family by family."""
+    found = {}
+    for name, module in model.named_modules():
+        in_block = ".layers." in name or ".h." in name
+        router = name.endswith(("mlp.gate", "shared_expert_gate"))
+        if in_block and not router and isinstance(module, (torch.nn.Linear, Conv1D)):
+            weight = module.weight.detach()
+            found[f"{name}.weight"] = [weight.T if isinstance(module, Conv1D) else weight]
+        if name.endswith(".experts"):
+            for key in ("gate_up_proj", "down_proj"):
+                experts = getattr(module, key).detach()
+                is_transposed = type(module).__name__ == "GptOssExperts"
+                found[f"{name}.{key}"] = list(experts.transpose(1, 2) if is_transposed else experts)
+    return found
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_architecture(
     architecture: str, method: str, build: Build, batches: list[torch.Tensor], tmp_path: Path
 ) -> None:
     model = build(architecture)
     dense = {name: weight.clone() for name, weight in model.state_dict().items()}
-    driver = _Driver(config_of(method), model, TWO_OF_FOUR, tmp_path)
-    driver.check()
-    if method == "magnitude":
-        driver.prune_without_data()
-    else:
-        driver.prune_blocks(batches)
-    linears = {f"{name}.weight" for name, module in model.named_modules()
-               if isinstance(module, torch.nn.Linear) and ".layers." in name}  # fmt: skip
-    assert len(linears) == {"Phi3": 8, "OPT": 12, "GPT-NeoX": 8}.get(architecture, 14)
+    pruned_in_memory(config_of(method), model, batches, tmp_path)
+    matrices = block_matrices(model)
+    assert len(matrices) == NUM_PARAMETERS.get(architecture, 14)
     for name, weight in model.state_dict().items():
-        if name in linears:
-            assert groups_with_more_than_two(weight) == 0
-            assert int(weight.count_nonzero()) == weight.numel() // 2
+        if name in matrices:
+            for matrix in matrices[name]:
+                assert groups_with_more_than_two(matrix) == 0
+                assert int(matrix.count_nonzero()) == matrix.numel() // 2
         else:
             assert torch.equal(weight, dense[name])
     assert bool(model(input_ids=batches[0]).logits.isfinite().all())
@@ -120,7 +153,7 @@ def test_every_architecture(
 
 def test_wanda_equals_a_naive_sequential_run(build: Build, batches: list[torch.Tensor], tmp_path: Path) -> None:
     model, reference = build(), build()
-    _Driver(config_of("wanda"), model, TWO_OF_FOUR, tmp_path).prune_blocks(batches)
+    pruned_in_memory(config_of("wanda"), model, batches, tmp_path)
 
     layers = reference.model.layers
     for layer in layers:
@@ -172,39 +205,40 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_weights(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out, model, config = tmp_path / "out", ModelConfig(path=str(checkpoint)), config_of("sparsegpt", token_file)
-    save, write = _Driver._save, run_dir.write_bytes
+    advance, finish = HiddenStates.advance, TensorWriter.finish
 
-    def killed_save(self: _Driver, index: int, *args: Any, **kwargs: Any) -> None:
-        if index == block and moment == "before":
+    def killed_advance(self: HiddenStates, *args: Any) -> None:
+        if self._index == block and moment == "before":
             raise Killed
-        save(self, index, *args, **kwargs)
-        if index == block and moment == "after":
+        advance(self, *args)
+        if self._index == block + 1 and moment == "after":
+            self.settle()
             raise Killed
 
-    def killed_write(path: Path, data: bytes) -> None:
-        if moment == "between" and path.name == f"inputs_{block + 1:04d}.safetensors":
+    def killed_finish(self: TensorWriter) -> None:
+        if moment == "between" and self.path.name.startswith(f"inputs_{block + 1:04d}"):
             raise Killed
-        write(path, data)
+        finish(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_Driver, "_save", killed_save)
-        patch.setattr(run_dir, "write_bytes", killed_write)
+        patch.setattr(HiddenStates, "advance", killed_advance)
+        patch.setattr(TensorWriter, "finish", killed_finish)
         with pytest.raises(Killed):
             prune(config, model, out)
     assert run_dir.read_record(out) is None
     assert not (out / "model.safetensors").exists()
 
-    done: list[str] = []
-    prune_block = _Driver._prune_block
+    done: list[int] = []
+    prune_block = BlockPruner._prune_block
 
-    def counted(self: _Driver, prefix: str, *args: Any) -> None:
-        done.append(prefix)
-        prune_block(self, prefix, *args)
+    def counted(self: BlockPruner, block: Block, *args: Any) -> None:
+        done.append(block.index)
+        prune_block(self, block, *args)
 
-    monkeypatch.setattr(_Driver, "_prune_block", counted)
+    monkeypatch.setattr(BlockPruner, "_prune_block", counted)
     record = prune(config, model, out)
     first = block + 1 if moment == "after" else block
-    assert done == [f"model.layers.{index}" for index in range(first, 3)]
+    assert done == list(range(first, 3))
     assert run_dir.is_finished(out, record.fingerprint)
     assert not (out / ".work").exists()
     resumed = weights_in(out)
@@ -217,7 +251,7 @@ def test_other_settings_do_not_go_on_from_a_killed_run(
 ) -> None:
     out, model = tmp_path / "out", ModelConfig(path=str(checkpoint))
     with monkeypatch.context() as patch:
-        patch.setattr(pruning, "_verified", lambda *_: (_ for _ in ()).throw(Killed()))
+        patch.setattr(pruning, "_metrics", lambda *_: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed):
             prune(config_of("sparsegpt", token_file), model, out)
     assert list((out / ".work").glob("block_*"))
@@ -231,7 +265,7 @@ def test_other_settings_do_not_go_on_from_a_killed_run(
 def test_a_broken_pattern_publishes_nothing(
     method: str, checkpoint: Path, token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pruning, "prune_group", lambda _method, weights, *_: list(weights))
+    monkeypatch.setattr(methods, "prune_group", lambda _method, weights, *_: list(weights))
     out = tmp_path / "out"
     with pytest.raises(SparsityError, match=r"21 pruned weights break 2:4, first model\.layers\.0") as raised:
         prune(config_of(method, token_file), ModelConfig(path=str(checkpoint)), out)
@@ -250,7 +284,7 @@ def refuse_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("work was begun")
 
-    monkeypatch.setattr(pruning, "prune_group", never)
+    monkeypatch.setattr(methods, "prune_group", never)
     monkeypatch.setattr(pruning, "_calibration_batches", never)
 
 
@@ -263,54 +297,11 @@ def test_a_width_that_has_no_groups_is_refused_before_work(
         prune(config_of(method, token_file, pattern="2:5"), ModelConfig(path=str(checkpoint)), tmp_path / "out")
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda"])
-def test_conv1d_is_refused_by_name(
-    method: str,
-    word_tokenizer: PreTrainedTokenizerFast,
-    token_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    refuse_work(monkeypatch)
-    gpt2 = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64)
-    )
-    model = save(gpt2, word_tokenizer, tmp_path / "gpt2")
-    with pytest.raises(UsageError, match=r"not supported: transformer\.h\.0\.attn\.c_attn is a Conv1D"):
-        prune(config_of(method, token_file), model, tmp_path / "out")
-
-
-@pytest.mark.parametrize("method", ["magnitude", "wanda"])
-def test_fused_experts_are_refused_by_name(
-    method: str,
-    word_tokenizer: PreTrainedTokenizerFast,
-    token_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    refuse_work(monkeypatch)
-    mixtral = transformers.MixtralForCausalLM(
-        transformers.MixtralConfig(
-            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, num_local_experts=2, max_position_embeddings=64,
-        )
-    )  # fmt: skip
-    model = save(mixtral, word_tokenizer, tmp_path / "mixtral")
-    with pytest.raises(UsageError, match=r"not supported: model\.layers\.0\.mlp\.experts\.\w+ .* several experts"):
-        prune(config_of(method, token_file), model, tmp_path / "out")
-
-
 @pytest.mark.parametrize("sparsity", [0.3, 0.5])
 @pytest.mark.parametrize("method", METHODS)
 def test_unstructured(method: str, sparsity: float, build: Build, batches: list[torch.Tensor], tmp_path: Path) -> None:
-    model = build()
-    pattern = Pattern.parse("unstructured", sparsity)
-    driver = _Driver(config_of(method), model, pattern, tmp_path)
-    if method == "magnitude":
-        driver.prune_without_data()
-    else:
-        driver.prune_blocks(batches)
-    for layer in driver.layers():
+    config = config_of(method, pattern="unstructured", sparsity=sparsity)
+    for layer in pruned_in_memory(config, build(), batches, tmp_path).layers:
         rows, columns = layer.shape
         whole, by_row = int(rows * columns * sparsity), rows * int(columns * sparsity)
         assert layer.num_zeros == (by_row if method == "wanda" else whole)

@@ -161,10 +161,28 @@ class TestStatistics:
         statistics = statistics_of(normal(9, 12), "norm")
         assert (statistics.num_samples, statistics.num_tokens) == (1, 9)
 
-    def test_the_hessian_is_a_new_tensor(self) -> None:
-        statistics = statistics_of(normal(2, 9, 4), "hessian")
-        statistics.hessian().zero_()
-        assert statistics.hessian().abs().sum() > 0
+    @pytest.mark.parametrize("width", [4, 127, 128, 129, 300])
+    def test_the_hessian_is_whole_and_kept(self, width: int) -> None:
+        x = normal(2, 9, width)
+        statistics = statistics_of(x, "hessian")
+        norms = statistics.input_norms()
+        X = x.double().reshape(-1, width)
+        H = statistics.hessian()
+        torch.testing.assert_close(H.double(), X.T @ X, rtol=1e-5, atol=1e-5)  # 2 samples: 2·XᵀX / 2
+        assert torch.equal(H, H.T)
+        assert statistics.hessian() is H
+        torch.testing.assert_close(statistics.input_norms(), norms)
+        with pytest.raises(AssertionError, match="after the Hessian"):
+            statistics.update(x)
+
+    @pytest.mark.parametrize("kind", ["norm", "hessian"])
+    def test_permuted_inputs_have_permuted_statistics(self, kind: Any) -> None:
+        x, order = normal(2, 9, 6), torch.tensor([3, 0, 5, 1, 4, 2])
+        statistics, expected = statistics_of(x, kind), statistics_of(x[..., order], kind)
+        statistics.permute(order)
+        torch.testing.assert_close(statistics.input_norms(), expected.input_norms())
+        if kind == "hessian":
+            torch.testing.assert_close(statistics.hessian(), expected.hessian())
 
     def test_none_sums_nothing(self) -> None:
         statistics = statistics_of(normal(2, 9, 4), "none")

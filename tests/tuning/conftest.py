@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from lors_cli.models import prunable_linears
+from lors_cli.weights import prunable_weights
 
 
 @pytest.fixture(scope="session")
@@ -26,9 +26,9 @@ def sparse_llama() -> Callable[..., PreTrainedModel]:
             bos_token_id=256, eos_token_id=257,
         )  # fmt: skip
         model = AutoModelForCausalLM.from_config(config).to(dtype).eval().requires_grad_(False)
-        for linear in prunable_linears(model).values():
-            linear.weight[:, 0::4] = 0
-            linear.weight[:, 3::4] = 0
+        for weight in prunable_weights(model).values():
+            weight.matrix[:, 0::4] = 0
+            weight.matrix[:, 3::4] = 0
         return model
 
     return make

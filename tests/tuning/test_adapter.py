@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from lors_cli.errors import MissingError, SparsityError, UsageError
-from lors_cli.models import prunable_linears
 from lors_cli.tuning import adapter as adapters
 from lors_cli.tuning.adapter import (
     AdapterConfig,
@@ -24,12 +23,13 @@ from lors_cli.tuning.adapter import (
     save_adapter,
 )
 from lors_cli.tuning.lors import LorsLinear
+from lors_cli.weights import prunable_weights
 
 IDS = torch.arange(40).reshape(2, 20)
 
 
 def _adapted(model: PreTrainedModel) -> PreTrainedModel:
-    attach(model, list(prunable_linears(model)), rank=4, alpha=8.0, use_rslora=True)
+    attach(model, list(prunable_weights(model)), rank=4, alpha=8.0, use_rslora=True)
     generator = torch.Generator().manual_seed(7)
     for layer in lors_layers(model).values():
         layer.lora_B.data.copy_(torch.randn(layer.lora_B.shape, generator=generator) * 0.1)
@@ -38,7 +38,7 @@ def _adapted(model: PreTrainedModel) -> PreTrainedModel:
 
 def _saved(model: PreTrainedModel, folder: Path) -> Path:
     layers = lors_layers(model)
-    config = AdapterConfig(4, 8.0, True, tuple(layers), "some/base", "fingerprint", base_mask(layers))
+    config = AdapterConfig(4, 8.0, True, tuple(layers), "some/base", "fingerprint", base_mask(model, layers))
     save_adapter(model, folder, config)
     return folder
 
@@ -69,10 +69,10 @@ def test_merging_keeps_every_zero_and_counts_new_ones(sparse_llama: Callable[...
     layer.lora_A.data[0, column] = 1.0
     layer.lora_B.data[row, 0] = -layer.weight[row, column] / layer.scale
     lost = merge_adapters(model)
-    linears = prunable_linears(model)
-    assert all(bool((linears[key].weight[~mask] == 0).all()) for key, mask in masks.items())
-    assert linears[name].weight[row, column] == 0
-    assert lost == sum(int((linears[key].weight[mask] == 0).sum()) for key, mask in masks.items()) >= 1
+    weights = {key: weight.matrix for key, weight in prunable_weights(model).items()}
+    assert all(bool((weights[key][~mask] == 0).all()) for key, mask in masks.items())
+    assert weights[name][row, column] == 0
+    assert lost == sum(int((weights[key][mask] == 0).sum()) for key, mask in masks.items()) >= 1
 
 
 def test_a_merge_that_fills_a_zero_is_stopped(
@@ -87,8 +87,8 @@ def test_a_merge_that_fills_a_zero_is_stopped(
 def test_a_base_with_other_zeros_is_refused(tmp_path: Path, sparse_llama: Callable[..., PreTrainedModel]) -> None:
     folder = _saved(_adapted(sparse_llama()), tmp_path / "adapter")
     other = sparse_llama()
-    weight = next(iter(prunable_linears(other).values())).weight
-    weight.data[0, 0], weight.data[0, 1] = 1.0, 0.0
+    weight = next(iter(prunable_weights(other).values())).matrix
+    weight[0, 0], weight[0, 1] = 1.0, 0.0
     with pytest.raises(UsageError, match="zeros lie elsewhere"):
         load_adapter(other, folder)
 

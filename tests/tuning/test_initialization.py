@@ -7,12 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from lors_cli.errors import UsageError
-from lors_cli.models import prunable_linears
 from lors_cli.tuning import initialization
 from lors_cli.tuning.initialization import gradient_directions, top_right_singular_vectors
+from lors_cli.weights import prunable_weights
+
+
+def linears_of(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    return {name: model.get_submodule(name) for name in prunable_weights(model)}  # type: ignore[misc]
 
 
 def test_singular_vectors_of_a_small_matrix_are_those_of_the_full_svd() -> None:
@@ -70,7 +75,7 @@ def test_directions_come_from_the_summed_loss_gradient(
 ) -> None:
     monkeypatch.setattr(initialization, "SMALLEST_BUDGET", budget)
     model, batches = sparse_llama(), _batches(3)
-    linears = prunable_linears(model)
+    linears = linears_of(model)
     directions = gradient_directions(model, linears, batches, 2, seed=0)
 
     for linear in linears.values():
@@ -85,7 +90,7 @@ def test_directions_come_from_the_summed_loss_gradient(
 
 def test_weights_are_frozen_again_and_hold_no_gradient(sparse_llama: Callable[..., PreTrainedModel]) -> None:
     model = sparse_llama()
-    linears = prunable_linears(model)
+    linears = linears_of(model)
     gradient_directions(model, linears, _batches(1), 2, seed=0)
     assert all(not linear.weight.requires_grad and linear.weight.grad is None for linear in linears.values())
 
@@ -94,7 +99,7 @@ def test_never_more_than_a_share_of_the_gradients_is_in_memory(
     sparse_llama: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(initialization, "SMALLEST_BUDGET", 0)
-    linears = prunable_linears(sparse_llama())
+    linears = linears_of(sparse_llama())
     total = sum(linear.weight.numel() for linear in linears.values())
     groups = list(initialization._layer_groups(linears))
     assert [name for group in groups for name in group] == list(reversed(linears))

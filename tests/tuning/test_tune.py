@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lors_cli import run_dir
 from lors_cli.errors import SparsityError, UsageError
 from lors_cli.inspection import inspect
-from lors_cli.models import prunable_linears
 from lors_cli.recipe import ModelConfig, TuneConfig, TuneDataConfig
 from lors_cli.tuning import stage_fingerprint, tune
 from lors_cli.tuning import trainer as trainer_module
 from lors_cli.tuning.adapter import load_adapter
 from lors_cli.tuning.trainer import AdapterTrainer, whole_checkpoints
+from lors_cli.weights import prunable_weights
 
 IDS = torch.arange(40).reshape(2, 20)
 
@@ -267,10 +267,10 @@ def test_each_linear_keeps_its_own_share_of_zeros(
     sparse_llama: Callable[..., PreTrainedModel], tiny_tokenizer: Any, config: TuneConfig, tmp_path: Path
 ) -> None:
     model = sparse_llama()
-    for index, linear in enumerate(prunable_linears(model).values()):
-        linear.weight.data = torch.randn(linear.weight.shape, generator=torch.Generator().manual_seed(index))
-        rank = linear.weight.abs().flatten().argsort()
-        linear.weight.data.view(-1)[rank[: int(len(rank) * (0.3 + 0.03 * index))]] = 0
+    for index, weight in enumerate(prunable_weights(model).values()):
+        matrix = weight.matrix.normal_(generator=torch.Generator().manual_seed(index))
+        rank = matrix.abs().flatten().argsort()
+        matrix.view(-1)[rank[: int(len(rank) * (0.3 + 0.03 * index))]] = 0
     model.save_pretrained(tmp_path / "uneven")
     tiny_tokenizer.save_pretrained(tmp_path / "uneven")
     first = tune(replace(config, max_steps=2), ModelConfig(path=str(tmp_path / "uneven")), tmp_path / "once")
@@ -280,8 +280,8 @@ def test_each_linear_keeps_its_own_share_of_zeros(
     assert shares[0] == pytest.approx(shares[1], abs=1e-2)
     assert max(shares[0]) - min(shares[0]) > 0.3
     broken = AutoModelForCausalLM.from_pretrained(tmp_path / "twice")
-    weight = next(iter(prunable_linears(broken).values())).weight
-    weight.data[weight == 0] = 0.01
+    weight = next(iter(prunable_weights(broken).values())).matrix
+    weight[weight == 0] = 0.01
     broken.save_pretrained(tmp_path / "twice")
     assert inspect(ModelConfig(path=str(tmp_path / "twice")))["violations"] > 100
 

@@ -1,0 +1,93 @@
+"""Which pruning methods there are, what they must know of the inputs, and how a group of weights is handed to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from lors_cli.sparsity import Pattern
+
+if TYPE_CHECKING:
+    import torch
+
+    from lors_cli.pruning.statistics import InputStatistics, Kind
+    from lors_cli.recipe import PruneConfig
+
+STATISTICS: dict[str, Kind] = {
+    "magnitude": "none", "wanda": "norm", "ria": "norm", "sparsegpt": "hessian", "admm": "hessian",
+}  # fmt: skip
+
+
+def statistics_kind(config: PruneConfig) -> Kind:
+    """What must be known of the inputs: what the method looks at, or the Hessian when weights are refitted."""
+    return "hessian" if config.refit else STATISTICS[config.method]
+
+
+def prune_group(
+    method: str, weights: Sequence[torch.Tensor], statistics: InputStatistics, pattern: Pattern
+) -> list[torch.Tensor]:
+    """Prune linears that share their input.
+
+    Args:
+        method: a key of `STATISTICS`.
+        weights: (out_features_i, in_features) each.
+        statistics: of the shared input, of the kind the method needs.
+        pattern: how many weights stay.
+
+    Returns:
+        The pruned weights, in the order given.
+    """
+    from lors_cli.pruning.admm import admm
+    from lors_cli.pruning.magnitude import magnitude
+    from lors_cli.pruning.ria import ria
+    from lors_cli.pruning.sparsegpt import sparsegpt
+    from lors_cli.pruning.wanda import wanda
+
+    together: dict[str, Callable[..., list[torch.Tensor]]] = {"sparsegpt": sparsegpt, "admm": admm}
+    if method in together:
+        return together[method](weights, statistics, pattern)
+    if method == "magnitude":
+        return [magnitude(weight, pattern) for weight in weights]
+    one: dict[str, Callable[..., torch.Tensor]] = {"wanda": wanda, "ria": ria}
+    return [one[method](weight, statistics, pattern) for weight in weights]
+
+
+def scores(method: str, weight: torch.Tensor, statistics: InputStatistics) -> torch.Tensor:
+    """How much each weight counts: RIA's relative importance for `ria`, else Wanda's score.
+
+    Args:
+        method: a key of `STATISTICS`.
+        weight: (out_features, in_features).
+        statistics: of its inputs; where there are none, a weight's size is its score.
+
+    Returns:
+        (out_features, in_features) float32.
+    """
+    from lors_cli.pruning.ria import relative_importance
+
+    if method == "ria":
+        return relative_importance(weight, statistics)
+    size = weight.abs().float()
+    return size * statistics.input_norms() if statistics.num_tokens and statistics.kind != "none" else size
+
+
+def refit_group(
+    weights: Sequence[torch.Tensor], pruned: Sequence[torch.Tensor], statistics: InputStatistics
+) -> list[torch.Tensor]:
+    """Solve for the kept weights of linears that share their input anew, on the masks that pruning chose.
+
+    Args:
+        weights: (out_features_i, in_features) each, dense.
+        pruned: the same with zeros.
+        statistics: Hessian of the shared input.
+
+    Returns:
+        The refitted weights in the dtypes and the order given.
+    """
+    import torch
+
+    from lors_cli.pruning.refit import refit
+
+    rows = [weight.shape[0] for weight in weights]
+    solved = refit(torch.cat([*weights]), torch.cat([*pruned]), statistics.hessian())
+    return [part.to(weight.dtype) for part, weight in zip(solved.split(rows), weights, strict=True)]

@@ -1,0 +1,120 @@
+"""Start a walk through a model's blocks, and walk through them without changing anything."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from lors_cli import console, parallel, run_dir
+from lors_cli.errors import UsageError
+from lors_cli.pruning.calibration import BlockArguments, first_inputs
+from lors_cli.pruning.hidden_states import HiddenStates, choose_place
+from lors_cli.pruning.owl import allocate, outlier_ratio
+from lors_cli.pruning.recorder import InputRecorder
+from lors_cli.weights import block_weights
+
+if TYPE_CHECKING:
+    from lors_cli.recipe import CalibrationConfig
+    from lors_cli.streaming import BlockwiseModel
+
+
+def start_walk(
+    model: BlockwiseModel, batches: list[torch.Tensor], config: CalibrationConfig, folder: Path
+) -> tuple[HiddenStates, list[BlockArguments], int]:
+    """The inputs of the first block that is to do, what all blocks get besides, and that block's index.
+
+    Args:
+        model: its blocks are not read.
+        batches: (samples, tokens) int64 each, of all processes together; this one takes its share.
+        config: says where hidden states are kept.
+        folder: of hidden states, perhaps with those of an earlier run.
+
+    Raises:
+        UsageError: there are fewer batches than processes.
+    """
+    mine = range(parallel.process_index(), len(batches), parallel.num_processes())
+    if len(batches) < parallel.num_processes():
+        raise UsageError(
+            f"{len(batches)} calibration batches cannot be shared by {parallel.num_processes()} processes.",
+            "Lower calibration.batch_size, or start fewer processes.",
+        )
+    arguments = [BlockArguments() for _ in model.blocks]
+    hidden_size = model.network.config.get_text_config().hidden_size
+    num_bytes = sum(batches[number].numel() for number in mine) * hidden_size * model.network.dtype.itemsize
+    states = HiddenStates(folder, choose_place(config.offload, num_bytes, model.device), model.device)
+    resumed = states.resume(list(mine), len(batches))
+    if resumed is not None:
+        sizes = {batches[number].shape[0]: batches[number] for number in mine}
+        for _ in _first(model, list(sizes.values()), arguments):
+            pass
+        return states, arguments, resumed
+    for number, hidden in zip(mine, _first(model, [batches[number] for number in mine], arguments), strict=True):
+        if not states.numbers:
+            states.expect({key: (*batches[key].shape, hidden.shape[-1]) for key in mine}, hidden.dtype)
+        states.put(number, hidden)
+    states.advance()
+    return states, arguments, 0
+
+
+def _first(model: BlockwiseModel, batches: list[torch.Tensor], arguments: list[BlockArguments]) -> list[torch.Tensor]:
+    with model.embeddings():
+        return [*first_inputs(model.network, list(model.blocks), batches, model.device, arguments)]
+
+
+@torch.no_grad()
+def owl_shares(
+    model: BlockwiseModel, batches: list[torch.Tensor], config: CalibrationConfig, work: Path, sparsity: float
+) -> list[float]:
+    """OWL's share of zeros for every block, from one pass through the dense model.
+
+    Args:
+        model: dense.
+        batches: (samples, tokens) int64 each, of all processes together.
+        config: says where hidden states are kept.
+        work: folder for what an interrupted run goes on from.
+        sparsity: of the model.
+    """
+    found = run_dir.read_json(work / "owl.json") or {"ratios": [], "sizes": []}
+    if len(found["ratios"]) < len(model.blocks):
+        folder = work / "owl"
+        folder.mkdir(exist_ok=True)
+        states, arguments, first = start_walk(model, batches, config, folder)
+        found = {name: values[:first] for name, values in found.items()}
+        with console.progress("outliers", len(model.blocks), "blocks") as task, closing(states):
+            task.skip(first)
+            for index in range(first, len(model.blocks)):
+                ratio, size = _outliers(model, index, states, arguments[index])
+                found["ratios"].append(ratio)
+                found["sizes"].append(size)
+                if parallel.is_main():
+                    run_dir.write_json(work / "owl.json", found)
+                states.advance()
+                task.advance()
+            states.settle()
+        parallel.wait_for_all()
+        if parallel.is_main():
+            shutil.rmtree(folder)
+    return allocate(found["ratios"], found["sizes"], sparsity)
+
+
+def _outliers(model: BlockwiseModel, index: int, states: HiddenStates, arguments: BlockArguments) -> tuple[float, int]:
+    """A dense block's outlier ratio and number of weights; its outputs are the next block's inputs."""
+    with model.block(index) as block:
+        weights = block_weights(block, f"{model.prefix}.{index}")
+        recorder = InputRecorder(weights, "norm")
+        with closing(recorder):
+            for number in states.numbers:
+                states.put(number, arguments.run(block, states.get(number)))
+                recorder.end_batch()
+        norms = {}
+        for group in recorder.groups:
+            matrix = weights[group.names[0]].matrix
+            group.statistics.add_up(matrix.shape[1], matrix.device)
+            norms.update(dict.fromkeys(group.names, group.statistics.input_norms()))
+        matrices = [weight.matrix for weight in weights.values()]
+        ratio = outlier_ratio(matrices, [norms[name] for name in weights])
+        return ratio, sum(matrix.numel() for matrix in matrices)

@@ -1,0 +1,313 @@
+"""A causal LM whose decoder blocks are read from disk one at a time, so that the model is never in memory whole.
+
+The network is built without weights. What lies outside its blocks is read where it is needed, a block's weights when
+its turn comes, each through transformers' own loader (which renames and fuses what a family stores differently), and
+given up afterwards. A .gguf has to be read whole.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lors_cli import console
+from lors_cli.errors import UsageError
+from lors_cli.tensor_files import Entry
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from lors_cli.recipe import ModelConfig
+
+
+class BlockwiseModel:
+    """A network and the means to bring one of its blocks into memory.
+
+    Args:
+        network: the causal LM; its parameters may be on the meta device.
+        device: where blocks are computed.
+        weights: reads parameters by name; None when the network holds them all.
+    """
+
+    def __init__(self, network: PreTrainedModel, device: torch.device, weights: _Weights | None) -> None:
+        from lors_cli.models import decoder_blocks
+
+        self.network = network
+        self.device = device
+        self.prefix, self.blocks = decoder_blocks(network)
+        self._weights = weights
+
+    @property
+    def streamed(self) -> bool:
+        """Whether blocks are read one at a time."""
+        return self._weights is not None
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """Decoder block `index` with its weights, on the device, for as long as the context lasts."""
+        prefix = f"{self.prefix}.{index}."
+        with self._present(self.blocks[index], {prefix + name for name in self.blocks[index].state_dict()}):
+            yield self.blocks[index]
+
+    @contextmanager
+    def embeddings(self) -> Iterator[None]:
+        """What comes before the blocks, on the device, for as long as the context lasts.
+
+        The output head stays where it is, unless it is tied to the input's embedding.
+        """
+        head = self.network.get_output_embeddings()
+        blocks = set(self.blocks.modules())
+        with ExitStack() as stack:
+            for prefix, module in self.network.named_modules():
+                if module in blocks or module is head or not _own_tensors(module):
+                    continue
+                names = {f"{prefix}.{key}" if prefix else key for key in _own_tensors(module)}
+                stack.enter_context(self._present(module, names))
+            yield
+
+    def outer_tensors(self) -> list[tuple[Entry, Callable[[], torch.Tensor]]]:
+        """Every tensor of the checkpoint outside the blocks: its entry, and how to read it."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        state = self.network.state_dict()
+        tied, ignored = self.network.all_tied_weights_keys, self.network._keys_to_ignore_on_save or ()
+        found: list[tuple[Entry, Callable[[], torch.Tensor]]] = []
+        for name, tensor in state.items():
+            if name in tied or name in ignored or name.startswith(f"{self.prefix}."):
+                continue
+            (saved_name,) = revert_weight_conversion(self.network, {name: tensor})
+            found.append((Entry.of(saved_name, tensor), partial(self._read, name)))
+        return found
+
+    def checkpoint_tensors(self, index: int) -> dict[str, torch.Tensor]:
+        """Block `index`'s tensors under the names, and in the shapes, that its family's checkpoints have.
+
+        Args:
+            index: of a block whose weights are present.
+        """
+        from transformers.core_model_loading import revert_weight_conversion
+
+        prefix = f"{self.prefix}.{index}."
+        state = {prefix + name: tensor for name, tensor in self.blocks[index].state_dict().items()}
+        return dict(revert_weight_conversion(self.network, state))
+
+    @contextmanager
+    def _present(self, module: nn.Module, names: set[str]) -> Iterator[None]:
+        """`module` on the device, with the parameters `names`, all its own or its children's."""
+        if self._weights is None:
+            home = next(self.network.parameters()).device
+            module.to(self.device)
+            try:
+                yield
+            finally:
+                module.to(home)
+            return
+        with ExitStack() as stack:
+            stack.callback(_forget, module, names)
+            self._weights.load(self.network, names, self.device)
+            for child in module.modules():
+                for key, buffer in child.named_buffers(recurse=False):
+                    setattr(child, key, buffer.to(self.device))
+            yield
+
+    def _read(self, name: str) -> torch.Tensor:
+        import torch
+
+        if self._weights is not None:
+            self._weights.load(self.network, {name}, torch.device("cpu"))
+        tensor = self.network.state_dict()[name]
+        if self._weights is not None:
+            _forget(self.network.get_submodule(name.rpartition(".")[0]), {name})
+        return tensor
+
+
+def _own_tensors(module: nn.Module) -> list[str]:
+    """Names of a module's parameters and buffers that are not its children's."""
+    parameters, buffers = module.named_parameters(recurse=False), module.named_buffers(recurse=False)
+    return [key for key, _ in (*parameters, *buffers)]
+
+
+def _forget(module: nn.Module, names: set[str]) -> None:
+    """Put those parameters of a module which `names` ends in back on the meta device."""
+    import torch
+
+    endings = {name.rpartition(".")[2] for name in names}
+    for child in module.modules():
+        for key, parameter in child.named_parameters(recurse=False):
+            if key in endings:
+                empty = torch.empty_like(parameter, device="meta")
+                setattr(child, key, torch.nn.Parameter(empty, requires_grad=False))
+
+
+class _Weights:
+    """A checkpoint's safetensors files and what each tensor in them becomes in the network."""
+
+    def __init__(self, network: PreTrainedModel, files: list[Path], dtype: torch.dtype, path: str) -> None:
+        from safetensors import SafetensorError, safe_open
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        from lors_cli.models import load_error
+
+        self.path = path
+        self._dtype = dtype
+        self._conversions: Any = get_model_conversion_mapping(network)
+        try:
+            self._files = [safe_open(file, framework="pt") for file in files]
+        except SafetensorError as error:
+            raise load_error(path, "the checkpoint", error) from error
+        self._sources: dict[str, list[tuple[str, Any]]] = {}
+        self._map(network)
+
+    def _map(self, network: PreTrainedModel) -> None:
+        """Note for every parameter which tensors of the files make it; refuse what is missing or misshapen."""
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        state = network.state_dict()
+        renamings = [item for item in self._conversions if isinstance(item, WeightRenaming)]
+        converters = [item for item in self._conversions if isinstance(item, WeightConverter)]
+        bad = set()
+        for file in self._files:
+            for key in file.keys():  # noqa: SIM118 - no mapping
+                args = (network.base_model_prefix, state)
+                target, converted = rename_source_key(key, renamings, converters, *args)
+                if target not in state and key in state:
+                    target, converted = rename_source_key(key, [], [], *args)
+                if target not in state:
+                    continue
+                tensor = file.get_slice(key)
+                self._sources.setdefault(target, []).append((key, tensor))
+                if converted is None and tuple(tensor.get_shape()) != tuple(state[target].shape):
+                    bad.add(target)
+        tied = network.all_tied_weights_keys
+        for name, source in tied.items():  # a checkpoint may hold either of two tied weights
+            if source not in self._sources and name in self._sources:
+                self._sources[source] = [(source, tensor) for _, tensor in self._sources[name]]
+        bad |= {name for name in state if name not in self._sources and name not in tied}
+        _refuse(self.path, bad)
+        self._used = [conversion for conversion in self._conversions if conversion.was_used()]
+        network._weight_conversions = self._used  # type: ignore[assignment]  # what `revert_weight_conversion` goes by
+
+    def load(self, network: PreTrainedModel, names: set[str], device: torch.device) -> None:
+        """Read parameters into the network.
+
+        Args:
+            network: keeps its other parameters.
+            names: full names; what the files do not hold (buffers computed by the network) is left out.
+            device: where they go.
+
+        Raises:
+            UsageError: one of them is not in the files, or of the wrong shape.
+        """
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        from lors_cli.models import quiet_libraries
+
+        wanted = {key: tensor for name in sorted(names & set(self._sources)) for key, tensor in self._sources[name]}
+        if not wanted:
+            return
+        options = LoadStateDictConfig(
+            device_map={"": device}, dtype=self._dtype, dtype_plan=network._get_dtype_plan(self._dtype),
+            weight_mapping=self._conversions,
+        )  # fmt: skip
+        with quiet_libraries():
+            report, _ = convert_and_load_state_dict_in_model(network, wanted, options, None)
+        network._weight_conversions = self._used  # type: ignore[assignment]
+        _refuse(self.path, {str(item[0]) for item in report.mismatched_keys} | set(report.conversion_errors)
+                | (set(report.missing_keys) & names & set(self._sources)))  # fmt: skip
+        network.requires_grad_(False)
+
+
+def _refuse(path: str, bad: set[str]) -> None:
+    if bad:
+        raise UsageError(f"{path}: {len(bad)} weights are missing or of the wrong shape, first: {min(bad)}")
+
+
+def open_blockwise(config: ModelConfig) -> BlockwiseModel:
+    """The causal LM, its blocks to be read one at a time where its format allows.
+
+    Args:
+        config: a folder, a hub id or a .gguf; its device is where blocks are computed.
+
+    Raises:
+        MissingError: not there or not reachable.
+        UsageError: no safetensors, or weights that do not fit the configuration.
+    """
+    import torch
+
+    from lors_cli.models import load_config, load_model, resolve_device, resolve_dtype
+    from lors_cli.sources import locate
+
+    device = resolve_device(config.device)
+    if locate(config.path).gguf_file is not None:
+        console.detail("  a .gguf is read whole: blocks are not streamed")
+        return BlockwiseModel(load_model(config, device=torch.device("cpu")), device, None)
+    settings = load_config(config)
+    dtype = resolve_dtype(config, getattr(settings, "dtype", None), device)
+    network = _without_weights(settings, dtype, config.path)
+    return BlockwiseModel(network, device, _Weights(network, _weight_files(config), dtype, config.path))
+
+
+def _without_weights(settings: Any, dtype: torch.dtype, path: str) -> PreTrainedModel:
+    """The network of a configuration, its parameters on the meta device, its buffers computed."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    from lors_cli.models import load_error, quiet_libraries
+
+    try:
+        with quiet_libraries(), init_empty_weights(include_buffers=False):
+            network = AutoModelForCausalLM.from_config(settings, dtype=dtype)
+    except (ValueError, TypeError, KeyError) as error:
+        raise load_error(path, "the checkpoint", error) from error
+    network.tie_weights()
+    if network.can_generate():
+        with quiet_libraries():
+            try:
+                network.generation_config = GenerationConfig.from_pretrained(settings.name_or_path)
+            except OSError:
+                console.detail(f"  {path} has no generation_config.json")
+    return network.requires_grad_(False).eval()
+
+
+def _weight_files(config: ModelConfig) -> list[Path]:
+    """The checkpoint's safetensors files, downloaded if they are on the hub.
+
+    Raises:
+        UsageError: there are none, or the index names one outside the checkpoint's folder.
+    """
+    from lors_cli.models import load_error
+    from lors_cli.sources import locate
+
+    source = locate(config.path)
+    folder = source.folder
+    if folder is None:
+        from huggingface_hub import snapshot_download
+
+        patterns = ["model*.safetensors", "model.safetensors.index.json", "*config.json"]
+        try:
+            folder = Path(snapshot_download(str(source.repo), revision=config.revision, allow_patterns=patterns))
+        except (ValueError, OSError) as error:
+            raise load_error(config.path, "the checkpoint", error) from error
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if not (folder / names[0]).is_file() and index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise UsageError(f"{index} is no index of a checkpoint.") from error
+    files = [folder / str(name) for name in names]
+    outside = [file for file in files if file.parent != folder]
+    if outside:
+        raise UsageError(f"{index} names {outside[0]}, which is not in the checkpoint's folder.")
+    missing = [file for file in files if not file.is_file()]
+    if missing:
+        hint = "Only safetensors are read; convert pickled weights on a machine that trusts them."
+        raise UsageError(f"{config.path} has no {missing[0].name}", hint)
+    return files

@@ -1,0 +1,130 @@
+"""What can be pruned in a decoder block: linears, Conv1D and each expert of a mixture, all of them as matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lors_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
+
+ROUTERS = ("gate", "router", "shared_expert_gate")
+"""Children of a mixture of experts that say which experts a token goes to; they stay dense."""
+
+
+@dataclass(frozen=True)
+class PrunableWeight:
+    """One matrix of a decoder block: a module's whole parameter, or one expert's slice of it.
+
+    Args:
+        name: full name, “model.layers.0.mlp.up_proj” or “model.layers.0.mlp.experts.3.gate_up_proj”.
+        module: that holds the parameter.
+        key: the parameter's name in the module.
+        expert: which slice of a 3-D parameter; None where the parameter is the matrix.
+        transposed: whether it is stored (in_features, out_features).
+    """
+
+    name: str
+    module: nn.Module
+    key: str = "weight"
+    expert: int | None = None
+    transposed: bool = False
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        """A (out_features, in_features) view of the parameter as it is now: what is copied into it is stored."""
+        stored = getattr(self.module, self.key).detach()
+        if self.expert is not None:
+            stored = stored[self.expert]
+        return stored.T if self.transposed else stored
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        out_features, in_features = self.matrix.shape
+        return out_features, in_features
+
+
+def block_weights(block: nn.Module, prefix: str) -> dict[str, PrunableWeight]:
+    """The prunable weights of one decoder block by full name, in the block's order; routers are not among them.
+
+    Args:
+        block: a decoder block, on any device (meta too).
+        prefix: its own full name, put before each weight's.
+
+    Raises:
+        UsageError: the block holds a kind of weight that is not supported, which is named.
+    """
+    mixtures = [name.rpartition(".")[0] for name, module in block.named_modules() if _holds_experts(name, module)]
+    weights = {}
+    for name, module in block.named_modules():
+        if not any(_is_router(name, mixture) for mixture in mixtures):
+            for weight in _module_weights(module, f"{prefix}.{name}".removesuffix(".")):
+                weights[weight.name] = weight
+    return weights
+
+
+def prunable_weights(model: PreTrainedModel) -> dict[str, PrunableWeight]:
+    """Every prunable weight of the model's decoder blocks by full name; embeddings and head are not among them.
+
+    Raises:
+        UsageError: a block holds a kind of weight that is not supported, which is named.
+    """
+    from lors_cli.models import decoder_blocks
+
+    prefix, blocks = decoder_blocks(model)
+    return {name: weight for index, block in enumerate(blocks)
+            for name, weight in block_weights(block, f"{prefix}.{index}").items()}  # fmt: skip
+
+
+def expert_keys(module: nn.Module) -> tuple[str, ...]:
+    """The 3-D parameters of fused experts in the order they are applied; empty for any other module.
+
+    They are known by what transformers' `use_experts_implementation` sets on a class that keeps to its contract:
+    (experts, out_features, in_features), or the last two swapped where `is_transposed`.
+    """
+    if not (hasattr(module, "is_transposed") and hasattr(module, "has_gate")):
+        return ()
+    return ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+
+
+def _module_weights(module: nn.Module, name: str) -> Iterator[PrunableWeight]:
+    """The weights that a module itself holds."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, (nn.Linear, Conv1D)):
+        if hasattr(module, "n_groups"):
+            raise UsageError(f"not supported: parts of {name} are multiplied by different inputs.")
+        yield PrunableWeight(name, module, transposed=isinstance(module, Conv1D))
+        return
+    keys = expert_keys(module)
+    largest = 1 if not keys and "experts" in name.split(".") else 2
+    for key, parameter in module.named_parameters(recurse=False):
+        if parameter.dim() > largest and key not in keys:
+            shape = " × ".join(str(size) for size in parameter.shape)
+            raise UsageError(
+                f"not supported: {name}.{key} ({shape}) is no matrix of a linear, but a convolution, or several "
+                "experts in one tensor of an unknown layout."
+            )
+    for expert in range(len(getattr(module, keys[0])) if keys else 0):
+        for key in keys:
+            yield PrunableWeight(f"{name}.{expert}.{key}", module, key, expert, bool(module.is_transposed))
+
+
+def _holds_experts(name: str, module: nn.Module) -> bool:
+    from torch import nn
+
+    is_list = isinstance(module, nn.ModuleList) and name.rpartition(".")[2] == "experts"
+    return is_list or bool(expert_keys(module))
+
+
+def _is_router(name: str, mixture: str) -> bool:
+    """Whether a module is, or lies in, the router of a mixture of experts, by their names in the block."""
+    inside = name.removeprefix(f"{mixture}.") if mixture else name
+    return (inside != name or not mixture) and inside.partition(".")[0] in ROUTERS
