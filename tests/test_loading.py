@@ -318,8 +318,8 @@ def test_load_stage_problems() -> None:
         load_stage("prune", Path("p.yaml"), ["sparsity=2", "foo"], {"calibration.num_samples": 0, "pattern": "4:2"})
     assert caught.value.message.splitlines() == [
         "p.yaml:1: method: must be one of magnitude, wanda, sparsegpt, ria, admm, not wnda; did you mean wanda?",
-        "p.yaml:2: tune: unknown key; known here: method, pattern, sparsity, refit, true_sequential, "
-        "channel_permutation, layer_sparsity, calibration",
+        "p.yaml:2: tune: unknown key; known here: method, pattern, sparsity, refit, reconstruct_epochs, "
+        "true_sequential, channel_permutation, layer_sparsity, calibration",
         "override sparsity=2: must be below 1, not 2",
         "override foo: must be key=value",
         "--num-samples: must be above 0, not 0",

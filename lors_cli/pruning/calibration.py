@@ -24,10 +24,11 @@ class BlockArguments:
 
     by_batch_size: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
 
-    def run(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    def run(self, block: Callable[..., Any], hidden: torch.Tensor) -> torch.Tensor:
         """The block's output hidden states.
 
         Args:
+            block: the module, or what stands for it.
             hidden: (samples, tokens, hidden_size).
         """
         positional, keyword = self.by_batch_size[hidden.shape[0]]

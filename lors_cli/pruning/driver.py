@@ -24,6 +24,7 @@ from lors_cli.pruning.hidden_states import HiddenStates
 from lors_cli.pruning.passes import owl_shares, start_walk
 from lors_cli.pruning.permutation import FreeInput, apply_permutation, find_for, free_inputs
 from lors_cli.pruning.phases import Phases
+from lors_cli.pruning.reconstruct import SAMPLES_A_STEP, Reconstruction
 from lors_cli.pruning.recorder import BlockDone, InputGroup, InputRecorder
 from lors_cli.pruning.staged import run_staged, shared_inputs
 from lors_cli.pruning.statistics import InputStatistics
@@ -102,7 +103,8 @@ class BlockPruner:
         """
         patterns = self._patterns(batches)
         with self.phases("forward"):
-            states, arguments, first = start_walk(self.model, batches, self.config.calibration, self.work)
+            part_size = SAMPLES_A_STEP if self.config.reconstruct_epochs else 0
+            states, arguments, first = start_walk(self.model, batches, self.config.calibration, self.work, part_size)
         if first:
             console.info(f"  going on after {first} of {len(self.model.blocks)} blocks done by an earlier run")
         with console.progress("prune", len(self.model.blocks), "blocks") as task, closing(states):
@@ -142,23 +144,35 @@ class BlockPruner:
         return Block(index, module, block_weights(module, prefix), pattern, named)
 
     def _prune_block(self, block: Block, states: HiddenStates, arguments: BlockArguments) -> None:
+        epochs = self.config.reconstruct_epochs
         groups = self._stages(block, states, arguments) if self.config.sequential else None
+        reconstruction = Reconstruction(block.module, [*block.weights.values()], arguments.run) if epochs else None
+        outputs: Iterator[torch.Tensor]
         if groups is None:
-            self._prune_whole(block, states, arguments)
+            for number, group in enumerate(self._collect(block, states, arguments)):
+                self._solve(block, group, number)
+                group.statistics = InputStatistics("none")  # its sums are not needed any more
+            outputs = self._outputs(block, states, arguments)
         else:
-            self._prune_staged(block, groups, states, arguments)
+            outputs = self._prune_staged(block, groups, states, arguments)
+        if reconstruction is not None:
+            if groups is not None:
+                with self.phases("forward"), closing(outputs):  # type: ignore[type-var]
+                    next(outputs)  # by then every group is pruned; the other passes need not be run to their ends
+            with self.phases("reconstruct"):
+                parts = [partial(_part, states, number, first) for number in states.numbers
+                         for first in range(0, states.num_samples(number), SAMPLES_A_STEP)]  # fmt: skip
+                reconstruction.tune(parts, epochs, seed=block.index)
+            outputs = self._outputs(block, states, arguments)
+        with self.phases("forward"):
+            for number, output in zip(states.numbers, outputs, strict=True):
+                with self.phases("io"):
+                    states.put(number, output)
         self._note(block)
 
-    def _prune_whole(self, block: Block, states: HiddenStates, arguments: BlockArguments) -> None:
-        """Statistics of the dense block, all groups pruned, then the outputs of the pruned block."""
-        for number, group in enumerate(self._collect(block, states, arguments)):
-            self._solve(block, group, number)
-            group.statistics = InputStatistics("none")  # its sums are not needed any more
-        for number in states.numbers:
-            with self.phases("forward"):
-                output = arguments.run(block.module, states.get(number))
-            with self.phases("io"):
-                states.put(number, output)
+    @staticmethod
+    def _outputs(block: Block, states: HiddenStates, arguments: BlockArguments) -> Iterator[torch.Tensor]:
+        return (arguments.run(block.module, states.get(number)) for number in states.numbers)
 
     def _collect(self, block: Block, states: HiddenStates, arguments: BlockArguments) -> list[InputGroup]:
         recorder = InputRecorder(
@@ -187,8 +201,8 @@ class BlockPruner:
 
     def _prune_staged(
         self, block: Block, names: list[list[str]], states: HiddenStates, arguments: BlockArguments
-    ) -> None:
-        """Every group is pruned on what the pruned groups before it put out, in one pass of the block."""
+    ) -> Iterator[torch.Tensor]:
+        """Every group is pruned on what the pruned groups before it put out; the block's outputs, in the same pass."""
         kind = methods.statistics_kind(self.config)
         groups = [InputGroup(group, InputStatistics(kind)) for group in names]
 
@@ -202,15 +216,8 @@ class BlockPruner:
             return permutation
 
         leaders = [block.weights[group.names[0]].module for group in groups]
-        forwards = [partial(self._pass, block, states, arguments, number) for number in states.numbers]
-        with self.phases("forward"):
-            for number, output in zip(states.numbers, run_staged(leaders, forwards, observe, solve), strict=True):
-                with self.phases("io"):
-                    states.put(number, output)
-
-    @staticmethod
-    def _pass(block: Block, states: HiddenStates, arguments: BlockArguments, number: int) -> torch.Tensor:
-        return arguments.run(block.module, states.get(number))
+        forwards = [partial(_pass, block, states, arguments, number) for number in states.numbers]
+        return run_staged(leaders, forwards, observe, solve)
 
     def _solve(self, block: Block, group: InputGroup, number: int) -> torch.Tensor | None:
         """Prune the weights of one group; one process does it, and all get the result.
@@ -276,3 +283,11 @@ class BlockPruner:
     def block_files(self) -> Iterator[Path]:
         """The finished blocks' tensors, in order."""
         return (self._path(index) for index in range(len(self.model.blocks)))
+
+
+def _pass(block: Block, states: HiddenStates, arguments: BlockArguments, number: int) -> torch.Tensor:
+    return arguments.run(block.module, states.get(number))
+
+
+def _part(states: HiddenStates, number: int, first: int) -> torch.Tensor:
+    return states.get(number)[first : first + SAMPLES_A_STEP]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def start_walk(
-    model: BlockwiseModel, batches: list[torch.Tensor], config: CalibrationConfig, folder: Path
+    model: BlockwiseModel, batches: list[torch.Tensor], config: CalibrationConfig, folder: Path, part_size: int = 0
 ) -> tuple[HiddenStates, list[BlockArguments], int]:
     """The inputs of the first block that is to do, what all blocks get besides, and that block's index.
 
@@ -32,6 +32,7 @@ def start_walk(
         batches: (samples, tokens) int64 each, of all processes together; this one takes its share.
         config: says where hidden states are kept.
         folder: of hidden states, perhaps with those of an earlier run.
+        part_size: arguments are also found for batches cut into parts of so many samples; 0 for whole ones only.
 
     Raises:
         UsageError: there are fewer batches than processes.
@@ -47,22 +48,28 @@ def start_walk(
     num_bytes = sum(batches[number].numel() for number in mine) * hidden_size * model.network.dtype.itemsize
     states = HiddenStates(folder, choose_place(config.offload, num_bytes, model.device), model.device)
     resumed = states.resume(list(mine), len(batches))
+    parts = [part for number in mine for part in batches[number].split(part_size or len(batches[number]))]
+    if resumed is not None or part_size:
+        sizes = {len(part): part for part in (*parts, *(batches[number] for number in mine))}
+        _first(model, list(sizes.values()), arguments)
     if resumed is not None:
-        sizes = {batches[number].shape[0]: batches[number] for number in mine}
-        for _ in _first(model, list(sizes.values()), arguments):
-            pass
         return states, arguments, resumed
-    for number, hidden in zip(mine, _first(model, [batches[number] for number in mine], arguments), strict=True):
-        if not states.numbers:
-            states.expect({key: (*batches[key].shape, hidden.shape[-1]) for key in mine}, hidden.dtype)
-        states.put(number, hidden)
+    with model.embeddings():
+        inputs = first_inputs(
+            model.network, list(model.blocks), [batches[key] for key in mine], model.device, arguments
+        )
+        for number, hidden in zip(mine, inputs, strict=True):
+            if not states.numbers:
+                states.expect({key: (*batches[key].shape, hidden.shape[-1]) for key in mine}, hidden.dtype)
+            states.put(number, hidden)
     states.advance()
     return states, arguments, 0
 
 
-def _first(model: BlockwiseModel, batches: list[torch.Tensor], arguments: list[BlockArguments]) -> list[torch.Tensor]:
+def _first(model: BlockwiseModel, batches: list[torch.Tensor], arguments: list[BlockArguments]) -> None:
     with model.embeddings():
-        return [*first_inputs(model.network, list(model.blocks), batches, model.device, arguments)]
+        for _ in first_inputs(model.network, list(model.blocks), batches, model.device, arguments):
+            pass
 
 
 @torch.no_grad()

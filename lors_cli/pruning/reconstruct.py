@@ -1,0 +1,123 @@
+"""Reconstruction: a pruned block's kept weights are tuned until the block gives what the dense one gives.
+
+Pruning methods make up for the error of each linear on its own; here gradients go through the whole block, attention
+and non-linearities included, so that linears make up for each other.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from lors_cli import console
+from lors_cli.weights import PrunableWeight
+
+if TYPE_CHECKING:
+    from torch import nn
+
+RATE = 0.005
+"""The first step's size, as a share of the root mean square of a parameter's kept weights."""
+BETAS = (0.9, 0.95)
+SAMPLES_A_STEP = 4
+
+Run = Callable[["nn.Module | Substituted", torch.Tensor], torch.Tensor]
+Inputs = Callable[[], torch.Tensor]
+
+
+@dataclass
+class Substituted:
+    """A module that is called with other tensors in place of some of its parameters.
+
+    Args:
+        module: is not changed.
+        tensors: by the parameters' names.
+    """
+
+    module: nn.Module
+    tensors: dict[str, torch.Tensor]
+
+    def __call__(self, *args: object, **kwargs: object) -> torch.Tensor:
+        """The module's output."""
+        return torch.func.functional_call(self.module, self.tensors, args, kwargs)
+
+
+class Reconstruction:
+    """Tunes one block; made while the block is still dense.
+
+    Args:
+        block: dense; a copy is kept.
+        weights: its prunable weights; the parameters that hold them are what is tuned.
+        run: (block, X) -> the block's output, X (samples, tokens, hidden_size).
+    """
+
+    def __init__(self, block: nn.Module, weights: Sequence[PrunableWeight], run: Run) -> None:
+        holders = {(weight.module, weight.key) for weight in weights}
+        self._block, self._run = block, run
+        self._names = [f"{prefix}.{key}" for prefix, module in block.named_modules()
+                       for key, _ in module.named_parameters(recurse=False) if (module, key) in holders]  # fmt: skip
+        self._dense = copy.deepcopy(block)
+
+    def tune(self, inputs: Sequence[Inputs], epochs: int, seed: int) -> tuple[float, float]:
+        """Minimise the mean squared difference to the dense block's outputs by Adam, zeros kept.
+
+        The kept weights are held in float32 meanwhile and rounded to their dtype in every forward pass. The rate
+        falls linearly to 0.
+
+        Args:
+            inputs: give X of each step, drawn in random order; on what the pruned blocks before this one put out.
+            epochs: passes over all of them.
+            seed: of the order.
+
+        Returns:
+            Mean loss of the first and of the last epoch.
+
+        Source: EBFT §3 (block-wise reconstruction of sparse models), arXiv:2402.12419; here Adam, with steps in
+        proportion to each parameter's weights.
+        """
+        stored = dict(self._block.named_parameters())
+        kept = {name: stored[name] != 0 for name in self._names}
+        masters = {name: stored[name].detach().float().requires_grad_() for name in self._names}
+        optimizer = torch.optim.Adam(
+            [{"params": [master], "lr": RATE * float(master.detach()[kept[name]].square().mean().sqrt())}
+             for name, master in masters.items()], betas=BETAS,
+        )  # fmt: skip
+        steps = epochs * len(inputs)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+        generator = torch.Generator().manual_seed(seed)
+        losses: list[float] = []
+        for _ in range(epochs):
+            order = torch.randperm(len(inputs), generator=generator).tolist()
+            total = sum(self._step(inputs[number](), masters, stored, optimizer, schedule, kept) for number in order)
+            losses.append(total / len(inputs))
+        for name, master in masters.items():
+            stored[name].data.copy_(master.detach())
+        console.detail(f"  reconstruction: mean loss {losses[0]:.3g} in the first epoch, {losses[-1]:.3g} in the last")
+        return losses[0], losses[-1]
+
+    def _step(
+        self,
+        x: torch.Tensor,
+        masters: dict[str, torch.Tensor],
+        stored: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+        kept: dict[str, torch.Tensor],
+    ) -> float:
+        with torch.no_grad():
+            target = self._run(self._dense, x).float()
+        with torch.enable_grad():
+            cast = {name: master.to(stored[name].dtype) for name, master in masters.items()}
+            output = self._run(Substituted(self._block, cast), x)
+            loss = (output.float() - target).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            for name, master in masters.items():
+                master.mul_(kept[name])
+        return float(loss.detach())

@@ -1,0 +1,258 @@
+"""Passes that stop before each group, reconstruction, hidden states on disk, OWL and permutation in the driver."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from lors_cli import pruning
+from lors_cli.models import decoder_blocks
+from lors_cli.pruning import hidden_states, prune
+from lors_cli.pruning.calibration import capture
+from lors_cli.pruning.driver import BlockPruner
+from lors_cli.pruning.hidden_states import HiddenStates, choose_place
+from lors_cli.pruning.reconstruct import Reconstruction
+from lors_cli.pruning.staged import run_staged, shared_inputs
+from lors_cli.recipe import CalibrationConfig, ModelConfig, PruneConfig
+from lors_cli.sparsity import Pattern
+from lors_cli.streaming import BlockwiseModel
+from lors_cli.weights import block_weights, prunable_weights
+
+Build = Callable[..., PreTrainedModel]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL."""
+
+
+def pruned_in_memory(model: PreTrainedModel, batches: list[torch.Tensor], work: Path, **settings: Any) -> BlockPruner:
+    config = PruneConfig(**settings)
+    source = BlockwiseModel(model.requires_grad_(False), torch.device("cpu"), None)
+    pruner = BlockPruner(config, source, Pattern.of(config), work)
+    pruner.with_calibration(batches)
+    return pruner
+
+
+def test_groups_of_shared_inputs(build: Build, batches: list[torch.Tensor]) -> None:
+    model = build()
+    hidden, arguments = capture(model, list(model.model.layers), batches)
+    block = model.model.layers[0]
+    weights = block_weights(block, "b")
+    groups = shared_inputs(weights, partial(arguments[0].run, block, hidden[0]))
+    assert groups == [
+        ["b.self_attn.q_proj", "b.self_attn.k_proj", "b.self_attn.v_proj"], ["b.self_attn.o_proj"],
+        ["b.mlp.gate_proj", "b.mlp.up_proj"], ["b.mlp.down_proj"],
+    ]  # fmt: skip
+    assert shared_inputs(weights, lambda: hidden[0]) is None  # never called
+
+
+def test_true_sequential_wanda_equals_a_naive_run(build: Build, batches: list[torch.Tensor], tmp_path: Path) -> None:
+    model, reference = build(), build()
+    pruned_in_memory(model, batches, tmp_path, method="wanda", true_sequential=True)
+
+    for layer in reference.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        stages = [[attention.q_proj, attention.k_proj, attention.v_proj], [attention.o_proj],
+                  [mlp.gate_proj, mlp.up_proj], [mlp.down_proj]]  # fmt: skip
+        for linears in stages:  # whole forward passes anew for each group, on what is pruned so far
+            squares: list[torch.Tensor] = []
+            handle = linears[0].register_forward_pre_hook(
+                lambda _, args, squares=squares: squares.append(args[0].double().square().sum((0, 1)))
+            )
+            with torch.no_grad():
+                for batch in batches:
+                    reference(input_ids=batch)
+            handle.remove()
+            norms = torch.stack(squares).sum(0).sqrt()
+            for linear in linears:
+                score = linear.weight.abs().double() * norms
+                lowest = score.view(len(score), -1, 4).argsort(-1)[..., :2]
+                linear.weight.data.view(len(score), -1, 4).scatter_(-1, lowest, 0.0)
+    for (name, got), expected in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert torch.equal(got, expected), name
+
+
+def test_the_outputs_are_those_of_the_pruned_block(build: Build, batches: list[torch.Tensor], tmp_path: Path) -> None:
+    model = build()
+    seen: list[torch.Tensor] = []
+    put = HiddenStates.put
+
+    def noted(self: HiddenStates, number: int, hidden: torch.Tensor) -> None:
+        if self._index == 1:
+            seen.append(hidden)
+        put(self, number, hidden)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HiddenStates, "put", noted)
+        pruned_in_memory(model, batches, tmp_path, method="admm")
+    for batch, hidden in zip(batches, seen, strict=True):
+        caught: list[torch.Tensor] = []
+        handle = model.model.norm.register_forward_pre_hook(lambda _, args, caught=caught: caught.append(args[0]))
+        model(input_ids=batch)
+        handle.remove()
+        torch.testing.assert_close(hidden, caught[0])
+
+
+def test_an_error_inside_a_pass_comes_out() -> None:
+    linear = nn.Linear(2, 2)
+
+    def broken() -> torch.Tensor:
+        linear(torch.ones(1, 2))
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        list(run_staged([linear], [broken, broken], lambda *_: None, lambda _: None))
+    assert not linear._forward_pre_hooks
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "GPT-2", "OPT", "Gemma2", "Mixtral"])
+@pytest.mark.parametrize("sequential", [False, True])
+def test_reconstruction_brings_a_block_nearer_to_the_dense_one(
+    architecture: str, sequential: bool, build: Build, batches: list[torch.Tensor], tmp_path: Path
+) -> None:
+    errors = []
+    dense = build(architecture)
+    _, blocks = decoder_blocks(dense)
+    hidden, arguments = capture(dense, list(blocks), batches)
+    for epochs in (0, 3):
+        model = build(architecture)
+        (tmp_path / str(epochs)).mkdir()
+        pruner = pruned_in_memory(
+            model,
+            batches,
+            tmp_path / str(epochs),
+            method="wanda",
+            true_sequential=sequential,
+            reconstruct_epochs=epochs,
+        )
+        assert all(layer.sparsity == 0.5 and not layer.violations for layer in pruner.layers)
+        _, pruned_blocks = decoder_blocks(model)
+        with torch.no_grad():
+            difference = [arguments[0].run(pruned_blocks[0], x) - arguments[0].run(blocks[0], x) for x in hidden]
+        errors.append(sum(float(part.square().sum()) for part in difference))
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_reconstruction_keeps_zeros_and_the_number_format(build: Build, batches: list[torch.Tensor]) -> None:
+    model = build().bfloat16().requires_grad_(False)
+    hidden, arguments = capture(model, list(model.model.layers), batches)
+    block = model.model.layers[0]
+    weights = block_weights(block, "b")
+    reconstruction = Reconstruction(block, [*weights.values()], arguments[0].run)
+    for weight in weights.values():
+        weight.matrix[:, ::2] = 0
+    norm = block.input_layernorm.weight.clone()
+    first, last = reconstruction.tune([lambda x=x: x for x in hidden], epochs=4, seed=0)
+    assert last < first
+    for weight in weights.values():
+        assert weight.matrix.dtype == torch.bfloat16
+        assert not weight.matrix[:, ::2].any()
+        assert weight.matrix[:, 1::2].all()
+    assert torch.equal(block.input_layernorm.weight, norm)
+
+
+@pytest.mark.parametrize("settings", [
+    {"method": "sparsegpt"}, {"method": "admm"}, {"method": "wanda", "reconstruct_epochs": 1},
+    {"method": "wanda", "pattern": "unstructured", "sparsity": 0.5, "layer_sparsity": "owl"},
+])  # fmt: skip
+def test_hidden_states_on_disk_change_nothing(
+    settings: dict[str, Any], checkpoint: Path, token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = []
+    for offload in ("device", "disk"):
+        calibration = CalibrationConfig(dataset=str(token_file), batch_size=4, offload=offload)  # type: ignore[arg-type]
+        prune(PruneConfig(calibration=calibration, **settings), ModelConfig(path=str(checkpoint)), tmp_path / offload)
+        results.append(load_file(tmp_path / offload / "model.safetensors"))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+@pytest.mark.parametrize("settings", [
+    {"method": "admm"}, {"method": "wanda", "reconstruct_epochs": 1}, {"method": "ria", "channel_permutation": True},
+    {"method": "wanda", "pattern": "unstructured", "sparsity": 0.5, "layer_sparsity": "owl"},
+])  # fmt: skip
+@pytest.mark.parametrize("calls", [1, 2, 4, 5])
+def test_a_killed_run_goes_on_to_the_same_bits(
+    settings: dict[str, Any],
+    calls: int,
+    checkpoint: Path,
+    token_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = PruneConfig(calibration=CalibrationConfig(dataset=str(token_file), batch_size=4), **settings)
+    prune(config, ModelConfig(path=str(checkpoint)), tmp_path / "unbroken")
+    advance, count = HiddenStates.advance, 0
+
+    def killed(self: HiddenStates, *args: Any) -> None:
+        nonlocal count
+        count += 1
+        advance(self, *args)
+        if count == calls:
+            self.settle()
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HiddenStates, "advance", killed)
+        if calls <= 4 or "layer_sparsity" in settings:
+            with pytest.raises(Killed):
+                prune(config, ModelConfig(path=str(checkpoint)), tmp_path / "out")
+    prune(config, ModelConfig(path=str(checkpoint)), tmp_path / "out")
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("unbroken", "out"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_where_hidden_states_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    free = type("Free", (), {"available": 1000})
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    assert choose_place("auto", 500, cpu) == "device"
+    assert choose_place("auto", 501, cpu) == "disk"
+    assert choose_place("cpu", 10**9, cpu) == "device"
+    assert choose_place("disk", 1, cpu) == "disk"
+    assert hidden_states.SHARE_OF_FREE == 0.5
+
+
+def test_owl_prunes_the_model_to_the_share_asked_for(checkpoint: Path, token_file: Path, tmp_path: Path) -> None:
+    config = PruneConfig(
+        method="sparsegpt", pattern="unstructured", sparsity=0.5, layer_sparsity="owl",
+        calibration=CalibrationConfig(dataset=str(token_file), batch_size=4),
+    )  # fmt: skip
+    record = prune(config, ModelConfig(path=str(checkpoint)), tmp_path / "out")
+    layers = record.metrics["layers"]
+    by_block = [
+        {round(layer["sparsity"], 3) for layer in layers if layer["name"].startswith(f"model.layers.{index}.")}
+        for index in range(3)
+    ]
+    assert len({min(shares) for shares in by_block}) > 1
+    assert record.metrics["sparsity"] == pytest.approx(0.5, abs=2e-3)
+    assert all(0.41 < share < 0.59 for shares in by_block for share in shares)
+
+
+@pytest.mark.parametrize("method", ["ria", "admm", "magnitude"])
+def test_channel_permutation_keeps_the_function_before_pruning(
+    method: str, build: Build, batches: list[torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a method that removes nothing, what is left is the permutation alone."""
+    dense, model = build().double(), build().double()
+    monkeypatch.setattr(pruning.methods, "prune_group", lambda _method, weights, *_: list(weights))
+    config = PruneConfig(method=method, channel_permutation=True)  # type: ignore[arg-type]
+    source = BlockwiseModel(model.requires_grad_(False), torch.device("cpu"), None)
+    pruner = BlockPruner(config, source, Pattern.of(config), tmp_path)
+    if method == "magnitude":
+        pruner.without_data()
+    else:
+        pruner.with_calibration(batches)
+    moved = [name for name, weight in prunable_weights(model).items()
+             if not torch.equal(weight.matrix, prunable_weights(dense)[name].matrix)]  # fmt: skip
+    assert {name.rpartition(".")[2] for name in moved} == {"v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    for batch in batches:
+        torch.testing.assert_close(model(input_ids=batch).logits, dense(input_ids=batch).logits, rtol=0, atol=1e-9)
