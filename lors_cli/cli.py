@@ -58,7 +58,7 @@ def _stage(
     """Plan and run one stage; its plan when it ran or was done, None after a dry run."""
     from lors_cli import views
     from lors_cli.loading import find_config, load_stage
-    from lors_cli.pipeline import guard_out, run_single
+    from lors_cli.pipeline import check_memory, guard_out, run_single
     from lors_cli.plans import plan_single, resolve_data_dir
 
     guard_out(out, stage, [model.path for model in models.values()])
@@ -67,6 +67,7 @@ def _stage(
     plan = plan_single(stage, settings, models, out, data)
     if dry_run:
         views.show_plan(views.plan_document(stage, out, [plan]))
+        check_memory(plan)
         return None
     run_single(plan, data)
     return plan
@@ -86,7 +87,7 @@ def run(
     """Run a recipe: prune, tune, evaluate. A second call goes on where the first stopped."""
     from lors_cli import views
     from lors_cli.loading import find_recipe, load_recipe
-    from lors_cli.pipeline import guard_out, run_recipe
+    from lors_cli.pipeline import check_memory, guard_out, run_recipe
     from lors_cli.plans import plan_stages, resolve_data_dir, select
 
     settings = load_recipe(find_recipe(recipe), overrides or [])
@@ -96,6 +97,8 @@ def run(
         guard_out(folder, "run")
         plans = select(plan_stages(settings, folder, resolve_data_dir(settings.data_dir)), first, last, again)
         views.show_plan(views.plan_document(settings.name, folder, plans))
+        for plan in plans:
+            check_memory(plan)
         return
     views.show_run(run_recipe(settings, folder, first=first, last=last, force=again))
 

@@ -29,6 +29,8 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
+from lors_cli import parallel
+
 Mode = Literal["human", "json"]
 LINE_EVERY_S = 10.0
 WIDTH_OF_FILES = 160
@@ -41,12 +43,17 @@ def _plain_width(out: Console) -> Console:
     return out
 
 
+def _stream(**options: Any) -> Console:
+    """A console; of several processes on one job only the first one's speaks."""
+    return Console(highlight=False, emoji=False, soft_wrap=True, quiet=not parallel.is_main(), **options)
+
+
 @dataclass
 class _State:
     mode: Mode = "human"
     verbosity: int = 0
-    log: Console = field(default_factory=lambda: Console(stderr=True, highlight=False, emoji=False, soft_wrap=True))
-    out: Console = field(default_factory=lambda: _plain_width(Console(highlight=False, emoji=False, soft_wrap=True)))
+    log: Console = field(default_factory=lambda: _stream(stderr=True))
+    out: Console = field(default_factory=lambda: _plain_width(_stream()))
 
 
 _state = _State()
@@ -97,7 +104,8 @@ def warn(message: str) -> None:
 
 
 def error(message: str, hint: str | None = None) -> None:
-    """The one message of a failed command."""
+    """The one message of a failed command, of whichever process it is."""
+    _state.log.quiet = False
     _state.log.print(f"[bold red]error:[/bold red] {escape(message)}")
     if hint:
         _state.log.print(f"  {escape(hint)}")
@@ -115,7 +123,7 @@ def document(value: Any) -> None:
     Args:
         value: JSON-serialisable; NaN and infinities are written as null by the caller.
     """
-    if _state.mode == "json":
+    if _state.mode == "json" and parallel.is_main():
         sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
         sys.stdout.flush()
 

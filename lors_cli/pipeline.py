@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lors_cli import console, run_dir
+from lors_cli import console, parallel, run_dir
 from lors_cli.errors import ResourceError, UsageError
 from lors_cli.plans import StagePlan, describe, plan_stages, resolve_data_dir, select
 from lors_cli.recipe import STAGES, PruneConfig, Recipe, TuneConfig
@@ -68,7 +68,13 @@ def guard_out(out: Path, stage: str, inputs: Iterable[str] = ()) -> None:
 
 @contextmanager
 def claim(out: Path) -> Iterator[None]:
-    """Hold `out` for this process; a folder made for it goes again when nothing was written there."""
+    """Hold `out` for this process; a folder made for it goes again when nothing was written there.
+
+    Of several processes on one job the first one holds it for all.
+    """
+    if not parallel.is_main():
+        yield
+        return
     fresh = not out.exists()
     with run_dir.lock(out):
         try:
@@ -99,6 +105,19 @@ def check_disk(plan: StagePlan) -> None:
         )
 
 
+def check_memory(plan: StagePlan) -> None:
+    """Refuse a stage that is to run and cannot fit in the memory that is free here.
+
+    Raises:
+        ResourceError: naming what is needed, what is free, and which settings would fit.
+    """
+    from lors_cli.planning import shortage
+
+    found = shortage(plan.config, plan.origin) if plan.status != "done" else None
+    if found is not None:
+        raise ResourceError(*found)
+
+
 def run_stage(plan: StagePlan, data_dir: Path | None) -> None:
     """Do one stage's work.
 
@@ -110,7 +129,13 @@ def run_stage(plan: StagePlan, data_dir: Path | None) -> None:
     from lors_cli.pruning import prune
     from lors_cli.tuning import tune
 
+    if parallel.num_processes() > 1 and not isinstance(plan.config, PruneConfig):
+        raise UsageError(
+            f"{plan.stage} runs in one process, and torchrun started {parallel.num_processes()}; pruning can use them.",
+            "Start this command again without torchrun: what is finished is not done again.",
+        )
     check_disk(plan)
+    check_memory(plan)
     if isinstance(plan.config, PruneConfig):
         prune(plan.config, next(iter(plan.models.values())), plan.folder, data_dir=data_dir)
     elif isinstance(plan.config, TuneConfig):

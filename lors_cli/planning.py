@@ -7,9 +7,9 @@ from typing import Any
 
 from lors_cli.console import gib
 from lors_cli.errors import LorsError, UsageError
+from lors_cli.pruning import estimate as pruning_estimate
 from lors_cli.recipe import EvalConfig, ModelConfig, PruneConfig, TuneConfig
 
-DEFAULT_LENGTH = 2048
 RUNTIME = 512 << 20
 """Bytes that Python and the libraries take whatever the model."""
 TASK_LENGTH = 512
@@ -25,24 +25,28 @@ class ModelSize:
         num_prunable: weights of the linears in decoder blocks.
         largest_input: widest input of these linears.
         linears: (out_features, in_features) of each.
+        block: the largest block's: (out_features, in_features, whether it is one of several experts).
         hidden_size: width of the residual stream.
         intermediate_size: width of the MLP.
         num_blocks: decoder blocks.
         vocab_size: tokens.
         max_length: longest sequence.
         bytes_a_weight: of the number format.
+        streamed: whether blocks can be read one at a time.
     """
 
     num_parameters: int
     num_prunable: int
     largest_input: int
     linears: tuple[tuple[int, int], ...]
+    block: tuple[tuple[int, int, bool], ...]
     hidden_size: int
     intermediate_size: int
     num_blocks: int
     vocab_size: int
     max_length: int
     bytes_a_weight: int
+    streamed: bool = True
 
     @property
     def num_bytes(self) -> int:
@@ -77,7 +81,9 @@ def _measured(config: ModelConfig) -> ModelSize | None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from lors_cli.models import model_max_length, prunable_linears, quiet_libraries
+    from lors_cli.models import decoder_blocks, model_max_length, quiet_libraries
+    from lors_cli.sources import locate
+    from lors_cli.weights import block_weights
 
     try:
         with quiet_libraries(), torch.device("meta"):
@@ -85,7 +91,10 @@ def _measured(config: ModelConfig) -> ModelSize | None:
     except (ValueError, KeyError) as error:
         kind = getattr(settings, "model_type", "unknown")
         raise UsageError(f"{config.path} is a {kind} model, not a decoder-only causal language model.") from error
-    linears = tuple((linear.out_features, linear.in_features) for linear in prunable_linears(model).values())
+    prefix, modules = decoder_blocks(model)
+    blocks = [[(*weight.shape, weight.expert is not None) for weight in block_weights(block, prefix).values()]
+              for block in modules]  # fmt: skip
+    linears = tuple((rows, columns) for block in blocks for rows, columns, _ in block)
     if not linears:
         raise UsageError(f"{config.path}: its decoder blocks hold no linear that could be pruned.")
     text = settings.get_text_config()
@@ -94,12 +103,14 @@ def _measured(config: ModelConfig) -> ModelSize | None:
         num_prunable=sum(rows * columns for rows, columns in linears),
         largest_input=max(columns for _, columns in linears),
         linears=linears,
+        block=tuple(max(blocks, key=lambda block: sum(rows * columns for rows, columns, _ in block))),
         hidden_size=text.hidden_size,
         intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         num_blocks=text.num_hidden_layers,
         vocab_size=text.vocab_size,
         max_length=model_max_length(settings),
         bytes_a_weight=_bytes_a_weight(config, getattr(settings, "dtype", None)),
+        streamed=locate(config.path).gguf_file is None,
     )
 
 
@@ -151,7 +162,8 @@ def estimate(config: PruneConfig | TuneConfig | EvalConfig, size: ModelSize) -> 
         size: of the model it loads.
     """
     if isinstance(config, PruneConfig):
-        return _with_runtime(_estimate_prune(config, size))
+        parts = pruning_estimate.memory_parts(config, size)
+        return _with_runtime(Estimate(sum(parts.values()), pruning_estimate.disk(config, size)))
     if isinstance(config, TuneConfig):
         return _with_runtime(_estimate_tune(config, size))
     tokens = config.batch_size * min(TASK_LENGTH, size.max_length)
@@ -161,23 +173,6 @@ def estimate(config: PruneConfig | TuneConfig | EvalConfig, size: ModelSize) -> 
 
 def _with_runtime(needs: Estimate) -> Estimate:
     return Estimate(needs.memory + RUNTIME, needs.disk)
-
-
-def _estimate_prune(config: PruneConfig, size: ModelSize) -> Estimate:
-    if config.method == "magnitude" and not config.refit:
-        return Estimate(int(1.2 * size.num_bytes), size.num_bytes + (16 << 20))
-    calibration = config.calibration
-    length = calibration.sequence_length or min(DEFAULT_LENGTH, size.max_length)
-    tokens = (calibration.num_samples or 128) * length
-    hidden = tokens * size.hidden_size * size.bytes_a_weight
-    in_flight = calibration.batch_size * length
-    block = in_flight * (6 * size.hidden_size + 4 * size.intermediate_size) * (size.bytes_a_weight + 4)
-    solver = 0
-    if config.refit or config.method in ("sparsegpt", "admm"):
-        widest = max(rows for rows, columns in size.linears if columns == size.largest_input)
-        solver = 4 * (5 * size.largest_input**2 + 3 * widest * size.largest_input)
-    memory = size.num_bytes + hidden + block + solver
-    return Estimate(memory, 2 * size.num_bytes + 2 * hidden + (16 << 20))
 
 
 def _estimate_tune(config: TuneConfig, size: ModelSize) -> Estimate:
@@ -206,3 +201,46 @@ def try_estimate(config: Any, model: ModelConfig) -> tuple[Estimate | None, str]
     if size is None:
         return None, "size unknown until the model's config.json is downloaded"
     return estimate(config, size), ""
+
+
+def shortage(config: Any, model: ModelConfig) -> tuple[str, str] | None:
+    """Why a stage cannot run in the memory that is free here, and what would fit; None if it can, or is not known.
+
+    Args:
+        config: the stage's settings; only pruning's needs are known well enough to refuse.
+        model: the model it loads.
+    """
+    if not isinstance(config, PruneConfig):
+        return None
+    size = try_size(model)
+    if size is None:
+        return None
+    free = free_memory(model)
+    needed = estimate(config, size).memory
+    if needed <= free:
+        return None
+    parts = pruning_estimate.memory_parts(config, size)
+    largest = ", ".join(
+        f"{name.replace('_', ' ')} {gib(parts[name])}" for name in sorted(parts, key=parts.__getitem__)[:1:-1]
+    )
+    fits = [words for words, other in pruning_estimate.smaller(config) if estimate(other, size).memory <= free]
+    hint = f"This would fit: {fits[0]}" if fits else "Nothing that keeps the result would fit: use a larger machine."
+    return f"prune needs about {gib(needed)} of memory, {gib(free)} are free ({largest}).", hint
+
+
+def free_memory(model: ModelConfig) -> int:
+    """Bytes that are free where the model's blocks would be computed."""
+    import psutil
+    import torch
+
+    if model.device.startswith("cuda") or (model.device == "auto" and torch.cuda.is_available()):
+        return torch.cuda.mem_get_info()[0]
+    return psutil.virtual_memory().available
+
+
+def try_size(model: ModelConfig) -> ModelSize | None:
+    """The model's sizes where they are known."""
+    try:
+        return model_size(model)
+    except LorsError:
+        return None

@@ -79,6 +79,8 @@ def prune(config: PruneConfig, model: ModelConfig, out: Path, *, data_dir: Path 
     started = time.monotonic()
     if Path(model.path).expanduser().resolve() == out.resolve():
         raise UsageError(f"{out} is the model itself and would be overwritten.", "Choose another --out.")
+    if config.reconstruct_epochs and parallel.num_processes() > 1:
+        raise UsageError("reconstruct_epochs runs in one process.", "Start the command without torchrun.")
     pattern = Pattern.of(config)
     base_fingerprint = model_fingerprint(model)
     fingerprint = stage_fingerprint(config, base_fingerprint, data_dir)

@@ -1,0 +1,118 @@
+"""What pruning will need, by arithmetic: one decoder block at a time, never the model.
+
+Bytes throughout. The parts are those of the driver: a block and its neighbour (one is being saved while the next is
+pruned), what a forward pass holds, the sums XᵀX of the block's inputs, what a solver adds to them, and the hidden
+states of all samples between blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from lors_cli.pruning.methods import statistics_kind
+
+if TYPE_CHECKING:
+    from lors_cli.planning import ModelSize
+    from lors_cli.recipe import PruneConfig
+
+FLOAT = 4
+CAST = 256 << 20
+"""Inputs held in float32 at a time; lors_cli.pruning.statistics."""
+MATRICES = {"sparsegpt": 2, "admm": 4}
+"""Matrices of the size of H that a solver holds beside H."""
+STACKS = {"sparsegpt": 3, "admm": 6}
+"""Copies of the stacked weights of a group that a solver holds, in float32."""
+SAMPLES_A_STEP = 4
+
+
+def memory_parts(config: PruneConfig, size: ModelSize, num_processes: int = 1) -> dict[str, int]:
+    """Peak memory of one process while it prunes, by part; libraries are not counted.
+
+    Args:
+        config: the stage's settings.
+        size: of the model.
+        num_processes: that share the calibration samples.
+
+    Returns:
+        Bytes of: weights, activations, statistics, solver, hidden_states.
+    """
+    block = sum(rows * columns for rows, columns, _ in size.block) * size.bytes_a_weight
+    outside = (size.num_parameters - size.num_prunable) * size.bytes_a_weight
+    weights = max(2 * block, outside) if size.streamed else size.num_bytes
+    if config.method == "magnitude":
+        largest = max(rows * columns for rows, columns, _ in size.block)
+        return {
+            "weights": weights,
+            "activations": 0,
+            "statistics": 0,
+            "solver": 3 * FLOAT * largest,
+            "hidden_states": 0,
+        }
+    tokens, in_flight = _tokens(config, size)
+    mine = -(-tokens // num_processes)
+    width = 3 * size.hidden_size + 3 * size.intermediate_size
+    activations = in_flight * width * size.bytes_a_weight + CAST
+    if config.sequential and not any(expert for *_, expert in size.block):
+        activations += mine * (2 * size.hidden_size + size.intermediate_size) * size.bytes_a_weight
+    statistics, solver = _statistics(config, size), _solver(config, size)
+    if config.reconstruct_epochs:
+        samples = SAMPLES_A_STEP * in_flight // config.calibration.batch_size
+        kept = samples * (10 * size.hidden_size + 6 * size.intermediate_size) * FLOAT
+        solver = max(statistics + solver, 5 * FLOAT * block // size.bytes_a_weight + block + kept) - statistics
+    hidden = 0 if config.calibration.offload == "disk" else mine * size.hidden_size * size.bytes_a_weight
+    return {"weights": weights, "activations": activations, "statistics": statistics, "solver": solver,
+            "hidden_states": hidden}  # fmt: skip
+
+
+def disk(config: PruneConfig, size: ModelSize) -> int:
+    """The sparse checkpoint, the blocks it is made from, and the hidden states an interrupted run goes on from."""
+    tokens = 0 if config.method == "magnitude" else _tokens(config, size)[0]
+    return 2 * size.num_bytes + 2 * tokens * size.hidden_size * size.bytes_a_weight + (16 << 20)
+
+
+def smaller(config: PruneConfig) -> list[tuple[str, PruneConfig]]:
+    """Settings of the same result, or nearly so, that need less memory: what to write, and the config with it."""
+    calibration = config.calibration
+    on_disk = replace(config, calibration=replace(calibration, offload="disk"))
+    one = replace(on_disk, calibration=replace(on_disk.calibration, batch_size=1))
+    found = [("calibration.offload=disk", on_disk), ("calibration.offload=disk calibration.batch_size=1", one)]
+    if config.sequential:
+        words = "calibration.offload=disk calibration.batch_size=1 true_sequential=false"
+        found.append((words, replace(one, true_sequential=False)))
+    return found
+
+
+def _tokens(config: PruneConfig, size: ModelSize) -> tuple[int, int]:
+    """Of all samples, and of one batch."""
+    calibration = config.calibration
+    length = calibration.sequence_length or min(2048, size.max_length)
+    return (calibration.num_samples or 128) * length, calibration.batch_size * length
+
+
+def _statistics(config: PruneConfig, size: ModelSize) -> int:
+    """The sums of a block: of all its inputs, or with `true_sequential` of the widest.
+
+    Weights that read the same input share its sums: of those that are `hidden_size` wide there are three inputs
+    (attention's, its output's, the MLP's).
+    """
+    if statistics_kind(config) == "norm":
+        return 0
+    experts = [columns for _, columns, expert in size.block if expert]
+    narrow = [columns for _, columns, expert in size.block if not expert and columns == size.hidden_size]
+    others = [columns for _, columns, expert in size.block if not expert and columns != size.hidden_size]
+    inputs = [*experts, *narrow[:3], *others]
+    widest = max(inputs)
+    alone = config.sequential and not experts
+    return FLOAT * (widest**2 if alone else sum(columns**2 for columns in inputs))
+
+
+def _solver(config: PruneConfig, size: ModelSize) -> int:
+    most = 0
+    for columns in {columns for _, columns, _ in size.block}:
+        rows = max(rows for rows, other, _ in size.block if other == columns)
+        stacked = 2 * rows if columns == size.hidden_size else rows  # gate and up are solved together
+        matrices = max(MATRICES.get(config.method, 0), 1 if config.refit else 0)
+        stacks = max(STACKS.get(config.method, 3), 7 if config.refit else 0)
+        most = max(most, FLOAT * (matrices * columns**2 + stacks * stacked * columns))
+    return most

@@ -1,0 +1,117 @@
+"""Two processes under torchrun prune like one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lors_cli import parallel
+from lors_cli.errors import UsageError
+from lors_cli.pruning.hidden_states import HiddenStates
+from lors_cli.pruning.passes import start_walk
+from lors_cli.recipe import CalibrationConfig, ModelConfig
+from lors_cli.streaming import open_blockwise
+
+
+def prune_command(processes: int, checkpoint: Path, tokens: Path, out: Path, *options: str) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [
+        sys.executable, *(launcher if processes > 1 else []), "-m", "lors_cli", "prune", str(checkpoint),
+        "--out", str(out), "--calibration", str(tokens), "calibration.batch_size=4", "--json", *options,
+    ]  # fmt: skip
+
+
+def prune(*args: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = prune_command(*args)  # type: ignore[arg-type]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+
+
+@pytest.mark.parametrize("options", [
+    ("--method", "sparsegpt"), ("--method", "admm"), ("--method", "wanda", "channel_permutation=true"),
+    ("--method", "wanda", "--pattern", "unstructured", "--sparsity", "0.5", "layer_sparsity=owl"),
+])  # fmt: skip
+def test_two_processes_prune_like_one(
+    options: tuple[str, ...], checkpoint: Path, token_file: Path, tmp_path: Path
+) -> None:
+    results = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        done = prune(processes, checkpoint, token_file, out, *options)
+        assert done.returncode == 0, done.stderr
+        json.loads(done.stdout)  # one document, from one process
+        assert done.stderr.count("calibration: ") == 1
+        record = json.loads((out / "stage.json").read_text())
+        assert record["metrics"]["calibration"] == {"num_samples": 10, "tokens": 240}
+        assert {path.name for path in out.iterdir()} >= {"model.safetensors", "config.json", "stage.json"}
+        assert not (out / ".work").exists()
+        results.append((record, load_file(out / "model.safetensors")))
+    (first_record, first), (second_record, second) = results
+    assert first_record["fingerprint"] == second_record["fingerprint"]
+    assert second_record["metrics"]["violations"] == 0
+    assert first.keys() == second.keys()
+    for name in first:
+        if ".layers.0." in name and name.endswith("_proj.weight"):
+            agree = ((first[name] != 0) == (second[name] != 0)).double().mean()
+            assert agree > 0.99, name
+
+
+def test_experts_that_one_process_does_not_see(
+    tmp_path: Path, token_file: Path, build: object, word_tokenizer: object
+) -> None:
+    build("Mixtral", num_local_experts=8).save_pretrained(tmp_path / "dense")  # type: ignore[operator]
+    word_tokenizer.save_pretrained(tmp_path / "dense")  # type: ignore[attr-defined]
+    done = prune(2, tmp_path / "dense", token_file, tmp_path / "out", "--method", "sparsegpt")
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "out" / "stage.json").read_text())["metrics"]
+    assert (metrics["sparsity"], metrics["violations"]) == (0.5, 0)
+
+
+def test_reconstruction_is_for_one_process(checkpoint: Path, token_file: Path, tmp_path: Path) -> None:
+    done = prune(2, checkpoint, token_file, tmp_path / "out", "--method", "wanda", "reconstruct_epochs=1")
+    assert done.returncode != 0
+    assert "reconstruct_epochs runs in one process" in done.stderr
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_more_processes_than_batches_are_refused(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    source = open_blockwise(ModelConfig(path=str(checkpoint), dtype="float32"))
+    with pytest.raises(UsageError, match="2 calibration batches cannot be shared by 3 processes"):
+        start_walk(source, [torch.zeros(4, 8).long()] * 2, CalibrationConfig(), tmp_path)
+
+
+def test_another_number_of_processes_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden = {number: torch.randn(2, 3, 4) for number in range(5)}
+    for rank in (0, 1):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", str(rank))
+        states = HiddenStates(tmp_path, "device", torch.device("cpu"))
+        mine = range(rank, 5, 2)
+        states.expect(dict.fromkeys(mine, (2, 3, 4)), torch.float32)
+        for number in mine:
+            states.put(number, hidden[number])
+        states.advance()
+        states.close()
+        assert HiddenStates(tmp_path, "device", torch.device("cpu")).resume(list(mine), 5) == (0 if rank else None)
+    monkeypatch.delenv("WORLD_SIZE")
+    for place in ("device", "disk"):
+        alone = HiddenStates(tmp_path, place, torch.device("cpu"))  # type: ignore[arg-type]
+        assert alone.resume(list(range(5)), 5) == 0
+        assert all(torch.equal(alone.get(number), hidden[number]) for number in range(5))
+
+
+def test_only_the_first_process_is_main(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")  # of a job that is not torchrun's
+    assert parallel.is_main()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert not parallel.is_main()
