@@ -98,9 +98,16 @@ def keep_largest(scores: torch.Tensor, pattern: Pattern, *, per_row: bool) -> to
         return torch.stack(keep_of_group(groups, pattern), dim=-1).flatten(1)
     rows = scores if per_row else scores.reshape(1, -1)
     num_kept = rows.shape[1] - pattern.num_removed(rows.shape[1])
-    order = rows.sort(dim=-1, descending=True, stable=True).indices
-    mask = torch.zeros_like(rows, dtype=torch.bool)
-    return mask.scatter_(-1, order[:, :num_kept], True).view_as(scores)
+    if num_kept == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    lowest_kept = rows.kthvalue(rows.shape[1] - num_kept + 1, dim=-1, keepdim=True).values
+    mask = rows >= lowest_kept
+    excess = mask.sum(-1, keepdim=True) - num_kept
+    if bool(excess.any()):  # equal scores: as many of the last of them go
+        tied = rows == lowest_kept
+        from_the_right = tied.flip(-1).cumsum(-1).flip(-1)
+        mask &= ~(tied & (from_the_right <= excess))
+    return mask.view_as(scores)
 
 
 def keep_of_group(scores: Sequence[torch.Tensor], pattern: Pattern) -> list[torch.Tensor]:
