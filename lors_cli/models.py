@@ -214,43 +214,6 @@ def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     return max(found, key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
 
 
-def block_linears(block: nn.Module, prefix: str) -> dict[str, nn.Linear]:
-    """The linears of one decoder block by full name, in the block's order.
-
-    Args:
-        block: a decoder block.
-        prefix: its own full name, put before each linear's.
-
-    Raises:
-        UsageError: the block holds a kind of weight that is not supported, which is named.
-    """
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
-    linears = {}
-    for name, module in block.named_modules():
-        full_name = f"{prefix}.{name}"
-        if isinstance(module, Conv1D):
-            raise UsageError(f"not supported: {full_name} is a Conv1D, not an nn.Linear.")
-        for key, weight in module.named_parameters(recurse=False):
-            if weight.dim() > 2:
-                shape = " × ".join(str(size) for size in weight.shape)
-                raise UsageError(
-                    f"not supported: {full_name}.{key} ({shape}) is no matrix, but several experts in one tensor or a "
-                    "convolution."
-                )
-        if isinstance(module, nn.Linear):
-            linears[full_name] = module
-    return linears
-
-
-def prunable_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
-    """Every linear in the model's decoder blocks by full name; embeddings and head are not among them."""
-    prefix, blocks = decoder_blocks(model)
-    return {name: linear for index, block in enumerate(blocks)
-            for name, linear in block_linears(block, f"{prefix}.{index}").items()}  # fmt: skip
-
-
 def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write an ordinary Hugging Face checkpoint: safetensors (sharded above 5 GB), configuration, tokenizer.
 

@@ -10,7 +10,8 @@ from lors_cli.errors import LorsError, UsageError
 from lors_cli.pruning import estimate as pruning_estimate
 from lors_cli.recipe import EvalConfig, ModelConfig, PruneConfig, TuneConfig
 
-RUNTIME = 512 << 20
+GIB = 1 << 30
+RUNTIME = GIB // 2
 """Bytes that Python and the libraries take whatever the model."""
 TASK_LENGTH = 512
 """Tokens that few documents of a zero-shot task exceed."""

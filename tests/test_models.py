@@ -16,13 +16,11 @@ from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausa
 from lors_cli import models
 from lors_cli.errors import LorsError, MissingError, ResourceError, UsageError
 from lors_cli.models import (
-    block_linears,
     decoder_blocks,
     load_config,
     load_model,
     load_tokenizer,
     model_max_length,
-    prunable_linears,
     resolve_device,
     resolve_dtype,
     save_checkpoint,
@@ -373,20 +371,6 @@ class TestBlocks:
         model.model.layers = nn.ModuleList([model.model.layers[0], nn.Identity()])
         with pytest.raises(UsageError, match="LlamaForCausalLM is not supported"):
             decoder_blocks(model)
-
-    def test_prunable_linears(self) -> None:
-        model = tiny_llama()
-        linears = prunable_linears(model)
-        parts = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
-                 "mlp.up_proj", "mlp.down_proj"]  # fmt: skip
-        assert list(linears) == [f"model.layers.{index}.{part}" for index in range(2) for part in parts]
-        assert all(model.get_submodule(name) is linear for name, linear in linears.items())
-
-    def test_unsupported_weights_are_named(self) -> None:
-        block = nn.Module()
-        block.mixer = nn.Conv1d(4, 4, 3)
-        with pytest.raises(UsageError, match=r"not supported: h\.0\.mixer\.weight \(4 × 4 × 3\)"):
-            block_linears(block, "h.0")
 
     def test_an_encoder_works_through_the_same_search(self) -> None:
         config = BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,

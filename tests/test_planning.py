@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from lors_cli.planning import RUNTIME, estimate, model_size, try_estimate
+from lors_cli import planning
+from lors_cli.planning import GIB, RUNTIME, ModelSize, estimate, model_size, shortage, try_estimate
+from lors_cli.pruning.estimate import memory_parts
 from lors_cli.recipe import CalibrationConfig, EvalConfig, ModelConfig, PruneConfig, TuneConfig, TuneDataConfig
 
 
@@ -83,13 +85,71 @@ def test_estimates_grow_with_the_settings(small: Any, large: Any) -> None:
     assert estimate(small, size).disk <= estimate(large, size).disk
 
 
-@pytest.mark.parametrize("config", [SPARSEGPT, TUNE, EvalConfig()])
-def test_no_stage_needs_less_than_its_weights(config: Any) -> None:
+def size_of(hub_id: str) -> ModelSize:
+    size = model_size(ModelConfig(path=hub_id))
+    assert size is not None
+    return size
+
+
+@pytest.mark.parametrize("config", [TUNE, EvalConfig()])
+def test_tuning_and_evaluation_hold_the_whole_model(config: Any) -> None:
     for hub_id in ("HuggingFaceTB/SmolLM2-135M", "meta-llama/Meta-Llama-3-8B"):
-        size = model_size(ModelConfig(path=hub_id))
-        assert size is not None
+        size = size_of(hub_id)
         needs = estimate(config, size)
         assert needs.memory > size.num_bytes + RUNTIME
-        if not isinstance(config, EvalConfig):
-            assert needs.disk > size.num_bytes
         assert "GiB of memory" in str(needs) or "MiB of memory" in str(needs)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "ria", "sparsegpt", "admm"])
+def test_pruning_holds_a_block_and_not_the_model(method: Any) -> None:
+    size = size_of("meta-llama/Meta-Llama-3-8B")
+    config = PruneConfig(method=method, true_sequential=False, calibration=CalibrationConfig(batch_size=1))
+    parts = memory_parts(config, size)
+    assert parts["hidden_states"] == (0 if method == "magnitude" else 128 * 2048 * 4096 * 2)
+    assert RUNTIME + sum(parts.values()) - parts["hidden_states"] < (8 if method == "admm" else 6) * GIB
+    assert parts == memory_parts(config, replace(size, num_blocks=320))
+    assert estimate(config, size).disk > size.num_bytes
+    whole = memory_parts(config, replace(size, streamed=False))
+    assert whole["weights"] == size.num_bytes
+
+
+def test_what_takes_memory_in_pruning() -> None:
+    size = size_of("meta-llama/Meta-Llama-3-8B")
+    assert [*size.block] == [
+        (4096, 4096, False), (1024, 4096, False), (1024, 4096, False), (4096, 4096, False),
+        (14336, 4096, False), (14336, 4096, False), (4096, 14336, False),
+    ]  # fmt: skip
+    base = PruneConfig(method="sparsegpt")
+    parts = memory_parts(base, size)
+    assert parts["statistics"] == 4 * (3 * 4096**2 + 14336**2)
+    sequential = memory_parts(replace(base, true_sequential=True), size)
+    assert sequential["statistics"] == 4 * 14336**2
+    assert sequential["activations"] - parts["activations"] == 128 * 2048 * (2 * 4096 + 14336) * 2
+    on_disk = memory_parts(replace(base, calibration=CalibrationConfig(offload="disk")), size)
+    assert on_disk["hidden_states"] == 0
+    assert memory_parts(base, size, num_processes=4)["hidden_states"] * 4 == parts["hidden_states"]
+    assert memory_parts(replace(base, reconstruct_epochs=1), size)["solver"] > parts["solver"]
+    assert memory_parts(replace(base, method="wanda"), size)["statistics"] == 0
+
+
+def test_a_mixture_holds_every_experts_sums() -> None:
+    size = size_of("HuggingFaceTB/SmolLM2-135M")
+    experts = ((3072, 576, True), (576, 1536, True)) * 8
+    mixture = replace(size, block=(*size.block[:4], *experts))
+    parts = memory_parts(PruneConfig(method="sparsegpt"), mixture)
+    assert parts["statistics"] == 4 * (8 * (576**2 + 1536**2) + 3 * 576**2)
+
+
+def test_what_does_not_fit_is_refused_with_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ModelConfig(path="meta-llama/Meta-Llama-3-8B", device="cpu")
+    config = PruneConfig(method="admm", calibration=CalibrationConfig(num_samples=128, sequence_length=2048))
+    monkeypatch.setattr(planning, "free_memory", lambda _: 40 * GIB)
+    assert shortage(config, model) is None
+    monkeypatch.setattr(planning, "free_memory", lambda _: 10 * GIB)
+    message, hint = shortage(config, model) or ("", "")
+    assert "of memory, 10.0 GiB are free (activations" in message
+    assert hint == "This would fit: calibration.offload=disk calibration.batch_size=1 true_sequential=false"
+    monkeypatch.setattr(planning, "free_memory", lambda _: 1 * GIB)
+    assert "use a larger machine" in (shortage(config, model) or ("", ""))[1]
+    assert shortage(TUNE, model) is None
+    assert shortage(config, ModelConfig(path="nobody/nothing")) is None

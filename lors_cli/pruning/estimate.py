@@ -38,8 +38,7 @@ def memory_parts(config: PruneConfig, size: ModelSize, num_processes: int = 1) -
         Bytes of: weights, activations, statistics, solver, hidden_states.
     """
     block = sum(rows * columns for rows, columns, _ in size.block) * size.bytes_a_weight
-    outside = (size.num_parameters - size.num_prunable) * size.bytes_a_weight
-    weights = max(2 * block, outside) if size.streamed else size.num_bytes
+    weights = 2 * block if size.streamed else size.num_bytes
     if config.method == "magnitude":
         largest = max(rows * columns for rows, columns, _ in size.block)
         return {
@@ -60,6 +59,8 @@ def memory_parts(config: PruneConfig, size: ModelSize, num_processes: int = 1) -
         samples = SAMPLES_A_STEP * in_flight // config.calibration.batch_size
         kept = samples * (10 * size.hidden_size + 6 * size.intermediate_size) * FLOAT
         solver = max(statistics + solver, 5 * FLOAT * block // size.bytes_a_weight + block + kept) - statistics
+    outside = (size.num_parameters - size.num_prunable) * size.bytes_a_weight  # read before the blocks, then given up
+    weights = max(weights, outside - activations - statistics - solver)
     hidden = 0 if config.calibration.offload == "disk" else mine * size.hidden_size * size.bytes_a_weight
     return {"weights": weights, "activations": activations, "statistics": statistics, "solver": solver,
             "hidden_states": hidden}  # fmt: skip
