@@ -3,6 +3,8 @@
 python benchmarks/methods.py --calibration TOKENS.safetensors --windows WINDOWS.safetensors --out results.json \
     sparsegpt:2:4 admm:2:4 sparsegpt:2:4:refit wanda:unstructured:owl
 
+python benchmarks/methods.py --out results.json --table     prints what the file holds as Markdown
+
 A cell is method:pattern with any of the options refit, sequential, whole (not sequential), permute, owl, reconstruct;
 unstructured is 50 %. Cells that `--out` holds already are not measured again. `cpu_s` is the process's processor
 time while it prunes, over all its threads, which other work on the machine disturbs less than `elapsed_s`.
@@ -73,18 +75,43 @@ def measure(config: PruneConfig, model: ModelConfig, windows: Path) -> dict[str,
     }
 
 
+PATTERNS = ("unstructured", "2:4", "4:8")
+
+
+def table(results: dict[str, Any]) -> str:
+    """Perplexity (processor minutes) of every method at every pattern, as a Markdown table a number format."""
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for key, result in results.items():
+        cell, dtype = key.split()
+        pattern = next(name for name in PATTERNS if f":{name}" in cell)
+        method = cell.replace(f":{pattern}", "", 1).replace(":", " + ")
+        minutes = result.get("cpu_s", 0) / 60
+        rows.setdefault((dtype, method), {})[pattern] = f"{result['perplexity']:.2f} ({minutes:.1f})"
+    lines = []
+    for dtype in sorted({dtype for dtype, _ in rows}):
+        lines += [f"| {dtype} | 50 % | 2:4 | 4:8 |", "|---|--:|--:|--:|"]
+        lines += [f"| {method} | " + " | ".join(cells.get(name, "") for name in PATTERNS) + " |"
+                  for (kind, method), cells in sorted(rows.items()) if kind == dtype]  # fmt: skip
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Measure every cell that is not in the results yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cells", nargs="+", help="method:pattern[:option…]")
-    parser.add_argument("--calibration", type=Path, required=True)
-    parser.add_argument("--windows", type=Path, required=True)
+    parser.add_argument("cells", nargs="*", help="method:pattern[:option…]")
+    parser.add_argument("--calibration", type=Path)
+    parser.add_argument("--windows", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--table", action="store_true", help="print the results as Markdown")
     arguments = parser.parse_args()
     results = run_dir.read_json(arguments.out) or {}
+    if arguments.table:
+        print(table(results))
+    if arguments.cells and not (arguments.calibration and arguments.windows):
+        parser.error("--calibration and --windows are needed to measure cells")
     model = ModelConfig(path=arguments.model, dtype=arguments.dtype, device=arguments.device)
     for cell in arguments.cells:
         key = f"{cell} {arguments.dtype}"
