@@ -5,8 +5,8 @@ python benchmarks/methods.py --calibration TOKENS.safetensors --windows WINDOWS.
 
 python benchmarks/methods.py --out results.json --table     prints what the file holds as Markdown
 
-A cell is method:pattern with any of the options refit, sequential, whole (not sequential), permute, owl, reconstruct;
-unstructured is 50 %. Cells that `--out` holds already are not measured again. `cpu_s` is the process's processor
+A cell is method:pattern with any of the options refit, sequential, whole (not sequential), permute, owl, reconstruct,
+batchN (N sequences a forward pass); unstructured is 50 %. Cells that `--out` holds already are not measured again. `cpu_s` is the process's processor
 time while it prunes, over all its threads, which other work on the machine disturbs less than `elapsed_s`.
 """
 
@@ -42,12 +42,14 @@ def parse_cell(cell: str, calibration: Path) -> PruneConfig:
     pattern = rest.pop(0)
     if pattern != "unstructured":
         pattern += f":{rest.pop(0)}"
-    changes: dict[str, Any] = {key: value for option in rest for key, value in OPTIONS[option].items()}
+    sizes = [int(option.removeprefix("batch")) for option in rest if option.startswith("batch")]
+    chosen = [option for option in rest if not option.startswith("batch")]
+    changes: dict[str, Any] = {key: value for option in chosen for key, value in OPTIONS[option].items()}
     return PruneConfig(
         method=method,  # type: ignore[arg-type]
         pattern=pattern,
         sparsity=0.5 if pattern == "unstructured" else None,
-        calibration=CalibrationConfig(dataset=str(calibration)),
+        calibration=CalibrationConfig(dataset=str(calibration), batch_size=sizes[0] if sizes else 8),
         **changes,
     )
 
