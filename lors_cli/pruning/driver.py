@@ -24,7 +24,7 @@ from lors_cli.pruning.hidden_states import HiddenStates
 from lors_cli.pruning.passes import owl_shares, start_walk
 from lors_cli.pruning.permutation import FreeInput, apply_permutation, find_for, free_inputs
 from lors_cli.pruning.phases import Phases
-from lors_cli.pruning.reconstruct import SAMPLES_A_STEP, Reconstruction
+from lors_cli.pruning.reconstruct import Reconstruction
 from lors_cli.pruning.recorder import BlockDone, InputGroup, InputRecorder
 from lors_cli.pruning.staged import run_staged, shared_inputs
 from lors_cli.pruning.statistics import InputStatistics
@@ -103,7 +103,7 @@ class BlockPruner:
         """
         patterns = self._patterns(batches)
         with self.phases("forward"):
-            part_size = SAMPLES_A_STEP if self.config.reconstruct_epochs else 0
+            part_size = methods.RECONSTRUCTION_SAMPLES if self.config.reconstruct_epochs else 0
             states, arguments, first = start_walk(self.model, batches, self.config.calibration, self.work, part_size)
         if first:
             console.info(f"  going on after {first} of {len(self.model.blocks)} blocks done by an earlier run")
@@ -161,7 +161,7 @@ class BlockPruner:
                     next(outputs)  # by then every group is pruned; the other passes need not be run to their ends
             with self.phases("reconstruct"):
                 parts = [partial(_part, states, number, first) for number in states.numbers
-                         for first in range(0, states.num_samples(number), SAMPLES_A_STEP)]  # fmt: skip
+                         for first in range(0, states.num_samples(number), methods.RECONSTRUCTION_SAMPLES)]  # fmt: skip
                 reconstruction.tune(parts, epochs, seed=block.index)
             outputs = self._outputs(block, states, arguments)
         with self.phases("forward"):
@@ -290,4 +290,4 @@ def _pass(block: Block, states: HiddenStates, arguments: BlockArguments, number:
 
 
 def _part(states: HiddenStates, number: int, first: int) -> torch.Tensor:
-    return states.get(number)[first : first + SAMPLES_A_STEP]
+    return states.get(number)[first : first + methods.RECONSTRUCTION_SAMPLES]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lors_cli.pruning.methods import statistics_kind
+from lors_cli.pruning.methods import RECONSTRUCTION_SAMPLES, statistics_kind
 
 if TYPE_CHECKING:
     from lors_cli.planning import ModelSize
@@ -23,7 +23,6 @@ MATRICES = {"sparsegpt": 2, "admm": 4}
 """Matrices of the size of H that a solver holds beside H."""
 STACKS = {"sparsegpt": 3, "admm": 6}
 """Copies of the stacked weights of a group that a solver holds, in float32."""
-SAMPLES_A_STEP = 4
 
 
 def memory_parts(config: PruneConfig, size: ModelSize, num_processes: int = 1) -> dict[str, int]:
@@ -56,7 +55,7 @@ def memory_parts(config: PruneConfig, size: ModelSize, num_processes: int = 1) -
         activations += mine * (2 * size.hidden_size + size.intermediate_size) * size.bytes_a_weight
     statistics, solver = _statistics(config, size), _solver(config, size)
     if config.reconstruct_epochs:
-        samples = SAMPLES_A_STEP * in_flight // config.calibration.batch_size
+        samples = RECONSTRUCTION_SAMPLES * in_flight // config.calibration.batch_size
         kept = samples * (10 * size.hidden_size + 6 * size.intermediate_size) * FLOAT
         solver = max(statistics + solver, 5 * FLOAT * block // size.bytes_a_weight + block + kept) - statistics
     outside = (size.num_parameters - size.num_prunable) * size.bytes_a_weight  # read before the blocks, then given up

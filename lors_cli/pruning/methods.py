@@ -18,6 +18,10 @@ STATISTICS: dict[str, Kind] = {
 }  # fmt: skip
 
 
+RECONSTRUCTION_SAMPLES = 4
+"""Calibration samples in one step of block reconstruction."""
+
+
 def statistics_kind(config: PruneConfig) -> Kind:
     """What must be known of the inputs: what the method looks at, or the Hessian when weights are refitted."""
     return "hessian" if config.refit else STATISTICS[config.method]

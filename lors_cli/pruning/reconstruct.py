@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 RATE = 0.005
 """The first step's size, as a share of the root mean square of a parameter's kept weights."""
 BETAS = (0.9, 0.95)
-SAMPLES_A_STEP = 4
 
 Run = Callable[["nn.Module | Substituted", torch.Tensor], torch.Tensor]
 Inputs = Callable[[], torch.Tensor]
