@@ -17,12 +17,15 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import gpu_blocks
+import memory
 import prune as prune_benchmark
 import reference
 from common import PhaseTimer, equal_share, first_block_masks, linears_of, rotated
 
+from lors_cli import planning
 from lors_cli.models import decoder_blocks, load_model
 from lors_cli.recipe import ModelConfig
+from lors_cli.shapes import Shape
 from lors_cli.sparsity import Pattern
 
 TWO_OF_FOUR = Pattern.parse("2:4")
@@ -254,3 +257,38 @@ def test_an_inner_phase_stops_the_outer_clock(monkeypatch: pytest.MonkeyPatch) -
 def test_rotation_gives_every_arm_every_place() -> None:
     orders = [rotated("abc", by) for by in range(4)]
     assert orders == [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"], ["a", "b", "c"]]
+
+
+TINY_SHAPE = Shape((), 32, 64, 22, 4, 2, 300, 128)
+
+
+def test_memory_of_a_run_is_watched_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(memory.SHAPES, "tiny", TINY_SHAPE)
+    out = tmp_path / "memory.json"
+    case = memory.Case("tiny", 2, "sparsegpt", num_samples=4, sequence_length=16, batch_size=2)
+    memory.benchmark([case], tmp_path, out, silent())
+    results = json.loads(out.read_text())
+    (row,) = results["rows"]
+    assert row | asdict(case) == row
+    assert row["hidden_states"] == 4 * 16 * 32 * 2
+    assert 50 << 20 < row["peak_anon"] < row["peak_rss"] < 4 << 30  # Python and torch take most of it
+    assert row["beyond_hidden"] == row["peak_anon"] - row["hidden_states"]
+    assert 0 < row["peak_anon_at_s"] <= row["elapsed_s"]
+    assert row["checkpoint"] > 2 * memory.size_of(case.sizes).num_parameters
+    assert row["estimate"] == sum(row["parts"].values()) + planning.RUNTIME
+    assert str(tmp_path) not in out.read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["memory.json"]
+
+    monkeypatch.setattr(memory, "measure", lambda *_: pytest.fail("measured anew"))
+    assert memory.benchmark([case], tmp_path, out, silent())["rows"] == results["rows"]
+    with pytest.raises(SystemExit, match=r"failed[\s\S]*no such thing"):
+        memory.watch([sys.executable, "-c", "raise ValueError('no such thing')"], 1, tmp_path / "log")
+
+
+def test_sizes_by_arithmetic_are_those_of_the_written_model(tmp_path: Path) -> None:
+    for tied in (False, True):
+        shape = replace(TINY_SHAPE, num_layers=3, tied=tied)
+        memory.make_checkpoint(shape, tmp_path / str(tied))
+        config = ModelConfig(path=str(tmp_path / str(tied)), dtype="bfloat16", device="cpu")
+        assert planning.model_size(config) == memory.size_of(shape)
+    assert memory.size_of(memory.WHOLE_MODELS["llama3-70b"]).num_parameters == 70_553_706_496  # as published
