@@ -34,7 +34,13 @@ def resolve_device(name: str) -> torch.device:
     """
     import torch
 
+    if parallel.num_processes() > 1 and name.startswith("cuda:"):
+        raise UsageError(
+            f"device: several processes would share {name}.", "Leave --device out: each takes its own GPU."
+        )
     if name in ("auto", "cuda") and torch.cuda.is_available():
+        if parallel.local_index() >= torch.cuda.device_count():
+            raise UsageError(f"{torch.cuda.device_count()} GPUs are not enough for as many processes as were started.")
         return torch.device("cuda", parallel.local_index()) if parallel.num_processes() > 1 else torch.device("cuda")
     if name == "auto":
         return torch.device("cpu")

@@ -6,15 +6,21 @@ Without torchrun every function here answers for a single process and does nothi
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
 
+PATIENCE = timedelta(days=1)
+"""How long processes wait for one that solves, reads or writes alone."""
+
+
 def num_processes() -> int:
     """How many processes share the job."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    started_together = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
+    return int(os.environ["WORLD_SIZE"]) if started_together else 1
 
 
 def process_index() -> int:
@@ -25,6 +31,11 @@ def process_index() -> int:
 def local_index() -> int:
     """This one's number on its machine, which is also its GPU's."""
     return int(os.environ.get("LOCAL_RANK", "0")) if num_processes() > 1 else 0
+
+
+def num_local_processes() -> int:
+    """How many of them share this machine's memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if num_processes() > 1 else 1
 
 
 def is_main() -> bool:
@@ -42,7 +53,11 @@ def start(device: torch.device) -> None:
 
     if num_processes() == 1 or dist.is_initialized():
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
 
 
 def stop() -> None:

@@ -168,6 +168,11 @@ def run_recipe(
     """
     from lors_cli.report import write_report
 
+    if parallel.num_processes() > 1:
+        raise UsageError(
+            f"`lors run` runs in one process, and torchrun started {parallel.num_processes()}.",
+            "Several processes can prune: torchrun --nproc-per-node N -m lors_cli prune MODEL --out DIR",
+        )
     data_dir = resolve_data_dir(recipe.data_dir)
     guard_out(out, "run")
     plans = select(plan_stages(recipe, out, data_dir), first, last, force)

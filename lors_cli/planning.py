@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from lors_cli import parallel
 from lors_cli.console import gib
 from lors_cli.errors import LorsError, UsageError
 from lors_cli.pruning import estimate as pruning_estimate
@@ -217,12 +218,16 @@ def shortage(config: Any, model: ModelConfig) -> tuple[str, str] | None:
     if size is None:
         return None
     free = free_memory(model)
-    needed = estimate(config, size).memory
+    parts = pruning_estimate.memory_parts(config, size, parallel.num_processes())
+    offload, hidden = config.calibration.offload, parts["hidden_states"]
+    if (offload == "cpu" and model.device.startswith("cuda")) or (offload == "auto" and hidden > free / 2):
+        parts["hidden_states"] = 0  # they will be kept elsewhere
+    needed = RUNTIME + sum(parts.values())
     if needed <= free:
         return None
-    parts = pruning_estimate.memory_parts(config, size)
     largest = ", ".join(
-        f"{name.replace('_', ' ')} {gib(parts[name])}" for name in sorted(parts, key=parts.__getitem__)[:1:-1]
+        f"{name.replace('_', ' ')} {gib(parts[name])}"
+        for name in sorted(parts, key=parts.__getitem__, reverse=True)[:3]
     )
     fits = [words for words, other in pruning_estimate.smaller(config) if estimate(other, size).memory <= free]
     hint = f"This would fit: {fits[0]}" if fits else "Nothing that keeps the result would fit: use a larger machine."
@@ -234,9 +239,10 @@ def free_memory(model: ModelConfig) -> int:
     import psutil
     import torch
 
-    if model.device.startswith("cuda") or (model.device == "auto" and torch.cuda.is_available()):
-        return torch.cuda.mem_get_info()[0]
-    return psutil.virtual_memory().available
+    from lors_cli.models import resolve_device
+
+    device = resolve_device(model.device)
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def try_size(model: ModelConfig) -> ModelSize | None:

@@ -92,9 +92,11 @@ class PruneConfig:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
 
     def __post_init__(self) -> None:
+        if self.true_sequential and self.method == "magnitude" and not self.refit:
+            raise ValueError("true_sequential: magnitude looks at no inputs; choose another method")
         if self.layer_sparsity == "owl" and (self.pattern != "unstructured" or self.method == "magnitude"):
             raise ValueError("layer_sparsity: owl needs pattern: unstructured and a method that looks at inputs")
-        if self.reconstruct_epochs and self.method == "magnitude":
+        if self.reconstruct_epochs and self.method == "magnitude" and not self.refit:
             raise ValueError("reconstruct_epochs: magnitude takes no calibration samples; choose another method")
         if self.channel_permutation and self.pattern == "unstructured":
             raise ValueError("channel_permutation: groups of M are what it fills; it needs a pattern N:M")
@@ -113,6 +115,8 @@ class PruneConfig:
     @property
     def sequential(self) -> bool:
         """Whether groups are pruned one after the other (`true_sequential`, or what the method implies)."""
+        if self.method == "magnitude" and not self.refit:
+            return False
         return self.method == "admm" if self.true_sequential is None else self.true_sequential
 
 

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from lors_cli.recipe import ModelConfig
 
 
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
 class BlockwiseModel:
     """A network and the means to bring one of its blocks into memory.
 
@@ -44,6 +47,7 @@ class BlockwiseModel:
         self.device = device
         self.prefix, self.blocks = decoder_blocks(network)
         self._weights = weights
+        self._home = next(network.parameters()).device
 
     @property
     def streamed(self) -> bool:
@@ -103,12 +107,11 @@ class BlockwiseModel:
     def _present(self, module: nn.Module, names: set[str]) -> Iterator[None]:
         """`module` on the device, with the parameters `names`, all its own or its children's."""
         if self._weights is None:
-            home = next(self.network.parameters()).device
             module.to(self.device)
             try:
                 yield
             finally:
-                module.to(home)
+                module.to(self._home)
             return
         with ExitStack() as stack:
             stack.callback(_give_back_memory)
@@ -192,6 +195,10 @@ class _Weights:
                     continue
                 tensor = file.get_slice(key)
                 self._sources.setdefault(target, []).append((key, tensor))
+                if state[target].is_floating_point() and tensor.get_dtype() not in FLOATS:
+                    raise UsageError(
+                        f"{self.path}: {key} holds {tensor.get_dtype()}, which is no number format of weights."
+                    )
                 if converted is None and tuple(tensor.get_shape()) != tuple(state[target].shape):
                     bad.add(target)
         tied = network.all_tied_weights_keys
@@ -259,12 +266,17 @@ def open_blockwise(config: ModelConfig) -> BlockwiseModel:
         console.detail("  a .gguf is read whole: blocks are not streamed")
         return BlockwiseModel(load_model(config, device=torch.device("cpu")), device, None)
     settings = load_config(config)
+    if getattr(settings, "quantization_config", None):
+        raise UsageError(
+            f"{config.path} is quantised; pruning needs the weights themselves.",
+            "Give the checkpoint in bfloat16, float16 or float32 that it was made from.",
+        )
     dtype = resolve_dtype(config, getattr(settings, "dtype", None), device)
-    network = _without_weights(settings, dtype, config.path)
+    network = _without_weights(settings, dtype, config)
     return BlockwiseModel(network, device, _Weights(network, _weight_files(config), dtype, config.path))
 
 
-def _without_weights(settings: Any, dtype: torch.dtype, path: str) -> PreTrainedModel:
+def _without_weights(settings: Any, dtype: torch.dtype, config: ModelConfig) -> PreTrainedModel:
     """The network of a configuration, its parameters on the meta device, its buffers computed."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM, GenerationConfig
@@ -275,14 +287,17 @@ def _without_weights(settings: Any, dtype: torch.dtype, path: str) -> PreTrained
         with quiet_libraries(), init_empty_weights(include_buffers=False):
             network = AutoModelForCausalLM.from_config(settings, dtype=dtype)
     except (ValueError, TypeError, KeyError) as error:
-        raise load_error(path, "the checkpoint", error) from error
+        raise load_error(config.path, "the checkpoint", error) from error
     network.tie_weights()
     if network.can_generate():
         with quiet_libraries():
             try:
-                network.generation_config = GenerationConfig.from_pretrained(settings.name_or_path)
+                found = GenerationConfig.from_pretrained(settings.name_or_path, revision=config.revision)
+                network.generation_config = found
             except OSError:
-                console.detail(f"  {path} has no generation_config.json")
+                console.detail(f"  {config.path} has no generation_config.json")
+            except (TypeError, ValueError) as error:
+                raise load_error(config.path, "its generation_config.json", error) from error
     return network.requires_grad_(False).eval()
 
 
@@ -310,7 +325,7 @@ def _weight_files(config: ModelConfig) -> list[Path]:
     if not (folder / names[0]).is_file() and index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise UsageError(f"{index} is no index of a checkpoint.") from error
     files = [folder / str(name) for name in names]
     outside = [file for file in files if file.parent != folder]

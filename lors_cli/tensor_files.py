@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lors_cli import run_dir
+from lors_cli import console, run_dir
 
 if TYPE_CHECKING:
     import torch
@@ -92,8 +92,12 @@ class TensorWriter:
 
     def abandon(self) -> None:
         """Remove what was written."""
-        self._file.close()
-        self._partial.unlink(missing_ok=True)
+        try:
+            self._file.close()  # writes what is buffered, which may fail once more
+        except OSError:
+            console.detail(f"{self._partial} could not be written to its end")
+        finally:
+            self._partial.unlink(missing_ok=True)
 
 
 def _header(entries: Sequence[Entry], metadata: dict[str, str] | None) -> bytes:

@@ -149,7 +149,27 @@ def test_what_does_not_fit_is_refused_with_what_would(monkeypatch: pytest.Monkey
     message, hint = shortage(config, model) or ("", "")
     assert "of memory, 10.0 GiB are free (activations" in message
     assert hint == "This would fit: calibration.offload=disk calibration.batch_size=1 true_sequential=false"
+    wanda = PruneConfig(method="wanda", calibration=CalibrationConfig(num_samples=1024, batch_size=1))
+    assert shortage(wanda, model) is None  # 16 GiB of hidden states go to disk by themselves
+    kept = replace(wanda, calibration=replace(wanda.calibration, offload="device"))
+    assert shortage(kept, model) is not None
     monkeypatch.setattr(planning, "free_memory", lambda _: 1 * GIB)
     assert "use a larger machine" in (shortage(config, model) or ("", ""))[1]
     assert shortage(TUNE, model) is None
     assert shortage(config, ModelConfig(path="nobody/nothing")) is None
+
+
+def test_a_file_of_tokens_counts_as_it_is(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"input_ids": torch.zeros(10, 24, dtype=torch.int32)}, tmp_path / "t.safetensors")
+    size = size_of("HuggingFaceTB/SmolLM2-135M")
+    parts = memory_parts(PruneConfig(calibration=CalibrationConfig(dataset=str(tmp_path / "t.safetensors"))), size)
+    assert parts["hidden_states"] == 10 * 24 * 576 * 2
+
+
+def test_magnitude_with_refit_looks_at_inputs() -> None:
+    size = size_of("HuggingFaceTB/SmolLM2-135M")
+    assert memory_parts(PruneConfig(method="magnitude"), size)["statistics"] == 0
+    assert memory_parts(PruneConfig(method="magnitude", refit=True), size)["statistics"] > 0

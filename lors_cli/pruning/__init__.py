@@ -72,6 +72,7 @@ def prune(config: PruneConfig, model: ModelConfig, out: Path, *, data_dir: Path 
     """
     from lors_cli.models import load_tokenizer
     from lors_cli.pruning.driver import BlockPruner
+    from lors_cli.pruning.owl import SPREAD, check_limits
     from lors_cli.sources import model_fingerprint
     from lors_cli.streaming import open_blockwise
     from lors_cli.weights import prunable_weights
@@ -82,11 +83,15 @@ def prune(config: PruneConfig, model: ModelConfig, out: Path, *, data_dir: Path 
     if config.reconstruct_epochs and parallel.num_processes() > 1:
         raise UsageError("reconstruct_epochs runs in one process.", "Start the command without torchrun.")
     pattern = Pattern.of(config)
+    if config.layer_sparsity == "owl":
+        check_limits(pattern.sparsity, SPREAD)
     base_fingerprint = model_fingerprint(model)
     fingerprint = stage_fingerprint(config, base_fingerprint, data_dir)
     console.info(f"  loading {model.path}")
     tokenizer = load_tokenizer(model)
     source = open_blockwise(model)
+    if config.reconstruct_epochs and str(source.network.dtype) == "torch.float16":
+        raise UsageError("reconstruct_epochs: gradients do not fit into float16.", "Set dtype=bfloat16 for the model.")
     for name, weight in prunable_weights(source.network).items():
         pattern.check_shape(name, weight.shape)
     batches = _calibration_batches(config, source, tokenizer, data_dir)
@@ -107,7 +112,6 @@ def prune(config: PruneConfig, model: ModelConfig, out: Path, *, data_dir: Path 
     if parallel.is_main():
         _write_checkpoint(run_dir.staging_dir(out), pruner, tokenizer, model, metrics)
         record = run_dir.publish(out, record)
-    parallel.wait_for_all()
     parallel.stop()
     return record
 

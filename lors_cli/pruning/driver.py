@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lors_cli import console, parallel, run_dir
+from lors_cli.errors import UsageError
 from lors_cli.pruning import methods
 from lors_cli.pruning.calibration import BlockArguments
 from lors_cli.pruning.hidden_states import HiddenStates
@@ -91,8 +92,10 @@ class BlockPruner:
                         for number, name in enumerate(block.weights):
                             self._solve(block, InputGroup([name], InputStatistics("none")), number)
                         self._note(block)
-                        write_tensors(self._path(index), self.model.checkpoint_tensors(index))
+                        if parallel.is_main():
+                            write_tensors(self._path(index), self.model.checkpoint_tensors(index))
                 task.advance()
+        parallel.wait_for_all()
 
     @torch.no_grad()
     def with_calibration(self, batches: list[torch.Tensor]) -> None:
@@ -140,8 +143,13 @@ class BlockPruner:
     def _open(self, index: int, module: nn.Module, pattern: Pattern) -> Block:
         prefix = f"{self.model.prefix}.{index}"
         free = free_inputs(module) if self.config.channel_permutation else []
-        named = {f"{prefix}.{item.name}": item for item in free}
-        return Block(index, module, block_weights(module, prefix), pattern, named)
+        if self.config.channel_permutation and not free and index == 0:
+            console.warn("channel_permutation: no inputs of this architecture's blocks can be permuted; nothing is.")
+        weights = block_weights(module, prefix)
+        for name, weight in weights.items():
+            if not bool(weight.matrix.isfinite().all()):
+                raise UsageError(f"{name} holds NaN or Inf: the checkpoint is broken, or its dtype too narrow.")
+        return Block(index, module, weights, pattern, {f"{prefix}.{item.name}": item for item in free})
 
     def _prune_block(self, block: Block, states: HiddenStates, arguments: BlockArguments) -> None:
         epochs = self.config.reconstruct_epochs

@@ -7,7 +7,9 @@ states of all samples between blocks.
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lors_cli.pruning.methods import RECONSTRUCTION_SAMPLES, statistics_kind
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from lors_cli.planning import ModelSize
     from lors_cli.recipe import PruneConfig
 
+DEFAULT_SAMPLES, DEFAULT_LENGTH = 128, 2048
 FLOAT = 4
 CAST = 256 << 20
 """Inputs held in float32 at a time; lors_cli.pruning.statistics."""
@@ -38,7 +41,7 @@ def memory_parts(config: PruneConfig, size: ModelSize, num_processes: int = 1) -
     """
     block = sum(rows * columns for rows, columns, _ in size.block) * size.bytes_a_weight
     weights = 2 * block if size.streamed else size.num_bytes
-    if config.method == "magnitude":
+    if statistics_kind(config) == "none":
         largest = max(rows * columns for rows, columns, _ in size.block)
         return {
             "weights": weights,
@@ -67,7 +70,7 @@ def memory_parts(config: PruneConfig, size: ModelSize, num_processes: int = 1) -
 
 def disk(config: PruneConfig, size: ModelSize) -> int:
     """The sparse checkpoint, the blocks it is made from, and the hidden states an interrupted run goes on from."""
-    tokens = 0 if config.method == "magnitude" else _tokens(config, size)[0]
+    tokens = 0 if statistics_kind(config) == "none" else _tokens(config, size)[0]
     return 2 * size.num_bytes + 2 * tokens * size.hidden_size * size.bytes_a_weight + (16 << 20)
 
 
@@ -86,8 +89,23 @@ def smaller(config: PruneConfig) -> list[tuple[str, PruneConfig]]:
 def _tokens(config: PruneConfig, size: ModelSize) -> tuple[int, int]:
     """Of all samples, and of one batch."""
     calibration = config.calibration
-    length = calibration.sequence_length or min(2048, size.max_length)
-    return (calibration.num_samples or 128) * length, calibration.batch_size * length
+    samples, length = _stored_tokens(calibration.dataset) or (DEFAULT_SAMPLES, min(DEFAULT_LENGTH, size.max_length))
+    samples, length = calibration.num_samples or samples, calibration.sequence_length or length
+    return samples * length, min(samples, calibration.batch_size) * length
+
+
+def _stored_tokens(dataset: str) -> tuple[int, int] | None:
+    """(samples, tokens) of a pre-tokenised file, from its header; None for other sources."""
+    path = Path(dataset).expanduser()
+    if path.suffix != ".safetensors" or not path.is_file():
+        return None
+    with open(path, "rb") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+    try:
+        samples, length = json.loads(header)["input_ids"]["shape"]
+    except (ValueError, KeyError, TypeError):  # said when it is read
+        return None
+    return samples, length
 
 
 def _statistics(config: PruneConfig, size: ModelSize) -> int:

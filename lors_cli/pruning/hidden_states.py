@@ -35,7 +35,7 @@ def choose_place(wanted: Literal["auto", "device", "cpu", "disk"], num_bytes: in
         return "device" if wanted == "cpu" and device.type == "cpu" else wanted
     if device.type == "cuda" and num_bytes <= SHARE_OF_FREE * torch.cuda.mem_get_info(device)[0]:
         return "device"
-    if num_bytes <= SHARE_OF_FREE * psutil.virtual_memory().available:
+    if num_bytes <= SHARE_OF_FREE * psutil.virtual_memory().available / parallel.num_local_processes():
         if device.type == "cuda":
             console.info(f"  {console.gib(num_bytes)} of hidden states are too many for the GPU: kept in CPU memory")
         return "cpu" if device.type == "cuda" else "device"

@@ -121,7 +121,9 @@ def _outliers(model: BlockwiseModel, index: int, states: HiddenStates, arguments
         for group in recorder.groups:
             matrix = weights[group.names[0]].matrix
             group.statistics.add_up(matrix.shape[1], matrix.device)
-            norms.update(dict.fromkeys(group.names, group.statistics.input_norms()))
+            seen = group.statistics.num_tokens > 0
+            norm = group.statistics.input_norms() if seen else torch.zeros(matrix.shape[1], device=matrix.device)
+            norms.update(dict.fromkeys(group.names, norm))
         matrices = [weight.matrix for weight in weights.values()]
         ratio = outlier_ratio(matrices, [norms[name] for name in weights])
         return ratio, sum(matrix.numel() for matrix in matrices)

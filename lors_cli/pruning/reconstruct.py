@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from lors_cli import console
+from lors_cli.errors import UsageError
+from lors_cli.pruning.statistics import NOT_FINITE
 from lors_cli.weights import PrunableWeight
 
 if TYPE_CHECKING:
@@ -61,7 +63,7 @@ class Reconstruction:
         self._dense = copy.deepcopy(block)
 
     def tune(self, inputs: Sequence[Inputs], epochs: int, seed: int) -> tuple[float, float]:
-        """Minimise the mean squared difference to the dense block's outputs by Adam, zeros kept.
+        """Minimise the squared difference to the dense block's outputs, as a share of theirs, by Adam; zeros are kept.
 
         The kept weights are held in float32 meanwhile and rounded to their dtype in every forward pass. The rate
         falls linearly to 0.
@@ -74,15 +76,18 @@ class Reconstruction:
         Returns:
             Mean loss of the first and of the last epoch.
 
+        Raises:
+            UsageError: a loss is not finite.
+
         Source: EBFT §3 (block-wise reconstruction of sparse models), arXiv:2402.12419; here Adam, with steps in
         proportion to each parameter's weights.
         """
         stored = dict(self._block.named_parameters())
         kept = {name: stored[name] != 0 for name in self._names}
-        masters = {name: stored[name].detach().float().requires_grad_() for name in self._names}
+        masters = {name: stored[name].detach().float().requires_grad_() for name in self._names if kept[name].any()}
         optimizer = torch.optim.Adam(
             [{"params": [master], "lr": RATE * float(master.detach()[kept[name]].square().mean().sqrt())}
-             for name, master in masters.items()], betas=BETAS,
+             for name, master in masters.items()], betas=BETAS, eps=1e-20,  # gradients may be of any size
         )  # fmt: skip
         steps = epochs * len(inputs)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
@@ -111,9 +116,11 @@ class Reconstruction:
         with torch.enable_grad():
             cast = {name: master.to(stored[name].dtype) for name, master in masters.items()}
             output = self._run(Substituted(self._block, cast), x)
-            loss = (output.float() - target).square().mean()
+            loss = (output.float() - target).square().sum() / target.square().sum()
+            if not bool(loss.isfinite()):
+                raise UsageError(NOT_FINITE)
             optimizer.zero_grad()
-            loss.backward()
+            (loss * loss.new_tensor(float(target.numel()))).backward()
         optimizer.step()
         schedule.step()
         with torch.no_grad():

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 BLOCK_COLUMNS = 128
 STRIP_COLUMNS = 16
 DAMPING = 0.01
+FLOAT64_COLUMNS = 4096
+"""Hessians up to this width are factored in float64: with inputs of very unequal sizes float32 keeps few digits of
+the inverse. Wider ones take float32, whose half memory counts there."""
 
 
 def sparsegpt(weights: Sequence[torch.Tensor], statistics: InputStatistics, pattern: Pattern) -> list[torch.Tensor]:
@@ -50,8 +53,8 @@ def sparsegpt(weights: Sequence[torch.Tensor], statistics: InputStatistics, patt
 def inverse_factor(H: torch.Tensor) -> torch.Tensor:
     """The upper Cholesky factor U of the damped Hessian's inverse, H⁻¹ = UᵀU.
 
-    Damping is 0.01 × the mean diagonal. Where float32 fails, float64 is tried, then ten-fold damping until the
-    matrix is positive definite; each step is logged.
+    Damping is 0.01 × the mean diagonal. Where float32 fails (wide matrices), float64 is tried, then ten-fold damping
+    until the matrix is positive definite; each step is logged.
 
     Args:
         H: (C, C) symmetric, float32. An input that was always 0 has no row and column but zeros: a 1 is put on the
@@ -68,7 +71,7 @@ def inverse_factor(H: torch.Tensor) -> torch.Tensor:
     diagonal = torch.where(H.diagonal() == 0, 1, H.diagonal())
     mean = diagonal.double().mean()
     damping = DAMPING
-    dtype = torch.float32
+    dtype = torch.float64 if len(H) <= FLOAT64_COLUMNS else torch.float32
     while True:
         damped = H.to(dtype, copy=True)
         damped.diagonal().copy_(diagonal.to(dtype) + damping * mean.to(dtype))
