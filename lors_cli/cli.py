@@ -207,11 +207,13 @@ def evaluate(
 
 
 def _show_record(folder: Path) -> None:
-    """The result of prune or tune: its metrics and where it is."""
+    """The result of prune or tune: its metrics and where it is. Processes that only helped have nothing to show."""
     from dataclasses import asdict
 
-    from lors_cli import run_dir
+    from lors_cli import parallel, run_dir
 
+    if not parallel.is_main():
+        return
     record = run_dir.read_record(folder)
     assert record is not None
     metrics = record.metrics

@@ -189,7 +189,8 @@ def test_the_large_recipe_is_planned_without_a_network(at_workshop: Path, lors: 
     started = time.monotonic()
     document = json.loads(lors("run", "llama3-8b-2of4", "--dry-run", "--json").stdout)
     assert time.monotonic() - started < 20
-    assert document["stages"][0]["peak_memory_bytes"] > 16e9
+    peaks = {stage["stage"]: stage["peak_memory_bytes"] for stage in document["stages"]}
+    assert peaks["prune"] < 14e9 < 16e9 < peaks["tune"]  # pruning holds one block, tuning the whole model
     assert document["stages"][1]["disk_bytes"] > 16e9
     assert not Path("runs").exists()
 
