@@ -184,7 +184,7 @@ def _estimate_tune(config: TuneConfig, size: ModelSize) -> Estimate:
     kept = size.num_blocks * tokens * size.hidden_size * size.bytes_a_weight + block
     activations = kept if config.gradient_checkpointing else size.num_blocks * block
     logits = tokens * size.vocab_size * (size.bytes_a_weight + 8)
-    gradient = size.num_prunable // 8 * 4 if config.init == "gradient" else 0
+    gradient = size.num_prunable // 8 * 4 if config.start == "gradient" else 0
     memory = size.num_bytes + 16 * adapters + max(activations + logits, gradient + activations + logits)
     return Estimate(memory, size.num_bytes + 3 * 12 * adapters + (16 << 20))
 

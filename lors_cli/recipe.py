@@ -19,6 +19,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 ModelRole = Literal["dense", "pruned", "tuned"]
+TuneMethod = Literal["lors", "sqft", "sqft-gc", "spp", "spp-gc", "hira", "lora"]
 Name = Annotated[str, Field(min_length=1)]
 
 _strict = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
@@ -140,15 +141,22 @@ class TuneConfig:
 
     __pydantic_config__ = _strict
 
-    method: Literal["lors"] = "lors"
+    method: TuneMethod = "lors"
+    """lors, or what it is compared with: sqft, spp (both also -gc: their layers computed again in backward), hira, and
+    lora, whose merge fills the zeros."""
     rank: Positive = 16
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 16.0
     use_rslora: bool = True
     """Scale the update by alpha/sqrt(rank), as the LoRS authors run it (rsLoRA, arXiv:2312.03732), else alpha/rank."""
-    init: Literal["gradient", "kaiming"] = "gradient"
-    """Start lora_A from the loss gradient's right singular vectors, or from a Kaiming-uniform draw."""
+    init: Literal["gradient", "kaiming"] | None = None
+    """Start lora_A from the loss gradient's right singular vectors, or from a Kaiming-uniform draw. Default: gradient
+    for lors, kaiming for the others, as their authors have it."""
     init_samples: Positive = 8
     """Samples the gradient of `init: gradient` is summed over."""
+    merged_cache: Literal["auto", "off", "on"] = "auto"
+    """lors: keep every merged weight while its adapters are unchanged (from the forward pass to the backward pass, and
+    over the micro-batches of a step), or build it anew for each use. auto: on if that takes at most a quarter of the
+    free memory. Not part of a stage's fingerprint."""
     data: TuneDataConfig = field(default_factory=TuneDataConfig)
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2e-5
     min_learning_rate: Rate = 0.0
@@ -172,6 +180,10 @@ class TuneConfig:
     seed: Seed = 0
 
     def __post_init__(self) -> None:
+        if self.init == "gradient" and self.method in ("spp", "spp-gc", "hira"):
+            raise ValueError(f"init: gradient is for additive updates, and {self.method} multiplies the weight")
+        if self.merged_cache == "on" and self.method != "lors":
+            raise ValueError(f"merged_cache: it is for method: lors, and method is {self.method}")
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(
                 f"min_learning_rate: {self.min_learning_rate:g} is above learning_rate: {self.learning_rate:g}"
@@ -181,6 +193,11 @@ class TuneConfig:
                 f"batch_size: {self.batch_size} is not a multiple of "
                 f"per_device_batch_size: {self.per_device_batch_size}"
             )
+
+    @property
+    def start(self) -> Literal["gradient", "kaiming"]:
+        """How lora_A starts: `init`, or what the method implies."""
+        return self.init or ("gradient" if self.method == "lors" else "kaiming")
 
     @property
     def scale(self) -> float:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lors_cli.tuning.trainer import AdapterTrainer
 
 STAGE_VERSION = 1
-WITHOUT_EFFECT = ("save_steps", "tensorboard", "gradient_checkpointing")
+WITHOUT_EFFECT = ("save_steps", "tensorboard", "gradient_checkpointing", "merged_cache")
 """Settings that change how the work is done, not what comes out."""
 CHECKPOINTS_NAME = "checkpoints"
 LOG_NAME = "log.jsonl"
@@ -39,10 +39,10 @@ def stage_fingerprint(config: TuneConfig, model_fingerprint: str, data_dir: Path
     from lors_cli.text import fingerprint_source
 
     settings = {key: value for key, value in asdict(config).items() if key not in WITHOUT_EFFECT}
-    settings.update(alpha=float(config.alpha), per_device_batch_size=config.micro_batch_size)
+    settings.update(alpha=float(config.alpha), per_device_batch_size=config.micro_batch_size, init=config.start)
     if config.max_steps is not None:
         del settings["epochs"]
-    if config.init != "gradient":
+    if config.start != "gradient":
         del settings["init_samples"]
     dataset = settings["data"].pop("dataset")
     inputs = {
@@ -156,7 +156,7 @@ def _prepare(
     if config.gradient_checkpointing:
         network.enable_input_require_grads()
         network.gradient_checkpointing_enable({"use_reentrant": False})
-    if config.init == "gradient" and not resumed:
+    if config.start == "gradient" and not resumed:
         linears: dict[str, nn.Linear] = {name: network.get_submodule(name) for name in layers}  # type: ignore[misc]
         generator = torch.Generator().manual_seed(config.seed)
         chosen = torch.randperm(len(data.samples), generator=generator)[: config.init_samples].tolist()
@@ -164,7 +164,9 @@ def _prepare(
         batches = [collator([data.samples[index] for index in chosen[first : first + size]])
                    for first in range(0, len(chosen), size)]  # fmt: skip
         start = gradient_directions(network, linears, batches, config.rank, seed=config.seed)
-    adapted = attach(network, layers, config.rank, config.alpha, use_rslora=config.use_rslora)
+    adapted = attach(network, layers, config.rank, config.alpha, use_rslora=config.use_rslora, method=config.method)
+    if config.method == "lors":
+        _keep_merged(network, config)
     with torch.no_grad():
         for name, directions in start.items():
             adapted[name].lora_A.copy_(directions)
@@ -173,6 +175,22 @@ def _prepare(
             model=network, args=training_arguments(config, checkpoints, network.device), data_collator=collator,
             train_dataset=data.samples, checkpoints=checkpoints, fingerprint=fingerprint,
         )  # fmt: skip
+
+
+def _keep_merged(network: PreTrainedModel, config: TuneConfig) -> None:
+    """Say how long the merged weights are kept, and why."""
+    from lors_cli.tuning.adapter import adapter_layers
+    from lors_cli.tuning.lors import keep_merged
+    from lors_cli.tuning.merging import cache_policy, why_no_kernel
+
+    weights = [layer.weight for layer in adapter_layers(network).values()]
+    keep, reason = cache_policy(weights, config.merged_cache, checkpointing=config.gradient_checkpointing)
+    keep_merged(network, keep)
+    console.info(f"  merged weights: {reason}")
+    missing = why_no_kernel(weights[0].device, weights[0].dtype)
+    console.detail(
+        "  merged by the fused CUDA kernel" if not missing else f"  merged without the CUDA kernel: {missing}"
+    )
 
 
 def _running_log(out: Path, work: Path) -> Path:
@@ -255,11 +273,12 @@ def _data_metrics(data: TuneData) -> dict[str, Any]:
 def _adapter_config(
     config: TuneConfig, network: PreTrainedModel, layers: list[str], model: ModelConfig, base_fingerprint: str
 ) -> Any:
-    from lors_cli.tuning.adapter import AdapterConfig, base_mask, lors_layers
+    from lors_cli.tuning.adapter import AdapterConfig, adapter_layers, base_mask
 
     return AdapterConfig(
-        rank=config.rank, alpha=config.alpha, use_rslora=config.use_rslora, layers=tuple(layers), base=model.path,
-        base_fingerprint=base_fingerprint, base_mask=base_mask(network, lors_layers(network)),
+        method=config.method, rank=config.rank, alpha=config.alpha, use_rslora=config.use_rslora,
+        layers=tuple(layers), base=model.path,
+        base_fingerprint=base_fingerprint, base_mask=base_mask(network, adapter_layers(network)),
     )  # fmt: skip
 
 
@@ -269,6 +288,7 @@ def _write_results(
     """Adapter and merged checkpoint into `staging`, once the merged weights are known to keep the zeros."""
     from lors_cli.models import save_checkpoint
     from lors_cli.tuning.adapter import adapter_tensors, merge_adapters, save_adapter
+    from lors_cli.tuning.baselines import LAYERS
 
     trainable = sum(tensor.numel() for tensor in adapter_tensors(network).values())
     save_adapter(network, staging / ADAPTER_NAME, adapter)
@@ -276,8 +296,12 @@ def _write_results(
     if num_zeroed:
         console.info(f"  {num_zeroed} kept weights became exactly zero in the merge")
     weights = prunable_weights(network)
-    layers = [measure(name, weights[name].matrix, pattern) for name, pattern in patterns.items()]
-    pattern = next(iter(patterns.values()))
+    held: dict[str, Pattern | None] = {**patterns}
+    if not LAYERS[adapter.method].keeps_zeros:
+        console.warn(f"method: {adapter.method} fills the zeros when it is merged: the tuned model is dense.")
+        held = dict.fromkeys(patterns)
+    layers = [measure(name, weights[name].matrix, pattern) for name, pattern in held.items()]
+    pattern = next(iter(held.values()))
     summary = summarise(layers, pattern)
     if summary["violations"]:
         raise SparsityError(

@@ -1,7 +1,7 @@
 """Put adapters on a sparse model, save and load them, and merge them into the weights.
 
-On disk an adapter looks like PEFT's, but names its type LORS: stock PEFT would merge it densely without a word, so
-it must not recognise it.
+On disk an adapter looks like PEFT's, but names its type by its method (LORS, SQFT, SPP, HIRA): stock PEFT would merge
+it densely without a word, so it must not take it for LoRA. Only an adapter that is LoRA says LORA.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from torch import nn
 from lors_cli import console, run_dir
 from lors_cli.errors import MissingError, SparsityError, UsageError, require_file
 from lors_cli.sparsity import mask_digest
-from lors_cli.tuning.lors import LorsLinear
+from lors_cli.tuning.baselines import LAYERS, check_rank
+from lors_cli.tuning.layers import AdapterLinear
 from lors_cli.weights import prunable_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PEFT_TYPE = "LORS"
+PEFT_TYPES = {method: method.removesuffix("-gc").upper() for method in LAYERS}
+"""`peft_type` on disk of every `tune.method`: checkpointing changes how a layer is computed, not what."""
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 PREFIX = "base_model.model."
@@ -34,6 +36,7 @@ class AdapterConfig:
     """What `adapter_config.json` holds.
 
     Args:
+        method: of `tune.method`.
         rank: r.
         alpha: numerator of the scale.
         use_rslora: scale alpha/√r, else alpha/r.
@@ -43,6 +46,7 @@ class AdapterConfig:
         base_mask: digest of where the adapted weights, and those that no adapter can be put on, are zero.
     """
 
+    method: str
     rank: int
     alpha: float
     use_rslora: bool
@@ -53,9 +57,9 @@ class AdapterConfig:
 
 
 def attach(
-    model: PreTrainedModel, layers: list[str], rank: int, alpha: float, *, use_rslora: bool
-) -> dict[str, LorsLinear]:
-    """Replace linears by LoRS layers, in place.
+    model: nn.Module, layers: list[str], rank: int, alpha: float, *, use_rslora: bool, method: str = "lors"
+) -> dict[str, AdapterLinear]:
+    """Replace linears by layers with adapters, in place.
 
     Args:
         model: the sparse model.
@@ -63,24 +67,30 @@ def attach(
         rank: r.
         alpha: numerator of the scale.
         use_rslora: scale alpha/√r, else alpha/r.
+        method: of `tune.method`.
 
     Returns:
         The new layers by name.
+
+    Raises:
+        UsageError: the method cannot take this rank.
     """
+    linears: dict[str, Any] = {name: model.get_submodule(name) for name in layers}
+    check_rank(method, rank, (linear.out_features for linear in linears.values()))
     adapted = {}
-    for name in layers:
-        adapted[name] = LorsLinear(model.get_submodule(name), rank, alpha, use_rslora=use_rslora)  # type: ignore[arg-type]
+    for name, linear in linears.items():
+        adapted[name] = LAYERS[method](linear, rank, alpha, use_rslora=use_rslora)
         model.set_submodule(name, adapted[name])
     return adapted
 
 
-def lors_layers(model: nn.Module) -> dict[str, LorsLinear]:
-    """Every LoRS layer of a model by full name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LorsLinear)}
+def adapter_layers(model: nn.Module) -> dict[str, AdapterLinear]:
+    """Every layer with an adapter of a model, by full name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdapterLinear)}
 
 
 def adaptable_layers(model: PreTrainedModel, pruned: Iterable[str]) -> list[str]:
-    """Those of the pruned weights that a LoRS layer can replace: linears. Experts and Conv1D stay as they are.
+    """Those of the pruned weights that can have an adapter: linears. Experts and Conv1D stay as they are.
 
     Args:
         model: the sparse model, without adapters.
@@ -94,9 +104,11 @@ def adaptable_layers(model: PreTrainedModel, pruned: Iterable[str]) -> list[str]
     others = [name for name in pruned if not isinstance(weights[name].module, nn.Linear)]
     if not layers:
         kind = type(weights[others[0]].module).__name__
-        raise UsageError(f"LoRS adapts nn.Linear only, and none is sparse here: {others[0]} is a weight of {kind}.")
+        raise UsageError(f"adapters go on nn.Linear only, and none is sparse here: {others[0]} is a weight of {kind}.")
     if others:
-        console.info(f"  {len(others)} pruned weights stay as they are, first {others[0]}: LoRS adapts nn.Linear only")
+        console.info(
+            f"  {len(others)} pruned weights stay as they are, first {others[0]}: adapters go on nn.Linear only"
+        )
     return layers
 
 
@@ -104,8 +116,8 @@ def base_mask(model: PreTrainedModel, layers: dict[str, Any]) -> str:
     """The digest of where a sparse model is zero: in adapted linears, and in what no adapter can be put on.
 
     Args:
-        model: with or without LoRS layers.
-        layers: its linears or LoRS layers by full name.
+        model: with or without adapters.
+        layers: its linears, adapted or not, by full name.
     """
     others = {name: weight.matrix for name, weight in prunable_weights(model).items()
               if not isinstance(weight.module, nn.Linear)}  # fmt: skip
@@ -115,7 +127,7 @@ def base_mask(model: PreTrainedModel, layers: dict[str, Any]) -> str:
 def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """The adapters' tensors under PEFT's names, on the CPU."""
     tensors = {}
-    for name, layer in lors_layers(model).items():
+    for name, layer in adapter_layers(model).items():
         for part in ("lora_A", "lora_B"):
             tensors[f"{PREFIX}{name}.{part}.weight"] = getattr(layer, part).detach().cpu().contiguous()
     return tensors
@@ -125,7 +137,7 @@ def save_adapter(model: nn.Module, folder: Path, config: AdapterConfig) -> None:
     """Write `adapter_model.safetensors` and `adapter_config.json`.
 
     Args:
-        model: with LoRS layers.
+        model: with adapters.
         folder: made when missing.
         config: written beside the tensors.
     """
@@ -133,16 +145,16 @@ def save_adapter(model: nn.Module, folder: Path, config: AdapterConfig) -> None:
 
     run_dir.write_bytes(folder / WEIGHTS_NAME, save(adapter_tensors(model), metadata={"format": "pt"}))
     content = {
-        "peft_type": PEFT_TYPE,
+        "peft_type": PEFT_TYPES[config.method],
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": config.base,
-        "base_fingerprint": config.base_fingerprint,
-        "base_mask": config.base_mask,
         "r": config.rank,
         "lora_alpha": config.alpha,
         "use_rslora": config.use_rslora,
         "target_modules": list(config.layers),
     }
+    if content["peft_type"] != "LORA":  # which PEFT reads, and it warns of keys that it does not know
+        content.update(base_fingerprint=config.base_fingerprint, base_mask=config.base_mask)
     run_dir.write_json(folder / CONFIG_NAME, content)
 
 
@@ -151,19 +163,21 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
 
     Raises:
         MissingError: there is none.
-        UsageError: it is broken, or of another type than LORS.
+        UsageError: it is broken, or of a type that fills zeros.
     """
     path = require_file(folder / CONFIG_NAME, "adapter configuration")
     content = run_dir.read_json(path)
     if not isinstance(content, dict):
         raise UsageError(f"{path} is not readable JSON.")
-    if content.get("peft_type") != PEFT_TYPE:
+    methods = {PEFT_TYPES[method]: method for method in reversed(LAYERS) if LAYERS[method].keeps_zeros}
+    if content.get("peft_type") not in methods:
         raise UsageError(
-            f"{path} is a {content.get('peft_type')!s} adapter, not {PEFT_TYPE}.",
-            "Merging another kind of adapter would fill the zeros; lors only merges its own.",
+            f"{path} is a {content.get('peft_type')!s} adapter, none of {', '.join(sorted(methods))}.",
+            "Merging another kind of adapter would fill the zeros; lors merges those that keep them.",
         )
     try:
         return AdapterConfig(
+            method=methods[content["peft_type"]],
             rank=int(content["r"]),
             alpha=float(content["lora_alpha"]),
             use_rslora=bool(content["use_rslora"]),
@@ -194,7 +208,7 @@ def load_tensors(model: nn.Module, path: Path) -> None:
     if odd:
         raise UsageError(f"{path} does not fit its configuration, first at {odd[0]}.")
     with torch.no_grad():
-        for name, layer in lors_layers(model).items():
+        for name, layer in adapter_layers(model).items():
             layer.lora_A.copy_(tensors[f"{PREFIX}{name}.lora_A.weight"])
             layer.lora_B.copy_(tensors[f"{PREFIX}{name}.lora_B.weight"])
 
@@ -207,7 +221,7 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
         folder: written by `save_adapter`.
 
     Returns:
-        `base` with LoRS layers.
+        `base` with adapters.
 
     Raises:
         UsageError: the base has other layers, or its zeros lie elsewhere.
@@ -228,29 +242,29 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
             f"the adapter in {folder} belongs to another sparse model: the zeros lie elsewhere.",
             f"It was trained on {config.base}; merging it here would not keep what was tuned.",
         )
-    attach(base, list(config.layers), config.rank, config.alpha, use_rslora=config.use_rslora)
+    attach(base, list(config.layers), config.rank, config.alpha, use_rslora=config.use_rslora, method=config.method)
     load_tensors(base, folder / WEIGHTS_NAME)
     return base
 
 
 def merge_adapters(model: PreTrainedModel) -> int:
-    """Replace every LoRS layer by an ordinary linear with the masked merged weight, in place.
+    """Replace every layer with an adapter by an ordinary linear with the merged weight, in place.
 
     Args:
-        model: with LoRS layers.
+        model: with adapters.
 
     Returns:
         How many kept weights became exactly zero.
 
     Raises:
-        SparsityError: a zero of the base became non-zero.
+        SparsityError: a zero of the base became non-zero, by a method that keeps zeros.
     """
     num_lost = 0
-    for name, layer in lors_layers(model).items():
+    for name, layer in adapter_layers(model).items():
         linear = layer.to_linear()
         if not bool(torch.isfinite(linear.weight).all()):
             raise UsageError(f"the merged weight of {name} holds NaN or Inf; the adapter is broken.")
-        if bool(((linear.weight != 0) & (layer.weight == 0)).any()):
+        if layer.keeps_zeros and bool(((linear.weight != 0) & (layer.weight == 0)).any()):
             raise SparsityError(f"merging would fill zeros of {name}; nothing was written.")
         num_lost += int(((linear.weight == 0) & (layer.weight != 0)).sum())
         model.set_submodule(name, linear)

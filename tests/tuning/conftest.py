@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from lors_cli.recipe import TuneConfig, TuneDataConfig
 from lors_cli.weights import prunable_weights
 
 
@@ -50,3 +51,12 @@ def instructions(tmp_path: Path) -> Path:
     rows = [{"instruction": f"say {number}", "input": "", "output": f"it is {number * 7 % 10}"} for number in range(40)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def config(instructions: Path) -> TuneConfig:
+    """A short run on those rows."""
+    return TuneConfig(
+        rank=4, alpha=4.0, learning_rate=5e-2, max_steps=8, batch_size=4, per_device_batch_size=2, init_samples=4,
+        save_steps=3, data=TuneDataConfig(dataset=str(instructions), max_length=320),
+    )  # fmt: skip

@@ -15,10 +15,10 @@ from lors_cli.errors import MissingError, SparsityError, UsageError
 from lors_cli.tuning import adapter as adapters
 from lors_cli.tuning.adapter import (
     AdapterConfig,
+    adapter_layers,
     attach,
     base_mask,
     load_adapter,
-    lors_layers,
     merge_adapters,
     save_adapter,
 )
@@ -31,14 +31,14 @@ IDS = torch.arange(40).reshape(2, 20)
 def _adapted(model: PreTrainedModel) -> PreTrainedModel:
     attach(model, list(prunable_weights(model)), rank=4, alpha=8.0, use_rslora=True)
     generator = torch.Generator().manual_seed(7)
-    for layer in lors_layers(model).values():
+    for layer in adapter_layers(model).values():
         layer.lora_B.data.copy_(torch.randn(layer.lora_B.shape, generator=generator) * 0.1)
     return model
 
 
 def _saved(model: PreTrainedModel, folder: Path) -> Path:
-    layers = lors_layers(model)
-    config = AdapterConfig(4, 8.0, True, tuple(layers), "some/base", "fingerprint", base_mask(model, layers))
+    layers = adapter_layers(model)
+    config = AdapterConfig("lors", 4, 8.0, True, tuple(layers), "some/base", "fingerprint", base_mask(model, layers))
     save_adapter(model, folder, config)
     return folder
 
@@ -55,14 +55,14 @@ def test_the_merged_model_gives_the_same_logits_bit_for_bit(sparse_llama: Callab
         model = _adapted(sparse_llama(dtype))
         before = model(IDS).logits
         merge_adapters(model)
-        assert not lors_layers(model)
+        assert not adapter_layers(model)
         assert torch.equal(model(IDS).logits, before)
 
 
 def test_merging_keeps_every_zero_and_counts_new_ones(sparse_llama: Callable[..., PreTrainedModel]) -> None:
     model = _adapted(sparse_llama())
-    masks = {name: layer.weight != 0 for name, layer in lors_layers(model).items()}
-    name, layer = next(iter(lors_layers(model).items()))
+    masks = {name: layer.weight != 0 for name, layer in adapter_layers(model).items()}
+    name, layer = next(iter(adapter_layers(model).items()))
     layer.lora_B.data.zero_()
     layer.lora_A.data.zero_()
     row, column = (int(index[0]) for index in layer.weight.nonzero(as_tuple=True))
@@ -108,7 +108,7 @@ def test_another_kind_of_adapter_is_refused(tmp_path: Path, sparse_llama: Callab
     folder = _saved(_adapted(sparse_llama()), tmp_path / "adapter")
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "LORA"}))
-    with pytest.raises(UsageError, match="LORA adapter, not LORS"):
+    with pytest.raises(UsageError, match="LORA adapter, none of HIRA, LORS, SPP, SQFT"):
         load_adapter(sparse_llama(), folder)
 
 

@@ -102,7 +102,7 @@ def test_merge_rounds_once_from_the_exact_sum(dtype: torch.dtype, rows: int) -> 
 def test_merge_by_tiles_equals_merge_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     case = _case(torch.bfloat16, rows=100, columns=64)
     at_once = masked_merge(case["weight"], case["lora_A"], case["lora_B"], 2.0)
-    monkeypatch.setattr("lors_cli.tuning.lors.TILE_ELEMENTS", 64 * 17)
+    monkeypatch.setattr("lors_cli.tuning.merging.TILE_ELEMENTS", 64 * 17)
     torch.testing.assert_close(
         masked_merge(case["weight"], case["lora_A"], case["lora_B"], 2.0), at_once, rtol=0, atol=0
     )
@@ -153,14 +153,19 @@ def test_non_contiguous_inputs_and_any_leading_shape() -> None:
     torch.testing.assert_close(y, x @ merged.T)
 
 
-def test_autocast_keeps_the_base_dtype() -> None:
+def test_autocast_chooses_the_dtype_of_products_and_gradients_stay_in_the_parameters_own() -> None:
     layer = LorsLinear(nn.Linear(32, 64), rank=4, alpha=16)
-    x = torch.randn(3, 32)
+    layer.lora_B.data.normal_()
+    x = torch.randn(3, 32, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(layer(x), layer.to_linear().weight.detach().matmul(x.T).T + layer.bias) or torch.allclose(
-            layer(x), F.linear(x, layer.merged_weight(), layer.bias).float(), atol=1e-1
-        )
-        assert layer(x).dtype == torch.float32
+        y = layer(x)
+        plain = layer.to_linear()(x)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, plain)
+    y.float().sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == layer.lora_A.grad.dtype == torch.float32
+    torch.testing.assert_close(x.grad, layer.merged_weight().sum(0).expand_as(x), rtol=0.05, atol=0.05)
 
 
 def test_a_weight_that_wants_a_gradient_is_refused() -> None:

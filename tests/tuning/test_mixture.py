@@ -24,7 +24,7 @@ from lors_cli.errors import UsageError
 from lors_cli.inspection import inspect
 from lors_cli.recipe import ModelConfig, TuneConfig, TuneDataConfig
 from lors_cli.tuning import tune
-from lors_cli.tuning.adapter import attach, base_mask, load_adapter, lors_layers, merge
+from lors_cli.tuning.adapter import adapter_layers, attach, base_mask, load_adapter, merge
 from lors_cli.weights import prunable_weights
 
 SIZES = {
@@ -129,7 +129,7 @@ def test_the_mask_of_a_model_of_linears_is_that_of_its_adapted_layers(
         names = [name for name in prunable_weights(model) if "experts" not in name]
         before = base_mask(model, {name: model.get_submodule(name) for name in names})
         attach(model, names, 4, 8.0, use_rslora=True)
-        assert base_mask(model, lors_layers(model)) == before
+        assert base_mask(model, adapter_layers(model)) == before
 
 
 def test_a_model_without_sparse_linears_is_refused(make: Make, config: TuneConfig, tmp_path: Path) -> None:

@@ -26,14 +26,6 @@ from lors_cli.weights import prunable_weights
 IDS = torch.arange(40).reshape(2, 20)
 
 
-@pytest.fixture
-def config(instructions: Path) -> TuneConfig:
-    return TuneConfig(
-        rank=4, alpha=4.0, learning_rate=5e-2, max_steps=8, batch_size=4, per_device_batch_size=2, init_samples=4,
-        save_steps=3, data=TuneDataConfig(dataset=str(instructions), max_length=320),
-    )  # fmt: skip
-
-
 def _model(path: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(path)
 

@@ -1,0 +1,201 @@
+"""The methods that LoRS is compared with, each as its authors compute it, adapters in float32 and the scale applied.
+
+Legend: W (R, C) weight, mask = (W ≠ 0), X (tokens, C) input, Y (tokens, R) output, A = lora_A (r, C),
+B = lora_B (R, r), P (r, C) and q (R, 1) SPP's two parts, s scale; R out_features, C in_features, r rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from lors_cli.errors import MissingError, UsageError
+from lors_cli.tuning.layers import AdapterLinear
+from lors_cli.tuning.lors import LorsLinear
+
+
+class SqftLinear(AdapterLinear):
+    """Y = X·(W + s·mask ⊙ (B·A))ᵀ in one product; autograd keeps the mask and the merged weight.
+
+    Source: SparsePEFT of SQFT §2.2, arXiv:2410.03750.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(…, C) → (…, R)."""
+        return F.linear(x.to(self.weight.dtype), self.merged_weight(), self.bias)
+
+    def merged_weight(self) -> torch.Tensor:
+        """The very weight of the forward pass, (R, C) in the base's dtype."""
+        A, B = self.lora_A.to(self.weight.dtype), self.lora_B.to(self.weight.dtype)
+        mask = self.weight != 0
+        return self.weight + self.scale * (mask * (B @ A))
+
+
+class SqftCheckpointedLinear(SqftLinear):
+    """SQFT, with the whole layer computed again in backward and only X kept."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(…, C) → (…, R)."""
+        return _again_in_backward(super().forward, x)
+
+
+class SppLinear(AdapterLinear):
+    """Y = X·Wᵀ + s·X·(W ⊙ repeat_interleave(P, R/r) ⊙ q)ᵀ in two products; lora_A is P (r, C), lora_B is q (R, 1).
+
+    P is drawn Kaiming-uniform and q is zero. R must be a multiple of r.
+
+    Source: SPP §3.2, arXiv:2405.16057, in the shapes of its authors' code.
+    """
+
+    def make_adapters(self) -> None:
+        """Draw P and q."""
+        super().make_adapters()
+        if self.out_features % self.rank:
+            raise UsageError(ranks_that_fit([self.out_features], self.rank))
+        self.lora_B = nn.Parameter(self.lora_B.new_zeros(self.out_features, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(…, C) → (…, R)."""
+        x = x.to(self.weight.dtype)
+        return F.linear(x, self.weight, self.bias) + self.update(x)
+
+    def update(self, x: torch.Tensor) -> torch.Tensor:
+        """The second product, (…, R)."""
+        return self.scale * F.linear(x, self.delta())
+
+    def delta(self) -> torch.Tensor:
+        """W ⊙ repeat_interleave(P, R/r) ⊙ q, (R, C)."""
+        P, q = self.lora_A.to(self.weight.dtype), self.lora_B.to(self.weight.dtype)
+        return self.weight * torch.repeat_interleave(P, self.out_features // self.rank, dim=0) * q
+
+    def merged_weight(self) -> torch.Tensor:
+        """W + s·delta, (R, C) in the base's dtype: equal to the two products but for rounding."""
+        return self.weight + self.scale * self.delta()
+
+
+class SppCheckpointedLinear(SppLinear):
+    """SPP, with its second product computed again in backward: how its authors train 7B models."""
+
+    def update(self, x: torch.Tensor) -> torch.Tensor:
+        """The second product, (…, R)."""
+        return _again_in_backward(super().update, x)
+
+
+class HiraLinear(AdapterLinear):
+    """Y = X·(W + s·W ⊙ (B·A))ᵀ: a product with the weight keeps its zeros.
+
+    Source: HiRA, ICLR 2025 (https://openreview.net/forum?id=TwJrTz9cRS); PEFT's `HiraConfig` is this with s = 1.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(…, C) → (…, R)."""
+        return F.linear(x.to(self.weight.dtype), self.merged_weight(), self.bias)
+
+    def merged_weight(self) -> torch.Tensor:
+        """The very weight of the forward pass, (R, C) in the base's dtype."""
+        A, B = self.lora_A.to(self.weight.dtype), self.lora_B.to(self.weight.dtype)
+        return self.weight + self.scale * (self.weight * (B @ A))
+
+
+class LoraLinear(AdapterLinear):
+    """LoRA in PEFT's own layer: Y = X·Wᵀ + s·(X·Aᵀ)·Bᵀ. Its merged weight is dense.
+
+    Raises:
+        MissingError: the package peft is not installed.
+
+    Source: LoRA §4.1, arXiv:2106.09685.
+    """
+
+    keeps_zeros = False
+    peft: Any
+
+    def make_adapters(self) -> None:
+        """Let PEFT wrap the linear."""
+        try:
+            from peft import LoraConfig, inject_adapter_in_model
+        except ImportError as error:
+            raise MissingError("method: lora needs the package peft.", "pip install peft") from error
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight = self.weight
+        if self.bias is not None:
+            linear.bias = self.bias
+        # PEFT computes alpha/r itself: an alpha that gives our scale, whatever its settings for rsLoRA are
+        config = LoraConfig(r=self.rank, lora_alpha=self.scale * self.rank, target_modules=["linear"])  # type: ignore[arg-type]
+        self.peft = inject_adapter_in_model(config, nn.ModuleDict({"linear": linear})).linear
+        dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        for part in (self.peft.lora_A, self.peft.lora_B):
+            part.to(dtype)
+
+    @property
+    def lora_A(self) -> nn.Parameter:  # type: ignore[override]
+        """(r, C)."""
+        return self.peft.lora_A["default"].weight
+
+    @property
+    def lora_B(self) -> nn.Parameter:  # type: ignore[override]
+        """(R, r)."""
+        return self.peft.lora_B["default"].weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(…, C) → (…, R)."""
+        return self.peft(x.to(self.weight.dtype))
+
+    def merged_weight(self) -> torch.Tensor:
+        """W + s·B·A, (R, C) in the base's dtype: dense, and equal to the layer but for rounding."""
+        exact = self.lora_A.dtype
+        return torch.addmm(self.weight.to(exact), self.lora_B, self.lora_A, alpha=self.scale).to(self.weight.dtype)
+
+
+LAYERS: dict[str, type[AdapterLinear]] = {
+    "lors": LorsLinear,
+    "sqft": SqftLinear,
+    "sqft-gc": SqftCheckpointedLinear,
+    "spp": SppLinear,
+    "spp-gc": SppCheckpointedLinear,
+    "hira": HiraLinear,
+    "lora": LoraLinear,
+}
+"""The layer of every `tune.method`."""
+
+
+def check_rank(method: str, rank: int, out_features: Iterable[int]) -> None:
+    """Refuse a rank that a method cannot take, before any layer is made.
+
+    Args:
+        method: of `LAYERS`.
+        rank: r.
+        out_features: R of every layer to be adapted.
+
+    Raises:
+        UsageError: SPP, and some R is no multiple of r; names the ranks that work.
+    """
+    sizes = list(out_features)
+    if method in ("spp", "spp-gc") and any(size % rank for size in sizes):
+        raise UsageError(ranks_that_fit(sizes, rank))
+
+
+def ranks_that_fit(sizes: Iterable[int], rank: int) -> str:
+    """The message for a rank that does not divide every layer's outputs.
+
+    Args:
+        sizes: R of every layer.
+        rank: the one that does not.
+    """
+    common = reduce(math.gcd, sizes)
+    fitting = [str(size) for size in range(1, min(common, 256) + 1) if common % size == 0]
+    return (
+        f"rank: {rank} does not divide the outputs of every layer, which SPP needs; "
+        f"ranks that work for this model: {', '.join(fitting)}"
+    )
+
+
+def _again_in_backward(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    result: Any = checkpoint(function, x, use_reentrant=False)
+    return result

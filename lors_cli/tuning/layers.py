@@ -1,0 +1,61 @@
+"""What the linear layers of all tuning methods share."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+
+class AdapterLinear(nn.Module):
+    """A frozen linear with a trainable low-rank update; at its start it computes what the linear did.
+
+    Args:
+        linear: (C → R); its weight and bias are taken over, not copied, and frozen.
+        rank: r.
+        alpha: numerator of the scale.
+        use_rslora: scale s = alpha/√r (rsLoRA, arXiv:2312.03732), else alpha/r.
+
+    `lora_A` (r, C) is drawn Kaiming-uniform and `lora_B` (R, r) is zero, both float32 (float64 for a float64 weight).
+    """
+
+    keeps_zeros = True
+    """Whether the merged weight is zero wherever the base is."""
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float, *, use_rslora: bool = True) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        linear.requires_grad_(False)
+        self.weight, self.bias = linear.weight, linear.bias
+        self.rank, self.alpha = rank, alpha
+        self.scale = alpha / math.sqrt(rank) if use_rslora else alpha / rank
+        self.make_adapters()
+
+    def make_adapters(self) -> None:
+        """Draw `lora_A` and `lora_B`."""
+        dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        self.lora_A = nn.Parameter(torch.empty(self.rank, self.in_features, dtype=dtype, device=self.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, self.rank, dtype=dtype, device=self.weight.device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def merged_weight(self) -> torch.Tensor:
+        """The weight that gives the layer's outputs as an ordinary linear, (R, C) in the base's dtype."""
+        raise NotImplementedError
+
+    def to_linear(self) -> nn.Linear:
+        """An ordinary linear with the merged weight."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(self.merged_weight(), requires_grad=False)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias, requires_grad=False)
+        return linear
+
+    def extra_repr(self) -> str:
+        """Sizes, for `print(model)`."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, scale={self.scale:g}"
+        )

@@ -1,0 +1,214 @@
+"""The masked merged weight: how it is built, into which memory, and how long it is kept.
+
+Legend: W (R, C) sparse weight, A = lora_A (r, C), B = lora_B (R, r), s scale, W_t = (W + s·B·A) ⊙ (W ≠ 0).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from functools import cache
+from typing import Any, Literal
+
+import psutil
+import torch
+
+from lors_cli import console
+
+TILE_ELEMENTS = 1 << 18
+"""Elements of W merged at a time on a CPU: a float32 tile of 1 MiB stays in the cache."""
+SHARE_OF_FREE = 0.25
+"""All merged weights are kept where they take at most this share of the free memory; activations need the rest."""
+Keep = Literal["never", "recompute", "always"]
+
+_scratch: dict[tuple[Any, ...], torch.Tensor] = {}
+
+
+@torch.no_grad()
+def masked_merge(
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    scale: float,
+    *,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """W_t = (W + s·B·A) ⊙ (W ≠ 0), in one rounding order everywhere.
+
+    The adapters are cast to the weight's dtype, the sum is accumulated in float32 (float64 for a float64 weight)
+    and rounded once. On CUDA one kernel reads W once and writes W_t once; elsewhere the work goes by row tiles that
+    stay in the cache. Neither makes a mask or a second matrix of W's size.
+
+    Args:
+        weight: (R, C).
+        lora_A: (r, C), any float dtype.
+        lora_B: (R, r), any float dtype.
+        scale: s.
+        out: (R, C), where to put the result; its dtype may be another than the weight's. Default: a new tensor.
+
+    Returns:
+        (R, C), `out` or a tensor in the weight's dtype.
+    """
+    merged = torch.empty_like(weight) if out is None else out
+    if weight.is_cuda and not why_no_kernel(weight.device, weight.dtype):
+        from lors_cli.tuning.kernels import masked_merge_kernel
+
+        return masked_merge_kernel(weight, lora_A, lora_B, scale, merged)
+    exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    A = lora_A.to(weight.dtype).to(exact)
+    B = lora_B.to(weight.dtype).to(exact)
+    height = weight.shape[0] if weight.is_cuda else max(16, TILE_ELEMENTS // weight.shape[1])
+    for start in range(0, weight.shape[0], height):
+        rows = slice(start, start + height)
+        tile = merged[rows]
+        if merged.dtype == exact:
+            torch.addmm(weight[rows].to(exact), B[rows], A, alpha=scale, out=tile)
+        else:
+            tile.copy_(torch.addmm(weight[rows].to(exact), B[rows], A, alpha=scale))
+        tile.mul_(weight[rows].sign().square_())  # sgn² is the mask, without a bool tensor
+    return merged
+
+
+def masked_merge_formula(
+    weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scale: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """`masked_merge` as one plain expression, for torch.compile to fuse.
+
+    Args:
+        weight: (R, C).
+        lora_A: (r, C).
+        lora_B: (R, r).
+        scale: s.
+        dtype: of the result.
+    """
+    exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    A, B = lora_A.to(weight.dtype).to(exact), lora_B.to(weight.dtype).to(exact)
+    return torch.addmm(weight.to(exact), B, A, alpha=scale).to(dtype).mul(weight.sign().square().to(dtype))
+
+
+@cache
+def why_no_kernel(device: torch.device, dtype: torch.dtype) -> str:
+    """Why the fused kernel cannot be used, empty when it can.
+
+    Args:
+        device: of the weights.
+        dtype: of the weights.
+    """
+    if device.type != "cuda":
+        return f"it is for CUDA, not {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"it does not know {str(dtype).removeprefix('torch.')}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "the GPU is older than Ampere"
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "the package triton is not installed"
+    return ""
+
+
+def scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor of memory that all layers share; whatever it held is overwritten by the next one that asks.
+
+    The buffer grows to the largest layer and stays. Work on a CUDA stream is in order, so each stream has one
+    buffer; elsewhere each thread has.
+
+    Args:
+        shape: of the tensor.
+        dtype: of the tensor.
+        device: of the tensor.
+    """
+    owner: Any = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else threading.get_ident()
+    key = (device, dtype, owner)
+    buffer = _scratch.get(key)
+    if buffer is None or buffer.numel() < shape.numel():
+        _scratch.pop(key, None)
+        del buffer
+        with torch.inference_mode(False):
+            buffer = _scratch[key] = torch.empty(shape.numel(), dtype=dtype, device=device)
+    return buffer[: shape.numel()].view(shape)
+
+
+class MergedCache:
+    """A layer's merged weight, kept while its adapters are unchanged.
+
+    Whether they changed is seen from their version counters, which every in-place operation of torch moves
+    (an optimiser's too); writing through `.data` or NumPy does not, and needs `drop()`.
+
+    Args:
+        keep: `always` holds it until the adapters change; `recompute` only from the forward pass that a checkpointed
+            block repeats during backward to the backward of the same layer; `never` holds nothing.
+    """
+
+    def __init__(self, keep: Keep = "never") -> None:
+        self.keep = keep
+        self._key: tuple[Any, ...] | None = None
+        self._merged: torch.Tensor | None = None
+
+    def drop(self) -> None:
+        """Forget what is held."""
+        self._key = self._merged = None
+
+    def merged(
+        self,
+        weight: torch.Tensor,
+        lora_A: torch.Tensor,
+        lora_B: torch.Tensor,
+        scale: float,
+        dtype: torch.dtype,
+        *,
+        last_use: bool,
+    ) -> torch.Tensor:
+        """W_t in `dtype`, to be used before any other layer's is asked for.
+
+        Args:
+            weight: (R, C).
+            lora_A: (r, C).
+            lora_B: (R, r).
+            scale: s.
+            dtype: of the result.
+            last_use: this is the backward pass.
+        """
+        key = (dtype, scale, *((part.data_ptr(), part._version) for part in (weight, lora_A, lora_B)))
+        if self._merged is not None and self._key == key:
+            found = self._merged
+            if last_use and self.keep == "recompute":
+                self.drop()
+            return found
+        self.drop()
+        if self.keep == "always" or (self.keep == "recompute" and not last_use and _in_backward()):
+            self._merged = masked_merge(weight, lora_A, lora_B, scale, out=torch.empty_like(weight, dtype=dtype))
+            self._key = key
+            return self._merged
+        return masked_merge(weight, lora_A, lora_B, scale, out=scratch(weight.shape, dtype, weight.device))
+
+
+def cache_policy(
+    weights: Iterable[torch.Tensor], wanted: Literal["auto", "off", "on"], *, checkpointing: bool
+) -> tuple[Keep, str]:
+    """How long merged weights are to be kept, and the reason in words.
+
+    Args:
+        weights: every adapted weight.
+        wanted: `tune.merged_cache`.
+        checkpointing: whether blocks are computed again in backward.
+    """
+    weights = list(weights)
+    num_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
+    if wanted == "off":
+        return "never", "built anew for every use (merged_cache: off)"
+    if wanted == "on":
+        return "always", f"kept until the adapters change, {console.gib(num_bytes)} (merged_cache: on)"
+    device = weights[0].device
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    sizes = f"{console.gib(num_bytes)} of {console.gib(free)} free"
+    if num_bytes <= SHARE_OF_FREE * free:
+        return "always", f"kept until the adapters change ({sizes})"
+    if checkpointing:
+        return "recompute", f"kept for a block at a time, too large to keep them all ({sizes})"
+    return "never", f"built anew for every use, too large to keep ({sizes})"
+
+
+def _in_backward() -> bool:
+    """Whether autograd is running a backward pass: a forward pass seen then is a checkpointed block's second one."""
+    return torch._C._current_graph_task_id() != -1
