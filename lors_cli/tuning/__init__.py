@@ -13,14 +13,15 @@ from lors_cli.sparsity import Pattern, measure, summarise
 from lors_cli.weights import prunable_weights
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from transformers import PreTrainedModel
 
     from lors_cli.recipe import ModelConfig, TuneConfig
-    from lors_cli.tokens import TuneData
+    from lors_cli.tokens import PadCollator, TuneData
     from lors_cli.tuning.trainer import AdapterTrainer
 
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 WITHOUT_EFFECT = ("save_steps", "tensorboard", "gradient_checkpointing", "merged_cache")
 """Settings that change how the work is done, not what comes out."""
 CHECKPOINTS_NAME = "checkpoints"
@@ -146,24 +147,23 @@ def _prepare(
     from lors_cli.models import quiet_libraries
     from lors_cli.tokens import PadCollator
     from lors_cli.tuning.adapter import attach
+    from lors_cli.tuning.head import why_not_chunked
     from lors_cli.tuning.initialization import gradient_directions
     from lors_cli.tuning.trainer import AdapterTrainer, latest_checkpoint, training_arguments
 
     checkpoints = out / CHECKPOINTS_NAME
     collator = PadCollator(tokenizer.pad_token_id)
-    resumed = latest_checkpoint(checkpoints, fingerprint) is not None
-    start = {}
+    obstacle = why_not_chunked(network, collator(data.samples[:1]))
+    if obstacle:
+        console.info(f"  all logits are kept at once, the head cannot be chunked: {obstacle}")
     if config.gradient_checkpointing:
         network.enable_input_require_grads()
         network.gradient_checkpointing_enable({"use_reentrant": False})
-    if config.start == "gradient" and not resumed:
+    start = {}
+    if config.start == "gradient" and latest_checkpoint(checkpoints, fingerprint) is None:
         linears: dict[str, nn.Linear] = {name: network.get_submodule(name) for name in layers}  # type: ignore[misc]
-        generator = torch.Generator().manual_seed(config.seed)
-        chosen = torch.randperm(len(data.samples), generator=generator)[: config.init_samples].tolist()
-        size = config.micro_batch_size
-        batches = [collator([data.samples[index] for index in chosen[first : first + size]])
-                   for first in range(0, len(chosen), size)]  # fmt: skip
-        start = gradient_directions(network, linears, batches, config.rank, seed=config.seed)
+        batches = _init_batches(config, data, collator)
+        start = gradient_directions(network, linears, batches, config.rank, seed=config.seed, chunk_head=not obstacle)
     adapted = attach(network, layers, config.rank, config.alpha, use_rslora=config.use_rslora, method=config.method)
     if config.method == "lors":
         _keep_merged(network, config)
@@ -173,8 +173,19 @@ def _prepare(
     with quiet_libraries():
         return AdapterTrainer(
             model=network, args=training_arguments(config, checkpoints, network.device), data_collator=collator,
-            train_dataset=data.samples, checkpoints=checkpoints, fingerprint=fingerprint,
+            train_dataset=data.samples, checkpoints=checkpoints, fingerprint=fingerprint, chunk_head=not obstacle,
         )  # fmt: skip
+
+
+def _init_batches(config: TuneConfig, data: TuneData, collator: PadCollator) -> list[dict[str, torch.Tensor]]:
+    """The samples that the gradient is taken of, in micro-batches."""
+    import torch
+
+    generator = torch.Generator().manual_seed(config.seed)
+    chosen = torch.randperm(len(data.samples), generator=generator)[: config.init_samples].tolist()
+    size = config.micro_batch_size
+    return [collator([data.samples[index] for index in chosen[first : first + size]])
+            for first in range(0, len(chosen), size)]  # fmt: skip
 
 
 def _keep_merged(network: PreTrainedModel, config: TuneConfig) -> None:

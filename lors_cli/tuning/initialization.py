@@ -12,6 +12,7 @@ import torch
 
 from lors_cli import console
 from lors_cli.errors import UsageError
+from lors_cli.tuning.head import causal_lm_loss
 
 if TYPE_CHECKING:
     from torch import nn
@@ -59,6 +60,7 @@ def gradient_directions(
     rank: int,
     *,
     seed: int,
+    chunk_head: bool = False,
 ) -> dict[str, torch.Tensor]:
     """The top right singular vectors of the loss gradient dW of every linear, summed over the samples.
 
@@ -71,6 +73,7 @@ def gradient_directions(
         batches: collated samples (input_ids, attention_mask, labels).
         rank: r.
         seed: of the SVD's random start.
+        chunk_head: compute the loss with `causal_lm_loss`.
 
     Returns:
         (r, C) float32 by name.
@@ -83,7 +86,7 @@ def gradient_directions(
     _make_checkpointing_act(model)
     with console.progress("gradient init", len(groups), "layer groups") as task:
         for group in groups:
-            for name, dW in _summed_gradients(model, group, batches).items():
+            for name, dW in _summed_gradients(model, group, batches, chunk_head).items():
                 if not bool(torch.isfinite(dW).all()):
                     raise UsageError(f"the loss gradient of {name} is not finite; try dtype: float32.")
                 directions[name] = top_right_singular_vectors(dW, rank, seed=seed)
@@ -118,7 +121,7 @@ def _layer_groups(linears: dict[str, nn.Linear]) -> Iterator[dict[str, nn.Linear
 
 
 def _summed_gradients(
-    model: PreTrainedModel, group: dict[str, nn.Linear], batches: list[dict[str, torch.Tensor]]
+    model: PreTrainedModel, group: dict[str, nn.Linear], batches: list[dict[str, torch.Tensor]], chunk_head: bool
 ) -> dict[str, torch.Tensor]:
     """dW (R, C) float32 of each layer of the group, one backward pass a batch."""
     totals = {name: torch.zeros_like(linear.weight, dtype=torch.float32) for name, linear in group.items()}
@@ -139,7 +142,10 @@ def _summed_gradients(
             handles.append(linear.weight.register_post_accumulate_grad_hook(adder(totals[name])))
         for batch in batches:
             inputs = {key: value.to(model.device) for key, value in batch.items()}
-            loss = model(**inputs, use_cache=False, num_items_in_batch=num_labels).loss
+            if chunk_head:
+                loss = causal_lm_loss(model, inputs, num_labels)
+            else:
+                loss = model(**inputs, use_cache=False, num_items_in_batch=num_labels).loss
             loss.backward()
     finally:
         for handle in handles:

@@ -20,6 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from lors_cli import console, run_dir
 from lors_cli.errors import UsageError
 from lors_cli.tuning.adapter import WEIGHTS_NAME, adapter_tensors, load_tensors
+from lors_cli.tuning.head import causal_lm_loss
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,11 +38,15 @@ class AdapterTrainer(Trainer):
     Args:
         checkpoints: folder for `checkpoint-N`.
         fingerprint: of the stage; checkpoints of another are never resumed from.
+        chunk_head: compute the loss with `causal_lm_loss`.
         **options: as for `transformers.Trainer`.
     """
 
-    def __init__(self, *, checkpoints: Path, fingerprint: str, **options: Any) -> None:
+    def __init__(self, *, checkpoints: Path, fingerprint: str, chunk_head: bool, **options: Any) -> None:
         super().__init__(**options)
+        self.chunk_head = chunk_head
+        if chunk_head:
+            self.loss_is_scaled_for_ga = True
         self.checkpoints = checkpoints
         self.fingerprint = fingerprint
         self.tokens_seen = 0
@@ -51,6 +56,15 @@ class AdapterTrainer(Trainer):
         """One micro-batch; its tokens are counted for the log."""
         self.tokens_seen += int(inputs["attention_mask"].sum())
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The loss of a micro-batch, a sum over its tokens divided by those of the whole optimiser step."""
+        if not self.chunk_head:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        num_items = kwargs.get("num_items_in_batch")
+        if num_items is None:
+            raise RuntimeError("the Trainer did not count the labels of this step")
+        return causal_lm_loss(model, inputs, num_items)  # type: ignore[arg-type]
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
         norm = float(super()._get_grad_norm(model, grad_norm))

@@ -1,0 +1,130 @@
+"""The language-model head and its cross-entropy in chunks of tokens, so that all logits are never in memory at once.
+
+Legend: H (tokens, hidden_size) the head's inputs, V (vocabulary, hidden_size) its weight, dH the gradient of H.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+IGNORED = -100
+CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
+"""Of float32 logits at a time."""
+CHECKED_TOKENS = 64
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
+"""Relative difference of plain and chunked loss that is rounding; 0.01 for half-precision dtypes."""
+
+
+class _HeadLoss(torch.autograd.Function):
+    """The summed loss; dH is made on the way forward, chunk by chunk, and is all that is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor,
+        num_items: float,
+    ) -> torch.Tensor:  # fmt: skip
+        total = torch.zeros((), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32,
+                            device=hidden.device)  # fmt: skip
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        size = max(1, CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cpu"]) // (4 * weight.shape[0]))
+        for first in range(0, hidden.shape[0], size):
+            part, wanted = hidden[first : first + size], labels[first : first + size, None]
+            logits = F.linear(part, weight, bias).to(total.dtype)
+            log_sum = logits.logsumexp(1, keepdim=True)
+            total += (log_sum - logits.gather(1, wanted)).sum()
+            if gradient is not None:
+                slope = logits.sub_(log_sum).exp_()
+                slope.scatter_add_(1, wanted, slope.new_full((1, 1), -1.0).expand_as(wanted)).div_(num_items)
+                torch.mm(slope.to(weight.dtype), weight, out=gradient[first : first + size])
+        ctx.gradient = gradient
+        return total / num_items
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return ctx.gradient.mul_(upstream), None, None, None, None
+
+
+def chunked_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    num_items: float | torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Cross-entropy of a linear head's float32 logits, which never exist all at once.
+
+    Tokens without a label take no part at all. The head itself gets no gradient.
+
+    Args:
+        hidden: (…, hidden_size).
+        weight: (vocabulary, hidden_size), frozen.
+        bias: (vocabulary,), frozen, or None.
+        labels: (…), the token each position should predict, -100 for none.
+        num_items: what the summed loss is divided by; default: the number of labels.
+
+    Returns:
+        The loss, float32 (float64 for float64 inputs); one backward pass can be made of it.
+
+    Source: chunked linear cross-entropy as in Liger, arXiv:2410.10989 §3.2.
+    """
+    labels = labels.reshape(-1)
+    chosen = (labels != IGNORED).nonzero().squeeze(1)
+    divisor = float(len(chosen) if num_items is None else num_items)
+    picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, chosen)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _HeadLoss.apply(picked.to(weight.dtype), weight, bias, labels[chosen], divisor)
+
+
+def causal_lm_loss(
+    model: PreTrainedModel, inputs: dict[str, torch.Tensor], num_items: float | torch.Tensor | None = None
+) -> torch.Tensor:
+    """The loss of a causal LM, its head chunked.
+
+    Args:
+        model: one that `why_not_chunked` has nothing against.
+        inputs: input_ids, labels (samples, tokens) and what else the model takes.
+        num_items: as `chunked_cross_entropy` has it.
+    """
+    inputs = dict(inputs)
+    labels = F.pad(inputs.pop("labels"), (0, 1), value=IGNORED)[..., 1:]
+    hidden = model.base_model(**inputs, use_cache=False)[0]
+    head: Any = model.get_output_embeddings()
+    return chunked_cross_entropy(hidden, head.weight, head.bias, labels, num_items)
+
+
+@torch.no_grad()
+def why_not_chunked(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> str:
+    """Why the head cannot be chunked: the model's own loss is not that of its head's plain outputs. Empty if it can.
+
+    Soft-capped or scaled logits, and losses with further terms, are found by trying, on a few tokens.
+
+    Args:
+        model: causal LM.
+        inputs: a batch with labels.
+    """
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or model.base_model is model:
+        return "its head is no plain linear on top of its base model"
+    if head.weight.requires_grad:
+        return "its head is trained"
+    length = int((inputs["labels"] != IGNORED).any(0).nonzero()[0]) + CHECKED_TOKENS
+    few = {key: value[:, :length].to(model.device) for key, value in inputs.items()}
+    was_training = model.training
+    model.eval()
+    try:
+        plain, chunked = float(model(**few, use_cache=False).loss), float(causal_lm_loss(model, few))
+    finally:
+        model.train(was_training)
+    limit = TOLERANCE.get(head.weight.dtype, 1e-2)
+    if abs(plain - chunked) > limit * abs(plain):
+        return f"its loss has more in it than its head's outputs ({plain:.4f} against {chunked:.4f})"
+    return ""
