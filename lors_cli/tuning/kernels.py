@@ -1,0 +1,67 @@
+"""The masked merge as one Triton kernel: W is read once, W_t written once, and no mask or delta is ever stored.
+
+Legend: W (R, C) sparse weight, A = lora_A (r, C), B = lora_B (R, r), s scale, W_t = (W + s·B·A) ⊙ (W ≠ 0).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK_ROWS, BLOCK_COLUMNS = 64, 128
+SMALLEST_DOT = 16
+"""Triton multiplies no matrices with a shorter inner side; a smaller rank is padded with zeros."""
+
+
+@triton.jit
+def _merge(
+    weight, lora_A, lora_B, merged, num_rows, num_columns, scale,
+    stride_weight, stride_merged, RANK: tl.constexpr, RANK_PADDED: tl.constexpr, RANK_STEP: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside_rows, inside_columns = rows[:, None] < num_rows, columns[None, :] < num_columns
+    inside = inside_rows & inside_columns
+    W = tl.load(weight + rows[:, None].to(tl.int64) * stride_weight + columns[None, :], mask=inside, other=0.0)
+    delta = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for first in range(0, RANK_PADDED, RANK_STEP):
+        ranks = first + tl.arange(0, RANK_STEP)
+        B = tl.load(lora_B + rows[:, None] * RANK + ranks[None, :],
+                    mask=inside_rows & (ranks[None, :] < RANK), other=0.0)  # fmt: skip
+        A = tl.load(lora_A + ranks[:, None] * num_columns + columns[None, :],
+                    mask=(ranks[:, None] < RANK) & inside_columns, other=0.0)  # fmt: skip
+        # the adapters count in the weight's dtype; products are summed in float32
+        delta += tl.dot(B.to(W.dtype), A.to(W.dtype), input_precision="ieee")
+    total = tl.where(W != 0, W.to(tl.float32) + scale * delta, 0.0)
+    place = merged + rows[:, None].to(tl.int64) * stride_merged + columns[None, :]
+    tl.store(place, total.to(merged.dtype.element_ty), mask=inside)  # to nearest, ties to even
+
+
+def masked_merge_kernel(
+    weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scale: float, merged: torch.Tensor
+) -> torch.Tensor:
+    """W_t = (W + s·B·A) ⊙ (W ≠ 0), rounded once from float32.
+
+    Args:
+        weight: (R, C) bfloat16, float16 or float32, rows contiguous.
+        lora_A: (r, C) contiguous, any float dtype; read as it is and cast to the weight's dtype.
+        lora_B: (R, r) contiguous, likewise.
+        scale: s.
+        merged: (R, C), rows contiguous: where the result goes.
+
+    Returns:
+        `merged`.
+    """
+    num_rows, num_columns = weight.shape
+    rank = lora_A.shape[0]
+    assert weight.stride(1) == merged.stride(1) == 1
+    step = min(64, max(SMALLEST_DOT, triton.next_power_of_2(rank)))
+    grid = (triton.cdiv(num_rows, BLOCK_ROWS), triton.cdiv(num_columns, BLOCK_COLUMNS))
+    _merge[grid](
+        weight, lora_A.contiguous(), lora_B.contiguous(), merged, num_rows, num_columns, float(scale),
+        weight.stride(0), merged.stride(0), RANK=rank, RANK_PADDED=step * triton.cdiv(rank, step), RANK_STEP=step,
+        ROWS=BLOCK_ROWS, COLUMNS=BLOCK_COLUMNS,
+    )  # fmt: skip
+    return merged
