@@ -18,7 +18,7 @@ SMALLEST_DOT = 16
 def _merge(
     weight, lora_A, lora_B, merged, num_rows, num_columns, scale,
     stride_weight, stride_merged, RANK: tl.constexpr, RANK_PADDED: tl.constexpr, RANK_STEP: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -32,8 +32,8 @@ def _merge(
                     mask=inside_rows & (ranks[None, :] < RANK), other=0.0)  # fmt: skip
         A = tl.load(lora_A + ranks[:, None] * num_columns + columns[None, :],
                     mask=(ranks[:, None] < RANK) & inside_columns, other=0.0)  # fmt: skip
-        # the adapters count in the weight's dtype; products are summed in float32
-        delta += tl.dot(B.to(W.dtype), A.to(W.dtype), input_precision="ieee")
+        A, B = A.to(W.dtype).to(tl.float32), B.to(W.dtype).to(tl.float32)
+        delta += tl.dot(B, A, input_precision=PRECISION)
     total = tl.where(W != 0, W.to(tl.float32) + scale * delta, 0.0)
     place = merged + rows[:, None].to(tl.int64) * stride_merged + columns[None, :]
     tl.store(place, total.to(merged.dtype.element_ty), mask=inside)  # to nearest, ties to even
@@ -57,11 +57,13 @@ def masked_merge_kernel(
     num_rows, num_columns = weight.shape
     rank = lora_A.shape[0]
     assert weight.stride(1) == merged.stride(1) == 1
+    # The adapters count in the weight's dtype. What bfloat16 and float16 hold, TF32 multiplies without rounding.
+    precision = "ieee" if weight.dtype == torch.float32 else "tf32"
     step = min(64, max(SMALLEST_DOT, triton.next_power_of_2(rank)))
     grid = (triton.cdiv(num_rows, BLOCK_ROWS), triton.cdiv(num_columns, BLOCK_COLUMNS))
     _merge[grid](
         weight, lora_A.contiguous(), lora_B.contiguous(), merged, num_rows, num_columns, float(scale),
         weight.stride(0), merged.stride(0), RANK=rank, RANK_PADDED=step * triton.cdiv(rank, step), RANK_STEP=step,
-        ROWS=BLOCK_ROWS, COLUMNS=BLOCK_COLUMNS,
+        PRECISION=precision, ROWS=BLOCK_ROWS, COLUMNS=BLOCK_COLUMNS,
     )  # fmt: skip
     return merged

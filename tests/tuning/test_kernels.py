@@ -21,7 +21,7 @@ for rows, columns, rank in ((64, 128, 16), (70, 200, 5), (33, 130, 80), (3, 17, 
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         weight = draw(rows, columns).to(dtype)
         weight[draw(rows, columns) < 0] = 0
-        # Triton's interpreter cuts float32 to bfloat16 where a GPU rounds: no cast of the adapters here, and one whole
+        # Triton's interpreter cuts float32 to bfloat16 where a GPU rounds: no rounding of adapters here, and one whole
         # unit of the last place allowed for the result's. float16 is rounded in both.
         A, B = draw(rank, columns).to(dtype).float(), draw(rows, rank).to(dtype).float()
         merged = masked_merge_kernel(weight, A, B, 0.25, torch.full_like(weight, float("nan")))
