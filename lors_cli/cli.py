@@ -269,6 +269,36 @@ def inspect(
         raise typer.Exit(5)
 
 
+@app.command()
+@guarded
+def bench(
+    shape: Annotated[str, typer.Option(help="A model's shape with random 2:4 weights: llama3-8b, llama2-7b, …")] = (
+        "smollm2-135m"
+    ),
+    model: Annotated[str | None, typer.Option(help="A checkpoint's folder instead of a shape.")] = None,
+    blocks: Annotated[int | None, typer.Option(help="Only so many decoder blocks.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Comma-separated; default: all.")] = None,
+    lengths: Annotated[str, typer.Option(help="Tokens a sequence, comma-separated.")] = "512,1024,2048",
+    ranks: Annotated[str, typer.Option(help="Ranks, comma-separated.")] = "16,32,64",
+    batch_size: Annotated[int, typer.Option(help="Sequences a micro-batch.")] = 1,
+    accumulation: Annotated[int, typer.Option(help="Micro-batches a step.")] = 1,
+    checkpointing: Annotated[str, typer.Option(help="Block checkpointing: off, on, or both.")] = "off",
+    rounds: Annotated[int, typer.Option(help="Turns of every method.")] = 5,
+    steps: Annotated[int, typer.Option(help="Timed steps a turn.")] = 3,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    device: Device = "auto",
+    out: Annotated[Path | None, typer.Option(help="Folder for bench.json and figures; goes on there.")] = None,
+) -> None:
+    """Time and memory of a training step: LoRS, SQFT, SPP, HiRA and LoRA on the same weights."""
+    from lors_cli.bench_view import run_bench
+
+    run_bench(
+        {"shape": None if model else shape, "model": model, "blocks": blocks, "methods": methods, "lengths": lengths,
+         "ranks": ranks, "batch_size": batch_size, "accumulation": accumulation, "checkpointing": checkpointing,
+         "rounds": rounds, "steps": steps, "dtype": dtype, "device": device}, out,
+    )  # fmt: skip
+
+
 @recipes_app.callback(invoke_without_command=True)
 def recipes(context: typer.Context, json_mode: Json = False) -> None:
     """List the shipped recipes."""

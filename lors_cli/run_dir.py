@@ -21,8 +21,6 @@ from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from lors_cli.errors import UsageError
 
 RECORD_NAME = "stage.json"
@@ -261,6 +259,8 @@ def publish(folder: Path, record: StageRecord, *, keep: Sequence[str] = ()) -> S
 def environment() -> dict[str, Any]:
     """Versions and hardware that a result was made with."""
     from importlib.metadata import PackageNotFoundError, version
+
+    import psutil
 
     versions = {}
     for name in ("lors-cli", "torch", "transformers", "accelerate", "datasets", "lm-eval", "numpy"):

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import math
 import re
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
+from lors_cli.report.drawing import GRID, figure_of, png, style
 from lors_cli.report.results import RunResults
 
 COLOURS = {"dense": "#4D4D4D", "pruned": "#E69F00", "tuned": "#0072B2"}  # Okabe and Ito, safe for colour-blind eyes
-_GRID = "#DDDDDD"
-_STYLE = {
-    "font.family": "DejaVu Sans", "font.size": 11, "axes.titlesize": 13, "axes.titleweight": "bold",
-    "axes.titlelocation": "left", "axes.titlepad": 12, "axes.labelsize": 11, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.edgecolor": "#888888", "axes.axisbelow": True, "legend.frameon": False,
-    "xtick.color": "#333333", "ytick.color": "#333333", "figure.facecolor": "white", "savefig.facecolor": "white",
-}  # fmt: skip
 
 
 def loss(results: RunResults) -> bytes | None:
@@ -27,8 +19,8 @@ def loss(results: RunResults) -> bytes | None:
     if not rows:
         return None
     steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
-    with _style():
-        figure, axes = _figure(8, 4)
+    with style():
+        figure, axes = figure_of(8, 4)
         window = len(losses) // 20
         if window >= 3:
             axes.plot(steps, losses, color="#9CC3DD", linewidth=1, label="each step")
@@ -39,10 +31,10 @@ def loss(results: RunResults) -> bytes | None:
             few = len(steps) <= 40
             axes.plot(steps, losses, color=COLOURS["tuned"], linewidth=2, marker="o" if few else None, markersize=4)
         axes.set(title="Training loss", xlabel="optimiser step", ylabel="cross-entropy (nats per token)")
-        axes.grid(axis="y", color=_GRID)
+        axes.grid(axis="y", color=GRID)
         axes.margins(x=0.02)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        return _png(figure)
+        return png(figure)
 
 
 def sparsity(results: RunResults) -> bytes | None:
@@ -55,8 +47,8 @@ def sparsity(results: RunResults) -> bytes | None:
     blocks = sorted({block for block, _ in cells})
     kinds = list(dict.fromkeys(kind for _, kind in cells))
     grid = [[cells.get((block, kind), math.nan) for block in blocks] for kind in kinds]
-    with _style():
-        figure, axes = _figure(max(6.0, min(14.0, 3.2 + 0.3 * len(blocks))), 1.7 + 0.36 * len(kinds))
+    with style():
+        figure, axes = figure_of(max(6.0, min(14.0, 3.2 + 0.3 * len(blocks))), 1.7 + 0.36 * len(kinds))
         image = axes.imshow(grid, vmin=0, vmax=1, cmap="Blues", aspect="auto", interpolation="nearest")
         axes.set(title="Share of weights that are zero", xlabel="decoder block")
         every = max(1, math.ceil(len(blocks) / 16))
@@ -70,7 +62,7 @@ def sparsity(results: RunResults) -> bytes | None:
         bar = figure.colorbar(image, ax=axes, pad=0.02, ticks=[0, 0.25, 0.5, 0.75, 1])
         bar.set_label("sparsity")
         bar.outline.set_visible(False)
-        return _png(figure)
+        return png(figure)
 
 
 def accuracy(results: RunResults) -> bytes | None:
@@ -124,8 +116,8 @@ def _bars(
     title: str, unit: str, *, top: float | None,
 ) -> bytes:  # fmt: skip
     """Groups of bars, one colour a model, each with its value on top."""
-    with _style():
-        figure, axes = _figure(max(5.0, min(15.0, 1.8 + 0.42 * len(labels) * (len(values) + 0.8))), 4.2)
+    with style():
+        figure, axes = figure_of(max(5.0, min(15.0, 1.8 + 0.42 * len(labels) * (len(values) + 0.8))), 4.2)
         width = 0.8 / len(values)
         finite = [value for row in values.values() for value in row if math.isfinite(value)]
         digits = 0 if top else 1 if max(finite) < 1000 else 0
@@ -154,8 +146,8 @@ def _bars(
         axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=len(values), borderaxespad=0.2,
                     handlelength=1.2, columnspacing=1.4)  # fmt: skip
         axes.tick_params(axis="x", length=0)
-        axes.grid(axis="y", color=_GRID)
-        return _png(figure)
+        axes.grid(axis="y", color=GRID)
+        return png(figure)
 
 
 def _names(results: RunResults, group: str, value: str) -> list[str]:
@@ -187,27 +179,3 @@ def _running_mean(values: list[float], window: int) -> list[float]:
         total += value - (values[index - window] if index >= window else 0.0)
         means.append(total / min(index + 1, window))
     return means
-
-
-def _style() -> AbstractContextManager[None]:
-    import matplotlib as mpl
-
-    settings: Any = {**mpl.rcParamsDefault, **_STYLE, "backend": "Agg"}
-    return mpl.rc_context(settings)
-
-
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    """A figure of its own (inches), outside pyplot, so that no state is left behind."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
-
-
-def _png(figure: Any) -> bytes:
-    """PNG bytes without the writer's name and the date."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None, "Creation Time": None})
-    return buffer.getvalue()

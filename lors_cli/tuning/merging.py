@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any, Literal
 
-import psutil
 import torch
 
 from lors_cli import console
@@ -129,6 +128,16 @@ def scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torc
     return buffer[: shape.numel()].view(shape)
 
 
+def scratch_memory() -> list[torch.Tensor]:
+    """The shared buffers that there are now."""
+    return list(_scratch.values())
+
+
+def free_scratch() -> None:
+    """Give the shared memory back; the next merge takes it anew."""
+    _scratch.clear()
+
+
 class MergedCache:
     """A layer's merged weight, kept while its adapters are unchanged.
 
@@ -193,6 +202,8 @@ def cache_policy(
         wanted: `tune.merged_cache`.
         checkpointing: whether blocks are computed again in backward.
     """
+    import psutil
+
     weights = list(weights)
     num_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
     if wanted == "off":

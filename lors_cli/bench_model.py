@@ -1,0 +1,213 @@
+"""The parts of `lors bench`: a frozen sparse model, the ways to adapt its linears, and what a step takes in memory."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lors_cli import console
+from lors_cli.errors import MissingError
+from lors_cli.live_memory import LiveBytes
+from lors_cli.shapes import SHAPES
+from lors_cli.tuning.baselines import LAYERS
+from lors_cli.tuning.head import causal_lm_loss
+from lors_cli.tuning.layers import AdapterLinear
+from lors_cli.tuning.lors import LorsLinear
+from lors_cli.tuning.merging import Keep, MergedCache, free_scratch, scratch_memory
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to adapt the linears.
+
+    Args:
+        method: of `tune.method`.
+        keep: lors: how long merged weights are kept.
+        float32_adapters: lora: PEFT's default; without it its adapters have the weights' dtype, which is faster.
+    """
+
+    method: str
+    keep: Keep = "never"
+    float32_adapters: bool = True
+
+
+ARMS: dict[str, Arm] = {
+    "lora": Arm("lora", float32_adapters=False),
+    "lora-float32": Arm("lora"),
+    "lors": Arm("lors"),
+    "lors-cached": Arm("lors", "always"),
+    **{method: Arm(method) for method in LAYERS if method not in ("lora", "lors")},
+}
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a name; auto is the GPU where there is one.
+
+    Raises:
+        MissingError: it is not on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise MissingError(f"--device {name}: torch sees no CUDA device here.")
+    return torch.device(name)
+
+
+def sparse_model(
+    shape: str | None, path: str | None, blocks: int | None, dtype: torch.dtype, device: torch.device
+) -> tuple[Any, dict[str, nn.Linear]]:
+    """A frozen sparse model and the linears in its decoder blocks, by name.
+
+    Args:
+        shape: of `SHAPES`: random 2:4 weights.
+        path: a checkpoint's folder instead.
+        blocks: only so many decoder blocks, None for all.
+        dtype: of the weights.
+        device: where they are.
+
+    Raises:
+        MissingError: no such folder.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if path is None:
+        assert shape is not None
+        settings = SHAPES[shape].config()
+        settings.num_hidden_layers = blocks or settings.num_hidden_layers
+        console.info(f"  making {shape} with random 2:4 weights, {settings.num_hidden_layers} decoder blocks")
+        torch.manual_seed(0)
+        with torch.device(device):
+            model: Any = AutoModelForCausalLM.from_config(settings, dtype=dtype)
+    else:
+        if not Path(path).is_dir():
+            raise MissingError(f"No checkpoint folder at {path}.")
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device)
+        layers = model.get_decoder().layers
+        del layers[blocks or len(layers) :]
+    model.requires_grad_(False)
+    prefix = next(name for name, module in model.named_modules() if module is model.get_decoder().layers)
+    linears = {name: module for name, module in model.named_modules()
+               if name.startswith(f"{prefix}.") and type(module) is nn.Linear}  # fmt: skip
+    if path is None:
+        for linear in linears.values():
+            _make_two_of_four(linear.weight)
+    return model, linears
+
+
+@torch.no_grad()
+def _make_two_of_four(weight: torch.Tensor) -> None:
+    """Set two of every four inputs of a row to zero, drawn evenly from the six ways."""
+    ways = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 1], [0, 0, 1, 1]])
+    ways = ways.to(weight.device, weight.dtype)
+    groups = weight.view(weight.shape[0], -1, 4)
+    groups.mul_(ways[torch.randint(6, groups.shape[:2], device=weight.device)])
+
+
+def checkpoint_blocks(model: Any, wanted: bool) -> None:
+    """Have decoder blocks computed again in backward, or not.
+
+    Args:
+        model: causal LM.
+        wanted: whether.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer names, which older transformers 5 do not have
+        if wanted:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        elif model.is_gradient_checkpointing:
+            model.gradient_checkpointing_disable()
+
+
+@contextmanager
+def adapted(model: Any, linears: dict[str, nn.Linear], arm: Arm, rank: int) -> Iterator[torch.optim.Optimizer]:
+    """The model with an arm's adapters on it, lora_B no longer zero; gives an optimiser for them.
+
+    Args:
+        model: frozen; afterwards as before.
+        linears: what is adapted, by name.
+        arm: how.
+        rank: r.
+    """
+    adapters: list[nn.Parameter] = []
+    try:
+        for name, linear in linears.items():
+            layer = _layer(linear, arm, rank)
+            adapters += [layer.lora_A, layer.lora_B]
+            model.set_submodule(name, layer)
+        yield torch.optim.AdamW(adapters, lr=1e-5)
+    finally:
+        for name, linear in linears.items():
+            model.set_submodule(name, linear)
+        free_scratch()
+
+
+def _layer(linear: nn.Linear, arm: Arm, rank: int) -> AdapterLinear:
+    layer = LAYERS[arm.method](linear, rank, float(rank))
+    if isinstance(layer, LorsLinear):
+        layer.cache = MergedCache(arm.keep)
+    if not arm.float32_adapters:
+        layer.peft.to(linear.weight.dtype)
+    nn.init.normal_(layer.lora_B, std=1e-3)
+    return layer
+
+
+def memory_of_step(
+    model: Any, optimizer: torch.optim.Optimizer, batches: Sequence[torch.Tensor],
+    step: Callable[[], None],
+) -> dict[str, int]:  # fmt: skip
+    """Bytes that a forward pass leaves for backward, and the peak of a step with weights and optimiser.
+
+    On a GPU torch's allocator counts, elsewhere `LiveBytes`.
+
+    Args:
+        model: with adapters.
+        optimizer: of them.
+        batches: tokens (sequences, tokens) of each micro-batch.
+        step: a whole optimiser step.
+    """
+    inputs = {"input_ids": batches[0], "labels": batches[0]}
+    _drop_caches(model)
+    if model.device.type == "cuda":
+        tidy(model.device)
+        before = torch.cuda.memory_allocated(model.device)
+        loss = causal_lm_loss(model, inputs)
+        saved = torch.cuda.memory_allocated(model.device) - before
+        del loss
+        torch.cuda.reset_peak_memory_stats(model.device)
+        step()
+        return {"saved_bytes": saved, "peak_bytes": torch.cuda.max_memory_allocated(model.device)}
+    states = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    static = [*model.parameters(), *model.buffers(), *states]
+    with LiveBytes([*static, *batches, *scratch_memory()]) as live:
+        loss = causal_lm_loss(model, inputs)
+        gc.collect()
+        saved = live.current
+        del loss
+    _drop_caches(model)
+    free_scratch()
+    gc.collect()
+    with LiveBytes([*static, *batches]) as live:
+        step()
+    unique = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in static}
+    return {"saved_bytes": saved, "peak_bytes": sum(unique.values()) + live.peak}
+
+
+def _drop_caches(model: Any) -> None:
+    for module in model.modules():
+        if isinstance(module, LorsLinear):
+            module.cache.drop()
+
+
+def tidy(device: torch.device) -> None:
+    """Collect what is no longer used, so that the next method starts as this one did."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,253 @@
+"""`lors bench`: time and memory of a training step with every tuning method, on one set of sparse weights.
+
+The arms take turns on the same frozen weights: in each round every method is put on, warmed up, timed and taken off,
+in an order that rotates from round to round. Figures are medians over rounds, ratios are taken within a round.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from lors_cli import __version__, console
+from lors_cli.bench_model import ARMS, adapted, checkpoint_blocks, find_device, memory_of_step, sparse_model, tidy
+from lors_cli.errors import UsageError
+from lors_cli.shapes import SHAPES
+from lors_cli.tuning.baselines import check_rank
+from lors_cli.tuning.head import causal_lm_loss
+from lors_cli.tuning.merging import why_no_kernel
+
+AUTHORS_LOG = {"lora": (1.13, 26.0), "lors": (1.28, 26.0), "sqft": (1.26, 44.2), "spp-gc": (2.20, 25.8)}
+"""Seconds an iteration and GiB in the LoRS authors' own log (A6000), for comparison."""
+
+
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """What is measured.
+
+    Args:
+        shape: name of a model shape with random 2:4 weights.
+        model: a checkpoint's folder instead.
+        blocks: only so many decoder blocks; None for all.
+        methods: of `ARMS`.
+        lengths: tokens a sequence.
+        ranks: of the adapters.
+        batch_size: sequences a micro-batch.
+        accumulation: micro-batches a step.
+        checkpointing: whether decoder blocks are computed again in backward; one or both.
+        dtype: of the weights.
+        device: auto, cpu, cuda, cuda:N.
+        rounds: times that every method has its turn.
+        steps: timed steps a turn, after one that is not.
+    """
+
+    shape: str | None = "smollm2-135m"
+    model: str | None = None
+    blocks: int | None = None
+    methods: tuple[str, ...] = tuple(name for name in ARMS if name != "lora-float32")
+    lengths: tuple[int, ...] = (512, 1024, 2048)
+    ranks: tuple[int, ...] = (16, 32, 64)
+    batch_size: int = 1
+    accumulation: int = 1
+    checkpointing: tuple[bool, ...] = (False,)
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    device: str = "auto"
+    rounds: int = 5
+    steps: int = 3
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.methods if name not in ARMS]
+        if unknown:
+            raise UsageError(f"--methods: {unknown[0]} is none of {', '.join(ARMS)}.")
+        if self.model is None and self.shape not in SHAPES:
+            raise UsageError(f"--shape: {self.shape} is none of {', '.join(SHAPES)}.")
+        for name in ("methods", "lengths", "ranks", "checkpointing"):
+            if not getattr(self, name):
+                raise UsageError(f"--{name}: nothing is given.")
+        for name in ("blocks", "batch_size", "accumulation", "rounds", "steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UsageError(f"--{name.replace('_', '-')}: must be at least 1.")
+        if min(self.lengths) < 2 or min(self.ranks) < 1:
+            raise UsageError("a sequence has at least 2 tokens, and a rank is at least 1.")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One setting that all methods are compared at."""
+
+    length: int
+    rank: int
+    checkpointing: bool
+
+    def __str__(self) -> str:
+        return f"{self.length} tokens, rank {self.rank}{', block checkpointing' if self.checkpointing else ''}"
+
+
+def bench(config: BenchConfig, out: Path | None = None) -> Figures:
+    """Measure every method at every length and rank.
+
+    Args:
+        config: what to measure.
+        out: folder for bench.json, written after each cell; a second call goes on from there.
+
+    Returns:
+        The document of bench.json: settings, environment, and by cell and method the figures.
+
+    Raises:
+        UsageError: a rank or length that the model cannot take, or a folder that holds another benchmark.
+        MissingError: no such device or checkpoint.
+    """
+    from lors_cli.run_dir import write_json
+
+    document = _document(config, out)
+    settings = product(config.checkpointing, config.lengths, config.ranks)
+    cells = [Cell(length, rank, checkpointing) for checkpointing, length, rank in settings]
+    missing = [cell for cell in cells if str(cell) not in document["cells"]]
+    if not missing:
+        return document
+    config = replace(config, methods=_installed(config.methods))
+    model, linears = sparse_model(
+        config.shape, config.model, config.blocks, getattr(torch, config.dtype), find_device(config.device)
+    )
+    longest = model.config.max_position_embeddings
+    if max(config.lengths) > longest:
+        raise UsageError(f"--lengths: {max(config.lengths)} is above the model's {longest} tokens.")
+    for rank in config.ranks:
+        for name in config.methods:
+            check_rank(ARMS[name].method, rank, (linear.out_features for linear in linears.values()))
+    document["environment"] = _environment(model)
+    with console.progress("bench", len(missing) * config.rounds * len(config.methods), "turns") as task:
+        for cell in missing:
+            document["cells"][str(cell)] = _measure(config, cell, model, linears, task)
+            if out is not None:
+                write_json(out / "bench.json", document)
+    return document
+
+
+def _document(config: BenchConfig, out: Path | None) -> Figures:
+    settings = json.loads(json.dumps(asdict(config)))
+    document: Figures = {"settings": settings, "environment": {}, "cells": {}}
+    path = out / "bench.json" if out else None
+    if path and path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["settings"] != settings:
+            raise UsageError(f"{path} holds a benchmark with other settings.", "Name another folder with --out.")
+        document = found
+    return document
+
+
+def _installed(methods: tuple[str, ...]) -> tuple[str, ...]:
+    """The methods without those whose package is not there."""
+    try:
+        import peft  # noqa: F401
+    except ImportError:
+        left = tuple(name for name in methods if ARMS[name].method != "lora")
+        if left != methods:
+            console.warn("the package peft is not installed: no row for LoRA (pip install peft).")
+        return left
+    return methods
+
+
+def _measure(
+    config: BenchConfig, cell: Cell, model: Any, linears: dict[str, nn.Linear], task: console.Task
+) -> dict[str, Figures]:
+    """All methods at one cell."""
+    checkpoint_blocks(model, cell.checkpointing)
+    model.train()
+    generator = torch.Generator().manual_seed(cell.length)
+    shape = (config.accumulation, config.batch_size, cell.length)
+    batches = list(torch.randint(model.config.vocab_size, shape, generator=generator).to(model.device))
+    seconds: dict[str, list[float]] = {name: [] for name in config.methods}
+    memory: dict[str, Figures] = {}
+    for number in range(config.rounds):
+        order = [*config.methods[number % len(config.methods) :], *config.methods[: number % len(config.methods)]]
+        for name in order:
+            if "failed" not in memory.get(name, {}):
+                try:
+                    with adapted(model, linears, ARMS[name], cell.rank) as optimizer:
+                        step = _stepper(model, batches, optimizer)
+                        step()
+                        seconds[name].append(_median_seconds(step, config.steps, model.device))
+                        if name not in memory:
+                            memory[name] = memory_of_step(model, optimizer, batches, step)
+                except torch.OutOfMemoryError:
+                    memory[name] = {"failed": "out of memory"}
+                    seconds[name] = []
+                tidy(model.device)
+            task.advance(1, f"{cell} · {name}")
+    return {name: {**memory[name], **_summary(name, seconds, shape)} for name in config.methods}
+
+
+def _stepper(model: Any, batches: Sequence[torch.Tensor], optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    def step() -> None:
+        for ids in batches:
+            causal_lm_loss(model, {"input_ids": ids, "labels": ids}).div(len(batches)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _median_seconds(step: Callable[[], None], count: int, device: torch.device) -> float:
+    taken = []
+    for _ in range(count):
+        _wait(device)
+        started = time.perf_counter()
+        step()
+        _wait(device)
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken)
+
+
+def _summary(name: str, seconds: dict[str, list[float]], shape: tuple[int, ...]) -> Figures:
+    """Speed of a method, and its step time over LoRA's and LoRS's, round by round."""
+    mine = seconds[name]
+    if not mine:
+        return {}
+    tokens = shape[0] * shape[1] * shape[2]
+    summary: Figures = {"tokens_per_s": spread([tokens / value for value in mine]), "step_s": spread(mine)}
+    for other in ("lora", "lors"):
+        if seconds.get(other):
+            pairs = zip(mine, seconds[other], strict=True)
+            summary[f"step_over_{other}"] = spread([value / reference for value, reference in pairs])
+    return summary
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, smallest and largest."""
+    return {"median": round(statistics.median(values), 4), "min": round(min(values), 4), "max": round(max(values), 4)}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _environment(model: Any) -> Figures:
+    import transformers
+
+    device: torch.device = model.device
+    missing = why_no_kernel(device, model.dtype)
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "threads": torch.get_num_threads(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "lors": __version__,
+        "merge": f"row tiles: {missing}" if missing else "one CUDA kernel",
+    }  # fmt: skip
