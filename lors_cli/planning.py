@@ -145,6 +145,10 @@ def _local_settings(config: ModelConfig) -> Any | None:
         return shape.config() if shape else None
 
 
+HEAD_CHUNKS = 512 << 20
+"""The head's logits and their gradient, a chunk of tokens at a time, at most."""
+
+
 @dataclass(frozen=True)
 class Estimate:
     """Bytes a stage needs: peak memory while it runs, and disk (with its resumable state)."""
@@ -183,9 +187,15 @@ def _estimate_tune(config: TuneConfig, size: ModelSize) -> Estimate:
     block = tokens * (12 * size.hidden_size + 4 * size.intermediate_size) * size.bytes_a_weight
     kept = size.num_blocks * tokens * size.hidden_size * size.bytes_a_weight + block
     activations = kept if config.gradient_checkpointing else size.num_blocks * block
-    logits = tokens * size.vocab_size * (size.bytes_a_weight + 8)
-    gradient = size.num_prunable // 8 * 4 if config.start == "gradient" else 0
-    memory = size.num_bytes + 16 * adapters + max(activations + logits, gradient + activations + logits)
+    logits = min(tokens * size.vocab_size * (size.bytes_a_weight + 8), HEAD_CHUNKS)
+    width = {"sqft": size.bytes_a_weight + 1, "spp": 2 * size.bytes_a_weight, "hira": size.bytes_a_weight}
+    merged = size.num_prunable * width.get(config.method, 0)  # what a method keeps of every weight for backward
+    if config.gradient_checkpointing:
+        merged //= size.num_blocks
+    if config.method == "lors" and config.merged_cache == "on":
+        merged = size.num_prunable * size.bytes_a_weight
+    gradient = {"gradient": 12 * adapters, "gradient-exact": size.num_prunable // 8 * 4}.get(config.start, 0)
+    memory = size.num_bytes + activations + logits + max(16 * adapters + merged, gradient)
     return Estimate(memory, size.num_bytes + 3 * 12 * adapters + (16 << 20))
 
 

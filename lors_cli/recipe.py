@@ -148,11 +148,12 @@ class TuneConfig:
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 16.0
     use_rslora: bool = True
     """Scale the update by alpha/sqrt(rank), as the LoRS authors run it (rsLoRA, arXiv:2312.03732), else alpha/rank."""
-    init: Literal["gradient", "kaiming"] | None = None
-    """Start lora_A from the loss gradient's right singular vectors, or from a Kaiming-uniform draw. Default: gradient
-    for lors, kaiming for the others, as their authors have it."""
+    init: Literal["gradient", "gradient-exact", "kaiming"] | None = None
+    """Start lora_A from the loss gradient's right singular vectors (gradient: from sketches of it, in one pass over the
+    samples; gradient-exact: from the gradient itself, in a pass for every eighth of the layers), or from a
+    Kaiming-uniform draw. Default: gradient for lors, kaiming for the others, as their authors have it."""
     init_samples: Positive = 8
-    """Samples the gradient of `init: gradient` is summed over."""
+    """Samples the gradient is summed over."""
     merged_cache: Literal["auto", "off", "on"] = "auto"
     """lors: keep every merged weight while its adapters are unchanged (from the forward pass to the backward pass, and
     over the micro-batches of a step), or build it anew for each use. auto: on if that takes at most a quarter of the
@@ -180,8 +181,8 @@ class TuneConfig:
     seed: Seed = 0
 
     def __post_init__(self) -> None:
-        if self.init == "gradient" and self.method in ("spp", "spp-gc", "hira"):
-            raise ValueError(f"init: gradient is for additive updates, and {self.method} multiplies the weight")
+        if self.start != "kaiming" and self.method in ("spp", "spp-gc", "hira"):
+            raise ValueError(f"init: {self.init} is for additive updates, and {self.method} multiplies the weight")
         if self.merged_cache == "on" and self.method != "lors":
             raise ValueError(f"merged_cache: it is for method: lors, and method is {self.method}")
         if self.min_learning_rate > self.learning_rate:
@@ -195,7 +196,7 @@ class TuneConfig:
             )
 
     @property
-    def start(self) -> Literal["gradient", "kaiming"]:
+    def start(self) -> Literal["gradient", "gradient-exact", "kaiming"]:
         """How lora_A starts: `init`, or what the method implies."""
         return self.init or ("gradient" if self.method == "lors" else "kaiming")
 

@@ -74,7 +74,9 @@ TUNE = TuneConfig(rank=8, batch_size=8, per_device_batch_size=2, data=TuneDataCo
         (TUNE, replace(TUNE, per_device_batch_size=4)),
         (TUNE, replace(TUNE, data=replace(TUNE.data, max_length=512))),
         (replace(TUNE, gradient_checkpointing=True), TUNE),
-        (replace(TUNE, init="kaiming"), TUNE),
+        (replace(TUNE, init="kaiming"), replace(TUNE, init="gradient-exact")),
+        (TUNE, replace(TUNE, merged_cache="on")),
+        (replace(TUNE, method="sqft-gc"), replace(TUNE, method="sqft")),
         (EvalConfig(batch_size=4), EvalConfig(batch_size=8)),
     ],
 )

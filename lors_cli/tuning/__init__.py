@@ -43,7 +43,7 @@ def stage_fingerprint(config: TuneConfig, model_fingerprint: str, data_dir: Path
     settings.update(alpha=float(config.alpha), per_device_batch_size=config.micro_batch_size, init=config.start)
     if config.max_steps is not None:
         del settings["epochs"]
-    if config.start != "gradient":
+    if config.start == "kaiming":
         del settings["init_samples"]
     dataset = settings["data"].pop("dataset")
     inputs = {
@@ -160,10 +160,13 @@ def _prepare(
         network.enable_input_require_grads()
         network.gradient_checkpointing_enable({"use_reentrant": False})
     start = {}
-    if config.start == "gradient" and latest_checkpoint(checkpoints, fingerprint) is None:
+    if config.start != "kaiming" and latest_checkpoint(checkpoints, fingerprint) is None:
         linears: dict[str, nn.Linear] = {name: network.get_submodule(name) for name in layers}  # type: ignore[misc]
         batches = _init_batches(config, data, collator)
-        start = gradient_directions(network, linears, batches, config.rank, seed=config.seed, chunk_head=not obstacle)
+        start = gradient_directions(
+            network, linears, batches, config.rank, seed=config.seed, exact=config.start == "gradient-exact",
+            chunk_head=not obstacle,
+        )  # fmt: skip
     adapted = attach(network, layers, config.rank, config.alpha, use_rslora=config.use_rslora, method=config.method)
     if config.method == "lors":
         _keep_merged(network, config)

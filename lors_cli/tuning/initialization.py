@@ -13,6 +13,7 @@ import torch
 from lors_cli import console
 from lors_cli.errors import UsageError
 from lors_cli.tuning.head import causal_lm_loss
+from lors_cli.tuning.sketch import GradientSketch, SketchedLinear
 
 if TYPE_CHECKING:
     from torch import nn
@@ -49,6 +50,11 @@ def top_right_singular_vectors(dW: torch.Tensor, rank: int, *, seed: int = 0) ->
         with torch.random.fork_rng(devices=[dW.device] if dW.is_cuda else []):
             torch.manual_seed(seed)
             vectors = torch.svd_lowrank(dW, q=width, niter=4)[2].T[:rank]
+    return _with_fixed_signs(vectors)
+
+
+def _with_fixed_signs(vectors: torch.Tensor) -> torch.Tensor:
+    """Each row with its largest entry positive."""
     peak = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
     return vectors * torch.where(peak < 0, -1.0, 1.0)
 
@@ -60,19 +66,22 @@ def gradient_directions(
     rank: int,
     *,
     seed: int,
+    exact: bool = False,
     chunk_head: bool = False,
 ) -> dict[str, torch.Tensor]:
     """The top right singular vectors of the loss gradient dW of every linear, summed over the samples.
 
-    Layers are taken a few at a time, so that never more than an eighth of all dW is in memory (a single layer
-    where that is more); each group costs one forward and backward pass over the samples.
+    By default they come from sketches that one forward and backward pass over the samples fills. Exactly, layers are
+    taken a few at a time, so that never more than an eighth of all dW is in memory (a single layer where that is
+    more); each group costs one pass.
 
     Args:
-        model: the sparse model, without adapters.
+        model: the sparse model, without adapters; as before afterwards.
         linears: by full name; their weights need no gradient before and after.
         batches: collated samples (input_ids, attention_mask, labels).
         rank: r.
-        seed: of the SVD's random start.
+        seed: of the sketches, or the SVD's random start.
+        exact: form dW.
         chunk_head: compute the loss with `causal_lm_loss`.
 
     Returns:
@@ -81,17 +90,53 @@ def gradient_directions(
     Raises:
         UsageError: the loss or a gradient is not finite, or the rank is too large.
     """
+    for name, linear in linears.items():
+        if rank > linear.in_features:
+            raise UsageError(f"rank: {rank} is above the {linear.in_features} inputs of {name}; choose a smaller rank.")
+    _make_checkpointing_act(model)
+    if not exact:
+        return _sketched_directions(model, linears, batches, rank, seed, chunk_head)
     directions = {}
     groups = list(_layer_groups(linears))
-    _make_checkpointing_act(model)
     with console.progress("gradient init", len(groups), "layer groups") as task:
         for group in groups:
             for name, dW in _summed_gradients(model, group, batches, chunk_head).items():
-                if not bool(torch.isfinite(dW).all()):
-                    raise UsageError(f"the loss gradient of {name} is not finite; try dtype: float32.")
+                _check_finite(name, dW)
                 directions[name] = top_right_singular_vectors(dW, rank, seed=seed)
             task.advance()
     return directions
+
+
+def _sketched_directions(
+    model: PreTrainedModel, linears: dict[str, nn.Linear], batches: list[dict[str, torch.Tensor]], rank: int,
+    seed: int, chunk_head: bool,
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    sketches = {
+        name: GradientSketch(
+            linear.out_features, linear.in_features, rank, seed=seed + index, device=linear.weight.device
+        )
+        for index, (name, linear) in enumerate(linears.items())
+    }
+    try:
+        for name, linear in linears.items():
+            model.set_submodule(name, SketchedLinear(linear, sketches[name]))
+        with console.progress("gradient init", len(batches), "batches") as task:
+            for _ in _backward_passes(model, batches, chunk_head):
+                task.advance()
+    finally:
+        for name, linear in linears.items():
+            model.set_submodule(name, linear)
+    directions = {}
+    for name in linears:
+        sketch = sketches.pop(name)
+        _check_finite(name, sketch.T)
+        directions[name] = _with_fixed_signs(sketch.right_singular_vectors(rank))
+    return directions
+
+
+def _check_finite(name: str, gradient: torch.Tensor) -> None:
+    if not bool(torch.isfinite(gradient).all()):
+        raise UsageError(f"the loss gradient of {name} is not finite; try dtype: float32.")
 
 
 def _make_checkpointing_act(model: PreTrainedModel) -> None:
@@ -135,21 +180,30 @@ def _summed_gradients(
         return add
 
     handles = []
-    num_labels = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
     try:
         for name, linear in group.items():
             linear.weight.requires_grad_(True)
             handles.append(linear.weight.register_post_accumulate_grad_hook(adder(totals[name])))
-        for batch in batches:
-            inputs = {key: value.to(model.device) for key, value in batch.items()}
-            if chunk_head:
-                loss = causal_lm_loss(model, inputs, num_labels)
-            else:
-                loss = model(**inputs, use_cache=False, num_items_in_batch=num_labels).loss
-            loss.backward()
+        for _ in _backward_passes(model, batches, chunk_head):
+            pass
     finally:
         for handle in handles:
             handle.remove()
         for linear in group.values():
             linear.weight.requires_grad_(False)
     return totals
+
+
+def _backward_passes(
+    model: PreTrainedModel, batches: list[dict[str, torch.Tensor]], chunk_head: bool
+) -> Iterator[None]:
+    """The loss over all samples, one batch after the other, and its gradient; yields after each."""
+    num_labels = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+    for batch in batches:
+        inputs = {key: value.to(model.device) for key, value in batch.items()}
+        if chunk_head:
+            loss = causal_lm_loss(model, inputs, num_labels)
+        else:
+            loss = model(**inputs, use_cache=False, num_items_in_batch=num_labels).loss
+        loss.backward()
+        yield
