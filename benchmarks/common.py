@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import platform
-import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from rich.console import Console
 from torch import nn
 
+from lors_cli.benchmark import spread
 from lors_cli.models import decoder_blocks
 from lors_cli.pruning.calibration import capture
 
 OUTSIDE_PRUNING = ("inputs", "load", "save", "io", "io/save")
 """Phases that not every arm has, or that is no pruning: left out of `pruning_s`."""
-Item = TypeVar("Item")
 
 
 @dataclass
@@ -98,17 +97,6 @@ def equal_share(some: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tens
 def pruning_seconds(phases: Mapping[str, float]) -> float:
     """Seconds in the phases that every arm is compared by."""
     return sum(seconds for name, seconds in phases.items() if name not in OUTSIDE_PRUNING)
-
-
-def rotated(items: Sequence[Item], by: int) -> list[Item]:
-    """The items with the first `by` moved to the end, round and round."""
-    by %= len(items)
-    return [*items[by:], *items[:by]]
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, smallest and largest."""
-    return {"median": round(statistics.median(values), 4), "min": round(min(values), 4), "max": round(max(values), 4)}
 
 
 def ratios(rounds: Sequence[Mapping[str, Mapping[str, Any]]], over: str, under: str, key: str) -> dict[str, float]:

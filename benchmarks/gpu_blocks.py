@@ -28,10 +28,8 @@ from common import (
     linears_of,
     pruning_seconds,
     ratios,
-    rotated,
     screen_of,
     software,
-    spread,
 )
 from reference import prune_reference
 from rich.console import Console
@@ -40,6 +38,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lors_cli import run_dir
+from lors_cli.benchmark import rotated, spread
 from lors_cli.models import decoder_blocks
 from lors_cli.pruning import prune_group
 from lors_cli.pruning.calibration import BlockArguments, capture

@@ -39,16 +39,15 @@ from common import (
     forward_floor,
     pruning_seconds,
     ratios,
-    rotated,
     screen_of,
     software,
-    spread,
 )
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
 from lors_cli import models, run_dir
+from lors_cli.benchmark import rotated, spread
 from lors_cli.pruning import prune
 from lors_cli.recipe import CalibrationConfig, ModelConfig, PruneConfig
 from lors_cli.sparsity import Pattern

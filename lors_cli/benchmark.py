@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -32,6 +32,7 @@ AUTHORS_LOG = {"lora": (1.13, 26.0), "lors": (1.28, 26.0), "sqft": (1.26, 44.2),
 
 
 Figures = dict[str, Any]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,8 +174,7 @@ def _measure(
     seconds: dict[str, list[float]] = {name: [] for name in config.methods}
     memory: dict[str, Figures] = {}
     for number in range(config.rounds):
-        order = [*config.methods[number % len(config.methods) :], *config.methods[: number % len(config.methods)]]
-        for name in order:
+        for name in rotated(config.methods, number):
             if "failed" not in memory.get(name, {}):
                 try:
                     with adapted(model, linears, ARMS[name], cell.rank) as optimizer:
@@ -224,6 +224,12 @@ def _summary(name: str, seconds: dict[str, list[float]], shape: tuple[int, ...])
             pairs = zip(mine, seconds[other], strict=True)
             summary[f"step_over_{other}"] = spread([value / reference for value, reference in pairs])
     return summary
+
+
+def rotated(items: Sequence[Item], by: int) -> list[Item]:
+    """The items with the first `by` moved to the end, round and round."""
+    by %= len(items)
+    return [*items[by:], *items[:by]]
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -20,9 +20,15 @@ import gpu_blocks
 import memory
 import prune as prune_benchmark
 import reference
-from common import PhaseTimer, equal_share, first_block_masks, linears_of, rotated
+from common import (
+    PhaseTimer,
+    equal_share,
+    first_block_masks,
+    linears_of,
+)
 
 from lors_cli import planning
+from lors_cli.benchmark import rotated
 from lors_cli.models import decoder_blocks, load_model
 from lors_cli.recipe import ModelConfig
 from lors_cli.shapes import Shape

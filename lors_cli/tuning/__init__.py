@@ -13,12 +13,10 @@ from lors_cli.sparsity import Pattern, measure, summarise
 from lors_cli.weights import prunable_weights
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
     from transformers import PreTrainedModel
 
     from lors_cli.recipe import ModelConfig, TuneConfig
-    from lors_cli.tokens import PadCollator, TuneData
+    from lors_cli.tokens import TuneData
     from lors_cli.tuning.trainer import AdapterTrainer
 
 STAGE_VERSION = 2
@@ -72,6 +70,7 @@ def tune(config: TuneConfig, model: ModelConfig, out: Path, *, data_dir: Path | 
     from lors_cli.models import load_model, load_tokenizer, set_seed
     from lors_cli.sources import model_fingerprint
     from lors_cli.tuning.adapter import adaptable_layers
+    from lors_cli.tuning.preparation import prepare_trainer
 
     started = time.monotonic()
     base_fingerprint = model_fingerprint(model)
@@ -85,7 +84,7 @@ def tune(config: TuneConfig, model: ModelConfig, out: Path, *, data_dir: Path | 
     data = _load_data(config, network, tokenizer, data_dir)
     set_seed(config.seed)
     log = _running_log(out, run_dir.work_dir(out, fingerprint))
-    trainer = _prepare(config, network, layers, data, tokenizer, out, fingerprint)
+    trainer = prepare_trainer(config, network, layers, data, tokenizer, out / CHECKPOINTS_NAME, fingerprint)
     training = _train(trainer, config, out / CHECKPOINTS_NAME, log)
     network.config.use_cache = use_cache  # the Trainer turns it off
     adapter = _adapter_config(config, network, layers, model, base_fingerprint)
@@ -135,76 +134,6 @@ def _load_data(config: TuneConfig, network: PreTrainedModel, tokenizer: Any, dat
     console.info(f"  data: {config.data.dataset}, {len(data.samples)} samples, {data.num_tokens} tokens"
                  + (f" (skipped: {skipped})" if skipped else ""))  # fmt: skip
     return data
-
-
-def _prepare(
-    config: TuneConfig, network: PreTrainedModel, layers: list[str], data: TuneData, tokenizer: Any, out: Path,
-    fingerprint: str,
-) -> AdapterTrainer:  # fmt: skip
-    """Adapters on the model, started as the config says, and a Trainer around it."""
-    import torch
-
-    from lors_cli.models import quiet_libraries
-    from lors_cli.tokens import PadCollator
-    from lors_cli.tuning.adapter import attach
-    from lors_cli.tuning.head import why_not_chunked
-    from lors_cli.tuning.initialization import gradient_directions
-    from lors_cli.tuning.trainer import AdapterTrainer, latest_checkpoint, training_arguments
-
-    checkpoints = out / CHECKPOINTS_NAME
-    collator = PadCollator(tokenizer.pad_token_id)
-    obstacle = why_not_chunked(network, collator(data.samples[:1]))
-    if obstacle:
-        console.info(f"  all logits are kept at once, the head cannot be chunked: {obstacle}")
-    if config.gradient_checkpointing:
-        network.enable_input_require_grads()
-        network.gradient_checkpointing_enable({"use_reentrant": False})
-    start = {}
-    if config.start != "kaiming" and latest_checkpoint(checkpoints, fingerprint) is None:
-        linears: dict[str, nn.Linear] = {name: network.get_submodule(name) for name in layers}  # type: ignore[misc]
-        batches = _init_batches(config, data, collator)
-        start = gradient_directions(
-            network, linears, batches, config.rank, seed=config.seed, exact=config.start == "gradient-exact",
-            chunk_head=not obstacle,
-        )  # fmt: skip
-    adapted = attach(network, layers, config.rank, config.alpha, use_rslora=config.use_rslora, method=config.method)
-    if config.method == "lors":
-        _keep_merged(network, config)
-    with torch.no_grad():
-        for name, directions in start.items():
-            adapted[name].lora_A.copy_(directions)
-    with quiet_libraries():
-        return AdapterTrainer(
-            model=network, args=training_arguments(config, checkpoints, network.device), data_collator=collator,
-            train_dataset=data.samples, checkpoints=checkpoints, fingerprint=fingerprint, chunk_head=not obstacle,
-        )  # fmt: skip
-
-
-def _init_batches(config: TuneConfig, data: TuneData, collator: PadCollator) -> list[dict[str, torch.Tensor]]:
-    """The samples that the gradient is taken of, in micro-batches."""
-    import torch
-
-    generator = torch.Generator().manual_seed(config.seed)
-    chosen = torch.randperm(len(data.samples), generator=generator)[: config.init_samples].tolist()
-    size = config.micro_batch_size
-    return [collator([data.samples[index] for index in chosen[first : first + size]])
-            for first in range(0, len(chosen), size)]  # fmt: skip
-
-
-def _keep_merged(network: PreTrainedModel, config: TuneConfig) -> None:
-    """Say how long the merged weights are kept, and why."""
-    from lors_cli.tuning.adapter import adapter_layers
-    from lors_cli.tuning.lors import keep_merged
-    from lors_cli.tuning.merging import cache_policy, why_no_kernel
-
-    weights = [layer.weight for layer in adapter_layers(network).values()]
-    keep, reason = cache_policy(weights, config.merged_cache, checkpointing=config.gradient_checkpointing)
-    keep_merged(network, keep)
-    console.info(f"  merged weights: {reason}")
-    missing = why_no_kernel(weights[0].device, weights[0].dtype)
-    console.detail(
-        "  merged by the fused CUDA kernel" if not missing else f"  merged without the CUDA kernel: {missing}"
-    )
 
 
 def _running_log(out: Path, work: Path) -> Path:

@@ -1,0 +1,89 @@
+"""What comes before the first step of tuning: the adapters' start, how merged weights are kept, the Trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lors_cli import console
+from lors_cli.models import quiet_libraries
+from lors_cli.tokens import PadCollator
+from lors_cli.tuning.adapter import adapter_layers, attach
+from lors_cli.tuning.head import why_not_chunked
+from lors_cli.tuning.initialization import gradient_directions
+from lors_cli.tuning.lors import keep_merged
+from lors_cli.tuning.merging import cache_policy, why_no_kernel
+from lors_cli.tuning.trainer import AdapterTrainer, latest_checkpoint, training_arguments
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from lors_cli.recipe import TuneConfig
+    from lors_cli.tokens import TuneData
+
+
+def prepare_trainer(
+    config: TuneConfig, network: PreTrainedModel, layers: list[str], data: TuneData, tokenizer: Any, checkpoints: Path,
+    fingerprint: str,
+) -> AdapterTrainer:  # fmt: skip
+    """Adapters on the model, started as the config says, and a Trainer around it.
+
+    Args:
+        config: the stage's settings.
+        network: the sparse model; changed in place.
+        layers: full names of the linears to adapt.
+        data: what it is tuned on.
+        tokenizer: of the model.
+        checkpoints: folder for training checkpoints; where there is one to go on from, the start is not computed.
+        fingerprint: of the stage.
+    """
+    collator = PadCollator(tokenizer.pad_token_id)
+    obstacle = why_not_chunked(network, collator(data.samples[:1]))
+    if obstacle:
+        console.info(f"  all logits are kept at once, the head cannot be chunked: {obstacle}")
+    if config.gradient_checkpointing:
+        network.enable_input_require_grads()
+        network.gradient_checkpointing_enable({"use_reentrant": False})
+    start = {}
+    if config.start != "kaiming" and latest_checkpoint(checkpoints, fingerprint) is None:
+        linears: dict[str, nn.Linear] = {name: network.get_submodule(name) for name in layers}  # type: ignore[misc]
+        batches = _init_batches(config, data, collator)
+        start = gradient_directions(
+            network, linears, batches, config.rank, seed=config.seed, exact=config.start == "gradient-exact",
+            chunk_head=not obstacle,
+        )  # fmt: skip
+    adapted = attach(network, layers, config.rank, config.alpha, use_rslora=config.use_rslora, method=config.method)
+    if config.method == "lors":
+        _keep_merged(network, config)
+    with torch.no_grad():
+        for name, directions in start.items():
+            adapted[name].lora_A.copy_(directions)
+    with quiet_libraries():
+        return AdapterTrainer(
+            model=network, args=training_arguments(config, checkpoints, network.device), data_collator=collator,
+            train_dataset=data.samples, checkpoints=checkpoints, fingerprint=fingerprint, chunk_head=not obstacle,
+        )  # fmt: skip
+
+
+def _init_batches(config: TuneConfig, data: TuneData, collator: PadCollator) -> list[dict[str, torch.Tensor]]:
+    """The samples that the gradient is taken of, in micro-batches."""
+    generator = torch.Generator().manual_seed(config.seed)
+    chosen = torch.randperm(len(data.samples), generator=generator)[: config.init_samples].tolist()
+    size = config.micro_batch_size
+    return [collator([data.samples[index] for index in chosen[first : first + size]])
+            for first in range(0, len(chosen), size)]  # fmt: skip
+
+
+def _keep_merged(network: PreTrainedModel, config: TuneConfig) -> None:
+    """Say how long the merged weights are kept, and why."""
+    weights = [layer.weight for layer in adapter_layers(network).values()]
+    keep, reason = cache_policy(weights, config.merged_cache, checkpointing=config.gradient_checkpointing)
+    keep_merged(network, keep)
+    console.info(f"  merged weights: {reason}")
+    missing = why_no_kernel(weights[0].device, weights[0].dtype)
+    console.detail(
+        "  merged by the fused CUDA kernel" if not missing else f"  merged without the CUDA kernel: {missing}"
+    )
