@@ -27,10 +27,6 @@ class SqftLinear(AdapterLinear):
     Source: SparsePEFT of SQFT §2.2, arXiv:2410.03750.
     """
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(…, C) → (…, R)."""
-        return F.linear(x.to(self.weight.dtype), self.merged_weight(), self.bias)
-
     def merged_weight(self) -> torch.Tensor:
         """The very weight of the forward pass, (R, C) in the base's dtype."""
         A, B = self.lora_A.to(self.weight.dtype), self.lora_B.to(self.weight.dtype)
@@ -93,10 +89,6 @@ class HiraLinear(AdapterLinear):
 
     Source: HiRA, ICLR 2025 (https://openreview.net/forum?id=TwJrTz9cRS); PEFT's `HiraConfig` is this with s = 1.
     """
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(…, C) → (…, R)."""
-        return F.linear(x.to(self.weight.dtype), self.merged_weight(), self.bias)
 
     def merged_weight(self) -> torch.Tensor:
         """The very weight of the forward pass, (R, C) in the base's dtype."""

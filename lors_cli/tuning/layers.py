@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 
 class AdapterLinear(nn.Module):
@@ -41,6 +42,10 @@ class AdapterLinear(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(self.rank, self.in_features, dtype=dtype, device=self.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, self.rank, dtype=dtype, device=self.weight.device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(…, C) → (…, R): one product with the merged weight, its gradients left to autograd."""
+        return F.linear(x.to(self.weight.dtype), self.merged_weight(), self.bias)
 
     def merged_weight(self) -> torch.Tensor:
         """The weight that gives the layer's outputs as an ordinary linear, (R, C) in the base's dtype."""
