@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from lors_cli.benchmark import AUTHORS_LOG
+from lors_cli.benchmark import AUTHORS_LOG, Cell
 from lors_cli.report.drawing import GRID, figure_of, png, style
 
 COLOURS = {
@@ -39,8 +39,7 @@ def draw(document: Document) -> dict[str, bytes]:
 
 
 def _cell(document: Document, length: int, rank: int, checkpointing: bool) -> dict[str, Any]:
-    name = f"{length} tokens, rank {rank}{', block checkpointing' if checkpointing else ''}"
-    cell: dict[str, Any] = document["cells"][name]
+    cell: dict[str, Any] = document["cells"][str(Cell(length, rank, checkpointing))]
     return cell
 
 
