@@ -48,19 +48,6 @@ ARMS: dict[str, Arm] = {
 }
 
 
-def find_device(name: str) -> torch.device:
-    """The device of a name; auto is the GPU where there is one.
-
-    Raises:
-        MissingError: it is not on this machine.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise MissingError(f"--device {name}: torch sees no CUDA device here.")
-    return torch.device(name)
-
-
 def sparse_model(
     shape: str | None, path: str | None, blocks: int | None, dtype: torch.dtype, device: torch.device
 ) -> tuple[Any, dict[str, nn.Linear]]:

@@ -20,8 +20,9 @@ import torch
 from torch import nn
 
 from lors_cli import __version__, console
-from lors_cli.bench_model import ARMS, adapted, checkpoint_blocks, find_device, memory_of_step, sparse_model, tidy
+from lors_cli.bench_model import ARMS, adapted, checkpoint_blocks, memory_of_step, sparse_model, tidy
 from lors_cli.errors import UsageError
+from lors_cli.models import resolve_device
 from lors_cli.shapes import SHAPES
 from lors_cli.tuning.baselines import check_rank
 from lors_cli.tuning.head import causal_lm_loss
@@ -121,7 +122,7 @@ def bench(config: BenchConfig, out: Path | None = None) -> Figures:
         return document
     config = replace(config, methods=_installed(config.methods))
     model, linears = sparse_model(
-        config.shape, config.model, config.blocks, getattr(torch, config.dtype), find_device(config.device)
+        config.shape, config.model, config.blocks, getattr(torch, config.dtype), resolve_device(config.device)
     )
     longest = model.config.max_position_embeddings
     if max(config.lengths) > longest:
