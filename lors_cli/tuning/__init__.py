@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lors_cli.tokens import TuneData
     from lors_cli.tuning.trainer import AdapterTrainer
 
-STAGE_VERSION = 2
+STAGE_VERSION = 3
 WITHOUT_EFFECT = ("save_steps", "tensorboard", "gradient_checkpointing", "merged_cache")
 """Settings that change how the work is done, not what comes out."""
 CHECKPOINTS_NAME = "checkpoints"

@@ -6,15 +6,17 @@ import contextlib
 import json
 import math
 import os
+import random
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lors_cli import console, run_dir
@@ -30,6 +32,36 @@ if TYPE_CHECKING:
 KEEP_CHECKPOINTS = 2
 MARKER_NAME = "lors.json"
 PARTIAL_NAME = ".partial"
+
+
+class StepSampler(Sampler[int]):
+    """Shuffled samples, those of one optimiser step with the longest first.
+
+    Its micro-batches then hold samples of like length, and the step, its loss and its gradient are those of the
+    same samples in any order, at less padding.
+
+    Args:
+        lengths: tokens of every sample.
+        step_size: samples of an optimiser step.
+        seed: of the shuffle; each epoch has its own.
+    """
+
+    def __init__(self, lengths: Sequence[int], step_size: int, seed: int) -> None:
+        self.lengths, self.step_size, self.seed = lengths, step_size, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch comes next."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        order = list(range(len(self.lengths)))
+        random.Random(f"{self.seed} {self.epoch}").shuffle(order)
+        for first in range(0, len(order), self.step_size):
+            yield from sorted(order[first : first + self.step_size], key=lambda index: -self.lengths[index])
 
 
 class AdapterTrainer(Trainer):
@@ -51,6 +83,12 @@ class AdapterTrainer(Trainer):
         self.fingerprint = fingerprint
         self.tokens_seen = 0
         self._is_saving = False
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        samples: Any = self.train_dataset if train_dataset is None else train_dataset
+        lengths = [len(sample["input_ids"]) for sample in samples]
+        step_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return StepSampler(lengths, step_size, self.args.seed)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """One micro-batch; its tokens are counted for the log."""

@@ -20,7 +20,7 @@ from lors_cli.recipe import ModelConfig, TuneConfig, TuneDataConfig
 from lors_cli.tuning import stage_fingerprint, tune
 from lors_cli.tuning import trainer as trainer_module
 from lors_cli.tuning.adapter import load_adapter
-from lors_cli.tuning.trainer import AdapterTrainer, whole_checkpoints
+from lors_cli.tuning.trainer import AdapterTrainer, StepSampler, whole_checkpoints
 from lors_cli.weights import prunable_weights
 
 IDS = torch.arange(40).reshape(2, 20)
@@ -91,6 +91,45 @@ def test_a_resumed_run_equals_an_unbroken_one(
     losses = [[json.loads(line)["loss"] for line in (tmp_path / run / "log.jsonl").read_text().splitlines()]
               for run in ("whole", "broken")]  # fmt: skip
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("killed_at", [9, 10, 11])
+def test_a_run_resumed_near_the_end_of_an_epoch_equals_an_unbroken_one(
+    sparse_checkpoint: Path, config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int
+) -> None:
+    model, config = ModelConfig(path=str(sparse_checkpoint)), replace(config, max_steps=12)
+    tune(config, model, tmp_path / "whole")
+    original = AdapterTrainer.training_step
+
+    def dies(self: AdapterTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.state.global_step == killed_at:
+            raise RuntimeError("killed")
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AdapterTrainer, "training_step", dies)
+        with pytest.raises(RuntimeError, match="killed"):
+            tune(config, model, tmp_path / "broken")
+    tune(config, model, tmp_path / "broken")
+    rows = [json.loads(line) for line in (tmp_path / "broken/log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert (tmp_path / "whole/model.safetensors").read_bytes() == (tmp_path / "broken/model.safetensors").read_bytes()
+
+
+def test_a_steps_samples_come_longest_first_and_an_epoch_holds_every_sample_once() -> None:
+    lengths = [(7 * index) % 23 for index in range(50)]
+    sampler = StepSampler(lengths, 8, 3)
+    epochs = []
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        order = list(sampler)
+        assert sorted(order) == list(range(50))
+        steps = [[lengths[index] for index in order[first : first + 8]] for first in range(0, 50, 8)]
+        assert all(step == sorted(step, reverse=True) for step in steps)
+        assert order == list(sampler)
+        epochs.append([frozenset(order[first : first + 8]) for first in range(0, 50, 8)])
+    assert epochs[0] != epochs[1]
+    assert [set(step) for step in epochs[0]] != [set(range(first, first + 8)) for first in range(0, 50, 8)]
 
 
 def test_a_run_killed_after_training_merges_without_training_again(
