@@ -35,8 +35,9 @@ def masked_merge(
     """W_t = (W + s·B·A) ⊙ (W ≠ 0), in one rounding order everywhere.
 
     The adapters are cast to the weight's dtype, the sum is accumulated in float32 (float64 for a float64 weight)
-    and rounded once. On CUDA one kernel reads W once and writes W_t once; elsewhere the work goes by row tiles that
-    stay in the cache. Neither makes a mask or a second matrix of W's size.
+    and rounded once. On CUDA one kernel reads W once and writes W_t once; on a CPU one `addmm` that accumulates in
+    float32 itself, where there is such a one, else row tiles that stay in the cache. None makes a mask or a second
+    matrix of W's size.
 
     Args:
         weight: (R, C).
@@ -53,18 +54,16 @@ def masked_merge(
         from lors_cli.tuning.kernels import masked_merge_kernel
 
         return masked_merge_kernel(weight, lora_A, lora_B, scale, merged)
+    A, B = lora_A.to(weight.dtype), lora_B.to(weight.dtype)
+    if merged.dtype == weight.dtype and _addmm_rounds_once(weight.device, weight.dtype):
+        return _mask(torch.addmm(weight, B, A, alpha=scale, out=merged), weight)
     exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    A = lora_A.to(weight.dtype).to(exact)
-    B = lora_B.to(weight.dtype).to(exact)
+    A, B = A.to(exact), B.to(exact)
     height = weight.shape[0] if weight.is_cuda else max(16, TILE_ELEMENTS // weight.shape[1])
     for start in range(0, weight.shape[0], height):
         rows = slice(start, start + height)
-        tile = merged[rows]
-        if merged.dtype == exact:
-            torch.addmm(weight[rows].to(exact), B[rows], A, alpha=scale, out=tile)
-        else:
-            tile.copy_(torch.addmm(weight[rows].to(exact), B[rows], A, alpha=scale))
-        tile.mul_(weight[rows].sign().square_())  # sgn² is the mask, without a bool tensor
+        tile = weight[rows].to(exact)
+        merged[rows].copy_(_mask(torch.addmm(tile, B[rows], A, alpha=scale), tile))
     return merged
 
 
@@ -83,6 +82,24 @@ def masked_merge_formula(
     exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
     A, B = lora_A.to(weight.dtype).to(exact), lora_B.to(weight.dtype).to(exact)
     return torch.addmm(weight.to(exact), B, A, alpha=scale).to(dtype).mul(weight.sign().square().to(dtype))
+
+
+def _mask(merged: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`merged` with zeros where the weight is zero, in place; both have one dtype."""
+    # the backward of hardshrink at 0 is "keep where |W| > 0": one vectorised pass, no bool tensor
+    return torch.ops.aten.hardshrink_backward.grad_input(merged, weight, 0.0, grad_input=merged)
+
+
+@cache
+def _addmm_rounds_once(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch.addmm of this dtype accumulates at least in float32 and rounds its result once."""
+    if dtype in (torch.float32, torch.float64):
+        return True
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
 @cache

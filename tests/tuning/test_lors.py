@@ -86,7 +86,12 @@ def test_saved_for_backward_is_the_input_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("rows", [3, 700])
-def test_merge_rounds_once_from_the_exact_sum(dtype: torch.dtype, rows: int) -> None:
+@pytest.mark.parametrize("tiles", [False, True])
+def test_merge_rounds_once_from_the_exact_sum(
+    dtype: torch.dtype, rows: int, tiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if tiles:
+        monkeypatch.setattr("lors_cli.tuning.merging._addmm_rounds_once", lambda *_: False)
     case = _case(dtype, rows=rows, columns=48)
     merged = masked_merge(case["weight"], case["lora_A"], case["lora_B"], 0.25)
     A, B = (case[key].to(dtype).double() for key in ("lora_A", "lora_B"))
@@ -100,12 +105,20 @@ def test_merge_rounds_once_from_the_exact_sum(dtype: torch.dtype, rows: int) -> 
 
 
 def test_merge_by_tiles_equals_merge_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lors_cli.tuning.merging._addmm_rounds_once", lambda *_: False)
     case = _case(torch.bfloat16, rows=100, columns=64)
     at_once = masked_merge(case["weight"], case["lora_A"], case["lora_B"], 2.0)
     monkeypatch.setattr("lors_cli.tuning.merging.TILE_ELEMENTS", 64 * 17)
     torch.testing.assert_close(
         masked_merge(case["weight"], case["lora_A"], case["lora_B"], 2.0), at_once, rtol=0, atol=0
     )
+
+
+def test_the_mask_is_the_weights_own_where_a_narrower_result_would_lose_it() -> None:
+    weight = torch.tensor([[1e-9, 0.0]])
+    merged = torch.empty(1, 2, dtype=torch.float16)
+    masked_merge(weight, torch.ones(1, 2), torch.ones(1, 1), 2.0, out=merged)
+    assert merged.tolist() == [[2.0, 0.0]]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
