@@ -26,7 +26,7 @@ from lors_cli.models import resolve_device
 from lors_cli.shapes import SHAPES
 from lors_cli.tuning.baselines import check_rank
 from lors_cli.tuning.head import causal_lm_loss
-from lors_cli.tuning.merging import why_no_kernel
+from lors_cli.tuning.merging import how_merged
 
 AUTHORS_LOG = {"lora": (1.13, 26.0), "lors": (1.28, 26.0), "sqft": (1.26, 44.2), "spp-gc": (2.20, 25.8)}
 """Seconds an iteration and GiB in the LoRS authors' own log (A6000), for comparison."""
@@ -247,7 +247,6 @@ def _environment(model: Any) -> Figures:
     import transformers
 
     device: torch.device = model.device
-    missing = why_no_kernel(device, model.dtype)
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "threads": torch.get_num_threads(),
@@ -256,5 +255,5 @@ def _environment(model: Any) -> Figures:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "lors": __version__,
-        "merge": f"row tiles: {missing}" if missing else "one CUDA kernel",
+        "merge": how_merged(device, model.dtype),
     }  # fmt: skip

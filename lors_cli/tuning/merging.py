@@ -123,6 +123,22 @@ def why_no_kernel(device: torch.device, dtype: torch.dtype) -> str:
     return ""
 
 
+def how_merged(device: torch.device, dtype: torch.dtype) -> str:
+    """In words: by what `masked_merge` builds a merged weight, and why not by something faster.
+
+    Args:
+        device: of the weights.
+        dtype: of the weights.
+    """
+    missing = why_no_kernel(device, dtype)
+    if not missing:
+        return "one CUDA kernel"
+    if _addmm_rounds_once(device, dtype):
+        return f"one addmm and a mask (no CUDA kernel: {missing})"
+    name = str(dtype).removeprefix("torch.")
+    return f"float32 tiles (no CUDA kernel: {missing}; addmm of {name} is not known to round once here)"
+
+
 def scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A tensor of memory that all layers share; whatever it held is overwritten by the next one that asks.
 

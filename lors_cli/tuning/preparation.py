@@ -14,7 +14,7 @@ from lors_cli.tuning.adapter import adapter_layers, attach
 from lors_cli.tuning.head import why_not_chunked
 from lors_cli.tuning.initialization import gradient_directions
 from lors_cli.tuning.lors import keep_merged
-from lors_cli.tuning.merging import cache_policy, why_no_kernel
+from lors_cli.tuning.merging import cache_policy, how_merged
 from lors_cli.tuning.trainer import AdapterTrainer, latest_checkpoint, training_arguments
 
 if TYPE_CHECKING:
@@ -83,7 +83,4 @@ def _keep_merged(network: PreTrainedModel, config: TuneConfig) -> None:
     keep, reason = cache_policy(weights, config.merged_cache, checkpointing=config.gradient_checkpointing)
     keep_merged(network, keep)
     console.info(f"  merged weights: {reason}")
-    missing = why_no_kernel(weights[0].device, weights[0].dtype)
-    console.detail(
-        "  merged by the fused CUDA kernel" if not missing else f"  merged without the CUDA kernel: {missing}"
-    )
+    console.detail(f"  merged by {how_merged(weights[0].device, weights[0].dtype)}")

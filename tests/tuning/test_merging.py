@@ -117,6 +117,15 @@ def test_scratch_made_under_inference_mode_serves_training_too() -> None:
     model(torch.randn(2, 16, requires_grad=True)).sum().backward()
 
 
+def test_how_weights_are_merged_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert merging.how_merged(cpu, torch.float32).startswith("one addmm and a mask (no CUDA kernel")
+    monkeypatch.setattr(merging, "_addmm_rounds_once", lambda *_: False)
+    assert "float32 tiles" in merging.how_merged(cpu, torch.bfloat16)
+    monkeypatch.setattr(merging, "why_no_kernel", lambda *_: "")
+    assert merging.how_merged(cpu, torch.bfloat16) == "one CUDA kernel"
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_formula_for_compilers_gives_the_same_bits(dtype: torch.dtype) -> None:
     weight = torch.randn(40, 32).to(dtype)
