@@ -53,6 +53,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "sqft": {"method": "sqft"},
     "spp": {"method": "spp"},
     "hira": {"method": "hira"},
+    "lors-plus4": {"method": "lors", "loraplus_lr_ratio": 4.0},
+    "lors-plus16": {"method": "lors", "loraplus_lr_ratio": 16.0},
 }
 """What is compared; further rows may be added, their cells are measured then."""
 

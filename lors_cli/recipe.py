@@ -160,8 +160,10 @@ class TuneConfig:
     free memory. Not part of a stage's fingerprint."""
     data: TuneDataConfig = field(default_factory=TuneDataConfig)
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2e-5
+    loraplus_lr_ratio: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """Learning rate of lora_B over that of lora_A, which is learning_rate (LoRA+, arXiv:2402.12354)."""
     min_learning_rate: Rate = 0.0
-    """Floor of the cosine schedule."""
+    """Floor of the cosine schedule; lora_B's is loraplus_lr_ratio times it."""
     warmup_steps: NotNegative = 0
     weight_decay: Rate = 0.0
     max_grad_norm: Rate = 1.0

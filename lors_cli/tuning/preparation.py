@@ -65,6 +65,7 @@ def prepare_trainer(
         return AdapterTrainer(
             model=network, args=training_arguments(config, checkpoints, network.device), data_collator=collator,
             train_dataset=data.samples, checkpoints=checkpoints, fingerprint=fingerprint, chunk_head=not obstacle,
+            b_ratio=config.loraplus_lr_ratio,
         )  # fmt: skip
 
 

@@ -21,11 +21,12 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lors_cli import console, run_dir
 from lors_cli.errors import UsageError
-from lors_cli.tuning.adapter import WEIGHTS_NAME, adapter_tensors, load_tensors
+from lors_cli.tuning.adapter import WEIGHTS_NAME, adapter_layers, adapter_tensors, load_tensors
 from lors_cli.tuning.head import causal_lm_loss
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedModel
 
     from lors_cli.recipe import TuneConfig
 
@@ -71,11 +72,19 @@ class AdapterTrainer(Trainer):
         checkpoints: folder for `checkpoint-N`.
         fingerprint: of the stage; checkpoints of another are never resumed from.
         chunk_head: compute the loss with `causal_lm_loss`.
+        b_ratio: learning rate of lora_B over that of lora_A (LoRA+, arXiv:2402.12354).
+        model: with adapters, the only parameters that are trained.
+        args: the Trainer's settings.
         **options: as for `transformers.Trainer`.
     """
 
-    def __init__(self, *, checkpoints: Path, fingerprint: str, chunk_head: bool, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(
+        self, *, checkpoints: Path, fingerprint: str, chunk_head: bool, b_ratio: float, model: PreTrainedModel,
+        args: TrainingArguments, **options: Any,
+    ) -> None:  # fmt: skip
+        optimizer, settings = self.get_optimizer_cls_and_kwargs(args, model)
+        settings["params"] = parameter_groups(model, args.learning_rate, b_ratio, args.weight_decay)
+        super().__init__(model=model, args=args, optimizer_cls_and_kwargs=(optimizer, settings), **options)
         self.chunk_head = chunk_head
         if chunk_head:
             self.loss_is_scaled_for_ga = True
@@ -262,6 +271,22 @@ def stopping_gently(callback: StopCallback) -> Iterator[None]:
             signal.signal(signum, handler)
     if callback.asked:
         raise KeyboardInterrupt
+
+
+def parameter_groups(model: nn.Module, learning_rate: float, b_ratio: float, weight_decay: float) -> list[Any]:
+    """What the optimiser trains: every lora_A, then every lora_B, each at its rate.
+
+    Args:
+        model: with adapters.
+        learning_rate: of lora_A.
+        b_ratio: learning rate of lora_B over it.
+        weight_decay: of both.
+    """
+    layers = adapter_layers(model).values()
+    return [
+        {"params": [layer.lora_A for layer in layers], "lr": learning_rate, "weight_decay": weight_decay},
+        {"params": [layer.lora_B for layer in layers], "lr": b_ratio * learning_rate, "weight_decay": weight_decay},
+    ]
 
 
 def training_arguments(config: TuneConfig, checkpoints: Path, device: torch.device) -> TrainingArguments:

@@ -132,6 +132,23 @@ def test_a_steps_samples_come_longest_first_and_an_epoch_holds_every_sample_once
     assert [set(step) for step in epochs[0]] != [set(range(first, first + 8)) for first in range(0, 50, 8)]
 
 
+@pytest.mark.parametrize("method", ["lors", "spp", "lora"])
+def test_lora_b_has_its_own_learning_rate(
+    sparse_checkpoint: Path, config: TuneConfig, tmp_path: Path, method: str
+) -> None:
+    model, config = ModelConfig(path=str(sparse_checkpoint)), replace(
+        config, method=method, init="kaiming", max_steps=1, learning_rate=1e-4, warmup_steps=0, max_grad_norm=0
+    )  # fmt: skip
+    largest = {}
+    for ratio in (1.0, 16.0):
+        tune(replace(config, loraplus_lr_ratio=ratio), model, tmp_path / str(ratio))
+        tensors = load_file(tmp_path / str(ratio) / "adapter/adapter_model.safetensors")
+        largest[ratio] = max(float(value.abs().max()) for name, value in tensors.items() if "lora_B" in name)
+    # AdamW's first step moves each entry by the learning rate, whatever the gradient's size
+    assert largest[1.0] == pytest.approx(1e-4, rel=1e-2)
+    assert largest[16.0] == pytest.approx(16e-4, rel=1e-2)
+
+
 def test_a_run_killed_after_training_merges_without_training_again(
     sparse_checkpoint: Path, config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
