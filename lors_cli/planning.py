@@ -195,7 +195,10 @@ def _estimate_tune(config: TuneConfig, size: ModelSize) -> Estimate:
     if config.method == "lors" and config.merged_cache == "on":
         merged = size.num_prunable * size.bytes_a_weight
     gradient = {"gradient": 12 * adapters, "gradient-exact": size.num_prunable // 8 * 4}.get(config.start, 0)
-    memory = size.num_bytes + activations + logits + max(16 * adapters + merged, gradient)
+    training = 16 * adapters + merged
+    if config.base == "compressed":  # once the start is computed, on the plain weights
+        training -= size.num_prunable * size.bytes_a_weight // 2 - size.num_prunable // 8
+    memory = size.num_bytes + activations + logits + max(training, gradient)
     return Estimate(memory, size.num_bytes + 3 * 12 * adapters + (16 << 20))
 
 

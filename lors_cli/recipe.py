@@ -158,6 +158,10 @@ class TuneConfig:
     """lors: keep every merged weight while its adapters are unchanged (from the forward pass to the backward pass, and
     over the micro-batches of a step), or build it anew for each use. auto: on if that takes at most a quarter of the
     free memory. Not part of a stage's fingerprint."""
+    base: Literal["plain", "compressed"] = "plain"
+    """lors: hold the sparse weights as they are, or, of 2:4 weights, only the kept values and their positions (9/16 of
+    the memory in bfloat16, the same results; without a CUDA GPU each is restored before it is merged, which takes
+    longer). Not part of a stage's fingerprint."""
     data: TuneDataConfig = field(default_factory=TuneDataConfig)
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2e-5
     loraplus_lr_ratio: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
@@ -187,6 +191,8 @@ class TuneConfig:
             raise ValueError(f"init: {self.init} is for additive updates, and {self.method} multiplies the weight")
         if self.merged_cache == "on" and self.method != "lors":
             raise ValueError(f"merged_cache: it is for method: lors, and method is {self.method}")
+        if self.base == "compressed" and self.method != "lors":
+            raise ValueError(f"base: compressed is for method: lors, and method is {self.method}")
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(
                 f"min_learning_rate: {self.min_learning_rate:g} is above learning_rate: {self.learning_rate:g}"

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lors_cli.tuning.trainer import AdapterTrainer
 
 STAGE_VERSION = 3
-WITHOUT_EFFECT = ("save_steps", "tensorboard", "gradient_checkpointing", "merged_cache")
+WITHOUT_EFFECT = ("save_steps", "tensorboard", "gradient_checkpointing", "merged_cache", "base")
 """Settings that change how the work is done, not what comes out."""
 CHECKPOINTS_NAME = "checkpoints"
 LOG_NAME = "log.jsonl"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from lors_cli.errors import MissingError, SparsityError, UsageError, require_fil
 from lors_cli.sparsity import mask_digest
 from lors_cli.tuning.baselines import LAYERS, check_rank
 from lors_cli.tuning.layers import AdapterLinear
+from lors_cli.tuning.lors import CompressedLorsLinear
 from lors_cli.weights import prunable_weights
 
 if TYPE_CHECKING:
@@ -57,7 +59,14 @@ class AdapterConfig:
 
 
 def attach(
-    model: nn.Module, layers: list[str], rank: int, alpha: float, *, use_rslora: bool, method: str = "lors"
+    model: nn.Module,
+    layers: list[str],
+    rank: int,
+    alpha: float,
+    *,
+    use_rslora: bool,
+    method: str = "lors",
+    compressed: bool = False,
 ) -> dict[str, AdapterLinear]:
     """Replace linears by layers with adapters, in place.
 
@@ -68,18 +77,22 @@ def attach(
         alpha: numerator of the scale.
         use_rslora: scale alpha/√r, else alpha/r.
         method: of `tune.method`.
+        compressed: hold the weights, which must be 2:4, as their kept values; for lors alone.
 
     Returns:
         The new layers by name.
 
     Raises:
-        UsageError: the method cannot take this rank.
+        UsageError: the method cannot take this rank, or a weight is not 2:4.
     """
-    linears: dict[str, Any] = {name: model.get_submodule(name) for name in layers}
-    check_rank(method, rank, (linear.out_features for linear in linears.values()))
+    check_rank(method, rank, (model.get_submodule(name).out_features for name in layers))  # type: ignore[misc]
+    layer_class = CompressedLorsLinear if compressed else LAYERS[method]
     adapted = {}
-    for name, linear in linears.items():
-        adapted[name] = LAYERS[method](linear, rank, alpha, use_rslora=use_rslora)
+    for name in layers:
+        try:
+            adapted[name] = layer_class(model.get_submodule(name), rank, alpha, use_rslora=use_rslora)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise UsageError(f"base: compressed is for 2:4 weights, and that of {name} is none: {error}") from error
         model.set_submodule(name, adapted[name])
     return adapted
 
@@ -119,9 +132,9 @@ def base_mask(model: PreTrainedModel, layers: dict[str, Any]) -> str:
         model: with or without adapters.
         layers: its linears, adapted or not, by full name.
     """
-    others = {name: weight.matrix for name, weight in prunable_weights(model).items()
-              if not isinstance(weight.module, nn.Linear)}  # fmt: skip
-    return mask_digest({**{name: layer.weight for name, layer in layers.items()}, **others}.items())
+    others = ((name, weight.matrix) for name, weight in prunable_weights(model).items()
+              if name not in layers and not isinstance(weight.module, nn.Linear))  # fmt: skip
+    return mask_digest(chain(((name, layer.weight) for name, layer in layers.items()), others))
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

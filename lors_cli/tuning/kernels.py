@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from lors_cli.tuning.compressed import Compressed24
+
 BLOCK_ROWS, BLOCK_COLUMNS = 64, 128
 SMALLEST_DOT = 16
 """Triton multiplies no matrices with a shorter inner side; a smaller rank is padded with zeros."""
@@ -16,15 +18,26 @@ SMALLEST_DOT = 16
 
 @triton.jit
 def _merge(
-    weight, lora_A, lora_B, merged, num_rows, num_columns, scale,
-    stride_weight, stride_merged, RANK: tl.constexpr, RANK_PADDED: tl.constexpr, RANK_STEP: tl.constexpr,
+    weight, positions, lora_A, lora_B, merged, num_rows, num_columns, scale,
+    stride_weight, stride_positions, stride_merged, COMPRESSED: tl.constexpr,
+    RANK: tl.constexpr, RANK_PADDED: tl.constexpr, RANK_STEP: tl.constexpr,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside_rows, inside_columns = rows[:, None] < num_rows, columns[None, :] < num_columns
     inside = inside_rows & inside_columns
-    W = tl.load(weight + rows[:, None].to(tl.int64) * stride_weight + columns[None, :], mask=inside, other=0.0)
+    row_starts = rows[:, None].to(tl.int64)
+    if COMPRESSED:
+        packed = tl.load(positions + row_starts * stride_positions + columns[None, :] // 8, mask=inside, other=0)
+        nibble = (packed.to(tl.int32) >> (columns[None, :] // 4 % 2 * 4)) & 15
+        slot = columns[None, :] % 4
+        is_second = slot == nibble >> 2
+        kept = inside & (is_second | (slot == nibble & 3))
+        W = tl.load(weight + row_starts * stride_weight + columns[None, :] // 4 * 2 + is_second.to(tl.int32),
+                    mask=kept, other=0.0)  # fmt: skip
+    else:
+        W = tl.load(weight + row_starts * stride_weight + columns[None, :], mask=inside, other=0.0)
     delta = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for first in range(0, RANK_PADDED, RANK_STEP):
         ranks = first + tl.arange(0, RANK_STEP)
@@ -35,17 +48,17 @@ def _merge(
         A, B = A.to(W.dtype).to(tl.float32), B.to(W.dtype).to(tl.float32)
         delta += tl.dot(B, A, input_precision=PRECISION)
     total = tl.where(W != 0, W.to(tl.float32) + scale * delta, 0.0)
-    place = merged + rows[:, None].to(tl.int64) * stride_merged + columns[None, :]
+    place = merged + row_starts * stride_merged + columns[None, :]
     tl.store(place, total.to(merged.dtype.element_ty), mask=inside)  # to nearest, ties to even
 
 
 def masked_merge_kernel(
-    weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scale: float, merged: torch.Tensor
+    weight: torch.Tensor | Compressed24, lora_A: torch.Tensor, lora_B: torch.Tensor, scale: float, merged: torch.Tensor
 ) -> torch.Tensor:
     """W_t = (W + s·B·A) ⊙ (W ≠ 0), rounded once from float32.
 
     Args:
-        weight: (R, C) bfloat16, float16 or float32, rows contiguous.
+        weight: (R, C) bfloat16, float16 or float32, rows contiguous, or compressed.
         lora_A: (r, C) contiguous, any float dtype; read as it is and cast to the weight's dtype.
         lora_B: (R, r) contiguous, likewise.
         scale: s.
@@ -56,14 +69,19 @@ def masked_merge_kernel(
     """
     num_rows, num_columns = weight.shape
     rank = lora_A.shape[0]
-    assert weight.stride(1) == merged.stride(1) == 1
+    if isinstance(weight, Compressed24):
+        base, positions = weight.values, weight.positions
+    else:
+        base = positions = weight
+    assert base.stride(1) == positions.stride(1) == merged.stride(1) == 1
     # The adapters count in the weight's dtype. What bfloat16 and float16 hold, TF32 multiplies without rounding.
     precision = "ieee" if weight.dtype == torch.float32 else "tf32"
     step = min(64, max(SMALLEST_DOT, triton.next_power_of_2(rank)))
     grid = (triton.cdiv(num_rows, BLOCK_ROWS), triton.cdiv(num_columns, BLOCK_COLUMNS))
     _merge[grid](
-        weight, lora_A.contiguous(), lora_B.contiguous(), merged, num_rows, num_columns, float(scale),
-        weight.stride(0), merged.stride(0), RANK=rank, RANK_PADDED=step * triton.cdiv(rank, step), RANK_STEP=step,
+        base, positions, lora_A.contiguous(), lora_B.contiguous(), merged, num_rows, num_columns, float(scale),
+        base.stride(0), positions.stride(0), merged.stride(0), COMPRESSED=isinstance(weight, Compressed24),
+        RANK=rank, RANK_PADDED=step * triton.cdiv(rank, step), RANK_STEP=step,
         PRECISION=precision, ROWS=BLOCK_ROWS, COLUMNS=BLOCK_COLUMNS,
     )  # fmt: skip
     return merged

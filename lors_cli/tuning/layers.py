@@ -24,6 +24,7 @@ class AdapterLinear(nn.Module):
     keeps_zeros = True
     """Whether the merged weight is zero wherever the base is."""
 
+    weight: torch.Tensor
     lora_A: nn.Parameter
     lora_B: nn.Parameter
 
@@ -31,10 +32,15 @@ class AdapterLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         linear.requires_grad_(False)
-        self.weight, self.bias = linear.weight, linear.bias
+        self.take_weight(linear.weight)
+        self.bias = linear.bias
         self.rank, self.alpha = rank, alpha
         self.scale = alpha / math.sqrt(rank) if use_rslora else alpha / rank
         self.make_adapters()
+
+    def take_weight(self, weight: torch.Tensor) -> None:
+        """Hold the linear's weight, so that `self.weight` gives it."""
+        self.weight = weight
 
     def make_adapters(self) -> None:
         """Draw `lora_A` and `lora_B`."""

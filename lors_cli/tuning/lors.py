@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lors_cli.errors import UsageError
+from lors_cli.tuning.compressed import Compressed24, compress, decompress
 from lors_cli.tuning.layers import AdapterLinear
 from lors_cli.tuning.merging import Keep, MergedCache, masked_merge, masked_merge_formula
 
@@ -29,21 +30,23 @@ class _LorsFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        weight: torch.Tensor,
+        weight: torch.Tensor | Compressed24,
         bias: torch.Tensor | None,
         lora_A: torch.Tensor,
         lora_B: torch.Tensor,
         scale: float,
         cache: MergedCache | None,
     ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight, lora_A, lora_B)
-        ctx.scale, ctx.cache = scale, cache
+        parts = (weight.values, weight.positions) if isinstance(weight, Compressed24) else (weight,)
+        ctx.save_for_backward(x, lora_A, lora_B, *parts)
+        ctx.scale, ctx.cache, ctx.shape = scale, cache, weight.shape
         return F.linear(x, _merged(weight, lora_A, lora_B, scale, x.dtype, cache, last_use=False), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dY: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, lora_A, lora_B = ctx.saved_tensors
+        x, lora_A, lora_B, *parts = ctx.saved_tensors
+        weight = Compressed24(parts[0], parts[1], ctx.shape) if len(parts) == 2 else parts[0]
         s = ctx.scale
         dX = dbias = dA = dB = None
         if ctx.needs_input_grad[0]:
@@ -59,17 +62,18 @@ class _LorsFunction(torch.autograd.Function):
 
 
 def _merged(
-    weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scale: float, dtype: torch.dtype,
+    weight: torch.Tensor | Compressed24, lora_A: torch.Tensor, lora_B: torch.Tensor, scale: float, dtype: torch.dtype,
     cache: MergedCache | None, *, last_use: bool,
 ) -> torch.Tensor:  # fmt: skip
     if cache is None:
+        weight = decompress(weight) if isinstance(weight, Compressed24) else weight
         return masked_merge_formula(weight, lora_A, lora_B, scale, dtype)
     return cache.merged(weight, lora_A, lora_B, scale, dtype, last_use=last_use)
 
 
 def lors_linear(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | Compressed24,
     bias: torch.Tensor | None,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
@@ -86,7 +90,7 @@ def lors_linear(
 
     Args:
         x: (…, C); cast to the products' dtype when it differs.
-        weight: (R, C), frozen; its zeros stay.
+        weight: (R, C), frozen, plain or compressed (the same bits); its zeros stay.
         bias: (R,) or None.
         lora_A: (r, C), usually float32.
         lora_B: (R, r), usually float32.
@@ -101,7 +105,7 @@ def lors_linear(
 
     Source: LoRS Algorithms 1 and 2, arXiv:2501.08582.
     """
-    if weight.requires_grad:
+    if isinstance(weight, torch.Tensor) and weight.requires_grad:
         raise UsageError("lors_linear trains adapters only: the weight must not require a gradient.")
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
@@ -128,6 +132,43 @@ class LorsLinear(AdapterLinear):
     def merged_weight(self) -> torch.Tensor:
         """The very weight of the forward pass, (R, C) in the base's dtype."""
         return masked_merge(self.weight, self.lora_A, self.lora_B, self.scale)
+
+
+class CompressedLorsLinear(LorsLinear):
+    """A LorsLinear that holds its 2:4 weight compressed: 9/16 of the memory in bfloat16, the same bits.
+
+    `weight` restores it, for what looks at the base's zeros.
+
+    Raises:
+        ValueError: the weight is not 2:4.
+    """
+
+    values: torch.Tensor
+    positions: torch.Tensor
+
+    def take_weight(self, weight: torch.Tensor) -> None:
+        """Hold it compressed."""
+        compressed = compress(weight)
+        self.register_buffer("values", compressed.values, persistent=False)
+        self.register_buffer("positions", compressed.positions, persistent=False)
+
+    @property
+    def compressed(self) -> Compressed24:
+        """The weight as it is held."""
+        return Compressed24(self.values, self.positions, torch.Size((self.out_features, self.in_features)))
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        """(R, C), made anew at every call."""
+        return decompress(self.compressed)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(…, C) → (…, R)."""
+        return lors_linear(x, self.compressed, self.bias, self.lora_A, self.lora_B, self.scale, cache=self.cache)
+
+    def merged_weight(self) -> torch.Tensor:
+        """The very weight of the forward pass, (R, C) in the base's dtype."""
+        return masked_merge(self.compressed, self.lora_A, self.lora_B, self.scale)
 
 
 def keep_merged(model: nn.Module, keep: Keep) -> None:

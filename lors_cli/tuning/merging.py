@@ -6,13 +6,13 @@ Legend: W (R, C) sparse weight, A = lora_A (r, C), B = lora_B (R, r), s scale, W
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
 from functools import cache
 from typing import Any, Literal
 
 import torch
 
 from lors_cli import console
+from lors_cli.tuning.compressed import Compressed24, decompress
 
 TILE_ELEMENTS = 1 << 18
 """Elements of W merged at a time on a CPU: a float32 tile of 1 MiB stays in the cache."""
@@ -25,7 +25,7 @@ _scratch: dict[tuple[Any, ...], torch.Tensor] = {}
 
 @torch.no_grad()
 def masked_merge(
-    weight: torch.Tensor,
+    weight: torch.Tensor | Compressed24,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
     scale: float,
@@ -37,10 +37,10 @@ def masked_merge(
     The adapters are cast to the weight's dtype, the sum is accumulated in float32 (float64 for a float64 weight)
     and rounded once. On CUDA one kernel reads W once and writes W_t once; on a CPU one `addmm` that accumulates in
     float32 itself, where there is such a one, else row tiles that stay in the cache. None makes a mask or a second
-    matrix of W's size.
+    matrix of W's size; only a compressed weight is restored first where there is no CUDA kernel, in scratch memory.
 
     Args:
-        weight: (R, C).
+        weight: (R, C), plain or compressed: the result has the same bits.
         lora_A: (r, C), any float dtype.
         lora_B: (R, r), any float dtype.
         scale: s.
@@ -49,11 +49,13 @@ def masked_merge(
     Returns:
         (R, C), `out` or a tensor in the weight's dtype.
     """
-    merged = torch.empty_like(weight) if out is None else out
-    if weight.is_cuda and not why_no_kernel(weight.device, weight.dtype):
+    merged = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if out is None else out
+    if weight.device.type == "cuda" and not why_no_kernel(weight.device, weight.dtype):
         from lors_cli.tuning.kernels import masked_merge_kernel
 
         return masked_merge_kernel(weight, lora_A, lora_B, scale, merged)
+    if isinstance(weight, Compressed24):
+        weight = decompress(weight, out=scratch(weight.shape, weight.dtype, weight.device, use="restored"))
     A, B = lora_A.to(weight.dtype), lora_B.to(weight.dtype)
     if merged.dtype == weight.dtype and _addmm_rounds_once(weight.device, weight.dtype):
         return _mask(torch.addmm(weight, B, A, alpha=scale, out=merged), weight)
@@ -139,7 +141,7 @@ def how_merged(device: torch.device, dtype: torch.dtype) -> str:
     return f"float32 tiles (no CUDA kernel: {missing}; addmm of {name} is not known to round once here)"
 
 
-def scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device, *, use: str = "merged") -> torch.Tensor:
     """A tensor of memory that all layers share; whatever it held is overwritten by the next one that asks.
 
     The buffer grows to the largest layer and stays. Work on a CUDA stream is in order, so each stream has one
@@ -149,9 +151,10 @@ def scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torc
         shape: of the tensor.
         dtype: of the tensor.
         device: of the tensor.
+        use: each has a buffer of its own.
     """
     owner: Any = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else threading.get_ident()
-    key = (device, dtype, owner)
+    key = (device, dtype, owner, use)
     buffer = _scratch.get(key)
     if buffer is None or buffer.numel() < shape.numel():
         _scratch.pop(key, None)
@@ -193,7 +196,7 @@ class MergedCache:
 
     def merged(
         self,
-        weight: torch.Tensor,
+        weight: torch.Tensor | Compressed24,
         lora_A: torch.Tensor,
         lora_B: torch.Tensor,
         scale: float,
@@ -204,14 +207,15 @@ class MergedCache:
         """W_t in `dtype`, to be used before any other layer's is asked for.
 
         Args:
-            weight: (R, C).
+            weight: (R, C), plain or compressed.
             lora_A: (r, C).
             lora_B: (R, r).
             scale: s.
             dtype: of the result.
             last_use: this is the backward pass.
         """
-        key = (dtype, scale, *((part.data_ptr(), part._version) for part in (weight, lora_A, lora_B)))
+        base = weight.values if isinstance(weight, Compressed24) else weight
+        key = (dtype, scale, *((part.data_ptr(), part._version) for part in (base, lora_A, lora_B)))
         if self._merged is not None and self._key == key:
             found = self._merged
             if last_use and self.keep == "recompute":
@@ -219,31 +223,29 @@ class MergedCache:
             return found
         self.drop()
         if self.keep == "always" or (self.keep == "recompute" and not last_use and _in_backward()):
-            self._merged = masked_merge(weight, lora_A, lora_B, scale, out=torch.empty_like(weight, dtype=dtype))
+            self._merged = masked_merge(weight, lora_A, lora_B, scale, out=base.new_empty(weight.shape, dtype=dtype))
             self._key = key
             return self._merged
         return masked_merge(weight, lora_A, lora_B, scale, out=scratch(weight.shape, dtype, weight.device))
 
 
 def cache_policy(
-    weights: Iterable[torch.Tensor], wanted: Literal["auto", "off", "on"], *, checkpointing: bool
+    num_bytes: int, device: torch.device, wanted: Literal["auto", "off", "on"], *, checkpointing: bool
 ) -> tuple[Keep, str]:
     """How long merged weights are to be kept, and the reason in words.
 
     Args:
-        weights: every adapted weight.
+        num_bytes: of all merged weights.
+        device: of the weights.
         wanted: `tune.merged_cache`.
         checkpointing: whether blocks are computed again in backward.
     """
     import psutil
 
-    weights = list(weights)
-    num_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
     if wanted == "off":
         return "never", "built anew for every use (merged_cache: off)"
     if wanted == "on":
         return "always", f"kept until the adapters change, {console.gib(num_bytes)} (merged_cache: on)"
-    device = weights[0].device
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     sizes = f"{console.gib(num_bytes)} of {console.gib(free)} free"
     if num_bytes <= SHARE_OF_FREE * free:

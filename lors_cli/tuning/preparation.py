@@ -55,7 +55,9 @@ def prepare_trainer(
             network, linears, batches, config.rank, seed=config.seed, exact=config.start == "gradient-exact",
             chunk_head=not obstacle,
         )  # fmt: skip
-    adapted = attach(network, layers, config.rank, config.alpha, use_rslora=config.use_rslora, method=config.method)
+        del linears  # a compressed base frees each weight as it goes
+    adapted = attach(network, layers, config.rank, config.alpha, use_rslora=config.use_rslora, method=config.method,
+                     compressed=config.base == "compressed")  # fmt: skip
     if config.method == "lors":
         _keep_merged(network, config)
     with torch.no_grad():
@@ -80,8 +82,10 @@ def _init_batches(config: TuneConfig, data: TuneData, collator: PadCollator) -> 
 
 def _keep_merged(network: PreTrainedModel, config: TuneConfig) -> None:
     """Say how long the merged weights are kept, and why."""
-    weights = [layer.weight for layer in adapter_layers(network).values()]
-    keep, reason = cache_policy(weights, config.merged_cache, checkpointing=config.gradient_checkpointing)
+    num_weights = sum(layer.in_features * layer.out_features for layer in adapter_layers(network).values())
+    device, dtype = network.device, network.dtype
+    keep, reason = cache_policy(num_weights * dtype.itemsize, device, config.merged_cache,
+                                checkpointing=config.gradient_checkpointing)  # fmt: skip
     keep_merged(network, keep)
     console.info(f"  merged weights: {reason}")
-    console.detail(f"  merged by {how_merged(weights[0].device, weights[0].dtype)}")
+    console.detail(f"  merged by {how_merged(device, dtype)}")

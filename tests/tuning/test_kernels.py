@@ -10,6 +10,7 @@ import pytest
 
 CHECK = """
 import torch
+from lors_cli.tuning.compressed import compress
 from lors_cli.tuning.kernels import masked_merge_kernel
 from lors_cli.tuning.merging import masked_merge
 
@@ -32,6 +33,12 @@ for rows, columns, rank in ((64, 128, 16), (70, 200, 5), (33, 130, 80), (3, 17, 
         wrong = (merged.double() - exact).abs() > limit
         assert not bool(wrong.any()), (rows, columns, rank, dtype, int(wrong.sum()))
         tiles = masked_merge(weight, A, B, 0.25)
+        if columns % 4 == 0:
+            pairs = weight.view(rows, -1, 2)
+            pairs[..., 1] = torch.where(pairs[..., 0] != 0, 0, pairs[..., 1])  # at most one of two is also 2:4
+            plain = masked_merge_kernel(weight, A, B, 0.25, torch.full_like(weight, float("nan")))
+            packed = masked_merge_kernel(compress(weight), A, B, 0.25, torch.full_like(weight, float("nan")))
+            torch.testing.assert_close(packed, plain, rtol=0, atol=0)
         assert (merged != tiles).double().mean() < 0.01 or dtype != torch.float16
 # into a part of a larger buffer, in another dtype
 buffer = torch.zeros(70, 512, dtype=torch.bfloat16)

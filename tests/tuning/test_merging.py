@@ -151,14 +151,13 @@ def test_it_compiles_without_graph_breaks() -> None:
 
 
 def test_the_policy_follows_free_memory_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    weights = [torch.empty(1024, 1024, device="meta") for _ in range(4)]  # 16 MiB
-    weights[0] = torch.empty(1024, 1024)
+    size, cpu = 16 << 20, torch.device("cpu")
     free = monkeypatch.setattr
     for available, checkpointing, expected in ((1 << 30, False, "always"), (1 << 20, False, "never"),
                                                (1 << 20, True, "recompute")):  # fmt: skip
         free("psutil.virtual_memory", lambda available=available: type("Memory", (), {"available": available}))
-        keep, reason = cache_policy(weights, "auto", checkpointing=checkpointing)
+        keep, reason = cache_policy(size, cpu, "auto", checkpointing=checkpointing)
         assert keep == expected
         assert "free" in reason
-    assert cache_policy(weights, "on", checkpointing=False)[0] == "always"
-    assert cache_policy(weights, "off", checkpointing=True)[0] == "never"
+    assert cache_policy(size, cpu, "on", checkpointing=False)[0] == "always"
+    assert cache_policy(size, cpu, "off", checkpointing=True)[0] == "never"
