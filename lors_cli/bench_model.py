@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from lors_cli import console
-from lors_cli.errors import MissingError
+from lors_cli.errors import MissingError, UsageError
 from lors_cli.live_memory import LiveBytes
 from lors_cli.shapes import SHAPES
 from lors_cli.tuning.baselines import LAYERS
 from lors_cli.tuning.head import causal_lm_loss
 from lors_cli.tuning.layers import AdapterLinear
-from lors_cli.tuning.lors import LorsLinear
+from lors_cli.tuning.lors import CompressedLorsLinear, LorsLinear
 from lors_cli.tuning.merging import Keep, MergedCache, free_scratch, scratch_memory
 
 
@@ -32,11 +32,13 @@ class Arm:
         method: of `tune.method`.
         keep: lors: how long merged weights are kept.
         float32_adapters: lora: PEFT's default; without it its adapters have the weights' dtype, which is faster.
+        compressed: lors: the 2:4 weights are held as kept values and positions.
     """
 
     method: str
     keep: Keep = "never"
     float32_adapters: bool = True
+    compressed: bool = False
 
 
 ARMS: dict[str, Arm] = {
@@ -44,6 +46,7 @@ ARMS: dict[str, Arm] = {
     "lora-float32": Arm("lora"),
     "lors": Arm("lors"),
     "lors-cached": Arm("lors", "always"),
+    "lors-compressed": Arm("lors", compressed=True),
     **{method: Arm(method) for method in LAYERS if method not in ("lora", "lors")},
 }
 
@@ -122,22 +125,32 @@ def adapted(model: Any, linears: dict[str, nn.Linear], arm: Arm, rank: int) -> I
         linears: what is adapted, by name.
         arm: how.
         rank: r.
+
+    Raises:
+        UsageError: the arm is for 2:4 weights, and these are not.
     """
     adapters: list[nn.Parameter] = []
+    device = model.device
     try:
         for name, linear in linears.items():
             layer = _layer(linear, arm, rank)
             adapters += [layer.lora_A, layer.lora_B]
             model.set_submodule(name, layer)
+            if arm.compressed:
+                linear.weight.data = linear.weight.data.cpu()  # or the plain weights would count too
         yield torch.optim.AdamW(adapters, lr=1e-5)
     finally:
         for name, linear in linears.items():
+            linear.weight.data = linear.weight.data.to(device)
             model.set_submodule(name, linear)
         free_scratch()
 
 
 def _layer(linear: nn.Linear, arm: Arm, rank: int) -> AdapterLinear:
-    layer = LAYERS[arm.method](linear, rank, float(rank))
+    try:
+        layer = (CompressedLorsLinear if arm.compressed else LAYERS[arm.method])(linear, rank, float(rank))
+    except ValueError as error:
+        raise UsageError(f"--methods: lors-compressed is for 2:4 weights: {error}.") from error
     if isinstance(layer, LorsLinear):
         layer.cache = MergedCache(arm.keep)
     if not arm.float32_adapters:

@@ -30,7 +30,8 @@ from lors_cli.tuning.merging import how_merged
 
 AUTHORS_LOG = {"lora": (1.13, 26.0), "lors": (1.28, 26.0), "sqft": (1.26, 44.2), "spp-gc": (2.20, 25.8)}
 """Seconds an iteration and GiB in the LoRS authors' own log (A6000), for comparison."""
-
+ASKED_FOR = ("lora-float32", "lors-compressed")
+"""Methods that are measured only when they are named."""
 
 Figures = dict[str, Any]
 Item = TypeVar("Item")
@@ -59,7 +60,7 @@ class BenchConfig:
     shape: str | None = "smollm2-135m"
     model: str | None = None
     blocks: int | None = None
-    methods: tuple[str, ...] = tuple(name for name in ARMS if name != "lora-float32")
+    methods: tuple[str, ...] = tuple(name for name in ARMS if name not in ASKED_FOR)
     lengths: tuple[int, ...] = (512, 1024, 2048)
     ranks: tuple[int, ...] = (16, 32, 64)
     batch_size: int = 1

@@ -277,7 +277,9 @@ def bench(
     ),
     model: Annotated[str | None, typer.Option(help="A checkpoint's folder instead of a shape.")] = None,
     blocks: Annotated[int | None, typer.Option(help="Only so many decoder blocks.")] = None,
-    methods: Annotated[str | None, typer.Option(help="Comma-separated; default: all.")] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Comma-separated; default: all but lora-float32 and lors-compressed.")
+    ] = None,
     lengths: Annotated[str, typer.Option(help="Tokens a sequence, comma-separated.")] = "512,1024,2048",
     ranks: Annotated[str, typer.Option(help="Ranks, comma-separated.")] = "16,32,64",
     batch_size: Annotated[int, typer.Option(help="Sequences a micro-batch.")] = 1,

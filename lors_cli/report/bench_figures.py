@@ -9,8 +9,9 @@ from lors_cli.benchmark import AUTHORS_LOG, Cell
 from lors_cli.report.drawing import GRID, figure_of, png, style
 
 COLOURS = {
-    "lora": "#4D4D4D", "lora-float32": "#999999", "lors": "#0072B2", "lors-cached": "#56B4E9", "sqft": "#E69F00",
-    "sqft-gc": "#F0C869", "spp": "#D55E00", "spp-gc": "#F0997A", "hira": "#009E73",
+    "lora": "#4D4D4D", "lora-float32": "#999999", "lors": "#0072B2", "lors-cached": "#56B4E9",
+    "lors-compressed": "#CC79A7", "sqft": "#E69F00", "sqft-gc": "#F0C869", "spp": "#D55E00", "spp-gc": "#F0997A",
+    "hira": "#009E73",
 }  # fmt: skip
 
 Document = dict[str, Any]
