@@ -154,22 +154,29 @@ class Sweep:
             figures["mean_acc"] = round(found["model"]["average"]["value"], 5)
         return figures
 
-    def run(self, method: str, pruner: str, rate: float, seed: int, *, tasks: bool) -> Figures:
-        """Tune and score one model."""
-        name = f"{method}-{pruner}-{rate:g}-{seed}"
-        out = self.work / "tuned" / name
+    def tuned(self, method: str, pruner: str, rate: float, seed: int) -> Path:
+        """The folder of a tuned model, made once."""
+        out = self.work / "tuned" / f"{method}-{pruner}-{rate:g}-{seed}"
+        settings = dict(METHODS[method])
+        source = ModelConfig(path=str(self.pruned(pruner)), dtype=settings.pop("dtype", "auto"))
         config = TuneConfig(
             rank=16, alpha=16, learning_rate=rate, warmup_steps=self.options.steps // 10, batch_size=20,
             per_device_batch_size=4, max_steps=self.options.steps, save_steps=20, seed=seed,
-            data=TuneDataConfig(dataset=str(self.train), max_length=MAX_LENGTH), **METHODS[method],
+            data=TuneDataConfig(dataset=str(self.train), max_length=MAX_LENGTH), **settings,
         )  # fmt: skip
-        base = self.pruned(pruner)
-        record = run_dir.read_record(out) or tune(config, ModelConfig(path=str(base)), out)
-        figures = {"first_loss": record.metrics["first_loss"], "last_loss": record.metrics["last_loss"],
-                   "tokens_per_s": record.metrics["tokens_per_s"], "elapsed_s": record.elapsed_s,
-                   **self.score(out, name, tasks=tasks)}  # fmt: skip
+        if run_dir.read_record(out) is None:
+            tune(config, source, out)
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
-        return figures
+        return out
+
+    def run(self, method: str, pruner: str, rate: float, seed: int, *, tasks: bool) -> Figures:
+        """Tune and score one model."""
+        out = self.tuned(method, pruner, rate, seed)
+        record = run_dir.read_record(out)
+        assert record is not None
+        return {"first_loss": record.metrics["first_loss"], "last_loss": record.metrics["last_loss"],
+                "tokens_per_s": record.metrics["tokens_per_s"], "elapsed_s": record.elapsed_s,
+                **self.score(out, out.name, tasks=tasks)}  # fmt: skip
 
     def search(self, method: str) -> float:
         """The learning rate of `GRID` with the lowest held-out loss."""

@@ -1,0 +1,120 @@
+"""What bfloat16 weights cost LoRS: how much of the adapters' update survives rounding, and what that does to the loss.
+
+python benchmarks/precision.py --data-dir DATA --work FOLDER --calibration FILE --out results.json
+
+SmolLM2-135M, SparseGPT 2:4, tuned on Alpaca with the settings of `quality.py` (whose `--work` may be shared: what it
+has pruned and tuned is taken over), at every learning rate of `--rates`, with a bfloat16 and with a float32 base of the
+same values. In the second nothing is rounded, so it bounds what any remedy in training could bring. Both adapters are
+then merged and scored in both dtypes, on held-out responses.
+
+Of the bfloat16 run's merge, over the kept weights: `changed`, the share that differ from the base; `realised`, the norm
+of the update that is there over that of the update that is meant; `cosine` between the two.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import software
+from quality import METHODS, MODEL, Figures, Sweep, held_out_loss
+
+from lors_cli import run_dir
+from lors_cli.models import load_model, load_tokenizer
+from lors_cli.recipe import Dtype, ModelConfig
+from lors_cli.tuning.adapter import adapter_layers, load_adapter, merge_adapters
+
+RATES = (2e-5, 1e-3)
+FLOAT32 = "lors-float32"
+
+
+def with_adapter(base: Path, tuned: Path, dtype: Dtype) -> Any:
+    """The sparse model in a dtype with the adapter of a tuned folder on it."""
+    return load_adapter(load_model(ModelConfig(path=str(base), dtype=dtype)), tuned / "adapter")
+
+
+@torch.no_grad()
+def surviving(base: Path, tuned: Path) -> Figures:
+    """How much of a bfloat16 run's update its merge holds.
+
+    Args:
+        base: the sparse model, bfloat16.
+        tuned: stage folder.
+    """
+    kept = changed = 0
+    meant_square = real_square = product = 0.0
+    for layer in adapter_layers(with_adapter(base, tuned, "bfloat16")).values():
+        mask = layer.weight != 0
+        meant = (layer.scale * (layer.lora_B @ layer.lora_A))[mask].double()
+        real = (layer.merged_weight().float() - layer.weight.float())[mask].double()
+        kept += int(mask.sum())
+        changed += int((real != 0).sum())
+        meant_square += float(meant.square().sum())
+        real_square += float(real.square().sum())
+        product += float(meant @ real)
+    return {
+        "changed": round(changed / kept, 5),
+        "realised": round((real_square / meant_square) ** 0.5, 5),
+        "cosine": round(product / (real_square * meant_square) ** 0.5, 5),
+    }
+
+
+def merged_losses(sweep: Sweep, base: Path, tuned: Path) -> Figures:
+    """Held-out loss of an adapter merged in bfloat16 and in float32, products in the same dtype."""
+    losses = {}
+    for dtype in ("bfloat16", "float32"):
+        model = with_adapter(base, tuned, dtype)  # type: ignore[arg-type]
+        merge_adapters(model)
+        folder = sweep.work / "merged"
+        model.save_pretrained(folder)
+        load_tokenizer(ModelConfig(path=str(base))).save_pretrained(folder)
+        losses[dtype] = round(held_out_loss(folder, sweep.held_out), 5)
+    return losses
+
+
+def measure(sweep: Sweep, rates: list[float]) -> None:
+    """Every cell that the results file does not hold."""
+    base = sweep.pruned("sparsegpt")
+    for rate in rates:
+        for method in ("lors", FLOAT32):
+            def cell(method: str = method, rate: float = rate) -> Figures:
+                tuned = sweep.tuned(method, "sparsegpt", rate, 0)
+                figures = {"held_out_loss": merged_losses(sweep, base, tuned)}
+                return figures if method == FLOAT32 else {**figures, **surviving(base, tuned)}
+
+            sweep.cell(f"{method} {rate:g}", cell)
+
+
+def table(cells: dict[str, Figures]) -> Iterator[str]:
+    """The cells as Markdown."""
+    yield "| learning rate | base in training | changed | realised | cosine | loss, bfloat16 merge | loss, float32 merge |"
+    yield "|--:|---|--:|--:|--:|--:|--:|"
+    for name, figures in cells.items():
+        method, rate = name.split()
+        loss = figures["held_out_loss"]
+        shares = " | ".join(f"{figures[key]:.3f}" if key in figures else "" for key in ("changed", "realised", "cosine"))
+        yield (f"| {rate} | {'float32' if method == FLOAT32 else 'bfloat16'} | {shares} | {loss['bfloat16']:.4f} | "
+               f"{loss['float32']:.4f} |")  # fmt: skip
+
+
+def main() -> None:
+    """Read the command line, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    for name in ("work", "data-dir", "calibration"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--rates", nargs="+", type=float, default=RATES)
+    parser.add_argument("--steps", type=int, default=50)
+    options = parser.parse_args()
+    options.budget = None
+    METHODS[FLOAT32] = {**METHODS["lors"], "dtype": "float32"}
+    measure(Sweep(options), options.rates)
+    print("\n".join(table(run_dir.read_json(options.out))))
+
+
+if __name__ == "__main__":
+    main()
