@@ -27,6 +27,7 @@ from lors_cli.recipe import ModelConfig, TuneDataConfig
 from lors_cli.tokens import PadCollator, tuning_samples
 from lors_cli.tuning import sparse_layers
 from lors_cli.tuning.adapter import adaptable_layers
+from lors_cli.tuning.head import causal_lm_loss
 from lors_cli.tuning.initialization import _layer_groups, _summed_gradients, gradient_directions
 
 Batches = list[dict[str, torch.Tensor]]
@@ -86,13 +87,13 @@ def main() -> None:
         for way in sorted(taken, reverse=bool(number % 2)):
             started = time.perf_counter()
             found = gradient_directions(model, linears, here, options.rank, seed=0, exact=way == "exact",
-                                        chunk_head=True)  # fmt: skip
+                                        loss=causal_lm_loss)  # fmt: skip
             taken[way].append(time.perf_counter() - started)
             ways[way] = found
     peaks = {}
     for way in taken:
         with LiveBytes([*model.parameters(), *model.buffers()]) as live:
-            gradient_directions(model, linears, here, options.rank, seed=0, exact=way == "exact", chunk_head=True)
+            gradient_directions(model, linears, here, options.rank, seed=0, exact=way == "exact", loss=causal_lm_loss)
         peaks[way] = live.peak
     generator = torch.Generator().manual_seed(1)
     ways["random"] = {

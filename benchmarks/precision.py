@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import software
 from quality import METHODS, MODEL, Figures, Sweep, held_out_loss
 
 from lors_cli import run_dir
@@ -80,6 +79,7 @@ def measure(sweep: Sweep, rates: list[float]) -> None:
     base = sweep.pruned("sparsegpt")
     for rate in rates:
         for method in ("lors", FLOAT32):
+
             def cell(method: str = method, rate: float = rate) -> Figures:
                 tuned = sweep.tuned(method, "sparsegpt", rate, 0)
                 figures = {"held_out_loss": merged_losses(sweep, base, tuned)}
@@ -90,12 +90,14 @@ def measure(sweep: Sweep, rates: list[float]) -> None:
 
 def table(cells: dict[str, Figures]) -> Iterator[str]:
     """The cells as Markdown."""
-    yield "| learning rate | base in training | changed | realised | cosine | loss, bfloat16 merge | loss, float32 merge |"
+    yield "| learning rate | base in training | changed | realised | cosine | loss, bfloat16 merge | float32 merge |"
     yield "|--:|---|--:|--:|--:|--:|--:|"
     for name, figures in cells.items():
         method, rate = name.split()
         loss = figures["held_out_loss"]
-        shares = " | ".join(f"{figures[key]:.3f}" if key in figures else "" for key in ("changed", "realised", "cosine"))
+        shares = " | ".join(
+            f"{figures[key]:.3f}" if key in figures else "" for key in ("changed", "realised", "cosine")
+        )
         yield (f"| {rate} | {'float32' if method == FLOAT32 else 'bfloat16'} | {shares} | {loss['bfloat16']:.4f} | "
                f"{loss['float32']:.4f} |")  # fmt: skip
 

@@ -198,7 +198,8 @@ def _estimate_tune(config: TuneConfig, size: ModelSize) -> Estimate:
     training = 16 * adapters + merged
     if config.base == "compressed":  # once the start is computed, on the plain weights
         training -= size.num_prunable * size.bytes_a_weight // 2 - size.num_prunable // 8
-    memory = size.num_bytes + activations + logits + max(training, gradient)
+    teacher = size.num_bytes if config.distill else 0
+    memory = size.num_bytes + teacher + activations + logits + max(training, gradient)
     return Estimate(memory, size.num_bytes + 3 * 12 * adapters + (16 << 20))
 
 

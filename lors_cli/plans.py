@@ -67,6 +67,7 @@ def plan_stages(recipe: Recipe, out: Path, data_dir: Path | None) -> list[StageP
     from lors_cli.evaluation import check_tasks
     from lors_cli.sources import model_fingerprint
 
+    recipe = recipe.with_defaults()
     models = {"dense": recipe.model}
     fingerprints = {"dense": model_fingerprint(recipe.model)}
     current = "dense"
@@ -78,8 +79,9 @@ def plan_stages(recipe: Recipe, out: Path, data_dir: Path | None) -> list[StageP
         plans.append(_plan("prune", out / "prune", recipe.prune, {current: models[current]}, recipe.model, fingerprint))
         current = _chain("pruned", "prune", out, recipe, fingerprint, models, fingerprints)
     if recipe.tune is not None:
-        fingerprint = tuning.stage_fingerprint(recipe.tune, fingerprints[current], data_dir)
-        plans.append(_plan("tune", out / "tune", recipe.tune, {current: models[current]}, recipe.model, fingerprint))
+        config = tuning.with_teacher(recipe.tune, models[current])
+        fingerprint = tuning.stage_fingerprint(config, fingerprints[current], data_dir)
+        plans.append(_plan("tune", out / "tune", config, {current: models[current]}, recipe.model, fingerprint))
         _chain("tuned", "tune", out, recipe, fingerprint, models, fingerprints)
     if recipe.eval is not None:
         plans.append(_plan_eval(recipe.eval, out / "eval", models, fingerprints, data_dir))
@@ -137,10 +139,11 @@ def plan_single(stage: str, config: Any, models: dict[str, ModelConfig], out: Pa
         check_tasks(config.tasks, data_dir)
         return _plan_eval(config, out, models, fingerprints, data_dir)
     (base,) = fingerprints.values()
-    module = pruning if stage == "prune" else tuning
-    return _plan(
-        stage, out, config, models, next(iter(models.values())), module.stage_fingerprint(config, base, data_dir)
-    )
+    (model,) = models.values()
+    if stage == "prune":
+        return _plan(stage, out, config, models, model, pruning.stage_fingerprint(config, base, data_dir))
+    config = tuning.with_teacher(config, model)
+    return _plan(stage, out, config, models, model, tuning.stage_fingerprint(config, base, data_dir))
 
 
 def _plan_eval(

@@ -136,6 +136,22 @@ class TuneDataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """Learning from the dense model's predictions beside the labels; it is held in memory too."""
+
+    __pydantic_config__ = _strict
+
+    teacher: Name | None = None
+    """The dense model, with the same vocabulary. Default: the one that the sparse model was pruned from."""
+    revision: Name = "main"
+    """Branch, tag or commit of the teacher on the hub."""
+    weight: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share of the divergence from the teacher in the loss; the rest is cross-entropy with the labels."""
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """Of both softmaxes (arXiv:1503.02531)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TuneConfig:
     """Recovery training that keeps the zeros."""
 
@@ -166,6 +182,13 @@ class TuneConfig:
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2e-5
     loraplus_lr_ratio: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Learning rate of lora_B over that of lora_A, which is learning_rate (LoRA+, arXiv:2402.12354)."""
+    train_norms: bool = False
+    """Train the parameters of normalisation layers too, in float32 (PERP, arXiv:2312.15230); not for lora, whose
+    adapter files have no place for them."""
+    norms_lr_ratio: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """Learning rate of the norms over learning_rate."""
+    distill: DistillConfig | None = None
+    """Learn from the dense model's predictions too."""
     min_learning_rate: Rate = 0.0
     """Floor of the cosine schedule; lora_B's is loraplus_lr_ratio times it."""
     warmup_steps: NotNegative = 0
@@ -193,6 +216,10 @@ class TuneConfig:
             raise ValueError(f"merged_cache: it is for method: lors, and method is {self.method}")
         if self.base == "compressed" and self.method != "lors":
             raise ValueError(f"base: compressed is for method: lors, and method is {self.method}")
+        if self.train_norms and self.method == "lora":
+            raise ValueError("train_norms: PEFT's LoRA files have no place for trained norms; choose another method")
+        if self.norms_lr_ratio != 1.0 and not self.train_norms:
+            raise ValueError("norms_lr_ratio: it is for train_norms: true")
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(
                 f"min_learning_rate: {self.min_learning_rate:g} is above learning_rate: {self.learning_rate:g}"
@@ -289,9 +316,13 @@ class Recipe:
 
     def with_defaults(self) -> Recipe:
         """The recipe with what follows from other settings filled in: what is stored and hashed."""
-        if self.eval is None or self.eval.models is not None:
-            return self
-        return replace(self, eval=replace(self.eval, models=self.roles()))
+        tune, evaluation = self.tune, self.eval
+        if tune and tune.distill and tune.distill.teacher is None and self.prune:
+            distill = replace(tune.distill, teacher=self.model.path, revision=self.model.revision)
+            tune = replace(tune, distill=distill)
+        if evaluation and evaluation.models is None:
+            evaluation = replace(evaluation, models=self.roles())
+        return replace(self, tune=tune, eval=evaluation)
 
 
 STAGES = ("prune", "tune", "eval")

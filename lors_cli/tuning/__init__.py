@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lors_cli import console, run_dir
 from lors_cli.errors import MissingError, SparsityError, UsageError
 from lors_cli.sparsity import Pattern, measure, summarise
+from lors_cli.tuning.teacher import teacher_model, with_teacher
 from lors_cli.weights import prunable_weights
 
 if TYPE_CHECKING:
@@ -31,10 +32,11 @@ def stage_fingerprint(config: TuneConfig, model_fingerprint: str, data_dir: Path
     """The fingerprint of `tune`'s result; cheap, no model is loaded.
 
     Args:
-        config: the stage's settings.
+        config: the stage's settings, their teacher filled in (`with_teacher`).
         model_fingerprint: of the sparse model.
         data_dir: local datasets.
     """
+    from lors_cli.sources import model_fingerprint as fingerprint_model
     from lors_cli.text import fingerprint_source
 
     settings = {key: value for key, value in asdict(config).items() if key not in WITHOUT_EFFECT}
@@ -48,6 +50,9 @@ def stage_fingerprint(config: TuneConfig, model_fingerprint: str, data_dir: Path
         "model": model_fingerprint,
         "data": fingerprint_source(dataset, split="train", data_dir=data_dir),
     }
+    if config.distill is not None:
+        inputs["teacher"] = fingerprint_model(teacher_model(config.distill))
+        settings["distill"] = {"weight": config.distill.weight, "temperature": float(config.distill.temperature)}
     return run_dir.fingerprint("tune", STAGE_VERSION, settings, inputs)
 
 
@@ -73,6 +78,7 @@ def tune(config: TuneConfig, model: ModelConfig, out: Path, *, data_dir: Path | 
     from lors_cli.tuning.preparation import prepare_trainer
 
     started = time.monotonic()
+    config = with_teacher(config, model)
     base_fingerprint = model_fingerprint(model)
     fingerprint = stage_fingerprint(config, base_fingerprint, data_dir)
     console.info(f"  loading {model.path}")
@@ -217,11 +223,13 @@ def _adapter_config(
     config: TuneConfig, network: PreTrainedModel, layers: list[str], model: ModelConfig, base_fingerprint: str
 ) -> Any:
     from lors_cli.tuning.adapter import AdapterConfig, adapter_layers, base_mask
+    from lors_cli.tuning.norms import norm_shifts
 
     return AdapterConfig(
         method=config.method, rank=config.rank, alpha=config.alpha, use_rslora=config.use_rslora,
         layers=tuple(layers), base=model.path,
         base_fingerprint=base_fingerprint, base_mask=base_mask(network, adapter_layers(network)),
+        norms=tuple(norm_shifts(network)),
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from lors_cli.sparsity import mask_digest
 from lors_cli.tuning.baselines import LAYERS, check_rank
 from lors_cli.tuning.layers import AdapterLinear
 from lors_cli.tuning.lors import CompressedLorsLinear
+from lors_cli.tuning.norms import merge_norms, norm_shifts, train_norms
 from lors_cli.weights import prunable_weights
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class AdapterConfig:
         base: the sparse model's path or hub id.
         base_fingerprint: its fingerprint.
         base_mask: digest of where the adapted weights, and those that no adapter can be put on, are zero.
+        norms: full names of the trained parameters of normalisation layers.
     """
 
     method: str
@@ -56,6 +58,7 @@ class AdapterConfig:
     base: str
     base_fingerprint: str
     base_mask: str
+    norms: tuple[str, ...] = ()
 
 
 def attach(
@@ -138,12 +141,15 @@ def base_mask(model: PreTrainedModel, layers: dict[str, Any]) -> str:
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The adapters' tensors under PEFT's names, on the CPU."""
-    tensors = {}
-    for name, layer in adapter_layers(model).items():
-        for part in ("lora_A", "lora_B"):
-            tensors[f"{PREFIX}{name}.{part}.weight"] = getattr(layer, part).detach().cpu().contiguous()
-    return tensors
+    """All that is trained, on the CPU: adapters under PEFT's names, and shifts of norms."""
+    return {name: parameter.detach().cpu().contiguous() for name, parameter in _trained(model).items()}
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trained parameters by their names on disk."""
+    trained = {f"{PREFIX}{name}.{part}.weight": getattr(layer, part)
+               for name, layer in adapter_layers(model).items() for part in ("lora_A", "lora_B")}  # fmt: skip
+    return trained | {f"{PREFIX}{name}.shift": shift for name, shift in norm_shifts(model).items()}
 
 
 def save_adapter(model: nn.Module, folder: Path, config: AdapterConfig) -> None:
@@ -168,6 +174,8 @@ def save_adapter(model: nn.Module, folder: Path, config: AdapterConfig) -> None:
     }
     if content["peft_type"] != "LORA":  # which PEFT reads, and it warns of keys that it does not know
         content.update(base_fingerprint=config.base_fingerprint, base_mask=config.base_mask)
+    if config.norms:
+        content["trained_norms"] = list(config.norms)
     run_dir.write_json(folder / CONFIG_NAME, content)
 
 
@@ -198,13 +206,14 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
             base=str(content["base_model_name_or_path"]),
             base_fingerprint=str(content["base_fingerprint"]),
             base_mask=str(content["base_mask"]),
+            norms=tuple(content.get("trained_norms", ())),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{path} is not complete: {error}") from error
 
 
 def load_tensors(model: nn.Module, path: Path) -> None:
-    """Fill the adapters of a model from a file written by `save_adapter`.
+    """Fill the adapters and trained norms of a model from a file written by `save_adapter`.
 
     Raises:
         UsageError: names or shapes do not fit the model.
@@ -221,9 +230,8 @@ def load_tensors(model: nn.Module, path: Path) -> None:
     if odd:
         raise UsageError(f"{path} does not fit its configuration, first at {odd[0]}.")
     with torch.no_grad():
-        for name, layer in adapter_layers(model).items():
-            layer.lora_A.copy_(tensors[f"{PREFIX}{name}.lora_A.weight"])
-            layer.lora_B.copy_(tensors[f"{PREFIX}{name}.lora_B.weight"])
+        for name, parameter in _trained(model).items():
+            parameter.copy_(tensors[name])
 
 
 def load_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
@@ -256,12 +264,16 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
             f"It was trained on {config.base}; merging it here would not keep what was tuned.",
         )
     attach(base, list(config.layers), config.rank, config.alpha, use_rslora=config.use_rslora, method=config.method)
+    try:
+        train_norms(base, config.norms)
+    except AttributeError as error:
+        raise UsageError(f"the adapter in {folder} was made for another model: {error}") from error
     load_tensors(base, folder / WEIGHTS_NAME)
     return base
 
 
 def merge_adapters(model: PreTrainedModel) -> int:
-    """Replace every layer with an adapter by an ordinary linear with the merged weight, in place.
+    """Replace every layer with an adapter by an ordinary linear with the merged weight, in place; norms likewise.
 
     Args:
         model: with adapters.
@@ -281,6 +293,7 @@ def merge_adapters(model: PreTrainedModel) -> int:
             raise SparsityError(f"merging would fill zeros of {name}; nothing was written.")
         num_lost += int(((linear.weight == 0) & (layer.weight != 0)).sum())
         model.set_submodule(name, linear)
+    merge_norms(model)
     return num_lost
 
 

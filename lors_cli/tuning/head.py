@@ -1,10 +1,15 @@
-"""The language-model head and its cross-entropy in chunks of tokens, so that all logits are never in memory at once.
+"""The language-model head and its loss in chunks of tokens, so that all logits are never in memory at once.
 
-Legend: H (tokens, hidden_size) the head's inputs, V (vocabulary, hidden_size) its weight, dH the gradient of H.
+The loss is cross-entropy with the labels, or a mixture of it and the divergence from a dense teacher's predictions.
+
+Legend: H (tokens, hidden_size) the head's inputs, V (vocabulary, hidden_size) its weight, dH the gradient of H, T the
+temperature, p the teacher's and q the student's softmax of logits / T.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +20,8 @@ from torch.nn import functional as F
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Loss = Callable[[Any, dict[str, torch.Tensor], Any], torch.Tensor]
+"""A model's loss on a batch with labels, a sum over the labels divided by the third argument."""
 IGNORED = -100
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 """Of float32 logits at a time."""
@@ -23,34 +30,112 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 """Relative difference of plain and chunked loss that is rounding; 0.01 for half-precision dtypes."""
 
 
+@dataclass(frozen=True)
+class HeadInputs:
+    """A frozen head and what goes into it.
+
+    Args:
+        hidden: H.
+        weight: V.
+        bias: (vocabulary,) or None.
+    """
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def logits(self, first: int, size: int, dtype: torch.dtype) -> torch.Tensor:
+        """Those of `size` tokens, (size, vocabulary) in `dtype`."""
+        return F.linear(self.hidden[first : first + size], self.weight, self.bias).to(dtype)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A dense model whose predictions are to be matched.
+
+    Args:
+        model: with the student's vocabulary and a plain head, frozen.
+        weight: share of the divergence in the loss, above 0 and at most 1; the rest is cross-entropy.
+        temperature: T of both softmaxes; the divergence is multiplied by T², so that its gradient keeps its size.
+
+    Source: Hinton et al. §2, arXiv:1503.02531.
+    """
+
+    model: Any
+    weight: float
+    temperature: float
+
+    @torch.no_grad()
+    def head_inputs(self, inputs: dict[str, torch.Tensor], chosen: torch.Tensor) -> HeadInputs:
+        """Of the tokens at these positions of the flattened batch."""
+        hidden = self.model.base_model(**inputs, use_cache=False)[0]
+        head = self.model.get_output_embeddings()
+        picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, chosen)
+        return HeadInputs(picked.to(head.weight.dtype), head.weight, head.bias)
+
+
 class _HeadLoss(torch.autograd.Function):
     """The summed loss; dH is made on the way forward, chunk by chunk, and is all that is kept."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor,
-        num_items: float,
+        num_items: float, teacher: HeadInputs | None, share: float, temperature: float,
     ) -> torch.Tensor:  # fmt: skip
+        student = HeadInputs(hidden, weight, bias)
         total = torch.zeros((), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32,
                             device=hidden.device)  # fmt: skip
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         size = max(1, CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cpu"]) // (4 * weight.shape[0]))
         for first in range(0, hidden.shape[0], size):
-            part, wanted = hidden[first : first + size], labels[first : first + size, None]
-            logits = F.linear(part, weight, bias).to(total.dtype)
-            log_sum = logits.logsumexp(1, keepdim=True)
-            total += (log_sum - logits.gather(1, wanted)).sum()
-            if gradient is not None:
-                slope = logits.sub_(log_sum).exp_()
-                slope.scatter_add_(1, wanted, slope.new_full((1, 1), -1.0).expand_as(wanted)).div_(num_items)
-                torch.mm(slope.to(weight.dtype), weight, out=gradient[first : first + size])
+            logits = student.logits(first, size, total.dtype)
+            matched = None
+            if teacher is not None:
+                matched = _divergence(logits, teacher.logits(first, size, total.dtype), temperature)
+                total += share * matched[0]
+            entropy, slope = _cross_entropy(logits, labels[first : first + size, None])
+            total += (1 - share) * entropy
+            if gradient is None:
+                continue
+            if matched is not None:
+                slope.mul_(1 - share).add_(matched[1], alpha=share)
+            torch.mm(slope.div_(num_items).to(weight.dtype), weight, out=gradient[first : first + size])
         ctx.gradient = gradient
         return total / num_items
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return ctx.gradient.mul_(upstream), None, None, None, None
+        return ctx.gradient.mul_(upstream), *[None] * 7
+
+
+def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed over tokens, and its gradient in the logits' own memory.
+
+    Args:
+        logits: (tokens, vocabulary); overwritten.
+        labels: (tokens, 1).
+    """
+    log_sum = logits.logsumexp(1, keepdim=True)
+    total = (log_sum - logits.gather(1, labels)).sum()
+    slope = logits.sub_(log_sum).exp_()
+    slope.scatter_add_(1, labels, slope.new_full((1, 1), -1.0).expand_as(labels))
+    return total, slope
+
+
+def _divergence(logits: torch.Tensor, wanted: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """T²·KL(p ‖ q) summed over tokens, and its gradient T·(q − p).
+
+    Args:
+        logits: (tokens, vocabulary), the student's; kept.
+        wanted: the teacher's; overwritten.
+        temperature: T.
+    """
+    log_q = torch.log_softmax(logits / temperature, 1)
+    log_p = torch.log_softmax(wanted.div_(temperature), 1)
+    p = log_p.exp()
+    total = temperature**2 * torch.sum(p * (log_p - log_q))
+    return total, log_q.exp_().sub_(p).mul_(temperature)
 
 
 def chunked_cross_entropy(
@@ -59,6 +144,9 @@ def chunked_cross_entropy(
     bias: torch.Tensor | None,
     labels: torch.Tensor,
     num_items: float | torch.Tensor | None = None,
+    *,
+    teacher: Teacher | None = None,
+    inputs: dict[str, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Cross-entropy of a linear head's float32 logits, which never exist all at once.
 
@@ -70,6 +158,8 @@ def chunked_cross_entropy(
         bias: (vocabulary,), frozen, or None.
         labels: (…), the token each position should predict, -100 for none.
         num_items: what the summed loss is divided by; default: the number of labels.
+        teacher: whose predictions at the labelled positions are mixed into the loss.
+        inputs: what the teacher's base model takes; needed with a teacher.
 
     Returns:
         The loss, float32 (float64 for float64 inputs); one backward pass can be made of it.
@@ -81,11 +171,22 @@ def chunked_cross_entropy(
     divisor = float(len(chosen) if num_items is None else num_items)
     picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, chosen)
     with torch.autocast(hidden.device.type, enabled=False):
-        return _HeadLoss.apply(picked.to(weight.dtype), weight, bias, labels[chosen], divisor)
+        picked = picked.to(weight.dtype)
+        if teacher is None:
+            return _HeadLoss.apply(picked, weight, bias, labels[chosen], divisor, None, 0.0, 1.0)
+        assert inputs is not None
+        wanted = teacher.head_inputs(inputs, chosen)
+        return _HeadLoss.apply(
+            picked, weight, bias, labels[chosen], divisor, wanted, teacher.weight, teacher.temperature
+        )
 
 
 def causal_lm_loss(
-    model: PreTrainedModel, inputs: dict[str, torch.Tensor], num_items: float | torch.Tensor | None = None
+    model: PreTrainedModel,
+    inputs: dict[str, torch.Tensor],
+    num_items: float | torch.Tensor | None = None,
+    *,
+    teacher: Teacher | None = None,
 ) -> torch.Tensor:
     """The loss of a causal LM, its head chunked.
 
@@ -93,12 +194,13 @@ def causal_lm_loss(
         model: one that `why_not_chunked` has nothing against.
         inputs: input_ids, labels (samples, tokens) and what else the model takes.
         num_items: as `chunked_cross_entropy` has it.
+        teacher: as `chunked_cross_entropy` has it.
     """
     inputs = dict(inputs)
     labels = F.pad(inputs.pop("labels"), (0, 1), value=IGNORED)[..., 1:]
     hidden = model.base_model(**inputs, use_cache=False)[0]
     head: Any = model.get_output_embeddings()
-    return chunked_cross_entropy(hidden, head.weight, head.bias, labels, num_items)
+    return chunked_cross_entropy(hidden, head.weight, head.bias, labels, num_items, teacher=teacher, inputs=inputs)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import torch
 
 from lors_cli import console
 from lors_cli.errors import UsageError
-from lors_cli.tuning.head import causal_lm_loss
+from lors_cli.tuning.head import Loss
 from lors_cli.tuning.sketch import GradientSketch, SketchedLinear
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def gradient_directions(
     *,
     seed: int,
     exact: bool = False,
-    chunk_head: bool = False,
+    loss: Loss | None = None,
 ) -> dict[str, torch.Tensor]:
     """The top right singular vectors of the loss gradient dW of every linear, summed over the samples.
 
@@ -82,7 +82,7 @@ def gradient_directions(
         rank: r.
         seed: of the sketches, or the SVD's random start.
         exact: form dW.
-        chunk_head: compute the loss with `causal_lm_loss`.
+        loss: computes it; None for the model's own.
 
     Returns:
         (r, C) float32 by name.
@@ -95,12 +95,12 @@ def gradient_directions(
             raise UsageError(f"rank: {rank} is above the {linear.in_features} inputs of {name}; choose a smaller rank.")
     _make_checkpointing_act(model)
     if not exact:
-        return _sketched_directions(model, linears, batches, rank, seed, chunk_head)
+        return _sketched_directions(model, linears, batches, rank, seed, loss)
     directions = {}
     groups = list(_layer_groups(linears))
     with console.progress("gradient init", len(groups), "layer groups") as task:
         for group in groups:
-            for name, dW in _summed_gradients(model, group, batches, chunk_head).items():
+            for name, dW in _summed_gradients(model, group, batches, loss).items():
                 _check_finite(name, dW)
                 directions[name] = top_right_singular_vectors(dW, rank, seed=seed)
             task.advance()
@@ -109,7 +109,7 @@ def gradient_directions(
 
 def _sketched_directions(
     model: PreTrainedModel, linears: dict[str, nn.Linear], batches: list[dict[str, torch.Tensor]], rank: int,
-    seed: int, chunk_head: bool,
+    seed: int, loss: Loss | None,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     sketches = {
         name: GradientSketch(
@@ -121,7 +121,7 @@ def _sketched_directions(
         for name, linear in linears.items():
             model.set_submodule(name, SketchedLinear(linear, sketches[name]))
         with console.progress("gradient init", len(batches), "batches") as task:
-            for _ in _backward_passes(model, batches, chunk_head):
+            for _ in _backward_passes(model, batches, loss):
                 task.advance()
     finally:
         for name, linear in linears.items():
@@ -166,7 +166,7 @@ def _layer_groups(linears: dict[str, nn.Linear]) -> Iterator[dict[str, nn.Linear
 
 
 def _summed_gradients(
-    model: PreTrainedModel, group: dict[str, nn.Linear], batches: list[dict[str, torch.Tensor]], chunk_head: bool
+    model: PreTrainedModel, group: dict[str, nn.Linear], batches: list[dict[str, torch.Tensor]], loss: Loss | None
 ) -> dict[str, torch.Tensor]:
     """dW (R, C) float32 of each layer of the group, one backward pass a batch."""
     totals = {name: torch.zeros_like(linear.weight, dtype=torch.float32) for name, linear in group.items()}
@@ -184,7 +184,7 @@ def _summed_gradients(
         for name, linear in group.items():
             linear.weight.requires_grad_(True)
             handles.append(linear.weight.register_post_accumulate_grad_hook(adder(totals[name])))
-        for _ in _backward_passes(model, batches, chunk_head):
+        for _ in _backward_passes(model, batches, loss):
             pass
     finally:
         for handle in handles:
@@ -195,15 +195,14 @@ def _summed_gradients(
 
 
 def _backward_passes(
-    model: PreTrainedModel, batches: list[dict[str, torch.Tensor]], chunk_head: bool
+    model: PreTrainedModel, batches: list[dict[str, torch.Tensor]], loss: Loss | None
 ) -> Iterator[None]:
     """The loss over all samples, one batch after the other, and its gradient; yields after each."""
     num_labels = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
     for batch in batches:
         inputs = {key: value.to(model.device) for key, value in batch.items()}
-        if chunk_head:
-            loss = causal_lm_loss(model, inputs, num_labels)
+        if loss is None:
+            model(**inputs, use_cache=False, num_items_in_batch=num_labels).loss.backward()
         else:
-            loss = model(**inputs, use_cache=False, num_items_in_batch=num_labels).loss
-        loss.backward()
+            loss(model, inputs, num_labels).backward()
         yield

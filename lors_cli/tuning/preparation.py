@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +12,13 @@ from lors_cli import console
 from lors_cli.models import quiet_libraries
 from lors_cli.tokens import PadCollator
 from lors_cli.tuning.adapter import adapter_layers, attach
-from lors_cli.tuning.head import why_not_chunked
+from lors_cli.tuning.head import Loss, causal_lm_loss, why_not_chunked
 from lors_cli.tuning.initialization import gradient_directions
 from lors_cli.tuning.lors import keep_merged
 from lors_cli.tuning.merging import cache_policy, how_merged
-from lors_cli.tuning.trainer import AdapterTrainer, latest_checkpoint, training_arguments
+from lors_cli.tuning.norms import norm_parameters, train_norms
+from lors_cli.tuning.teacher import load_teacher
+from lors_cli.tuning.trainer import AdapterTrainer, latest_checkpoint, parameter_groups, training_arguments
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,9 +44,7 @@ def prepare_trainer(
         fingerprint: of the stage.
     """
     collator = PadCollator(tokenizer.pad_token_id)
-    obstacle = why_not_chunked(network, collator(data.samples[:1]))
-    if obstacle:
-        console.info(f"  all logits are kept at once, the head cannot be chunked: {obstacle}")
+    loss = _loss(config, network, collator(data.samples[:1]))
     if config.gradient_checkpointing:
         network.enable_input_require_grads()
         network.gradient_checkpointing_enable({"use_reentrant": False})
@@ -53,11 +54,13 @@ def prepare_trainer(
         batches = _init_batches(config, data, collator)
         start = gradient_directions(
             network, linears, batches, config.rank, seed=config.seed, exact=config.start == "gradient-exact",
-            chunk_head=not obstacle,
+            loss=loss,
         )  # fmt: skip
         del linears  # a compressed base frees each weight as it goes
     adapted = attach(network, layers, config.rank, config.alpha, use_rslora=config.use_rslora, method=config.method,
                      compressed=config.base == "compressed")  # fmt: skip
+    if config.train_norms:
+        train_norms(network, norm_parameters(network))
     if config.method == "lors":
         _keep_merged(network, config)
     with torch.no_grad():
@@ -66,9 +69,20 @@ def prepare_trainer(
     with quiet_libraries():
         return AdapterTrainer(
             model=network, args=training_arguments(config, checkpoints, network.device), data_collator=collator,
-            train_dataset=data.samples, checkpoints=checkpoints, fingerprint=fingerprint, chunk_head=not obstacle,
-            b_ratio=config.loraplus_lr_ratio,
+            train_dataset=data.samples, checkpoints=checkpoints, fingerprint=fingerprint, loss=loss,
+            groups=parameter_groups(network, config),
         )  # fmt: skip
+
+
+def _loss(config: TuneConfig, network: PreTrainedModel, batch: dict[str, torch.Tensor]) -> Loss | None:
+    """The loss with its head in chunks, None for the model's own where that cannot be."""
+    obstacle = why_not_chunked(network, batch)
+    if config.distill is not None:
+        return partial(causal_lm_loss, teacher=load_teacher(config.distill, network, batch, obstacle))
+    if obstacle:
+        console.info(f"  all logits are kept at once, the head cannot be chunked: {obstacle}")
+        return None
+    return causal_lm_loss
 
 
 def _init_batches(config: TuneConfig, data: TuneData, collator: PadCollator) -> list[dict[str, torch.Tensor]]:

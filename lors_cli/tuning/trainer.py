@@ -22,7 +22,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from lors_cli import console, run_dir
 from lors_cli.errors import UsageError
 from lors_cli.tuning.adapter import WEIGHTS_NAME, adapter_layers, adapter_tensors, load_tensors
-from lors_cli.tuning.head import causal_lm_loss
+from lors_cli.tuning.head import Loss
+from lors_cli.tuning.norms import norm_shifts
 
 if TYPE_CHECKING:
     from torch import nn
@@ -71,22 +72,22 @@ class AdapterTrainer(Trainer):
     Args:
         checkpoints: folder for `checkpoint-N`.
         fingerprint: of the stage; checkpoints of another are never resumed from.
-        chunk_head: compute the loss with `causal_lm_loss`.
-        b_ratio: learning rate of lora_B over that of lora_A (LoRA+, arXiv:2402.12354).
+        loss: computes it; None for the model's own.
+        groups: what the optimiser trains, from `parameter_groups`.
         model: with adapters, the only parameters that are trained.
         args: the Trainer's settings.
         **options: as for `transformers.Trainer`.
     """
 
     def __init__(
-        self, *, checkpoints: Path, fingerprint: str, chunk_head: bool, b_ratio: float, model: PreTrainedModel,
+        self, *, checkpoints: Path, fingerprint: str, loss: Loss | None, groups: list[Any], model: PreTrainedModel,
         args: TrainingArguments, **options: Any,
     ) -> None:  # fmt: skip
         optimizer, settings = self.get_optimizer_cls_and_kwargs(args, model)
-        settings["params"] = parameter_groups(model, args.learning_rate, b_ratio, args.weight_decay)
+        settings["params"] = groups
         super().__init__(model=model, args=args, optimizer_cls_and_kwargs=(optimizer, settings), **options)
-        self.chunk_head = chunk_head
-        if chunk_head:
+        self.loss = loss
+        if loss is not None:
             self.loss_is_scaled_for_ga = True
         self.checkpoints = checkpoints
         self.fingerprint = fingerprint
@@ -106,12 +107,12 @@ class AdapterTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The loss of a micro-batch, a sum over its tokens divided by those of the whole optimiser step."""
-        if not self.chunk_head:
+        if self.loss is None:
             return super().compute_loss(model, inputs, *args, **kwargs)
         num_items = kwargs.get("num_items_in_batch")
         if num_items is None:
             raise RuntimeError("the Trainer did not count the labels of this step")
-        return causal_lm_loss(model, inputs, num_items)  # type: ignore[arg-type]
+        return self.loss(model, inputs, num_items)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
         norm = float(super()._get_grad_norm(model, grad_norm))
@@ -273,20 +274,23 @@ def stopping_gently(callback: StopCallback) -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def parameter_groups(model: nn.Module, learning_rate: float, b_ratio: float, weight_decay: float) -> list[Any]:
-    """What the optimiser trains: every lora_A, then every lora_B, each at its rate.
+def parameter_groups(model: nn.Module, config: TuneConfig) -> list[dict[str, Any]]:
+    """What the optimiser trains: every lora_A, every lora_B, and the shifts of norms, each at its rate.
 
     Args:
         model: with adapters.
-        learning_rate: of lora_A.
-        b_ratio: learning rate of lora_B over it.
-        weight_decay: of both.
+        config: its rates and weight decay; shifts are not decayed.
     """
     layers = adapter_layers(model).values()
-    return [
-        {"params": [layer.lora_A for layer in layers], "lr": learning_rate, "weight_decay": weight_decay},
-        {"params": [layer.lora_B for layer in layers], "lr": b_ratio * learning_rate, "weight_decay": weight_decay},
+    rate, decay = config.learning_rate, config.weight_decay
+    groups = [
+        {"params": [layer.lora_A for layer in layers], "lr": rate, "weight_decay": decay},
+        {"params": [layer.lora_B for layer in layers], "lr": config.loraplus_lr_ratio * rate, "weight_decay": decay},
     ]
+    shifts = list(norm_shifts(model).values())
+    if shifts:
+        groups.append({"params": shifts, "lr": config.norms_lr_ratio * rate, "weight_decay": 0.0})
+    return groups
 
 
 def training_arguments(config: TuneConfig, checkpoints: Path, device: torch.device) -> TrainingArguments:

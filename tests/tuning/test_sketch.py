@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lors_cli.errors import UsageError
+from lors_cli.tuning.head import causal_lm_loss
 from lors_cli.tuning.initialization import gradient_directions
 from lors_cli.tuning.sketch import GradientSketch, SketchedLinear
 from lors_cli.weights import prunable_weights
@@ -90,7 +91,7 @@ def test_directions_of_a_model_agree_with_the_exact_ones(
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
     linears: dict[str, nn.Linear] = {name: model.get_submodule(name) for name in prunable_weights(model)}
-    options = {"seed": 0, "chunk_head": chunk_head}
+    options = {"seed": 0, "loss": causal_lm_loss if chunk_head else None}
     sketched = gradient_directions(model, linears, batches, 4, **options)
     exact = gradient_directions(model, linears, batches, 4, exact=True, **options)
     assert all(model.get_submodule(name) is linear for name, linear in linears.items())

@@ -1,0 +1,87 @@
+"""Training the scales and shifts of normalisation layers beside the adapters: few numbers, and much of the recovery.
+
+A normalisation's parameter becomes p + shift, rounded to its own dtype, with p frozen and the shift in float32: small
+steps add up in the shift and are not lost in a bfloat16 parameter near 1.
+
+Source: PERP §3.1, arXiv:2312.15230.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+
+class NormShift(nn.Module):
+    """What is added to one parameter of a normalisation layer.
+
+    Args:
+        parameter: (hidden_size,); gives shape, device and, where it is float64, dtype of the shift.
+    """
+
+    def __init__(self, parameter: torch.Tensor) -> None:
+        super().__init__()
+        dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        self.shift = nn.Parameter(torch.zeros(parameter.shape, dtype=dtype, device=parameter.device))
+
+    def forward(self, parameter: torch.Tensor) -> torch.Tensor:
+        """The parameter as the layer uses it, in its own dtype."""
+        return (parameter.to(self.shift.dtype) + self.shift).to(parameter.dtype)
+
+
+def norm_parameters(model: nn.Module) -> list[str]:
+    """Full names of the parameters of a model's normalisation layers.
+
+    A normalisation layer is a module that owns a one-dimensional weight, whatever it is called.
+
+    Args:
+        model: without trained norms.
+    """
+    return [
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        if (weight := module._parameters.get("weight")) is not None and weight.ndim == 1
+        for key in ("weight", "bias")
+        if module._parameters.get(key) is not None
+    ]
+
+
+def train_norms(model: nn.Module, names: Iterable[str]) -> None:
+    """Give parameters of normalisation layers a trained shift, in place; it starts at zero.
+
+    Args:
+        model: changed in place.
+        names: full names, as `norm_parameters` gives them.
+
+    Raises:
+        AttributeError: the model has no such parameter.
+    """
+    for name in names:
+        path, _, key = name.rpartition(".")
+        parameter = model.get_parameter(name)
+        parameter.requires_grad_(False)
+        parametrize.register_parametrization(model.get_submodule(path), key, NormShift(parameter))
+
+
+def norm_shifts(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trained shifts of a model, (hidden_size,) each, by full name of the parameter they are added to."""
+    found = {}
+    for name, module in model.named_modules():
+        for key, steps in getattr(module, "parametrizations", {}).items():
+            if isinstance(steps[0], NormShift):
+                found[f"{name}.{key}"] = steps[0].shift
+    return found
+
+
+def merge_norms(model: nn.Module) -> None:
+    """Make every trained norm an ordinary one with the very parameter of the forward pass, in place."""
+    for name in norm_shifts(model):
+        path, _, key = name.rpartition(".")
+        module = model.get_submodule(path)
+        with torch.no_grad():
+            merged = getattr(module, key).detach().clone()
+        parametrize.remove_parametrizations(module, key, leave_parametrized=False)
+        module._parameters[key] = nn.Parameter(merged, requires_grad=False)

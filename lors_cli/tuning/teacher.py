@@ -1,0 +1,78 @@
+"""The dense model that a tuned one may learn from: which it is, and loading it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lors_cli import console, run_dir
+from lors_cli.errors import UsageError
+from lors_cli.recipe import DistillConfig, ModelConfig, TuneConfig
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from lors_cli.tuning.head import Teacher
+
+
+def with_teacher(config: TuneConfig, model: ModelConfig) -> TuneConfig:
+    """The config with `distill.teacher` filled in: by default the model that the sparse one was pruned from.
+
+    Args:
+        config: of the stage.
+        model: the sparse model.
+
+    Raises:
+        UsageError: none is given, and the sparse model does not say what it was pruned from.
+    """
+    if config.distill is None or config.distill.teacher is not None:
+        return config
+    folder = Path(model.path)
+    record = run_dir.read_record(folder) if folder.is_dir() else None
+    if record is None or record.stage != "prune" or "path" not in record.inputs:
+        raise UsageError(
+            f"distill: {model.path} does not say which dense model it was pruned from.", "Give distill.teacher."
+        )
+    return replace(config, distill=replace(config.distill, teacher=str(record.inputs["path"])))
+
+
+def teacher_model(config: DistillConfig) -> ModelConfig:
+    """Where the teacher is loaded from.
+
+    Args:
+        config: with its teacher filled in.
+    """
+    assert config.teacher is not None
+    return ModelConfig(path=config.teacher, revision=config.revision)
+
+
+def load_teacher(
+    config: DistillConfig, network: PreTrainedModel, batch: dict[str, torch.Tensor], obstacle: str
+) -> Teacher:
+    """The teacher on the student's device, in its number format.
+
+    Args:
+        config: with its teacher filled in.
+        network: the student.
+        batch: a batch with labels, to try the teacher's head on.
+        obstacle: why the student's head cannot be chunked, if so.
+
+    Raises:
+        MissingError: the teacher is not there.
+        UsageError: it has another vocabulary, or one of the two has no plain head.
+    """
+    from lors_cli.models import load_model
+    from lors_cli.tuning.head import Teacher, why_not_chunked
+
+    console.info(f"  loading the teacher {config.teacher}")
+    source = replace(teacher_model(config), dtype=str(network.dtype).removeprefix("torch."))  # type: ignore[arg-type]
+    model = load_model(source, device=network.device)
+    obstacle = obstacle or why_not_chunked(model, batch)
+    if obstacle:
+        raise UsageError(f"distill: it needs predictions that are the head's plain outputs: {obstacle}.")
+    sizes = [each.get_output_embeddings().weight.shape[0] for each in (network, model)]
+    if sizes[0] != sizes[1]:
+        raise UsageError(f"distill: {config.teacher} knows {sizes[1]} tokens, the sparse model {sizes[0]}.")
+    return Teacher(model, config.weight, config.temperature)
