@@ -33,7 +33,15 @@ from lors_cli import run_dir
 from lors_cli.evaluation import evaluate
 from lors_cli.models import load_model, load_tokenizer
 from lors_cli.pruning import prune
-from lors_cli.recipe import CalibrationConfig, EvalConfig, ModelConfig, PruneConfig, TuneConfig, TuneDataConfig
+from lors_cli.recipe import (
+    CalibrationConfig,
+    DistillConfig,
+    EvalConfig,
+    ModelConfig,
+    PruneConfig,
+    TuneConfig,
+    TuneDataConfig,
+)
 from lors_cli.tokens import PadCollator, tuning_samples
 from lors_cli.tuning import tune
 from lors_cli.tuning.head import causal_lm_loss
@@ -53,6 +61,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "sqft": {"method": "sqft"},
     "spp": {"method": "spp"},
     "hira": {"method": "hira"},
+    "lors-norms": {"method": "lors", "train_norms": True},
+    "lors-distill": {"method": "lors", "distill": DistillConfig()},
     "lors-plus4": {"method": "lors", "loraplus_lr_ratio": 4.0},
     "lors-plus16": {"method": "lors", "loraplus_lr_ratio": 16.0},
 }
