@@ -110,3 +110,41 @@ def test_never_more_than_a_share_of_the_gradients_is_in_memory(
     for group in groups:
         size: Any = sum(linear.weight.numel() for linear in group.values())
         assert size <= total / 8 or len(group) == 1
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_rows_scaled_to_the_inputs_are_the_gradients_in_units_of_them(
+    exact: bool, sparse_llama: Callable[..., PreTrainedModel]
+) -> None:
+    model, batches = sparse_llama(), _batches(2)
+    batches[1]["attention_mask"][1, 12:] = 0
+    batches[1]["labels"][1, 12:] = -100
+    linears = linears_of(model)
+    inputs: dict[str, list[torch.Tensor]] = {name: [] for name in linears}
+    handles = [linear.register_forward_pre_hook(lambda module, args, name=name: inputs[name].append(args[0].detach()))
+               for name, linear in linears.items()]  # fmt: skip
+    for linear in linears.values():
+        linear.weight.requires_grad_()
+    num_labels = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+    for batch in batches:
+        model(**batch, num_items_in_batch=num_labels).loss.backward()
+    for handle in handles:
+        handle.remove()
+    gradients = {name: linear.weight.grad for name, linear in linears.items()}
+    for linear in linears.values():
+        linear.weight.grad = None
+        linear.weight.requires_grad_(False)
+
+    found = gradient_directions(model, linears, batches, 2, seed=0, exact=exact, scale="inputs")
+    real = torch.cat([batch["attention_mask"].flatten() for batch in batches]).bool()
+    for name, dW in gradients.items():
+        X = torch.cat([part.reshape(-1, part.shape[-1]) for part in inputs[name]])[real]
+        sizes = X.square().mean(0).sqrt()
+        # as large as the products of rows drawn from ±1/√C: their mean square is that of X over 3
+        wanted = (X.square().mean() / 3).sqrt().expand(2)
+        torch.testing.assert_close((X @ found[name].T).square().mean(0).sqrt(), wanted, rtol=1e-3, atol=0)
+        if exact:
+            D = sizes.clamp_min(0.1 * float(X.square().mean().sqrt()))
+            rows = torch.nn.functional.normalize(found[name] * D, dim=1)
+            vectors = torch.linalg.svd(dW / D).Vh[:2]
+            torch.testing.assert_close((rows @ vectors.T).abs(), torch.eye(2), rtol=2e-2, atol=2e-2)
