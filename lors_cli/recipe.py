@@ -189,7 +189,7 @@ class TuneConfig:
     """Train the parameters of normalisation layers too, in float32 (PERP, arXiv:2312.15230); not for lora, whose
     adapter files have no place for them."""
     norms_lr_ratio: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    """Learning rate of the norms over learning_rate."""
+    """Learning rate of the norms over learning_rate; a parameter's steps are in units of its root mean square."""
     distill: DistillConfig | None = None
     """Learn from the dense model's predictions too."""
     min_learning_rate: Rate = 0.0

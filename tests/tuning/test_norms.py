@@ -33,11 +33,16 @@ def test_norms_are_found_by_what_they_own(sparse_llama: Callable[..., PreTrained
     assert all("layer_norm" in name for name in names)
 
 
-def test_a_shift_starts_at_nothing_and_its_gradient_is_that_of_the_parameter(
+def test_a_shift_starts_at_nothing_and_its_gradient_is_that_of_the_parameter_in_its_unit(
     sparse_llama: Callable[..., PreTrainedModel],
 ) -> None:
     plain, trained = sparse_llama(torch.float64), sparse_llama(torch.float64)
     names = norm_parameters(plain)
+    units = {}
+    for index, name in enumerate(names):
+        for model in (plain, trained):
+            model.get_parameter(name).mul_(0.1 * (index + 1))
+        units[name] = float(plain.get_parameter(name).square().mean().sqrt())
     train_norms(trained, names)
     assert torch.equal(plain(IDS).logits, trained(IDS).logits)
     for name in names:
@@ -45,7 +50,7 @@ def test_a_shift_starts_at_nothing_and_its_gradient_is_that_of_the_parameter(
     plain(IDS, labels=IDS).loss.backward()
     trained(IDS, labels=IDS).loss.backward()
     for name, shift in norm_shifts(trained).items():
-        torch.testing.assert_close(shift.grad, plain.get_parameter(name).grad)
+        torch.testing.assert_close(shift.grad, units[name] * plain.get_parameter(name).grad)
     assert [name for name, parameter in trained.named_parameters() if parameter.requires_grad] == [
         f"{name.rpartition('.')[0]}.parametrizations.weight.0.shift" for name in names
     ]
