@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lors_cli import console
-from lors_cli.errors import MissingError, translate
+from lors_cli.errors import MissingError, UsageError, translate
 from lors_cli.evaluation.tasks import task_definition
 
 _SEED = 1234
@@ -71,15 +71,17 @@ def score_task(
 
         _seed()
         loaded = _load_task(task, definition)
+        lm = _shown_model_class()(model, tokenizer, batch_size, title)
         results = lm_eval.evaluate(
-            lm=_shown_model_class()(model, tokenizer, batch_size, title),
+            lm=lm,
             task_dict={"tasks": {task: loaded}},
             limit=limit,
             bootstrap_iters=_BOOTSTRAP_ROUNDS,
             log_samples=True,
         )
-    if cut_requests:
-        console.warn(f"{title}: {len(cut_requests)} requests exceed the model's length and were cut on the left")
+    num_cut = lm.num_cut + len(cut_requests)
+    if num_cut:
+        console.warn(f"{title}: {num_cut} requests exceed the model's length and were cut on the left")
     assert results is not None
     return _plain_result(task, title, results)
 
@@ -116,9 +118,11 @@ def _load_task(name: str, definition: Path) -> Any:
 
 @functools.cache
 def _shown_model_class() -> Any:
-    """lm-eval's Hugging Face model with our progress in place of its bars."""
+    """lm-eval's Hugging Face model with our scoring of choices, and our progress in place of its bars."""
     from lm_eval.api.model import CacheHook
     from lm_eval.models.huggingface import HFLM
+
+    from lors_cli.evaluation.scoring import Choice, score_choices
 
     class Counter(CacheHook):
         """Hears of every finished request; lm-eval calls it to fill a cache, which is not kept here."""
@@ -134,6 +138,7 @@ def _shown_model_class() -> Any:
         def __init__(self, model: Any, tokenizer: Any, batch_size: int, title: str) -> None:
             super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
             self.title = title
+            self.num_cut = 0
 
         @contextlib.contextmanager
         def counted(self, total: int, unit: str) -> Iterator[None]:
@@ -142,8 +147,30 @@ def _shown_model_class() -> Any:
                 yield
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
-            with self.counted(len(requests), "requests"):
-                return super().loglikelihood(requests, disable_tqdm=True)
+            with console.progress(self.title, len(requests), "requests") as step:
+                choices = [self.choice(request) for request in requests]
+                return score_choices(self.model, choices, batch_size=self.batch_size, on_progress=step.advance)
+
+        def choice(self, request: Any) -> Choice:
+            """A request's tokens, those of lm-eval."""
+            context, continuation = self.encode(*request.args)
+            if not 0 < len(continuation) <= self.max_length:
+                raise UsageError(
+                    f"{self.title}: document {request.doc_id} has a choice of {len(continuation)} tokens; "
+                    f"1 to {self.max_length} can be scored with this model."
+                )
+            tokens = [*context, *continuation]
+            self.num_cut += len(tokens) > self.max_length + 1
+            return Choice(tokens[-(self.max_length + 1) :][:-1], continuation, (request.task_name, request.doc_id))
+
+        def encode(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+            """As lm-eval's `loglikelihood` has it, where it is no function of its own."""
+            if context:
+                return self._encode_pair(context, continuation)
+            tokens = self.tok_encode(continuation, add_special_tokens=False)
+            if tokens[:1] == [self.prefix_token_id]:
+                return tokens[:1], tokens[1:]
+            return [self.prefix_token_id], tokens
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
             with self.counted(len(requests), "requests"):

@@ -1,0 +1,331 @@
+"""Log-likelihoods of continuations, where what the choices of a question have in common is computed once.
+
+The token sequences of a document form a prefix tree. A tree is one row of a batch: every node is a token, its
+position is its depth, and it attends to its ancestors alone. So each choice sees what it would see in a row of its
+own, and a question with four choices costs one context and four continuations instead of four of both. A model that
+such rows are not for gets plain ones, one a branch.
+
+Source: SpecInfer §4.2 (tree attention), arXiv:2305.09781.
+"""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lors_cli import console
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**26}
+"""Logits that exist in float32 at once."""
+MIN_SHARED = 8
+"""Tokens that two sequences must have in common to be put into one row."""
+ROW_TOKENS = 1024
+"""A row with branches has at most so many tokens, or twice its longest sequence: attention is quadratic in them."""
+WINDOW_KEY = re.compile(r"(window|chunk)(_size)?$")
+"""Settings that let a layer see only the last so many positions; a tree that is no deeper does not notice."""
+PROBE_LENGTHS = (16, 12)
+"""Tokens of context and of each branch in the trial of a model."""
+TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3}
+"""Relative difference of the trial's logits that is rounding. Half-precision dtypes: see `why_not_branches`."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A continuation to score.
+
+    Args:
+        tokens: what the model reads: the context and the continuation without its last token.
+        targets: the continuation; the last len(targets) tokens predict it.
+        document: choices of the same document may share a row.
+    """
+
+    tokens: Sequence[int]
+    targets: Sequence[int]
+    document: Hashable = None
+
+
+@dataclass
+class Row:
+    """The prefix tree of several token sequences."""
+
+    tokens: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    segments: list[tuple[int, int, int]] = field(default_factory=list)
+    """First node, end, and parent of the first (-1: none) of each run of nodes; within a run, parents are neighbours."""
+    reads: list[tuple[int, list[int]]] = field(default_factory=list)
+    """Number of a choice and the nodes that predict its targets."""
+
+    @property
+    def branches(self) -> bool:
+        """Whether some token does not follow the one before it."""
+        return any(parent != first - 1 for first, _, parent in self.segments)
+
+    def extend(self, path: list[int], tokens: Sequence[int]) -> list[int]:
+        """Add what `tokens` has beyond the nodes of `path`; the nodes of the whole sequence."""
+        first, depth = len(self.tokens), len(path)
+        new = tokens[depth:]
+        if new:
+            self.segments.append((first, first + len(new), path[-1] if path else -1))
+            self.tokens += new
+            self.positions += range(depth, len(tokens))
+        return path + list(range(first, len(self.tokens)))
+
+    def mask(self) -> torch.Tensor:
+        """Which nodes (rows) see which (columns): themselves and their ancestors; bool (nodes, nodes)."""
+        seen = torch.zeros(len(self.tokens), len(self.tokens), dtype=torch.bool)
+        for first, end, parent in self.segments:
+            if parent >= 0:
+                seen[first:end] = seen[parent]
+            seen[first:end, first:end] = torch.ones(end - first, end - first, dtype=torch.bool).tril()
+        return seen
+
+
+def build_rows(
+    choices: Sequence[Choice], *, max_tokens: int, branches: bool = True, window: int | None = None
+) -> list[Row]:
+    """Rows that hold every choice; equal sequences and prefixes of one another are always computed once.
+
+    Args:
+        choices: in any order.
+        max_tokens: a row with branches is no longer than this.
+        branches: whether a row may have any.
+        window: a document with a longer sequence gets rows without any.
+    """
+    documents: dict[Hashable, list[int]] = {}
+    for number, choice in enumerate(choices):
+        documents.setdefault(choice.document, []).append(number)
+    rows = []
+    for numbers in documents.values():
+        longest = max(len(choices[number].tokens) for number in numbers)
+        may_branch = branches and (window is None or longest <= window)
+        limit = min(max_tokens, max(ROW_TOKENS, 2 * longest))
+        path: list[int] = []
+        before: Sequence[int] = ()
+        for number in sorted(numbers, key=lambda number: tuple(choices[number].tokens)):
+            choice = choices[number]
+            shared = _common(before, choice.tokens)
+            if not before or (shared < len(before) and not (
+                may_branch and shared >= MIN_SHARED and len(rows[-1].tokens) + len(choice.tokens) - shared <= limit
+            )):  # fmt: skip
+                rows.append(Row())
+                shared = 0
+            path = rows[-1].extend(path[:shared], choice.tokens)
+            rows[-1].reads.append((number, path[len(path) - len(choice.targets) :]))
+            before = choice.tokens
+    return rows
+
+
+def _common(some: Sequence[int], other: Sequence[int]) -> int:
+    """Length of the common prefix."""
+    length = 0
+    for one, two in zip(some, other, strict=False):
+        if one != two:
+            break
+        length += 1
+    return length
+
+
+def make_batches(rows: Iterable[Row], max_tokens: int) -> Iterator[list[Row]]:
+    """Rows by length, the longest first, those with branches apart; padded, a batch has at most `max_tokens` tokens."""
+    batch: list[Row] = []
+    for row in sorted(rows, key=lambda row: (row.branches, -len(row.tokens))):
+        longest = len(batch[0].tokens) if batch else 0
+        if batch and ((len(batch) + 1) * longest > max_tokens or row.branches != batch[0].branches):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+@dataclass(frozen=True)
+class _Abilities:
+    """What a trial has shown of a model."""
+
+    head: bool
+    """Its logits are its head's plain outputs."""
+    branches: bool
+    window: int | None
+
+
+_known: weakref.WeakKeyDictionary[Any, _Abilities] = weakref.WeakKeyDictionary()
+
+
+@torch.inference_mode()
+def score_choices(
+    model: PreTrainedModel,
+    choices: Sequence[Choice],
+    *,
+    batch_size: int,
+    on_progress: Callable[[int], None] | None = None,
+) -> list[tuple[float, bool]]:
+    """The log-likelihood of every choice's targets, and whether each target is the likeliest token.
+
+    Args:
+        model: causal LM in evaluation mode.
+        choices: what to score.
+        batch_size: a batch has at most so many tokens as this number of the longest sequence.
+        on_progress: called with the number of choices that were scored since the last call.
+
+    Returns:
+        Sum of the targets' log-probabilities (float32 softmax) in nats, and the greedy flag, by choice.
+    """
+    if not choices:
+        return []
+    if model not in _known:
+        _known[model] = _try_out(model)
+    able = _known[model]
+    max_tokens = batch_size * max(len(choice.tokens) for choice in choices)
+    rows = build_rows(choices, max_tokens=max_tokens, branches=able.branches, window=able.window)
+    results: list[tuple[float, bool]] = [(0.0, True)] * len(choices)
+    for batch in make_batches(rows, max_tokens):
+        scored = _score_batch(model, batch, choices, able.head)
+        for number, result in scored.items():
+            results[number] = result
+        if on_progress is not None:
+            on_progress(len(scored))
+    return results
+
+
+def _score_batch(
+    model: PreTrainedModel, batch: list[Row], choices: Sequence[Choice], head: bool
+) -> dict[int, tuple[float, bool]]:
+    """Results by number of the choice."""
+    places: dict[tuple[int, int], int] = {}
+    reads = [(index, *read) for index, row in enumerate(batch) for read in row.reads]
+    picks = [places.setdefault((index, node), len(places)) for index, _, nodes in reads for node in nodes]
+    targets = [target for _, number, _ in reads for target in choices[number].targets]
+    values, likeliest = _log_probabilities(_outputs(model, batch, list(places), head), model, head, picks, targets)
+    results, first = {}, 0
+    for _, number, nodes in reads:
+        part = slice(first, first + len(nodes))
+        results[number] = (float(values[part].sum()), bool(likeliest[part].all()))
+        first = part.stop
+    return results
+
+
+def _outputs(model: PreTrainedModel, batch: list[Row], places: list[tuple[int, int]], head: bool) -> torch.Tensor:
+    """Hidden states, or without `head` logits, at (row, node) places: (places, hidden_size or vocabulary)."""
+    length = len(batch[0].tokens)
+    ids = torch.zeros(len(batch), length, dtype=torch.long)
+    for row_ids, row in zip(ids, batch, strict=True):
+        row_ids[: len(row.tokens)] = torch.tensor(row.tokens)
+    inputs = {"input_ids": ids}
+    if batch[0].branches:
+        positions = torch.zeros_like(ids)
+        seen = torch.eye(length, dtype=torch.bool).repeat(len(batch), 1, 1)  # a pad sees itself: no row is empty
+        for index, row in enumerate(batch):
+            size = len(row.tokens)
+            positions[index, :size] = torch.tensor(row.positions)
+            seen[index, :size, :size] = row.mask()
+        bias = torch.zeros(seen.shape, dtype=model.dtype).masked_fill_(~seen, torch.finfo(model.dtype).min)
+        inputs |= {"position_ids": positions, "attention_mask": bias[:, None]}
+    on_device: dict[str, Any] = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    found = model.base_model(**on_device, use_cache=False)[0] if head else model(**on_device, use_cache=False).logits
+    rows, nodes = torch.tensor(places, device=found.device).T
+    return found[rows, nodes]
+
+
+def _log_probabilities(
+    outputs: torch.Tensor, model: PreTrainedModel, head: bool, picks: list[int], targets: list[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of every target at its place, float32, and whether it is the likeliest token; on the CPU."""
+    layer: Any = model.get_output_embeddings()
+    if head:
+        outputs = outputs.to(layer.weight.device)
+    at, wanted = (torch.tensor(values, device=outputs.device) for values in (picks, targets))
+    values = torch.empty(len(picks), dtype=torch.float32, device=outputs.device)
+    likeliest = torch.empty(len(picks), dtype=torch.bool, device=outputs.device)
+    vocabulary_size = layer.weight.shape[0] if head else outputs.shape[-1]
+    size = max(1, CHUNK_LOGITS.get(outputs.device.type, CHUNK_LOGITS["cuda"]) // vocabulary_size)
+    for first in range(0, len(outputs), size):
+        part = outputs[first : first + size]
+        logits = torch.log_softmax(layer(part) if head else part, dim=-1, dtype=torch.float32)
+        here = (at >= first) & (at < first + size)
+        local = at[here] - first
+        values[here] = logits[local, wanted[here]]
+        likeliest[here] = logits.argmax(-1)[local] == wanted[here]
+    return values.cpu(), likeliest.cpu()
+
+
+def _try_out(model: PreTrainedModel) -> _Abilities:
+    """Find out what the model can do, and log what it cannot."""
+    generator = torch.Generator().manual_seed(0)
+    context, branch = PROBE_LENGTHS
+    ids = torch.randint(model.get_input_embeddings().weight.shape[0], (context + 3 * branch,), generator=generator)
+    shared, *tails = ids.split([context, branch, branch, branch])
+    probe = [Choice([*shared.tolist(), *tail.tolist()], tail.tolist()) for tail in tails]
+    why_no_head = why_not_head(model, probe)
+    why_no_branches = why_not_branches(model, probe)
+    if why_no_head:
+        console.info(f"  slower scoring, all logits are computed: {why_no_head}")
+    if why_no_branches:
+        console.info(f"  slower scoring, the choices of a question do not share their context: {why_no_branches}")
+    return _Abilities(not why_no_head, not why_no_branches, _window(model))
+
+
+@torch.inference_mode()
+def why_not_head(model: PreTrainedModel, probe: Sequence[Choice]) -> str:
+    """Why the head cannot be applied to some hidden states alone; empty if it can. Found by trying.
+
+    Args:
+        model: causal LM.
+        probe: choices to try on.
+    """
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or model.base_model is model:
+        return "the model's head is no plain linear on top of its base model"
+    ids = torch.tensor([list(probe[0].tokens)], device=model.device)
+    ours = head(model.base_model(input_ids=ids, use_cache=False)[0].to(head.weight.device)).float()
+    theirs = model(input_ids=ids, use_cache=False).logits.float().to(ours.device)
+    if not torch.allclose(ours, theirs, rtol=0, atol=0, equal_nan=True):
+        return "the model's logits are not its head's plain outputs (scaled or capped)"
+    return ""
+
+
+@torch.inference_mode()
+def why_not_branches(model: PreTrainedModel, probe: Sequence[Choice]) -> str:
+    """Why a row with branches gives other logits than plain rows; empty if it does not. Found by trying.
+
+    Args:
+        model: causal LM.
+        probe: choices of one context, to try on.
+    """
+    if model.config.model_type == "gpt_neo":
+        return "GPTNeo's local attention counts places in the row"
+    logits = []
+    for branches in (False, True):
+        rows = build_rows(probe, max_tokens=ROW_TOKENS, branches=branches)
+        places = [(index, node) for index, row in enumerate(rows) for _, nodes in row.reads for node in nodes]
+        try:
+            logits.append(_outputs(model, rows, places, head=False).float())
+        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, NotImplementedError) as error:
+            if not branches:
+                raise
+            return f"{type(model).__name__} takes no 4-D attention mask ({str(error).splitlines()[0]})"
+    plain, packed = logits
+    if plain.isnan().any():
+        return ""
+    apart = (packed - plain).norm(dim=-1) / (plain - plain.mean(-1, keepdim=True)).norm(dim=-1)
+    size = len(probe[0].targets)
+    # Before the first branch ends, rows are the same: what differs is rounding, by which the others are judged.
+    rounding, found = float(apart[:size].median()), float(apart[size:].median())
+    limit = TOLERANCE.get(model.dtype, min(0.2, 4 * rounding + 0.01))
+    if not (rounding <= limit and found <= limit):
+        return f"{type(model).__name__} gives other logits with a 4-D attention mask (by {max(found, rounding):.2g})"
+    return ""
+
+
+def _window(model: PreTrainedModel) -> int | None:
+    """The fewest positions that any layer sees, None where all see everything."""
+    settings = model.config.get_text_config().to_dict()
+    return min((size for key, size in settings.items() if WINDOW_KEY.search(key) and size), default=None)

@@ -1,0 +1,275 @@
+"""Rows with branches against a loop over single sequences, and against lm-eval's own scoring."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lors_cli import console
+from lors_cli.errors import UsageError
+from lors_cli.evaluation import harness, scoring
+from lors_cli.evaluation.scoring import Choice, build_rows, make_batches, score_choices
+from lors_cli.evaluation.tasks import task_definition
+
+VOCABULARY = 300
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.3,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+SMALL = {key: COMMON[key] for key in ("vocab_size", "hidden_size", "initializer_range")}
+OTHERS: dict[str, dict[str, Any]] = {
+    "Llama": {},
+    "Mistral": {"sliding_window": 24},
+    "Qwen2": {},
+    "Qwen3": {"head_dim": 8},
+    "Gemma2": {"head_dim": 8, "sliding_window": 24, "query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0},
+    "Gemma3Text": {"head_dim": 8, "sliding_window": 24, "query_pre_attn_scalar": 8},
+    "Phi3": {},
+    "OPT": {"ffn_dim": 64, "word_embed_proj_dim": 32, "init_std": 0.3},
+    "GPTNeoX": {},
+    "GPT2": {"n_layer": 3, "n_head": 4, "n_positions": 256},
+    "GPTNeo": {"num_heads": 4, "attention_types": [[["global", "local", "local"], 1]], "window_size": 24},
+    "Mixtral": {"num_local_experts": 4},
+    "GptOss": {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 24},
+    "Granite": {"logits_scaling": 4.0},
+    "Bloom": {"n_layer": 3, "n_head": 4},
+    "Mpt": {"n_layers": 3, "n_heads": 4},
+    "RecurrentGemma": {"attention_window_size": 24, "lru_width": 32, "num_key_value_heads": None},
+}
+NO_BRANCHES = {"GPTNeo", "Bloom", "Mpt", "RecurrentGemma"}
+NO_HEAD = {"Gemma2", "Granite", "RecurrentGemma"}
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is logged."""
+    lines: list[str] = []
+    monkeypatch.setattr(console, "info", lines.append)
+    return lines
+
+
+def tiny(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    import transformers
+
+    settings = SMALL if name in ("Bloom", "Mpt") else COMMON
+    config = getattr(transformers, f"{name}Config")(**{**settings, **OTHERS[name]})
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
+
+
+def questions(seed: int = 0, contexts: int = 10, longest: int = 60) -> list[Choice]:
+    """Questions with four choices each; some choices are equal, one is the start of another."""
+    draw = random.Random(seed)
+
+    def tokens(most: int) -> list[int]:
+        return [draw.randrange(3, VOCABULARY) for _ in range(draw.randint(1, most))]
+
+    choices = []
+    for document in range(contexts):
+        context, endings = [1, *tokens(longest)], [tokens(12) for _ in range(4)]
+        endings[1] = [*endings[0], 7] if document % 3 == 0 else endings[1]
+        endings[3] = endings[2] if document % 4 == 0 else endings[3]
+        choices += [Choice([*context, *ending][:-1], ending, document) for ending in endings]
+    return choices
+
+
+@torch.no_grad()
+def alone(model: Any, choices: list[Choice]) -> list[tuple[float, bool]]:
+    """Each choice by itself, in float64."""
+    results = []
+    for choice in choices:
+        logits = model(torch.tensor([choice.tokens])).logits[0, -len(choice.targets) :]
+        wanted = torch.tensor(choice.targets)
+        picked = logits.double().log_softmax(-1).gather(1, wanted[:, None])
+        results.append((float(picked.sum()), bool((logits.argmax(-1) == wanted).all())))
+    return results
+
+
+def assert_same(found: list[tuple[float, bool]], expected: list[tuple[float, bool]], tolerance: float = 1e-4) -> None:
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=tolerance)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_equals_single_sequences(name: str, told: list[str]) -> None:
+    model, choices = tiny(name), questions()
+    assert_same(score_choices(model, choices, batch_size=4), alone(model, choices))
+    assert any("do not share their context" in line for line in told) == (name in NO_BRANCHES)
+    assert any("all logits are computed" in line for line in told) == (name in NO_HEAD)
+    told.clear()
+    score_choices(model, choices[:4], batch_size=4)
+    assert told == []  # a model is tried once
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mixtral", "GPT2", "RecurrentGemma"])
+def test_trial_in_bfloat16_tells_rounding_from_error(name: str, told: list[str]) -> None:
+    model, choices = tiny(name, torch.bfloat16), questions()
+    score_choices(model, choices, batch_size=4)
+    assert any("do not share" in line for line in told) == (name in NO_BRANCHES)
+
+
+def test_a_model_that_ignores_the_mask_gets_plain_rows(told: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, choices = tiny("Llama"), questions()
+    expected, forward = alone(model, choices), model.model.forward
+
+    def deaf(*arguments: Any, attention_mask: Any = None, **options: Any) -> Any:
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(model.model, "forward", deaf)
+    assert_same(score_choices(model, choices, batch_size=4), expected)
+    assert any("gives other logits" in line for line in told)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_any_batch_size(batch_size: int) -> None:
+    model, choices, steps = tiny("Llama"), questions(), []
+    found = score_choices(model, choices, batch_size=batch_size, on_progress=steps.append)
+    assert_same(found, alone(model, choices))
+    assert sum(steps) == len(choices)
+    assert score_choices(model, [], batch_size=batch_size) == []
+
+
+def test_small_chunks_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(scoring.CHUNK_LOGITS, "cpu", 5 * VOCABULARY)
+    for name in ("Llama", "Granite"):
+        model, choices = tiny(name), questions()
+        assert_same(score_choices(model, choices, batch_size=8), alone(model, choices))
+
+
+def test_context_is_computed_once_and_the_head_only_where_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("Llama")
+    context, endings = list(range(10, 40)), [[50, 51, 52], [60, 61], [50, 51, 53, 54], [70], [71], [50, 51, 52]]
+    choices = [Choice([*context, *ending][:-1], ending, 0) for ending in endings]
+    score_choices(model, choices[:1], batch_size=1)  # the trial
+    tokens, heads = [], []
+    model.model.register_forward_pre_hook(lambda _, __, options: tokens.append(options["input_ids"]), with_kwargs=True)
+    model.lm_head.register_forward_pre_hook(lambda _, inputs: heads.append(inputs[0].shape))
+    assert_same(score_choices(model, choices, batch_size=4), alone(model, choices))
+    # 30 of context; 50, 51, 53 and 60 are read once each; 52, 54, 61, 70, 71 are only predicted
+    assert tokens[0].tolist() == [[*context, 50, 51, 53, 60]]
+    assert heads[0] == (5, 32)  # after the context, 50, 51, 53 and 60
+
+
+def test_rows_are_prefix_trees() -> None:
+    choices = questions(seed=3, contexts=25, longest=200)
+    rows = build_rows(choices, max_tokens=700)
+    numbers = sorted(number for row in rows for number, _ in row.reads)
+    assert numbers == list(range(len(choices)))
+    for row in rows:
+        mask = row.mask()
+        assert row.positions == [int(seen.sum()) - 1 for seen in mask]
+        for number, nodes in row.reads:
+            choice = choices[number]
+            path = mask[nodes[-1]].nonzero().squeeze(1).tolist()  # what the last node sees
+            assert [row.tokens[node] for node in path] == list(choice.tokens)
+            assert path[-len(choice.targets) :] == nodes
+    shared = sum(len(row.tokens) for row in rows)
+    assert shared < 0.5 * sum(len(choice.tokens) for choice in choices)
+
+
+def test_limits_of_a_row() -> None:
+    choices = questions(seed=4, contexts=6, longest=100)
+    longest = max(len(choice.tokens) for choice in choices)
+    for row in build_rows(choices, max_tokens=longest):
+        assert len(row.tokens) <= longest
+    assert not any(row.branches for row in build_rows(choices, max_tokens=900, branches=False))
+    for row in build_rows(choices, max_tokens=900, window=40):
+        assert not row.branches or max(row.positions) < 40
+    apart = [Choice([1, 2, 3, number], [4], 0) for number in range(5)]  # three tokens in common are not worth a row
+    assert len(build_rows(apart, max_tokens=900)) == 5
+    many = [Choice([*range(3, 20), number], [1, 2], 0) for number in range(2000)]
+    assert max(len(row.tokens) for row in build_rows(many, max_tokens=10**6)) <= scoring.ROW_TOKENS
+
+
+def test_batches_are_sorted_and_within_the_budget() -> None:
+    rows = build_rows(questions(seed=5, contexts=40), max_tokens=300)
+    batches = list(make_batches(rows, 300))
+    assert sorted(id(row) for batch in batches for row in batch) == sorted(map(id, rows))
+    for batch in batches:
+        lengths = [len(row.tokens) for row in batch]
+        assert lengths == sorted(lengths, reverse=True)
+        assert len(batch) * lengths[0] <= 300
+        assert len({row.branches for row in batch}) == 1
+
+
+@pytest.fixture(scope="module")
+def stories(shared_dir: Path) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = shared_dir / "data" / "models" / "stories260k"
+    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def both(model: Any, tokenizer: Any, requests: list[Any]) -> tuple[list[Any], list[Any], int]:
+    """Our results, lm-eval's, and how many requests were cut."""
+    from lm_eval.models.huggingface import HFLM
+
+    with harness._quiet() as cut:
+        ours = harness._shown_model_class()(model, tokenizer, 8, "x")
+        found = ours.loglikelihood(requests)
+        plain = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8, softmax_dtype="float32")
+        expected = plain.loglikelihood(requests, disable_tqdm=True)
+    assert ours.num_cut >= len(cut)  # lm-eval tells of one of those that share all but their last token
+    return found, expected, ours.num_cut
+
+
+@pytest.mark.parametrize(
+    "task", ["arc_challenge", "arc_easy", "boolq", "hellaswag", "openbookqa", "rte", "winogrande", "pydoc_choice"]
+)
+def test_equals_lm_eval(task: str, stories: tuple[Any, Any], shared_dir: Path, tmp_path: Path) -> None:
+    with harness._quiet():
+        loaded = harness._load_task(task, task_definition(task, data_dir=shared_dir / "data", folder=tmp_path))
+        loaded.build_all_requests(limit=12, rank=0, world_size=1)
+    found, expected, num_cut = both(*stories, loaded.instances)
+    assert_same(found, expected)
+    documents: dict[int, list[int]] = {}
+    for number, request in enumerate(loaded.instances):
+        documents.setdefault(request.doc_id, []).append(number)
+    for numbers in documents.values():
+        doc = loaded.instances[numbers[0]].doc
+        metrics = [loaded.process_results(doc, [results[i] for i in numbers]) for results in (found, expected)]
+        assert metrics[0] == metrics[1]
+    assert len(documents) == 12
+    assert (num_cut > 0) == (task == "boolq")
+
+
+def instances(*pairs: tuple[str, str]) -> list[Any]:
+    from lm_eval.api.instance import Instance
+
+    return [
+        Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=index, metadata=("t", index // 2, 1))
+        for index, pair in enumerate(pairs)
+    ]
+
+
+def test_tokens_are_those_of_lm_eval(stories: tuple[Any, Any]) -> None:
+    long = "Once upon a time there was a very small cat. " * 60
+    requests = instances(
+        ("", "Once upon a time"), ("", " and then"), ("The cat  ", "sat"), ("The cat", " sat"), ("<s>The cat", " sat"),
+        (long, "It was red."), (long, "They all ran home."), (long, "It was red."), ("\n", "x"), ("", "<s> a"),
+    )  # fmt: skip
+    found, expected, num_cut = both(*stories, requests)
+    assert_same(found, expected, tolerance=3e-4)
+    assert num_cut == 3
+
+
+def test_choice_that_does_not_fit_is_refused(stories: tuple[Any, Any]) -> None:
+    lm = harness._shown_model_class()(*stories, 8, "tuned t")
+    with pytest.raises(UsageError, match=r"tuned t: document 0 has a choice of \d+ tokens; 1 to 512"):
+        lm.loglikelihood(instances(("a", " fox" * 600)))
+
+
+def test_bfloat16_agrees_within_rounding(stories: tuple[Any, Any], told: list[str]) -> None:
+    import copy
+
+    model, tokenizer = copy.deepcopy(stories[0]).bfloat16(), stories[1]
+    requests = instances(*((f"One day {name} went to the", f" {place}.") for name in ("Tim", "a cat", "the big red dog")
+                           for place in ("park", "lake with a boat")))  # fmt: skip
+    found, expected, _ = both(model, tokenizer, requests)
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=0.5)
+    assert told == []
