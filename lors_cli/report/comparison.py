@@ -8,7 +8,7 @@ from typing import Any
 from lors_cli.report.blocks import NONE, Cell, Row, Table, escape
 from lors_cli.report.measures import Group, Measure, ScoredModel, measures
 from lors_cli.report.names import method_name
-from lors_cli.report.paper import SOURCE
+from lors_cli.report.paper import SOURCE, paper_rows
 
 
 def results_table(groups: Sequence[Group]) -> Table:
@@ -29,7 +29,7 @@ def results_table(groups: Sequence[Group]) -> Table:
             rows.append(Row((Cell(label), *cells)))
             if model.scores and model.paper:
                 paper = [_paper_cell(column, model) for column in columns]
-                rows.append(Row((Cell("paper, and ours minus it"), *paper), "detail"))
+                rows.append(Row((Cell("paper (ours − paper)"), *paper), "detail"))
     return Table(("model", *(column.title for column in columns)), tuple(rows))
 
 
@@ -59,7 +59,10 @@ def _paper_cell(column: Measure, model: ScoredModel) -> Cell:
     ours, theirs = column.value(model), column.paper(model)
     if theirs is None:
         return Cell("")
-    return Cell(number(column, theirs), f"({round(ours - theirs, 6):+.2f})" if ours is not None else "")
+    if ours is None:
+        return Cell(number(column, theirs))
+    change = round(ours - theirs, 6)
+    return Cell(number(column, theirs), f"({change:+.1f})" if column.kind == "recovered" else f"({change:+.2f})")
 
 
 def number(column: Measure, value: float) -> str:
@@ -93,11 +96,12 @@ def _paper_note(models: list[ScoredModel]) -> str:
     found = [(model, model.paper) for model in models]
     tables = sorted({row.table for _, row in found if row is not None})
     texts = [f"The paper: {SOURCE}, table{'s' if len(tables) > 1 else ''} {', '.join(map(str, tables))}."]
-    for model, row in found:
-        if row is not None and row.is_misprinted:
+    for row in paper_rows():
+        if row.is_misprinted and any(row == shown for _, shown in found):
+            methods = " + ".join(method_name(method) for method in (row.prune, row.tune) if method)
             texts.append(
-                f"It prints {row.average_printed:.2f} as the average of {escape(row.model)}, {escape(model.label)}; "
-                f"the mean of its cells, {row.average():.2f}, is shown."
+                f"It prints {row.average_printed:.2f} as the average of {row.model}, {methods}; the mean of its cells, "
+                f"{row.average():.2f}, is shown."
             )
     limits = sorted({model.limit for model, row in found if row is not None and model.limit is not None})
     if limits:

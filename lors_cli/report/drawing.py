@@ -140,11 +140,11 @@ def svg(figure: Figure, name: str) -> str:
                        metadata={"Date": None, "Creator": None, "Format": None, "Type": None})  # fmt: skip
     text = buffer.getvalue()
     text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    used = set(re.findall(r'(?:href="#|url\(#)([\w-]+)', text))
+    used = set(re.findall(r'(?:href="#|url\(#)([\w.-]+)', text))
 
     def mend(tag: re.Match[str]) -> str:
         """A tag's attributes; the text between tags stays as it is."""
-        found = re.sub(r' id="([\w-]+)"', lambda key: f' id="{name}-{key[1]}"' if key[1] in used else "", tag[0])
+        found = re.sub(r' id="([\w.-]+)"', lambda key: f' id="{name}-{key[1]}"' if key[1] in used else "", tag[0])
         found = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{name}-", found)
         found = re.sub(r' xmlns(:xlink)?="[^"]*"| version="1.1"', "", found)
         return re.sub(r"(?<=: )#[0-9a-f]{6}\b", lambda colour: THEMED.get(colour[0].upper(), colour[0]), found)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lors_cli.report.drawing import GRID, INK, PALETTE, figure_of, plain_ticks, sparsity_map
+from lors_cli.report.names import task_name
 from lors_cli.report.results import RunResults
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ def accuracy(results: RunResults) -> Figure | None:
     tasks = _names(results, "tasks", "acc")
     if not tasks:
         return None
-    labels = [*tasks, "mean"] if len(tasks) > 1 and _has_average(results) else tasks
+    names = [task_name(task) for task in tasks]
+    labels = [*names, "average"] if len(tasks) > 1 and _has_average(results) else names
     values, errors = {}, {}
     for role, content in results.scores.items():
         scores = [content.get("tasks", {}).get(task, {}) for task in tasks]
@@ -104,7 +106,7 @@ def _bars(
     figure, axes = figure_of(max(5.0, min(15.0, 1.8 + 0.42 * len(labels) * (len(values) + 0.8))), 4.2)
     width = 0.8 / len(values)
     finite = [value for row in values.values() for value in row if math.isfinite(value)]
-    digits = 0 if top else 1 if max(finite) < 1000 else 0
+    digits = 1 if max(finite) < 1000 else 0
     is_log = top is None and max(finite) > 20 * min(finite) > 0
     for index, (role, row) in enumerate(values.items()):
         at = [group + (index - (len(values) - 1) / 2) * width for group in range(len(labels))]
@@ -117,16 +119,17 @@ def _bars(
             if math.isfinite(value):
                 middle = bar.get_x() + bar.get_width() / 2
                 axes.annotate(f"{value:.{digits}f}", (middle, height), (0, 2), textcoords="offset points",
-                              ha="center", va="bottom", fontsize=8.5)  # fmt: skip
+                              ha="center", va="bottom", fontsize=8)  # fmt: skip
     if is_log:
         axes.set_yscale("log")
         plain_ticks(axes.yaxis)
         axes.set_ylim(top=max(finite) * 2)
     else:
-        axes.set_ylim(0, top * 1.0 if top else max(finite) * 1.15)
+        axes.set_ylim(0, min(top or math.inf, max(finite) * 1.15))
     axes.set(ylabel=f"{unit}, log scale" if is_log else unit)
-    axes.set_xticks(range(len(labels)), labels, rotation=20 if len(labels) > 3 else 0,
-                    ha="right" if len(labels) > 3 else "center")  # fmt: skip
+    is_crowded = 0.1 * max(map(len, labels)) > figure.get_figwidth() / len(labels)
+    axes.set_xticks(range(len(labels)), labels, rotation=20 if is_crowded else 0,
+                    ha="right" if is_crowded else "center")  # fmt: skip
     axes.set_title(title, pad=30)
     axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=len(values), borderaxespad=0.2,
                 handlelength=1.2, columnspacing=1.4)  # fmt: skip

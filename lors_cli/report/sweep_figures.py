@@ -21,6 +21,7 @@ from lors_cli.report.drawing import (
 )
 from lors_cli.report.figures import running_mean, split_name
 from lors_cli.report.measures import Group, Measure, ScoredModel, measures
+from lors_cli.report.names import short_name
 from lors_cli.report.sweep_results import SweepCell, SweepResults, stage_seconds
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def perplexity(view: SweepView) -> Figure | None:
 
 
 def _panels(view: SweepView, shown: list[Measure], unit: str, titles: dict[str, str]) -> Figure | None:
-    """Horizontal bars, a panel a measure, four beside each other."""
+    """Horizontal bars, a panel a measure, four beside each other; `titles` is by kind of measure."""
     rows = view.rows()
     shown = [item for item in shown if any(item.value(model) is not None for _, model in rows)]
     if not shown:
@@ -87,7 +88,8 @@ def _panels(view: SweepView, shown: list[Measure], unit: str, titles: dict[str, 
     grid = figure.subplots(down, across, sharey=True, squeeze=False)
     for axes, item in zip(grid.flat, shown, strict=False):
         _panel(axes, item, rows)
-        axes.set_title(titles.get(item.title, item.title), fontsize=11, pad=6)
+        name = titles.get(item.kind, short_name(item.name) if item.kind == "perplexity" else item.title)
+        axes.set_title(f"{name}, log scale" if axes.get_xscale() == "log" else name, fontsize=11, pad=6)
     for axes in grid.flat[len(shown) :]:
         axes.set_visible(False)
     grid[0][0].set_yticks([place for place, _ in rows], [model.label for _, model in rows])
@@ -110,8 +112,7 @@ def _panel(axes: Any, item: Measure, rows: list[tuple[float, ScoredModel]]) -> N
         if error:
             axes.errorbar(value, place, xerr=error, fmt="none", ecolor=INK, elinewidth=1)
         ends.append(max(value + error, item.paper(model) or 0.0))
-        axes.annotate(number(item, value), (ends[-1], place), (4, 0), textcoords="offset points", va="center",
-                      fontsize=8)  # fmt: skip
+        axes.text(1.02, place, number(item, value), transform=axes.get_yaxis_transform(), va="center", fontsize=8.5)
     papers = [(paper, place) for place, model, _ in found if (paper := item.paper(model)) is not None]
     if papers:
         axes.scatter(*zip(*papers, strict=True), s=26, marker="D", facecolor=PAGE, edgecolor=INK, linewidth=1.1,
@@ -119,9 +120,9 @@ def _panel(axes: Any, item: Measure, rows: list[tuple[float, ScoredModel]]) -> N
     if is_log:
         axes.set_xscale("log")
         plain_ticks(axes.xaxis)
-        axes.set_xlim(min(values) / 2, max(ends) * (max(ends) / min(values)) ** 0.45)
+        axes.set_xlim(min(values) / 2, max(ends) * 1.1)
     else:
-        axes.set_xlim(0, max(ends) * 1.25)
+        axes.set_xlim(0, max(ends) * 1.05)
         axes.xaxis.get_major_locator().set_params(nbins=4)
     axes.tick_params(axis="y", length=0)
     axes.tick_params(axis="x", labelsize=9)
