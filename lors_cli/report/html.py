@@ -60,7 +60,7 @@ def _row(row: Row, kinds: list[str]) -> str:
         return f'<tr class="group"><th scope="rowgroup" colspan="{len(kinds)}"><span>{first}</span></th></tr>'
     rest = "".join(f"<td{kind}>{_cell(cell)}</td>" for cell, kind in zip(row.cells[1:], kinds[1:], strict=True))
     mark = ' class="detail"' if row.kind == "detail" else ""
-    return f'<tr{mark}><th scope="row">{first}</th>{rest}</tr>'
+    return f'<tr{mark}><th scope="row"><div>{first}</div></th>{rest}</tr>'
 
 
 def _cell(cell: Cell) -> str:

@@ -41,13 +41,15 @@ class SweepView:
     sweep: SweepResults
     groups: Sequence[Group]
 
-    def rows(self, measure: Measure | None = None) -> list[tuple[float, ScoredModel]]:
-        """The models from top to bottom with their place, a gap between groups; only those with a number."""
+    def models(self) -> list[ScoredModel]:
+        """Those that have scores."""
+        return [model for group in self.groups for model in group.models if model.scores]
+
+    def rows(self, shown: Sequence[Measure]) -> list[tuple[float, ScoredModel]]:
+        """The models that have any of these numbers, from top to bottom with their place; groups stand apart."""
         place, found = 0.0, []
         for group in self.groups:
-            models = [
-                model for model in group.models if model.scores and (not measure or measure.value(model) is not None)
-            ]
+            models = [model for model in group.models if any(item.value(model) is not None for item in shown)]
             for model in models:
                 found.append((place, model))
                 place += 1
@@ -62,7 +64,7 @@ class SweepView:
 
 def accuracy(view: SweepView) -> Figure | None:
     """Accuracy of every model, the average first, with standard errors and the paper's figures."""
-    found = measures(model for _, model in view.rows())
+    found = measures(view.models())
     shown = [item for item in found if item.kind == "average"]
     shown += [item for item in found if item.kind == "task" and item.metric == "acc"]
     return _panels(view, shown, "accuracy (%)", {"average": "Average accuracy"})
@@ -70,13 +72,13 @@ def accuracy(view: SweepView) -> Figure | None:
 
 def perplexity(view: SweepView) -> Figure | None:
     """Perplexity of every model by text."""
-    shown = [item for item in measures(model for _, model in view.rows()) if item.kind == "perplexity"]
+    shown = [item for item in measures(view.models()) if item.kind == "perplexity"]
     return _panels(view, shown, "perplexity per token, lower is better", {})
 
 
 def _panels(view: SweepView, shown: list[Measure], unit: str, titles: dict[str, str]) -> Figure | None:
     """Horizontal bars, a panel a measure, four beside each other; `titles` is by kind of measure."""
-    rows = view.rows()
+    rows = view.rows(shown)
     shown = [item for item in shown if any(item.value(model) is not None for _, model in rows)]
     if not shown:
         return None
@@ -94,7 +96,10 @@ def _panels(view: SweepView, shown: list[Measure], unit: str, titles: dict[str, 
         axes.set_visible(False)
     grid[0][0].set_yticks([place for place, _ in rows], [model.label for _, model in rows])
     grid[0][0].set_ylim(rows[-1][0] + 0.7, -0.7)
-    figure.supxlabel(unit, fontsize=10)
+    if len(shown) == 1:
+        grid[0][0].set_xlabel(unit, fontsize=10)
+    else:
+        figure.supxlabel(unit, fontsize=10)
     if any(item.paper(model) is not None for item in shown for _, model in rows):
         handles = [handle for axes in grid.flat for handle in axes.collections if handle.get_label() == "the paper's"]
         figure.legend(handles=handles[:1], loc="outside upper right", fontsize=10)
@@ -138,13 +143,13 @@ def loss(view: SweepView) -> Figure | None:
         return None
     figure, axes = figure_of(9.5, max(4.2, 1.0 + 0.22 * len(cells)))
     for cell, (colour, dashes) in zip(cells, _line_styles(cells), strict=True):
-        window = max(1, len(cell.log) // 20)
+        window = max(1, len(cell.log) // 10)
         means = running_mean([row["loss"] for row in cell.log], window)
         every = max(1, math.ceil(len(means) / _POINTS))
         at = sorted({*range(window - 1, len(means), every), len(means) - 1})
         axes.plot([cell.log[index]["step"] for index in at], [means[index] for index in at], color=colour,
                   linestyle=dashes, linewidth=1.8, label=view.label(cell))  # fmt: skip
-    axes.set(title="Training loss, mean of a twentieth of the steps", xlabel="optimiser step",
+    axes.set(title="Training loss, mean of a tenth of the steps", xlabel="optimiser step",
              ylabel="cross-entropy (nats per token)")  # fmt: skip
     axes.grid(axis="y", color=GRID)
     axes.margins(x=0.02)

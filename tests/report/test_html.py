@@ -36,8 +36,8 @@ def test_a_table() -> None:
     )
     text = to_html(["# t", Table(("model", "boolq"), rows)], {})
     assert '<tr class="group"><th scope="rowgroup" colspan="2"><span>group</span></th></tr>' in text
-    assert '<tr><th scope="row">LoRS</th><td><b>41.00</b> <small>± 1.20</small></td></tr>' in text
-    assert '<tr class="detail"><th scope="row">paper</th><td>40.00</td></tr>' in text
+    assert '<tr><th scope="row"><div>LoRS</div></th><td><b>41.00</b> <small>± 1.20</small></td></tr>' in text
+    assert '<tr class="detail"><th scope="row"><div>paper</div></th><td>40.00</td></tr>' in text
 
 
 def test_light_and_dark_and_a_column_that_stays() -> None:
