@@ -42,7 +42,7 @@ def _best(group: Group, columns: list[Measure]) -> dict[Measure, set[str]]:
         sign = -1 if column.kind == "perplexity" else 1
         found = {model.label: column.value(model) for model in group.models if model.role != "dense"}
         values = {label: sign * round(value, 2) for label, value in found.items() if value is not None}
-        if len(values) > 1:
+        if len(set(values.values())) > 1:
             best[column] = {label for label, value in values.items() if value == max(values.values())}
     return best
 

@@ -82,6 +82,13 @@ def figure_of(width: float, height: float) -> tuple[Figure, Any]:
     return figure, figure.add_subplot()
 
 
+def short(label: str) -> str:
+    """What fits beside a figure."""
+    from lors_cli._yaml import shorten
+
+    return shorten(label, 48)
+
+
 def sparsity_map(rows: Mapping[str, Mapping[int, float]]) -> Figure:
     """Shares of zeros, decoder blocks across, colours fixed from 0 to 1.
 
@@ -95,7 +102,7 @@ def sparsity_map(rows: Mapping[str, Mapping[int, float]]) -> Figure:
     axes.set(title="Share of weights that are zero", xlabel="decoder block")
     every = max(1, math.ceil(len(blocks) / 16))
     axes.set_xticks(range(0, len(blocks), every), [str(block) for block in blocks[::every]])
-    axes.set_yticks(range(len(rows)), list(rows))
+    axes.set_yticks(range(len(rows)), [short(label) for label in rows])
     axes.set_xticks([column + 0.5 for column in range(len(blocks) - 1)], minor=True)
     axes.set_yticks([row + 0.5 for row in range(len(rows) - 1)], minor=True)
     axes.grid(which="minor", color=PAGE, linewidth=1)

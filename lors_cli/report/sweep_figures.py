@@ -84,7 +84,7 @@ def _panels(view: SweepView, shown: list[Measure], unit: str, titles: dict[str, 
         return None
     across = min(4, len(shown))
     down = math.ceil(len(shown) / across)
-    longest = max(len(model.label) for _, model in rows)
+    longest = max(len(short(model.label)) for _, model in rows)
     width = min(16.0, 0.6 + 0.085 * longest + max(2.6 * across, 5.0))
     figure = canvas(width, down * (0.85 + 0.27 * (rows[-1][0] + 1)))
     grid = figure.subplots(down, across, sharey=True, squeeze=False)
@@ -94,7 +94,7 @@ def _panels(view: SweepView, shown: list[Measure], unit: str, titles: dict[str, 
         axes.set_title(f"{name}, log scale" if axes.get_xscale() == "log" else name, fontsize=11, pad=6)
     for axes in grid.flat[len(shown) :]:
         axes.set_visible(False)
-    grid[0][0].set_yticks([place for place, _ in rows], [model.label for _, model in rows])
+    grid[0][0].set_yticks([place for place, _ in rows], [short(model.label) for _, model in rows])
     grid[0][0].set_ylim(rows[-1][0] + 0.7, -0.7)
     if len(shown) == 1:
         grid[0][0].set_xlabel(unit, fontsize=10)
@@ -148,7 +148,7 @@ def loss(view: SweepView) -> Figure | None:
         every = max(1, math.ceil(len(means) / _POINTS))
         at = sorted({*range(window - 1, len(means), every), len(means) - 1})
         axes.plot([cell.log[index]["step"] for index in at], [means[index] for index in at], color=colour,
-                  linestyle=dashes, linewidth=1.8, label=view.label(cell))  # fmt: skip
+                  linestyle=dashes, linewidth=1.8, label=short(view.label(cell)))  # fmt: skip
     axes.set(title="Training loss, mean of a tenth of the steps", xlabel="optimiser step",
              ylabel="cross-entropy (nats per token)")  # fmt: skip
     axes.grid(axis="y", color=GRID)
@@ -215,7 +215,7 @@ def cost(view: SweepView) -> Figure | None:
         scaled = [value / seconds for value in row]
         grid[0].barh(range(len(cells)), scaled, 0.72, left=left, color=_STAGE_COLOURS[stage], label=stage)
         left = [start + value for start, value in zip(left, scaled, strict=True)]
-    grid[0].set_yticks(range(len(cells)), [cell.name for cell in cells])
+    grid[0].set_yticks(range(len(cells)), [short(cell.name) for cell in cells])
     grid[0].invert_yaxis()
     grid[0].set_title(f"Time ({unit})", pad=26)
     grid[0].legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=3, borderaxespad=0.2, fontsize=9)

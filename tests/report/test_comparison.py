@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -71,11 +72,13 @@ def test_a_model_without_scores_says_why() -> None:
     assert cells(row) == ["SparseGPT + SPP (failed)", "–", "–", "–", "–", "–"]
 
 
-def test_equal_ones_are_both_best_and_one_alone_is_not() -> None:
+def test_equal_ones_are_all_best_unless_there_is_no_other() -> None:
     _, pruned, tuned = group("a/b").models
-    twice = results_table([Group("g", (pruned, ScoredModel("tuned", "t", "a/b", scores=pruned.scores)))])
-    assert [cells(row)[1] for row in twice.rows] == ["60.00 ± 4.00!", "60.00 ± 4.00!"]
-    assert "!" not in "".join(cells(results_table([Group("g", (tuned,))]).rows[0]))
+    again = replace(tuned, label="again")
+    rows = results_table([Group("g", (pruned, tuned, again))]).rows
+    assert [cells(row)[1] for row in rows] == ["60.00 ± 4.00", "70.00 ± 4.00!", "70.00 ± 4.00!"]
+    for models in ((tuned, again), (tuned,)):
+        assert "!" not in "".join(cell for row in results_table([Group("g", models)]).rows for cell in cells(row))
 
 
 def test_numbers_that_are_missing_or_broken() -> None:

@@ -44,13 +44,12 @@ def test_files_and_the_same_bytes_again(sweep: Path) -> None:
     for name in FIGURES:
         assert first[f"{name}.png"].startswith(b"\x89PNG")
         assert f"](figures/{name}.png)" in first["report.md"].decode()
-    times = {path: path.stat().st_mtime_ns for path in sweep.rglob("*") if path.is_file()}
-    write_sweep_report(sweep)
-    assert {path: path.stat().st_mtime_ns for path in sweep.rglob("*") if path.is_file()} == times
-    for name in first:
-        (sweep / ("figures" if name.endswith(".png") else ".") / name).unlink()
+    kept = {sweep / f"report.{kind}": (sweep / f"report.{kind}").stat().st_mtime_ns for kind in ("md", "csv", "tex")}
+    for path in (sweep / "report.html", *(sweep / "figures").iterdir()):
+        path.unlink()
     write_sweep_report(sweep)
     assert everything(sweep) == first
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept, "what already says so is not touched"
 
 
 def test_what_it_says(sweep: Path) -> None:
@@ -103,7 +102,7 @@ def test_names_are_only_names(tmp_path: Path) -> None:
     assert is_safe(page)
     said = [text for _, text in page.texts]
     assert HOSTILE in said
-    assert any(text.startswith(f"Wanda + {HOSTILE}") for tag, text in page.texts if tag == "text")
+    assert any(text.startswith(f"Wanda + {HOSTILE[:30]}") for tag, text in page.texts if tag == "text")
     assert html.count("alert(1)") == sum(text.count("alert(1)") for text in said)
     text = (folder / "report.md").read_text()
     outside = text[: text.index("## Settings")]
