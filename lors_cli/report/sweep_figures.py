@@ -17,6 +17,7 @@ from lors_cli.report.drawing import (
     canvas,
     figure_of,
     plain_ticks,
+    short,
     sparsity_map,
 )
 from lors_cli.report.figures import running_mean, split_name
