@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from report_pages import Page, is_safe
 from sweep_folder import SweepFolder, shares
+from typer.testing import Result
 
 from lors_cli.report.blocks import to_markdown
 from lors_cli.report.latex import escape
@@ -140,3 +142,12 @@ def test_a_sweep_before_its_first_stage(tmp_path: Path) -> None:
 def test_a_sweep_without_cells(tmp_path: Path) -> None:
     folder = SweepFolder(tmp_path, "none", {}).close()
     assert markdown(folder).startswith("# none\n\nNo cell.\n")
+
+
+def test_the_command_takes_a_sweeps_folder(sweep: Path, lors: Callable[..., Result]) -> None:
+    found = lors("report", str(sweep), "--format", "tex", "--format", "csv", "--json")
+    assert json.loads(found.stdout) == {"reports": [f"{sweep}/report.csv", f"{sweep}/report.tex"]}
+    (sweep / "sweep.json").write_text("{")
+    broken = lors("report", str(sweep))
+    assert broken.exit_code == 2
+    assert "is not the index of a sweep" in " ".join(broken.stderr.split())
