@@ -356,28 +356,40 @@ def schema() -> None:
 
 @app.command()
 @guarded
-def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
-    """Write a run's report again."""
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder of a run or of a sweep.")],
+    formats: Annotated[
+        list[str] | None, typer.Option("--format", help="md, html, csv or tex; may be repeated. Default: all.")
+    ] = None,
+) -> None:
+    """Write the reports of a run or a sweep again."""
     from lors_cli.errors import LorsError, MissingError
     from lors_cli.loading import load_recipe
     from lors_cli.pipeline import finished_stages
     from lors_cli.plans import resolve_data_dir
-    from lors_cli.report import write_report
+    from lors_cli.report import FORMATS, check_formats, write_run_report
+    from lors_cli.report.sweep import write_sweep_report
 
-    if not (run_folder / "recipe.yaml").is_file():
+    chosen = formats or FORMATS
+    check_formats(chosen)
+    if (folder / "sweep.json").is_file():
+        paths = write_sweep_report(folder, chosen)
+    elif (folder / "recipe.yaml").is_file():
+        settings = load_recipe(folder / "recipe.yaml")
+        try:
+            finished = finished_stages(settings, folder, resolve_data_dir(settings.data_dir))
+        except LorsError as error:
+            console.warn(f"whether the results belong to recipe.yaml cannot be checked: {error.message}")
+            finished = None
+        paths = write_run_report(folder, finished, chosen)
+    else:
         raise MissingError(
-            f"{run_folder} is no run folder: it has no recipe.yaml.",
-            "Give the folder that lors run wrote, such as runs/quickstart.",
+            f"{folder} is no run folder and no sweep folder: it has neither recipe.yaml nor sweep.json.",
+            "Give the folder that lors run or lors sweep wrote, such as runs/quickstart.",
         )
-    settings = load_recipe(run_folder / "recipe.yaml")
-    try:
-        finished = finished_stages(settings, run_folder, resolve_data_dir(settings.data_dir))
-    except LorsError as error:
-        console.warn(f"whether the results belong to recipe.yaml cannot be checked: {error.message}")
-        finished = None
-    path = write_report(run_folder, finished)
-    console.result(f"report {path}")
-    console.document({"report": str(path)})
+    for path in paths:
+        console.result(f"report {path}")
+    console.document({"reports": [str(path) for path in paths]})
 
 
 def main() -> None:

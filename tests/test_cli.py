@@ -136,8 +136,16 @@ def test_eval_without_out_leaves_nothing_behind(at_workshop: Path, lors: Lors) -
 
 def test_report(at_finished: Path, lors: Lors) -> None:
     Path("runs/tiny/report.md").unlink()
-    assert document(lors("report", "runs/tiny", "--json")) == {"report": "runs/tiny/report.md"}
-    assert Path("runs/tiny/report.md").is_file()
+    paths = [f"runs/tiny/report.{kind}" for kind in ("md", "html", "csv", "tex")]
+    assert document(lors("report", "runs/tiny", "--json")) == {"reports": paths}
+    assert all(Path(path).is_file() for path in paths)
+    before = Path(paths[2]).read_bytes()
+    for path in paths:
+        Path(path).unlink()
+    chosen = lors("report", "runs/tiny", "--format", "csv")
+    assert chosen.stdout == f"report {paths[2]}\n"
+    assert [path for path in paths if Path(path).exists()] == [paths[2]]
+    assert Path(paths[2]).read_bytes() == before
 
 
 def test_recipes(at_workshop: Path, lors: Lors) -> None:
@@ -212,6 +220,7 @@ MISTAKES: list[tuple[list[str], int, list[str]]] = [
     (["inspect", "text.jsonl"], 2, ["text.jsonl is a file"]),
     (["inspect", "dense", "--pattern", "2-4"], 2, ["'2-4'", "N:M"]),
     (["report", "dense"], 3, ["no run folder", "runs/quickstart"]),
+    (["report", "dense", "--format", "htlm"], 2, ["Did you mean html?", "md, html, csv, tex"]),
 ]
 
 

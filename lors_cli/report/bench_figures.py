@@ -6,13 +6,7 @@ import math
 from typing import Any
 
 from lors_cli.benchmark import AUTHORS_LOG, Cell
-from lors_cli.report.drawing import GRID, figure_of, png, style
-
-COLOURS = {
-    "lora": "#4D4D4D", "lora-float32": "#999999", "lors": "#0072B2", "lors-cached": "#56B4E9",
-    "lors-compressed": "#CC79A7", "sqft": "#E69F00", "sqft-gc": "#F0C869", "spp": "#D55E00", "spp-gc": "#F0997A",
-    "hira": "#009E73",
-}  # fmt: skip
+from lors_cli.report.drawing import GRID, METHOD_COLOURS, figure_of, png, style
 
 Document = dict[str, Any]
 
@@ -61,7 +55,7 @@ def _bars(groups: dict[str, dict[str, Any]], value: Any, title: str, unit: str) 
         for index, method in enumerate(methods):
             heights = [math.nan if "failed" in cell[method] else value(cell[method]) for cell in groups.values()]
             at = [group + (index - (len(methods) - 1) / 2) * width for group in range(len(groups))]
-            axes.bar(at, heights, width * 0.92, label=method, color=COLOURS[method])
+            axes.bar(at, heights, width * 0.92, label=method, color=METHOD_COLOURS[method])
             for place, height in zip(at, heights, strict=True):
                 if math.isnan(height):
                     axes.annotate("out of memory", (place, 0), (0, 3), textcoords="offset points", rotation=90,

@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lors_cli.report.markdown import escape, table, versions
+from lors_cli.report.blocks import escape, markdown_table, table
+from lors_cli.report.markdown import versions
+from lors_cli.report.names import short_name
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILE_ENDINGS = (".gguf", ".safetensors", ".bin", ".json")
@@ -35,9 +37,9 @@ def model_card(
     pattern = metrics.get("pattern") or (prune or {}).get("pattern")
     parts = [
         front_matter(base_model, prune, tune, pattern),
-        f"# {escape(_short_name(base_model))}, {_adjective(prune, tune)}",
+        f"# {escape(short_name(base_model))}, {_adjective(prune, tune)}",
         _description(base_model, prune, tune, metrics, pattern),
-        "## Settings\n\n" + table(["setting", "value"], _settings(prune, tune, metrics)),
+        "## Settings\n\n" + markdown_table(table(["setting", "value"], _settings(prune, tune, metrics))),
         _usage(pattern),
         "## Licence\n\nThe licence and the terms of use are those of the base model.",
         f"Made with lors: {versions(environment)}.",
@@ -74,10 +76,6 @@ def looks_like_hub_id(name: str) -> bool:
         and ".." not in name
         and not Path(name).exists()
     )
-
-
-def _short_name(base_model: str) -> str:
-    return base_model.replace("\\", "/").rstrip("/").rpartition("/")[2] or "model"
 
 
 def _adjective(prune: dict[str, Any] | None, tune: dict[str, Any] | None) -> str:

@@ -1,18 +1,45 @@
-"""What all figures share: settings, a canvas, PNG bytes."""
+"""What all figures share: settings, a canvas, and their bytes as PNG and as SVG."""
 
 from __future__ import annotations
 
 import io
+import math
+import re
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
-GRID = "#DDDDDD"
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+INK, AXIS, GRID, PAGE = "#222222", "#888888", "#DDDDDD", "#FFFFFF"
+DENSE = "#4D4D4D"
+PALETTE = {"dense": DENSE, "pruned": "#E69F00", "tuned": "#0072B2"}  # Okabe and Ito, safe for colour-blind eyes
+METHOD_COLOURS = {
+    "lora": "#4D4D4D", "lora-float32": "#999999", "lors": "#0072B2", "lors-cached": "#56B4E9",
+    "lors-compressed": "#CC79A7", "sqft": "#E69F00", "sqft-gc": "#F0C869", "spp": "#D55E00", "spp-gc": "#F0997A",
+    "hira": "#009E73",
+}  # fmt: skip
+THEMED = {INK: "currentColor", AXIS: "var(--axis)", GRID: "var(--grid)", PAGE: "var(--page)", DENSE: "var(--dense)"}
+"""What an SVG leaves to the page's style, so that it fits light and dark pages."""
 _SETTINGS = {
     "font.family": "DejaVu Sans", "font.size": 11, "axes.titlesize": 13, "axes.titleweight": "bold",
     "axes.titlelocation": "left", "axes.titlepad": 12, "axes.labelsize": 11, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.edgecolor": "#888888", "axes.axisbelow": True, "legend.frameon": False,
-    "xtick.color": "#333333", "ytick.color": "#333333", "figure.facecolor": "white", "savefig.facecolor": "white",
+    "axes.spines.right": False, "axes.edgecolor": AXIS, "axes.axisbelow": True, "legend.frameon": False,
+    "xtick.color": INK, "ytick.color": INK, "text.color": INK, "axes.labelcolor": INK, "figure.facecolor": "white",
+    "savefig.facecolor": "white", "svg.fonttype": "none", "text.parse_math": False,
 }  # fmt: skip
+
+Results = TypeVar("Results")
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure as a file's bytes and as an `<svg>` element."""
+
+    png: bytes
+    svg: str
 
 
 def style() -> AbstractContextManager[None]:
@@ -23,18 +50,113 @@ def style() -> AbstractContextManager[None]:
     return mpl.rc_context(settings)
 
 
-def figure_of(width: float, height: float) -> tuple[Any, Any]:
-    """A figure of its own (inches), outside pyplot, so that no state is left behind."""
+def draw_all(figures: Mapping[str, Callable[[Results], Figure | None]], results: Results) -> dict[str, Drawing]:
+    """Every figure by name that there is something to draw for.
+
+    Args:
+        figures: name to function from the results to a matplotlib figure or None.
+        results: what they draw.
+    """
+    drawings = {}
+    for name, draw in figures.items():
+        with style():
+            figure = draw(results)
+            if figure is not None:
+                drawings[name] = Drawing(png(figure), svg(figure, name))
+    return drawings
+
+
+def canvas(width: float, height: float) -> Figure:
+    """A figure of its own (inches) without axes, outside pyplot, so that no state is left behind."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
+    return figure
+
+
+def figure_of(width: float, height: float) -> tuple[Figure, Any]:
+    """A `canvas` and its only axes."""
+    figure = canvas(width, height)
     return figure, figure.add_subplot()
 
 
-def png(figure: Any) -> bytes:
+def short(label: str) -> str:
+    """What fits beside a figure."""
+    from lors_cli._yaml import shorten
+
+    return shorten(label, 48)
+
+
+def sparsity_map(rows: Mapping[str, Mapping[int, float]]) -> Figure:
+    """Shares of zeros, decoder blocks across, colours fixed from 0 to 1.
+
+    Args:
+        rows: label to share by block; a block that a row lacks stays empty.
+    """
+    blocks = sorted({block for shares in rows.values() for block in shares})
+    figure, axes = figure_of(max(6.0, min(14.0, 3.2 + 0.3 * len(blocks))), 1.7 + 0.36 * len(rows))
+    grid = [[shares.get(block, math.nan) for block in blocks] for shares in rows.values()]
+    image = axes.imshow(grid, vmin=0, vmax=1, cmap="Blues", aspect="auto", interpolation="nearest")
+    axes.set(title="Share of weights that are zero", xlabel="decoder block")
+    every = max(1, math.ceil(len(blocks) / 16))
+    axes.set_xticks(range(0, len(blocks), every), [str(block) for block in blocks[::every]])
+    axes.set_yticks(range(len(rows)), [short(label) for label in rows])
+    axes.set_xticks([column + 0.5 for column in range(len(blocks) - 1)], minor=True)
+    axes.set_yticks([row + 0.5 for row in range(len(rows) - 1)], minor=True)
+    axes.grid(which="minor", color=PAGE, linewidth=1)
+    axes.tick_params(which="both", length=0)
+    axes.spines[:].set_visible(False)
+    bar = figure.colorbar(image, ax=axes, pad=0.02, ticks=[0, 0.25, 0.5, 0.75, 1])
+    bar.set_label("sparsity")
+    bar.outline.set_visible(False)
+    solids: Any = bar.solids
+    solids.set_rasterized(True)  # 256 shapes otherwise
+    return figure
+
+
+def plain_ticks(axis: Any) -> None:
+    """Label a logarithmic axis with numbers as they are written, not as powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}" if value < 1e5 else f"{value:.0e}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def png(figure: Figure) -> bytes:
     """PNG bytes without the writer's name and the date."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None, "Creation Time": None})
     return buffer.getvalue()
+
+
+def svg(figure: Figure, name: str) -> str:
+    """An `<svg>` element to stand in a page: no date, no outside names, ids of its own, colours of `THEMED`.
+
+    Args:
+        figure: drawn under `style`.
+        name: unique in the page, of letters and digits; every id begins with it.
+    """
+    import matplotlib as mpl
+
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", transparent=True,
+                       metadata={"Date": None, "Creator": None, "Format": None, "Type": None})  # fmt: skip
+    text = buffer.getvalue()
+    text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    used = set(re.findall(r'(?:href="#|url\(#)([\w.-]+)', text))
+
+    def mend(tag: re.Match[str]) -> str:
+        """A tag's attributes; the text between tags stays as it is."""
+        found = re.sub(r' id="([\w.-]+)"', lambda key: f' id="{name}-{key[1]}"' if key[1] in used else "", tag[0])
+        found = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{name}-", found)
+        found = re.sub(r' xmlns(:xlink)?="[^"]*"| version="1.1"', "", found)
+        return re.sub(r"(?<=: )#[0-9a-f]{6}\b", lambda colour: THEMED.get(colour[0].upper(), colour[0]), found)
+
+    text = re.sub(r"<[^!>][^>]*>", mend, text)
+    width = figure.get_figwidth() * 96  # CSS pixels; a narrow page may make it smaller
+    text = re.sub(r"^<svg\b[^>]*?viewBox", f'<svg role="img" style="max-width: {width:.0f}px" viewBox', text)
+    return re.sub(r"\n\s*\n?", "\n", text).strip() + "\n"

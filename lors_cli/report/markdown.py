@@ -1,12 +1,14 @@
-"""The text of a run's report."""
+"""What a run's report says, block by block."""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Collection
 from typing import Any
 
 from lors_cli.console import duration
-from lors_cli.report.results import RunResults
+from lors_cli.report.blocks import Block, Code, Figure, escape, table
+from lors_cli.report.comparison import notes, results_table
+from lors_cli.report.results import RunResults, models
 
 _FIGURE_TEXTS = {
     "accuracy": "Zero-shot accuracy by task and model; lines are standard errors.",
@@ -16,27 +18,24 @@ _FIGURE_TEXTS = {
 }
 
 
-def render(results: RunResults, figures: list[str]) -> str:
-    """The report in Markdown; a stage that was not run has no section.
+def run_blocks(results: RunResults, figures: Collection[str]) -> list[Block]:
+    """The whole report, the same for the same results; a stage that was not run has no section.
 
     Args:
         results: of the run.
-        figures: names of the drawn figures, `figures/<name>.png`.
-
-    Returns:
-        The whole text, the same for the same results.
+        figures: names of the drawn figures.
     """
-    parts = [
+    return [
         f"# {escape(results.recipe.get('name') or results.run.resolve().name)}",
         _summary(results),
         *_scores(results, figures),
+        *_beside_the_paper(results),
         *_training(results, figures),
         *_sparsity(results, figures),
         *_settings(results),
         *_making(results),
         *_files(results),
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _summary(results: RunResults) -> str:
@@ -56,26 +55,34 @@ def _summary(results: RunResults) -> str:
     return f"{escape(base or 'A model')}: {escape(', '.join(words) or 'nothing has been run yet')}."
 
 
-def _scores(results: RunResults, figures: list[str]) -> list[str]:
+def _scores(results: RunResults, figures: Collection[str]) -> list[Block]:
     from lors_cli.evaluation import recovered, summary_table
 
     if not results.scores:
         return []
     columns, rows = summary_table(results.scores)
     rows = [[cells[0].replace("  ", "↳ ", 1), *cells[1:]] for cells in rows]  # Markdown drops leading spaces
-    parts = ["## Results", table(columns, rows)]
+    parts: list[Block] = ["## Results", table(columns, rows)]
     shares = [f"{escape(name)} {share:.1%}" for name, share in recovered(results.scores).items()]
     if shares:
         parts.append(f"Share of the loss through pruning that tuning won back: {', '.join(shares)}.")
     return [*parts, *_figures(("accuracy", "perplexity"), figures)]
 
 
-def _training(results: RunResults, figures: list[str]) -> list[str]:
+def _beside_the_paper(results: RunResults) -> list[Block]:
+    """The scores in the layout of the LoRS paper, for a model and methods that are in it."""
+    group = models(results)
+    if not any(model.scores and model.paper for model in group.models):
+        return []
+    return ["## Beside the paper", results_table([group]), *notes([group])]
+
+
+def _training(results: RunResults, figures: Collection[str]) -> list[Block]:
     record = results.records.get("tune")
     if record is None and not results.log:
         return []
     metrics = record.metrics if record else {}
-    parts = ["## Tuning"]
+    parts: list[Block] = ["## Tuning"]
     first, last = metrics.get("first_loss"), metrics.get("last_loss")
     if first is None and results.log:
         first, last = results.log[0]["loss"], results.log[-1]["loss"]
@@ -90,7 +97,7 @@ def _training(results: RunResults, figures: list[str]) -> list[str]:
     return [*parts, *_figures(("loss",), figures)]
 
 
-def _sparsity(results: RunResults, figures: list[str]) -> list[str]:
+def _sparsity(results: RunResults, figures: Collection[str]) -> list[Block]:
     rows = []
     for stage, label in (("prune", "pruned"), ("tune", "tuned")):
         record = results.records.get(stage)
@@ -106,15 +113,13 @@ def _sparsity(results: RunResults, figures: list[str]) -> list[str]:
     return ["## Sparsity", table(columns, rows), *_figures(("sparsity",), figures)]
 
 
-def _settings(results: RunResults) -> list[str]:
+def _settings(results: RunResults) -> list[Block]:
     if not results.recipe_text:
         return []
-    runs = [len(run) for run in re.findall(r"`+", results.recipe_text)]
-    fence = "`" * max(3, 1 + max(runs, default=0))
-    return ["## Settings", f"{fence}yaml\n{results.recipe_text.rstrip()}\n{fence}"]
+    return ["## Settings", Code(results.recipe_text, "yaml")]
 
 
-def _making(results: RunResults) -> list[str]:
+def _making(results: RunResults) -> list[Block]:
     """Time, seed, versions and machine of each stage."""
     if not results.records:
         return []
@@ -124,7 +129,7 @@ def _making(results: RunResults) -> list[str]:
         seed = config.get("seed", (config.get("calibration") or {}).get("seed", "-"))
         cells = [stage, duration(record.elapsed_s), str(seed), record.fingerprint[:12]]
         rows.append([*cells, str(environment.get("platform", "-"))])
-    parts = ["## How it was made", table(["stage", "time", "seed", "fingerprint", "machine"], rows)]
+    parts: list[Block] = ["## How it was made", table(["stage", "time", "seed", "fingerprint", "machine"], rows)]
     seen: dict[str, list[str]] = {}
     for stage, record in results.records.items():
         seen.setdefault(versions(record.environment), []).append(stage)
@@ -141,7 +146,7 @@ def versions(environment: dict[str, Any]) -> str:
     return escape(", ".join([*found, str(gpu)] if gpu else found))
 
 
-def _files(results: RunResults) -> list[str]:
+def _files(results: RunResults) -> list[Block]:
     rows = [
         [f"{stage}/{name}", digest[:16]]
         for stage, record in results.records.items()
@@ -151,17 +156,5 @@ def _files(results: RunResults) -> list[str]:
     return ["## Files", table(["file", "SHA-256 (first 16 digits)"], rows)] if rows else []
 
 
-def _figures(names: tuple[str, ...], drawn: list[str]) -> list[str]:
-    return [f"![{_FIGURE_TEXTS[name]}](figures/{name}.png)" for name in names if name in drawn]
-
-
-def table(columns: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; the first column is text, the others are right-aligned."""
-    rule = [":--", *["--:"] * (len(columns) - 1)]
-    lines = [[escape(cell) for cell in columns], rule, *[[escape(cell) for cell in row] for row in rows]]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def escape(text: Any) -> str:
-    """`text` on one line, with what Markdown would take for markup made harmless."""
-    return re.sub(r"([\\`*\[\]<>|#])", r"\\\1", " ".join(str(text).split()))
+def _figures(names: tuple[str, ...], drawn: Collection[str]) -> list[Block]:
+    return [Figure(name, _FIGURE_TEXTS[name]) for name in names if name in drawn]

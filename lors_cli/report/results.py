@@ -11,6 +11,8 @@ from typing import Any
 
 from lors_cli import run_dir
 from lors_cli.recipe import STAGES
+from lors_cli.report.measures import Group, ScoredModel
+from lors_cli.report.names import short_name
 
 ROLES = ("dense", "pruned", "tuned")
 
@@ -52,6 +54,32 @@ def read_run(run: Path, finished: Collection[str] | None = None) -> RunResults:
     if finished is None or "tune" in finished:
         results.log = read_log(run / "tune" / "log.jsonl")
     return results
+
+
+def models(results: RunResults) -> Group:
+    """The run's models, as a sweep of one cell would have them.
+
+    Args:
+        results: of the run; a model that was not scored is left out.
+    """
+    from lors_cli.evaluation.summary import recovered
+    from lors_cli.report.comparison import model_label
+
+    configs = {stage: record.config for stage, record in results.records.items()}
+    prune, tune = configs.get("prune", {}), configs.get("tune", {})
+    origin = results.records.get("prune") or results.records.get("tune")
+    base = (results.recipe.get("model") or {}).get("path") or (origin.inputs.get("path") if origin else None)
+    found = []
+    for role, scores in results.scores.items():
+        found.append(ScoredModel(
+            role=role, label=model_label(role, prune, tune), base=str(base or scores.get("model") or ""),
+            cells=(str(results.recipe.get("name") or results.run.resolve().name),),
+            prune=prune if role != "dense" else {}, tune=tune if role == "tuned" else {}, scores=scores,
+            shares=recovered(results.scores) if role == "tuned" else {},
+            limit=configs.get("eval", {}).get("limit"),
+            made=results.records.get({"pruned": "prune", "tuned": "tune"}.get(role, "")),
+        ))  # fmt: skip
+    return Group(short_name(found[0].base) if found else "", tuple(found))
 
 
 def _read_recipe(path: Path) -> tuple[str, dict[str, Any]]:

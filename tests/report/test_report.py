@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
+from report_pages import Page, is_safe
 
 from lors_cli.errors import UsageError
 from lors_cli.report import write_report
 from lors_cli.report.figures import split_name
-from lors_cli.report.markdown import table
 from lors_cli.report.results import read_log
 
 TASKS = ["arc_challenge", "arc_easy", "boolq", "hellaswag", "openbookqa", "rte", "winogrande"]
@@ -83,7 +84,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def all_bytes(run: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in [run / "report.md", *(run / "figures").iterdir()]}
+    return {str(path): path.read_bytes() for path in [*run.glob("report.*"), *(run / "figures").iterdir()]}
 
 
 def test_report_has_the_numbers(run: Path) -> None:
@@ -114,10 +115,41 @@ def test_every_figure_is_a_png_and_linked(run: Path) -> None:
 def test_a_second_report_is_the_same_bytes(run: Path) -> None:
     write_report(run)
     first = all_bytes(run)
-    for path in (run / "figures").iterdir():
-        path.unlink()
+    assert {Path(name).suffix for name in first} == {".md", ".html", ".csv", ".tex", ".png"}
+    for name in first:
+        Path(name).unlink()
     write_report(run)
     assert all_bytes(run) == first
+
+
+def test_the_page_says_what_the_markdown_says(run: Path) -> None:
+    (run / "recipe.yaml").write_text(RECIPE + "# </code><script>alert(1)</script>\n")
+    write_report(run)
+    text = (run / "report.html").read_text()
+    page = Page(text)
+    assert is_safe(page)
+    assert "http" not in text
+    headings = [found for tag, found in page.texts if tag == "h2"]
+    assert headings == [line[3:] for line in (run / "report.md").read_text().splitlines() if line.startswith("## ")]
+    assert sum(tag == "svg" for tag, _ in page.tags) == 4
+    assert "# </code><script>alert(1)</script>" in next(found for tag, found in page.texts if tag == "code")
+    said = [found for _, found in page.texts]
+    for part in ("36.00 ± 1.20", "Loss 3.2500 at the first step", "2 min 05 s", "perplexity wikitext2"):
+        assert any(part in found for found in said)
+
+
+def test_a_model_of_the_paper_has_its_figures_beside(run: Path) -> None:
+    assert "Beside the paper" not in write_report(run).read_text()
+    (run / "recipe.yaml").write_text(RECIPE.replace("owner/base", "meta-llama/Llama-2-7b-hf"))
+    text = write_report(run).read_text()
+    assert "## Beside the paper" in text
+    assert "| ↳ paper (ours − paper) | 43.52 (+1.48) | 76.35 (-28.35) |" in text
+    rows = list(csv.DictReader((run / "report.csv").open(newline="")))
+    (row,) = [row for row in rows if (row["role"], row["measure"], row["name"]) == ("pruned", "acc", "rte")]
+    assert float(row["value"]) == pytest.approx(51.0)
+    assert float(row["paper"]) == 53.07  # Wanda 2:4
+    assert float(row["ours_minus_paper"]) == pytest.approx(51.0 - 53.07)
+    assert "Wanda & \\textbf{" not in (run / "report.tex").read_text(), "tuned is best of pruned and tuned"
 
 
 @pytest.mark.parametrize(
@@ -171,7 +203,3 @@ def test_split_name() -> None:
     assert split_name("model.layers.12.self_attn.q_proj") == (12, "q_proj")
     assert split_name("transformer.h.3.mlp.c_fc") == (3, "c_fc")
     assert split_name("project") == (0, "project")
-
-
-def test_table_escapes_cells() -> None:
-    assert table(["a", "b"], [["x|y", "`z`"]]).splitlines()[-1] == r"| x\|y | \`z\` |"

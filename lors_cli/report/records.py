@@ -1,0 +1,80 @@
+"""Results as CSV: one line a number, so that any table can be made of it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+
+from lors_cli.report.measures import Group, Measure, ScoredModel, measures
+
+HEADER = (
+    "group", "label", "cells", "role", "model", "prune", "pattern", "tune", "data", "settings", "status",
+    "measure", "name", "unit", "value", "stderr", "paper", "ours_minus_paper", "error",
+)  # fmt: skip
+_MADE = {
+    "sparsity": "share", "violations": "weights", "first_loss": "nats per token", "last_loss": "nats per token",
+    "steps": "steps", "tokens_per_s": "tokens/s", "trainable_parameters": "parameters", "peak_bytes": "bytes",
+}  # fmt: skip
+"""Numbers of a stage's record, with their units."""
+
+Line = dict[str, str | float | None]
+
+
+def to_csv(groups: Sequence[Group]) -> str:
+    """The scores and costs of every model under `HEADER`; what is not known is empty.
+
+    Args:
+        groups: in the order of the lines.
+    """
+    models = [model for group in groups for model in group.models]
+    columns = measures(models, with_norm=True)
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, HEADER, restval="", lineterminator="\n")
+    writer.writeheader()
+    for group in groups:
+        for model in group.models:
+            for line in _lines(model, columns):
+                writer.writerow({"group": group.title, **_identity(model), **line})
+    return buffer.getvalue()
+
+
+def _identity(model: ScoredModel) -> Line:
+    return {
+        "label": model.label, "cells": " ".join(model.cells), "role": model.role, "model": model.base,
+        "prune": model.prune.get("method"), "pattern": model.prune.get("pattern"), "tune": model.tune.get("method"),
+        "data": (model.tune.get("data") or {}).get("dataset"),
+        "settings": json.dumps(model.settings, ensure_ascii=False) if model.settings else "", "status": model.status,
+    }  # fmt: skip
+
+
+def _lines(model: ScoredModel, columns: list[Measure]) -> Iterator[Line]:
+    """One line a number; a model without any has one line that says why."""
+    empty = True
+    for column in columns:
+        value = column.value(model)
+        if value is None:
+            continue
+        empty = False
+        paper = column.paper(model)
+        yield {
+            "measure": column.metric or column.kind, "name": column.name,
+            "unit": "percent" if column.is_percent else "per token" if column.kind == "perplexity" else "",
+            "value": _rounded(value), "stderr": _rounded(column.stderr(model)), "paper": _rounded(paper),
+            "ours_minus_paper": None if paper is None else _rounded(value - paper),
+        }  # fmt: skip
+    metrics = model.made.metrics if model.made else {}
+    for name, unit in _MADE.items():
+        if metrics.get(name) is not None:
+            yield {"measure": name, "unit": unit, "value": metrics[name]}
+    if model.made:
+        yield {"measure": "elapsed", "name": model.made.stage, "unit": "s", "value": model.made.elapsed_s}
+    if model.eval_s is not None:
+        yield {"measure": "elapsed", "name": "eval", "unit": "s", "value": model.eval_s}
+    if empty:
+        yield {"error": model.error or ""}
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)
