@@ -61,7 +61,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "sqft": {"method": "sqft"},
     "spp": {"method": "spp"},
     "hira": {"method": "hira"},
-    "lors-inputs": {"method": "lors", "init_scale": "inputs"},
     "lors-norms": {"method": "lors", "train_norms": True},
     "lors-distill": {"method": "lors", "distill": DistillConfig()},
     "lors-plus4": {"method": "lors", "loraplus_lr_ratio": 4.0},

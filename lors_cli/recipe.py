@@ -168,9 +168,6 @@ class TuneConfig:
     """Start lora_A from the loss gradient's right singular vectors (gradient: from sketches of it, in one pass over the
     samples; gradient-exact: from the gradient itself, in a pass for every eighth of the layers), or from a
     Kaiming-uniform draw. Default: gradient for lors, kaiming for the others, as their authors have it."""
-    init_scale: Literal["unit", "inputs"] = "unit"
-    """init: gradient. unit: orthonormal rows, as the LoRS authors have it. inputs: singular vectors for inputs in units
-    of their root mean square, each row as long as makes its products with them as large as a Kaiming-uniform row's."""
     init_samples: Positive = 8
     """Samples the gradient is summed over."""
     merged_cache: Literal["auto", "off", "on"] = "auto"

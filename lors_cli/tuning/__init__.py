@@ -44,7 +44,7 @@ def stage_fingerprint(config: TuneConfig, model_fingerprint: str, data_dir: Path
     if config.max_steps is not None:
         del settings["epochs"]
     if config.start == "kaiming":
-        del settings["init_samples"], settings["init_scale"]
+        del settings["init_samples"]
     dataset = settings["data"].pop("dataset")
     inputs = {
         "model": model_fingerprint,

@@ -6,14 +6,13 @@ Legend: dW (R, C) loss gradient at a weight, A = lora_A (r, C), R out_features, 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lors_cli import console
 from lors_cli.errors import UsageError
 from lors_cli.tuning.head import Loss
-from lors_cli.tuning.moments import channel_rms, projection_rms
 from lors_cli.tuning.sketch import GradientSketch, SketchedLinear
 
 if TYPE_CHECKING:
@@ -23,9 +22,6 @@ if TYPE_CHECKING:
 SHARE_AT_ONCE = 8
 """At most one part in so many of all dW is in memory at a time (but always one layer)."""
 SMALLEST_BUDGET = 64 << 20
-SMALLEST_UNIT = 0.1
-"""No input's unit is below this share of the root mean square of all of them."""
-InitScale = Literal["unit", "inputs"]
 
 
 def top_right_singular_vectors(dW: torch.Tensor, rank: int, *, seed: int = 0) -> torch.Tensor:
@@ -72,7 +68,6 @@ def gradient_directions(
     seed: int,
     exact: bool = False,
     loss: Loss | None = None,
-    scale: InitScale = "unit",
 ) -> dict[str, torch.Tensor]:
     """The top right singular vectors of the loss gradient dW of every linear, summed over the samples.
 
@@ -88,9 +83,6 @@ def gradient_directions(
         seed: of the sketches, or the SVD's random start.
         exact: form dW.
         loss: computes it; None for the model's own.
-        scale: `unit` gives orthonormal rows. With `inputs`, every input is taken in units of its root mean square D
-            before the decomposition (dW·D⁻¹, brought back by D⁻¹), and each row has that length with which its products
-            with the layer's inputs are as large as those of a Kaiming-uniform row.
 
     Returns:
         (r, C) float32 by name.
@@ -102,42 +94,14 @@ def gradient_directions(
         if rank > linear.in_features:
             raise UsageError(f"rank: {rank} is above the {linear.in_features} inputs of {name}; choose a smaller rank.")
     _make_checkpointing_act(model)
-    units = _units(model, linears, batches) if scale == "inputs" else {}
-    if exact:
-        directions = _exact_directions(model, linears, batches, rank, seed, loss, units)
-    else:
-        directions = _sketched_directions(model, linears, batches, rank, seed, loss, units)
-    if scale == "unit":
-        return directions
-    directions = {name: vectors / units[name] if name in units else vectors for name, vectors in directions.items()}
-    sizes = projection_rms(model, linears, batches, directions)
-    for name, size in sizes.items():
-        kaiming = units[name].square().mean().div(3).sqrt()  # of X·a for a uniform in ±1/√C
-        directions[name] *= (kaiming / size.clamp_min(torch.finfo(size.dtype).tiny))[:, None]
-    return directions
-
-
-def _units(
-    model: PreTrainedModel, linears: dict[str, nn.Linear], batches: list[dict[str, torch.Tensor]]
-) -> dict[str, torch.Tensor]:
-    """The root mean square of every input, small ones raised: an input that is hardly ever there gets no large unit."""
-    found = channel_rms(model, linears, batches)
-    return {name: size.clamp_min(SMALLEST_UNIT * float(size.square().mean().sqrt())).clamp_min(1e-30)
-            for name, size in found.items()}  # fmt: skip
-
-
-def _exact_directions(
-    model: PreTrainedModel, linears: dict[str, nn.Linear], batches: list[dict[str, torch.Tensor]], rank: int,
-    seed: int, loss: Loss | None, units: dict[str, torch.Tensor],
-) -> dict[str, torch.Tensor]:  # fmt: skip
+    if not exact:
+        return _sketched_directions(model, linears, batches, rank, seed, loss)
     directions = {}
     groups = list(_layer_groups(linears))
     with console.progress("gradient init", len(groups), "layer groups") as task:
         for group in groups:
             for name, dW in _summed_gradients(model, group, batches, loss).items():
                 _check_finite(name, dW)
-                if name in units:
-                    dW = dW / units[name]
                 directions[name] = top_right_singular_vectors(dW, rank, seed=seed)
             task.advance()
     return directions
@@ -145,16 +109,11 @@ def _exact_directions(
 
 def _sketched_directions(
     model: PreTrainedModel, linears: dict[str, nn.Linear], batches: list[dict[str, torch.Tensor]], rank: int,
-    seed: int, loss: Loss | None, units: dict[str, torch.Tensor],
+    seed: int, loss: Loss | None,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     sketches = {
         name: GradientSketch(
-            linear.out_features,
-            linear.in_features,
-            rank,
-            seed=seed + index,
-            device=linear.weight.device,
-            units=units.get(name),
+            linear.out_features, linear.in_features, rank, seed=seed + index, device=linear.weight.device
         )
         for index, (name, linear) in enumerate(linears.items())
     }

@@ -54,7 +54,7 @@ def prepare_trainer(
         batches = _init_batches(config, data, collator)
         start = gradient_directions(
             network, linears, batches, config.rank, seed=config.seed, exact=config.start == "gradient-exact",
-            loss=loss, scale=config.init_scale,
+            loss=loss,
         )  # fmt: skip
         del linears  # a compressed base frees each weight as it goes
     adapted = attach(network, layers, config.rank, config.alpha, use_rslora=config.use_rslora, method=config.method,

@@ -26,25 +26,14 @@ class GradientSketch:
         rank: r, of the directions asked for later.
         seed: of Ω and Ψ.
         device: where everything is.
-        units: D, (C,), one unit an input; then dW·D⁻¹ is sketched, the gradient for inputs in these units.
     """
 
-    def __init__(
-        self,
-        num_rows: int,
-        num_columns: int,
-        rank: int,
-        *,
-        seed: int,
-        device: torch.device,
-        units: torch.Tensor | None = None,
-    ) -> None:
+    def __init__(self, num_rows: int, num_columns: int, rank: int, *, seed: int, device: torch.device) -> None:
         width = min(2 * rank + 1, num_rows, num_columns)
         height = min(2 * width + 1, num_rows)
         generator = torch.Generator().manual_seed(seed)
         self.omega = torch.randn(num_columns, width, generator=generator).to(device)
         self.psi = torch.randn(height, num_rows, generator=generator).to(device)
-        self.units = units
         self.S = torch.zeros(num_rows, width, device=device)
         self.T = torch.zeros(height, num_columns, device=device)
 
@@ -57,8 +46,6 @@ class GradientSketch:
             X: (tokens, C).
         """
         dY, X = dY.float(), X.float()
-        if self.units is not None:
-            X = X / self.units
         self.S.addmm_(dY.T, X @ self.omega)
         self.T.addmm_((dY @ self.psi.T).T, X)
 
