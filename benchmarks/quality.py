@@ -61,10 +61,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "sqft": {"method": "sqft"},
     "spp": {"method": "spp"},
     "hira": {"method": "hira"},
-    "lors-norms": {"method": "lors", "train_norms": True},
-    "lors-distill": {"method": "lors", "distill": DistillConfig()},
-    "lors-plus4": {"method": "lors", "loraplus_lr_ratio": 4.0},
-    "lors-plus16": {"method": "lors", "loraplus_lr_ratio": 16.0},
+    "lors-kaiming-norms": {"method": "lors", "init": "kaiming", "train_norms": True},
+    "lors-kaiming-plus4": {"method": "lors", "init": "kaiming", "loraplus_lr_ratio": 4.0},
+    "lors-kaiming-distill": {"method": "lors", "init": "kaiming", "distill": DistillConfig()},
 }
 """What is compared; further rows may be added, their cells are measured then."""
 
