@@ -107,6 +107,40 @@ def run(
 
 @app.command()
 @guarded
+def sweep(
+    sweep: Annotated[str, typer.Argument(help="A sweep's file, or the name of a shipped one.")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The sweep's folder; default sweeps/<name>.")] = None,
+    dry_run: DryRun = False,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", metavar="CELL", help="Run this cell; patterns such as 'wanda-*' too.")
+    ] = None,
+    tflops: Annotated[
+        float | None, typer.Option(help="With --dry-run: the device's TFLOP/s for the time; default: this one's.")
+    ] = None,
+) -> None:
+    """Run a recipe over a grid of settings. Cells share stages; a second call goes on where the first stopped."""
+    from lors_cli.pipeline import guard_out
+    from lors_cli.shipped import find_sweep
+    from lors_cli.sweep import views
+    from lors_cli.sweep.cells import load_sweep, select_cells
+    from lors_cli.sweep.running import run_sweep
+
+    plan = load_sweep(find_sweep(sweep), overrides or [])
+    folder = out or Path("sweeps") / plan.name
+    chosen = select_cells(plan, only or [])
+    if dry_run:
+        guard_out(folder, "sweep")
+        views.show_plan(views.plan_document(plan, folder, chosen, tflops))
+        return
+    summary = run_sweep(plan, folder, chosen)
+    views.show_sweep(summary)
+    if summary["failed"]:
+        raise typer.Exit(next(iter(summary["failed"].values()))["exit_code"])
+
+
+@app.command()
+@guarded
 def prune(
     model: Model,
     out: Out,

@@ -125,7 +125,8 @@ def _read_per_value(sheet: Settings, draft: Draft, axis: str, text: str, axes: d
     if key is None:
         names = [str(value) for value in axes[axis]]
         close = difflib.get_close_matches(text[:100], names, n=1)
-        sheet.add(at, f"{axis} takes no such value; " + (f"did you mean {close[0]}?" if close else f"it has {', '.join(names)}")))
+        ending = f"did you mean {close[0]}?" if close else f"it has {', '.join(names)}"
+        sheet.add(at, f"{axis} has no such value in the grid; {ending}")
         return
     settings = list(settings_below(sheet, at))
     for setting in settings:
