@@ -31,7 +31,7 @@ def read_grids(sheet: Settings, draft: Draft) -> None:
         draft.grids = [{}]
         return
     entries: list[tuple[KeyPath, Any]] = [(("grid",), given)]
-    if isinstance(given, list):
+    if isinstance(given, list) and given:
         entries = [(("grid", index), entry) for index, entry in enumerate(given)]
     for at, entry in entries:
         if not isinstance(entry, dict) or not entry:

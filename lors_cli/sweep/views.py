@@ -192,9 +192,8 @@ def result_table(cells: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[
 def _columns(cells: Sequence[dict[str, Any]], last: Sequence[dict[str, Any]]) -> list[_Column]:
     texts = list(dict.fromkeys(text for scores in last for text in scores.get("perplexity", {})))
     shares = [recovered(cell["results"]) if scores else {} for cell, scores in zip(cells, last, strict=True)]
-    columns = [
-        _Column("average acc", [_value(scores, "average") for scores in last], lambda value: f"{100 * value:.2f}")
-    ]
+    averages = [_value(scores, "average") for scores in last]
+    columns = [_Column("average acc", averages, lambda value: f"{100 * value:.2f}")]
     for text in texts:
         values = [_value(scores.get("perplexity", {}), text) for scores in last]
         columns.append(_Column(f"ppl {text}", values, lambda value: f"{value:.3f}", lower_is_better=True))
