@@ -179,7 +179,7 @@ def break_rows() -> None:
 BROKEN_SWEEP = """\
 name: grid
 recipe: tiny.yaml
-set: {tune.max_steps: 2, eval.limit: 2, eval.perplexity_windows: 2}
+set: {tune.max_steps: 2, eval.tasks: [], eval.perplexity_windows: 2}
 grid:
   prune.method: [wanda, magnitude]
   tune.data.dataset: [broken.jsonl, rows.jsonl]
@@ -220,7 +220,7 @@ def test_a_shared_stage_fails_once_for_all_its_cells(
         real(plan, data_dir)
 
     monkeypatch.setattr(running, "run_stage", run_stage)
-    result = lors("sweep", "grid.yaml")
+    result = lors("sweep", "grid.yaml", "eval.tasks=[]")
     assert result.exit_code == 4
     assert tried == ["prune"]
     assert result.stderr.count("error: wanda-lors: no room") == 1
@@ -229,7 +229,7 @@ def test_a_shared_stage_fails_once_for_all_its_cells(
     }  # fmt: skip
     assert "2 done, 2 failed" in result.stdout
     monkeypatch.setattr(running, "run_stage", real)
-    assert lors("sweep", "grid.yaml").exit_code == 0
+    assert lors("sweep", "grid.yaml", "eval.tasks=[]").exit_code == 0
     assert set(states().values()) == {"done"}
 
 
