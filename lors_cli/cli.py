@@ -57,9 +57,10 @@ def _stage(
 ) -> Any:  # fmt: skip
     """Plan and run one stage; its plan when it ran or was done, None after a dry run."""
     from lors_cli import views
-    from lors_cli.loading import find_config, load_stage
+    from lors_cli.loading import load_stage
     from lors_cli.pipeline import check_memory, guard_out, run_single
     from lors_cli.plans import plan_single, resolve_data_dir
+    from lors_cli.shipped import find_config
 
     guard_out(out, stage, [model.path for model in models.values()])
     settings = load_stage(stage, find_config(config) if config else None, overrides or [], flags)
@@ -86,9 +87,10 @@ def run(
 ) -> None:
     """Run a recipe: prune, tune, evaluate. A second call goes on where the first stopped."""
     from lors_cli import views
-    from lors_cli.loading import find_recipe, load_recipe
+    from lors_cli.loading import load_recipe
     from lors_cli.pipeline import check_memory, guard_out, run_recipe
     from lors_cli.plans import plan_stages, resolve_data_dir, select
+    from lors_cli.shipped import find_recipe
 
     settings = load_recipe(find_recipe(recipe), overrides or [])
     folder = out or Path("runs") / settings.name
@@ -101,6 +103,40 @@ def run(
             check_memory(plan)
         return
     views.show_run(run_recipe(settings, folder, first=first, last=last, force=again))
+
+
+@app.command()
+@guarded
+def sweep(
+    sweep: Annotated[str, typer.Argument(help="A sweep's file, or the name of a shipped one.")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The sweep's folder; default sweeps/<name>.")] = None,
+    dry_run: DryRun = False,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", metavar="CELL", help="Run this cell; patterns such as 'wanda-*' too.")
+    ] = None,
+    tflops: Annotated[
+        float | None, typer.Option(help="With --dry-run: the device's TFLOP/s for the time; default: this one's.")
+    ] = None,
+) -> None:
+    """Run a recipe over a grid of settings. Cells share stages; a second call goes on where the first stopped."""
+    from lors_cli.pipeline import guard_out
+    from lors_cli.shipped import find_sweep
+    from lors_cli.sweep import views
+    from lors_cli.sweep.cells import load_sweep, select_cells
+    from lors_cli.sweep.running import run_sweep
+
+    plan = load_sweep(find_sweep(sweep), overrides or [])
+    folder = out or Path("sweeps") / plan.name
+    chosen = select_cells(plan, only or [])
+    if dry_run:
+        guard_out(folder, "sweep")
+        views.show_plan(views.plan_document(plan, folder, chosen, tflops))
+        return
+    summary = run_sweep(plan, folder, chosen)
+    views.show_sweep(summary)
+    if summary["failed"]:
+        raise typer.Exit(next(iter(summary["failed"].values()))["exit_code"])
 
 
 @app.command()
@@ -303,32 +339,36 @@ def bench(
 
 @recipes_app.callback(invoke_without_command=True)
 def recipes(context: typer.Context, json_mode: Json = False) -> None:
-    """List the shipped recipes."""
+    """List the shipped recipes and sweeps."""
     if context.invoked_subcommand is None:
         list_shipped(json_mode=json_mode)
 
 
 @guarded
 def list_shipped() -> None:
-    """Names and first comment lines of the shipped recipes."""
-    from lors_cli.loading import recipe_summary, shipped_recipes
+    """Names and first comment lines of the shipped recipes and sweeps."""
+    from lors_cli.shipped import recipe_summary, shipped_recipes, shipped_sweeps
 
-    found = {name: recipe_summary(path) for name, path in shipped_recipes().items()}
-    console.table(["recipe", "what it does"], [[name, summary] for name, summary in found.items()], prose=True)
-    console.result("lors recipes copy NAME writes one here to edit; lors run NAME runs it.")
-    console.document([{"name": name, "summary": summary} for name, summary in found.items()])
+    found = []
+    for kind, files in (("recipe", shipped_recipes()), ("sweep", shipped_sweeps())):
+        mine = [{"name": name, "kind": kind, "summary": recipe_summary(path)} for name, path in files.items()]
+        console.table([kind, "what it does"], [[item["name"], item["summary"]] for item in mine], prose=True)
+        console.result()
+        found += mine
+    console.result("lors recipes copy NAME writes one here to edit; lors run RECIPE or lors sweep SWEEP runs it.")
+    console.document(found)
 
 
 @recipes_app.command()
 @guarded
 def copy(
-    name: Annotated[str, typer.Argument(help="A shipped recipe's name.")],
+    name: Annotated[str, typer.Argument(help="A shipped recipe's or sweep's name.")],
     target: Annotated[Path | None, typer.Argument(help="File or folder; default: here.")] = None,
 ) -> None:
-    """Write a shipped recipe here, to edit and run."""
+    """Write a shipped recipe or sweep here, to edit and run."""
     from lors_cli import run_dir
     from lors_cli.errors import UsageError
-    from lors_cli.loading import find_shipped_recipe
+    from lors_cli.shipped import find_shipped_recipe, shipped_sweeps
 
     source = find_shipped_recipe(name)
     path = target or Path(source.name)
@@ -336,7 +376,8 @@ def copy(
     if path.exists():
         raise UsageError(f"{path} is there already; it is not overwritten.", "Name another file.")
     run_dir.write_bytes(path, source.read_bytes())
-    console.result(f"wrote {path}; run it with: lors run {path}")
+    command = "sweep" if source in shipped_sweeps().values() else "run"
+    console.result(f"wrote {path}; run it with: lors {command} {path}")
     console.document({"wrote": str(path)})
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -128,7 +128,10 @@ def document(value: Any) -> None:
         sys.stdout.flush()
 
 
-def table(columns: list[str], rows: list[list[str]], *, title: str | None = None, prose: bool = False) -> None:
+def table(
+    columns: list[str], rows: list[list[str]], *, title: str | None = None, prose: bool = False,
+    bold: Collection[tuple[int, int]] = (),
+) -> None:  # fmt: skip
     """A table on stdout (nothing with --json).
 
     Args:
@@ -136,6 +139,7 @@ def table(columns: list[str], rows: list[list[str]], *, title: str | None = None
         rows: cells of each row.
         title: above the table.
         prose: the last column is running text, which may take several lines.
+        bold: (row, column) of the cells that stand out.
     """
     if _state.mode != "human":
         return
@@ -146,8 +150,9 @@ def table(columns: list[str], rows: list[list[str]], *, title: str | None = None
     for index, name in enumerate(columns):
         wraps = prose and index == len(columns) - 1
         grid.add_column(escape(name), justify="left" if index == 0 or wraps else "right", no_wrap=not wraps)
-    for row in rows:
-        grid.add_row(*(escape(cell) for cell in row))
+    for number, row in enumerate(rows):
+        cells = (escape(cell) for cell in row)
+        grid.add_row(*(f"[bold]{cell}[/bold]" if (number, place) in bold else cell for place, cell in enumerate(cells)))
     _state.out.print(grid)
 
 

@@ -6,7 +6,6 @@ together, and all problems are reported in one UsageError, one line each.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,8 +37,23 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UsageError: the file cannot be read, or with everything that is wrong in file and overrides.
     """
-    settings = _read_file(path)
-    _apply_overrides(Recipe, settings, overrides)
+    return resolve_recipe(read_settings(path), overrides)
+
+
+def resolve_recipe(settings: Settings, overrides: Sequence[str] = ()) -> Recipe:
+    """Check a recipe's settings.
+
+    Args:
+        settings: from `read_settings`; changed in place.
+        overrides: as for `load_recipe`.
+
+    Returns:
+        As `load_recipe`.
+
+    Raises:
+        UsageError: with everything that is wrong.
+    """
+    apply_overrides(Recipe, settings, overrides)
     _refuse_empty_stages(settings)
     _hand_down_seed(settings)
     recipe: Recipe = check(Recipe, settings)
@@ -67,8 +81,8 @@ def load_stage(
         UsageError: the file cannot be read, or with everything that is wrong.
     """
     schema = STAGE_CONFIGS[stage]
-    settings = _read_file(path) if path else Settings({}, {(): Place(f"{stage} settings", (0, 0))})
-    _apply_overrides(schema, settings, overrides)
+    settings = read_settings(path) if path else Settings({}, {(): Place(f"{stage} settings", (0, 0))})
+    apply_overrides(schema, settings, overrides)
     for index, (key, value) in enumerate(flags.items()):
         if value is None:
             continue
@@ -123,93 +137,11 @@ def recipe_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "lors recipe"}
 
 
-def shipped_recipes() -> dict[str, Path]:
-    """The recipes that come with lors, by name: the path below `recipes/` without its ending."""
-    return _shipped("recipes")
-
-
-def shipped_configs() -> dict[str, Path]:
-    """The single-stage configs that come with lors, by name, such as `prune/wanda`."""
-    return _shipped("configs")
-
-
-def find_recipe(name: str) -> Path:
-    """The recipe file meant by a command's RECIPE.
+def read_settings(path: Path) -> Settings:
+    """A file's settings with their lines.
 
     Args:
-        name: a path, or a shipped recipe's name (`quickstart`, `quickstart.yaml`, `recipes/quickstart.yaml`).
-
-    Returns:
-        An existing file.
-
-    Raises:
-        UsageError: there is none, with the nearest shipped name.
-    """
-    return _find(name, "recipes", "recipe", "`lors recipes` lists the shipped ones.")
-
-
-def find_shipped_recipe(name: str) -> Path:
-    """A shipped recipe's file, whatever lies in the current folder.
-
-    Raises:
-        UsageError: there is none, with the nearest shipped name.
-    """
-    shipped = shipped_recipes()
-    stem = re.sub(r"\.ya?ml$", "", name.removeprefix("recipes/"))
-    if stem in shipped:
-        return shipped[stem]
-    close = difflib.get_close_matches(stem[:100].lower(), list(shipped), n=1)
-    hint = f"Did you mean {close[0]}?" if close else f"There are: {', '.join(shipped)}."
-    raise UsageError(f"There is no shipped recipe {shorten(name)!r}.", hint)
-
-
-def recipe_summary(path: Path) -> str:
-    """What a recipe's first comment line says of it."""
-    first = path.read_text(encoding="utf-8").partition("\n")[0]
-    return first.lstrip("# ") if first.startswith("#") else ""
-
-
-def find_config(name: str) -> Path:
-    """The config file meant by `--config`: a path or a shipped name such as `prune/wanda`.
-
-    Raises:
-        UsageError: there is none, with the nearest shipped name.
-    """
-    return _find(name, "configs", "config", f"Shipped: {', '.join(shipped_configs()) or 'none'}.")
-
-
-def _find(name: str, folder: str, what: str, listing: str) -> Path:
-    path = Path(name).expanduser()
-    if name and path.exists() and not path.is_dir():
-        return path
-    shipped = _shipped(folder)
-    stem = re.sub(r"\.ya?ml$", "", name.removeprefix("./").removeprefix(f"{folder}/"))
-    if stem in shipped:
-        return shipped[stem]
-    if name and path.is_dir():
-        inside = path / "recipe.yaml"
-        hint = f"The run folder's recipe is {inside}." if inside.is_file() else f"Give a YAML file. {listing}"
-        raise UsageError(f"{name} is a folder, not a {what} file.", hint)
-    close = difflib.get_close_matches(stem[:100].lower(), list(shipped), n=1)
-    hint = f"Did you mean {close[0]}? {listing}" if close else listing
-    raise UsageError(f"There is no {what} {shorten(name)!r}: neither a file nor a shipped {what}.", hint)
-
-
-def _shipped(folder: str) -> dict[str, Path]:
-    """YAML files by name, from the installed package or else from the checkout around it."""
-    package = Path(__file__).resolve().parent
-    roots = [package / "_shipped" / folder]
-    if (package.parent / "pyproject.toml").is_file():
-        roots.append(package.parent / folder)
-    found: dict[str, Path] = {}
-    for root in roots:
-        for path in sorted((*root.rglob("*.yaml"), *root.rglob("*.yml"))):
-            found.setdefault(path.relative_to(root).with_suffix("").as_posix(), path)
-    return dict(sorted(found.items()))
-
-
-def _read_file(path: Path) -> Settings:
-    """The file's settings with their lines.
+        path: a YAML file.
 
     Raises:
         UsageError: it cannot be read, is too large, is no UTF-8 YAML or no mapping.
@@ -239,7 +171,14 @@ def _read_file(path: Path) -> Settings:
     return settings
 
 
-def _apply_overrides(schema: type, settings: Settings, overrides: Sequence[str]) -> None:
+def apply_overrides(schema: type, settings: Settings, overrides: Sequence[str]) -> None:
+    """Put key=value texts into the settings; what is wrong with them is noted there.
+
+    Args:
+        schema: whose keys they are.
+        settings: changed in place.
+        overrides: `tune.rank=32` and the like; values are YAML.
+    """
     for index, override in enumerate(overrides):
         key, equals, text = override.partition("=")
         keys = tuple(key.strip().split("."))
@@ -247,7 +186,7 @@ def _apply_overrides(schema: type, settings: Settings, overrides: Sequence[str])
         if not equals or not all(keys):
             settings.add(keys, "must be key=value", place)
             continue
-        unknown = _unknown(schema, keys)
+        unknown = unknown_setting(schema, keys)
         if unknown:
             settings.add(keys, unknown, place)
             continue
@@ -261,8 +200,13 @@ def _apply_overrides(schema: type, settings: Settings, overrides: Sequence[str])
         settings.set(keys, document.data, place, document.raws)
 
 
-def _unknown(schema: type, keys: tuple[str, ...]) -> str | None:
-    """What is wrong with the key path, or None when the schema has it."""
+def unknown_setting(schema: type, keys: tuple[str, ...]) -> str | None:
+    """What is wrong with a key path, or None when the schema has it.
+
+    Args:
+        schema: a dataclass of `lors_cli.recipe`.
+        keys: the path's parts.
+    """
     for depth, key in enumerate(keys):
         if key not in field_names(schema):
             prefix = f"{'.'.join(keys[:depth])}." if depth else ""

@@ -15,6 +15,7 @@ from lors_cli.plans import StagePlan, describe, plan_stages, resolve_data_dir, s
 from lors_cli.recipe import STAGES, PruneConfig, Recipe, TuneConfig
 
 RUN_MARKS = {"recipe.yaml", "manifest.json"}
+SWEEP_MARKS = {"sweep.yaml", "sweep.json"}
 STAGE_MARKS = {
     run_dir.RECORD_NAME, run_dir.WORK_NAME, run_dir.STAGING_NAME, run_dir.JOURNAL_NAME, ".pieces", ".scratch",
 }  # fmt: skip
@@ -42,7 +43,7 @@ def guard_out(out: Path, stage: str, inputs: Iterable[str] = ()) -> None:
 
     Args:
         out: where results are to go.
-        stage: prune, tune, eval, merge; or run for a whole run's folder.
+        stage: prune, tune, eval, merge; or run or sweep for the folder of a whole one.
         inputs: the models that are read.
 
     Raises:
@@ -60,9 +61,11 @@ def guard_out(out: Path, stage: str, inputs: Iterable[str] = ()) -> None:
     record = run_dir.read_record(out)
     if record is not None and record.stage != stage:
         raise UsageError(f"{out} holds the results of {record.stage}, which would be overwritten.", elsewhere)
-    if stage != "run" and record is None and names & RUN_MARKS:
-        raise UsageError(f"{out} is a run's folder; a stage's results go to their own.", elsewhere)
-    if names and not names & (RUN_MARKS if stage == "run" else STAGE_MARKS):
+    marks = {"run": RUN_MARKS, "sweep": SWEEP_MARKS}
+    for kind, theirs in marks.items():
+        if stage != kind and record is None and names & theirs:
+            raise UsageError(f"{out} is a {kind}'s folder; a {stage}'s results go to their own.", elsewhere)
+    if names and not names & marks.get(stage, STAGE_MARKS):
         raise UsageError(f"{out} holds other files; results are not mixed with them.", elsewhere)
 
 
@@ -93,16 +96,20 @@ def check_disk(plan: StagePlan) -> None:
     from lors_cli.planning import try_estimate
 
     needed, _ = try_estimate(plan.config, plan.origin)
-    parent = plan.folder
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
+    free = free_disk(plan.folder)
     if needed is not None and needed.disk > free:
         raise ResourceError(
             f"{plan.stage} needs about {console.gib(needed.disk)} of disk in {plan.folder}; "
             f"{console.gib(free)} are free.",
             "Free some space or choose another --out; what was finished before is intact.",
         )
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes that are free where a folder is, or would be made."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
 
 
 def check_memory(plan: StagePlan) -> None:

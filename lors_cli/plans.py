@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -63,39 +64,54 @@ def plan_stages(recipe: Recipe, out: Path, data_dir: Path | None) -> list[StageP
         out: run folder.
         data_dir: local datasets.
     """
+    chain = plan_chain(recipe, lambda stage, fingerprint: out / stage, data_dir)
+    if recipe.eval is None:
+        return chain.plans
+    return [*chain.plans, plan_eval(recipe.eval, out / "eval", chain.models, chain.fingerprints, data_dir)]
+
+
+@dataclass
+class Chain:
+    """The stages that make models, and the models by role with their fingerprints."""
+
+    plans: list[StagePlan]
+    models: dict[str, ModelConfig]
+    fingerprints: dict[str, str]
+
+
+def plan_chain(recipe: Recipe, place: Callable[[str, str], Path], data_dir: Path | None) -> Chain:
+    """Pruning and tuning of a recipe, and the models that there are once they are done.
+
+    Args:
+        recipe: the whole pipeline.
+        place: stage and fingerprint to the stage's folder.
+        data_dir: local datasets.
+    """
     from lors_cli import pruning, tuning
     from lors_cli.evaluation import check_tasks
     from lors_cli.sources import model_fingerprint
 
     recipe = recipe.with_defaults()
-    models = {"dense": recipe.model}
-    fingerprints = {"dense": model_fingerprint(recipe.model)}
     current = "dense"
-    plans = []
+    chain = Chain([], {current: recipe.model}, {current: model_fingerprint(recipe.model)})
     if recipe.eval is not None:
         check_tasks(recipe.eval.tasks, data_dir)
-    if recipe.prune is not None:
-        fingerprint = pruning.stage_fingerprint(recipe.prune, fingerprints[current], data_dir)
-        plans.append(_plan("prune", out / "prune", recipe.prune, {current: models[current]}, recipe.model, fingerprint))
-        current = _chain("pruned", "prune", out, recipe, fingerprint, models, fingerprints)
-    if recipe.tune is not None:
-        config = tuning.with_teacher(recipe.tune, models[current])
-        fingerprint = tuning.stage_fingerprint(config, fingerprints[current], data_dir)
-        plans.append(_plan("tune", out / "tune", config, {current: models[current]}, recipe.model, fingerprint))
-        _chain("tuned", "tune", out, recipe, fingerprint, models, fingerprints)
-    if recipe.eval is not None:
-        plans.append(_plan_eval(recipe.eval, out / "eval", models, fingerprints, data_dir))
-    return plans
-
-
-def _chain(
-    role: str, stage: str, out: Path, recipe: Recipe, fingerprint: str,
-    models: dict[str, ModelConfig], fingerprints: dict[str, str],
-) -> str:  # fmt: skip
-    """Note the model that a stage will leave, under the fingerprint it will answer with."""
-    models[role] = replace(recipe.model, path=str(out / stage), revision="main")
-    fingerprints[role] = f"{stage}:{fingerprint}:{recipe.model.dtype}"
-    return role
+    steps: list[tuple[str, str, Any, Any]] = [
+        ("prune", "pruned", recipe.prune, pruning), ("tune", "tuned", recipe.tune, tuning)
+    ]  # fmt: skip
+    for stage, role, config, module in steps:
+        if config is None:
+            continue
+        if isinstance(config, TuneConfig):
+            config = tuning.with_teacher(config, chain.models[current])
+        fingerprint = module.stage_fingerprint(config, chain.fingerprints[current], data_dir)
+        folder = place(stage, fingerprint)
+        read = {current: chain.models[current]}
+        chain.plans.append(_plan(stage, folder, config, read, recipe.model, fingerprint))
+        chain.models[role] = replace(recipe.model, path=str(folder), revision="main")
+        chain.fingerprints[role] = f"{stage}:{fingerprint}:{recipe.model.dtype}"  # what the folder will answer with
+        current = role
+    return chain
 
 
 def _plan(
@@ -137,7 +153,7 @@ def plan_single(stage: str, config: Any, models: dict[str, ModelConfig], out: Pa
     fingerprints = {label: model_fingerprint(model) for label, model in models.items()}
     if stage == "eval":
         check_tasks(config.tasks, data_dir)
-        return _plan_eval(config, out, models, fingerprints, data_dir)
+        return plan_eval(config, out, models, fingerprints, data_dir)
     (base,) = fingerprints.values()
     (model,) = models.values()
     if stage == "prune":
@@ -146,10 +162,19 @@ def plan_single(stage: str, config: Any, models: dict[str, ModelConfig], out: Pa
     return _plan(stage, out, config, models, model, tuning.stage_fingerprint(config, base, data_dir))
 
 
-def _plan_eval(
+def plan_eval(
     config: EvalConfig, folder: Path, models: dict[str, ModelConfig], fingerprints: dict[str, str],
     data_dir: Path | None,
 ) -> StagePlan:  # fmt: skip
+    """The plan of an evaluation.
+
+    Args:
+        config: tasks, texts, and which of the models.
+        folder: for the results.
+        models: by role or label.
+        fingerprints: of the models.
+        data_dir: local datasets.
+    """
     from lors_cli.evaluation import eval_fingerprint, pending_pieces
 
     chosen = {role: model for role, model in models.items() if config.models is None or role in config.models}

@@ -11,17 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lors_cli import _yaml, loading
+from lors_cli import _yaml
 from lors_cli.errors import UsageError
 from lors_cli.loading import (
     dump_recipe,
-    find_config,
-    find_recipe,
     load_recipe,
     load_stage,
     recipe_schema,
-    shipped_configs,
-    shipped_recipes,
 )
 from lors_cli.recipe import EvalConfig, ModelConfig, PruneConfig, Recipe, TuneConfig
 
@@ -369,51 +365,3 @@ def test_schema_describes_every_section() -> None:
     assert schema["$defs"]["TuneConfig"]["properties"]["min_learning_rate"]["description"]
     assert "\n" not in schema["$defs"]["ModelConfig"]["properties"]["dtype"]["description"]
     assert schema["additionalProperties"] is False
-
-
-@pytest.fixture
-def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkout with the package in it; the packaged files win over those beside it."""
-    root = tmp_path / "checkout"
-    for name in ("recipes/quickstart.yaml", "recipes/sweeps/rank.yaml", "configs/prune/wanda.yaml",
-                 "lors_cli/_shipped/recipes/quickstart.yaml", "pyproject.toml"):  # fmt: skip
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).touch()
-    monkeypatch.setattr(loading, "__file__", str(root / "lors_cli/loading.py"))
-    return root.resolve()
-
-
-@pytest.mark.parametrize(
-    "name", ["quickstart", "quickstart.yaml", "recipes/quickstart.yaml", "./recipes/quickstart.yml"]
-)
-def test_find_shipped(shipped: Path, name: str) -> None:
-    assert list(shipped_recipes()) == ["quickstart", "sweeps/rank"]
-    assert list(shipped_configs()) == ["prune/wanda"]
-    assert find_recipe(name) == shipped / "lors_cli/_shipped/recipes/quickstart.yaml"
-    assert find_recipe("sweeps/rank") == shipped / "recipes/sweeps/rank.yaml"
-    assert find_config("prune/wanda") == shipped / "configs/prune/wanda.yaml"
-
-
-def test_an_installed_package_does_not_look_beside_itself(shipped: Path) -> None:
-    (shipped / "pyproject.toml").unlink()
-    assert list(shipped_recipes()) == ["quickstart"]
-
-
-def test_an_existing_file_comes_first_but_a_folder_does_not(shipped: Path) -> None:
-    Path("quickstart.yaml").write_text(BASE)
-    assert find_recipe("quickstart.yaml") == Path("quickstart.yaml")
-    Path("quickstart").mkdir()
-    assert find_recipe("quickstart").is_file()
-    Path("run").mkdir()
-    Path("run/recipe.yaml").touch()
-    with pytest.raises(UsageError, match=r"run is a folder.*\n.*run/recipe.yaml"):
-        find_recipe("run")
-
-
-def test_unknown_recipe(shipped: Path) -> None:
-    with pytest.raises(UsageError) as caught:
-        find_recipe("quikstart")
-    assert "There is no recipe 'quikstart'" in caught.value.message
-    assert caught.value.hint == "Did you mean quickstart? `lors recipes` lists the shipped ones."
-    with pytest.raises(UsageError, match="Shipped: prune/wanda"):
-        find_config("")

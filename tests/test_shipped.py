@@ -7,13 +7,26 @@ from typing import Any, cast
 
 import pytest
 
+from lors_cli import shipped as shipped_module
+from lors_cli.errors import UsageError
 from lors_cli.evaluation import check_tasks
-from lors_cli.loading import Stage, load_recipe, load_stage, recipe_summary, shipped_configs, shipped_recipes
+from lors_cli.loading import Stage, load_recipe, load_stage
 from lors_cli.recipe import EvalConfig
+from lors_cli.shipped import (
+    find_config,
+    find_recipe,
+    find_shipped_recipe,
+    find_sweep,
+    recipe_summary,
+    shipped_configs,
+    shipped_recipes,
+    shipped_sweeps,
+)
 from lors_cli.text import SOURCES
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "recipes").rglob("*.y*ml"))
+RECIPES = sorted((ROOT / "recipes").glob("*.y*ml"))
+SWEEPS = sorted((ROOT / "recipes" / "sweeps").rglob("*.y*ml"))
 CONFIGS = sorted((ROOT / "configs").rglob("*.y*ml"))
 
 
@@ -23,6 +36,8 @@ def short(path: Path) -> str:
 
 def test_all_files_are_shipped() -> None:
     assert sorted(shipped_recipes().values()) == RECIPES
+    assert sorted(shipped_sweeps().values()) == SWEEPS
+    assert not shipped_sweeps().keys() & shipped_recipes().keys()
     assert sorted(shipped_configs().values()) == CONFIGS
     assert "quickstart" in shipped_recipes()
 
@@ -58,3 +73,70 @@ def test_the_quickstart_needs_no_hub() -> None:
     assert recipe.eval is not None
     assert recipe.prune.calibration.dataset == recipe.tune.data.dataset == "pydoc"
     assert (recipe.eval.tasks, recipe.eval.perplexity) == (("pydoc_choice",), ("pydoc",))
+
+
+# Names on a command line ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout with the package in it; the packaged files win over those beside it."""
+    root = tmp_path / "checkout"
+    for name in ("recipes/quickstart.yaml", "recipes/sweeps/rank.yaml", "configs/prune/wanda.yaml",
+                 "lors_cli/_shipped/recipes/quickstart.yaml", "pyproject.toml"):  # fmt: skip
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    monkeypatch.setattr(shipped_module, "__file__", str(root / "lors_cli/shipped.py"))
+    monkeypatch.chdir(tmp_path)
+    return root.resolve()
+
+
+@pytest.mark.parametrize(
+    "name", ["quickstart", "quickstart.yaml", "recipes/quickstart.yaml", "./recipes/quickstart.yml"]
+)
+def test_find_shipped(shipped: Path, name: str) -> None:
+    assert list(shipped_recipes()) == ["quickstart"]
+    assert list(shipped_sweeps()) == ["rank"]
+    assert list(shipped_configs()) == ["prune/wanda"]
+    assert find_recipe(name) == shipped / "lors_cli/_shipped/recipes/quickstart.yaml"
+    for sweep in ("rank", "sweeps/rank.yaml", "recipes/sweeps/rank"):
+        assert find_sweep(sweep) == shipped / "recipes/sweeps/rank.yaml"
+        assert find_shipped_recipe(sweep) == shipped / "recipes/sweeps/rank.yaml"
+    assert find_config("prune/wanda") == shipped / "configs/prune/wanda.yaml"
+
+
+def test_an_installed_package_does_not_look_beside_itself(shipped: Path) -> None:
+    (shipped / "pyproject.toml").unlink()
+    assert list(shipped_recipes()) == ["quickstart"]
+
+
+def test_an_existing_file_comes_first_but_a_folder_does_not(shipped: Path) -> None:
+    Path("quickstart.yaml").touch()
+    assert find_recipe("quickstart.yaml") == Path("quickstart.yaml")
+    Path("quickstart").mkdir()
+    assert find_recipe("quickstart").is_file()
+    Path("run").mkdir()
+    Path("run/recipe.yaml").touch()
+    with pytest.raises(UsageError, match=r"run is a folder.*\n.*run/recipe.yaml"):
+        find_recipe("run")
+
+
+def test_unknown_recipe(shipped: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        find_recipe("quikstart")
+    assert "There is no recipe 'quikstart'" in caught.value.message
+    assert caught.value.hint == "Did you mean quickstart? `lors recipes` lists the shipped ones."
+    with pytest.raises(UsageError, match="Shipped: prune/wanda"):
+        find_config("")
+
+
+def test_a_sweep_is_no_recipe_and_the_reverse(shipped: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        find_recipe("rank")
+    assert (caught.value.message, caught.value.hint) == ("rank is no recipe.", "For it there is: lors sweep rank")
+    with pytest.raises(UsageError) as caught:
+        find_sweep("quickstart.yaml")
+    assert caught.value.hint == "For it there is: lors run quickstart"
+    with pytest.raises(UsageError, match="There is no sweep 'rnak'") as caught:
+        find_sweep("rnak")
+    assert "Did you mean rank?" in str(caught.value.hint)

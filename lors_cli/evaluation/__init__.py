@@ -15,8 +15,8 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from lors_cli.recipe import EvalConfig, ModelConfig
 
 __all__ = [
     "check_tasks", "eval_fingerprint", "evaluate", "pending_pieces", "recovered", "summary_table",
+    "take_over",
 ]  # fmt: skip
 
 STAGE_VERSION = 1
@@ -124,6 +125,35 @@ def pending_pieces(
         for piece in pieces
         if model_fingerprints[piece.label] is None or piece.stored() is None
     ]
+
+
+def take_over(
+    config: EvalConfig, model_fingerprints: Mapping[str, str], out: Path, folders: Iterable[Path], data_dir: Path | None
+) -> int:
+    """Copy from other evaluations what they have measured already of the same model, and how much that is.
+
+    Args:
+        config: as for `evaluate`.
+        model_fingerprints: label to `sources.model_fingerprint`.
+        out: the stage's folder.
+        folders: of other evaluations, with the same labels.
+        data_dir: as for `evaluate`.
+    """
+    taken = 0
+    others = [folder for folder in folders if folder != out]
+    for piece in _pieces(config, model_fingerprints, out, data_dir):
+        if piece.stored() is not None:
+            continue
+        for folder in others:
+            samples = piece.samples and folder / piece.samples.relative_to(out)
+            twin = replace(piece, path=folder / piece.path.relative_to(out), samples=samples)
+            if twin.stored() is not None:
+                if piece.samples and samples:
+                    run_dir.write_bytes(piece.samples, samples.read_bytes())
+                run_dir.write_bytes(piece.path, twin.path.read_bytes())
+                taken += 1
+                break
+    return taken
 
 
 def _pieces(

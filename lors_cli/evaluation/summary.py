@@ -25,6 +25,21 @@ def average(tasks: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {"metric": "acc", "value": value, "tasks": names}
 
 
+def average_stderr(tasks: dict[str, dict[str, Any]]) -> float | None:
+    """The standard error of `average`'s value: the tasks are independent, each with its own.
+
+    Args:
+        tasks: metrics by task.
+
+    Returns:
+        None where a task with an accuracy has no standard error.
+    """
+    scored = [metrics for metrics in tasks.values() if "acc" in metrics]
+    if not scored or any(metrics.get("acc_stderr") is None for metrics in scored):
+        return None
+    return math.sqrt(math.fsum(metrics["acc_stderr"] ** 2 for metrics in scored)) / len(scored)
+
+
 def recovered(results: dict[str, dict[str, Any]]) -> dict[str, float]:
     """The share of what pruning lost that tuning won back; 1 is all of it.
 

@@ -50,7 +50,7 @@ def memory_parts(config: PruneConfig, size: ModelSize, num_processes: int = 1) -
             "solver": 3 * FLOAT * largest,
             "hidden_states": 0,
         }
-    tokens, in_flight = _tokens(config, size)
+    tokens, in_flight = calibration_tokens(config, size)
     mine = -(-tokens // num_processes)
     width = 3 * size.hidden_size + 3 * size.intermediate_size
     activations = in_flight * width * size.bytes_a_weight + CAST
@@ -70,7 +70,7 @@ def memory_parts(config: PruneConfig, size: ModelSize, num_processes: int = 1) -
 
 def disk(config: PruneConfig, size: ModelSize) -> int:
     """The sparse checkpoint, the blocks it is made from, and the hidden states an interrupted run goes on from."""
-    tokens = 0 if statistics_kind(config) == "none" else _tokens(config, size)[0]
+    tokens = 0 if statistics_kind(config) == "none" else calibration_tokens(config, size)[0]
     return 2 * size.num_bytes + 2 * tokens * size.hidden_size * size.bytes_a_weight + (16 << 20)
 
 
@@ -86,8 +86,13 @@ def smaller(config: PruneConfig) -> list[tuple[str, PruneConfig]]:
     return found
 
 
-def _tokens(config: PruneConfig, size: ModelSize) -> tuple[int, int]:
-    """Of all samples, and of one batch."""
+def calibration_tokens(config: PruneConfig, size: ModelSize) -> tuple[int, int]:
+    """Tokens of all calibration samples, and of one batch.
+
+    Args:
+        config: the stage's settings.
+        size: of the model.
+    """
     calibration = config.calibration
     samples, length = _stored_tokens(calibration.dataset) or (DEFAULT_SAMPLES, min(DEFAULT_LENGTH, size.max_length))
     samples, length = calibration.num_samples or samples, calibration.sequence_length or length
@@ -108,21 +113,27 @@ def _stored_tokens(dataset: str) -> tuple[int, int] | None:
     return samples, length
 
 
-def _statistics(config: PruneConfig, size: ModelSize) -> int:
-    """The sums of a block: of all its inputs, or with `true_sequential` of the widest.
+def distinct_inputs(size: ModelSize) -> list[int]:
+    """The widths of the inputs that the linears of the largest block read, each input once.
 
-    Weights that read the same input share its sums: of those that are `hidden_size` wide there are three inputs
-    (attention's, its output's, the MLP's).
+    Of those that are `hidden_size` wide there are three (attention's, its output's, the MLP's).
+
+    Args:
+        size: of the model.
     """
-    if statistics_kind(config) == "norm":
-        return 0
     experts = [columns for _, columns, expert in size.block if expert]
     narrow = [columns for _, columns, expert in size.block if not expert and columns == size.hidden_size]
     others = [columns for _, columns, expert in size.block if not expert and columns != size.hidden_size]
-    inputs = [*experts, *narrow[:3], *others]
-    widest = max(inputs)
-    alone = config.sequential and not experts
-    return FLOAT * (widest**2 if alone else sum(columns**2 for columns in inputs))
+    return [*experts, *narrow[:3], *others]
+
+
+def _statistics(config: PruneConfig, size: ModelSize) -> int:
+    """The sums of a block, one for each input: of all of them, or with `true_sequential` of the widest."""
+    if statistics_kind(config) == "norm":
+        return 0
+    inputs = distinct_inputs(size)
+    alone = config.sequential and not any(expert for *_, expert in size.block)
+    return FLOAT * (max(inputs) ** 2 if alone else sum(columns**2 for columns in inputs))
 
 
 def _solver(config: PruneConfig, size: ModelSize) -> int:

@@ -1,0 +1,295 @@
+"""What stages will take: floating-point operations by arithmetic, hours by a rate, disk for all of them.
+
+Hours are an estimate and say what they rest on: stages like finished ones go at the pace of those, the others at a
+share of what a matrix product reaches on the device.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lors_cli import run_dir
+from lors_cli.planning import ModelSize, estimate, try_size
+from lors_cli.plans import StagePlan
+from lors_cli.pruning import estimate as pruning_estimate
+from lors_cli.pruning.methods import statistics_kind
+from lors_cli.recipe import EvalConfig, ModelConfig, PruneConfig, TuneConfig
+
+EFFICIENCY = {"cuda": 0.4, "cpu": 0.25, "mps": 0.25}
+"""Share of a matrix product's speed that whole stages reach."""
+TASK_DOCUMENTS = {
+    "arc_challenge": (1172, 163), "arc_easy": (2376, 141), "boolq": (3270, 296), "hellaswag": (10042, 349),
+    "openbookqa": (500, 66), "rte": (277, 160), "winogrande": (1267, 50),
+}  # fmt: skip
+"""Documents of a task, and tokens of one with all its answers (4.4 characters a token)."""
+OTHER_TASK = (1000, 300)
+"""Of a task that is not among them."""
+TEXT_TOKENS = {"wikitext2": 300_000}
+"""Tokens of a text that is measured whole."""
+ALPACA_ROWS, ALPACA_TOKENS = 52_002, 105
+PRODUCTS = {"lors": 4, "lora": 4, "sqft": 6, "sqft-gc": 8, "hira": 6, "spp": 10, "spp-gc": 12}
+"""Operations a token and weight of a training step: 2 forward, 2 for the inputs' gradient, and what a method adds."""
+MERGES = {"lors": 2, "sqft": 2, "sqft-gc": 3, "hira": 2}
+"""Products lora_B·lora_A a micro-batch."""
+ADMM_ITERATIONS = 20
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a stage needs.
+
+    Args:
+        operations: floating-point operations; None where the model's size or the data's is not known.
+        seconds: at the rate found for it.
+        memory: peak bytes; None where the size is not known.
+        disk: bytes while it runs.
+    """
+
+    operations: float | None
+    seconds: float | None
+    memory: int | None
+    disk: int | None
+
+
+def costs(plans: Sequence[StagePlan], data_dirs: Mapping[Path, Path | None], tflops: float | None = None) -> list[Cost]:
+    """What each stage needs; seconds for those that are not finished.
+
+    Args:
+        plans: of all stages of a sweep, finished ones among them.
+        data_dirs: local datasets by stage folder.
+        tflops: 10¹² operations a second, where nothing like a stage is finished; default: `device_rate`.
+    """
+    work = {plan.folder: operations(plan, data_dirs[plan.folder]) for plan in plans}
+    rates: dict[Any, float] = {}
+    for plan in plans:
+        record = run_dir.read_record(plan.folder) if plan.status == "done" else None
+        amount = work[plan.folder]
+        if record is None or not amount or record.elapsed_s <= 0:
+            continue
+        for kind in _kinds(plan):  # the slowest: a stage that was resumed has recorded the time of its last call
+            rates[kind] = min(amount / record.elapsed_s, rates.get(kind, math.inf))
+    found = []
+    for plan in plans:
+        rate = next((rates[kind] for kind in _kinds(plan) if kind in rates), None)
+        amount = work[plan.folder]
+        if plan.status != "done" and amount is not None and rate is None:
+            rate = tflops * 1e12 if tflops else device_rate(plan.origin)
+        seconds = 0.0 if plan.status == "done" else amount / rate if amount is not None and rate else None
+        found.append(Cost(amount, seconds, *_space(plan)[:2]))
+    return found
+
+
+def assumption(plans: Sequence[StagePlan], tflops: float | None = None) -> str:
+    """What the seconds of `costs` rest on, in one sentence.
+
+    Args:
+        plans: as for `costs`.
+        tflops: as for `costs`.
+    """
+    origin = plans[0].origin
+    if tflops:
+        words = f"{tflops:g} TFLOP/s, as given"
+    elif try_size(origin) is None:
+        return "the model's size is not known until its config.json is downloaded"
+    else:
+        share = f"{_share(origin):.0%} of a matrix product's on {_device(origin)}"
+        words = f"{device_rate(origin) / 1e12:.2g} TFLOP/s, {share}"
+    if any(plan.status == "done" for plan in plans):
+        return f"an estimate, by the pace of finished stages where there are like ones, else {words}"
+    return f"an estimate, by the number of operations at {words}"
+
+
+def _kinds(plan: StagePlan) -> list[Any]:
+    """What a stage is like, from the nearest to the farthest."""
+    size = try_size(plan.origin)
+    shape = (plan.stage, size.num_parameters if size else plan.origin.path)
+    return [shape] if isinstance(plan.config, EvalConfig) else [(*shape, plan.config.method), shape]
+
+
+def disk_needed(plans: Sequence[StagePlan]) -> int | None:
+    """Bytes of disk for all that is to run: what every stage leaves, and what the largest holds meanwhile.
+
+    Args:
+        plans: each stage once.
+
+    Returns:
+        None where a model's size is not known.
+    """
+    kept, working = 0, 0
+    for plan in plans:
+        _, disk, left = _space(plan)
+        if plan.status == "done":
+            continue
+        if disk is None or left is None:
+            return None
+        kept, working = kept + left, max(working, disk - left)
+    return kept + working
+
+
+def _space(plan: StagePlan) -> tuple[int | None, int | None, int | None]:
+    """Peak memory, disk while it runs, and what it leaves there."""
+    size = try_size(plan.origin)
+    if size is None:
+        return None, None, None
+    needs = estimate(plan.config, size)
+    kept = needs.disk if isinstance(plan.config, EvalConfig) else size.num_bytes + (16 << 20)
+    return needs.memory, needs.disk, min(kept, needs.disk)
+
+
+# Operations -----------------------------------------------------------------------------------------------------
+
+
+def operations(plan: StagePlan, data_dir: Path | None) -> float | None:
+    """Floating-point operations of a stage, multiplications and additions counted; None where a size is not known.
+
+    Args:
+        plan: the stage.
+        data_dir: local datasets.
+    """
+    size = try_size(plan.origin)
+    if size is None:
+        return None
+    if isinstance(plan.config, PruneConfig):
+        return _of_pruning(plan.config, size)
+    if isinstance(plan.config, TuneConfig):
+        return _of_tuning(plan.config, size, data_dir)
+    return _of_evaluation(plan.config, size, len(plan.models))
+
+
+def forward(size: ModelSize, tokens: float, length: float, *, head: bool = True) -> float:
+    """Operations of a forward pass.
+
+    Args:
+        size: of the model.
+        tokens: in all.
+        length: tokens that attend to each other.
+        head: whether logits are computed.
+    """
+    linears = size.num_prunable + (size.hidden_size * size.vocab_size if head else 0)
+    attention = 2 * size.num_blocks * size.hidden_size * length  # scores and values, half of them masked
+    return tokens * (2.0 * linears + attention)
+
+
+def _of_pruning(config: PruneConfig, size: ModelSize) -> float:
+    if statistics_kind(config) == "none":
+        return 2.0 * size.num_parameters
+    tokens, _ = pruning_estimate.calibration_tokens(config, size)
+    length = config.calibration.sequence_length or min(pruning_estimate.DEFAULT_LENGTH, size.max_length)
+    total = (1 if config.sequential else 2) * forward(size, tokens, length, head=False)
+    total += config.reconstruct_epochs * 3 * forward(size, tokens, length, head=False)
+    if statistics_kind(config) == "hessian":
+        inputs = pruning_estimate.distinct_inputs(size)
+        total += size.num_blocks * sum(2.0 * tokens * columns**2 + 2.0 * columns**3 for columns in inputs)
+        sweeps = (2 * ADMM_ITERATIONS if config.method == "admm" else 1) + (2 * ADMM_ITERATIONS if config.refit else 0)
+        total += sweeps * sum(1.0 * rows * columns**2 for rows, columns in size.linears)
+    return total
+
+
+def _of_tuning(config: TuneConfig, size: ModelSize, data_dir: Path | None) -> float | None:
+    samples = config.max_steps * config.batch_size if config.max_steps else _samples(config, data_dir)
+    if samples is None:
+        return None
+    length = config.data.max_length
+    if config.data.dataset == "alpaca":
+        length = min(length, ALPACA_TOKENS)
+    tokens = float(samples * length)
+    passes = 3 + (1 if config.gradient_checkpointing else 0)
+    rest = forward(size, tokens, length) - 2 * tokens * size.num_prunable  # attention and head
+    products = PRODUCTS[config.method] + (2 if config.gradient_checkpointing else 0)
+    merges = 2 * config.rank * size.num_prunable * MERGES.get(config.method, 0) * samples / config.micro_batch_size
+    start = 0.0 if config.start == "kaiming" else 3 * forward(size, config.init_samples * length, length)
+    return products * tokens * size.num_prunable + passes * rest + merges + start
+
+
+def _samples(config: TuneConfig, data_dir: Path | None) -> int | None:
+    """Samples of all epochs, None where counting them would need the hub."""
+    from lors_cli.text import open_source
+
+    rows = config.data.num_samples
+    if rows is None:
+        source = open_source(config.data.dataset, split="train", data_dir=data_dir, want="instructions")
+        if source.fingerprint.startswith("hub:"):
+            rows = ALPACA_ROWS if config.data.dataset == "alpaca" else None
+        elif source.kind == "instructions":
+            rows = sum(1 for _ in source.rows())
+    return None if rows is None else math.ceil(config.epochs * rows)
+
+
+def _of_evaluation(config: EvalConfig, size: ModelSize, num_models: int) -> float | None:
+    total = 0.0
+    for task in config.tasks:
+        documents, tokens = TASK_DOCUMENTS.get(task, OTHER_TASK)
+        total += forward(size, min(documents, config.limit or documents) * tokens, tokens / 2)
+    length = config.perplexity_length or min(pruning_estimate.DEFAULT_LENGTH, size.max_length)
+    for text in config.perplexity:
+        at_most = config.perplexity_windows * length if config.perplexity_windows else math.inf
+        measured = min(at_most, TEXT_TOKENS.get(text, math.inf))
+        if measured == math.inf:
+            return None
+        total += forward(size, measured, length)
+    return num_models * total
+
+
+# The device -----------------------------------------------------------------------------------------------------
+
+
+_rates: dict[tuple[str, Any, tuple[int, int, int]], float] = {}
+
+
+def device_rate(model: ModelConfig) -> float:
+    """Operations a second of whole stages: a share of what a matrix product of the model's shape reaches, measured
+    once.
+
+    Args:
+        model: its sizes, number format and device.
+    """
+    import torch
+
+    from lors_cli.models import resolve_device
+
+    device = resolve_device(model.device)
+    size = try_size(model)
+    assert size is not None
+    dtype = torch.bfloat16 if size.bytes_a_weight == 2 else torch.float32
+    shape = (4096 if device.type == "cuda" else 512, size.hidden_size, size.intermediate_size)
+    key = (str(device), dtype, shape)
+    if key not in _rates:
+        rows, inner, columns = shape
+        left = torch.ones(rows, inner, dtype=dtype, device=device)
+        right = torch.ones(columns, inner, dtype=dtype, device=device)
+        _rates[key] = 2.0 * rows * inner * columns / min(_timed_product(left, right) for _ in range(5))
+    return _share(model) * _rates[key]
+
+
+def _share(model: ModelConfig) -> float:
+    from lors_cli.models import resolve_device
+
+    return EFFICIENCY[resolve_device(model.device).type]
+
+
+def _timed_product(left: Any, right: Any) -> float:
+    import torch
+
+    started = time.perf_counter()
+    product = left @ right.T
+    if product.device.type == "cuda":
+        torch.cuda.synchronize(product.device)
+    product[0, 0].item()
+    return time.perf_counter() - started
+
+
+def _device(model: ModelConfig) -> str:
+    import torch
+
+    from lors_cli.models import resolve_device
+
+    device = resolve_device(model.device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"this {device.type} with {threads} thread{'s' if threads > 1 else ''}"

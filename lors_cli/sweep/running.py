@@ -1,0 +1,226 @@
+"""`run_sweep`: cell by cell, each stage once; what is finished is skipped, what fails is noted and the rest goes on.
+
+`sweep.json` is the index of the folder: cells, their state, and where their stages and scores lie.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lors_cli import console, parallel, run_dir
+from lors_cli.errors import LorsError, UsageError, translate
+from lors_cli.pipeline import claim, free_disk, guard_out, run_stage
+from lors_cli.plans import StagePlan, describe
+from lors_cli.sweep.cells import Cell, Sweep
+from lors_cli.sweep.costs import disk_needed
+from lors_cli.sweep.stages import STAGES_NAME, CellPlan, distinct, plan_cells
+
+INDEX_NAME = "sweep.json"
+TEXT_NAME = "sweep.yaml"
+
+
+def run_sweep(sweep: Sweep, out: Path, chosen: Sequence[Cell]) -> dict[str, Any]:
+    """Run cells of a sweep; a second call goes on where the first stopped.
+
+    Args:
+        sweep: all cells, checked.
+        out: the sweep's folder.
+        chosen: the cells to run.
+
+    Returns:
+        The sweep's summary: its index, with each cell's scores; the stages that were done; the report's files.
+
+    Raises:
+        LorsError: before anything is run, when some cell cannot work.
+    """
+    from lors_cli.report.sweep import write_sweep_report
+
+    if parallel.num_processes() > 1:
+        raise UsageError(
+            f"`lors sweep` runs in one process, and torchrun started {parallel.num_processes()}.",
+            "Several processes can prune: torchrun --nproc-per-node N -m lors_cli prune MODEL --out DIR",
+        )
+    guard_out(out, "sweep")
+    plans = plan_cells(sweep.cells, out)
+    names = {cell.name for cell in chosen}
+    _warn_of_disk(plans, names, out)
+    with claim(out):
+        _write_text(out, sweep.text)
+        work = _Work(out, index(sweep, plans, out), plans, names)
+        work.write_index()
+        for cell_plan in plans:
+            if cell_plan.cell.name in names:
+                work.run(cell_plan)
+        reports = write_sweep_report(out)
+    cells = [{**entry, "results": scores(out, entry)} for entry in work.index["cells"]]
+    failed = {name: {"message": error.message, "exit_code": error.exit_code} for name, error in work.failed.items()}
+    return {"sweep": str(out), **work.index, "cells": cells, "done": work.log, "failed": failed,
+            "report": [str(path) for path in reports]}  # fmt: skip
+
+
+def index(sweep: Sweep, plans: Sequence[CellPlan], out: Path) -> dict[str, Any]:
+    """What `sweep.json` says before anything is run: cells that are finished, or failed earlier, stay so.
+
+    Args:
+        sweep: all cells.
+        plans: of the cells.
+        out: the sweep's folder.
+    """
+    known = run_dir.read_json(out / INDEX_NAME)
+    earlier = {entry["name"]: entry for entry in known["cells"]} if known else {}
+    entries = []
+    for plan in plans:
+        cell = plan.cell
+        entry: dict[str, Any] = {
+            "name": cell.name, "recipe": cell.base, "values": cell.values, "overrides": cell.overrides,
+            "status": "done" if plan.is_done else "pending", "error": None,
+            "stages": {stage: folder.relative_to(out).as_posix() for stage, folder in plan.stages.items()},
+            "models": {role: folder.relative_to(out).as_posix() for role, folder in plan.models.items()},
+        }  # fmt: skip
+        before = earlier.get(cell.name, {})
+        same = all(before.get(key) == entry[key] for key in ("stages", "models"))
+        if same and before.get("status") == "failed" and not plan.is_done:
+            entry.update(status="failed", error=before["error"])
+        entries.append(entry)
+    return {"name": sweep.name, "axes": sweep.axes, "cells": run_dir.plain(entries)}
+
+
+def scores(out: Path, entry: dict[str, Any]) -> dict[str, Any]:
+    """A cell's results by role, as far as they are there.
+
+    Args:
+        out: the sweep's folder.
+        entry: the cell's in `sweep.json`.
+    """
+    found = {role: run_dir.read_json(out / folder / f"{role}.json") for role, folder in entry["models"].items()}
+    return {role: content for role, content in found.items() if content is not None}
+
+
+@dataclass
+class _Work:
+    """A sweep under way: its index, what was done and what failed."""
+
+    out: Path
+    index: dict[str, Any]
+    plans: list[CellPlan]
+    names: set[str]
+    log: list[dict[str, Any]] = field(default_factory=list)
+    failed: dict[str, LorsError] = field(default_factory=dict)
+    """By cell."""
+    _finished: set[Path] = field(default_factory=set)
+    _broken: dict[Path, LorsError] = field(default_factory=dict)
+    """By stage folder."""
+
+    def __post_init__(self) -> None:
+        mine = distinct(plan for plan in self.plans if plan.cell.name in self.names)
+        self._finished = {folder for folder, (plan, _) in mine.items() if plan.status == "done"}
+        self._total = len(mine) - len(self._finished)
+
+    def write_index(self) -> None:
+        """Write `sweep.json` where it would change."""
+        if run_dir.read_json(self.out / INDEX_NAME) != self.index:
+            run_dir.write_json(self.out / INDEX_NAME, self.index)
+
+    def run(self, cell_plan: CellPlan) -> None:
+        """Do what a cell lacks; a LorsError ends the cell, not the sweep."""
+        name = cell_plan.cell.name
+        missing = [plan for plan in cell_plan.plans if plan.folder not in self._finished]
+        with self._marked(name):
+            for plan in missing:
+                error = self._broken.get(plan.folder) or self._run_stage(plan, cell_plan)
+                if error is not None:
+                    self.failed[name] = error
+                    raise error
+
+    @contextmanager
+    def _marked(self, name: str) -> Iterator[None]:
+        """Keep the cell's state in the index: running, then done, failed, or pending again after an interruption."""
+        entry = next(entry for entry in self.index["cells"] if entry["name"] == name)
+
+        def mark(status: str, error: str | None = None) -> None:
+            entry.update(status=status, error=error)
+            self.write_index()
+
+        if entry["status"] == "done":
+            yield
+            return
+        mark("running")
+        try:
+            yield
+        except LorsError as error:
+            mark("failed", error.message)
+            console.error(f"{name}: {error.message}", error.hint)
+        except Exception as error:
+            mark("failed", f"{type(error).__name__}: {error}")
+            raise
+        except BaseException:
+            mark("pending")
+            raise
+        else:
+            mark("done")
+
+    def _run_stage(self, plan: StagePlan, cell_plan: CellPlan) -> LorsError | None:
+        """Do a stage for all cells that need it; its error when it failed."""
+        started = time.monotonic()
+        number = len(self._broken) + len(self.log) + 1
+        console.heading(f"[{number}/{self._total}] {cell_plan.cell.name} · {plan.stage}: {describe(plan)}")
+        try:
+            with claim(plan.folder):  # against the same stage run on its own
+                if plan.stage == "eval":
+                    self._take_over(plan, cell_plan.data_dir)
+                run_stage(plan, cell_plan.data_dir)
+        except Exception as error:
+            known = translate(error)
+            if known is None:
+                raise
+            self._broken[plan.folder] = type(known)(known.message, known.hint)  # without the frames of its traceback
+        else:
+            elapsed_s = time.monotonic() - started
+            self._finished.add(plan.folder)
+            self.log.append({"stage": plan.stage, "cell": cell_plan.cell.name, "folder": str(plan.folder),
+                             "elapsed_s": round(elapsed_s, 2)})  # fmt: skip
+            console.info(f"  {plan.stage} took {console.duration(elapsed_s)}")
+        _free_memory()
+        return self._broken.get(plan.folder)
+
+    def _take_over(self, plan: StagePlan, data_dir: Path | None) -> None:
+        """Copy measurements of the same model that earlier settings of the sweep have left."""
+        from lors_cli.evaluation import take_over
+        from lors_cli.recipe import EvalConfig
+        from lors_cli.sources import model_fingerprint
+
+        assert isinstance(plan.config, EvalConfig)
+        fingerprints = {role: model_fingerprint(plan.models[role]) for role in plan.models}
+        others = sorted((self.out / STAGES_NAME).glob("eval-*"))
+        taken = take_over(plan.config, fingerprints, plan.folder, others, data_dir)
+        if taken:
+            console.info(f"  {taken} measured earlier in this sweep")
+
+
+def _warn_of_disk(plans: Sequence[CellPlan], names: set[str], out: Path) -> None:
+    needed = disk_needed([plan for plan, _ in distinct(plan for plan in plans if plan.cell.name in names).values()])
+    free = free_disk(out)
+    if needed is not None and needed > free:
+        console.warn(
+            f"all stages together need about {console.gib(needed)} of disk in {out}; {console.gib(free)} are free."
+        )
+
+
+def _write_text(out: Path, text: str) -> None:
+    path = out / TEXT_NAME
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        run_dir.write_text(path, text)
+
+
+def _free_memory() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

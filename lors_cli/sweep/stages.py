@@ -1,0 +1,121 @@
+"""What the cells of a sweep need: stages in folders named by their fingerprints, so that cells share them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lors_cli.errors import LorsError
+from lors_cli.plans import StagePlan, plan_chain, plan_eval, resolve_data_dir
+from lors_cli.recipe import Recipe
+from lors_cli.sweep.cells import Cell, in_cells
+
+FINGERPRINT_DIGITS = 12
+STAGES_NAME = "stages"
+
+
+@dataclass(frozen=True)
+class CellPlan:
+    """A cell and its stages.
+
+    Args:
+        cell: with its checked recipe.
+        plans: its stages in the order they run: each model is scored before the next one is made.
+        stages: the folders of prune and tune, by stage.
+        models: the folders of the scores, by role.
+        data_dir: local datasets.
+    """
+
+    cell: Cell
+    plans: tuple[StagePlan, ...]
+    stages: dict[str, Path]
+    models: dict[str, Path]
+    data_dir: Path | None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every stage is finished."""
+        return all(plan.status == "done" for plan in self.plans)
+
+
+def plan_cells(cells: Sequence[Cell], out: Path) -> list[CellPlan]:
+    """What every cell would do; no weights are loaded, nothing is written.
+
+    Args:
+        cells: checked ones.
+        out: the sweep's folder.
+
+    Raises:
+        LorsError: of the first cell's kind, with what is wrong in all cells that cannot work: a model, a dataset or a
+            task that is not there, a pattern or rank that does not fit the model.
+    """
+    plans = []
+    problems: dict[str, tuple[LorsError, list[str]]] = {}
+    for cell in cells:
+        try:
+            plans.append(_plan_cell(cell, out))
+        except LorsError as error:
+            problems.setdefault(error.message, (error, []))[1].append(cell.name)
+    if problems:
+        first = next(iter(problems.values()))[0]
+        lines = [f"{message} ({in_cells(names)})" for message, (_, names) in problems.items()]
+        raise type(first)("\n".join(lines), first.hint)
+    return plans
+
+
+def _plan_cell(cell: Cell, out: Path) -> CellPlan:
+    from lors_cli.evaluation import eval_fingerprint
+
+    recipe = cell.recipe
+    data_dir = resolve_data_dir(recipe.data_dir)
+    _check_shapes(recipe)
+
+    def place(stage: str, fingerprint: str) -> Path:
+        return out / STAGES_NAME / f"{stage}-{fingerprint[:FINGERPRINT_DIGITS]}"
+
+    chain = plan_chain(recipe, place, data_dir)
+    makers = {"pruned": "prune", "tuned": "tune"}
+    by_stage = {plan.stage: plan for plan in chain.plans}
+    ordered: list[StagePlan] = []
+    models: dict[str, Path] = {}
+    for role in chain.models:
+        if role in makers:
+            ordered.append(by_stage[makers[role]])
+        if recipe.eval is None or role not in (recipe.eval.models or ()):
+            continue
+        config = replace(recipe.eval, models=(role,))
+        folder = place("eval", eval_fingerprint(config, {role: chain.fingerprints[role]}, data_dir))
+        ordered.append(plan_eval(config, folder, chain.models, chain.fingerprints, data_dir))
+        models[role] = folder
+    stages = {plan.stage: plan.folder for plan in chain.plans}
+    return CellPlan(cell, tuple(ordered), stages, models, data_dir)
+
+
+def _check_shapes(recipe: Recipe) -> None:
+    """Refuse a pattern or rank that the model's linears cannot take, where its shape is known."""
+    from lors_cli.planning import try_size
+    from lors_cli.sparsity import Pattern
+    from lors_cli.tuning.baselines import check_rank
+
+    size = try_size(recipe.model)
+    if size is None:
+        return
+    if recipe.prune:
+        for rows, columns, _ in size.block:
+            Pattern.of(recipe.prune).check_shape("a linear", (rows, columns))
+    if recipe.tune:
+        check_rank(recipe.tune.method, recipe.tune.rank, [rows for rows, _, expert in size.block if not expert])
+
+
+def distinct(plans: Iterable[CellPlan]) -> dict[Path, tuple[StagePlan, list[str]]]:
+    """Every stage once, in the order of running, with the names of the cells that need it.
+
+    Args:
+        plans: of the cells.
+    """
+    found: dict[Path, tuple[StagePlan, list[str]]] = {}
+    for cell_plan in plans:
+        for plan in cell_plan.plans:
+            found.setdefault(plan.folder, (plan, []))[1].append(cell_plan.cell.name)
+    return found

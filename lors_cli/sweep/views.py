@@ -1,0 +1,218 @@
+"""A sweep as a person and as a program reads it: what would be done, and what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lors_cli import console, run_dir
+from lors_cli.evaluation.summary import average_stderr, recovered
+from lors_cli.pipeline import free_disk
+from lors_cli.plans import StagePlan, describe
+from lors_cli.recipe import EvalConfig
+from lors_cli.sweep.cells import Cell, Sweep
+from lors_cli.sweep.costs import assumption, costs, disk_needed
+from lors_cli.sweep.running import index
+from lors_cli.sweep.stages import CellPlan, distinct, plan_cells
+
+ROLES = ("dense", "pruned", "tuned")
+NONE = "–"
+
+
+def plan_document(sweep: Sweep, out: Path, chosen: Sequence[Cell], tflops: float | None = None) -> dict[str, Any]:
+    """A dry run's JSON document.
+
+    Args:
+        sweep: all cells.
+        out: its folder.
+        chosen: the cells that are to run.
+        tflops: as for `costs`.
+    """
+    plans = plan_cells(sweep.cells, out)
+    names = {cell.name for cell in chosen}
+    mine = [plan for plan in plans if plan.cell.name in names]
+    known = index(sweep, plans, out)
+    cells = [
+        {**entry, "to_run": [_label(stage) for stage in plan.plans if stage.status != "done"]}
+        for plan, entry in zip(plans, known["cells"], strict=True)
+        if plan.cell.name in names
+    ]
+    stages = _stages(plans, mine, tflops)
+    to_run = [stage for stage in stages if stage["status"] != "done"]
+    every = [plan for plan, _ in distinct(mine).values()]
+    return run_dir.plain({
+        "name": sweep.name, "sweep": str(out), "dry_run": True, "axes": sweep.axes,
+        "num_cells": len(sweep.cells), "cells": cells, "stages": stages,
+        "estimate": {
+            "hours": _hours([stage["seconds"] for stage in to_run]),
+            "disk_bytes": disk_needed(every),
+            "peak_memory_bytes": max((stage["peak_memory_bytes"] or 0 for stage in to_run), default=0) or None,
+            "assumption": assumption(every, tflops) if to_run else "",
+        },
+    })  # fmt: skip
+
+
+def _stages(plans: Sequence[CellPlan], mine: Sequence[CellPlan], tflops: float | None) -> list[dict[str, Any]]:
+    """Every stage that the chosen cells need, once; the pace of finished ones of all cells counts."""
+    everything = distinct(plans)
+    data_dirs = {stage.folder: plan.data_dir for plan in plans for stage in plan.plans}
+    needs = dict(zip(everything, costs([plan for plan, _ in everything.values()], data_dirs, tflops), strict=True))
+    found = []
+    for folder, (plan, names) in distinct(mine).items():
+        cost = needs[folder]
+        found.append({
+            "stage": plan.stage, "status": plan.status, "what": _what(plan), "cells": names, "folder": str(folder),
+            "fingerprint": plan.fingerprint, "models": {role: model.path for role, model in plan.models.items()},
+            "operations": cost.operations, "seconds": cost.seconds, "peak_memory_bytes": cost.memory,
+            "disk_bytes": cost.disk,
+        })  # fmt: skip
+    return found
+
+
+def _what(plan: StagePlan) -> str:
+    """One line on what a stage does; of many tasks their number."""
+    if not isinstance(plan.config, EvalConfig):
+        return describe(plan)
+    role, tasks = next(iter(plan.models)), plan.config.tasks
+    shown = tasks if len(tasks) < 3 else (f"{len(tasks)} tasks",)
+    return f"{role}: {', '.join((*shown, *plan.config.perplexity))} ({plan.detail})"
+
+
+def _hours(seconds: list[float | None]) -> float | None:
+    known = [value for value in seconds if value is not None]
+    return None if len(known) < len(seconds) else sum(known) / 3600
+
+
+def _label(plan: StagePlan) -> str:
+    return f"eval {next(iter(plan.models))}" if plan.stage == "eval" else str(plan.stage)
+
+
+def show_plan(document: dict[str, Any]) -> None:
+    """A dry run on the terminal, and as JSON with --json."""
+    axes = " × ".join(f"{axis} ({len(values)})" for axis, values in document["axes"].items())
+    console.result(f"{document['name']} → {document['sweep']} (dry run: nothing is written)")
+    console.result(f"{len(document['cells'])} of {document['num_cells']} cells of {axes or 'one recipe'}\n")
+    rows = [[cell["name"], cell["status"], ", ".join(cell["to_run"]) or "nothing"] for cell in document["cells"]]
+    console.table(["cell", "state", "left to do"], rows, prose=True)
+    to_run = [stage for stage in document["stages"] if stage["status"] != "done"]
+    console.result()
+    if to_run:
+        rows = [
+            [Path(stage["folder"]).name, str(len(stage["cells"])), _gib(stage["disk_bytes"]), _time(stage["seconds"]),
+             stage["what"]]
+            for stage in to_run
+        ]  # fmt: skip
+        console.table(["stage", "cells", "disk", "about", "what"], rows, prose=True)
+        console.result()
+    _show_estimate(document, len(to_run))
+    console.document(document)
+
+
+def _show_estimate(document: dict[str, Any], num_to_run: int) -> None:
+    needs = document["estimate"]
+    done = len(document["stages"]) - num_to_run
+    console.result(f"{num_to_run} stages to run{f', {done} are finished' if done else ''}.")
+    if not num_to_run:
+        return
+    console.result(f"disk    {_gib(needs['disk_bytes'])}, {console.gib(free_disk(Path(document['sweep'])))} are free")
+    console.result(f"memory  at most {_gib(needs['peak_memory_bytes'])}")
+    console.result(f"time    {_time(None if needs['hours'] is None else 3600 * needs['hours'])}: {needs['assumption']}")
+
+
+def _gib(num_bytes: int | None) -> str:
+    return "unknown" if num_bytes is None else console.gib(num_bytes)
+
+
+def _time(seconds: float | None) -> str:
+    return "unknown" if seconds is None else console.duration(seconds)
+
+
+# Results --------------------------------------------------------------------------------------------------------
+
+
+def show_sweep(summary: dict[str, Any]) -> None:
+    """What `lors sweep` did: a row a cell, and where everything is."""
+    columns, rows, bold = result_table(summary["cells"])
+    console.table(columns, rows, bold=bold)
+    console.result()
+    states = [cell["status"] for cell in summary["cells"]]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in ("done", "failed", "pending") if state in states)
+    nothing = "" if summary["done"] or summary["failed"] else " Nothing was left to do."
+    console.result(f"{len(states)} cells: {counts}.{nothing}")
+    console.result(f"sweep  {summary['sweep']}")
+    for path in summary["report"]:
+        console.result(f"report {path}")
+    console.document(summary)
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A figure of every cell; None where a cell has none."""
+
+    title: str
+    values: list[float | None]
+    shown: Callable[[float], str]
+    lower_is_better: bool = False
+
+    def best(self) -> set[int]:
+        """The rows with the best value; none where fewer than two have one."""
+        known = [value for value in self.values if value is not None]
+        if len(known) < 2:
+            return set()
+        best = min(known) if self.lower_is_better else max(known)
+        return {row for row, value in enumerate(self.values) if value == best}
+
+
+def result_table(cells: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]], set[tuple[int, int]]]:
+    """The cells' last models side by side.
+
+    Args:
+        cells: entries of `sweep.json` with their `results`.
+
+    Returns:
+        Column titles, rows of text, and (row, column) of each column's best value.
+    """
+    last = [_last(cell) for cell in cells]
+    columns = _columns(cells, last)
+    rows = []
+    for number, cell in enumerate(cells):
+        state = "" if cell["status"] == "done" else f" ({cell['status']})"
+        figures = [NONE if value is None else column.shown(value)
+                   for column in columns for value in [column.values[number]]]  # fmt: skip
+        rows.append([cell["name"] + state, *figures])
+        error = average_stderr(last[number].get("tasks", {}))
+        if error is not None and rows[-1][1] != NONE:
+            rows[-1][1] += f" ±{100 * error:.1f}"
+    bold = {(row, place) for place, column in enumerate(columns, 1) for row in column.best()}
+    return ["cell", *(column.title for column in columns)], rows, bold
+
+
+def _columns(cells: Sequence[dict[str, Any]], last: Sequence[dict[str, Any]]) -> list[_Column]:
+    texts = list(dict.fromkeys(text for scores in last for text in scores.get("perplexity", {})))
+    shares = [recovered(cell["results"]) if scores else {} for cell, scores in zip(cells, last, strict=True)]
+    averages = [_value(scores, "average") for scores in last]
+    columns = [_Column("average acc", averages, lambda value: f"{100 * value:.2f}")]
+    for text in texts:
+        values = [_value(scores.get("perplexity", {}), text) for scores in last]
+        columns.append(_Column(f"ppl {text}", values, lambda value: f"{value:.3f}", lower_is_better=True))
+    for name in dict.fromkeys(name for found in shares for name in found):
+        title = {"accuracy": "recovered acc", f"perplexity {texts[0]}": "recovered ppl"} if len(texts) == 1 else {}
+        values = [found.get(name) for found in shares]
+        columns.append(_Column(title.get(name, f"recovered {name}"), values, lambda value: f"{100 * value:.1f} %"))
+    return columns
+
+
+def _value(scores: dict[str, Any], name: str) -> float | None:
+    found: float | None = scores.get(name, {}).get("value")
+    return found
+
+
+def _last(cell: dict[str, Any]) -> dict[str, Any]:
+    """The scores of the last model that a finished cell makes; nothing for other cells."""
+    if cell["status"] != "done":
+        return {}
+    role = next((role for role in reversed(ROLES) if role in cell["models"]), "")
+    found: dict[str, Any] = cell["results"].get(role, {})
+    return found
