@@ -47,12 +47,12 @@ def arms(model: Any, tokenizer: Any, batch_size: int) -> dict[str, Any]:
     """The two scorers, and lm-eval's at half the batch size."""
     from lm_eval.models.huggingface import HFLM
 
+    def plain(size: int) -> Any:
+        return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size, softmax_dtype="float32")
+
     with harness._quiet():
-        plain = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
-            half = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=max(1, batch_size // 2), softmax_dtype="float32")
-    return {
-        "hflm": plain, "half": half, "lors": harness._shown_model_class()(model, tokenizer, batch_size, "lors"),
-    }  # fmt: skip
+        ours = harness._shown_model_class()(model, tokenizer, batch_size, "lors")
+        return {"hflm": plain(batch_size), "half": plain(max(1, batch_size // 2)), "lors": ours}
 
 
 def timed(lm: Any, requests: list[Any]) -> tuple[float, list[tuple[float, bool]]]:

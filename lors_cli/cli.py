@@ -224,8 +224,10 @@ def evaluate(
 ) -> None:
     """Score one or more models, zero-shot and by perplexity, side by side."""
     import tempfile
+    from dataclasses import asdict
 
     from lors_cli import run_dir, views
+    from lors_cli.evaluation import compare_models
 
     overrides = [argument for argument in arguments if is_override(argument)]
     paths = [argument for argument in arguments if not is_override(argument)]
@@ -236,10 +238,12 @@ def evaluate(
         plan = _stage("eval", models, folder, config, overrides, flags, data_dir, dry_run)
         if plan is None:
             return
-        found = {label: run_dir.read_json(folder / f"{label}.json") for label in models}
-    views.show_results(found)
+        found: dict[str, Any] = {label: run_dir.read_json(folder / f"{label}.json") for label in models}
+        comparisons = compare_models(folder, found)
+    views.show_results(found, comparisons)
     console.result(f"results {out}" if out else "The results are not kept; give --out to keep them.")
-    console.document({"results": found, "out": str(out) if out else None})
+    compared = [asdict(comparison) for comparison in comparisons]
+    console.document({"results": found, "comparisons": compared, "out": str(out) if out else None})
 
 
 def _show_record(folder: Path) -> None:

@@ -171,8 +171,9 @@ def run_recipe(
         force: stages to do again though they are finished.
 
     Returns:
-        The run's summary: stages with what was done, evaluation results, paths.
+        The run's summary: stages with what was done, evaluation results, comparisons of models, paths.
     """
+    from lors_cli.evaluation import compare_models
     from lors_cli.report import write_report
 
     if parallel.num_processes() > 1:
@@ -190,7 +191,8 @@ def run_recipe(
         finished = finished_stages(recipe, out, data_dir)
         report = write_report(out, finished)
     scores = results(out, recipe) if "eval" in finished else {}
-    return {"run": str(out), "stages": done, "results": scores, "report": str(report)}
+    comparisons = compare_models(out / "eval", scores)
+    return {"run": str(out), "stages": done, "results": scores, "comparisons": comparisons, "report": str(report)}
 
 
 def _run_plans(

@@ -263,7 +263,8 @@ class EvalConfig:
     limit: Positive | None = None
     """At most so many documents a task."""
     batch_size: Positive = 8
-    """Sequences a forward pass. Scores move slightly with it, so it is part of the results' fingerprint."""
+    """Sequences a forward pass; of choices that share their context, as many as have no more tokens than so many of
+    the longest sequence. Scores move slightly with it, so it is part of the results' fingerprint."""
     perplexity_windows: Positive | None = None
     """At most so many windows of each text."""
     perplexity_length: Positive | None = None

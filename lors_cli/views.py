@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lors_cli import console
 from lors_cli.planning import try_estimate
 from lors_cli.plans import StagePlan, describe
+
+if TYPE_CHECKING:
+    from lors_cli.evaluation.significance import Comparison
 
 
 def plan_document(name: str, out: Path, plans: list[StagePlan]) -> dict[str, Any]:
@@ -43,11 +48,12 @@ def show_plan(document: dict[str, Any]) -> None:
     console.document(document)
 
 
-def show_results(results: dict[str, Any], *, title: str | None = None) -> None:
+def show_results(results: dict[str, Any], comparisons: Sequence[Comparison] = (), *, title: str | None = None) -> None:
     """The table of an evaluation, narrow enough for 80 columns with three models.
 
     Args:
         results: label → content of its JSON file.
+        comparisons: from `compare_models`, a line each.
         title: above the table.
     """
     from lors_cli.evaluation import recovered, summary_table
@@ -63,6 +69,8 @@ def show_results(results: dict[str, Any], *, title: str | None = None) -> None:
     for name, share in shares.items():
         what = "average accuracy" if name == "accuracy" else name.replace("perplexity", "log-perplexity on", 1)
         console.result(f"Tuning won back {100 * share:.1f} % of what pruning lost in {what}.")
+    for comparison in comparisons:
+        console.result(str(comparison))
 
 
 def _shorter_error(cell: str) -> str:
@@ -72,7 +80,7 @@ def _shorter_error(cell: str) -> str:
 
 def show_run(summary: dict[str, Any]) -> None:
     """What `lors run` did: the results and where they are."""
-    show_results(summary["results"])
+    show_results(summary["results"], summary["comparisons"])
     skipped = [stage["stage"] for stage in summary["stages"] if stage["status"] == "skipped"]
     if len(skipped) == len(summary["stages"]):
         console.result("Every stage was finished already: nothing was done.")
@@ -80,7 +88,7 @@ def show_run(summary: dict[str, Any]) -> None:
         note = " (finished earlier)" if stage["status"] == "skipped" else ""
         console.result(f"{stage['stage']:7}{stage['folder']}{note}")
     console.result(f"report {summary['report']}")
-    console.document(summary)
+    console.document({**summary, "comparisons": [asdict(comparison) for comparison in summary["comparisons"]]})
 
 
 def show_inspection(path: str, document: dict[str, Any]) -> None:

@@ -121,9 +121,26 @@ def test_eval_of_several_models(at_finished: Path, lors: Lors) -> None:
     found = document(lors("eval", "dense", TUNED, "--out", "e", *QUICK_EVAL, "--json"))
     assert list(found["results"]) == ["dense", "tune"]
     assert json.loads(Path("e/tune.json").read_text()) == found["results"]["tune"]
+    assert found["comparisons"] == []  # there are no tasks
     again = lors("eval", "dense", TUNED, "--out", "e", *QUICK_EVAL)
     assert "nothing to do" in again.stderr
     assert "perplexity text.jsonl" in again.stdout
+
+
+def test_a_run_tells_how_sure_its_differences_are(at_finished: Path, lors: Lors) -> None:
+    found = document(lors("run", "tiny.yaml", "--json"))
+    pairs = {(pair["first"], pair["second"]): pair for pair in found["comparisons"]}
+    assert list(pairs) == [("tuned", "pruned"), ("pruned", "dense"), ("tuned", "dense")]
+    for labels, pair in pairs.items():
+        values = [found["results"][label]["average"]["value"] for label in labels]
+        assert pair["difference"] == pytest.approx(values[0] - values[1])
+        assert pair["tasks"]["pydoc_choice"]["num_documents"] == 3
+    shown = lors("run", "tiny.yaml").stdout
+    assert f"tuned − pruned: {100 * pairs['tuned', 'pruned']['difference']:+.2f} points (95 % " in shown
+    assert "### Significance" in Path("runs/tiny/report.md").read_text()
+    alone = document(lors("eval", "dense", PRUNED, "--tasks", "pydoc_choice", "--limit", "3", "--json"))
+    (pair,) = alone["comparisons"]
+    assert {**pair, "first": "pruned"} == pairs["pruned", "dense"]
 
 
 def test_eval_without_out_leaves_nothing_behind(at_workshop: Path, lors: Lors) -> None:

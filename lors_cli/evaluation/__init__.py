@@ -22,16 +22,19 @@ from typing import Any, Literal
 
 from lors_cli import console, models, run_dir, sources, text
 from lors_cli.errors import UsageError
+from lors_cli.evaluation.significance import compare_models
 from lors_cli.evaluation.summary import average, recovered, summary_table
 from lors_cli.evaluation.tasks import check_tasks, task_fingerprint
 from lors_cli.recipe import EvalConfig, ModelConfig
 
 __all__ = [
-    "check_tasks", "eval_fingerprint", "evaluate", "pending_pieces", "recovered", "summary_table",
-    "take_over",
+    "check_tasks", "compare_models", "eval_fingerprint", "evaluate", "pending_pieces", "recovered", "samples_path",
+    "summary_table", "take_over",
 ]  # fmt: skip
 
-STAGE_VERSION = 1
+STAGE_VERSION = 2
+_VERSIONS = {"tasks": 2, "perplexity": 1}
+"""Of the code that scores a piece. Tasks: 2 since choices share their context (same scores up to rounding)."""
 _LABEL = re.compile(r"^[A-Za-z0-9][\w.-]{0,99}$")
 _SCRATCH = ".scratch"
 
@@ -179,13 +182,24 @@ def _pieces(
             label,
             kind,
             name,
-            run_dir.fingerprint(f"eval/{kind}", STAGE_VERSION, settings, {"model": model, "content": content}),
+            run_dir.fingerprint(f"eval/{kind}", _VERSIONS[kind], settings, {"model": model, "content": content}),
             out / ".pieces" / label / f"{_file_stem(kind, name)}.json",
-            out / "samples" / label / f"{_file_stem(kind, name)}.jsonl" if kind == "tasks" else None,
+            samples_path(out, label, name) if kind == "tasks" else None,
         )
         for label, model in model_fingerprints.items()
         for kind, name, content in contents
     ]
+
+
+def samples_path(out: Path, label: str, task: str) -> Path:
+    """Where a task's results are, document by document.
+
+    Args:
+        out: the stage's folder.
+        label: the model's.
+        task: its name.
+    """
+    return out / "samples" / label / f"{_file_stem('tasks', task)}.jsonl"
 
 
 def _file_stem(kind: str, name: str) -> str:

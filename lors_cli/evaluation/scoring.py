@@ -60,7 +60,7 @@ class Row:
     tokens: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     segments: list[tuple[int, int, int]] = field(default_factory=list)
-    """First node, end, and parent of the first (-1: none) of each run of nodes; within a run, parents are neighbours."""
+    """First node, end, and parent of the first (-1: none) of each run of nodes that follow one another."""
     reads: list[tuple[int, list[int]]] = field(default_factory=list)
     """Number of a choice and the nodes that predict its targets."""
 
@@ -103,7 +103,7 @@ def build_rows(
     documents: dict[Hashable, list[int]] = {}
     for number, choice in enumerate(choices):
         documents.setdefault(choice.document, []).append(number)
-    rows = []
+    rows: list[Row] = []
     for numbers in documents.values():
         longest = max(len(choices[number].tokens) for number in numbers)
         may_branch = branches and (window is None or longest <= window)
@@ -261,7 +261,8 @@ def _try_out(model: PreTrainedModel) -> _Abilities:
     """Find out what the model can do, and log what it cannot."""
     generator = torch.Generator().manual_seed(0)
     context, branch = PROBE_LENGTHS
-    ids = torch.randint(model.get_input_embeddings().weight.shape[0], (context + 3 * branch,), generator=generator)
+    embeddings: Any = model.get_input_embeddings()
+    ids = torch.randint(embeddings.weight.shape[0], (context + 3 * branch,), generator=generator)
     shared, *tails = ids.split([context, branch, branch, branch])
     probe = [Choice([*shared.tolist(), *tail.tolist()], tail.tolist()) for tail in tails]
     why_no_head = why_not_head(model, probe)

@@ -66,7 +66,31 @@ def _scores(results: RunResults, figures: Collection[str]) -> list[Block]:
     shares = [f"{escape(name)} {share:.1%}" for name, share in recovered(results.scores).items()]
     if shares:
         parts.append(f"Share of the loss through pruning that tuning won back: {', '.join(shares)}.")
-    return [*parts, *_figures(("accuracy", "perplexity"), figures)]
+    return [*parts, *_figures(("accuracy", "perplexity"), figures), *_significance(results)]
+
+
+def _significance(results: RunResults) -> list[Block]:
+    """The models two by two: difference of accuracy in points, and whether it may be chance."""
+    from lors_cli.evaluation import compare_models
+    from lors_cli.evaluation.significance import p_text
+
+    found = compare_models(results.run / "eval", results.scores)
+    if not found:
+        return []
+    rows = [
+        [name, *(f"{100 * pair.tasks[name].difference:+.2f}, {p_text(pair.tasks[name].p_value)}" for pair in found)]
+        for name in found[0].tasks
+    ]
+    whole = [
+        f"{100 * pair.difference:+.2f} ({100 * pair.low:+.2f} … {100 * pair.high:+.2f}), {p_text(pair.p_value)}"
+        for pair in found
+    ]
+    note = (
+        "Points of accuracy on the same documents. p is McNemar's exact test, in the last row over all documents; the "
+        "interval there (95 %) is a paired bootstrap of the average over tasks. Of many p some are small by chance."
+    )
+    columns = ["task", *(f"{pair.first} − {pair.second}" for pair in found)]
+    return ["### Significance", table(columns, [*rows, ["average", *whole]]), note]
 
 
 def _beside_the_paper(results: RunResults) -> list[Block]:

@@ -186,6 +186,20 @@ def test_one_model_without_numbers(run: Path) -> None:
     assert "won back" not in text
 
 
+def test_models_are_compared_document_by_document(run: Path) -> None:
+    assert "Significance" not in write_report(run).read_text()  # no documents' results are there
+    for role, right in (("dense", 9), ("pruned", 2), ("tuned", 8)):
+        for task in TASKS:
+            path = run / f"eval/samples/{role}/{task}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(json.dumps({"doc_id": i, "acc": int(i < right)}) + "\n" for i in range(10)))
+    text = write_report(run).read_text()
+    assert "| task | tuned − pruned | pruned − dense | tuned − dense |" in text
+    assert "| rte | +60.00, p = 0.031 | -70.00, p = 0.016 | -10.00, p = 1 |" in text  # 2/2⁶, 2/2⁷, one document
+    assert r"), p \< 0.001 | -70.00 (-" in text
+    assert "), p = 0.016 |" in text  # seven documents in all
+
+
 @pytest.mark.parametrize("name", ["missing", "empty"])
 def test_no_run(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()

@@ -1,0 +1,177 @@
+"""Whether two models that were scored on the same documents differ by more than chance."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROUNDS = 10_000
+SEED = 0
+CONFIDENCE = 0.95
+_ROLE_PAIRS = (("tuned", "pruned"), ("pruned", "dense"), ("tuned", "dense"))
+
+Accuracies = Mapping[Any, float]
+"""Document to its accuracy, 0 or 1."""
+
+
+@dataclass(frozen=True)
+class TaskComparison:
+    """Two models on one task."""
+
+    num_documents: int
+    difference: float
+    """Of the accuracies, 1 is all."""
+    better: int
+    """Documents that only the first model has right."""
+    worse: int
+    """Documents that only the second model has right."""
+    p_value: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on all tasks."""
+
+    first: str
+    second: str
+    difference: float
+    """First minus second, of the unweighted mean accuracy over the tasks; 1 is all."""
+    low: float
+    high: float
+    """Its 95 % interval."""
+    p_value: float
+    """McNemar's, all documents of all tasks together, so that a large task counts for more than a small one."""
+    tasks: dict[str, TaskComparison]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.first} − {self.second}: {100 * self.difference:+.2f} points "
+            f"(95 % {100 * self.low:+.2f} … {100 * self.high:+.2f}), McNemar {p_text(self.p_value)}"
+        )
+
+
+def p_text(p_value: float) -> str:
+    """`p = 0.02`, `p < 0.001`."""
+    return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.2g}"
+
+
+def mcnemar(better: int, worse: int) -> float:
+    """Exact two-sided p-value of McNemar's test: of equal models, a coin's toss tells which has a document right.
+
+    Args:
+        better: documents that only the first model has right.
+        worse: documents that only the second model has right.
+
+    Source: McNemar 1947, doi:10.1007/BF02295996; the exact form is the sign test.
+    """
+    trials = better + worse
+    term = tail = 1
+    for successes in range(1, min(better, worse) + 1):
+        term = term * (trials - successes + 1) // successes
+        tail += term
+    return min(1.0, 2 * tail / 2**trials)
+
+
+def bootstrap_interval(
+    differences: Sequence[Sequence[float]], *, rounds: int = ROUNDS, seed: int = SEED
+) -> tuple[float, float]:
+    """Percentile interval (95 %) of the mean over tasks of the mean difference, documents drawn anew within each task.
+
+    Args:
+        differences: of each task, the two models' difference on each document.
+        rounds: how often.
+        seed: of the draws.
+
+    Returns:
+        Lower and upper end.
+
+    Source: paired bootstrap, Efron & Tibshirani 1993, §13.3.
+    """
+    import numpy as np
+
+    generator = np.random.default_rng(seed)
+    means = np.zeros(rounds)
+    for task in differences:
+        # Documents with the same difference are alike: only how many of each kind are drawn matters.
+        values, counts = np.unique(np.asarray(task, dtype=np.float64), return_counts=True)
+        drawn = generator.multinomial(len(task), counts / len(task), size=rounds)
+        means += drawn @ values / len(task) / len(differences)
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def compare(
+    first: str, second: str, some: Mapping[str, Accuracies], other: Mapping[str, Accuracies]
+) -> Comparison | None:
+    """The first model against the second.
+
+    Args:
+        first: the first model's name.
+        second: the second model's name.
+        some: the first model's accuracies by task and document.
+        other: the second model's.
+
+    Returns:
+        None where there is no task, or the tasks or their documents are not the same.
+    """
+    if not some or {task: set(found) for task, found in some.items()} != {
+        task: set(found) for task, found in other.items()
+    }:
+        return None
+    tasks, differences = {}, []
+    for task, found in some.items():
+        apart = [found[document] - other[task][document] for document in sorted(found)]
+        better, worse = sum(value > 0 for value in apart), sum(value < 0 for value in apart)
+        tasks[task] = TaskComparison(len(apart), sum(apart) / len(apart), better, worse, mcnemar(better, worse))
+        differences.append(apart)
+    low, high = bootstrap_interval(differences)
+    return Comparison(
+        first,
+        second,
+        sum(task.difference for task in tasks.values()) / len(tasks),
+        low,
+        high,
+        mcnemar(sum(task.better for task in tasks.values()), sum(task.worse for task in tasks.values())),
+        tasks,
+    )
+
+
+def compare_models(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> list[Comparison]:
+    """The models of an evaluation two by two, on the tasks that their averages are of.
+
+    Args:
+        folder: of the eval stage, with `samples/`.
+        results: as `evaluate` returns them.
+
+    Returns:
+        Tuned against pruned, pruned against dense, tuned against dense, as far as they are there; models of other
+        names each against the first. A pair whose documents' results are not there is left out.
+    """
+    pairs = [pair for pair in _ROLE_PAIRS if set(pair) <= results.keys()]
+    if not pairs:
+        base, *others = results or [""]
+        pairs = [(label, base) for label in others]
+    known = {label: _read_accuracies(folder, label, result["average"]["tasks"]) for label, result in results.items()}
+    found = [compare(*pair, known[pair[0]], known[pair[1]]) for pair in pairs]
+    return [comparison for comparison in found if comparison is not None]
+
+
+def _read_accuracies(folder: Path, label: str, tasks: Sequence[str]) -> dict[str, dict[Any, float]]:
+    """A model's accuracies by task and document; empty where a task's are not there or not numbers."""
+    from lors_cli.evaluation import samples_path
+
+    accuracies = {}
+    for task in tasks:
+        path = samples_path(folder, label, task)
+        if not path.is_file():
+            return {}
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        found = {(row["doc_id"], row.get("filter", "")): row.get("acc") for row in rows}
+        if not found or None in found.values():
+            return {}
+        accuracies[task] = found
+    return accuracies

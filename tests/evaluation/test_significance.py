@@ -1,0 +1,136 @@
+"""McNemar and the paired bootstrap against numbers worked out by hand and a naive loop."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lors_cli.evaluation import compare_models
+from lors_cli.evaluation.significance import bootstrap_interval, compare, mcnemar, p_text
+from lors_cli.evaluation.summary import average
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "expected"),
+    [
+        (0, 0, 1.0),
+        (0, 5, 2 / 32),
+        (8, 1, 2 * (1 + 9) / 512),
+        (3, 7, 2 * (1 + 10 + 45 + 120) / 1024),
+        (6, 6, 1.0),
+        (0, 1, 1.0),
+    ],
+)
+def test_mcnemar_by_hand(better: int, worse: int, expected: float) -> None:
+    assert mcnemar(better, worse) == mcnemar(worse, better) == pytest.approx(expected, rel=1e-14)
+
+
+def test_mcnemar_is_the_binomial_test() -> None:
+    from scipy.stats import binomtest
+
+    for better, worse in ((40, 70), (2100, 1900), (5000, 3000)):
+        assert mcnemar(better, worse) == pytest.approx(binomtest(better, better + worse).pvalue, rel=1e-9)
+
+
+def test_interval_of_two_documents() -> None:
+    # Drawing two of {0, 1}: mean 0, ½ and 1 with probabilities ¼, ½ and ¼.
+    assert bootstrap_interval([[1, 0]]) == (0.0, 1.0)
+    assert bootstrap_interval([[1, 1], [-1, -1, -1]]) == (0.0, 0.0)
+    assert bootstrap_interval([[1, 1], [0, 0, 0]]) == (0.5, 0.5)
+
+
+def test_interval_is_that_of_a_loop_over_documents() -> None:
+    draw = random.Random(1)
+    tasks = [[draw.choice([-1, 0, 0, 0, 1]) for _ in range(size)] for size in (30, 80)]
+    means = []
+    for _ in range(4000):
+        sampled = [[draw.choice(task) for _ in task] for task in tasks]
+        means.append(sum(sum(task) / len(task) for task in sampled) / 2)
+    means.sort()
+    low, high = bootstrap_interval(tasks)
+    assert (low, high) == pytest.approx((means[100], means[3900]), abs=0.02)
+    assert bootstrap_interval(tasks) == (low, high)
+
+
+def test_interval_of_many_documents_is_normal() -> None:
+    # A share q differ by +1 of n documents: variance q(1 − q)/n. Two tasks: the mean of two, half the standard error.
+    tasks = [[1] * 200 + [0] * 1800, [1] * 100 + [0] * 900]
+    error = math.sqrt(0.09 / 2000 + 0.09 / 1000) / 2
+    low, high = bootstrap_interval(tasks)
+    assert (low, high) == pytest.approx((0.1 - 1.96 * error, 0.1 + 1.96 * error), abs=0.1 * error)
+
+
+def test_compare_by_hand() -> None:
+    some = {"a": {1: 1, 2: 1, 3: 0, 4: 1}, "b": {1: 0, 2: 1}}
+    other = {"a": {1: 0, 2: 1, 3: 0, 4: 0}, "b": {1: 1, 2: 1}}
+    found = compare("tuned", "pruned", some, other)
+    assert found is not None
+    assert found.difference == pytest.approx((2 / 4 - 1 / 2) / 2)
+    task = found.tasks["a"]
+    assert (task.num_documents, task.difference, task.better, task.worse) == (4, 0.5, 2, 0)
+    assert task.p_value == 0.5
+    assert found.tasks["b"].p_value == 1.0
+    assert found.p_value == 1.0  # two documents against one
+    assert found.low < 0 < found.high
+    # a's mean is k/4 with probability C(4, k)/16, b's is 0, −½, −1 with ¼, ½, ¼: the average is ±½ at 1.6 % each
+    # (within the tails of 2.5 %) and ±⅜ next.
+    assert str(found) == "tuned − pruned: +0.00 points (95 % -37.50 … +37.50), McNemar p = 1"
+    assert compare("x", "y", some, {"a": other["a"]}) is None
+    assert compare("x", "y", some, {**other, "b": {1: 1, 3: 1}}) is None
+    assert compare("x", "y", {}, {}) is None
+
+
+def test_p_as_text() -> None:
+    assert [p_text(value) for value in (1.0, 0.0234, 0.00099)] == ["p = 1", "p = 0.023", "p < 0.001"]
+
+
+def write_samples(folder: Path, label: str, tasks: dict[str, list[int | None]]) -> dict[str, Any]:
+    """Samples as the eval stage writes them; a model's results."""
+    metrics = {}
+    for task, accuracies in tasks.items():
+        path = folder / "samples" / label / f"{task}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = [{"doc_id": number, "target": 0, "acc": value} for number, value in enumerate(accuracies)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        known = [value for value in accuracies if value is not None]
+        metrics[task] = {"acc": sum(known) / len(known) if len(known) == len(rows) else None}
+    return {"tasks": metrics, "average": average(metrics)}
+
+
+def test_models_of_a_folder(tmp_path: Path) -> None:
+    results = {
+        "dense": write_samples(tmp_path, "dense", {"a": [1, 1, 1, 1], "b": [1, 0]}),
+        "pruned": write_samples(tmp_path, "pruned", {"a": [0, 0, 0, 1], "b": [0, 0]}),
+        "tuned": write_samples(tmp_path, "tuned", {"a": [1, 1, 0, 1], "b": [0, 0]}),
+    }
+    found = compare_models(tmp_path, results)
+    assert [(pair.first, pair.second) for pair in found] == [
+        ("tuned", "pruned"), ("pruned", "dense"), ("tuned", "dense"),
+    ]  # fmt: skip
+    for pair in found:
+        values = [results[label]["average"]["value"] for label in (pair.first, pair.second)]
+        assert pair.difference == pytest.approx(values[0] - values[1])
+    assert found[1].p_value == pytest.approx(2 / 16)  # four documents lost, none won
+    assert compare_models(tmp_path, {"dense": results["dense"]}) == []
+    assert compare_models(tmp_path, {}) == []
+
+
+def test_other_names_are_compared_with_the_first(tmp_path: Path) -> None:
+    results = {label: write_samples(tmp_path, label, {"a": [1, 0]}) for label in ("x", "y", "z")}
+    assert [(pair.first, pair.second) for pair in compare_models(tmp_path, results)] == [("y", "x"), ("z", "x")]
+
+
+def test_broken_models_and_lost_documents_are_left_out(tmp_path: Path) -> None:
+    results = {
+        "dense": write_samples(tmp_path, "dense", {"a": [1, 1]}),
+        "pruned": write_samples(tmp_path, "pruned", {"a": [None, None]}),
+        "tuned": write_samples(tmp_path, "tuned", {"a": [1, 0]}),
+    }
+    assert [(pair.first, pair.second) for pair in compare_models(tmp_path, results)] == [("tuned", "dense")]
+    (tmp_path / "samples/dense/a.jsonl").unlink()
+    assert compare_models(tmp_path, results) == []
