@@ -120,12 +120,15 @@ def sweep(
     ] = None,
 ) -> None:
     """Run a recipe over a grid of settings. Cells share stages; a second call goes on where the first stopped."""
+    from lors_cli.errors import UsageError
     from lors_cli.pipeline import guard_out
     from lors_cli.shipped import find_sweep
     from lors_cli.sweep import views
     from lors_cli.sweep.cells import load_sweep, select_cells
     from lors_cli.sweep.running import run_sweep
 
+    if tflops is not None and (not dry_run or tflops <= 0):
+        raise UsageError(f"--tflops {tflops:g}: a rate above 0, for the times that --dry-run shows.")
     plan = load_sweep(find_sweep(sweep), overrides or [])
     folder = out or Path("sweeps") / plan.name
     chosen = select_cells(plan, only or [])

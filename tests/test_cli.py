@@ -166,8 +166,10 @@ def test_report(at_finished: Path, lors: Lors) -> None:
 
 
 def test_recipes(at_workshop: Path, lors: Lors) -> None:
-    names = [recipe["name"] for recipe in document(lors("recipes", "--json"))]
-    assert "quickstart" in names
+    listed = document(lors("recipes", "--json"))
+    names = [recipe["name"] for recipe in listed]
+    assert {"name": "quickstart", "kind": "recipe"}.items() <= listed[names.index("quickstart")].items()
+    assert listed[names.index("table1")]["kind"] == "sweep"
     shown = lors("recipes").stdout
     assert all(name in shown for name in names)
 
@@ -179,6 +181,8 @@ def test_recipes_copy(at_workshop: Path, lors: Lors) -> None:
     assert lors("recipes", "copy", "quickstart", "dense").exit_code == 0
     assert Path("dense/quickstart.yaml").read_bytes() == Path("mine.yaml").read_bytes()
     failed(lors("recipes", "copy", "quickstrt"), 2, "Did you mean quickstart?")
+    assert "lors sweep table1.yaml" in lors("recipes", "copy", "table1").stdout
+    assert Path("table1.yaml").read_text().startswith("# Table 1 of the LoRS paper")
 
 
 def test_recipes_schema(lors: Lors) -> None:
@@ -204,6 +208,12 @@ MISTAKES: list[tuple[list[str], int, list[str]]] = [
     (["run", "nothere.yaml"], 2, ["nothere.yaml", "`lors recipes`"]),
     (["run", "quickstrt"], 2, ["Did you mean quickstart?"]),
     (["run", "dense"], 2, ["dense is a folder"]),
+    (["run", "table1"], 2, ["table1 is no recipe", "lors sweep table1"]),
+    (["sweep", "quickstart"], 2, ["quickstart is no sweep", "lors run quickstart"]),
+    (["sweep", "tabel1"], 2, ["Did you mean table1?"]),
+    (["sweep", "table1", "--tflops", "0", "--dry-run"], 2, ["--tflops 0"]),
+    (["sweep", "table1", "--tflops", "9"], 2, ["--dry-run"]),
+    (["sweep", "tiny.yaml"], 2, ["tiny.yaml:2: model: unknown key", "grid: this key is missing"]),
     (["run", "typo.yaml"], 2, ["typo.yaml:4:", "did you mean method?"]),
     (["run", "tiny.yaml", "tune.rnak=3"], 2, ["tune.rnak=3", "did you mean tune.rank?"]),
     (["run", "tiny.yaml", "tune.rank=many"], 2, ["tune.rank=many", "whole number"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from lors_cli.shipped import (
     shipped_recipes,
     shipped_sweeps,
 )
+from lors_cli.sweep.cells import load_sweep
 from lors_cli.text import SOURCES
 
 ROOT = Path(__file__).parents[1]
@@ -54,6 +56,51 @@ def test_recipes_are_valid(path: Path) -> None:
     if recipe.eval:
         check_tasks(recipe.eval.tasks, None)
         assert set(recipe.eval.perplexity) <= set(SOURCES)
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=short)
+def test_sweeps_are_valid(path: Path) -> None:
+    sweep = load_sweep(path)
+    assert sweep.name == path.stem
+    assert len(recipe_summary(path)) > 20
+    assert len(sweep.cells) > 1
+    for cell in sweep.cells:
+        assert cell.base in shipped_recipes()
+        assert cell.recipe.eval is not None
+        check_tasks(cell.recipe.eval.tasks, None)
+
+
+def test_the_sweeps_cells_are_the_papers_rows(shared_dir: Path) -> None:
+    models = {
+        "meta-llama/Llama-2-7b-hf": "Llama-2-7B", "meta-llama/Llama-2-13b-hf": "Llama-2-13B",
+        "meta-llama/Meta-Llama-3-8B": "Llama-3-8B",
+    }  # fmt: skip
+    rows = json.loads((shared_dir / "reference" / "paper_tables.json").read_text())["rows"]
+    for table in range(1, 5):
+        expected = [
+            (row["model"], row["prune"], row["pattern"], row["tune"], row["data"])
+            for row in rows
+            if row["table"] == table and row["tune"]
+        ]
+        found = []
+        for cell in load_sweep(shipped_sweeps()[f"table{table}"]).cells:
+            prune, tune = cell.recipe.prune, cell.recipe.tune
+            assert prune is not None
+            assert tune is not None
+            assert prune.sparsity in (None, 0.5)
+            assert (tune.rank, tune.alpha, tune.start) == (16, 16, "gradient" if tune.method == "lors" else "kaiming")
+            assert tune.method != "lors" or tune.learning_rate == 2e-5
+            found.append((models[cell.recipe.model.path], prune.method, prune.pattern, tune.method, tune.data.dataset))
+        assert sorted(found) == sorted(expected)
+
+
+def test_slimpajama_is_half_a_billion_tokens() -> None:
+    tune = load_recipe(shipped_recipes()["llama3-8b-2of4-slimpajama"]).tune
+    assert tune is not None
+    assert tune.max_steps is not None
+    a_step = tune.batch_size * tune.data.max_length
+    assert a_step == 256 * 1024
+    assert 0 <= 0.5e9 - tune.max_steps * a_step < a_step
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=short)
