@@ -133,6 +133,15 @@ class TuneDataConfig:
     """Tokens a sample: instructions are cut there, text is packed to it."""
     num_samples: Positive | None = None
     """At most so many samples; default: all of them (streamed text: as many as the steps need)."""
+    template: Literal["alpaca", "alpaca_short", "vicuna", "chat"] = "alpaca"
+    """What an instruction is written into: Stanford Alpaca's prompt, alpaca-lora's short one, Vicuna's, or chat, the
+    tokenizer's own chat template."""
+    train_on_prompt: bool = False
+    """Instructions: learn the prompt's tokens too, not the response alone."""
+    packing: Literal["concatenated", "isolated"] | None = None
+    """How texts share a sample. concatenated: one after the other, each seeing those before it. isolated: positions
+    start anew with each text and none sees another; instructions can be packed so too, whole, several a sample.
+    Default: text concatenated, instructions one a sample."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -126,7 +126,10 @@ def sparse_layers(model: PreTrainedModel, folder: Path) -> dict[str, Pattern]:
 def _load_data(config: TuneConfig, network: PreTrainedModel, tokenizer: Any, data_dir: Path | None) -> TuneData:
     from lors_cli.models import model_max_length
     from lors_cli.tokens import tuning_samples
+    from lors_cli.tuning.isolation import refuse_mixing
 
+    if config.data.packing == "isolated":
+        refuse_mixing(network)
     needed = config.max_steps * config.batch_size if config.max_steps else None
     data = tuning_samples(config.data, tokenizer, seed=config.seed, num_needed=needed,
                           model_max_length=model_max_length(network), data_dir=data_dir)  # fmt: skip

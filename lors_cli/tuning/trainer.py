@@ -21,6 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lors_cli import console, run_dir
 from lors_cli.errors import UsageError
+from lors_cli.samples import count_tokens
 from lors_cli.tuning.adapter import WEIGHTS_NAME, adapter_layers, adapter_tensors, load_tensors
 from lors_cli.tuning.head import causal_lm_loss
 
@@ -101,7 +102,7 @@ class AdapterTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """One micro-batch; its tokens are counted for the log."""
-        self.tokens_seen += int(inputs["attention_mask"].sum())
+        self.tokens_seen += count_tokens(inputs)
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
