@@ -44,18 +44,17 @@ def show(
     """Show samples as the model will see them: what has no label is dimmed, special tokens are coloured."""
     from lors_cli.models import load_config, load_tokenizer, model_max_length
     from lors_cli.plans import resolve_data_dir
-    from lors_cli.tokens import tuning_samples
+    from lors_cli.tokens import tuning_data
 
     config, source, folder = load_settings(recipe, overrides or [], model)
     tokenizer = load_tokenizer(source)
-    needed = config.max_steps * config.batch_size if config.max_steps else None
-    found = tuning_samples(
-        config.data, tokenizer, seed=config.seed, num_needed=needed,
-        model_max_length=model_max_length(load_config(source)),
+    found = tuning_data(
+        config, tokenizer, model_max_length=model_max_length(load_config(source)),
         data_dir=resolve_data_dir(str(data_dir) if data_dir else folder),
     )  # fmt: skip
     shown = [found.samples[index] for index in range(min(num, len(found.samples)))]
-    document = {"dataset": config.data.dataset, **figures(found)}
+    found.close()
+    document = {"dataset": config.data.dataset, **figures(found, shown)}
     for index, sample in enumerate(shown):
         _show_sample(index, sample, tokenizer)
     _show_figures(document)
@@ -111,20 +110,22 @@ def _is_config(name: str) -> bool:
     return isinstance(keys, dict) and bool(keys) and not {"name", "model", "tune", "prune", "eval"} & set(keys)
 
 
-def figures(found: TuneData) -> dict[str, Any]:
+def figures(found: TuneData, shown: list[Sample]) -> dict[str, Any]:
     """How many samples and labels there are, and how long samples are.
 
     Args:
-        found: the whole data.
+        found: the whole data; of a stream the samples are not counted, but those shown.
+        shown: samples of it.
     """
     from lors_cli.samples import IGNORED
 
-    lengths = [len(sample["input_ids"]) for sample in found.samples]
-    num_labels = sum(label != IGNORED for sample in found.samples for label in sample["labels"][1:])
+    counted = shown if found.num_steps is not None else found.samples
+    lengths = [len(sample["input_ids"]) for sample in counted]
+    num_labels = sum(label != IGNORED for sample in counted for label in sample["labels"][1:])
     return {
         "num_samples": len(found.samples), "num_rows": found.num_rows, "skipped": dict(found.skipped),
-        "num_tokens": found.num_tokens, "num_labels": num_labels,
-        "label_share": round(num_labels / sum(lengths), 4),
+        "num_tokens": found.num_tokens, "num_steps": found.num_steps, "counted_samples": len(counted),
+        "num_labels": num_labels, "label_share": round(num_labels / sum(lengths), 4),
         "lengths": {"min": min(lengths), "median": statistics.median_low(lengths), "max": max(lengths)},
     }  # fmt: skip
 
@@ -208,6 +209,8 @@ def _show_figures(document: dict[str, Any]) -> None:
     lengths, skipped = document["lengths"], document["skipped"]
     left_out = ", ".join(f"{count} {reason}" for reason, count in skipped.items() if count) or "none"
     console.result(f"{document['dataset']}: {document['num_samples']} samples, {document['num_tokens']} tokens")
+    if document["num_steps"] is not None:
+        console.result(f"a stream for {document['num_steps']} steps; of the samples shown:")
     console.result(f"lengths {lengths['min']} to {lengths['max']} tokens, median {lengths['median']}")
     console.result(f"labels {100 * document['label_share']:.1f} % of the tokens; rows skipped: {left_out}")
     console.result("Dimmed: no label. Coloured: special tokens." if console.shows_styles() else "⟦…⟧: no label.")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lors_cli.errors import UsageError
+from lors_cli.recipe import TuneDataConfig
 from lors_cli.samples import Sample, isolated_sample
 
 if TYPE_CHECKING:
@@ -211,6 +212,14 @@ def check_length(wanted: int, model_max_length: int, key: str) -> None:
             f"{key} {wanted} is more than the model's {model_max_length} tokens.",
             f"Set {key} to {model_max_length} or less.",
         )
+
+
+def too_little_text(config: TuneDataConfig) -> UsageError:
+    """What to raise when the text fills no sample."""
+    return UsageError(
+        f"{config.dataset} has too little text for one sample of {config.max_length} tokens.",
+        "Lower max_length, or give more text.",
+    )
 
 
 def read_tokens(

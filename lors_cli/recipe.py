@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -21,6 +21,12 @@ Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 ModelRole = Literal["dense", "pruned", "tuned"]
 TuneMethod = Literal["lors", "sqft", "sqft-gc", "spp", "spp-gc", "hira", "lora"]
 Name = Annotated[str, Field(min_length=1)]
+
+
+def _whole(value: Any) -> Any:
+    """0.5e9 as the whole number that it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
 
 _strict = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
@@ -142,6 +148,11 @@ class TuneDataConfig:
     """How texts share a sample. concatenated: one after the other, each seeing those before it. isolated: positions
     start anew with each text and none sees another; instructions can be packed so too, whole, several a sample.
     Default: text concatenated, instructions one a sample."""
+    stream: Literal["auto", "on", "off"] = "auto"
+    """Tokenise text in the background while it is trained on, with a cache on disk, instead of all of it before.
+    auto: on for text from the hub, local files above 64 MiB, and max_tokens."""
+    shuffle_buffer: Positive = 4096
+    """Streamed text: so many consecutive packed samples are shuffled together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +195,9 @@ class TuneConfig:
     epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3.0
     max_steps: Positive | None = None
     """Optimiser steps; overrides epochs."""
+    max_tokens: Annotated[int, BeforeValidator(_whole), Field(gt=1)] | None = None
+    """Tokens of streamed text to train on, such as 0.5e9, exactly: the last sample and the last step are cut to it.
+    Overrides epochs."""
     batch_size: Positive = 32
     """Samples an optimiser step, over all devices and accumulation."""
     per_device_batch_size: Positive | None = None
@@ -202,6 +216,10 @@ class TuneConfig:
             raise ValueError(f"merged_cache: it is for method: lors, and method is {self.method}")
         if self.base == "compressed" and self.method != "lors":
             raise ValueError(f"base: compressed is for method: lors, and method is {self.method}")
+        if self.max_tokens is not None and self.max_steps is not None:
+            raise ValueError("max_tokens: max_steps says how long to train too; give one of them")
+        if self.max_tokens is not None and self.data.stream == "off":
+            raise ValueError("max_tokens: it counts streamed text, and data.stream is off")
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(
                 f"min_learning_rate: {self.min_learning_rate:g} is above learning_rate: {self.learning_rate:g}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +29,34 @@ class TuneData:
     skipped: dict[str, int]
     """Rows left out, by reason: EMPTY_OUTPUT, NO_LABEL."""
     num_tokens: int
+    num_steps: int | None = None
+    """Optimiser steps that the samples are for, where they are those of the whole run, in order."""
+
+    def first_drawn(self, number: int, seed: int) -> list[int]:
+        """Samples to look at before training: drawn at random, or the first of samples that are in order.
+
+        Args:
+            number: at most so many.
+            seed: of the draw.
+        """
+        import torch
+
+        if self.num_steps is not None:
+            return list(range(min(number, len(self.samples))))
+        return torch.randperm(len(self.samples), generator=torch.Generator().manual_seed(seed))[:number].tolist()
+
+    def close(self) -> None:
+        """End what goes on in the background."""
+        if isinstance(self.samples, Closing):
+            self.samples.close()
+
+
+@runtime_checkable
+class Closing(Protocol):
+    """Samples with something going on in the background."""
+
+    def close(self) -> None:
+        """End it."""
 
 
 class PadCollator:

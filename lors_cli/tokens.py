@@ -23,9 +23,10 @@ from lors_cli.packing import (
     packed_blocks,
     packed_documents,
     read_tokens,
+    too_little_text,
     window_length,
 )
-from lors_cli.recipe import CalibrationConfig, TuneDataConfig
+from lors_cli.recipe import CalibrationConfig, TuneConfig, TuneDataConfig
 from lors_cli.samples import EMPTY_OUTPUT, NO_LABEL, TuneData
 from lors_cli.samples import PadCollator as PadCollator
 from lors_cli.text import TextSource, open_source
@@ -118,6 +119,30 @@ def perplexity_windows(
     return tokens[: windows * length].view(windows, length)[:max_windows].clone()
 
 
+def tuning_data(config: TuneConfig, tokenizer: Any, *, model_max_length: int, data_dir: Path | None) -> TuneData:
+    """What a tune stage trains on: samples in memory, or a stream of them.
+
+    Args:
+        config: of the stage.
+        tokenizer: of the model.
+        model_max_length: tokens that the model can take.
+        data_dir: folder with local copies of the named sources.
+
+    Raises:
+        UsageError: no usable sample, or settings that do not fit the source.
+        MissingError: a file is not there.
+    """
+    from lors_cli.token_stream import is_streamed, stream_samples
+
+    source = open_source(config.data.dataset, split="train", data_dir=data_dir, want="instructions")
+    if is_streamed(config, source):
+        refuse_for_text(config.data, source)
+        return stream_samples(config, source, tokenizer, model_max_length=model_max_length, data_dir=data_dir)
+    needed = config.max_steps * config.batch_size if config.max_steps else None
+    return tuning_samples(config.data, tokenizer, seed=config.seed, num_needed=needed,
+                          model_max_length=model_max_length, data_dir=data_dir)  # fmt: skip
+
+
 def tuning_samples(
     config: TuneDataConfig,
     tokenizer: Any,
@@ -189,14 +214,6 @@ def refuse_for_text(config: TuneDataConfig, source: TextSource) -> None:
             f"data.packing: the rows of {source.name} are packed already, and where texts begin is not in them.",
             "Leave packing out, or give the text itself.",
         )
-
-
-def too_little_text(config: TuneDataConfig) -> UsageError:
-    """What to raise when the text fills no sample."""
-    return UsageError(
-        f"{config.dataset} has too little text for one sample of {config.max_length} tokens.",
-        "Lower max_length, or give more text.",
-    )
 
 
 # ---- text to tokens

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lors_cli import console, run_dir
@@ -96,6 +96,8 @@ class AdapterTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         samples: Any = self.train_dataset if train_dataset is None else train_dataset
+        if not isinstance(samples, list):  # a stream is in order
+            return SequentialSampler(samples)
         lengths = [len(sample["input_ids"]) for sample in samples]
         step_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return StepSampler(lengths, step_size, self.args.seed)
