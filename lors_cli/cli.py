@@ -25,6 +25,7 @@ from lors_cli.command import (
     model_labels,
     split_list,
 )  # fmt: skip
+from lors_cli.data_view import data_app
 
 app = typer.Typer(
     name="lors",
@@ -36,6 +37,7 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(help="List, copy and describe the shipped recipes.", pretty_exceptions_enable=False)
 app.add_typer(recipes_app, name="recipes")
+app.add_typer(data_app, name="data")
 
 
 def _model_config(path: str, dtype: str, device: str) -> Any:

@@ -28,6 +28,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Column, Table
+from rich.text import Text
 
 from lors_cli import parallel
 
@@ -115,6 +116,23 @@ def result(text: str = "") -> None:
     """A line of a command's result on stdout (nothing with --json)."""
     if _state.mode == "human":
         _state.out.print(escape(text))
+
+
+def title(text: str) -> None:
+    """A line above a part of a command's result on stdout (nothing with --json)."""
+    if _state.mode == "human":
+        _state.out.print(f"[bold]{escape(text)}[/bold]")
+
+
+def styled(text: Text) -> None:
+    """A text with styles of its own on stdout (nothing with --json)."""
+    if _state.mode == "human":
+        _state.out.print(text)
+
+
+def shows_styles() -> bool:
+    """Whether stdout shows dimmed and coloured text."""
+    return _state.out.color_system is not None
 
 
 def document(value: Any) -> None:

@@ -1,15 +1,18 @@
 """From text to token ids: tokenising in batches, packing into blocks, reading pre-tokenised files.
 
-No special token is added here but the end-of-sequence token between documents.
+No special token is added here but the end-of-sequence token after each document, and what the caller puts before it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lors_cli.errors import UsageError
+from lors_cli.recipe import TuneDataConfig
+from lors_cli.samples import Sample, isolated_sample
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +52,33 @@ def packed_blocks(
     Raises:
         UsageError: a stream without num_blocks has no end, or the tokenizer no end-of-sequence token.
     """
+    return packed_documents(documents, tokenizer, sequence_length, num_blocks, seed, streamed, [])[0]
+
+
+def packed_documents(
+    documents: Iterator[str],
+    tokenizer: Any,
+    sequence_length: int,
+    num_blocks: int | None,
+    seed: int,
+    streamed: bool,
+    begin: list[int],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`packed_blocks`, and where in them documents start.
+
+    Args:
+        documents: as there, and so the next five.
+        tokenizer: as there.
+        sequence_length: as there.
+        num_blocks: as there.
+        seed: as there.
+        streamed: as there.
+        begin: tokens before each document.
+
+    Returns:
+        (blocks, sequence_length) int64 tokens, and bool where a document starts; one that is cut goes on in another
+        block, which need not follow.
+    """
     import torch
 
     if streamed and num_blocks is None:
@@ -58,21 +88,46 @@ def packed_blocks(
         pool = max(num_blocks, min(max(_POOL_FACTOR * num_blocks, _POOL_MIN), _POOL_MAX))
     end = eos_token_id(tokenizer)
     blocks: list[torch.Tensor] = []
+    starts: list[torch.Tensor] = []
     rest: list[int] = []
+    rest_starts: list[int] = []
     for batch in batches(documents):
         for ids in encode(tokenizer, batch):
+            rest_starts.append(len(rest))
+            rest += begin
             rest += ids
             rest.append(end)
-        full = len(rest) // sequence_length
-        blocks.append(torch.tensor(rest[: full * sequence_length], dtype=torch.int64).view(full, sequence_length))
-        del rest[: full * sequence_length]
+        used = len(rest) // sequence_length * sequence_length
+        blocks.append(torch.tensor(rest[:used], dtype=torch.int64).view(-1, sequence_length))
+        marks = torch.zeros(used, dtype=torch.bool)
+        marks[[place for place in rest_starts if place < used]] = True
+        starts.append(marks.view(-1, sequence_length))
+        del rest[:used]
+        rest_starts = [place - used for place in rest_starts if place >= used]
         if pool is not None and sum(map(len, blocks)) >= pool:
             break
     if not blocks:
-        return torch.empty((0, sequence_length), dtype=torch.int64)
-    packed = torch.cat(blocks)[:pool]
-    order = torch.randperm(len(packed), generator=torch.Generator().manual_seed(seed))
-    return packed[order[:num_blocks]]
+        empty = torch.empty((0, sequence_length), dtype=torch.int64)
+        return empty, empty.bool()
+    packed, marked = torch.cat(blocks)[:pool], torch.cat(starts)[:pool]
+    order = torch.randperm(len(packed), generator=torch.Generator().manual_seed(seed))[:num_blocks]
+    return packed[order], marked[order]
+
+
+def block_sample(tokens: Any, starts: Any | None) -> Sample:
+    """A block as a sample: every token is a label; of isolated documents every one but each document's first.
+
+    Args:
+        tokens: (sequence_length,), an array.
+        starts: (sequence_length,) bool, an array: where documents start; None when they are not isolated.
+    """
+    ids: list[int] = tokens.tolist()
+    if starts is None:
+        return {"input_ids": ids, "labels": list(ids)}
+    bounds = [0, *(place for place in starts.nonzero()[0].tolist() if place), len(ids)]
+    return isolated_sample(
+        [{"input_ids": ids[first:last], "labels": ids[first:last]} for first, last in pairwise(bounds)]
+    )
 
 
 def batches(texts: Iterable[str], max_chars: int = BATCH_CHARS) -> Iterator[list[str]]:
@@ -117,6 +172,13 @@ def eos_token_id(tokenizer: Any) -> int:
     return tokenizer.eos_token_id
 
 
+def begin_tokens(tokenizer: Any) -> list[int]:
+    """The beginning-of-sequence token, if the tokenizer puts it before a text by itself."""
+    ids = list(tokenizer("").input_ids)
+    bos_token_id = tokenizer.bos_token_id
+    return [bos_token_id] if bos_token_id is not None and ids[:1] == [bos_token_id] else []
+
+
 # ---- lengths and pre-tokenised files
 
 
@@ -150,6 +212,14 @@ def check_length(wanted: int, model_max_length: int, key: str) -> None:
             f"{key} {wanted} is more than the model's {model_max_length} tokens.",
             f"Set {key} to {model_max_length} or less.",
         )
+
+
+def too_little_text(config: TuneDataConfig) -> UsageError:
+    """What to raise when the text fills no sample."""
+    return UsageError(
+        f"{config.dataset} has too little text for one sample of {config.max_length} tokens.",
+        "Lower max_length, or give more text.",
+    )
 
 
 def read_tokens(

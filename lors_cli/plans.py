@@ -226,5 +226,6 @@ def describe(plan: StagePlan) -> str:
         return f"{config.method} {config.pattern}{share} ({plan.detail})"
     if isinstance(config, TuneConfig):
         length = f"{config.max_steps} steps" if config.max_steps else f"{config.epochs:g} epochs"
+        length = f"{config.max_tokens:,} tokens" if config.max_tokens else length
         return f"{config.method} rank {config.rank} on {config.data.dataset}, {length} ({plan.detail})"
     return f"{', '.join(plan.models)}: {', '.join((*config.tasks, *config.perplexity))} ({plan.detail})"

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -21,6 +21,12 @@ Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 ModelRole = Literal["dense", "pruned", "tuned"]
 TuneMethod = Literal["lors", "sqft", "sqft-gc", "spp", "spp-gc", "hira", "lora"]
 Name = Annotated[str, Field(min_length=1)]
+
+
+def _whole(value: Any) -> Any:
+    """0.5e9 as the whole number that it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
 
 _strict = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
@@ -133,6 +139,20 @@ class TuneDataConfig:
     """Tokens a sample: instructions are cut there, text is packed to it."""
     num_samples: Positive | None = None
     """At most so many samples; default: all of them (streamed text: as many as the steps need)."""
+    template: Literal["alpaca", "alpaca_short", "vicuna", "chat"] = "alpaca"
+    """What an instruction is written into: Stanford Alpaca's prompt, alpaca-lora's short one, Vicuna's, or chat, the
+    tokenizer's own chat template."""
+    train_on_prompt: bool = False
+    """Instructions: learn the prompt's tokens too, not the response alone."""
+    packing: Literal["concatenated", "isolated"] | None = None
+    """How texts share a sample. concatenated: one after the other, each seeing those before it. isolated: positions
+    start anew with each text and none sees another; instructions can be packed so too, whole, several a sample.
+    Default: text concatenated, instructions one a sample."""
+    stream: Literal["auto", "on", "off"] = "auto"
+    """Tokenise text in the background while it is trained on, with a cache on disk, instead of all of it before.
+    auto: on for text from the hub, local files above 64 MiB, and max_tokens."""
+    shuffle_buffer: Positive = 4096
+    """Streamed text: so many consecutive packed samples are shuffled together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +218,9 @@ class TuneConfig:
     epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3.0
     max_steps: Positive | None = None
     """Optimiser steps; overrides epochs."""
+    max_tokens: Annotated[int, BeforeValidator(_whole), Field(gt=1)] | None = None
+    """Tokens of streamed text to train on, such as 0.5e9, exactly: the last sample and the last step are cut to it.
+    Overrides epochs."""
     batch_size: Positive = 32
     """Samples an optimiser step, over all devices and accumulation."""
     per_device_batch_size: Positive | None = None
@@ -220,6 +243,10 @@ class TuneConfig:
             raise ValueError("train_norms: PEFT's LoRA files have no place for trained norms; choose another method")
         if self.norms_lr_ratio != 1.0 and not self.train_norms:
             raise ValueError("norms_lr_ratio: it is for train_norms: true")
+        if self.max_tokens is not None and self.max_steps is not None:
+            raise ValueError("max_tokens: max_steps says how long to train too; give one of them")
+        if self.max_tokens is not None and self.data.stream == "off":
+            raise ValueError("max_tokens: it counts streamed text, and data.stream is off")
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(
                 f"min_learning_rate: {self.min_learning_rate:g} is above learning_rate: {self.learning_rate:g}"

@@ -39,6 +39,10 @@ class TextSource:
     streamed: bool
     """Text that must not be read whole."""
     _read: Callable[[], Iterator[Row]] = field(repr=False, compare=False)
+    open_stream: Callable[[], Any] | None = field(default=None, repr=False, compare=False)
+    """Opens streamed text on the hub as a `datasets.IterableDataset`."""
+    num_bytes: int = 0
+    """Of the local file, where there is one."""
 
     def rows(self) -> Iterator[Row]:
         """The rows in their order: {"text"}, or {"instruction", "input", "output"}.
@@ -157,14 +161,19 @@ def _open(name: str, split: Split, data_dir: Path | None, want: Want) -> TextSou
         return _open_file(name, _user_file(name), fingerprint)
     if data_dir is None:
         hub_split = _hub_split(name, known, split)
-        streamed = known.streamed
-        return TextSource(name, known.kind, fingerprint, None, streamed, lambda: _hub_rows(known, hub_split))
+        opens = (lambda: _hub_dataset(known, hub_split)) if known.streamed else None
+        return TextSource(
+            name, known.kind, fingerprint, None, known.streamed, lambda: _hub_rows(known, hub_split), opens
+        )
     path = _data_file(name, known, split, data_dir)
     if name == "wikitext2":
         return TextSource(name, "text", fingerprint, None, False, lambda: _one_text(read_text(path).split("\n")))
     if known.subset is not None:
         subset = known.subset
-        return TextSource(name, known.kind, fingerprint, None, False, lambda: _subset_rows(path, subset))
+        size = path.stat().st_size
+        return TextSource(
+            name, known.kind, fingerprint, None, False, lambda: _subset_rows(path, subset), num_bytes=size
+        )
     return _open_file(name, path, fingerprint)
 
 
@@ -182,8 +191,8 @@ def _open_file(name: str, path: Path, fingerprint: str) -> TextSource:
         return TextSource(name, "tokens", fingerprint, path, False, lambda: _no_rows(path))
     if form == "txt":
         return TextSource(name, "text", fingerprint, None, False, lambda: iter([{"text": read_text(path)}]))
-    kind = row_kind(path)
-    return TextSource(name, kind, fingerprint, None, False, lambda: read_rows(path, kind))
+    kind, size = row_kind(path), path.stat().st_size
+    return TextSource(name, kind, fingerprint, None, False, lambda: read_rows(path, kind), num_bytes=size)
 
 
 def _no_rows(path: Path) -> Iterator[Row]:
@@ -216,8 +225,8 @@ def _set_name(value: dict[str, Any]) -> Any:
     return meta.get("redpajama_set_name") if isinstance(meta, dict) else None
 
 
-def _hub_rows(known: _Known, hub_split: str) -> Iterator[Row]:
-    """Rows of a dataset on the hub.
+def _hub_dataset(known: _Known, hub_split: str) -> Any:
+    """A dataset on the hub.
 
     Raises:
         MissingError: it cannot be reached.
@@ -225,12 +234,17 @@ def _hub_rows(known: _Known, hub_split: str) -> Iterator[Row]:
     from datasets import load_dataset
 
     try:
-        rows = load_dataset(known.repo, known.config, split=hub_split, streaming=known.streamed)
+        return load_dataset(known.repo, known.config, split=hub_split, streaming=known.streamed)
     except Exception as error:
         if isinstance(translate(error), MissingError):
             hint = "Use data_dir=FOLDER with a local copy, or name a local file (README, Data)."
             raise MissingError(f"The dataset {known.repo} cannot be reached on the hub.", hint) from error
         raise
+
+
+def _hub_rows(known: _Known, hub_split: str) -> Iterator[Row]:
+    """Its rows."""
+    rows = _hub_dataset(known, hub_split)
     if known.repo == "Salesforce/wikitext":
         yield from _one_text(row["text"] for row in rows)
         return

@@ -1,96 +1,42 @@
 """Tokens from text: prompts with masked labels, packed blocks, calibration batches, perplexity windows.
 
-No special token is added but these: documents are joined by the end-of-sequence token, a response ends in it, and a
-prompt begins with the beginning-of-sequence token where the tokenizer adds one by itself.
+No special token is added but these: documents are joined by the end-of-sequence token, a response ends in it, and
+prompts and isolated documents begin with the beginning-of-sequence token where the tokenizer adds one by itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lors_cli import console
 from lors_cli.errors import UsageError
+from lors_cli.instructions import instruction_samples
 from lors_cli.packing import (
     BATCH_CHARS,
-    BATCH_DOCUMENTS,
     batches,
+    begin_tokens,
+    block_sample,
     check_length,
     encode,
-    eos_token_id,
     packed_blocks,
+    packed_documents,
     read_tokens,
+    too_little_text,
     window_length,
 )
-from lors_cli.prompts import alpaca_prompt
-from lors_cli.recipe import CalibrationConfig, TuneDataConfig
+from lors_cli.recipe import CalibrationConfig, TuneConfig, TuneDataConfig
+from lors_cli.samples import EMPTY_OUTPUT, NO_LABEL, TuneData
+from lors_cli.samples import PadCollator as PadCollator
 from lors_cli.text import TextSource, open_source
 
 if TYPE_CHECKING:
     import torch
 
-IGNORED = -100
-"""The label that the loss passes over."""
 DEFAULT_SAMPLES = 128
-EMPTY_OUTPUT = "empty output"
-NO_LABEL = "no label after truncation"
 _STREAM_WINDOWS = 256
 """Windows of a stream when none are asked for, as SparseGPT and Wanda take of C4."""
-
-
-@dataclass(frozen=True)
-class TuneData:
-    """What a model is tuned on."""
-
-    samples: list[dict[str, list[int]]]
-    """Each with input_ids and labels of the same length; IGNORED where there is no label."""
-    num_rows: int
-    """Rows of the source that were used or skipped; for packed text the number of blocks."""
-    skipped: dict[str, int]
-    """Rows left out, by reason: EMPTY_OUTPUT, NO_LABEL."""
-    num_tokens: int
-
-
-class PadCollator:
-    """Makes a batch of samples of different length.
-
-    Padding goes by length, never by token: where the padding token is the end-of-sequence token, as in SmolLM2, a
-    response's real end keeps its label and its attention.
-
-    Args:
-        pad_token_id: fills input_ids on the right.
-    """
-
-    def __init__(self, pad_token_id: int) -> None:
-        self.pad_token_id = pad_token_id
-
-    def __call__(self, samples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        """The batch.
-
-        Args:
-            samples: with input_ids and labels.
-
-        Returns:
-            input_ids, attention_mask and labels, each (samples, longest sample) int64.
-        """
-        import torch
-
-        longest = max(len(sample["input_ids"]) for sample in samples)
-        shape = (len(samples), longest)
-        batch = {
-            "input_ids": torch.full(shape, self.pad_token_id, dtype=torch.int64),
-            "attention_mask": torch.zeros(shape, dtype=torch.int64),
-            "labels": torch.full(shape, IGNORED, dtype=torch.int64),
-        }
-        for row, sample in enumerate(samples):
-            length = len(sample["input_ids"])
-            batch["input_ids"][row, :length] = torch.tensor(sample["input_ids"])
-            batch["attention_mask"][row, :length] = 1
-            batch["labels"][row, :length] = torch.tensor(sample["labels"])
-        return batch
 
 
 def calibration_tokens(
@@ -173,6 +119,30 @@ def perplexity_windows(
     return tokens[: windows * length].view(windows, length)[:max_windows].clone()
 
 
+def tuning_data(config: TuneConfig, tokenizer: Any, *, model_max_length: int, data_dir: Path | None) -> TuneData:
+    """What a tune stage trains on: samples in memory, or a stream of them.
+
+    Args:
+        config: of the stage.
+        tokenizer: of the model.
+        model_max_length: tokens that the model can take.
+        data_dir: folder with local copies of the named sources.
+
+    Raises:
+        UsageError: no usable sample, or settings that do not fit the source.
+        MissingError: a file is not there.
+    """
+    from lors_cli.token_stream import is_streamed, stream_samples
+
+    source = open_source(config.data.dataset, split="train", data_dir=data_dir, want="instructions")
+    if is_streamed(config, source):
+        refuse_for_text(config.data, source)
+        return stream_samples(config, source, tokenizer, model_max_length=model_max_length, data_dir=data_dir)
+    needed = config.max_steps * config.batch_size if config.max_steps else None
+    return tuning_samples(config.data, tokenizer, seed=config.seed, num_needed=needed,
+                          model_max_length=model_max_length, data_dir=data_dir)  # fmt: skip
+
+
 def tuning_samples(
     config: TuneDataConfig,
     tokenizer: Any,
@@ -203,79 +173,47 @@ def tuning_samples(
     check_length(config.max_length, model_max_length, "max_length")
     source = open_source(config.dataset, split="train", data_dir=data_dir, want="instructions")
     if source.kind == "instructions":
-        return _instruction_samples(source, config, tokenizer)
+        return instruction_samples(source, config, tokenizer)
+    refuse_for_text(config, source)
     if source.path is not None:
         blocks = read_tokens(source.path, tokenizer, config.num_samples, None, None)
         if blocks.shape[1] > config.max_length:
             console.warn(f"{source.name}: rows of {blocks.shape[1]} tokens are cut to max_length {config.max_length}.")
             blocks = blocks[:, : config.max_length]
+        starts = None
     else:
         wanted = config.num_samples if config.num_samples is not None else num_needed
-        blocks = packed_blocks(_texts(source), tokenizer, config.max_length, wanted, seed, source.streamed)
+        isolated = config.packing == "isolated"
+        blocks, starts = packed_documents(
+            _texts(source), tokenizer, config.max_length, wanted, seed, source.streamed,
+            begin_tokens(tokenizer) if isolated else [],
+        )  # fmt: skip
+        starts = starts if isolated else None
         if len(blocks) == 0:
-            raise UsageError(
-                f"{config.dataset} has too little text for one sample of {config.max_length} tokens.",
-                "Lower max_length, or give more text.",
-            )
-    samples = [{"input_ids": row, "labels": list(row)} for row in blocks.tolist()]
+            raise too_little_text(config)
+    rows = blocks.numpy()
+    marks = [None] * len(rows) if starts is None else starts.numpy()
+    samples = [block_sample(row, mark) for row, mark in zip(rows, marks, strict=True)]
     return TuneData(samples, len(samples), {EMPTY_OUTPUT: 0, NO_LABEL: 0}, blocks.numel())
 
 
-# ---- instructions
+def refuse_for_text(config: TuneDataConfig, source: TextSource) -> None:
+    """Refuse settings that are for instructions where the source is text or tokens.
 
-
-def _instruction_samples(source: TextSource, config: TuneDataConfig, tokenizer: Any) -> TuneData:
-    """Prompt and response of each row, the prompt's labels masked.
-
-    Both are tokenised apart and then joined, so that no token spans the boundary and a prompt's tokens are the
-    same whatever follows it. The end-of-sequence token is joined by its id.
+    Raises:
+        UsageError: one of them is given.
     """
-    begin = _begin_tokens(tokenizer)
-    end = eos_token_id(tokenizer)
-    skipped = {EMPTY_OUTPUT: 0, NO_LABEL: 0}
-    samples: list[dict[str, list[int]]] = []
-    num_rows = 0
-    rows = source.rows()
-    while batch := list(islice(rows, BATCH_DOCUMENTS)):
-        prompts = encode(tokenizer, [alpaca_prompt(row["instruction"], row["input"]) for row in batch])
-        responses = encode(tokenizer, [row["output"] for row in batch])
-        for row, prompt, response in zip(batch, prompts, responses, strict=True):
-            if config.num_samples is not None and len(samples) == config.num_samples:
-                break
-            num_rows += 1
-            if not row["output"].strip():
-                skipped[EMPTY_OUTPUT] += 1
-                continue
-            sample = _masked_sample(begin + prompt, response, end, config.max_length)
-            if any(label != IGNORED for label in sample["labels"][1:]):
-                samples.append(sample)
-            else:
-                skipped[NO_LABEL] += 1
-        if config.num_samples is not None and len(samples) == config.num_samples:
-            break
-    if not samples:
-        counts = ", ".join(f"{count} with {reason}" for reason, count in skipped.items())
+    given = [name for name, is_given in (("template", config.template != "alpaca"),
+                                         ("train_on_prompt", config.train_on_prompt)) if is_given]  # fmt: skip
+    if given:
         raise UsageError(
-            f"{source.name} has no usable row among {num_rows}: {counts}.",
-            f"Raise max_length ({config.max_length} tokens) or give other rows.",
+            f"data.{given[0]} is for instructions, and {source.name} is {source.kind}.", f"Leave {given[0]} out."
         )
-    return TuneData(samples, num_rows, skipped, sum(len(sample["input_ids"]) for sample in samples))
-
-
-def _masked_sample(prompt: list[int], response: list[int], end: int, max_length: int) -> dict[str, list[int]]:
-    """One sample, cut on the right; a response that was cut does not end in the end-of-sequence token."""
-    ended = response if response[-1:] == [end] else [*response, end]
-    return {
-        "input_ids": (prompt + ended)[:max_length],
-        "labels": ([IGNORED] * len(prompt) + ended)[:max_length],
-    }
-
-
-def _begin_tokens(tokenizer: Any) -> list[int]:
-    """The beginning-of-sequence token, if the tokenizer puts it before a text by itself."""
-    ids = list(tokenizer("").input_ids)
-    bos_token_id = tokenizer.bos_token_id
-    return [bos_token_id] if bos_token_id is not None and ids[:1] == [bos_token_id] else []
+    if source.path is not None and config.packing is not None:
+        raise UsageError(
+            f"data.packing: the rows of {source.name} are packed already, and where texts begin is not in them.",
+            "Leave packing out, or give the text itself.",
+        )
 
 
 # ---- text to tokens

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,15 +37,20 @@ def stage_fingerprint(config: TuneConfig, model_fingerprint: str, data_dir: Path
         data_dir: local datasets.
     """
     from lors_cli.sources import model_fingerprint as fingerprint_model
-    from lors_cli.text import fingerprint_source
+    from lors_cli.text import fingerprint_source, open_source
+    from lors_cli.token_stream import is_streamed
 
     settings = {key: value for key, value in asdict(config).items() if key not in WITHOUT_EFFECT}
     settings.update(alpha=float(config.alpha), per_device_batch_size=config.micro_batch_size, init=config.start)
-    if config.max_steps is not None:
+    if config.max_steps is not None or config.max_tokens is not None:
         del settings["epochs"]
     if config.start == "kaiming":
         del settings["init_samples"]
     dataset = settings["data"].pop("dataset")
+    source = open_source(dataset, split="train", data_dir=data_dir, want="instructions")
+    settings["data"]["stream"] = is_streamed(config, source)
+    if not settings["data"]["stream"]:
+        del settings["data"]["shuffle_buffer"]
     inputs = {
         "model": model_fingerprint,
         "data": fingerprint_source(dataset, split="train", data_dir=data_dir),
@@ -90,8 +95,10 @@ def tune(config: TuneConfig, model: ModelConfig, out: Path, *, data_dir: Path | 
     data = _load_data(config, network, tokenizer, data_dir)
     set_seed(config.seed)
     log = _running_log(out, run_dir.work_dir(out, fingerprint))
-    trainer = prepare_trainer(config, network, layers, data, tokenizer, out / CHECKPOINTS_NAME, fingerprint)
-    training = _train(trainer, config, out / CHECKPOINTS_NAME, log)
+    schedule = config if data.num_steps is None else replace(config, max_steps=data.num_steps, max_tokens=None)
+    trainer = prepare_trainer(schedule, network, layers, data, tokenizer, out / CHECKPOINTS_NAME, fingerprint)
+    training = _train(trainer, schedule, out / CHECKPOINTS_NAME, log)
+    data.close()
     network.config.use_cache = use_cache  # the Trainer turns it off
     adapter = _adapter_config(config, network, layers, model, base_fingerprint)
     staging = run_dir.staging_dir(out)
@@ -131,13 +138,18 @@ def sparse_layers(model: PreTrainedModel, folder: Path) -> dict[str, Pattern]:
 
 def _load_data(config: TuneConfig, network: PreTrainedModel, tokenizer: Any, data_dir: Path | None) -> TuneData:
     from lors_cli.models import model_max_length
-    from lors_cli.tokens import tuning_samples
+    from lors_cli.tokens import tuning_data
+    from lors_cli.tuning.isolation import refuse_mixing
 
-    needed = config.max_steps * config.batch_size if config.max_steps else None
-    data = tuning_samples(config.data, tokenizer, seed=config.seed, num_needed=needed,
-                          model_max_length=model_max_length(network), data_dir=data_dir)  # fmt: skip
+    if config.data.packing == "isolated":
+        refuse_mixing(network)
+    data = tuning_data(config, tokenizer, model_max_length=model_max_length(network), data_dir=data_dir)
     skipped = ", ".join(f"{count} {reason}" for reason, count in data.skipped.items() if count)
-    console.info(f"  data: {config.data.dataset}, {len(data.samples)} samples, {data.num_tokens} tokens"
+    steps = ""
+    if data.num_steps is not None:
+        in_last = len(data.samples) - (data.num_steps - 1) * config.batch_size
+        steps = f" in {data.num_steps} steps" + (f", {in_last} in the last" if in_last < config.batch_size else "")
+    console.info(f"  data: {config.data.dataset}, {len(data.samples)} samples, {data.num_tokens} tokens{steps}"
                  + (f" (skipped: {skipped})" if skipped else ""))  # fmt: skip
     return data
 
@@ -216,7 +228,8 @@ def _loss_metrics(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _data_metrics(data: TuneData) -> dict[str, Any]:
-    return {"num_samples": len(data.samples), "skipped": dict(data.skipped), "tokens_an_epoch": data.num_tokens}
+    tokens = "tokens_an_epoch" if data.num_steps is None else "tokens"
+    return {"num_samples": len(data.samples), "skipped": dict(data.skipped), tokens: data.num_tokens}
 
 
 def _adapter_config(

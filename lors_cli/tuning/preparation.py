@@ -87,8 +87,7 @@ def _loss(config: TuneConfig, network: PreTrainedModel, batch: dict[str, torch.T
 
 def _init_batches(config: TuneConfig, data: TuneData, collator: PadCollator) -> list[dict[str, torch.Tensor]]:
     """The samples that the gradient is taken of, in micro-batches."""
-    generator = torch.Generator().manual_seed(config.seed)
-    chosen = torch.randperm(len(data.samples), generator=generator)[: config.init_samples].tolist()
+    chosen = data.first_drawn(config.init_samples, config.seed)
     size = config.micro_batch_size
     return [collator([data.samples[index] for index in chosen[first : first + size]])
             for first in range(0, len(chosen), size)]  # fmt: skip

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lors_cli import console, run_dir
 from lors_cli.errors import UsageError
+from lors_cli.samples import count_tokens
 from lors_cli.tuning.adapter import WEIGHTS_NAME, adapter_layers, adapter_tensors, load_tensors
 from lors_cli.tuning.head import Loss
 from lors_cli.tuning.norms import norm_shifts
@@ -96,13 +97,15 @@ class AdapterTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         samples: Any = self.train_dataset if train_dataset is None else train_dataset
+        if not isinstance(samples, list):  # a stream is in order
+            return SequentialSampler(samples)
         lengths = [len(sample["input_ids"]) for sample in samples]
         step_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return StepSampler(lengths, step_size, self.args.seed)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """One micro-batch; its tokens are counted for the log."""
-        self.tokens_seen += int(inputs["attention_mask"].sum())
+        self.tokens_seen += count_tokens(inputs)
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

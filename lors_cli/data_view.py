@@ -1,0 +1,216 @@
+"""`lors data show`: samples as the model will see them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lors_cli import console
+from lors_cli.command import DataDir, Overrides, guarded
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from lors_cli.recipe import ModelConfig, TuneConfig
+    from lors_cli.samples import Sample, TuneData
+
+MASKED_STYLE = "dim"
+SPECIAL_STYLE = "bold cyan"
+MASKED_MARKS = ("⟦", "⟧")
+"""Around what has no label, where there are no styles."""
+
+data_app = typer.Typer(help="Look at the data that a model is tuned on.", no_args_is_help=True,
+                       pretty_exceptions_enable=False)  # fmt: skip
+
+
+@data_app.callback()
+def data() -> None:
+    """Look at the data that a model is tuned on."""
+
+
+@data_app.command()
+@guarded
+def show(
+    recipe: Annotated[str, typer.Argument(help="A recipe or a tune config: a file, or the name of a shipped one.")],
+    overrides: Overrides = None,
+    num: Annotated[int, typer.Option("--num", min=1, help="Samples to show.")] = 3,
+    model: Annotated[str | None, typer.Option("--model", help="Whose tokenizer; a tune config names none.")] = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Show samples as the model will see them: what has no label is dimmed, special tokens are coloured."""
+    from lors_cli.models import load_config, load_tokenizer, model_max_length
+    from lors_cli.plans import resolve_data_dir
+    from lors_cli.tokens import tuning_data
+
+    config, source, folder = load_settings(recipe, overrides or [], model)
+    tokenizer = load_tokenizer(source)
+    found = tuning_data(
+        config, tokenizer, model_max_length=model_max_length(load_config(source)),
+        data_dir=resolve_data_dir(str(data_dir) if data_dir else folder),
+    )  # fmt: skip
+    shown = [found.samples[index] for index in range(min(num, len(found.samples)))]
+    found.close()
+    document = {"dataset": config.data.dataset, **figures(found, shown)}
+    for index, sample in enumerate(shown):
+        _show_sample(index, sample, tokenizer)
+    _show_figures(document)
+    console.document(
+        {**document, "samples": [{**sample, "text": decoded(sample["input_ids"], tokenizer)} for sample in shown]}
+    )
+
+
+def load_settings(name: str, overrides: list[str], model: str | None) -> tuple[TuneConfig, ModelConfig, str | None]:
+    """The tuning settings that a name stands for, the model whose tokenizer they are for, and the folder of its data.
+
+    Args:
+        name: of a recipe or a tune config, a file or shipped.
+        overrides: of the recipe (`tune.data.template=chat`) or the config (`data.template=chat`).
+        model: of the command line.
+
+    Raises:
+        UsageError: neither is there, the recipe tunes nothing, or no model is named.
+    """
+    from lors_cli.errors import UsageError
+    from lors_cli.loading import find_config, find_recipe, load_model_config, load_recipe, load_stage, shipped_configs
+
+    if _is_config(name):
+        if model is None:
+            raise UsageError(f"{name} is a tune config and names no model.", "Say whose tokenizer: --model MODEL.")
+        config: Any = load_stage("tune", find_config(name), overrides)
+        return config, load_model_config(model), None
+    try:
+        recipe = load_recipe(find_recipe(name), overrides)
+    except UsageError as error:
+        if "There is no recipe" in error.message:
+            tunes = [config for config in shipped_configs() if config.startswith("tune/")]
+            raise UsageError(error.message, f"{error.hint} Tune configs: {', '.join(tunes)}.") from None
+        raise
+    if recipe.tune is None:
+        raise UsageError(f"{name} has no tune stage, so there is no data to tune on.")
+    return recipe.tune, load_model_config(model) if model else recipe.model, recipe.data_dir
+
+
+def _is_config(name: str) -> bool:
+    """Whether `name` means the config of a single stage: a shipped one, or a file without the keys of a recipe."""
+    from lors_cli._yaml import YamlError, read
+    from lors_cli.loading import shipped_configs, shipped_recipes
+
+    path = Path(name).expanduser()
+    if not path.is_file():
+        stem = name.removeprefix("configs/").removesuffix(".yaml")
+        return stem in shipped_configs() and stem not in shipped_recipes()
+    try:
+        keys = read(path.read_text(encoding="utf-8-sig")).data
+    except (YamlError, UnicodeDecodeError, OSError):
+        return False  # reading it as a recipe says what is wrong
+    return isinstance(keys, dict) and bool(keys) and not {"name", "model", "tune", "prune", "eval"} & set(keys)
+
+
+def figures(found: TuneData, shown: list[Sample]) -> dict[str, Any]:
+    """How many samples and labels there are, and how long samples are.
+
+    Args:
+        found: the whole data; of a stream the samples are not counted, but those shown.
+        shown: samples of it.
+    """
+    from lors_cli.samples import IGNORED
+
+    counted = shown if found.num_steps is not None else found.samples
+    lengths = [len(sample["input_ids"]) for sample in counted]
+    num_labels = sum(label != IGNORED for sample in counted for label in sample["labels"][1:])
+    return {
+        "num_samples": len(found.samples), "num_rows": found.num_rows, "skipped": dict(found.skipped),
+        "num_tokens": found.num_tokens, "num_steps": found.num_steps, "counted_samples": len(counted),
+        "num_labels": num_labels, "label_share": round(num_labels / sum(lengths), 4),
+        "lengths": {"min": min(lengths), "median": statistics.median_low(lengths), "max": max(lengths)},
+    }  # fmt: skip
+
+
+def texts_of(sample: Sample) -> list[Sample]:
+    """The texts that share a sample: of an isolated one those whose positions start anew, else it alone.
+
+    Args:
+        sample: of any packing.
+    """
+    if "position_ids" not in sample:
+        return [sample]
+    starts = [place for place, position in enumerate(sample["position_ids"]) if position == 0]
+    bounds = zip(starts, [*starts[1:], len(sample["input_ids"])], strict=True)
+    return [{key: sample[key][first:last] for key in ("input_ids", "labels")} for first, last in bounds]
+
+
+def decoded(ids: list[int], tokenizer: Any) -> str:
+    """Tokens as text, special ones too.
+
+    Args:
+        ids: of tokens.
+        tokenizer: of the model.
+    """
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def styled_text(sample: Sample, tokenizer: Any, *, marks: bool) -> Text:
+    """A text with what has no label dimmed and special tokens coloured.
+
+    Args:
+        sample: with input_ids and labels.
+        tokenizer: of the model.
+        marks: put ⟦ ⟧ around what has no label, for where there are no styles.
+    """
+    from rich.text import Text
+
+    text = Text()
+    before = ""
+    was_masked = False
+    for last, masked, special in _runs(sample, set(tokenizer.all_special_ids)):
+        if marks and masked != was_masked:
+            text.append(MASKED_MARKS[0] if masked else MASKED_MARKS[1])
+        was_masked = masked
+        whole = decoded(sample["input_ids"][:last], tokenizer)
+        styles = ([MASKED_STYLE] if masked else []) + ([SPECIAL_STYLE] if special else [])
+        text.append(whole[len(before) :], style=" ".join(styles))
+        before = whole
+    if marks and was_masked:
+        text.append(MASKED_MARKS[1])
+    return text
+
+
+def _runs(sample: Sample, special_ids: set[int]) -> Iterator[tuple[int, bool, bool]]:
+    """(end, without labels, special) of the longest runs of tokens alike in both."""
+    from lors_cli.samples import IGNORED
+
+    kinds = [(label == IGNORED, token in special_ids)
+             for token, label in zip(sample["input_ids"], sample["labels"], strict=True)]  # fmt: skip
+    for place, kind in enumerate(kinds, 1):
+        if place == len(kinds) or kinds[place] != kind:
+            yield place, *kind
+
+
+def _show_sample(index: int, sample: Sample, tokenizer: Any) -> None:
+    from lors_cli.samples import IGNORED
+
+    length = len(sample["input_ids"])
+    num_labels = sum(label != IGNORED for label in sample["labels"][1:])
+    texts = texts_of(sample)
+    several = f" · {len(texts)} texts" if len(texts) > 1 else ""
+    console.title(
+        f"sample {index} · {length} tokens{several} · {num_labels} labels ({100 * num_labels / length:.1f} %)"
+    )
+    for text in texts:
+        console.styled(styled_text(text, tokenizer, marks=not console.shows_styles()))
+    console.result()
+
+
+def _show_figures(document: dict[str, Any]) -> None:
+    lengths, skipped = document["lengths"], document["skipped"]
+    left_out = ", ".join(f"{count} {reason}" for reason, count in skipped.items() if count) or "none"
+    console.result(f"{document['dataset']}: {document['num_samples']} samples, {document['num_tokens']} tokens")
+    if document["num_steps"] is not None:
+        console.result(f"a stream for {document['num_steps']} steps; of the samples shown:")
+    console.result(f"lengths {lengths['min']} to {lengths['max']} tokens, median {lengths['median']}")
+    console.result(f"labels {100 * document['label_share']:.1f} % of the tokens; rows skipped: {left_out}")
+    console.result("Dimmed: no label. Coloured: special tokens." if console.shows_styles() else "⟦…⟧: no label.")

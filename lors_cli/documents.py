@@ -1,0 +1,34 @@
+"""The documents of a source from a position on, in batches that can be gone on from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+from lors_cli.packing import batches
+from lors_cli.text import TextSource
+
+Position = dict[str, Any]
+"""{"documents": number read before}, and for the hub "state", with which datasets opens the right file at once."""
+START: Position = {"documents": 0}
+
+
+def read_documents(source: TextSource, position: Position) -> Iterator[tuple[list[str], Position]]:
+    """Batches of texts, each with the position after it.
+
+    Args:
+        source: of text.
+        position: START, or one that was given before.
+    """
+    dataset = source.open_stream() if source.open_stream is not None else None
+    if dataset is None:
+        rows: Iterator[Any] = islice(source.rows(), position["documents"], None)
+    else:
+        if "state" in position:
+            dataset.load_state_dict(position["state"])
+        rows = iter(dataset)
+    number = position["documents"]
+    for texts in batches(row["text"] for row in rows):
+        number += len(texts)
+        yield texts, {"documents": number, **({"state": dataset.state_dict()} if dataset is not None else {})}

@@ -1,0 +1,242 @@
+"""Samples of a text that is tokenised in the background while it is trained on; it is never in memory whole."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lors_cli import console
+from lors_cli.errors import UsageError
+from lors_cli.order import shuffled_block
+from lors_cli.packing import begin_tokens, block_sample, check_length, eos_token_id, too_little_text
+from lors_cli.recipe import TuneConfig, TuneDataConfig
+from lors_cli.samples import Sample, TuneData
+from lors_cli.text import TextSource
+from lors_cli.token_cache import TokenCache, cache_dir, open_cache
+from lors_cli.token_worker import Worker
+
+LARGE_FILE = 64 << 20
+"""Bytes from which on `stream: auto` streams a local file."""
+SHORTEST = 8
+"""Tokens of the last sample at least: a shorter one might have no label at all."""
+POLL_S = 0.02
+
+
+class TokenStream(Sequence[Sample]):
+    """The samples of a whole run, in the order in which they are trained on.
+
+    A sample is a function of seed and position. It is read from the cache, and waited for where the cache is not yet
+    so far; the next window of blocks is tokenised meanwhile.
+
+    Args:
+        cache: of the text's tokens, held.
+        job: for the process that fills it.
+        config: length, packing and shuffle.
+        seed: of the shuffle.
+    """
+
+    def __init__(self, cache: TokenCache, job: dict[str, Any], config: TuneDataConfig, seed: int) -> None:
+        self.cache, self.config, self.seed = cache, config, seed
+        self._job = job
+        self._worker: Worker | None = None
+        self._asked = 0
+        self._ready = 0
+        """Blocks that are known to be in the cache."""
+        self._total: int | None = None
+        self._num_samples = 0
+        self._last_length = config.max_length
+
+    def plan(self, num_samples: int, last_length: int) -> None:
+        """Say how many samples the run takes.
+
+        Args:
+            num_samples: in all.
+            last_length: tokens of the last one.
+        """
+        self._num_samples, self._last_length = num_samples, last_length
+
+    def __len__(self) -> int:
+        return self._num_samples
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        position = index % len(self)
+        block = self._block(position)
+        length = self._last_length if position == len(self) - 1 else self.config.max_length
+        first = block * self.config.max_length
+        tokens, starts = self.cache.read(first, first + length)
+        return block_sample(tokens, starts if self.config.packing == "isolated" else None)
+
+    def num_blocks(self) -> int | None:
+        """Blocks of one pass over the text, None while that is not known.
+
+        Raises:
+            UsageError: the text fills none.
+        """
+        end, most = self.cache.end(), self.config.num_samples
+        if end is not None:
+            if end < self.config.max_length:
+                raise too_little_text(self.config)
+            return min(end // self.config.max_length, most or sys.maxsize)
+        return most if most is not None and self._available() >= most else None
+
+    def count_blocks(self) -> int:
+        """Blocks of one pass over the text; where that is not known it is tokenised first."""
+        most = self.config.num_samples or sys.maxsize // (2 * self.config.max_length)
+        self._ask(most)
+        self._wait_for(most)
+        found = self.num_blocks()
+        assert found is not None
+        return found
+
+    def close(self) -> None:
+        """End the process in the background, and let others remove the cache."""
+        if self._worker is not None:
+            self._worker.close()
+        self.cache.release()
+
+    def _available(self) -> int:
+        return self.cache.available() // self.config.max_length
+
+    def _block(self, position: int) -> int:
+        """The block at a position, once the cache has all blocks that it is shuffled with."""
+        buffer = self.config.shuffle_buffer
+        if self._total is None and position >= self._ready:
+            window_end = (position // buffer + 1) * buffer
+            self._ask(min(window_end + buffer, -(-len(self) // buffer) * buffer))
+            self._wait_for(window_end)
+            self._total, self._ready = self.num_blocks(), window_end
+        return shuffled_block(position, seed=self.seed, buffer=buffer, num_blocks=self._total)
+
+    def _ask(self, num_blocks: int) -> None:
+        """Have so many blocks made in the background."""
+        if num_blocks <= self._asked:
+            return
+        self._asked = num_blocks
+        if self._available() >= num_blocks or self.cache.end() is not None:
+            return
+        if self._worker is None:
+            self._worker = Worker(self._job)
+        self._worker.ask(num_blocks * self.config.max_length)
+
+    def _wait_for(self, num_blocks: int) -> None:
+        """Until the cache has so many blocks, or has come to its end."""
+        if self._available() >= num_blocks or self.num_blocks() is not None:
+            return
+        assert self._worker is not None
+        wanted = num_blocks * self.config.max_length
+        total = wanted if wanted < sys.maxsize // 4 else None
+        with console.progress("tokenise", total, "tokens") as task:
+            task.skip(self.cache.available())
+            while self._available() < num_blocks and self.num_blocks() is None:
+                self._worker.check()
+                time.sleep(POLL_S)
+                task.update(min(self.cache.available(), wanted))
+
+
+# ---- from a config
+
+
+def is_streamed(config: TuneConfig, source: TextSource) -> bool:
+    """Whether the data of these settings is streamed.
+
+    Args:
+        config: of the tune stage.
+        source: its data.
+
+    Raises:
+        UsageError: the settings ask for it, and the source is no text.
+    """
+    asked = config.data.stream == "on" or config.max_tokens is not None
+    if asked and source.kind != "text":
+        setting = "max_tokens" if config.max_tokens is not None else "data.stream: on"
+        raise UsageError(
+            f"{setting} is for text, and {config.data.dataset} is {source.kind}.", "Give max_steps or epochs."
+        )
+    if config.data.stream != "auto" or asked:
+        return asked
+    return source.kind == "text" and (source.streamed or source.num_bytes > LARGE_FILE)
+
+
+def stream_samples(
+    config: TuneConfig, source: TextSource, tokenizer: Any, *, model_max_length: int, data_dir: Path | None
+) -> TuneData:
+    """The samples of a run over streamed text.
+
+    Args:
+        config: of the tune stage.
+        source: of text.
+        tokenizer: of the model.
+        model_max_length: tokens that the model can take.
+        data_dir: local datasets.
+
+    Raises:
+        UsageError: the source is no text, there is no end to it, or the tokenizer is not one of `tokenizers`.
+    """
+    data = config.data
+    check_length(data.max_length, model_max_length, "max_length")
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UsageError(
+            f"Streaming needs a fast tokenizer, and {type(tokenizer).__name__} is not one.", "Set data.stream: off."
+        )
+    stream = _open_stream(config, source, tokenizer, data_dir)
+    if config.max_tokens is not None:
+        num_samples, last = token_budget(config.max_tokens, data.max_length)
+    elif config.max_steps is not None:
+        num_samples, last = config.max_steps * config.batch_size, data.max_length
+    else:
+        num_samples, last = math.ceil(config.epochs * _countable(stream, source, data)), data.max_length
+    stream.plan(num_samples, last)
+    num_tokens = (num_samples - 1) * data.max_length + last
+    return TuneData(stream, num_samples, {}, num_tokens, math.ceil(num_samples / config.batch_size))
+
+
+def token_budget(max_tokens: int, length: int) -> tuple[int, int]:
+    """Samples that hold exactly so many tokens, but for a rest too short for a sample of its own (`SHORTEST`).
+
+    Args:
+        max_tokens: 2 or more.
+        length: tokens a sample.
+
+    Returns:
+        The number of samples, and the tokens of the last.
+    """
+    whole, rest = divmod(max_tokens, length)
+    return (whole + 1, rest) if rest >= SHORTEST or not whole else (whole, length)
+
+
+def _countable(stream: TokenStream, source: TextSource, data: TuneDataConfig) -> int:
+    if source.streamed and data.num_samples is None:
+        raise UsageError(
+            "Streamed text has no end.", "Say how much of it to take: max_tokens, max_steps or data.num_samples."
+        )
+    return stream.count_blocks()
+
+
+def _open_stream(config: TuneConfig, source: TextSource, tokenizer: Any, data_dir: Path | None) -> TokenStream:
+    data = config.data
+    begin = begin_tokens(tokenizer) if data.packing == "isolated" else []
+    dtype = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
+    stream = {"begin": begin, "end": eos_token_id(tokenizer), "dtype": dtype}
+    cache = open_cache(cache_dir(), {"source": source.fingerprint, **stream}, _tokenizer_json(tokenizer))
+    there = "all there" if cache.end() is not None else f"{cache.available():,} tokens there"
+    console.info(f"  token cache: {cache.folder}, {console.gib(cache.num_bytes())}, {there}")
+    job = {"folder": str(cache.folder), "dataset": data.dataset, "data_dir": str(data_dir) if data_dir else None,
+           "fingerprint": source.fingerprint, **stream}  # fmt: skip
+    return TokenStream(cache, job, data, config.seed)
+
+
+def _tokenizer_json(tokenizer: Any) -> str:
+    """The tokenizer without what calls leave behind in it."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content.update(truncation=None, padding=None)
+    return json.dumps(content, ensure_ascii=False)

@@ -1,0 +1,247 @@
+"""The process that fills a cache of tokens: reads documents, tokenises them on all cores but one, writes shards.
+
+`Worker` starts it as `python -m lors_cli.token_worker`. Its stdin brings a job in one line of JSON, then how many
+tokens are needed, a number a line; when it closes, because its owner ended however, the process ends. What goes wrong
+for the user comes back on stdout as one line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lors_cli.documents import START, Position, read_documents
+from lors_cli.errors import LorsError, ResourceError, UsageError, translate
+from lors_cli.text import TextSource, open_source
+from lors_cli.token_cache import TOKENIZER_NAME, TokenCache, make_room
+
+Batch = tuple[np.ndarray, np.ndarray, Position, Position]
+"""Tokens, where documents start in them, and the source's positions before and after."""
+
+
+class Filler:
+    """Writes the shards of a cache one after the other, from wherever it stands.
+
+    Args:
+        cache: to fill.
+        source: of text.
+        tokenizer: a `tokenizers.Tokenizer`.
+        begin: tokens before each document.
+        end: the token after each.
+        dtype: of tokens on disk.
+    """
+
+    def __init__(
+        self, cache: TokenCache, source: TextSource, tokenizer: Any, begin: list[int], end: int, dtype: str
+    ) -> None:
+        self.cache, self.source, self.tokenizer = cache, source, tokenizer
+        self.begin, self.end, self.dtype = begin, end, dtype
+        self._next_shard = -1
+        self._batches: Iterator[Batch] = iter(())
+        self._tokens, self._starts = np.empty(0, dtype), np.empty(0, np.int64)
+        self._last_batch = 0
+        """Where in _tokens the batch that was read last begins."""
+        self._before: Position = START
+        self._after: Position = START
+        """The source's positions before and after that batch."""
+
+    def fill(self, num_tokens: int) -> None:
+        """Write shards until there are so many tokens, or the source ends.
+
+        Args:
+            num_tokens: needed in all.
+        """
+        if self._is_enough(num_tokens):
+            return
+        with self.cache.writing():
+            while not self._is_enough(num_tokens):
+                self._write_next()
+
+    def _is_enough(self, num_tokens: int) -> bool:
+        return self.cache.available() >= num_tokens or self.cache.end() is not None
+
+    def _write_next(self) -> None:
+        """The next shard."""
+        number, size = self.cache.num_shards(), self.cache.shard_tokens
+        if number != self._next_shard:  # another process wrote the ones before
+            self._go_on_from(number)
+        while len(self._tokens) < size and (batch := next(self._batches, None)) is not None:
+            self._append(batch)
+        taken, marks = self._tokens[:size], self._starts[self._starts < size]
+        make_room(self.cache, taken.nbytes + marks.nbytes)
+        if len(taken) < size:
+            self.cache.write_end(number * size + len(taken), self._after["documents"])
+        if len(taken):
+            self.cache.write_shard(number, taken, marks, self._place_after(size))
+        self._tokens, self._starts = self._tokens[size:], self._starts[self._starts >= size] - size
+        self._last_batch -= size
+        self._next_shard = number + 1
+
+    def _append(self, batch: Batch) -> None:
+        tokens, starts, self._before, self._after = batch
+        self._last_batch = len(self._tokens)
+        self._starts = np.concatenate([self._starts, starts + len(self._tokens)])
+        self._tokens = np.concatenate([self._tokens, tokens])
+
+    def _place_after(self, size: int) -> dict[str, Any]:
+        """Where to go on after the first `size` tokens: what is left of them is the end of the last batch."""
+        if len(self._tokens) <= size:
+            return {"position": self._after, "skip": 0}
+        return {"position": self._before, "skip": size - self._last_batch}
+
+    def _go_on_from(self, number: int) -> None:
+        """Read the source from where the shard before this one ends."""
+        place: dict[str, Any] = self.cache.after(number - 1) if number else {"position": START, "skip": 0}
+        self._before = self._after = place["position"]
+        self._tokens, self._starts = np.empty(0, self.dtype), np.empty(0, np.int64)
+        self._batches = self._tokenised(place["position"])
+        if place["skip"]:
+            self._append(next(self._batches))
+            self._tokens = self._tokens[place["skip"] :]
+            self._starts = self._starts[self._starts >= place["skip"]] - place["skip"]
+            self._last_batch = -place["skip"]
+
+    def _tokenised(self, position: Position) -> Iterator[Batch]:
+        """Tokens of each batch, where its documents start, and the positions before and after it."""
+        for texts, after in read_documents(self.source, position):
+            encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            pieces = [np.array([*self.begin, *encoding.ids, self.end], dtype=self.dtype) for encoding in encodings]
+            lengths = np.array([len(piece) for piece in pieces])
+            yield np.concatenate(pieces), np.cumsum(lengths) - lengths, position, after
+            position = after
+
+
+def make_filler(job: dict[str, Any]) -> Filler:
+    """The filler of a job.
+
+    Args:
+        job: folder of the cache, dataset, data_dir, fingerprint, begin, end, dtype.
+
+    Raises:
+        UsageError: the text is another one by now.
+    """
+    from tokenizers import Tokenizer
+
+    cache = TokenCache(Path(job["folder"]))
+    cache.hold()
+    data_dir = Path(job["data_dir"]) if job["data_dir"] else None
+    source = open_source(job["dataset"], split="train", data_dir=data_dir, want="text")
+    if source.fingerprint != job["fingerprint"]:
+        raise UsageError(f"{job['dataset']} changed while it was read.", "Run the same command again.")
+    tokenizer = Tokenizer.from_file(str(cache.folder / TOKENIZER_NAME))
+    return Filler(cache, source, tokenizer, job["begin"], job["end"], job["dtype"])
+
+
+class Worker:
+    """The process that fills a cache; it ends with this object, and with this process however that ends.
+
+    Args:
+        job: for `token_worker`.
+    """
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": str(max(1, cores - 1))}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "lors_cli.token_worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=environment, start_new_session=True,  # a Ctrl-C is for the training, which may go on for a step
+        )  # fmt: skip
+        self._asked = 0
+        self._tell(json.dumps(job))
+        self._finalizer = weakref.finalize(self, _end, self._process)
+
+    def ask(self, num_tokens: int) -> None:
+        """Say how many tokens are needed in all."""
+        if num_tokens > self._asked:
+            self._asked = num_tokens
+            self._tell(str(num_tokens))
+
+    def check(self) -> None:
+        """Raise what went wrong in the process, if something did.
+
+        Raises:
+            LorsError: as the process met it.
+            ResourceError: it was killed.
+            RuntimeError: it died of a bug.
+        """
+        code = self._process.poll()
+        if code is None:
+            return
+        assert self._process.stdout is not None
+        answer = self._process.stdout.read().strip()
+        if answer:
+            said = json.loads(answer)
+            error = LorsError(said["message"], said["hint"])
+            error.exit_code = said["exit_code"]
+            raise error
+        if code < 0:
+            raise ResourceError(
+                f"the process that tokenises was killed by signal {-code}; is memory short?",
+                "The same command goes on from there.",
+            )
+        raise RuntimeError(f"the process that tokenises ended with code {code}; its own message is above")
+
+    def close(self) -> None:
+        """End the process."""
+        self._finalizer()
+
+    def _tell(self, line: str) -> None:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            self._process.wait()
+            self.check()
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    process.kill()  # every file appears by rename, so nothing half written stays
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            try:
+                pipe.close()
+            except BrokenPipeError:
+                continue
+
+
+# ---- the process
+
+
+def _needs(inbox: queue.SimpleQueue[int]) -> None:
+    """Pass on what the owner needs; end with it."""
+    for line in sys.stdin:
+        inbox.put(int(line))
+    os._exit(0)
+
+
+def main() -> None:
+    """Do the job that stdin brings."""
+    job = json.loads(sys.stdin.readline())
+    inbox: queue.SimpleQueue[int] = queue.SimpleQueue()
+    threading.Thread(target=_needs, args=(inbox,), daemon=True).start()
+    try:
+        filler = make_filler(job)
+        while True:
+            filler.fill(inbox.get())
+    except Exception as error:
+        known = translate(error)
+        if known is None:
+            raise
+        print(json.dumps({"exit_code": known.exit_code, "message": known.message, "hint": known.hint}), flush=True)
+        sys.exit(known.exit_code)
+
+
+if __name__ == "__main__":
+    main()
