@@ -380,6 +380,19 @@ def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run
     console.document({"report": str(path)})
 
 
+@app.command()
+@guarded
+def doctor() -> None:
+    """Show what this machine has, what is missing, and what to do; exit 3 when lors cannot work here."""
+    from lors_cli.doctor import any_failed, document, examine, show
+
+    findings = examine()
+    show(findings)
+    console.document(document(findings))
+    if any_failed(findings):
+        raise typer.Exit(3)
+
+
 def main() -> None:
     """Entry point of the `lors` command."""
     app()
