@@ -33,11 +33,9 @@ def examine() -> list[Finding]:
             try:
                 found += checkup()
             except Exception as error:  # a checkup must not end the check-up
-                missing = isinstance(error, ImportError) and error.name
-                why = (
-                    f"the package {error.name} is missing or broken" if missing else f"{type(error).__name__}: {error}"
-                )
-                advice = "See packages, above." if isinstance(error, ImportError) else "Please report this."
+                why, advice = f"{type(error).__name__}: {error}", "Please report this."
+                if isinstance(error, ImportError):
+                    why, advice = f"the package {error.name} is missing or broken", "See packages, above."
                 found.append(Finding(group, group, "warn", f"not known: {why}", advice))
     return found
 

@@ -75,7 +75,7 @@ def tune(config: TuneConfig, model: ModelConfig, out: Path, *, data_dir: Path | 
     started = time.monotonic()
     base_fingerprint = model_fingerprint(model)
     fingerprint = stage_fingerprint(config, base_fingerprint, data_dir)
-    console.info(f"  loading {model.path}")
+    console.info(f"  model: {model.path}")
     tokenizer = load_tokenizer(model)
     network = load_model(model)
     use_cache = network.config.use_cache
@@ -128,8 +128,9 @@ def _load_data(config: TuneConfig, network: PreTrainedModel, tokenizer: Any, dat
     from lors_cli.tokens import tuning_samples
 
     needed = config.max_steps * config.batch_size if config.max_steps else None
-    data = tuning_samples(config.data, tokenizer, seed=config.seed, num_needed=needed,
-                          model_max_length=model_max_length(network), data_dir=data_dir)  # fmt: skip
+    with console.busy(f"tokenising {config.data.dataset}"):
+        data = tuning_samples(config.data, tokenizer, seed=config.seed, num_needed=needed,
+                              model_max_length=model_max_length(network), data_dir=data_dir)  # fmt: skip
     skipped = ", ".join(f"{count} {reason}" for reason, count in data.skipped.items() if count)
     console.info(f"  data: {config.data.dataset}, {len(data.samples)} samples, {data.num_tokens} tokens"
                  + (f" (skipped: {skipped})" if skipped else ""))  # fmt: skip
