@@ -125,9 +125,10 @@ def run_stage(plan: StagePlan, data_dir: Path | None) -> None:
         plan: from `plan_stages`.
         data_dir: local datasets.
     """
-    from lors_cli.evaluation import evaluate
-    from lors_cli.pruning import prune
-    from lors_cli.tuning import tune
+    with console.busy("starting"):
+        from lors_cli.evaluation import evaluate
+        from lors_cli.pruning import prune
+        from lors_cli.tuning import tune
 
     if parallel.num_processes() > 1 and not isinstance(plan.config, PruneConfig):
         raise UsageError(

@@ -88,7 +88,8 @@ def prune(config: PruneConfig, model: ModelConfig, out: Path, *, data_dir: Path 
     base_fingerprint = model_fingerprint(model)
     fingerprint = stage_fingerprint(config, base_fingerprint, data_dir)
     console.info(f"  model: {model.path}")
-    tokenizer = load_tokenizer(model)
+    with console.busy("reading the tokenizer"):
+        tokenizer = load_tokenizer(model)
     source = open_blockwise(model)
     if config.reconstruct_epochs and str(source.network.dtype) == "torch.float16":
         raise UsageError("reconstruct_epochs: gradients do not fit into float16.", "Set dtype=bfloat16 for the model.")

@@ -76,7 +76,8 @@ def tune(config: TuneConfig, model: ModelConfig, out: Path, *, data_dir: Path | 
     base_fingerprint = model_fingerprint(model)
     fingerprint = stage_fingerprint(config, base_fingerprint, data_dir)
     console.info(f"  model: {model.path}")
-    tokenizer = load_tokenizer(model)
+    with console.busy("reading the tokenizer"):
+        tokenizer = load_tokenizer(model)
     network = load_model(model)
     use_cache = network.config.use_cache
     patterns = sparse_layers(network, Path(model.path))
