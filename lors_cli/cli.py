@@ -346,6 +346,19 @@ def schema() -> None:
         typer.echo(json.dumps(recipe_schema(), indent=2))
 
 
+@command(recipes_app, "Commands", "lors recipes reference | less", "lors recipes reference --json")
+def reference() -> None:
+    """Print every setting with its values and default, as Markdown."""
+    from dataclasses import asdict
+
+    from lors_cli.reference import markdown, settings
+
+    if console.is_json():
+        console.document([asdict(setting) for setting in settings()])
+    else:
+        typer.echo(markdown(), nl=False)
+
+
 @command(app, AROUND, "lors report runs/quickstart")
 def report(run_folder: o.RunFolder) -> None:
     """Write a run's report again."""
