@@ -31,7 +31,7 @@ def run_bench(flags: dict[str, Any], out: Path | None) -> None:
     console.result(f"The LoRS authors' own log (A6000), step ÷ LoRA: {log}")
     if out is not None:
         _draw(document, out)
-        console.result(f"bench {out}")
+        console.path("bench", out)
     console.document(document)
 
 

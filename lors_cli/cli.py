@@ -3,41 +3,45 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import typer
 
 from lors_cli import console
+from lors_cli import options as o
 from lors_cli.command import (
+    AROUND,
+    HELP,
+    PIPELINE,
+    STAGES,
     Commands,
-    Config,
-    DataDir,
-    Device,
-    DryRun,
-    Dtype,
-    Json,
-    Model,
-    Out,
-    Overrides,
-    Seed,
+    command,
     guarded,
     is_override,
     model_labels,
     split_list,
-)  # fmt: skip
+)
 from lors_cli.data_view import data_app
 
+FIRST_STEPS = """[bold]First steps[/bold]
+lors doctor                        what is there and what is missing
+lors run quickstart                a small model, start to end, on a CPU
+lors recipes copy llama3-8b-2of4   a recipe to edit
+lors run llama3-8b-2of4.yaml --dry-run"""
+"""The end of `lors --help`."""
+
 app = typer.Typer(
-    name="lors",
-    cls=Commands,
-    help="Prune, tune and evaluate sparse language models.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
+    name="lors", cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-)
-recipes_app = typer.Typer(help="List, copy and describe the shipped recipes.", pretty_exceptions_enable=False)
-app.add_typer(recipes_app, name="recipes")
-app.add_typer(data_app, name="data")
+)  # fmt: skip
+recipes_app = typer.Typer(cls=Commands, pretty_exceptions_enable=False)
+app.add_typer(recipes_app, name="recipes", rich_help_panel=HELP)
+app.add_typer(data_app, name="data", rich_help_panel=AROUND)
+
+
+@app.callback(epilog=FIRST_STEPS)
+def lors(version: o.Version = False) -> None:
+    """Prune, tune and evaluate sparse language models."""
 
 
 def _model_config(path: str, dtype: str, device: str) -> Any:
@@ -67,7 +71,8 @@ def _stage(
     guard_out(out, stage, [model.path for model in models.values()])
     settings = load_stage(stage, find_config(config) if config else None, overrides or [], flags)
     data = resolve_data_dir(str(data_dir) if data_dir else None)
-    plan = plan_single(stage, settings, models, out, data)
+    with console.busy("looking at what is done"):
+        plan = plan_single(stage, settings, models, out, data)
     if dry_run:
         views.show_plan(views.plan_document(stage, out, [plan]))
         check_memory(plan)
@@ -76,18 +81,20 @@ def _stage(
     return plan
 
 
-@app.command()
-@guarded
+@command(
+    app, PIPELINE, "lors run quickstart", "lors run mine.yaml tune.rank=32 --dry-run",
+    "lors run mine.yaml --until prune", "lors run mine.yaml --force tune",
+)  # fmt: skip
 def run(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.")],
-    overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Run folder; default runs/<name>.")] = None,
-    dry_run: DryRun = False,
-    first: Annotated[str | None, typer.Option("--from", help="Start at this stage.")] = None,
-    last: Annotated[str | None, typer.Option("--until", help="Stop after this stage.")] = None,
-    force: Annotated[list[str] | None, typer.Option("--force", help="Do this stage again.")] = None,
+    recipe: o.RecipeName,
+    overrides: o.RunSettings = None,
+    out: o.RunOut = None,
+    first: o.First = None,
+    last: o.Last = None,
+    force: o.Force = None,
+    dry_run: o.DryRun = False,
 ) -> None:
-    """Run a recipe: prune, tune, evaluate. A second call goes on where the first stopped."""
+    """Run a recipe: prune, tune, eval; a second call goes on from there."""
     from lors_cli import views
     from lors_cli.loading import load_recipe
     from lors_cli.pipeline import check_memory, guard_out, run_recipe
@@ -107,21 +114,18 @@ def run(
     views.show_run(run_recipe(settings, folder, first=first, last=last, force=again))
 
 
-@app.command()
-@guarded
+@command(
+    app, PIPELINE, "lors sweep smollm2 --dry-run", "lors sweep table1.yaml", "lors sweep table1.yaml --only 'wanda-*'",
+)  # fmt: skip
 def sweep(
-    sweep: Annotated[str, typer.Argument(help="A sweep's file, or the name of a shipped one.")],
-    overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option("--out", help="The sweep's folder; default sweeps/<name>.")] = None,
-    dry_run: DryRun = False,
-    only: Annotated[
-        list[str] | None, typer.Option("--only", metavar="CELL", help="Run this cell; patterns such as 'wanda-*' too.")
-    ] = None,
-    tflops: Annotated[
-        float | None, typer.Option(help="With --dry-run: the device's TFLOP/s for the time; default: this one's.")
-    ] = None,
+    sweep: o.SweepName,
+    overrides: o.RunSettings = None,
+    out: o.SweepOut = None,
+    only: o.Only = None,
+    dry_run: o.DryRun = False,
+    tflops: o.Tflops = None,
 ) -> None:
-    """Run a recipe over a grid of settings. Cells share stages; a second call goes on where the first stopped."""
+    """Run a recipe over a grid of settings; cells share their stages."""
     from lors_cli.errors import UsageError
     from lors_cli.pipeline import guard_out
     from lors_cli.shipped import find_sweep
@@ -144,24 +148,27 @@ def sweep(
         raise typer.Exit(next(iter(summary["failed"].values()))["exit_code"])
 
 
-@app.command()
-@guarded
+@command(
+    app, STAGES, "lors prune HuggingFaceTB/SmolLM2-135M --out sparse",
+    "lors prune MODEL --out sparse --method wanda --pattern 4:8 --calibration pydoc",
+    "lors prune MODEL --out sparse --sparsity 0.6 refit=true --dry-run",
+)  # fmt: skip
 def prune(
-    model: Model,
-    out: Out,
-    overrides: Overrides = None,
-    config: Config = None,
-    method: Annotated[str | None, typer.Option(help="magnitude, wanda, sparsegpt, ria or admm.")] = None,
-    pattern: Annotated[str | None, typer.Option(help="N:M such as 2:4, or unstructured.")] = None,
-    sparsity: Annotated[float | None, typer.Option(help="Share of zeros, with --pattern unstructured.")] = None,
-    calibration: Annotated[str | None, typer.Option(help="Calibration text: a source's name or a file.")] = None,
-    num_samples: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None,
-    sequence_length: Annotated[int | None, typer.Option(help="Tokens a calibration sequence.")] = None,
-    seed: Seed = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    data_dir: DataDir = None,
-    dry_run: DryRun = False,
+    model: o.Model,
+    out: o.Out,
+    overrides: o.PruneSettings = None,
+    config: o.PruneConfig = None,
+    method: o.PruneMethod = None,
+    pattern: o.PrunePattern = None,
+    sparsity: o.PruneSparsity = None,
+    calibration: o.Calibration = None,
+    num_samples: o.NumSamples = None,
+    sequence_length: o.SequenceLength = None,
+    seed: o.CalibrationSeed = None,
+    device: o.Device = "auto",
+    dtype: o.Dtype = "auto",
+    data_dir: o.DataDir = None,
+    dry_run: o.DryRun = False,
 ) -> None:
     """Prune a dense causal LM to a sparse checkpoint."""
     if sparsity is not None and pattern is None and config is None:
@@ -176,30 +183,33 @@ def prune(
         _show_record(plan.folder)
 
 
-@app.command()
-@guarded
+@command(
+    app, STAGES, "lors tune sparse --out tuned",
+    "lors tune sparse --out tuned --dataset mine.jsonl --rank 32 --epochs 1",
+    "lors tune sparse --out sqft --method sqft gradient_checkpointing=true",
+)  # fmt: skip
 def tune(
-    model: Model,
-    out: Out,
-    overrides: Overrides = None,
-    config: Config = None,
-    method: Annotated[str | None, typer.Option(help="lors, sqft, sqft-gc, spp, spp-gc, hira or lora.")] = None,
-    dataset: Annotated[str | None, typer.Option(help="Tuning text: a source's name or a file.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Rank of the adapters.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="Numerator of the adapters' scale.")] = None,
-    init: Annotated[str | None, typer.Option(help="gradient, gradient-exact or kaiming.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Optimiser steps; overrides epochs.")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Samples an optimiser step.")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Tokens a sample.")] = None,
-    seed: Seed = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    data_dir: DataDir = None,
-    dry_run: DryRun = False,
+    model: o.Model,
+    out: o.Out,
+    overrides: o.TuneSettings = None,
+    config: o.TuneConfig = None,
+    method: o.TuneMethod = None,
+    rank: o.Rank = None,
+    alpha: o.Alpha = None,
+    init: o.Init = None,
+    dataset: o.Dataset = None,
+    max_length: o.MaxLength = None,
+    learning_rate: o.LearningRate = None,
+    epochs: o.Epochs = None,
+    max_steps: o.MaxSteps = None,
+    batch_size: o.TuneBatch = None,
+    seed: o.TuneSeed = None,
+    device: o.Device = "auto",
+    dtype: o.Dtype = "auto",
+    data_dir: o.DataDir = None,
+    dry_run: o.DryRun = False,
 ) -> None:
-    """Tune a sparse causal LM with LoRS and merge the adapter, zeros kept."""
+    """Tune a sparse causal LM with LoRS and merge, zeros kept."""
     flags = _given(
         method=method, data__dataset=dataset, rank=rank, alpha=alpha, init=init, learning_rate=learning_rate,
         max_steps=max_steps, epochs=epochs, batch_size=batch_size, data__max_length=max_length, seed=seed,
@@ -210,24 +220,26 @@ def tune(
         _show_record(plan.folder)
 
 
-@app.command(name="eval")
-@guarded
+@command(
+    app, STAGES, "lors eval MODEL sparse tuned",
+    "lors eval sparse tuned --tasks arc_easy,boolq --limit 200 --out scores",
+    "lors eval tuned --tasks '' --perplexity wikitext2 perplexity_windows=20",
+    name="eval",
+)  # fmt: skip
 def evaluate(
-    arguments: Annotated[list[str], typer.Argument(metavar="MODEL... [KEY=VALUE]...", help="Models, then settings.")],
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Folder for results; without it they are only shown.")
-    ] = None,
-    config: Config = None,
-    tasks: Annotated[str | None, typer.Option(help="Comma-separated lm-evaluation-harness tasks; '' for none.")] = None,
-    perplexity: Annotated[str | None, typer.Option(help="Comma-separated texts for token perplexity.")] = None,
-    limit: Annotated[int | None, typer.Option(help="At most so many documents a task.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences a forward pass.")] = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    data_dir: DataDir = None,
-    dry_run: DryRun = False,
+    arguments: o.EvalArguments,
+    out: o.EvalOut = None,
+    config: o.EvalConfig = None,
+    tasks: o.Tasks = None,
+    perplexity: o.Perplexity = None,
+    limit: o.Limit = None,
+    batch_size: o.EvalBatch = None,
+    device: o.Device = "auto",
+    dtype: o.Dtype = "auto",
+    data_dir: o.DataDir = None,
+    dry_run: o.DryRun = False,
 ) -> None:
-    """Score one or more models, zero-shot and by perplexity, side by side."""
+    """Score models side by side, zero-shot and by perplexity."""
     import tempfile
     from dataclasses import asdict
 
@@ -246,38 +258,26 @@ def evaluate(
         found: dict[str, Any] = {label: run_dir.read_json(folder / f"{label}.json") for label in models}
         comparisons = compare_models(folder, found)
     views.show_results(found, comparisons)
-    console.result(f"results {out}" if out else "The results are not kept; give --out to keep them.")
+    if out:
+        console.path("results", out)
+    else:
+        console.result("The results are not kept; give --out to keep them.")
     compared = [asdict(comparison) for comparison in comparisons]
     console.document({"results": found, "comparisons": compared, "out": str(out) if out else None})
 
 
 def _show_record(folder: Path) -> None:
     """The result of prune or tune: its metrics and where it is. Processes that only helped have nothing to show."""
-    from dataclasses import asdict
+    from lors_cli import parallel, run_dir, views
 
-    from lors_cli import parallel, run_dir
-
-    if not parallel.is_main():
-        return
-    record = run_dir.read_record(folder)
-    assert record is not None
-    metrics = record.metrics
-    console.result(f"{metrics['pattern']}, {100 * metrics['sparsity']:.2f} % zeros in {len(metrics['layers'])} linears")
-    if "last_loss" in metrics:
-        console.result(f"loss {metrics['first_loss']:.4f} → {metrics['last_loss']:.4f} in {metrics['steps']} steps")
-    console.result(f"{record.stage} {folder}")
-    console.document({"out": str(folder), **asdict(record)})
+    if parallel.is_main():
+        record = run_dir.read_record(folder)
+        assert record is not None
+        views.show_record(record, folder)
 
 
-@app.command()
-@guarded
-def merge(
-    model: Annotated[str, typer.Argument(help="The sparse base.")],
-    adapter: Annotated[Path, typer.Argument(help="Folder with adapter_config.json.")],
-    out: Out,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-) -> None:
+@command(app, STAGES, "lors merge sparse tuned/adapter --out merged")
+def merge(model: o.Base, adapter: o.Adapter, out: o.Out, device: o.Device = "auto", dtype: o.Dtype = "auto") -> None:
     """Merge a LoRS adapter into its sparse base, zeros kept."""
     from lors_cli.pipeline import claim, guard_out
     from lors_cli.tuning.adapter import merge as merge_adapter
@@ -289,17 +289,13 @@ def merge(
     with claim(out):
         metrics = merge_adapter(model, adapter, out, dtype=dtype, device=device)
     console.result(f"{metrics['layers_merged']} layers merged, {metrics['zeroed']} kept weights became zero")
-    console.result(f"merged {out}")
+    console.path("merged", out)
     console.document({"out": str(out), **metrics})
 
 
-@app.command()
-@guarded
-def inspect(
-    model: Model,
-    pattern: Annotated[str | None, typer.Option(help="Hold it against this N:M.")] = None,
-) -> None:
-    """Show the sparsity of a checkpoint; exit 5 when it breaks its pattern."""
+@command(app, AROUND, "lors inspect sparse", "lors inspect tuned --pattern 2:4 --json")
+def inspect(model: o.Model, pattern: o.Against = None) -> None:
+    """Show a checkpoint's sparsity; exit 5 when it breaks its pattern."""
     from lors_cli.inspection import inspect as inspect_model
     from lors_cli.sparsity import Pattern
     from lors_cli.views import show_inspection
@@ -314,29 +310,27 @@ def inspect(
         raise typer.Exit(5)
 
 
-@app.command()
-@guarded
+@command(
+    app, AROUND, "lors bench --blocks 2 --lengths 512 --ranks 16", "lors bench --model sparse --out bench",
+    "lors bench --shape llama3-8b --blocks 1 --methods lors,sqft,lora",
+)  # fmt: skip
 def bench(
-    shape: Annotated[str, typer.Option(help="A model's shape with random 2:4 weights: llama3-8b, llama2-7b, …")] = (
-        "smollm2-135m"
-    ),
-    model: Annotated[str | None, typer.Option(help="A checkpoint's folder instead of a shape.")] = None,
-    blocks: Annotated[int | None, typer.Option(help="Only so many decoder blocks.")] = None,
-    methods: Annotated[
-        str | None, typer.Option(help="Comma-separated; default: all but lora-float32 and lors-compressed.")
-    ] = None,
-    lengths: Annotated[str, typer.Option(help="Tokens a sequence, comma-separated.")] = "512,1024,2048",
-    ranks: Annotated[str, typer.Option(help="Ranks, comma-separated.")] = "16,32,64",
-    batch_size: Annotated[int, typer.Option(help="Sequences a micro-batch.")] = 1,
-    accumulation: Annotated[int, typer.Option(help="Micro-batches a step.")] = 1,
-    checkpointing: Annotated[str, typer.Option(help="Block checkpointing: off, on, or both.")] = "off",
-    rounds: Annotated[int, typer.Option(help="Turns of every method.")] = 5,
-    steps: Annotated[int, typer.Option(help="Timed steps a turn.")] = 3,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    device: Device = "auto",
-    out: Annotated[Path | None, typer.Option(help="Folder for bench.json and figures; goes on there.")] = None,
+    out: o.BenchOut = None,
+    shape: o.Shape = "smollm2-135m",
+    model: o.BenchModel = None,
+    blocks: o.Blocks = None,
+    methods: o.BenchMethods = None,
+    lengths: o.Lengths = "512,1024,2048",
+    ranks: o.Ranks = "16,32,64",
+    batch_size: o.BenchBatch = 1,
+    accumulation: o.Accumulation = 1,
+    checkpointing: o.Checkpointing = "off",
+    rounds: o.Rounds = 5,
+    steps: o.Steps = 3,
+    dtype: o.BenchDtype = "bfloat16",
+    device: o.Device = "auto",
 ) -> None:
-    """Time and memory of a training step: LoRS, SQFT, SPP, HiRA and LoRA on the same weights."""
+    """Time and memory of a training step of LoRS, SQFT, SPP, HiRA, LoRA."""
     from lors_cli.bench_view import run_bench
 
     run_bench(
@@ -347,8 +341,8 @@ def bench(
 
 
 @recipes_app.callback(invoke_without_command=True)
-def recipes(context: typer.Context, json_mode: Json = False) -> None:
-    """List the shipped recipes and sweeps."""
+def recipes(context: typer.Context, json_mode: o.Json = False) -> None:
+    """List the shipped recipes and sweeps, copy one, look up a setting."""
     if context.invoked_subcommand is None:
         list_shipped(json_mode=json_mode)
 
@@ -368,12 +362,8 @@ def list_shipped() -> None:
     console.document(found)
 
 
-@recipes_app.command()
-@guarded
-def copy(
-    name: Annotated[str, typer.Argument(help="A shipped recipe's or sweep's name.")],
-    target: Annotated[Path | None, typer.Argument(help="File or folder; default: here.")] = None,
-) -> None:
+@command(recipes_app, "Commands", "lors recipes copy quickstart", "lors recipes copy llama3-8b-2of4 mine.yaml")
+def copy(name: o.Shipped, target: o.Target = None) -> None:
     """Write a shipped recipe or sweep here, to edit and run."""
     from lors_cli import run_dir
     from lors_cli.errors import UsageError
@@ -390,8 +380,7 @@ def copy(
     console.document({"wrote": str(path)})
 
 
-@recipes_app.command()
-@guarded
+@command(recipes_app, "Commands", "lors recipes schema > recipe.schema.json")
 def schema() -> None:
     """Print the JSON Schema of a recipe, for editors."""
     import json
@@ -404,14 +393,21 @@ def schema() -> None:
         typer.echo(json.dumps(recipe_schema(), indent=2))
 
 
-@app.command()
-@guarded
-def report(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder of a run or of a sweep.")],
-    formats: Annotated[
-        list[str] | None, typer.Option("--format", help="md, html, csv or tex; may be repeated. Default: all.")
-    ] = None,
-) -> None:
+@command(recipes_app, "Commands", "lors recipes reference | less", "lors recipes reference --json")
+def reference() -> None:
+    """Print every setting with its values and default, as Markdown."""
+    from dataclasses import asdict
+
+    from lors_cli.reference import markdown, settings
+
+    if console.is_json():
+        console.document([asdict(setting) for setting in settings()])
+    else:
+        typer.echo(markdown(), nl=False)
+
+
+@command(app, AROUND, "lors report runs/quickstart", "lors report sweeps/table1 --format html")
+def report(folder: o.ReportFolder, formats: o.Formats = None) -> None:
     """Write the reports of a run or a sweep again."""
     from lors_cli.errors import LorsError, MissingError
     from lors_cli.loading import load_recipe
@@ -423,7 +419,8 @@ def report(
     chosen = formats or FORMATS
     check_formats(chosen)
     if (folder / "sweep.json").is_file():
-        paths = write_sweep_report(folder, chosen)
+        with console.busy("writing the report"):
+            paths = write_sweep_report(folder, chosen)
     elif (folder / "recipe.yaml").is_file():
         settings = load_recipe(folder / "recipe.yaml")
         try:
@@ -431,15 +428,28 @@ def report(
         except LorsError as error:
             console.warn(f"whether the results belong to recipe.yaml cannot be checked: {error.message}")
             finished = None
-        paths = write_run_report(folder, finished, chosen)
+        with console.busy("writing the report"):
+            paths = write_run_report(folder, finished, chosen)
     else:
         raise MissingError(
             f"{folder} is no run folder and no sweep folder: it has neither recipe.yaml nor sweep.json.",
             "Give the folder that lors run or lors sweep wrote, such as runs/quickstart.",
         )
     for path in paths:
-        console.result(f"report {path}")
+        console.path("report", path)
     console.document({"reports": [str(path) for path in paths]})
+
+
+@command(app, HELP, "lors doctor", "lors doctor --json")
+def doctor() -> None:
+    """Show what this machine has and lacks; exit 3 if lors cannot work."""
+    from lors_cli.doctor import any_failed, document, examine, show
+
+    findings = examine()
+    show(findings)
+    console.document(document(findings))
+    if any_failed(findings):
+        raise typer.Exit(3)
 
 
 def main() -> None:

@@ -7,34 +7,44 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Any, NoReturn
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from lors_cli import console
+from lors_cli.options import Json, Quiet, Verbose
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, nothing else there.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings, errors and the result.")]
-Verbose = Annotated[int, typer.Option("--verbose", "-v", count=True, help="More details; -vv: the libraries' logs.")]
-Out = Annotated[Path, typer.Option("--out", help="Folder for the results.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan; nothing is written.")]
-Config = Annotated[str | None, typer.Option("--config", help="YAML file with the stage's settings, or a shipped one.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, e.g. rank=32.")]
-DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Folder with local datasets; else $LORS_DATA_DIR.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")]
-Dtype = Annotated[str, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything random in the stage.")]
-Model = Annotated[str, typer.Argument(help="Folder, hub id, .gguf file or package://module/file.gguf.")]
+PIPELINE, STAGES, AROUND, HELP = "Whole pipelines", "One stage", "Look and measure", "Help"
+"""Panels of `lors --help`."""
+
+
+def _without_types(params: list[Any]) -> list[Any]:
+    """Flags say no type in the help: `--json <bool>` looks as if it took a value."""
+    for param in params:
+        if getattr(param, "is_flag", False) or getattr(param, "count", False):
+            param.display_type_rich = lambda ctx: None
+    return params
+
+
+class Command(TyperCommand):
+    """One command of `lors`."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _without_types(super().get_params(ctx))
 
 
 class Commands(TyperGroup):
     """The commands of `lors`; with --json a mistake on the command line is a JSON document on stdout too."""
 
     _json = False
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _without_types(super().get_params(ctx))
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         self._json = "--json" in args
@@ -56,6 +66,30 @@ class Commands(TyperGroup):
             raise
 
 
+def command(
+    app: typer.Typer, panel: str, *examples: str, name: str | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Makes a function a guarded command.
+
+    Args:
+        app: of which.
+        panel: of the help that lists it.
+        examples: command lines for the end of its help.
+        name: default: the function's.
+    """
+    from rich.markup import escape
+
+    lines = "\n".join(escape(example) for example in examples)
+    epilog = f"[bold]Examples[/bold]\n{lines}" if examples else None
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        wrapped = guarded(function)
+        app.command(name=name, cls=Command, rich_help_panel=panel, epilog=epilog)(wrapped)
+        return wrapped
+
+    return register
+
+
 def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
     """Configure the console and turn every exception into one message and its exit code (DESIGN §2)."""
 
@@ -71,6 +105,7 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
             os.environ.setdefault("TQDM_DISABLE", "1")
             os.environ.setdefault("HF_HUB_VERBOSITY", "error")
             os.environ.setdefault("DATASETS_VERBOSITY", "error")
+            warnings.filterwarnings("ignore", category=FutureWarning)  # for the libraries' users, not for ours
         try:
             return function(*args, **kwargs)
         except (KeyboardInterrupt, Exception) as error:

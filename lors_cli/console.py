@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from rich import box
@@ -23,10 +25,10 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    SpinnerColumn,
     TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
 )
+from rich.style import Style
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -84,38 +86,105 @@ def verbosity() -> int:
 def info(message: str) -> None:
     """One line for the log (stderr), hidden by -q. `message` is plain text."""
     if _state.verbosity >= 0:
-        _state.log.print(escape(message))
+        _say(_state.log, message)
 
 
 def detail(message: str) -> None:
     """One line for the log, shown only with -v."""
     if _state.verbosity >= 1:
-        _state.log.print(f"[dim]{escape(message)}[/dim]")
+        _say(_state.log, message, "dim")
 
 
 def heading(message: str) -> None:
     """The start of a stage."""
     if _state.verbosity >= 0:
-        _state.log.print(f"[bold]{escape(message)}[/bold]")
+        _say(_state.log, message, "bold")
 
 
 def warn(message: str) -> None:
     """Something the user should know; shown with -q too."""
-    _state.log.print(f"[yellow]warning:[/yellow] {escape(message)}")
+    _say(_state.log, message, label=("warning:", "yellow"))
 
 
 def error(message: str, hint: str | None = None) -> None:
     """The one message of a failed command, of whichever process it is."""
     _state.log.quiet = False
-    _state.log.print(f"[bold red]error:[/bold red] {escape(message)}")
+    _say(_state.log, message, label=("error:", "bold red"))
     if hint:
-        _state.log.print(f"  {escape(hint)}")
+        _say(_state.log, f"  {hint}")
 
 
 def result(text: str = "") -> None:
     """A line of a command's result on stdout (nothing with --json)."""
     if _state.mode == "human":
-        _state.out.print(escape(text))
+        _say(_state.out, text)
+
+
+def path(label: str, where: Path | str, note: str = "") -> None:
+    """A line on stdout that says where a result is; a link where stdout is a terminal (nothing with --json).
+
+    Args:
+        label: what is there (“report”).
+        where: file or folder.
+        note: after it.
+    """
+    if _state.mode == "human":
+        link = Style(link=Path(where).absolute().as_uri() if _state.out.is_terminal else None)
+        _state.out.print(Text.assemble(f"{label} ", (str(where), link), note))
+
+
+def facts(rows: list[tuple[str, str]]) -> None:
+    """What a command did, a fact a line on stdout (nothing with --json).
+
+    Args:
+        rows: name and value.
+    """
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        result(f"{name:{width}}  {value}")
+
+
+def check(status: str, style: str, name: str, found: str, advice: str | None) -> None:
+    """A line of a check-up on stdout, what to do below it (nothing with --json).
+
+    Args:
+        status: one word.
+        style: of that word.
+        name: what was looked at.
+        found: what was seen.
+        advice: what to do, or None.
+    """
+    if _state.mode != "human":
+        return
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(min_width=6)
+    grid.add_column(min_width=15, no_wrap=True)
+    grid.add_column(overflow="fold")
+    grid.add_row(Text(f"  {status}", style=style), Text(name), Text(found))
+    if advice:
+        grid.add_row("", "", Text(f"→ {advice}", style="cyan"))
+    _state.out.print(grid)
+
+
+def _say(out: Console, message: str, style: str = "", label: tuple[str, str] | None = None) -> None:
+    """Print plain text; a terminal gets it broken between words, and no word (a path, a command) is ever cut."""
+    prefix = f"{label[0]} " if label else ""
+    lines = f"{prefix}{message}".split("\n")
+    if out.is_terminal:
+        lines = [piece for line in lines for piece in _wrapped(line, out.width)]
+    text = Text("\n".join(lines), style=style)
+    if label:
+        text.stylize(label[1], 0, len(label[0]))
+    out.print(text)
+
+
+def _wrapped(line: str, width: int) -> list[str]:
+    indent = " " * (len(line) - len(line.lstrip()))
+    if len(line) <= width or not line.strip():
+        return [line]
+    return textwrap.wrap(
+        line, width, subsequent_indent=f"{indent}  " if indent else "  ", break_long_words=False, break_on_hyphens=False
+    )
 
 
 def title(text: str) -> None:
@@ -220,6 +289,22 @@ class Task:
         info(f"  {text}{' · ' + self._note if self._note else ''}")
 
 
+class _Time(ProgressColumn):
+    """Time taken, and about how much is left."""
+
+    max_refresh = 0.5
+
+    def get_table_column(self) -> Column:
+        return Column(no_wrap=True)
+
+    def render(self, task: Any) -> Any:
+        taken = duration(task.elapsed or 0)
+        left = task.time_remaining
+        if task.finished or left is None:
+            return Text(taken, style="dim")
+        return Text.assemble((f"{taken} · ", "dim"), (f"{duration(left)} left", "cyan"))
+
+
 class _Note(ProgressColumn):
     def get_table_column(self) -> Column:
         return Column(no_wrap=True, overflow="ellipsis", ratio=1)
@@ -245,11 +330,27 @@ def progress(description: str, total: int | None = None, unit: str = "") -> Iter
         return
     columns = (
         TextColumn("  {task.description}"), BarColumn(bar_width=12), MofNCompleteColumn(), TextColumn(unit),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), _Note(),
+        _Time(), _Note(),
     )  # fmt: skip
     with Progress(*columns, console=_state.log, transient=False, expand=True) as bar:
         task.bar = (bar, bar.add_task(description, total=total, note=""))
         yield task
+
+
+@contextmanager
+def busy(description: str) -> Iterator[None]:
+    """Work of unknown length: on a terminal a line that moves and then goes away, elsewhere nothing.
+
+    Args:
+        description: what is being done (“reading the model”).
+    """
+    if _state.verbosity < 0 or not _state.log.is_terminal:
+        yield
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), _Time())
+    with Progress(*columns, console=_state.log, transient=True) as bar:
+        bar.add_task(description, total=None)
+        yield
 
 
 def duration(seconds: float) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from lors_cli import console
-from lors_cli.command import DataDir, Overrides, guarded
+from lors_cli import options as o
+from lors_cli.command import Commands, command
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -23,8 +24,7 @@ SPECIAL_STYLE = "bold cyan"
 MASKED_MARKS = ("⟦", "⟧")
 """Around what has no label, where there are no styles."""
 
-data_app = typer.Typer(help="Look at the data that a model is tuned on.", no_args_is_help=True,
-                       pretty_exceptions_enable=False)  # fmt: skip
+data_app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 @data_app.callback()
@@ -32,14 +32,13 @@ def data() -> None:
     """Look at the data that a model is tuned on."""
 
 
-@data_app.command()
-@guarded
+@command(data_app, "Commands", "lors data show quickstart", "lors data show mine.yaml tune.data.template=chat --num 5")
 def show(
-    recipe: Annotated[str, typer.Argument(help="A recipe or a tune config: a file, or the name of a shipped one.")],
-    overrides: Overrides = None,
-    num: Annotated[int, typer.Option("--num", min=1, help="Samples to show.")] = 3,
-    model: Annotated[str | None, typer.Option("--model", help="Whose tokenizer; a tune config names none.")] = None,
-    data_dir: DataDir = None,
+    recipe: o.Tuned,
+    overrides: o.RunSettings = None,
+    num: o.NumShown = 3,
+    model: o.Tokenizer = None,
+    data_dir: o.DataDir = None,
 ) -> None:
     """Show samples as the model will see them: what has no label is dimmed, special tokens are coloured."""
     from lors_cli.models import load_config, load_tokenizer, model_max_length
@@ -75,7 +74,8 @@ def load_settings(name: str, overrides: list[str], model: str | None) -> tuple[T
         UsageError: neither is there, the recipe tunes nothing, or no model is named.
     """
     from lors_cli.errors import UsageError
-    from lors_cli.loading import find_config, find_recipe, load_model_config, load_recipe, load_stage, shipped_configs
+    from lors_cli.loading import load_model_config, load_recipe, load_stage
+    from lors_cli.shipped import find_config, find_recipe, shipped_configs
 
     if _is_config(name):
         if model is None:
@@ -97,7 +97,7 @@ def load_settings(name: str, overrides: list[str], model: str | None) -> tuple[T
 def _is_config(name: str) -> bool:
     """Whether `name` means the config of a single stage: a shipped one, or a file without the keys of a recipe."""
     from lors_cli._yaml import YamlError, read
-    from lors_cli.loading import shipped_configs, shipped_recipes
+    from lors_cli.shipped import shipped_configs, shipped_recipes
 
     path = Path(name).expanduser()
     if not path.is_file():

@@ -7,8 +7,8 @@ or GGUF, never from pickle.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sized
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +95,38 @@ def quiet_libraries() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+@contextmanager
+def library_bars(description: str, unit: str) -> Iterator[None]:
+    """Show a loop that transformers counts (weights read, shards written) as one of our own steps.
+
+    Args:
+        description: of the step.
+        unit: what is counted, in the plural.
+    """
+    from transformers.utils import logging
+
+    if not hasattr(logging, "set_tqdm_hook"):  # an early version 5: its loops stay unseen
+        yield
+        return
+    with ExitStack() as shown:
+
+        def counted(items: Any) -> Iterator[Any]:
+            task = shown.enter_context(console.progress(description, len(items), unit))
+            for item in items:
+                yield item
+                task.advance()
+            shown.close()
+
+        def hook(factory: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+            return counted(args[0]) if args and isinstance(args[0], Sized) else factory(*args, **options)
+
+        before = logging.set_tqdm_hook(hook)
+        try:
+            yield
+        finally:
+            logging.set_tqdm_hook(before)
+
+
 def load_config(config: ModelConfig) -> Any:
     """The model's transformers configuration.
 
@@ -135,7 +167,8 @@ def load_model(config: ModelConfig, *, device: torch.device | None = None) -> Pr
     else:
         stored = getattr(load_config(config), "dtype", None)
         options["use_safetensors"] = True
-    with quiet_libraries():
+    reading = console.busy("reading the .gguf") if source.gguf_file else library_bars("loading", "weights")
+    with quiet_libraries(), reading:
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.name_or_path,
@@ -228,7 +261,7 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         tokenizer: saved beside it.
         folder: made when missing.
     """
-    with quiet_libraries():
+    with quiet_libraries(), library_bars("writing", "files"):
         model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
         tokenizer.save_pretrained(folder)
 

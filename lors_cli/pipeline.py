@@ -11,7 +11,7 @@ from typing import Any
 
 from lors_cli import console, parallel, run_dir
 from lors_cli.errors import ResourceError, UsageError
-from lors_cli.plans import StagePlan, describe, plan_stages, resolve_data_dir, select
+from lors_cli.plans import StagePlan, announce, plan_stages, resolve_data_dir, select
 from lors_cli.recipe import STAGES, PruneConfig, Recipe, TuneConfig
 
 RUN_MARKS = {"recipe.yaml", "manifest.json"}
@@ -33,7 +33,7 @@ def run_single(plan: StagePlan, data_dir: Path | None) -> bool:
         if plan.status == "done":
             console.heading(f"{plan.stage}: finished earlier, nothing to do")
             return False
-        console.heading(f"{plan.stage}: {describe(plan)}")
+        console.heading(f"{plan.stage}: {announce(plan)}")
         run_stage(plan, data_dir)
         return True
 
@@ -132,9 +132,10 @@ def run_stage(plan: StagePlan, data_dir: Path | None) -> None:
         plan: from `plan_stages`.
         data_dir: local datasets.
     """
-    from lors_cli.evaluation import evaluate
-    from lors_cli.pruning import prune
-    from lors_cli.tuning import tune
+    with console.busy("starting"):
+        from lors_cli.evaluation import evaluate
+        from lors_cli.pruning import prune
+        from lors_cli.tuning import tune
 
     if parallel.num_processes() > 1 and not isinstance(plan.config, PruneConfig):
         raise UsageError(
@@ -183,13 +184,15 @@ def run_recipe(
         )
     data_dir = resolve_data_dir(recipe.data_dir)
     guard_out(out, "run")
-    plans = select(plan_stages(recipe, out, data_dir), first, last, force)
+    with console.busy("looking at what is done"):
+        plans = select(plan_stages(recipe, out, data_dir), first, last, force)
     with claim(out):
         _write_recipe(recipe, out)
         done = list(_run_plans(recipe, out, [plan.stage for plan in plans], data_dir, force))
         _write_manifest(recipe, out, done)
-        finished = finished_stages(recipe, out, data_dir)
-        report = write_report(out, finished)
+        with console.busy("writing the report"):
+            finished = finished_stages(recipe, out, data_dir)
+            report = write_report(out, finished)
     scores = results(out, recipe) if "eval" in finished else {}
     comparisons = compare_models(out / "eval", scores)
     return {"run": str(out), "stages": done, "results": scores, "comparisons": comparisons, "report": str(report)}
@@ -208,7 +211,7 @@ def _run_plans(
         if plan.status == "done":
             console.heading(f"{label}: {plan.detail}")
         else:
-            console.heading(f"{label}: {describe(plan)}")
+            console.heading(f"{label}: {announce(plan)}")
             with claim(plan.folder):  # against the same stage run on its own
                 run_stage(plan, data_dir)
             console.info(f"  {stage} took {console.duration(time.monotonic() - started)}")

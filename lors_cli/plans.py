@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from lors_cli.errors import MissingError, UsageError
 from lors_cli.recipe import EvalConfig, ModelConfig, PruneConfig, Recipe, TuneConfig
 
 DATA_DIR_VARIABLE = "LORS_DATA_DIR"
+NOT_DONE = "not done yet"
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def _plan(
     elif run_dir.read_record(folder) is not None:
         status, detail = "run", "its settings or its input changed"
     else:
-        status, detail = "run", "not done yet"
+        status, detail = "run", NOT_DONE
     return StagePlan(stage, folder, config, models, origin, fingerprint, status, detail)
 
 
@@ -202,7 +204,7 @@ def select(plans: list[StagePlan], first: str | None, last: str | None, force: t
     names = [plan.stage for plan in plans]
     for flag, stage in (("--from", first), ("--until", last)):
         if stage is not None and stage not in names:
-            raise UsageError(f"{flag} {stage}: this recipe has only {', '.join(names)}.")
+            raise UsageError(f"{flag} {stage}: this recipe has only {', '.join(names)}.", _meant(stage, names))
     start = names.index(first) if first else 0
     end = names.index(last) + 1 if last else len(names)
     if start >= end:
@@ -213,19 +215,34 @@ def select(plans: list[StagePlan], first: str | None, last: str | None, force: t
     chosen = plans[start:end]
     odd = [stage for stage in force if stage not in names[start:end]]
     if odd:
-        raise UsageError(f"--force {odd[0]}: that stage is not among {', '.join(names[start:end])}.")
+        hint = _meant(odd[0], names[start:end])
+        raise UsageError(f"--force {odd[0]}: that stage is not among {', '.join(names[start:end])}.", hint)
     return [replace(plan, status="run", detail="done again: --force") if plan.stage in force else plan
             for plan in chosen]  # fmt: skip
 
 
+def _meant(word: str, names: list[str]) -> str | None:
+    close = difflib.get_close_matches(word.lower(), names, n=1)
+    return f"Did you mean {close[0]}?" if close else None
+
+
 def describe(plan: StagePlan) -> str:
     """One line on what a stage does."""
+    return f"{_what(plan)} ({plan.detail})"
+
+
+def announce(plan: StagePlan) -> str:
+    """`describe` for a stage that starts now: its state is told only where it is news."""
+    return _what(plan) if plan.detail == NOT_DONE else describe(plan)
+
+
+def _what(plan: StagePlan) -> str:
     config = plan.config
     if isinstance(config, PruneConfig):
         share = f" {config.sparsity:g}" if config.pattern == "unstructured" else ""
-        return f"{config.method} {config.pattern}{share} ({plan.detail})"
+        return f"{config.method} {config.pattern}{share}"
     if isinstance(config, TuneConfig):
         length = f"{config.max_steps} steps" if config.max_steps else f"{config.epochs:g} epochs"
         length = f"{config.max_tokens:,} tokens" if config.max_tokens else length
-        return f"{config.method} rank {config.rank} on {config.data.dataset}, {length} ({plan.detail})"
-    return f"{', '.join(plan.models)}: {', '.join((*config.tasks, *config.perplexity))} ({plan.detail})"
+        return f"{config.method} rank {config.rank} on {config.data.dataset}, {length}"
+    return f"{', '.join(plan.models)}: {', '.join((*config.tasks, *config.perplexity))}"

@@ -68,6 +68,7 @@ class CalibrationConfig:
     """Where hidden states are kept between blocks. auto: on the device if they take at most half of its free memory,
     else in CPU memory, else on disk. Not part of a stage's fingerprint."""
     seed: Seed = 0
+    """Of the choice of sequences. Default: the recipe's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +78,7 @@ class PruneConfig:
     __pydantic_config__ = _strict
 
     method: Literal["magnitude", "wanda", "sparsegpt", "ria", "admm"] = "sparsegpt"
+    """How the weights to remove are chosen; sparsegpt and admm also move the kept ones (docs/pruning.md)."""
     pattern: Annotated[str, Field(pattern=r"^(unstructured|[0-9]{1,4}:[0-9]{1,4})$")] = "2:4"
     """N:M keeps at most N of every M consecutive inputs of a row; unstructured needs `sparsity`."""
     sparsity: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -97,6 +99,7 @@ class PruneConfig:
     layer_sparsity: Literal["uniform", "owl"] = "uniform"
     """Unstructured only: the same sparsity for every block, or less for blocks with many outliers (OWL)."""
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    """Which text, and how much of it."""
 
     def __post_init__(self) -> None:
         if self.true_sequential and self.method == "magnitude" and not self.refit:
@@ -181,7 +184,9 @@ class TuneConfig:
     """lors, or what it is compared with: sqft, spp (both also -gc: their layers computed again in backward), hira, and
     lora, whose merge fills the zeros."""
     rank: Positive = 16
+    """Inner size of lora_B·lora_A. spp: a divisor of every layer's outputs."""
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 16.0
+    """Numerator of the update's scale."""
     use_rslora: bool = True
     """Scale the update by alpha/sqrt(rank), as the LoRS authors run it (rsLoRA, arXiv:2312.03732), else alpha/rank."""
     init: Literal["gradient", "gradient-exact", "kaiming"] | None = None
@@ -199,7 +204,9 @@ class TuneConfig:
     the memory in bfloat16, the same results; without a CUDA GPU each is restored before it is merged, which takes
     longer). Not part of a stage's fingerprint."""
     data: TuneDataConfig = field(default_factory=TuneDataConfig)
+    """Which text, and how much of it."""
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2e-5
+    """Peak of the cosine schedule. Scale times rate acts as one knob: each method needs its own."""
     loraplus_lr_ratio: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Learning rate of lora_B over that of lora_A, which is learning_rate (LoRA+, arXiv:2402.12354)."""
     train_norms: bool = False
@@ -212,10 +219,13 @@ class TuneConfig:
     min_learning_rate: Rate = 0.0
     """Floor of the cosine schedule; lora_B's is loraplus_lr_ratio times it."""
     warmup_steps: NotNegative = 0
+    """Optimiser steps in which the learning rate rises to its peak."""
     weight_decay: Rate = 0.0
+    """AdamW's, on the adapters."""
     max_grad_norm: Rate = 1.0
     """Clip the gradient's norm to this; 0 turns clipping off."""
     epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3.0
+    """Passes over the data."""
     max_steps: Positive | None = None
     """Optimiser steps; overrides epochs."""
     max_tokens: Annotated[int, BeforeValidator(_whole), Field(gt=1)] | None = None
@@ -226,11 +236,13 @@ class TuneConfig:
     per_device_batch_size: Positive | None = None
     """Samples a forward pass. Default: the largest divisor of batch_size up to 4."""
     gradient_checkpointing: bool = False
+    """Compute each decoder block again in backward instead of keeping its activations."""
     save_steps: Positive = 100
     """Optimiser steps between training checkpoints."""
     tensorboard: bool = False
     """Write TensorBoard events to tune/tensorboard too (needs the tensorboard package)."""
     seed: Seed = 0
+    """Of the samples' order and of the adapters' start. Default: the recipe's."""
 
     def __post_init__(self) -> None:
         if self.start != "kaiming" and self.method in ("spp", "spp-gc", "hira"):
@@ -316,9 +328,13 @@ class Recipe:
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
     """Name of the run folder, runs/<name>, unless --out is given."""
     model: ModelConfig
+    """What is pruned; without `prune`, what is tuned or scored."""
     prune: PruneConfig | None = None
+    """Dense to sparse."""
     tune: TuneConfig | None = None
+    """Sparse to recovered, zeros kept."""
     eval: EvalConfig | None = None
+    """Scores of the models there are."""
     data_dir: Name | None = None
     """Folder with local copies of the datasets; default $LORS_DATA_DIR, else the hub."""
     seed: Seed = 0

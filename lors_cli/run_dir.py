@@ -247,7 +247,10 @@ def publish(folder: Path, record: StageRecord, *, keep: Sequence[str] = ()) -> S
         os.replace(staging / name, folder / name)
     for stale in sorted(earlier - set(names) - set(keep)):
         (folder / stale).unlink(missing_ok=True)
-    files = {name: file_sha256(folder / name) for name in sorted({*names, *keep}) if (folder / name).is_file()}
+    from lors_cli import console
+
+    with console.busy("hashing the results"):
+        files = {name: file_sha256(folder / name) for name in sorted({*names, *keep}) if (folder / name).is_file()}
     finished = StageRecord(**{**asdict(record), "files": files})
     write_json(folder / RECORD_NAME, plain(finished))
     (folder / JOURNAL_NAME).unlink()

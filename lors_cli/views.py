@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lors_cli import console
+from lors_cli import console, run_dir
 from lors_cli.planning import try_estimate
 from lors_cli.plans import StagePlan, describe
 
@@ -78,6 +78,40 @@ def _shorter_error(cell: str) -> str:
     return re.sub(r" ± (\d+\.\d+)$", lambda match: f" ±{float(match[1]):.1f}", cell)
 
 
+def show_record(record: run_dir.StageRecord, folder: Path) -> None:
+    """What pruning or tuning made, and where it is.
+
+    Args:
+        record: of the stage.
+        folder: its results.
+    """
+    metrics = record.metrics
+    console.facts([*_facts(record), ("pattern", _zeros(metrics)), ("time", console.duration(record.elapsed_s))])
+    console.path(record.stage, folder)
+    dense = record.inputs["path"]
+    following = f"lors tune {folder} --out DIR" if record.stage == "prune" else f"lors eval {dense} {folder}"
+    console.info(f"next: {following}")
+    console.document({"out": str(folder), **asdict(record)})
+
+
+def _zeros(metrics: dict[str, Any]) -> str:
+    broken = f", {metrics['violations']} violations" if metrics["violations"] else ""
+    return f"{metrics['pattern']}, {100 * metrics['sparsity']:.2f} % zeros in {len(metrics['layers'])} linears{broken}"
+
+
+def _facts(record: run_dir.StageRecord) -> list[tuple[str, str]]:
+    """What is particular to a stage."""
+    config, metrics = record.config, record.metrics
+    if record.stage == "prune":
+        seen = metrics.get("calibration")
+        data = f", calibrated on {seen['tokens']:,} tokens of {config['calibration']['dataset']}" if seen else ""
+        return [("method", f"{config['method']}{data}")]
+    return [
+        ("method", f"{config['method']} rank {config['rank']}, {metrics['trainable_parameters']:,} parameters trained"),
+        ("loss", f"{metrics['first_loss']:.4f} → {metrics['last_loss']:.4f} in {metrics['steps']} steps"),
+    ]
+
+
 def show_run(summary: dict[str, Any]) -> None:
     """What `lors run` did: the results and where they are."""
     show_results(summary["results"], summary["comparisons"])
@@ -86,8 +120,8 @@ def show_run(summary: dict[str, Any]) -> None:
         console.result("Every stage was finished already: nothing was done.")
     for stage in summary["stages"]:
         note = " (finished earlier)" if stage["status"] == "skipped" else ""
-        console.result(f"{stage['stage']:7}{stage['folder']}{note}")
-    console.result(f"report {summary['report']}")
+        console.path(f"{stage['stage']:6}", stage["folder"], note)
+    console.path("report", summary["report"])
     console.document({**summary, "comparisons": [asdict(comparison) for comparison in summary["comparisons"]]})
 
 

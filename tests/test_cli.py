@@ -191,6 +191,12 @@ def test_recipes_schema(lors: Lors) -> None:
     assert document(lors("recipes", "schema")) == schema  # the plain output can be redirected into a file
 
 
+def test_version(lors: Lors) -> None:
+    from lors_cli import __version__
+
+    assert lors("--version").stdout == lors("-V").stdout == f"lors {__version__}\n"
+
+
 def test_quiet_shows_the_result_alone(at_workshop: Path, lors: Lors) -> None:
     result = lors("prune", "dense", "--out", "p", "--method", "magnitude", "-q")
     assert result.stderr == ""
@@ -225,6 +231,8 @@ MISTAKES: list[tuple[list[str], int, list[str]]] = [
     (["run", "tiny.yaml", "tune.data.dataset=alpacca"], 2, ["alpacca", "Did you mean alpaca?"]),
     (["run", "tiny.yaml", "prune.calibration.dataset=gone.jsonl"], 3, ["gone.jsonl"]),
     (["run", "tiny.yaml", "prune.pattern=2:5"], 2, ["no multiple of 5"]),
+    (["run", "tiny.yaml", "--from", "tunee"], 2, ["--from tunee", "Did you mean tune?"]),
+    (["run", "tiny.yaml", "--force", "evl"], 2, ["--force evl", "Did you mean eval?"]),
     (["run", "tiny.yaml", "--out", "text.jsonl"], 2, ["text.jsonl is a file"]),
     (["run", "tiny.yaml", "--out", "dense"], 2, ["other files", "another --out"]),
     (["prune", "dense", "--out", "text.jsonl"], 2, ["text.jsonl is a file"]),
@@ -282,7 +290,7 @@ def test_all_problems_of_a_recipe_are_told_at_once(at_workshop: Path, lors: Lors
     ("arguments", "said"),
     [
         (["prune", "dense"], "--out"),
-        (["prune", "--out", "o"], "model"),
+        (["prune", "--out", "o"], "MODEL"),
         (["prune", "dense", "--out", "o", "--methd", "wanda"], "--method"),
         (["inspct", "dense"], "inspect"),
         (["recipes", "foo"], "foo"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -162,3 +164,60 @@ def test_a_narrow_terminal_shows_all_names_and_wraps_the_prose(
     assert "a-name-of-20-letters" in lines[2]
     assert len(lines) > 4
     assert max(map(len, lines[1:])) <= 40
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both streams are a terminal of 40 columns."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("COLUMNS", "40")
+    console.configure()
+
+
+@pytest.mark.usefixtures("terminal")
+def test_a_terminal_gets_lines_broken_between_words(capsys: Capture) -> None:
+    path = "/" + "/".join(["folder"] * 10)
+    console.info(f"  written to {path} with every word whole and nothing cut anywhere")
+    lines = capsys.readouterr().err.splitlines()
+    assert path in [line.strip() for line in lines]
+    assert [line for line in lines if path not in line] == [
+        "  written to", "    with every word whole and nothing", "    cut anywhere",
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("terminal")
+def test_results_are_links_on_a_terminal(capsys: Capture, tmp_path: Path) -> None:
+    console.path("report", tmp_path / "a b.md", " (new)")
+    shown = capsys.readouterr().out
+    assert f";file://{tmp_path}/a%20b.md\x1b\\" in shown
+    plain = re.sub(r"\x1b\]8;[^\x1b]*\x1b\\|\x1b\[[\d;]*m", "", shown)
+    assert plain == f"report {tmp_path}/a b.md (new)\n"
+
+
+def test_results_are_plain_paths_elsewhere(capsys: Capture, tmp_path: Path) -> None:
+    console.path("report", tmp_path / "a b.md", " (new)")
+    assert capsys.readouterr().out == f"report {tmp_path}/a b.md (new)\n"
+    console.configure(json_mode=True)
+    console.path("report", tmp_path)
+    assert capsys.readouterr().out == ""
+
+
+def test_facts_are_in_line(capsys: Capture) -> None:
+    console.facts([("loss", "1.0"), ("pattern", "2:4")])
+    assert capsys.readouterr().out == "loss     1.0\npattern  2:4\n"
+
+
+@pytest.mark.usefixtures("terminal")
+def test_busy_leaves_nothing_behind(capsys: Capture) -> None:
+    with console.busy("reading"):
+        pass
+    shown = capsys.readouterr().err
+    assert "reading" in shown
+    assert shown.endswith("\x1b[2K")  # the line is erased
+
+
+def test_busy_is_silent_in_a_file(capsys: Capture) -> None:
+    with console.busy("reading"):
+        pass
+    assert capsys.readouterr().err == ""

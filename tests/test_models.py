@@ -448,3 +448,36 @@ def test_the_tokenizer_is_part_of_a_stages_fingerprint(tmp_path: Path) -> None:
     assert before.startswith("prune:f:")
     (tmp_path / "tokenizer.json").write_text("{ }")
     assert model_fingerprint(config) != before
+
+
+def test_loading_and_writing_are_counted(
+    workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers.utils import logging
+
+    from lors_cli import console
+
+    monkeypatch.setattr(console, "LINE_EVERY_S", 0.0)
+    config = ModelConfig(path=str(workshop / "dense"))
+    model = load_model(config)
+    save_checkpoint(model, load_tokenizer(config), tmp_path)
+    shown = capsys.readouterr().err
+    num_weights = len(model.state_dict())
+    assert f"loading: {num_weights}/{num_weights} weights" in shown
+    assert "writing: 1/1 files" in shown
+    assert logging.set_tqdm_hook(None) is None  # the hook of transformers is free again
+
+
+def test_a_broken_load_ends_its_bar() -> None:
+    from transformers.utils import logging
+
+    from lors_cli.models import library_bars
+
+    def load() -> None:
+        with library_bars("loading", "weights"):
+            for _ in logging.tqdm([1, 2, 3]):
+                raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        load()
+    assert logging.set_tqdm_hook(None) is None

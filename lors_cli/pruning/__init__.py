@@ -87,8 +87,9 @@ def prune(config: PruneConfig, model: ModelConfig, out: Path, *, data_dir: Path 
         check_limits(pattern.sparsity, SPREAD)
     base_fingerprint = model_fingerprint(model)
     fingerprint = stage_fingerprint(config, base_fingerprint, data_dir)
-    console.info(f"  loading {model.path}")
-    tokenizer = load_tokenizer(model)
+    console.info(f"  model: {model.path}")
+    with console.busy("reading the tokenizer"):
+        tokenizer = load_tokenizer(model)
     source = open_blockwise(model)
     if config.reconstruct_epochs and str(source.network.dtype) == "torch.float16":
         raise UsageError("reconstruct_epochs: gradients do not fit into float16.", "Set dtype=bfloat16 for the model.")
@@ -126,7 +127,8 @@ def _calibration_batches(
     if statistics_kind(config) == "none":
         return []
     calibration, max_length = config.calibration, model_max_length(source.network)
-    tokens = calibration_tokens(calibration, tokenizer, model_max_length=max_length, data_dir=data_dir)
+    with console.busy(f"tokenising {calibration.dataset}"):
+        tokens = calibration_tokens(calibration, tokenizer, model_max_length=max_length, data_dir=data_dir)
     console.info(f"  calibration: {calibration.dataset}, {tokens.shape[0]} × {tokens.shape[1]} tokens")
     return list(tokens.split(calibration.batch_size))
 

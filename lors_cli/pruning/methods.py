@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from lors_cli.pruning.admm import admm
+from lors_cli.pruning.magnitude import magnitude
+from lors_cli.pruning.ria import ria
+from lors_cli.pruning.sparsegpt import sparsegpt
+from lors_cli.pruning.wanda import wanda
 from lors_cli.sparsity import Pattern
 
 if TYPE_CHECKING:
@@ -13,9 +18,31 @@ if TYPE_CHECKING:
     from lors_cli.pruning.statistics import InputStatistics, Kind
     from lors_cli.recipe import PruneConfig
 
+    Solver = Callable[[Sequence[torch.Tensor], InputStatistics, Pattern], list[torch.Tensor]]
+
 STATISTICS: dict[str, Kind] = {
     "magnitude": "none", "wanda": "norm", "ria": "norm", "sparsegpt": "hessian", "admm": "hessian",
 }  # fmt: skip
+"""What each method looks at."""
+
+
+def each(function: Callable[[torch.Tensor, InputStatistics, Pattern], torch.Tensor]) -> Solver:
+    """A method that takes one weight at a time, as one that takes all that share their input.
+
+    Args:
+        function: (weight, statistics, pattern) -> the pruned weight.
+    """
+    return lambda weights, statistics, pattern: [function(weight, statistics, pattern) for weight in weights]
+
+
+SOLVERS: dict[str, Solver] = {
+    "magnitude": each(lambda weight, statistics, pattern: magnitude(weight, pattern)),
+    "wanda": each(wanda),
+    "ria": each(ria),
+    "sparsegpt": sparsegpt,
+    "admm": admm,
+}
+"""Each method: linears that share their input, what is known of it, and the pattern -> the pruned weights."""
 
 
 RECONSTRUCTION_SAMPLES = 4
@@ -41,19 +68,7 @@ def prune_group(
     Returns:
         The pruned weights, in the order given.
     """
-    from lors_cli.pruning.admm import admm
-    from lors_cli.pruning.magnitude import magnitude
-    from lors_cli.pruning.ria import ria
-    from lors_cli.pruning.sparsegpt import sparsegpt
-    from lors_cli.pruning.wanda import wanda
-
-    together: dict[str, Callable[..., list[torch.Tensor]]] = {"sparsegpt": sparsegpt, "admm": admm}
-    if method in together:
-        return together[method](weights, statistics, pattern)
-    if method == "magnitude":
-        return [magnitude(weight, pattern) for weight in weights]
-    one: dict[str, Callable[..., torch.Tensor]] = {"wanda": wanda, "ria": ria}
-    return [one[method](weight, statistics, pattern) for weight in weights]
+    return SOLVERS[method](weights, statistics, pattern)
 
 
 def scores(method: str, weight: torch.Tensor, statistics: InputStatistics) -> torch.Tensor:

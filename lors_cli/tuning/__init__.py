@@ -86,8 +86,9 @@ def tune(config: TuneConfig, model: ModelConfig, out: Path, *, data_dir: Path | 
     config = with_teacher(config, model)
     base_fingerprint = model_fingerprint(model)
     fingerprint = stage_fingerprint(config, base_fingerprint, data_dir)
-    console.info(f"  loading {model.path}")
-    tokenizer = load_tokenizer(model)
+    console.info(f"  model: {model.path}")
+    with console.busy("reading the tokenizer"):
+        tokenizer = load_tokenizer(model)
     network = load_model(model)
     use_cache = network.config.use_cache
     patterns = sparse_layers(network, Path(model.path))
@@ -143,7 +144,8 @@ def _load_data(config: TuneConfig, network: PreTrainedModel, tokenizer: Any, dat
 
     if config.data.packing == "isolated":
         refuse_mixing(network)
-    data = tuning_data(config, tokenizer, model_max_length=model_max_length(network), data_dir=data_dir)
+    with console.busy(f"tokenising {config.data.dataset}"):
+        data = tuning_data(config, tokenizer, model_max_length=model_max_length(network), data_dir=data_dir)
     skipped = ", ".join(f"{count} {reason}" for reason, count in data.skipped.items() if count)
     steps = ""
     if data.num_steps is not None:

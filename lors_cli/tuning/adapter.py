@@ -285,14 +285,17 @@ def merge_adapters(model: PreTrainedModel) -> int:
         SparsityError: a zero of the base became non-zero, by a method that keeps zeros.
     """
     num_lost = 0
-    for name, layer in adapter_layers(model).items():
-        linear = layer.to_linear()
-        if not bool(torch.isfinite(linear.weight).all()):
-            raise UsageError(f"the merged weight of {name} holds NaN or Inf; the adapter is broken.")
-        if layer.keeps_zeros and bool(((linear.weight != 0) & (layer.weight == 0)).any()):
-            raise SparsityError(f"merging would fill zeros of {name}; nothing was written.")
-        num_lost += int(((linear.weight == 0) & (layer.weight != 0)).sum())
-        model.set_submodule(name, linear)
+    layers = adapter_layers(model)
+    with console.progress("merge", len(layers), "layers") as task:
+        for name, layer in layers.items():
+            linear = layer.to_linear()
+            if not bool(torch.isfinite(linear.weight).all()):
+                raise UsageError(f"the merged weight of {name} holds NaN or Inf; the adapter is broken.")
+            if layer.keeps_zeros and bool(((linear.weight != 0) & (layer.weight == 0)).any()):
+                raise SparsityError(f"merging would fill zeros of {name}; nothing was written.")
+            num_lost += int(((linear.weight == 0) & (layer.weight != 0)).sum())
+            model.set_submodule(name, linear)
+            task.advance()
     merge_norms(model)
     return num_lost
 

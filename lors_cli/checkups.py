@@ -1,0 +1,259 @@
+"""What `lors doctor` looks at apart from the processors: packages, memory, disk, the hub, local data."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+from lors_cli.console import gib
+
+GIB = 1 << 30
+Status = Literal["ok", "warn", "fail"]
+
+NEEDED = {
+    "torch": ("torch", "2.8"),
+    "transformers": ("transformers", "5.0"),
+    "datasets": ("datasets", "4.0"),
+    "lm-eval": ("lm_eval", "0.4.13"),
+    "peft": ("peft", "0.17"),
+    "accelerate": ("accelerate", "1.10"),
+    "safetensors": ("safetensors", "0.5"),
+    "gguf": ("gguf", "0.17"),
+    "greenlet": ("greenlet", "3.0"),
+    "numpy": ("numpy", "1.26"),
+    "scipy": ("scipy", "1.11"),
+    "matplotlib": ("matplotlib", "3.8"),
+    "psutil": ("psutil", "5.9"),
+    "pydantic": ("pydantic", "2.7"),
+    "pyyaml": ("yaml", "6.0"),
+    "rich": ("rich", "13.8"),
+    "typer": ("typer", "0.16"),
+}
+"""Distribution to the name it is imported by and the oldest version that will do."""
+BELOW = {"transformers": "6", "lm-eval": "0.4.14"}
+"""Distribution to the first version that is not known to work."""
+OPTIONAL = {
+    "triton": "the fused merge on NVIDIA GPUs (it comes with torch's CUDA builds on Linux)",
+    "tensorboard": "tune.tensorboard=true",
+}
+OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+HUB_TIMEOUT_S = 4.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Args:
+        group: what it belongs to (“packages”).
+        name: of the thing.
+        status: ok; warn: it works, but something could be better; fail: lors cannot work so.
+        text: what was found.
+        advice: what to do, for all but ok.
+    """
+
+    group: str
+    name: str
+    status: Status
+    text: str
+    advice: str | None = None
+
+
+def packages() -> Iterator[Finding]:
+    """Python and every package: there, importable, of a version that is known to work."""
+    from lors_cli import __version__
+
+    yield Finding("packages", "lors", "ok", f"{__version__}, from {Path(__file__).parent}")
+    numbers = ".".join(map(str, sys.version_info[:3]))
+    yield Finding("packages", "python", "ok", f"{numbers}, {sys.executable}")
+    for name in NEEDED:
+        yield _needed(name)
+    for name, purpose in OPTIONAL.items():
+        yield _optional(name, purpose)
+
+
+def _needed(name: str) -> Finding:
+    module, oldest = NEEDED[name]
+    try:
+        found = version(name)
+    except PackageNotFoundError:
+        return Finding("packages", name, "fail", "not installed", f"pip install '{_requirement(name)}'")
+    if _numbers(found) < _numbers(oldest):
+        return Finding("packages", name, "fail", f"{found} is too old", f"pip install '{_requirement(name)}'")
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # whatever a broken package raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        advice = f"pip install --force-reinstall '{_requirement(name)}'"
+        return Finding("packages", name, "fail", f"{found} is broken: {type(error).__name__}: {reason}", advice)
+    limit = BELOW.get(name)
+    if limit and _numbers(found) >= _numbers(limit):
+        return Finding("packages", name, "warn", f"{found} is newer than what lors was tested with",
+                       f"If something fails: pip install '{_requirement(name)}'")  # fmt: skip
+    return Finding("packages", name, "ok", found)
+
+
+def _optional(name: str, purpose: str) -> Finding:
+    try:
+        return Finding("packages", name, "ok", version(name))
+    except PackageNotFoundError:
+        return Finding("packages", name, "ok", f"not installed; only for {purpose}")
+
+
+def _requirement(name: str) -> str:
+    limit = BELOW.get(name)
+    return f"{name}>={NEEDED[name][1]}" + (f",<{limit}" if limit else "")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """`2.13.0+cpu` as (2, 13, 0)."""
+    release = re.match(r"\d+(\.\d+)*", text)
+    return tuple(int(part) for part in release.group().split(".")) if release else ()
+
+
+def memory() -> Iterator[Finding]:
+    """Memory of the machine, and what a container may take of it."""
+    import psutil
+
+    found = psutil.virtual_memory()
+    free, total = found.available, found.total
+    text = f"{gib(free)} free of {gib(total)}"
+    limit = _cgroup_number("memory.max")
+    if limit is not None and limit < total:
+        used = _cgroup_number("memory.current") or 0
+        free = min(free, limit - used)
+        text += f"; this container may take {gib(limit)} and has taken {gib(used)}"
+    if free < 2 * GIB:
+        yield Finding("memory", "memory", "warn", text, "End other programs: the libraries alone take half a GiB.")
+    else:
+        yield Finding("memory", "memory", "ok", text)
+
+
+def _cgroup_number(name: str) -> int | None:
+    path = Path("/sys/fs/cgroup", name)
+    text = path.read_text(encoding="ascii").strip() if path.is_file() else ""
+    return int(text) if text.isdecimal() else None
+
+
+def disk() -> Iterator[Finding]:
+    """Free space, and whether it may be used, where results, downloads and temporary files go."""
+    places = {
+        "run folders": Path("runs").absolute(),
+        "hub cache": hub_cache(),
+        "temporary": Path(tempfile.gettempdir()),
+    }
+    for name, place in places.items():
+        there = next(folder for folder in (place, *place.parents) if folder.is_dir())
+        free = shutil.disk_usage(there).free
+        text = f"{gib(free)} free at {place}"
+        if not os.access(there, os.W_OK):
+            yield Finding("disk", name, "warn", f"{place} cannot be written", _OTHER_PLACE[name])
+        elif free < 5 * GIB:
+            yield Finding("disk", name, "warn", text, f"Free some space. {_OTHER_PLACE[name]}")
+        else:
+            yield Finding("disk", name, "ok", text)
+
+
+_OTHER_PLACE = {
+    "run folders": "Start lors in another folder, or give --out.",
+    "hub cache": "Set HF_HOME to a folder on another disk.",
+    "temporary": "Set TMPDIR to a folder on another disk.",
+}
+
+
+def hub_cache() -> Path:
+    """Where models from the hub are kept."""
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
+    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser().absolute()
+
+
+def hub() -> Iterator[Finding]:
+    """Whether models and datasets can come from the hub."""
+    set_here = [f"{name}={os.environ[name]}" for name in OFFLINE_VARIABLES
+                if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")]  # fmt: skip
+    if set_here:
+        yield Finding("hub", "access", "warn", f"off by {', '.join(set_here)}: only what is local or cached is used",
+                      f"To download: unset {' '.join(part.partition('=')[0] for part in set_here)}")  # fmt: skip
+    else:
+        yield _reach(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    yield _token()
+
+
+def _reach(endpoint: str) -> Finding:
+    from urllib.error import HTTPError
+    from urllib.request import Request, urlopen
+
+    try:
+        urlopen(Request(endpoint, method="HEAD"), timeout=HUB_TIMEOUT_S).close()
+    except HTTPError as error:
+        if error.code >= 500:
+            return Finding("hub", "access", "warn", f"{endpoint} answers with {error.code}", "Try again later.")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", None) or error
+        return Finding("hub", "access", "warn", f"{endpoint} cannot be reached: {reason}",
+                       "Check network and proxy (HTTPS_PROXY), or work from local folders (README, Data).")  # fmt: skip
+    return Finding("hub", "access", "ok", f"{endpoint} can be reached")
+
+
+def _token() -> Finding:
+    try:
+        from huggingface_hub import get_token
+    except ImportError:
+        return Finding("hub", "token", "warn", "not known: huggingface_hub is missing", "pip install huggingface_hub")
+    if get_token():
+        return Finding("hub", "token", "ok", "there is one (it is not shown, and not checked)")
+    return Finding("hub", "token", "ok", "none; gated models such as Llama need one: hf auth login")
+
+
+def data() -> Iterator[Finding]:
+    """Which of the named texts and tasks $LORS_DATA_DIR holds."""
+    from lors_cli.errors import LorsError
+    from lors_cli.plans import DATA_DIR_VARIABLE, resolve_data_dir
+    from lors_cli.recipe import SEVEN_TASKS
+
+    try:
+        folder = resolve_data_dir(None)
+    except LorsError as error:
+        yield Finding("data", "folder", "warn", error.message, f"Correct ${DATA_DIR_VARIABLE} or unset it.")
+        return
+    if folder is None:
+        yield Finding("data", "folder", "ok", f"${DATA_DIR_VARIABLE} is not set: datasets come from the hub")
+        return
+    yield Finding("data", "folder", "ok", f"{folder} (${DATA_DIR_VARIABLE}); what is missing there is not downloaded")
+    yield from _text_files(folder)
+    from lors_cli.evaluation.tasks import check_tasks
+
+    there, missing = [], []
+    for task in SEVEN_TASKS:
+        try:
+            check_tasks([task], folder)
+            there.append(task)
+        except LorsError as error:
+            missing.append(Finding("data", task, "warn", error.message, error.hint))
+    yield Finding("data", "tasks", "ok", f"{', '.join(there) or 'none'} of {len(SEVEN_TASKS)}")
+    yield from missing
+
+
+def _text_files(folder: Path) -> Iterator[Finding]:
+    from lors_cli.errors import LorsError
+    from lors_cli.text import SOURCES, open_source
+
+    there, missing = [], []
+    for name in (source for source in SOURCES if source != "pydoc"):
+        split: Literal["train", "validation"] = "validation" if name == "wikitext2" else "train"
+        try:
+            open_source(name, split=split, data_dir=folder)
+            there.append(name)
+        except LorsError as error:
+            missing.append(Finding("data", name, "warn", error.message, error.hint))
+    yield Finding("data", "texts", "ok", f"{', '.join(there) or 'none'} (pydoc needs no file)")
+    yield from missing

@@ -1,0 +1,184 @@
+"""What `lors doctor` says of processors and GPUs, and which fast paths this machine has."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lors_cli.checkups import Finding
+from lors_cli.console import gib
+
+if TYPE_CHECKING:
+    import torch
+
+FAST_BFLOAT16 = {"avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX", "bf16": "BF16", "arm_bf16": "Arm BF16",
+                 "sve_bf16": "SVE BF16"}  # fmt: skip
+
+
+def devices() -> Iterator[Finding]:
+    """The processor with its cores and threads, and each GPU."""
+    import torch
+
+    yield Finding("devices", "processor", "ok", f"{processor_name()}, {_cores()}")
+    yield _threads()
+    yield _bfloat16()
+    if torch.backends.mps.is_available():
+        yield Finding("devices", "gpu", "ok", "Apple GPU (--device mps); pruning and tuning are tested on CPU and CUDA")
+    elif not torch.cuda.is_available():
+        yield _no_gpu()
+    for index in range(torch.cuda.device_count()):
+        yield _gpu(index)
+
+
+def processor_name() -> str:
+    """The processor's model, as the system calls it."""
+    path = Path("/proc/cpuinfo")
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() in ("model name", "Model", "cpu model"):
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def usable_cores() -> int:
+    """Cores that this process may compute on: of its affinity and its container, hyperthreads counted once."""
+    import psutil
+
+    logical = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = min(logical, psutil.cpu_count(logical=False) or logical)
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    limit, _, period = (quota.read_text(encoding="ascii") if quota.is_file() else "max").strip().partition(" ")
+    return max(1, min(cores, int(limit) // int(period))) if limit.isdecimal() and period.isdecimal() else cores
+
+
+def _cores() -> str:
+    import psutil
+
+    physical, logical, usable = psutil.cpu_count(logical=False), psutil.cpu_count(), usable_cores()
+    text = f"{physical} cores" + (f" ({logical} threads)" if logical != physical else "")
+    return text if usable == physical else f"{text}, {usable} of them for this process"
+
+
+def _threads() -> Finding:
+    import torch
+
+    threads, cores = torch.get_num_threads(), usable_cores()
+    text = f"{threads} in use on {cores} core{'s' if cores > 1 else ''}"
+    setting = os.environ.get("OMP_NUM_THREADS")
+    if threads < cores:
+        reason = f" (OMP_NUM_THREADS={setting})" if setting else ""
+        return Finding("devices", "threads", "warn", text + reason, f"For all cores: export OMP_NUM_THREADS={cores}")
+    if threads > cores:
+        return Finding("devices", "threads", "warn", f"{text}: they get in each other's way",
+                       f"export OMP_NUM_THREADS={cores}")  # fmt: skip
+    return Finding("devices", "threads", "ok", text)
+
+
+def _bfloat16() -> Finding:
+    import torch
+
+    from lors_cli.models import cpu_has_bfloat16
+
+    if cpu_has_bfloat16():
+        found = torch.cpu.get_capabilities()
+        by = " and ".join(word for name, word in FAST_BFLOAT16.items() if found.get(name))
+        return Finding("devices", "bfloat16", "ok", f"in this processor ({by})")
+    return Finding("devices", "bfloat16", "warn", "not in this processor: dtype auto loads float32, twice the memory",
+                   "A processor with AVX512-BF16, AMX or Arm BF16, or a GPU, takes half the memory.")  # fmt: skip
+
+
+def _no_gpu() -> Finding:
+    import torch
+
+    if Path("/proc/driver/nvidia/version").is_file() and torch.version.cuda is None:
+        text = f"there is an NVIDIA driver, but torch {torch.__version__} is a CPU build"
+        return Finding("devices", "gpu", "warn", text, "Install a CUDA build: https://pytorch.org/get-started/locally/")
+    return Finding("devices", "gpu", "ok", "none that torch can use; everything runs on the CPU")
+
+
+def _gpu(index: int) -> Finding:
+    import torch
+
+    name = f"cuda:{index}"
+    try:
+        free, total = torch.cuda.mem_get_info(index)
+        major, minor = torch.cuda.get_device_capability(index)
+    except RuntimeError as error:
+        return Finding("devices", name, "warn", f"{torch.cuda.get_device_name(index)}: {str(error).splitlines()[0]}",
+                       "Another process may hold it; choose another with --device.")  # fmt: skip
+    text = f"{torch.cuda.get_device_name(index)}, {gib(free)} free of {gib(total)}, compute capability {major}.{minor}"
+    if free < total / 2:
+        return Finding("devices", name, "warn", text, "Another process holds its memory (nvidia-smi).")
+    return Finding("devices", name, "ok", text)
+
+
+def fast_paths() -> Iterator[Finding]:
+    """What makes lors fast here, and why something does not."""
+    import torch
+
+    from lors_cli.models import cpu_has_bfloat16, resolve_device
+
+    device = resolve_device("auto")
+    fast = device.type != "cpu" or cpu_has_bfloat16()
+    dtype = torch.bfloat16 if fast else torch.float32
+    yield _merge(device, dtype)
+    yield _compressed(device, dtype)
+    yield _cache(device)
+    yield _attention(device)
+    yield _tokenizers()
+
+
+def _merge(device: torch.device, dtype: torch.dtype) -> Finding:
+    from lors_cli.tuning.merging import how_merged, why_no_kernel
+
+    text = f"{str(dtype).removeprefix('torch.')} on {device.type}: {how_merged(device, dtype)}"
+    if device.type == "cuda" and why_no_kernel(device, dtype):
+        return Finding("fast paths", "LoRS merge", "warn", text, "pip install triton; it needs compute capability 8.0.")
+    return Finding("fast paths", "LoRS merge", "ok", text)
+
+
+def _compressed(device: torch.device, dtype: torch.dtype) -> Finding:
+    from lors_cli.tuning.merging import why_no_kernel
+
+    if why_no_kernel(device, dtype):
+        text = "tune.base=compressed (2:4) saves memory and costs time: each weight is restored for its merge"
+    else:
+        text = "tune.base=compressed (2:4) saves memory at no cost: the CUDA kernel reads it as it is"
+    return Finding("fast paths", "compressed base", "ok", text)
+
+
+def _cache(device: torch.device) -> Finding:
+    import psutil
+    import torch
+
+    from lors_cli.tuning.merging import SHARE_OF_FREE
+
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    share = f"{SHARE_OF_FREE:.0%} of what is free"
+    text = f"all merged weights are kept where they take at most {gib(SHARE_OF_FREE * free)}, {share}"
+    return Finding("fast paths", "merged cache", "ok", text)
+
+
+def _attention(device: torch.device) -> Finding:
+    import torch
+
+    if device.type != "cuda":
+        return Finding("fast paths", "attention", "ok", "torch's scaled_dot_product_attention")
+    on = [name for name, enabled in (("flash", torch.backends.cuda.flash_sdp_enabled()),
+                                     ("memory-efficient", torch.backends.cuda.mem_efficient_sdp_enabled()),
+                                     ("cuDNN", torch.backends.cuda.cudnn_sdp_enabled())) if enabled]  # fmt: skip
+    return Finding("fast paths", "attention", "ok", f"torch's scaled_dot_product_attention ({', '.join(on)})")
+
+
+def _tokenizers() -> Finding:
+    from importlib.metadata import version
+
+    setting = os.environ.get("TOKENIZERS_PARALLELISM", "true").lower()
+    if setting in ("false", "0", "off", "no"):
+        return Finding("fast paths", "tokenizers", "warn", f"one thread (TOKENIZERS_PARALLELISM={setting})",
+                       "unset TOKENIZERS_PARALLELISM")  # fmt: skip
+    return Finding("fast paths", "tokenizers", "ok", f"{version('tokenizers')}, in Rust, on all threads")
