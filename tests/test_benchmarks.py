@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import eval_speed
 import gpu_blocks
 import memory
 import prune as prune_benchmark
@@ -298,3 +299,25 @@ def test_sizes_by_arithmetic_are_those_of_the_written_model(tmp_path: Path) -> N
         config = ModelConfig(path=str(tmp_path / str(tied)), dtype="bfloat16", device="cpu")
         assert planning.model_size(config) == memory.size_of(shape)
     assert memory.size_of(memory.WHOLE_MODELS["llama3-70b"]).num_parameters == 70_553_706_496  # as published
+
+
+def test_both_ways_of_scoring_are_timed_and_agree(workshop: Path, tmp_path: Path) -> None:
+    settings = {
+        "model": str(workshop / "dense"), "dtype": "float32", "device": "cpu", "tasks": ["pydoc_choice"], "limit": 5,
+        "batch_size": 4, "threads": 1,
+    }  # fmt: skip
+    out = tmp_path / "speed.json"
+    eval_speed.measure(settings, None, 2, out)
+    results = json.loads(out.read_text())
+    found = results["tasks"]["pydoc_choice"]
+    assert (len(found["rounds"]), found["num_documents"]) == (2, 5)
+    assert found["scores"]["hflm"] == found["scores"]["lors"]
+    for key in ("agreement", "batch_agreement"):
+        assert (found[key]["acc"], found[key]["acc_norm"]) == (1, 1)
+        assert found[key]["max_difference"] < 1e-3
+    for clock in eval_speed.CLOCKS:
+        one, two = (arms["hflm"][clock] / arms["lors"][clock] for arms in found["rounds"])
+        assert found["summary"][clock]["hflm/lors"]["median"] == pytest.approx((one + two) / 2, rel=0.01)
+    eval_speed.show(results)
+    with pytest.raises(SystemExit, match="other settings"):
+        eval_speed.measure({**settings, "limit": 6}, None, 2, out)

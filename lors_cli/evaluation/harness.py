@@ -55,13 +55,13 @@ def score_task(
         tokenizer: its tokenizer.
         task: one of the seven tasks, pydoc_choice, or any task of lm-eval.
         limit: at most so many documents, the first ones.
-        batch_size: sequences a forward pass.
+        batch_size: sequences a forward pass, see `score_choices`.
         data_dir: folder with local copies of the seven tasks' documents, None for the hub.
         folder: for generated files; may be deleted afterwards.
         label: the model's name, for the progress display.
 
     Raises:
-        UsageError: an unknown task.
+        UsageError: an unknown task, or a choice that the model is too short for.
         MissingError: documents that are neither in `data_dir` nor to be had from the hub.
     """
     definition = task_definition(task, data_dir=data_dir, folder=folder)
