@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lors_cli.evaluation import recovered, summary_table
-from lors_cli.evaluation.summary import average
+from lors_cli.evaluation.summary import average, average_stderr
 
 
 def _result(acc: float | None, norm: float, boolq: float, perplexity: float | None) -> dict[str, Any]:
@@ -77,3 +77,10 @@ def test_task_without_accuracy_shows_its_own_metric() -> None:
     tasks = {"gsm8k": {"exact_match,strict-match": 0.25, "exact_match_stderr,strict-match": 0.1, "num_samples": 4}}
     result = {"model": "m", "tasks": tasks, "average": average(tasks), "perplexity": {}}
     assert summary_table({"m": result}) == (["task", "m"], [["gsm8k exact_match,strict-match", "0.250"]])
+
+
+def test_the_averages_standard_error() -> None:
+    tasks = {"a": {"acc": 0.5, "acc_stderr": 0.03}, "b": {"acc": 0.1, "acc_stderr": 0.04}, "c": {"bleu": 3.0}}
+    assert average_stderr(tasks) == pytest.approx(0.05 / 2)
+    assert average_stderr({**tasks, "d": {"acc": 0.2, "acc_stderr": None}}) is None
+    assert average_stderr({"c": {"bleu": 3.0}}) is None

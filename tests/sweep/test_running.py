@@ -268,16 +268,16 @@ def signalled(number: signal.Signals, before: str, *arguments: str) -> subproces
     """A `lors` process that gets a signal just before a file or folder of that name is renamed into place."""
     return subprocess.run(
         [sys.executable, "-c", SIGNALLED, str(int(number)), before, *arguments],
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
 
 
 def test_a_killed_sweep_goes_on_to_the_same_results(at_start: Path, finished_sweep: Path, lors: Lors) -> None:
     whole = snapshot(finished_sweep / SWEEP)
-    for before, state in (("/.work/inputs_0002", "running"), ("checkpoint-2", "running"), ("tuned.json", "running")):
+    for before in ("/.work/inputs_0002", "tuned.json"):  # in pruning, and when the last scores are written
         result = signalled(signal.SIGKILL, before, "sweep", "grid.yaml")
         assert result.returncode == -signal.SIGKILL, (before, result.stderr)
-        assert states()["wanda-lors"] == state
+        assert states()["wanda-lors"] == "running"
     result = signalled(signal.SIGINT, "checkpoint-2", "sweep", "grid.yaml", "--json")
     assert result.returncode == 130, result.stderr
     assert json.loads(result.stdout)["error"]["exit_code"] == 130
