@@ -9,6 +9,7 @@ from lors_cli.loading import recipe_schema
 from lors_cli.recipe import (
     SEVEN_TASKS,
     CalibrationConfig,
+    DistillConfig,
     EvalConfig,
     ModelConfig,
     PruneConfig,
@@ -24,6 +25,7 @@ SECTIONS: dict[str, Any] = {
     "prune.calibration": CalibrationConfig,
     "tune": TuneConfig,
     "tune.data": TuneDataConfig,
+    "tune.distill": DistillConfig,
     "eval": EvalConfig,
 }
 RULES: dict[str, list[str]] = {
@@ -44,6 +46,10 @@ RULES: dict[str, list[str]] = {
         "`init` other than `kaiming` is for additive updates: not for `spp`, `spp-gc` and `hira`.",
         "`merged_cache: on` is for `lors`.",
         "`base: compressed` is for `lors`, on a 2:4 model.",
+        "`train_norms` is not for `lora`.",
+        "`norms_lr_ratio` is for `train_norms: true`.",
+        "`max_tokens` excludes `max_steps`.",
+        "`max_tokens` needs streamed text: not `data.stream: off`.",
         "`min_learning_rate` is at most `learning_rate`.",
         "`batch_size` is a multiple of `per_device_batch_size`.",
     ],

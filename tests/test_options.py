@@ -137,7 +137,8 @@ def test_lists_are_completed_at_their_end() -> None:
 
 def test_settings_and_their_words() -> None:
     assert completion.settings(None)("tune.data.") == [
-        "tune.data.dataset=", "tune.data.max_length=", "tune.data.num_samples=",
+        "tune.data.dataset=", "tune.data.max_length=", "tune.data.num_samples=", "tune.data.template=",
+        "tune.data.train_on_prompt=", "tune.data.packing=", "tune.data.stream=", "tune.data.shuffle_buffer=",
     ]  # fmt: skip
     assert completion.settings("tune")("rank") == ["rank="]
     assert completion.settings("tune")("rank=") == []
