@@ -1,0 +1,75 @@
+"""`lors recipes` and its commands: list the shipped recipes, copy one, look up settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from lors_cli import console
+from lors_cli import options as o
+from lors_cli.command import Commands, command, guarded
+
+COMMANDS = "Commands"
+recipes_app = typer.Typer(cls=Commands, pretty_exceptions_enable=False)
+
+
+@recipes_app.callback(invoke_without_command=True)
+def recipes(context: typer.Context, json_mode: o.Json = False) -> None:
+    """List the shipped recipes, copy one, look up a setting."""
+    if context.invoked_subcommand is None:
+        list_shipped(json_mode=json_mode)
+
+
+@guarded
+def list_shipped() -> None:
+    """Names and first comment lines of the shipped recipes."""
+    from lors_cli.loading import recipe_summary, shipped_recipes
+
+    found = {name: recipe_summary(path) for name, path in shipped_recipes().items()}
+    console.table(["recipe", "what it does"], [[name, summary] for name, summary in found.items()], prose=True)
+    console.result("lors recipes copy NAME writes one here to edit; lors run NAME runs it.")
+    console.document([{"name": name, "summary": summary} for name, summary in found.items()])
+
+
+@command(recipes_app, COMMANDS, "lors recipes copy quickstart", "lors recipes copy llama3-8b-2of4 mine.yaml")
+def copy(name: o.Shipped, target: o.Target = None) -> None:
+    """Write a shipped recipe here, to edit and run."""
+    from lors_cli import run_dir
+    from lors_cli.errors import UsageError
+    from lors_cli.loading import find_shipped_recipe
+
+    source = find_shipped_recipe(name)
+    path = target or Path(source.name)
+    path = path / source.name if path.is_dir() else path
+    if path.exists():
+        raise UsageError(f"{path} is there already; it is not overwritten.", "Name another file.")
+    run_dir.write_bytes(path, source.read_bytes())
+    console.result(f"wrote {path}; run it with: lors run {path}")
+    console.document({"wrote": str(path)})
+
+
+@command(recipes_app, COMMANDS, "lors recipes schema > recipe.schema.json")
+def schema() -> None:
+    """Print the JSON Schema of a recipe, for editors."""
+    import json
+
+    from lors_cli.loading import recipe_schema
+
+    if console.is_json():
+        console.document(recipe_schema())
+    else:
+        typer.echo(json.dumps(recipe_schema(), indent=2))
+
+
+@command(recipes_app, COMMANDS, "lors recipes reference | less", "lors recipes reference --json")
+def reference() -> None:
+    """Print every setting with its values and default, as Markdown."""
+    from dataclasses import asdict
+
+    from lors_cli.reference import markdown, settings
+
+    if console.is_json():
+        console.document([asdict(setting) for setting in settings()])
+    else:
+        typer.echo(markdown(), nl=False)
