@@ -16,12 +16,12 @@ from lors_cli.command import (
     STAGES,
     Commands,
     command,
-    guarded,
     is_override,
     model_labels,
     split_list,
 )
 from lors_cli.data_view import data_app
+from lors_cli.recipe_commands import recipes_app
 
 FIRST_STEPS = """[bold]First steps[/bold]
 lors doctor                        what is there and what is missing
@@ -34,7 +34,6 @@ app = typer.Typer(
     name="lors", cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
-recipes_app = typer.Typer(cls=Commands, pretty_exceptions_enable=False)
 app.add_typer(recipes_app, name="recipes", rich_help_panel=HELP)
 app.add_typer(data_app, name="data", rich_help_panel=AROUND)
 
@@ -338,72 +337,6 @@ def bench(
          "ranks": ranks, "batch_size": batch_size, "accumulation": accumulation, "checkpointing": checkpointing,
          "rounds": rounds, "steps": steps, "dtype": dtype, "device": device}, out,
     )  # fmt: skip
-
-
-@recipes_app.callback(invoke_without_command=True)
-def recipes(context: typer.Context, json_mode: o.Json = False) -> None:
-    """List the shipped recipes and sweeps, copy one, look up a setting."""
-    if context.invoked_subcommand is None:
-        list_shipped(json_mode=json_mode)
-
-
-@guarded
-def list_shipped() -> None:
-    """Names and first comment lines of the shipped recipes and sweeps."""
-    from lors_cli.shipped import recipe_summary, shipped_recipes, shipped_sweeps
-
-    found = []
-    for kind, files in (("recipe", shipped_recipes()), ("sweep", shipped_sweeps())):
-        mine = [{"name": name, "kind": kind, "summary": recipe_summary(path)} for name, path in files.items()]
-        console.table([kind, "what it does"], [[item["name"], item["summary"]] for item in mine], prose=True)
-        console.result()
-        found += mine
-    console.result("lors recipes copy NAME writes one here to edit; lors run RECIPE or lors sweep SWEEP runs it.")
-    console.document(found)
-
-
-@command(recipes_app, "Commands", "lors recipes copy quickstart", "lors recipes copy llama3-8b-2of4 mine.yaml")
-def copy(name: o.Shipped, target: o.Target = None) -> None:
-    """Write a shipped recipe or sweep here, to edit and run."""
-    from lors_cli import run_dir
-    from lors_cli.errors import UsageError
-    from lors_cli.shipped import find_shipped_recipe, shipped_sweeps
-
-    source = find_shipped_recipe(name)
-    path = target or Path(source.name)
-    path = path / source.name if path.is_dir() else path
-    if path.exists():
-        raise UsageError(f"{path} is there already; it is not overwritten.", "Name another file.")
-    run_dir.write_bytes(path, source.read_bytes())
-    command = "sweep" if source in shipped_sweeps().values() else "run"
-    console.result(f"wrote {path}; run it with: lors {command} {path}")
-    console.document({"wrote": str(path)})
-
-
-@command(recipes_app, "Commands", "lors recipes schema > recipe.schema.json")
-def schema() -> None:
-    """Print the JSON Schema of a recipe, for editors."""
-    import json
-
-    from lors_cli.loading import recipe_schema
-
-    if console.is_json():
-        console.document(recipe_schema())
-    else:
-        typer.echo(json.dumps(recipe_schema(), indent=2))
-
-
-@command(recipes_app, "Commands", "lors recipes reference | less", "lors recipes reference --json")
-def reference() -> None:
-    """Print every setting with its values and default, as Markdown."""
-    from dataclasses import asdict
-
-    from lors_cli.reference import markdown, settings
-
-    if console.is_json():
-        console.document([asdict(setting) for setting in settings()])
-    else:
-        typer.echo(markdown(), nl=False)
 
 
 @command(app, AROUND, "lors report runs/quickstart", "lors report sweeps/table1 --format html")

@@ -27,11 +27,18 @@ from lors_cli.weights import prunable_weights
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PEFT_TYPES = {method: method.removesuffix("-gc").upper() for method in LAYERS}
-"""`peft_type` on disk of every `tune.method`: checkpointing changes how a layer is computed, not what."""
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 PREFIX = "base_model.model."
+
+
+def peft_type(method: str) -> str:
+    """`peft_type` on disk of a `tune.method`: checkpointing changes how a layer is computed, not what.
+
+    Args:
+        method: of `LAYERS`.
+    """
+    return method.removesuffix("-gc").upper()
 
 
 @dataclass(frozen=True)
@@ -164,7 +171,7 @@ def save_adapter(model: nn.Module, folder: Path, config: AdapterConfig) -> None:
 
     run_dir.write_bytes(folder / WEIGHTS_NAME, save(adapter_tensors(model), metadata={"format": "pt"}))
     content = {
-        "peft_type": PEFT_TYPES[config.method],
+        "peft_type": peft_type(config.method),
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": config.base,
         "r": config.rank,
@@ -190,7 +197,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     content = run_dir.read_json(path)
     if not isinstance(content, dict):
         raise UsageError(f"{path} is not readable JSON.")
-    methods = {PEFT_TYPES[method]: method for method in reversed(LAYERS) if LAYERS[method].keeps_zeros}
+    methods = {peft_type(method): method for method in reversed(LAYERS) if LAYERS[method].keeps_zeros}
     if content.get("peft_type") not in methods:
         raise UsageError(
             f"{path} is a {content.get('peft_type')!s} adapter, none of {', '.join(sorted(methods))}.",

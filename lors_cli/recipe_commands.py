@@ -1,0 +1,80 @@
+"""`lors recipes` and its commands: list the shipped recipes, copy one, look up settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from lors_cli import console
+from lors_cli import options as o
+from lors_cli.command import Commands, command, guarded
+
+COMMANDS = "Commands"
+recipes_app = typer.Typer(cls=Commands, pretty_exceptions_enable=False)
+
+
+@recipes_app.callback(invoke_without_command=True)
+def recipes(context: typer.Context, json_mode: o.Json = False) -> None:
+    """List the shipped recipes and sweeps, copy one, look up a setting."""
+    if context.invoked_subcommand is None:
+        list_shipped(json_mode=json_mode)
+
+
+@guarded
+def list_shipped() -> None:
+    """Names and first comment lines of the shipped recipes and sweeps."""
+    from lors_cli.shipped import recipe_summary, shipped_recipes, shipped_sweeps
+
+    found = []
+    for kind, files in (("recipe", shipped_recipes()), ("sweep", shipped_sweeps())):
+        mine = [{"name": name, "kind": kind, "summary": recipe_summary(path)} for name, path in files.items()]
+        console.table([kind, "what it does"], [[item["name"], item["summary"]] for item in mine], prose=True)
+        console.result()
+        found += mine
+    console.result("lors recipes copy NAME writes one here to edit; lors run RECIPE or lors sweep SWEEP runs it.")
+    console.document(found)
+
+
+@command(recipes_app, COMMANDS, "lors recipes copy quickstart", "lors recipes copy llama3-8b-2of4 mine.yaml")
+def copy(name: o.Shipped, target: o.Target = None) -> None:
+    """Write a shipped recipe or sweep here, to edit and run."""
+    from lors_cli import run_dir
+    from lors_cli.errors import UsageError
+    from lors_cli.shipped import find_shipped_recipe, shipped_sweeps
+
+    source = find_shipped_recipe(name)
+    path = target or Path(source.name)
+    path = path / source.name if path.is_dir() else path
+    if path.exists():
+        raise UsageError(f"{path} is there already; it is not overwritten.", "Name another file.")
+    run_dir.write_bytes(path, source.read_bytes())
+    runner = "sweep" if source in shipped_sweeps().values() else "run"
+    console.result(f"wrote {path}; run it with: lors {runner} {path}")
+    console.document({"wrote": str(path)})
+
+
+@command(recipes_app, COMMANDS, "lors recipes schema > recipe.schema.json")
+def schema() -> None:
+    """Print the JSON Schema of a recipe, for editors."""
+    import json
+
+    from lors_cli.loading import recipe_schema
+
+    if console.is_json():
+        console.document(recipe_schema())
+    else:
+        typer.echo(json.dumps(recipe_schema(), indent=2))
+
+
+@command(recipes_app, COMMANDS, "lors recipes reference | less", "lors recipes reference --json")
+def reference() -> None:
+    """Print every setting with its values and default, as Markdown."""
+    from dataclasses import asdict
+
+    from lors_cli.reference import markdown, settings
+
+    if console.is_json():
+        console.document([asdict(setting) for setting in settings()])
+    else:
+        typer.echo(markdown(), nl=False)
