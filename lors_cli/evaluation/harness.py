@@ -122,7 +122,8 @@ def _shown_model_class() -> Any:
     from lm_eval.api.model import CacheHook
     from lm_eval.models.huggingface import HFLM
 
-    from lors_cli.evaluation.scoring import Choice, score_choices
+    from lors_cli.evaluation.prefix_tree import Choice
+    from lors_cli.evaluation.scoring import score_choices
 
     class Counter(CacheHook):
         """Hears of every finished request; lm-eval calls it to fill a cache, which is not kept here."""

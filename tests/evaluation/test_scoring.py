@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch
 from lors_cli import console
 from lors_cli.errors import UsageError
 from lors_cli.evaluation import harness, scoring
-from lors_cli.evaluation.scoring import Choice, build_rows, make_batches, score_choices
+from lors_cli.evaluation.prefix_tree import Choice
+from lors_cli.evaluation.scoring import score_choices
 from lors_cli.evaluation.tasks import task_definition
 
 VOCABULARY = 300
@@ -22,6 +23,7 @@ COMMON: dict[str, Any] = {
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 SMALL = {key: COMMON[key] for key in ("vocab_size", "hidden_size", "initializer_range")}
+Questions = Callable[..., list[Choice]]
 OTHERS: dict[str, dict[str, Any]] = {
     "Llama": {},
     "Mistral": {"sliding_window": 24},
@@ -62,22 +64,6 @@ def tiny(name: str, dtype: torch.dtype = torch.float32) -> Any:
     return transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
 
 
-def questions(seed: int = 0, contexts: int = 10, longest: int = 60) -> list[Choice]:
-    """Questions with four choices each; some choices are equal, one is the start of another."""
-    draw = random.Random(seed)
-
-    def tokens(most: int) -> list[int]:
-        return [draw.randrange(3, VOCABULARY) for _ in range(draw.randint(1, most))]
-
-    choices = []
-    for document in range(contexts):
-        context, endings = [1, *tokens(longest)], [tokens(12) for _ in range(4)]
-        endings[1] = [*endings[0], 7] if document % 3 == 0 else endings[1]
-        endings[3] = endings[2] if document % 4 == 0 else endings[3]
-        choices += [Choice([*context, *ending][:-1], ending, document) for ending in endings]
-    return choices
-
-
 @torch.no_grad()
 def alone(model: Any, choices: list[Choice]) -> list[tuple[float, bool]]:
     """Each choice by itself, in float64."""
@@ -96,7 +82,7 @@ def assert_same(found: list[tuple[float, bool]], expected: list[tuple[float, boo
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_equals_single_sequences(name: str, told: list[str]) -> None:
+def test_equals_single_sequences(name: str, told: list[str], questions: Questions) -> None:
     model, choices = tiny(name), questions()
     assert_same(score_choices(model, choices, batch_size=4), alone(model, choices))
     assert any("do not share their context" in line for line in told) == (name in NO_BRANCHES)
@@ -107,13 +93,15 @@ def test_equals_single_sequences(name: str, told: list[str]) -> None:
 
 
 @pytest.mark.parametrize("name", ["Llama", "Mixtral", "GPT2", "RecurrentGemma"])
-def test_trial_in_bfloat16_tells_rounding_from_error(name: str, told: list[str]) -> None:
+def test_trial_in_bfloat16_tells_rounding_from_error(name: str, told: list[str], questions: Questions) -> None:
     model, choices = tiny(name, torch.bfloat16), questions()
     score_choices(model, choices, batch_size=4)
     assert any("do not share" in line for line in told) == (name in NO_BRANCHES)
 
 
-def test_a_model_that_ignores_the_mask_gets_plain_rows(told: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_ignores_the_mask_gets_plain_rows(
+    told: list[str], monkeypatch: pytest.MonkeyPatch, questions: Questions
+) -> None:
     model, choices = tiny("Llama"), questions()
     expected, forward = alone(model, choices), model.model.forward
 
@@ -126,7 +114,7 @@ def test_a_model_that_ignores_the_mask_gets_plain_rows(told: list[str], monkeypa
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_any_batch_size(batch_size: int) -> None:
+def test_any_batch_size(batch_size: int, questions: Questions) -> None:
     model, choices, steps = tiny("Llama"), questions(), []
     found = score_choices(model, choices, batch_size=batch_size, on_progress=steps.append)
     assert_same(found, alone(model, choices))
@@ -134,7 +122,7 @@ def test_any_batch_size(batch_size: int) -> None:
     assert score_choices(model, [], batch_size=batch_size) == []
 
 
-def test_small_chunks_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_chunks_of_logits(monkeypatch: pytest.MonkeyPatch, questions: Questions) -> None:
     monkeypatch.setitem(scoring.CHUNK_LOGITS, "cpu", 5 * VOCABULARY)
     for name in ("Llama", "Granite"):
         model, choices = tiny(name), questions()
@@ -153,48 +141,6 @@ def test_context_is_computed_once_and_the_head_only_where_needed(monkeypatch: py
     # 30 of context; 50, 51, 53 and 60 are read once each; 52, 54, 61, 70, 71 are only predicted
     assert tokens[0].tolist() == [[*context, 50, 51, 53, 60]]
     assert heads[0] == (5, 32)  # after the context, 50, 51, 53 and 60
-
-
-def test_rows_are_prefix_trees() -> None:
-    choices = questions(seed=3, contexts=25, longest=200)
-    rows = build_rows(choices, max_tokens=700)
-    numbers = sorted(number for row in rows for number, _ in row.reads)
-    assert numbers == list(range(len(choices)))
-    for row in rows:
-        mask = row.mask()
-        assert row.positions == [int(seen.sum()) - 1 for seen in mask]
-        for number, nodes in row.reads:
-            choice = choices[number]
-            path = mask[nodes[-1]].nonzero().squeeze(1).tolist()  # what the last node sees
-            assert [row.tokens[node] for node in path] == list(choice.tokens)
-            assert path[-len(choice.targets) :] == nodes
-    shared = sum(len(row.tokens) for row in rows)
-    assert shared < 0.5 * sum(len(choice.tokens) for choice in choices)
-
-
-def test_limits_of_a_row() -> None:
-    choices = questions(seed=4, contexts=6, longest=100)
-    longest = max(len(choice.tokens) for choice in choices)
-    for row in build_rows(choices, max_tokens=longest):
-        assert len(row.tokens) <= longest
-    assert not any(row.branches for row in build_rows(choices, max_tokens=900, branches=False))
-    for row in build_rows(choices, max_tokens=900, window=40):
-        assert not row.branches or max(row.positions) < 40
-    apart = [Choice([1, 2, 3, number], [4], 0) for number in range(5)]  # three tokens in common are not worth a row
-    assert len(build_rows(apart, max_tokens=900)) == 5
-    many = [Choice([*range(3, 20), number], [1, 2], 0) for number in range(2000)]
-    assert max(len(row.tokens) for row in build_rows(many, max_tokens=10**6)) <= scoring.ROW_TOKENS
-
-
-def test_batches_are_sorted_and_within_the_budget() -> None:
-    rows = build_rows(questions(seed=5, contexts=40), max_tokens=300)
-    batches = list(make_batches(rows, 300))
-    assert sorted(id(row) for batch in batches for row in batch) == sorted(map(id, rows))
-    for batch in batches:
-        lengths = [len(row.tokens) for row in batch]
-        assert lengths == sorted(lengths, reverse=True)
-        assert len(batch) * lengths[0] <= 300
-        assert len({row.branches for row in batch}) == 1
 
 
 @pytest.fixture(scope="module")
