@@ -7,6 +7,7 @@ gated, 4 not enough memory or disk, 5 sparsity broken, 130 interrupted.
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 
@@ -53,7 +54,7 @@ class SparsityError(LorsError):
     exit_code = 5
 
 
-OFFLINE_HINT = (
+_OFFLINE_HINT = (
     "Check the name and the network, or use a local folder. For gated repositories accept the licence on "
     "the hub and run `hf auth login`."
 )
@@ -63,6 +64,13 @@ _HUB_ERRORS = (
     "DatasetNotFoundError", "DataFilesNotFoundError", "ConnectionError", "ConnectError", "ConnectTimeout",
     "ReadTimeout", "ProxyError", "MaxRetryError", "NameResolutionError",
 )  # fmt: skip
+
+
+def offline_hint() -> str:
+    """What to do when something cannot be had from the hub."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return "HF_HUB_OFFLINE is set, so the hub is not asked: unset it, or use a local folder."
+    return _OFFLINE_HINT
 
 
 def translate(error: BaseException) -> LorsError | None:
@@ -118,9 +126,9 @@ def _translate_one(error: BaseException) -> LorsError | None:
     if isinstance(error, BrokenPipeError):  # a ConnectionError, but of our own output
         return None
     if name in _HUB_ERRORS or any(base.__name__ in _HUB_ERRORS for base in type(error).__mro__):
-        return MissingError(f"Not reachable: {first_line}", OFFLINE_HINT)
+        return MissingError(f"Not reachable: {first_line}", offline_hint())
     if isinstance(error, OSError) and "is not a local folder" in text:
-        return MissingError(first_line, OFFLINE_HINT)
+        return MissingError(first_line, offline_hint())
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("lors_cli"):
         return MissingError(f"The package {error.name!r} is not installed.", f"pip install {error.name}")
     if isinstance(error, (NotADirectoryError, IsADirectoryError, FileExistsError)):

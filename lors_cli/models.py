@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lors_cli import console, parallel
-from lors_cli.errors import OFFLINE_HINT, MissingError, UsageError, translate
+from lors_cli.errors import MissingError, UsageError, offline_hint, translate
 from lors_cli.sources import ModelSource, locate
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def load_error(path: str, what: str, error: Exception) -> Exception:
         return UsageError(f"{path}: {first_line}", hint)
     known = translate(error)
     if isinstance(known, MissingError):
-        return MissingError(f"{path}: no such folder, and not to be had from the hub: {first_line}", OFFLINE_HINT)
+        return MissingError(f"{path}: no such folder, and not to be had from the hub: {first_line}", offline_hint())
     return known or UsageError(f"{path}: {what} cannot be loaded: {first_line}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -138,7 +139,8 @@ def _section(section: str, found: list[Setting]) -> str:
             default = "required" if setting.required else "—"
         else:
             name = f"`{name}`"
-        cells = (name, setting.kind, default, setting.description)
+        description = re.sub(r"\$[A-Z_]+", r"`\g<0>`", setting.description)  # no formula
+        cells = (name, setting.kind, default, description)
         lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells) + " |")
     if section in RULES:
         lines += ["", *(f"- {rule}" for rule in RULES[section])]

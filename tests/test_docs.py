@@ -43,6 +43,15 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in anchors(linked), f"{page.name} links to {target}, and there is no such heading"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_formulas_are_closed(page: Path) -> None:
+    text = re.sub(r"`[^`\n]*`", "", FENCED.sub("", page.read_text(encoding="utf-8")))
+    for paragraph in re.split(r"\n\s*\n|\n(?=\||-|#)", text):
+        assert paragraph.count("$") % 2 == 0, paragraph
+        for formula in re.findall(r"\$([^$]+)\$", paragraph):
+            assert formula.count("{") == formula.count("}"), formula
+
+
 def command_lines(code: str) -> list[list[str]]:
     """The words of every command of a bash block."""
     return [shlex.split(line, comments=True) for line in code.replace("\\\n", " ").splitlines() if line.strip()]

@@ -132,3 +132,12 @@ def test_require_file(tmp_path: Path) -> None:
     for missing in (tmp_path / "b", tmp_path):
         with pytest.raises(MissingError, match="No adapter weights at "):
             require_file(missing, "adapter weights")
+
+
+def test_the_hint_says_that_the_hub_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lors_cli.errors import offline_hint
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "HF_HUB_OFFLINE is set" in offline_hint()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    assert "hf auth login" in offline_hint()
