@@ -151,6 +151,7 @@ def tune(
     init: Annotated[str | None, typer.Option(help="gradient, gradient-exact or kaiming.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimiser steps; overrides epochs.")] = None,
+    max_tokens: Annotated[float | None, typer.Option(help="Tokens of streamed text, e.g. 0.5e9.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples an optimiser step.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens a sample.")] = None,
@@ -163,7 +164,8 @@ def tune(
     """Tune a sparse causal LM with LoRS and merge the adapter, zeros kept."""
     flags = _given(
         method=method, data__dataset=dataset, rank=rank, alpha=alpha, init=init, learning_rate=learning_rate,
-        max_steps=max_steps, epochs=epochs, batch_size=batch_size, data__max_length=max_length, seed=seed,
+        max_steps=max_steps, max_tokens=max_tokens, epochs=epochs, batch_size=batch_size,
+        data__max_length=max_length, seed=seed,
     )  # fmt: skip
     models = {"pruned": _model_config(model, dtype, device)}
     plan = _stage("tune", models, out, config, overrides, flags, data_dir, dry_run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -417,3 +418,26 @@ def test_unknown_recipe(shipped: Path) -> None:
     assert caught.value.hint == "Did you mean quickstart? `lors recipes` lists the shipped ones."
     with pytest.raises(UsageError, match="Shipped: prune/wanda"):
         find_config("")
+
+
+@pytest.mark.parametrize("written", ["0.5e9", "5e8", "500000000"])
+def test_a_budget_of_tokens_may_be_written_as_a_float(written: str) -> None:
+    config = load_stage("tune", None, [f"max_tokens={written}"])
+    assert isinstance(config, TuneConfig)
+    assert (config.max_tokens, type(config.max_tokens)) == (500_000_000, int)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["max_tokens=0.5"], "must be a whole number, not 0.5"),
+        (["max_tokens=1"], "must be above 1, not 1"),
+        (["max_tokens=9", "max_steps=3"], "max_steps says how long to train too"),
+        (["max_tokens=9", "data.stream=off"], "it counts streamed text, and data.stream is off"),
+        (["data.packing=none"], "must be one of concatenated, isolated, not none"),
+        (["data.template=vicunna"], "did you mean vicuna?"),
+    ],
+)
+def test_wrong_settings_of_tuning_data(overrides: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        load_stage("tune", None, overrides)
