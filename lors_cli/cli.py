@@ -201,6 +201,7 @@ def tune(
     learning_rate: o.LearningRate = None,
     epochs: o.Epochs = None,
     max_steps: o.MaxSteps = None,
+    max_tokens: o.MaxTokens = None,
     batch_size: o.TuneBatch = None,
     seed: o.TuneSeed = None,
     device: o.Device = "auto",
@@ -211,7 +212,8 @@ def tune(
     """Tune a sparse causal LM with LoRS and merge, zeros kept."""
     flags = _given(
         method=method, data__dataset=dataset, rank=rank, alpha=alpha, init=init, learning_rate=learning_rate,
-        max_steps=max_steps, epochs=epochs, batch_size=batch_size, data__max_length=max_length, seed=seed,
+        max_steps=max_steps, max_tokens=max_tokens, epochs=epochs, batch_size=batch_size,
+        data__max_length=max_length, seed=seed,
     )  # fmt: skip
     models = {"pruned": _model_config(model, dtype, device)}
     plan = _stage("tune", models, out, config, overrides, flags, data_dir, dry_run)

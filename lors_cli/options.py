@@ -139,6 +139,9 @@ MaxLength = Annotated[int | None, _option("Tokens a sample; default 512.", "--ma
 LearningRate = Annotated[float | None, _option("Peak learning rate; default 2e-5.", "--learning-rate", panel=TRAINING)]
 Epochs = Annotated[float | None, _option("Passes over the data; default 3.", "--epochs", panel=TRAINING)]
 MaxSteps = Annotated[int | None, _option("Optimiser steps; overrides epochs.", "--max-steps", panel=TRAINING)]
+MaxTokens = Annotated[
+    float | None, _option("Tokens of streamed text, e.g. 0.5e9; overrides epochs.", "--max-tokens", panel=TRAINING)
+]
 TuneBatch = Annotated[int | None, _option("Samples an optimiser step; default 32.", "--batch-size", panel=TRAINING)]
 TuneSeed = Annotated[int | None, _option("Of order and adapters.", "--seed", panel=TRAINING)]
 

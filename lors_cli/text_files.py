@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from lors_cli.errors import UsageError
 
 FORMATS = (".jsonl", ".json", ".parquet", ".txt", ".safetensors")
 _HINT = 'A row is {"text": …} or {"instruction": …, "output": …} with an optional "input".'
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _KEYS = {"text": ("text",), "instructions": ("instruction", "input", "output")}
 
 
@@ -106,7 +108,7 @@ def _text_of(path: Path, number: int, value: dict[str, Any], key: str) -> str:
         raise UsageError(f"{path}:{number}: the row has no {key!r}.{near}", _HINT)
     if not isinstance(found, str):
         raise UsageError(f"{path}:{number}: {key!r} must be text, not {_named(found)}.", _HINT)
-    if not found.isascii() and any("\ud800" <= char <= "\udfff" for char in found):
+    if _SURROGATE.search(found):
         raise UsageError(f"{path}:{number}: {key!r} holds half a surrogate pair, which is no character.")
     return found
 

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import data_throughput
 import eval_speed
 import gpu_blocks
 import memory
@@ -31,7 +32,7 @@ from common import (
 from lors_cli import planning
 from lors_cli.benchmark import rotated
 from lors_cli.models import decoder_blocks, load_model
-from lors_cli.recipe import ModelConfig
+from lors_cli.recipe import ModelConfig, TuneConfig, TuneDataConfig
 from lors_cli.shapes import Shape
 from lors_cli.sparsity import Pattern
 
@@ -321,3 +322,18 @@ def test_both_ways_of_scoring_are_timed_and_agree(workshop: Path, tmp_path: Path
     eval_speed.show(results)
     with pytest.raises(SystemExit, match="other settings"):
         eval_speed.measure({**settings, "limit": 6}, None, 2, out)
+
+
+def test_data_throughput_counts_every_token_in_both_arms(
+    tmp_path: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORS_CACHE_DIR", str(tmp_path))  # put back after the benchmark's own
+    texts = ["fox " * (1 + index % 40) for index in range(300)]
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    data = TuneDataConfig(dataset=str(path), max_length=64, stream="on", shuffle_buffer=8)
+    found = data_throughput.measure(TuneConfig(data=data, epochs=1), tiny_tokenizer, 1)
+    assert found["tokens"] == sum(len(text) + 1 for text in texts) // 64 * 64
+    assert found["cache_bytes_a_token"] == pytest.approx(2, abs=0.1)
+    assert set(found["tokens_per_s"]) == set(found["tokens_per_cpu_s"]) == {"cold", "cached"}
+    assert data_throughput.parse_rates(["a = b=12"]) == {"a = b": 12.0}

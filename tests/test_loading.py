@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -365,3 +366,26 @@ def test_schema_describes_every_section() -> None:
     assert schema["$defs"]["TuneConfig"]["properties"]["min_learning_rate"]["description"]
     assert "\n" not in schema["$defs"]["ModelConfig"]["properties"]["dtype"]["description"]
     assert schema["additionalProperties"] is False
+
+
+@pytest.mark.parametrize("written", ["0.5e9", "5e8", "500000000"])
+def test_a_budget_of_tokens_may_be_written_as_a_float(written: str) -> None:
+    config = load_stage("tune", None, [f"max_tokens={written}"])
+    assert isinstance(config, TuneConfig)
+    assert (config.max_tokens, type(config.max_tokens)) == (500_000_000, int)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["max_tokens=0.5"], "must be a whole number, not 0.5"),
+        (["max_tokens=1"], "must be above 1, not 1"),
+        (["max_tokens=9", "max_steps=3"], "max_steps says how long to train too"),
+        (["max_tokens=9", "data.stream=off"], "it counts streamed text, and data.stream is off"),
+        (["data.packing=none"], "must be one of concatenated, isolated, not none"),
+        (["data.template=vicunna"], "did you mean vicuna?"),
+    ],
+)
+def test_wrong_settings_of_tuning_data(overrides: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        load_stage("tune", None, overrides)

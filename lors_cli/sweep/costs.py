@@ -191,19 +191,23 @@ def _of_pruning(config: PruneConfig, size: ModelSize) -> float:
 
 
 def _of_tuning(config: TuneConfig, size: ModelSize, data_dir: Path | None) -> float | None:
-    samples = config.max_steps * config.batch_size if config.max_steps else _samples(config, data_dir)
-    if samples is None:
-        return None
     length = config.data.max_length
     if config.data.dataset == "alpaca":
         length = min(length, ALPACA_TOKENS)
+    if config.max_tokens:
+        samples: float | None = config.max_tokens / length
+    else:
+        samples = config.max_steps * config.batch_size if config.max_steps else _samples(config, data_dir)
+    if samples is None:
+        return None
     tokens = float(samples * length)
     passes = 3 + (1 if config.gradient_checkpointing else 0)
     rest = forward(size, tokens, length) - 2 * tokens * size.num_prunable  # attention and head
     products = PRODUCTS[config.method] + (2 if config.gradient_checkpointing else 0)
     merges = 2 * config.rank * size.num_prunable * MERGES.get(config.method, 0) * samples / config.micro_batch_size
     start = 0.0 if config.start == "kaiming" else 3 * forward(size, config.init_samples * length, length)
-    return products * tokens * size.num_prunable + passes * rest + merges + start
+    teacher = forward(size, tokens, length) if config.distill else 0.0
+    return products * tokens * size.num_prunable + passes * rest + merges + start + teacher
 
 
 def _samples(config: TuneConfig, data_dir: Path | None) -> int | None:

@@ -48,14 +48,16 @@ def finished_sweep(workshop: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("swept") / "workshop"
     shutil.copytree(workshop, folder)
     (folder / "grid.yaml").write_text(TINY_SWEEP)
-    before, module = Path.cwd(), types.ModuleType("lors_cli.report.sweep")
-    module.write_sweep_report = lambda folder: []  # type: ignore[attr-defined]
+    before = Path.cwd()
     os.chdir(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "lors_cli.report.sweep", module)
+        patch.delitem(sys.modules, "lors_cli.report.sweep", raising=False)  # the real one
         result = CliRunner().invoke(app, ["sweep", "grid.yaml"])
     os.chdir(before)
     assert result.exit_code == 0, result.output
+    assert {"report.md", "report.html", "report.csv", "report.tex"} <= {
+        path.name for path in folder.glob("sweeps/grid/*")
+    }
     return folder
 
 

@@ -80,6 +80,13 @@ def test_tuning_grows_with_its_settings(at_workshop: Path) -> None:
     assert count(kaiming, "tune.gradient_checkpointing=true") > 1.2 * count(kaiming)
     epochs = ["tune.max_steps=null", "tune.epochs=1.5"]  # of 40 rows: 60 samples, where 6 steps of 4 have 24
     assert count(kaiming, *epochs) == pytest.approx(60 / 24 * count(kaiming))
+    size = model_size(plan("tiny.yaml", "tune").origin)
+    assert size is not None
+    length = plan("tiny.yaml", "tune").config.data.max_length  # type: ignore[union-attr]
+    teacher = forward(size, 24 * length, length)
+    assert count(kaiming, "tune.distill.weight=0.5") == pytest.approx(count(kaiming) + teacher)
+    budget = ["tune.max_steps=null", f"tune.max_tokens={48 * length}"]
+    assert count(kaiming, *budget) == pytest.approx(2 * count(kaiming))
 
 
 def test_alpaca_on_the_hub_is_known() -> None:
