@@ -38,13 +38,17 @@ class Command(TyperCommand):
         return _without_types(super().get_params(ctx))
 
 
-class Commands(TyperGroup):
-    """The commands of `lors`; with --json a mistake on the command line is a JSON document on stdout too."""
-
-    _json = False
+class Group(TyperGroup):
+    """Commands under a name."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         return _without_types(super().get_params(ctx))
+
+
+class Commands(Group):
+    """The commands of `lors`; with --json a mistake on the command line is a JSON document on stdout too."""
+
+    _json = False
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         self._json = "--json" in args

@@ -8,10 +8,10 @@ import typer
 
 from lors_cli import console
 from lors_cli import options as o
-from lors_cli.command import Commands, command, guarded
+from lors_cli.command import Group, command, guarded
 
 COMMANDS = "Commands"
-recipes_app = typer.Typer(cls=Commands, pretty_exceptions_enable=False)
+recipes_app = typer.Typer(cls=Group, pretty_exceptions_enable=False)
 
 
 @recipes_app.callback(invoke_without_command=True)
