@@ -11,7 +11,7 @@ import typer
 
 from lors_cli import console
 from lors_cli import options as o
-from lors_cli.command import Commands, command
+from lors_cli.command import Group, command
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -24,7 +24,7 @@ SPECIAL_STYLE = "bold cyan"
 MASKED_MARKS = ("⟦", "⟧")
 """Around what has no label, where there are no styles."""
 
-data_app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False)
+data_app = typer.Typer(cls=Group, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 @data_app.callback()
