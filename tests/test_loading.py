@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from pathlib import Path
 from typing import Any
 
@@ -212,10 +211,8 @@ def test_missing_key_points_at_its_section() -> None:
     ],
 )
 def test_unreadable_text(text: str | bytes, expected: str) -> None:
-    started = time.monotonic()
     (line,) = problems(text)
     assert line.startswith(expected)
-    assert time.monotonic() - started < 3
 
 
 def test_aliases_do_not_multiply() -> None:
@@ -225,12 +222,10 @@ def test_aliases_do_not_multiply() -> None:
     assert problems("\n".join(lines)) == ["x.yaml:4: more than 10000 values, aliases counted where they are used"]
 
 
-def test_many_problems_are_cut_short_and_quick() -> None:
-    started = time.monotonic()
+def test_many_problems_are_cut_short() -> None:
     lines = problems("".join(f"key{number}: 1\n" for number in range(9000)))
     assert len(lines) == 41
     assert lines[-1].endswith("more problems")
-    assert time.monotonic() - started < 5
 
 
 def test_no_file_and_a_folder() -> None:
