@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -263,9 +262,7 @@ MISTAKES: list[tuple[list[str], int, list[str]]] = [
 def test_mistakes(at_workshop: Path, lors: Lors, arguments: list[str], exit_code: int, words: list[str]) -> None:
     recipe = Path("tiny.yaml").read_text()
     Path("typo.yaml").write_text(recipe.replace("  method: sparsegpt", "  methd: sparsegpt"))
-    started = time.monotonic()
     result = lors(*arguments, "--json")
-    assert time.monotonic() - started < 20
     failed(result, exit_code, *words)
     error = document(result)["error"]
     assert error["exit_code"] == exit_code

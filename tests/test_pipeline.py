@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -186,9 +185,7 @@ def test_a_dry_run_tells_what_is_done(at_finished: Path, lors: Lors) -> None:
 
 
 def test_the_large_recipe_is_planned_without_a_network(at_workshop: Path, lors: Lors) -> None:
-    started = time.monotonic()
     document = json.loads(lors("run", "llama3-8b-2of4", "--dry-run", "--json").stdout)
-    assert time.monotonic() - started < 20
     peaks = {stage["stage"]: stage["peak_memory_bytes"] for stage in document["stages"]}
     assert peaks["prune"] < 14e9 < 16e9 < peaks["tune"]  # pruning holds one block, tuning the whole model
     assert document["stages"][1]["disk_bytes"] > 16e9

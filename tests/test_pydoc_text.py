@@ -8,7 +8,6 @@ import subprocess
 import sys
 import sysconfig
 import textwrap
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -20,11 +19,10 @@ from lors_cli.errors import UsageError
 
 def _digest_in_new_process(hash_seed: str) -> str:
     code = (
-        "import hashlib, json, sys, time; from lors_cli import pydoc_text as p; t = time.perf_counter()\n"
+        "import hashlib, json, sys; from lors_cli import pydoc_text as p\n"
         "v = [list(p.documents(s)) + list(p.instructions(s)) for s in ('train', 'validation')]\n"
         "v += [p.choice_items(150), p.fingerprint()]\n"
         "assert 'torch' not in sys.modules and 'tkinter' not in sys.modules\n"
-        "assert time.perf_counter() - t < 30\n"
         "print(hashlib.sha256(json.dumps(v).encode()).hexdigest())"
     )
     root = str(Path(__file__).parents[1])
@@ -44,14 +42,12 @@ def test_same_text_in_every_process() -> None:
 
 
 def test_there_is_enough_text() -> None:
-    started = time.perf_counter()
     train = sum(map(len, pydoc_text.documents("train")))
     validation = sum(map(len, pydoc_text.documents("validation")))
     assert train >= 1_400_000
     assert validation >= 150_000
     assert 0.08 < validation / (train + validation) < 0.22
     assert len(list(pydoc_text.instructions("train"))) >= 2000
-    assert time.perf_counter() - started < 30  # about 2 s on an idle machine
 
 
 def test_a_document_holds_its_modules_docstrings() -> None:

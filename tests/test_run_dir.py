@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -337,10 +336,8 @@ class TestLock:
             holder.wait()
             assert holder.stdout is not None
             holder.stdout.close()
-        started = time.monotonic()
         with lock(tmp_path / "run"):
             assert (tmp_path / "run" / ".lock").read_text().startswith(f"pid {os.getpid()} on ")
-        assert time.monotonic() - started < 5
         assert (tmp_path / "run" / ".lock").read_text() == ""
 
     def test_it_is_free_after_an_error(self, tmp_path: Path) -> None:

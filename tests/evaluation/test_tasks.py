@@ -6,7 +6,6 @@ import gzip
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -61,16 +60,13 @@ def test_missing_local_file_is_named(tmp_path: Path) -> None:
 
 def test_checking_the_usual_tasks_needs_no_lm_eval() -> None:
     code = (
-        "import sys, time; start = time.monotonic()\n"
+        "import sys\n"
         "from lors_cli.evaluation import check_tasks\n"
         "from lors_cli.recipe import SEVEN_TASKS\n"
         "check_tasks([*SEVEN_TASKS, 'pydoc_choice'], None)\n"
-        "assert not {'torch', 'transformers', 'lm_eval', 'datasets'} & set(sys.modules)\n"
-        "print(time.monotonic() - start)"
+        "assert not {'torch', 'transformers', 'lm_eval', 'datasets'} & set(sys.modules)"
     )
-    started = time.monotonic()
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=Path(__file__).parents[2])
-    assert time.monotonic() - started < 10
 
 
 def test_generated_definition_reads_the_local_file_alone(tmp_path: Path) -> None:
