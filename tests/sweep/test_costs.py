@@ -85,7 +85,8 @@ def test_tuning_grows_with_its_settings(at_workshop: Path) -> None:
     length = plan("tiny.yaml", "tune").config.data.max_length  # type: ignore[union-attr]
     teacher = forward(size, 24 * length, length)
     assert count(kaiming, "tune.distill.weight=0.5") == pytest.approx(count(kaiming) + teacher)
-    budget = ["tune.max_steps=null", f"tune.max_tokens={48 * length}"]
+    Path("text.txt").write_text("some words " * 2000)
+    budget = ["tune.data.dataset=text.txt", "tune.max_steps=null", f"tune.max_tokens={48 * length}"]
     assert count(kaiming, *budget) == pytest.approx(2 * count(kaiming))
 
 
