@@ -25,8 +25,9 @@ $(VENV)/.demo-model: $(VENV)/.installed
 demo: install
 	$(BIN)/lors run recipes/quickstart.yaml
 
+# A process a core with one thread each: on tiny models two threads wait for each other more than they help.
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 check: install
 	$(BIN)/ruff check .
