@@ -366,7 +366,8 @@ class Recipe:
             tune = replace(tune, distill=distill)
         if evaluation and evaluation.models is None:
             evaluation = replace(evaluation, models=self.roles())
-        return replace(self, tune=tune, eval=evaluation)
+        changed = tune is not self.tune or evaluation is not self.eval
+        return replace(self, tune=tune, eval=evaluation) if changed else self
 
 
 STAGES = ("prune", "tune", "eval")
