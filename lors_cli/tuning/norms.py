@@ -1,4 +1,4 @@
-"""Training the scales and shifts of normalisation layers beside the adapters: few numbers, and much of the recovery.
+"""Training the scales and shifts of normalisation layers beside the adapters.
 
 A normalisation's parameter p becomes p + u·shift, rounded to its own dtype, with p frozen, the shift in float32 and u
 the root mean square of p: small steps add up in the shift and are not lost in a bfloat16 parameter, and one learning
