@@ -253,6 +253,17 @@ def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     return max(found, key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
 
 
+def has_plain_head(model: PreTrainedModel) -> bool:
+    """Whether the logits come from a plain linear on top of a base model. What else is done to them only a trial shows.
+
+    Args:
+        model: causal LM.
+    """
+    from torch import nn
+
+    return type(model.get_output_embeddings()) is nn.Linear and model.base_model is not model
+
+
 def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write an ordinary Hugging Face checkpoint: safetensors (sharded above 5 GB), configuration, tokenizer.
 

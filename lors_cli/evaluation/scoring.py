@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from lors_cli import console
 from lors_cli.evaluation.prefix_tree import ROW_TOKENS, Choice, Row, build_rows, make_batches
+from lors_cli.models import has_plain_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -167,8 +167,8 @@ def why_not_head(model: PreTrainedModel, probe: Sequence[Choice]) -> str:
         model: causal LM.
         probe: choices to try on.
     """
-    head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or model.base_model is model:
+    head: Any = model.get_output_embeddings()
+    if not has_plain_head(model):
         return "the model's head is no plain linear on top of its base model"
     ids = torch.tensor([list(probe[0].tokens)], device=model.device)
     ours = head(model.base_model(input_ids=ids, use_cache=False)[0].to(head.weight.device)).float()

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from lors_cli.models import has_plain_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -93,12 +94,14 @@ class _HeadLoss(torch.autograd.Function):
             if teacher is not None:
                 matched = _divergence(logits, teacher.logits(first, size, total.dtype), temperature)
                 total += share * matched[0]
-            entropy, slope = _cross_entropy(logits, labels[first : first + size, None])
-            total += (1 - share) * entropy
+            slope = None if matched is None else matched[1].mul_(share)
+            if share < 1:
+                entropy, entropy_slope = _cross_entropy(logits, labels[first : first + size, None])
+                total += (1 - share) * entropy
+                slope = entropy_slope if slope is None else slope.add_(entropy_slope, alpha=1 - share)
             if gradient is None:
                 continue
-            if matched is not None:
-                slope.mul_(1 - share).add_(matched[1], alpha=share)
+            assert slope is not None
             torch.mm(slope.div_(num_items).to(weight.dtype), weight, out=gradient[first : first + size])
         ctx.gradient = gradient
         return total / num_items
@@ -213,8 +216,8 @@ def why_not_chunked(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> 
         model: causal LM.
         inputs: a batch with labels.
     """
-    head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or model.base_model is model:
+    head: Any = model.get_output_embeddings()
+    if not has_plain_head(model):
         return "its head is no plain linear on top of its base model"
     if head.weight.requires_grad:
         return "its head is trained"
