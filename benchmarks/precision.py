@@ -3,12 +3,13 @@
 python benchmarks/precision.py --data-dir DATA --work FOLDER --calibration FILE --out results.json
 
 SmolLM2-135M, SparseGPT 2:4, tuned on Alpaca with the settings of `quality.py` (whose `--work` may be shared: what it
-has pruned and tuned is taken over), at every learning rate of `--rates`, with a bfloat16 and with a float32 base of the
-same values. In the second nothing is rounded, so it bounds what any remedy in training could bring. Both adapters are
-then merged and scored in both dtypes, on held-out responses.
+has pruned and tuned is taken over), at every learning rate of `--rates`, with a bfloat16 base whose merged weights are
+rounded to the nearest or stochastically, and with a float32 base of the same values, where nothing is rounded: that
+bounds what any remedy could bring. Every adapter is then merged in all three ways and scored on held-out responses.
 
-Of the bfloat16 run's merge, over the kept weights: `changed`, the share that differ from the base; `realised`, the norm
-of the update that is there over that of the update that is meant; `cosine` between the two.
+Of a bfloat16 run's merge, over the kept weights: `changed`, the share that differ from the base; `realised`, the norm
+of the update that is there over that of the update that is meant; `cosine` between the two. Their product is the share
+of the meant update that is there.
 """
 
 from __future__ import annotations
@@ -25,14 +26,22 @@ from lors_cli import run_dir
 from lors_cli.models import load_model, load_tokenizer
 from lors_cli.recipe import Dtype, ModelConfig
 from lors_cli.tuning.adapter import adapter_layers, load_adapter, merge_adapters
+from lors_cli.tuning.rounding import Rounding
 
 RATES = (2e-5, 1e-3)
 FLOAT32 = "lors-float32"
+BASES = {"lors": "bfloat16, nearest", "lors-stochastic": "bfloat16, stochastic", FLOAT32: "float32"}
+MERGES: tuple[tuple[str, Dtype, Rounding], ...] = (
+    ("nearest", "bfloat16", "nearest"), ("stochastic", "bfloat16", "stochastic"), ("float32", "float32", "nearest"),
+)  # fmt: skip
 
 
-def with_adapter(base: Path, tuned: Path, dtype: Dtype) -> Any:
-    """The sparse model in a dtype with the adapter of a tuned folder on it."""
-    return load_adapter(load_model(ModelConfig(path=str(base), dtype=dtype)), tuned / "adapter")
+def with_adapter(base: Path, tuned: Path, dtype: Dtype, rounding: Rounding | None = None) -> Any:
+    """The sparse model in a dtype with the adapter of a tuned folder on it, rounded as in training or as given."""
+    model = load_adapter(load_model(ModelConfig(path=str(base), dtype=dtype)), tuned / "adapter")
+    for layer in adapter_layers(model).values():
+        layer.rounding = rounding or layer.rounding  # type: ignore[assignment]
+    return model
 
 
 @torch.no_grad()
@@ -62,23 +71,23 @@ def surviving(base: Path, tuned: Path) -> Figures:
 
 
 def merged_losses(sweep: Sweep, base: Path, tuned: Path) -> Figures:
-    """Held-out loss of an adapter merged in bfloat16 and in float32, products in the same dtype."""
+    """Held-out loss of an adapter merged in bfloat16, rounded in both ways, and in float32, products in the same."""
     losses = {}
-    for dtype in ("bfloat16", "float32"):
-        model = with_adapter(base, tuned, dtype)  # type: ignore[arg-type]
+    for name, dtype, rounding in MERGES:
+        model = with_adapter(base, tuned, dtype, rounding)
         merge_adapters(model)
         folder = sweep.work / "merged"
         model.save_pretrained(folder)
         load_tokenizer(ModelConfig(path=str(base))).save_pretrained(folder)
-        losses[dtype] = round(held_out_loss(folder, sweep.held_out), 5)
+        losses[name] = round(held_out_loss(folder, sweep.held_out), 5)
     return losses
 
 
-def measure(sweep: Sweep, rates: list[float]) -> None:
+def measure(sweep: Sweep, rates: list[float], methods: list[str]) -> None:
     """Every cell that the results file does not hold."""
     base = sweep.pruned("sparsegpt")
     for rate in rates:
-        for method in ("lors", FLOAT32):
+        for method in methods:
 
             def cell(method: str = method, rate: float = rate) -> Figures:
                 tuned = sweep.tuned(method, "sparsegpt", rate, 0)
@@ -90,16 +99,13 @@ def measure(sweep: Sweep, rates: list[float]) -> None:
 
 def table(cells: dict[str, Figures]) -> Iterator[str]:
     """The cells as Markdown."""
-    yield "| learning rate | base in training | changed | realised | cosine | loss, bfloat16 merge | float32 merge |"
-    yield "|--:|---|--:|--:|--:|--:|--:|"
+    yield "| learning rate | in training | changed | realised | cosine | nearest merge | stochastic | float32 |"
+    yield "|--:|---|--:|--:|--:|--:|--:|--:|"
     for name, figures in cells.items():
         method, rate = name.split()
-        loss = figures["held_out_loss"]
-        shares = " | ".join(
-            f"{figures[key]:.3f}" if key in figures else "" for key in ("changed", "realised", "cosine")
-        )
-        yield (f"| {rate} | {'float32' if method == FLOAT32 else 'bfloat16'} | {shares} | {loss['bfloat16']:.4f} | "
-               f"{loss['float32']:.4f} |")  # fmt: skip
+        columns = [f"{figures[key]:.3f}" if key in figures else "" for key in ("changed", "realised", "cosine")]
+        columns += [f"{figures['held_out_loss'][name]:.4f}" for name, _, _ in MERGES]
+        yield f"| {rate} | {BASES[method]} | " + " | ".join(columns) + " |"
 
 
 def main() -> None:
@@ -110,11 +116,13 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--rates", nargs="+", type=float, default=RATES)
+    parser.add_argument("--methods", nargs="+", default=list(BASES), choices=list(BASES))
     parser.add_argument("--steps", type=int, default=50)
     options = parser.parse_args()
     options.budget = None
+    METHODS["lors-stochastic"] = {**METHODS["lors"], "rounding": "stochastic"}
     METHODS[FLOAT32] = {**METHODS["lors"], "dtype": "float32"}
-    measure(Sweep(options), options.rates)
+    measure(Sweep(options), options.rates, options.methods)
     print("\n".join(table(run_dir.read_json(options.out))))
 
 

@@ -195,6 +195,9 @@ class TuneConfig:
     Kaiming-uniform draw. Default: gradient for lors, kaiming for the others, as their authors have it."""
     init_samples: Positive = 8
     """Samples the gradient is summed over."""
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """lors with bfloat16 weights: how merged weights are rounded. nearest loses updates below half of bfloat16's step;
+    stochastic keeps them on average, by a threshold for each weight that is fixed by its place."""
     merged_cache: Literal["auto", "off", "on"] = "auto"
     """lors: keep every merged weight while its adapters are unchanged (from the forward pass to the backward pass, and
     over the micro-batches of a step), or build it anew for each use. auto: on if that takes at most a quarter of the
@@ -249,6 +252,8 @@ class TuneConfig:
             raise ValueError(f"init: {self.init} is for additive updates, and {self.method} multiplies the weight")
         if self.merged_cache == "on" and self.method != "lors":
             raise ValueError(f"merged_cache: it is for method: lors, and method is {self.method}")
+        if self.rounding == "stochastic" and self.method != "lors":
+            raise ValueError(f"rounding: stochastic is for method: lors, and method is {self.method}")
         if self.base == "compressed" and self.method != "lors":
             raise ValueError(f"base: compressed is for method: lors, and method is {self.method}")
         if self.train_norms and self.method == "lora":

@@ -45,7 +45,7 @@ RULES: dict[str, list[str]] = {
     ],
     "tune": [
         "`init` other than `kaiming` is for additive updates: not for `spp`, `spp-gc` and `hira`.",
-        "`merged_cache: on` is for `lors`.",
+        "`merged_cache: on` and `rounding: stochastic` are for `lors`.",
         "`base: compressed` is for `lors`, on a 2:4 model.",
         "`train_norms` is not for `lora`.",
         "`norms_lr_ratio` is for `train_norms: true`.",

@@ -244,7 +244,7 @@ def _adapter_config(
         method=config.method, rank=config.rank, alpha=config.alpha, use_rslora=config.use_rslora,
         layers=tuple(layers), base=model.path,
         base_fingerprint=base_fingerprint, base_mask=base_mask(network, adapter_layers(network)),
-        norms=tuple(norm_shifts(network)),
+        norms=tuple(norm_shifts(network)), rounding=config.rounding,
     )  # fmt: skip
 
 

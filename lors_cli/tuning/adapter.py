@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import nn
@@ -20,8 +20,9 @@ from lors_cli.errors import MissingError, SparsityError, UsageError, require_fil
 from lors_cli.sparsity import mask_digest
 from lors_cli.tuning.baselines import LAYERS, check_rank
 from lors_cli.tuning.layers import AdapterLinear
-from lors_cli.tuning.lors import CompressedLorsLinear
+from lors_cli.tuning.lors import CompressedLorsLinear, LorsLinear
 from lors_cli.tuning.norms import merge_norms, norm_shifts, train_norms
+from lors_cli.tuning.rounding import Rounding
 from lors_cli.weights import prunable_weights
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class AdapterConfig:
         base_fingerprint: its fingerprint.
         base_mask: digest of where the adapted weights, and those that no adapter can be put on, are zero.
         norms: full names of the trained parameters of normalisation layers.
+        rounding: of merged bfloat16 weights, `nearest` or `stochastic`.
     """
 
     method: str
@@ -66,6 +68,7 @@ class AdapterConfig:
     base_fingerprint: str
     base_mask: str
     norms: tuple[str, ...] = ()
+    rounding: Rounding = "nearest"
 
 
 def attach(
@@ -77,6 +80,7 @@ def attach(
     use_rslora: bool,
     method: str = "lors",
     compressed: bool = False,
+    rounding: Rounding = "nearest",
 ) -> dict[str, AdapterLinear]:
     """Replace linears by layers with adapters, in place.
 
@@ -88,6 +92,7 @@ def attach(
         use_rslora: scale alpha/√r, else alpha/r.
         method: of `tune.method`.
         compressed: hold the weights, which must be 2:4, as their kept values; for lors alone.
+        rounding: of merged bfloat16 weights; stochastic for lors alone.
 
     Returns:
         The new layers by name.
@@ -104,6 +109,9 @@ def attach(
         except ValueError as error:
             raise UsageError(f"base: compressed is for 2:4 weights, and that of {name} is none: {error}") from error
         model.set_submodule(name, adapted[name])
+    for layer in adapted.values():
+        if isinstance(layer, LorsLinear):
+            layer.rounding = rounding
     return adapted
 
 
@@ -181,6 +189,8 @@ def save_adapter(model: nn.Module, folder: Path, config: AdapterConfig) -> None:
     }
     if content["peft_type"] != "LORA":  # which PEFT reads, and it warns of keys that it does not know
         content.update(base_fingerprint=config.base_fingerprint, base_mask=config.base_mask)
+    if config.rounding != "nearest":
+        content["rounding"] = config.rounding
     if config.norms:
         content["trained_norms"] = list(config.norms)
     run_dir.write_json(folder / CONFIG_NAME, content)
@@ -214,9 +224,18 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
             base_fingerprint=str(content["base_fingerprint"]),
             base_mask=str(content["base_mask"]),
             norms=tuple(content.get("trained_norms", ())),
+            rounding=_rounding(content),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{path} is not complete: {error}") from error
+
+
+def _rounding(content: dict[str, Any]) -> Rounding:
+    """What an adapter's configuration says of rounding."""
+    found = content.get("rounding", "nearest")
+    if found not in get_args(Rounding):
+        raise ValueError(f"rounding is {found!r}, none of {', '.join(get_args(Rounding))}")
+    return found
 
 
 def load_tensors(model: nn.Module, path: Path) -> None:
@@ -270,7 +289,8 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
             f"the adapter in {folder} belongs to another sparse model: the zeros lie elsewhere.",
             f"It was trained on {config.base}; merging it here would not keep what was tuned.",
         )
-    attach(base, list(config.layers), config.rank, config.alpha, use_rslora=config.use_rslora, method=config.method)
+    attach(base, list(config.layers), config.rank, config.alpha, use_rslora=config.use_rslora, method=config.method,
+           rounding=config.rounding)  # fmt: skip
     try:
         train_norms(base, config.norms)
     except AttributeError as error:

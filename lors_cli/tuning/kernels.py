@@ -9,9 +9,14 @@ import torch
 import triton
 import triton.language as tl
 
+from lors_cli.tuning import rounding as thresholds
 from lors_cli.tuning.compressed import Compressed24
+from lors_cli.tuning.rounding import Rounding
 
 BLOCK_ROWS, BLOCK_COLUMNS = 64, 128
+PERIOD = tl.constexpr(thresholds.PERIOD)
+ROW_FACTOR, COLUMN_FACTOR = tl.constexpr(thresholds.ROW_FACTOR), tl.constexpr(thresholds.COLUMN_FACTOR)
+MIX_FIRST, MIX_SECOND = (tl.constexpr(factor) for factor in thresholds.MIX_FACTORS)
 SMALLEST_DOT = 16
 """Triton multiplies no matrices with a shorter inner side; a smaller rank is padded with zeros."""
 
@@ -21,7 +26,7 @@ def _merge(
     weight, positions, lora_A, lora_B, merged, num_rows, num_columns, scale,
     stride_weight, stride_positions, stride_merged, COMPRESSED: tl.constexpr,
     RANK: tl.constexpr, RANK_PADDED: tl.constexpr, RANK_STEP: tl.constexpr,
-    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr, STOCHASTIC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -48,13 +53,23 @@ def _merge(
         A, B = A.to(W.dtype).to(tl.float32), B.to(W.dtype).to(tl.float32)
         delta += tl.dot(B, A, input_precision=PRECISION)
     total = tl.where(W != 0, W.to(tl.float32) + scale * delta, 0.0)
+    if STOCHASTIC:  # thresholds of `rounding.py`
+        mixed = (rows[:, None] % PERIOD).to(tl.uint32) * ROW_FACTOR + columns[None, :].to(tl.uint32) * COLUMN_FACTOR
+        mixed ^= mixed >> 15
+        mixed *= MIX_FIRST
+        mixed ^= mixed >> 12
+        mixed *= MIX_SECOND
+        mixed ^= mixed >> 15
+        bits = (total.to(tl.uint32, bitcast=True) + (mixed & 0xFFFF)) & 0xFFFF0000
+        total = tl.where(total == total, bits.to(tl.float32, bitcast=True), total)
     place = merged + row_starts * stride_merged + columns[None, :]
     tl.store(place, total.to(merged.dtype.element_ty), mask=inside)  # to nearest, ties to even
 
 
 def masked_merge_kernel(
-    weight: torch.Tensor | Compressed24, lora_A: torch.Tensor, lora_B: torch.Tensor, scale: float, merged: torch.Tensor
-) -> torch.Tensor:
+    weight: torch.Tensor | Compressed24, lora_A: torch.Tensor, lora_B: torch.Tensor, scale: float,
+    merged: torch.Tensor, *, rounding: Rounding = "nearest",
+) -> torch.Tensor:  # fmt: skip
     """W_t = (W + s·B·A) ⊙ (W ≠ 0), rounded once from float32.
 
     Args:
@@ -63,6 +78,7 @@ def masked_merge_kernel(
         lora_B: (R, r) contiguous, likewise.
         scale: s.
         merged: (R, C), rows contiguous: where the result goes.
+        rounding: where that is bfloat16.
 
     Returns:
         `merged`.
@@ -82,6 +98,7 @@ def masked_merge_kernel(
         base, positions, lora_A.contiguous(), lora_B.contiguous(), merged, num_rows, num_columns, float(scale),
         base.stride(0), positions.stride(0), merged.stride(0), COMPRESSED=isinstance(weight, Compressed24),
         RANK=rank, RANK_PADDED=step * triton.cdiv(rank, step), RANK_STEP=step,
-        PRECISION=precision, ROWS=BLOCK_ROWS, COLUMNS=BLOCK_COLUMNS,
+        PRECISION=precision,
+        STOCHASTIC=rounding == "stochastic" and merged.dtype == torch.bfloat16, ROWS=BLOCK_ROWS, COLUMNS=BLOCK_COLUMNS,
     )  # fmt: skip
     return merged

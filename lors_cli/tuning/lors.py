@@ -19,6 +19,7 @@ from lors_cli.errors import UsageError
 from lors_cli.tuning.compressed import Compressed24, compress, decompress
 from lors_cli.tuning.layers import AdapterLinear
 from lors_cli.tuning.merging import Keep, MergedCache, masked_merge, masked_merge_formula
+from lors_cli.tuning.rounding import Rounding
 
 _NO_CACHE = MergedCache("never")
 
@@ -36,11 +37,12 @@ class _LorsFunction(torch.autograd.Function):
         lora_B: torch.Tensor,
         scale: float,
         cache: MergedCache | None,
+        rounding: Rounding,
     ) -> torch.Tensor:
         parts = (weight.values, weight.positions) if isinstance(weight, Compressed24) else (weight,)
         ctx.save_for_backward(x, lora_A, lora_B, *parts)
-        ctx.scale, ctx.cache, ctx.shape = scale, cache, weight.shape
-        return F.linear(x, _merged(weight, lora_A, lora_B, scale, x.dtype, cache, last_use=False), bias)
+        ctx.scale, ctx.cache, ctx.rounding, ctx.shape = scale, cache, rounding, weight.shape
+        return F.linear(x, _merged(weight, lora_A, lora_B, scale, x.dtype, cache, rounding, last_use=False), bias)
 
     @staticmethod
     @once_differentiable
@@ -50,7 +52,7 @@ class _LorsFunction(torch.autograd.Function):
         s = ctx.scale
         dX = dbias = dA = dB = None
         if ctx.needs_input_grad[0]:
-            dX = dY @ _merged(weight, lora_A, lora_B, s, x.dtype, ctx.cache, last_use=True)
+            dX = dY @ _merged(weight, lora_A, lora_B, s, x.dtype, ctx.cache, ctx.rounding, last_use=True)
         dY2, X = dY.reshape(-1, dY.shape[-1]), x.reshape(-1, x.shape[-1])
         if ctx.needs_input_grad[2]:
             dbias = dY2.sum(0)
@@ -58,17 +60,17 @@ class _LorsFunction(torch.autograd.Function):
             dA = ((dY2 @ lora_B.to(dY.dtype)).T @ X).to(lora_A.dtype).mul_(s)
         if ctx.needs_input_grad[4]:
             dB = (dY2.T @ (X @ lora_A.to(X.dtype).T)).to(lora_B.dtype).mul_(s)
-        return dX, None, dbias, dA, dB, None, None
+        return dX, None, dbias, dA, dB, None, None, None
 
 
 def _merged(
     weight: torch.Tensor | Compressed24, lora_A: torch.Tensor, lora_B: torch.Tensor, scale: float, dtype: torch.dtype,
-    cache: MergedCache | None, *, last_use: bool,
+    cache: MergedCache | None, rounding: Rounding, *, last_use: bool,
 ) -> torch.Tensor:  # fmt: skip
     if cache is None:
         weight = decompress(weight) if isinstance(weight, Compressed24) else weight
-        return masked_merge_formula(weight, lora_A, lora_B, scale, dtype)
-    return cache.merged(weight, lora_A, lora_B, scale, dtype, last_use=last_use)
+        return masked_merge_formula(weight, lora_A, lora_B, scale, dtype, rounding)
+    return cache.merged(weight, lora_A, lora_B, scale, dtype, last_use=last_use, rounding=rounding)
 
 
 def lors_linear(
@@ -80,6 +82,7 @@ def lors_linear(
     scale: float,
     *,
     cache: MergedCache | None = None,
+    rounding: Rounding = "nearest",
 ) -> torch.Tensor:
     """Y = X·W_tᵀ + bias with W_t = (W + s·B·A) ⊙ (W ≠ 0), recomputed in backward.
 
@@ -96,6 +99,7 @@ def lors_linear(
         lora_B: (R, r), usually float32.
         scale: s.
         cache: keeps W_t between calls; default: W_t is built in scratch memory each time it is needed.
+        rounding: of W_t to bfloat16.
 
     Returns:
         (…, R) in the products' dtype.
@@ -112,14 +116,17 @@ def lors_linear(
     holder = None if torch.compiler.is_compiling() else cache or _NO_CACHE
     with torch.autocast(kind, enabled=False):
         bias = None if bias is None else bias.to(dtype)
-        return _LorsFunction.apply(x.to(dtype), weight, bias, lora_A, lora_B, scale, holder)
+        return _LorsFunction.apply(x.to(dtype), weight, bias, lora_A, lora_B, scale, holder, rounding)
 
 
 class LorsLinear(AdapterLinear):
     """A frozen sparse linear with a LoRS adapter.
 
-    `cache` says how long the merged weight is kept (`MergedCache`); by default it is rebuilt for every use.
+    `cache` says how long the merged weight is kept (`MergedCache`); by default it is rebuilt for every use. `rounding`
+    says how it is rounded to bfloat16.
     """
+
+    rounding: Rounding = "nearest"
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float, *, use_rslora: bool = True) -> None:
         super().__init__(linear, rank, alpha, use_rslora=use_rslora)
@@ -127,11 +134,12 @@ class LorsLinear(AdapterLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, C) → (…, R)."""
-        return lors_linear(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scale, cache=self.cache)
+        return lors_linear(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scale, cache=self.cache,
+                           rounding=self.rounding)  # fmt: skip
 
     def merged_weight(self) -> torch.Tensor:
         """The very weight of the forward pass, (R, C) in the base's dtype."""
-        return masked_merge(self.weight, self.lora_A, self.lora_B, self.scale)
+        return masked_merge(self.weight, self.lora_A, self.lora_B, self.scale, rounding=self.rounding)
 
 
 class CompressedLorsLinear(LorsLinear):
@@ -164,11 +172,12 @@ class CompressedLorsLinear(LorsLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, C) → (…, R)."""
-        return lors_linear(x, self.compressed, self.bias, self.lora_A, self.lora_B, self.scale, cache=self.cache)
+        return lors_linear(x, self.compressed, self.bias, self.lora_A, self.lora_B, self.scale, cache=self.cache,
+                           rounding=self.rounding)  # fmt: skip
 
     def merged_weight(self) -> torch.Tensor:
         """The very weight of the forward pass, (R, C) in the base's dtype."""
-        return masked_merge(self.compressed, self.lora_A, self.lora_B, self.scale)
+        return masked_merge(self.compressed, self.lora_A, self.lora_B, self.scale, rounding=self.rounding)
 
 
 def keep_merged(model: nn.Module, keep: Keep) -> None:

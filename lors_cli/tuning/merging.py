@@ -13,6 +13,7 @@ import torch
 
 from lors_cli import console
 from lors_cli.tuning.compressed import Compressed24, decompress
+from lors_cli.tuning.rounding import PERIOD, Rounding, round_stochastically, round_stochastically_formula
 
 TILE_ELEMENTS = 1 << 18
 """Elements of W merged at a time on a CPU: a float32 tile of 1 MiB stays in the cache."""
@@ -30,20 +31,23 @@ def masked_merge(
     lora_B: torch.Tensor,
     scale: float,
     *,
+    rounding: Rounding = "nearest",
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """W_t = (W + s·B·A) ⊙ (W ≠ 0), in one rounding order everywhere.
 
     The adapters are cast to the weight's dtype, the sum is accumulated in float32 (float64 for a float64 weight)
-    and rounded once. On CUDA one kernel reads W once and writes W_t once; on a CPU one `addmm` that accumulates in
-    float32 itself, where there is such a one, else row tiles that stay in the cache. None makes a mask or a second
-    matrix of W's size; only a compressed weight is restored first where there is no CUDA kernel, in scratch memory.
+    and rounded once: to bfloat16 as `rounding` says, to other dtypes to the nearest. On CUDA one kernel reads W once
+    and writes W_t once; on a CPU one `addmm` that accumulates in float32 itself, where there is such a one, else row
+    tiles that stay in the cache. None makes a mask or a second matrix of W's size; only a compressed weight is
+    restored first where there is no CUDA kernel, in scratch memory.
 
     Args:
         weight: (R, C), plain or compressed: the result has the same bits.
         lora_A: (r, C), any float dtype.
         lora_B: (R, r), any float dtype.
         scale: s.
+        rounding: to bfloat16.
         out: (R, C), where to put the result; its dtype may be another than the weight's. Default: a new tensor.
 
     Returns:
@@ -53,25 +57,35 @@ def masked_merge(
     if weight.device.type == "cuda" and not why_no_kernel(weight.device, weight.dtype):
         from lors_cli.tuning.kernels import masked_merge_kernel
 
-        return masked_merge_kernel(weight, lora_A, lora_B, scale, merged)
+        return masked_merge_kernel(weight, lora_A, lora_B, scale, merged, rounding=rounding)
     if isinstance(weight, Compressed24):
         weight = decompress(weight, out=scratch(weight.shape, weight.dtype, weight.device, use="restored"))
     A, B = lora_A.to(weight.dtype), lora_B.to(weight.dtype)
-    if merged.dtype == weight.dtype and _addmm_rounds_once(weight.device, weight.dtype):
+    is_stochastic = rounding == "stochastic" and merged.dtype == torch.bfloat16
+    if merged.dtype == weight.dtype and not is_stochastic and _addmm_rounds_once(weight.device, weight.dtype):
         return _mask(torch.addmm(weight, B, A, alpha=scale, out=merged), weight)
     exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
     A, B = A.to(exact), B.to(exact)
-    height = weight.shape[0] if weight.is_cuda else max(16, TILE_ELEMENTS // weight.shape[1])
+    height = weight.shape[0] if weight.is_cuda else _tile_height(weight.shape[1])
     for start in range(0, weight.shape[0], height):
         rows = slice(start, start + height)
         tile = weight[rows].to(exact)
-        merged[rows].copy_(_mask(torch.addmm(tile, B[rows], A, alpha=scale), tile))
+        total = torch.addmm(tile, B[rows], A, alpha=scale)
+        if is_stochastic:
+            total = round_stochastically(total.float())
+        merged[rows].copy_(_mask(total, tile.to(total.dtype)))
     return merged
 
 
+def _tile_height(num_columns: int) -> int:
+    """Rows of a tile: a multiple of the thresholds' period."""
+    return max(1, TILE_ELEMENTS // num_columns // PERIOD) * PERIOD
+
+
 def masked_merge_formula(
-    weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scale: float, dtype: torch.dtype
-) -> torch.Tensor:
+    weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scale: float, dtype: torch.dtype,
+    rounding: Rounding = "nearest",
+) -> torch.Tensor:  # fmt: skip
     """`masked_merge` as one plain expression, for torch.compile to fuse.
 
     Args:
@@ -80,10 +94,14 @@ def masked_merge_formula(
         lora_B: (R, r).
         scale: s.
         dtype: of the result.
+        rounding: to bfloat16.
     """
     exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
     A, B = lora_A.to(weight.dtype).to(exact), lora_B.to(weight.dtype).to(exact)
-    return torch.addmm(weight.to(exact), B, A, alpha=scale).to(dtype).mul(weight.sign().square().to(dtype))
+    total = torch.addmm(weight.to(exact), B, A, alpha=scale)
+    if rounding == "stochastic" and dtype == torch.bfloat16:
+        total = round_stochastically_formula(total.float())
+    return total.to(dtype).mul(weight.sign().square().to(dtype))
 
 
 def _mask(merged: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -125,16 +143,19 @@ def why_no_kernel(device: torch.device, dtype: torch.dtype) -> str:
     return ""
 
 
-def how_merged(device: torch.device, dtype: torch.dtype) -> str:
+def how_merged(device: torch.device, dtype: torch.dtype, rounding: Rounding = "nearest") -> str:
     """In words: by what `masked_merge` builds a merged weight, and why not by something faster.
 
     Args:
         device: of the weights.
         dtype: of the weights.
+        rounding: to bfloat16.
     """
     missing = why_no_kernel(device, dtype)
     if not missing:
         return "one CUDA kernel"
+    if rounding == "stochastic" and dtype == torch.bfloat16:
+        return f"float32 tiles, rounded stochastically (no CUDA kernel: {missing})"
     if _addmm_rounds_once(device, dtype):
         return f"one addmm and a mask (no CUDA kernel: {missing})"
     name = str(dtype).removeprefix("torch.")
@@ -203,6 +224,7 @@ class MergedCache:
         dtype: torch.dtype,
         *,
         last_use: bool,
+        rounding: Rounding = "nearest",
     ) -> torch.Tensor:
         """W_t in `dtype`, to be used before any other layer's is asked for.
 
@@ -213,9 +235,10 @@ class MergedCache:
             scale: s.
             dtype: of the result.
             last_use: this is the backward pass.
+            rounding: to bfloat16.
         """
         base = weight.values if isinstance(weight, Compressed24) else weight
-        key = (dtype, scale, *((part.data_ptr(), part._version) for part in (base, lora_A, lora_B)))
+        key = (dtype, scale, rounding, *((part.data_ptr(), part._version) for part in (base, lora_A, lora_B)))
         if self._merged is not None and self._key == key:
             found = self._merged
             if last_use and self.keep == "recompute":
@@ -223,10 +246,12 @@ class MergedCache:
             return found
         self.drop()
         if self.keep == "always" or (self.keep == "recompute" and not last_use and _in_backward()):
-            self._merged = masked_merge(weight, lora_A, lora_B, scale, out=base.new_empty(weight.shape, dtype=dtype))
+            kept = base.new_empty(weight.shape, dtype=dtype)
+            self._merged = masked_merge(weight, lora_A, lora_B, scale, rounding=rounding, out=kept)
             self._key = key
             return self._merged
-        return masked_merge(weight, lora_A, lora_B, scale, out=scratch(weight.shape, dtype, weight.device))
+        shared = scratch(weight.shape, dtype, weight.device)
+        return masked_merge(weight, lora_A, lora_B, scale, rounding=rounding, out=shared)
 
 
 def cache_policy(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lors_cli import console
+from lors_cli.errors import UsageError
 from lors_cli.models import quiet_libraries
 from lors_cli.tokens import PadCollator
 from lors_cli.tuning.adapter import adapter_layers, attach
@@ -58,7 +59,7 @@ def prepare_trainer(
         )  # fmt: skip
         del linears  # a compressed base frees each weight as it goes
     adapted = attach(network, layers, config.rank, config.alpha, use_rslora=config.use_rslora, method=config.method,
-                     compressed=config.base == "compressed")  # fmt: skip
+                     compressed=config.base == "compressed", rounding=config.rounding)  # fmt: skip
     if config.train_norms:
         train_norms(network, norm_parameters(network))
     if config.method == "lors":
@@ -101,4 +102,9 @@ def _keep_merged(network: PreTrainedModel, config: TuneConfig) -> None:
                                 checkpointing=config.gradient_checkpointing)  # fmt: skip
     keep_merged(network, keep)
     console.info(f"  merged weights: {reason}")
-    console.detail(f"  merged by {how_merged(device, dtype)}")
+    console.detail(f"  merged by {how_merged(device, dtype, config.rounding)}")
+    if config.rounding == "stochastic" and dtype == torch.float16:
+        raise UsageError("rounding: stochastic is for bfloat16 weights, and these are float16.", "Use dtype: bfloat16.")
+    if config.rounding == "stochastic" and dtype != torch.bfloat16:
+        name = str(dtype).removeprefix("torch.")
+        console.info(f"  rounding: stochastic has nothing to do, merged weights are {name}")

@@ -40,6 +40,13 @@ for rows, columns, rank in ((64, 128, 16), (70, 200, 5), (33, 130, 80), (3, 17, 
             packed = masked_merge_kernel(compress(weight), A, B, 0.25, torch.full_like(weight, float("nan")))
             torch.testing.assert_close(packed, plain, rtol=0, atol=0)
         assert (merged != tiles).double().mean() < 0.01 or dtype != torch.float16
+# rounded stochastically: of sums without any rounding of their own the very bits of the tiles
+weight = draw(130, 200).bfloat16()
+weight[draw(130, 200) < 0] = 0
+A, B = (draw(5, 200) * 8).round() / 64, (draw(130, 5) * 8).round() / 64
+merged = masked_merge_kernel(weight, A, B, 0.0625, torch.full_like(weight, float("nan")), rounding="stochastic")
+torch.testing.assert_close(merged, masked_merge(weight, A, B, 0.0625, rounding="stochastic"), rtol=0, atol=0)
+assert bool((merged != masked_merge(weight, A, B, 0.0625)).any())
 # into a part of a larger buffer, in another dtype
 buffer = torch.zeros(70, 512, dtype=torch.bfloat16)
 weight, A, B = draw(70, 200), draw(8, 200), draw(70, 8)
