@@ -70,10 +70,11 @@ def masked_merge(
     for start in range(0, weight.shape[0], height):
         rows = slice(start, start + height)
         tile = weight[rows].to(exact)
-        total = torch.addmm(tile, B[rows], A, alpha=scale)
         if is_stochastic:
-            total = round_stochastically(total.float())
-        merged[rows].copy_(_mask(total, tile.to(total.dtype)))
+            total = round_stochastically(torch.addmm(tile, B[rows], A, alpha=scale, out=tile).float())
+            _mask(merged[rows].copy_(total), weight[rows].to(merged.dtype))
+        else:
+            merged[rows].copy_(_mask(torch.addmm(tile, B[rows], A, alpha=scale), tile))
     return merged
 
 
