@@ -57,16 +57,17 @@ MAX_LENGTH = 512
 
 Figures = dict[str, Any]
 
+LORS: dict[str, Any] = {"method": "lors", "rounding": "nearest"}  # what is better at small rates: precision.py
 METHODS: dict[str, dict[str, Any]] = {
-    "lors": {"method": "lors"},
-    "lors-kaiming": {"method": "lors", "init": "kaiming"},
+    "lors": LORS,
+    "lors-kaiming": {**LORS, "init": "kaiming"},
     "sqft": {"method": "sqft"},
     "spp": {"method": "spp"},
     "hira": {"method": "hira"},
-    "lors-kaiming-norms": {"method": "lors", "init": "kaiming", "train_norms": True},
-    "lors-kaiming-plus4": {"method": "lors", "init": "kaiming", "loraplus_lr_ratio": 4.0},
-    "lors-kaiming-distill": {"method": "lors", "init": "kaiming", "distill": DistillConfig()},
-    "lors-kaiming-65": {"method": "lors", "init": "kaiming", "max_steps": 65},
+    "lors-kaiming-norms": {**LORS, "init": "kaiming", "train_norms": True},
+    "lors-kaiming-plus4": {**LORS, "init": "kaiming", "loraplus_lr_ratio": 4.0},
+    "lors-kaiming-distill": {**LORS, "init": "kaiming", "distill": DistillConfig()},
+    "lors-kaiming-65": {**LORS, "init": "kaiming", "max_steps": 65},
 }
 """What is compared; further rows may be added, their cells are measured then."""
 

@@ -22,6 +22,7 @@ from lors_cli.tuning.head import causal_lm_loss
 from lors_cli.tuning.layers import AdapterLinear
 from lors_cli.tuning.lors import CompressedLorsLinear, LorsLinear
 from lors_cli.tuning.merging import Keep, MergedCache, free_scratch, scratch_memory
+from lors_cli.tuning.rounding import Rounding, kept_thresholds
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,14 @@ class Arm:
         keep: lors: how long merged weights are kept.
         float32_adapters: lora: PEFT's default; without it its adapters have the weights' dtype, which is faster.
         compressed: lors: the 2:4 weights are held as kept values and positions.
+        rounding: lors: of merged bfloat16 weights.
     """
 
     method: str
     keep: Keep = "never"
     float32_adapters: bool = True
     compressed: bool = False
+    rounding: Rounding = "stochastic"
 
 
 ARMS: dict[str, Arm] = {
@@ -46,6 +49,7 @@ ARMS: dict[str, Arm] = {
     "lora-float32": Arm("lora"),
     "lors": Arm("lors"),
     "lors-cached": Arm("lors", "always"),
+    "lors-nearest": Arm("lors", rounding="nearest"),
     "lors-compressed": Arm("lors", compressed=True),
     **{method: Arm(method) for method in LAYERS if method not in ("lora", "lors")},
 }
@@ -152,7 +156,7 @@ def _layer(linear: nn.Linear, arm: Arm, rank: int) -> AdapterLinear:
     except ValueError as error:
         raise UsageError(f"--methods: lors-compressed is for 2:4 weights: {error}.") from error
     if isinstance(layer, LorsLinear):
-        layer.cache = MergedCache(arm.keep)
+        layer.cache, layer.rounding = MergedCache(arm.keep), arm.rounding
     if not arm.float32_adapters:
         layer.peft.to(linear.weight.dtype)
     nn.init.normal_(layer.lora_B, std=1e-3)
@@ -186,6 +190,8 @@ def memory_of_step(
         return {"saved_bytes": saved, "peak_bytes": torch.cuda.max_memory_allocated(model.device)}
     states = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
     static = [*model.parameters(), *model.buffers(), *states]
+    if any(isinstance(module, LorsLinear) and module.rounding == "stochastic" for module in model.modules()):
+        static += kept_thresholds.values()
     with LiveBytes([*static, *batches, *scratch_memory()]) as live:
         loss = causal_lm_loss(model, inputs)
         gc.collect()

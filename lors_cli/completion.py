@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 BENCH_METHODS = (
-    "lors", "lors-cached", "lors-compressed", "sqft", "sqft-gc", "spp", "spp-gc", "hira", "lora", "lora-float32",
+    "lors", "lors-cached", "lors-nearest", "lors-compressed", "sqft", "sqft-gc", "spp", "spp-gc", "hira", "lora",
+    "lora-float32",
 )  # fmt: skip
 Complete = Callable[[str], list[str]]
 

@@ -189,8 +189,8 @@ Shape = Annotated[
 BenchModel = Annotated[str | None, _option("A checkpoint's folder instead of a shape.", "--model", panel=SETTINGS)]
 Blocks = Annotated[int | None, _option("Only so many decoder blocks.", "--blocks", panel=SETTINGS)]
 BenchMethods = Annotated[
-    str | None, _option("Comma-separated; default: all but lora-float32 and lors-compressed.", "--methods",
-                        panel=SETTINGS, complete=completion.bench_methods)
+    str | None, _option("Comma-separated; default: all but lora-float32, lors-nearest and lors-compressed.",
+                        "--methods", panel=SETTINGS, complete=completion.bench_methods)
 ]  # fmt: skip
 Lengths = Annotated[str, _option("Tokens a sequence, comma-separated.", "--lengths", panel=SETTINGS)]
 Ranks = Annotated[str, _option("Comma-separated.", "--ranks", panel=SETTINGS)]

@@ -195,9 +195,10 @@ class TuneConfig:
     Kaiming-uniform draw. Default: gradient for lors, kaiming for the others, as their authors have it."""
     init_samples: Positive = 8
     """Samples the gradient is summed over."""
-    rounding: Literal["nearest", "stochastic"] = "nearest"
-    """lors with bfloat16 weights: how merged weights are rounded. nearest loses updates below half of bfloat16's step;
-    stochastic keeps them on average, by a threshold for each weight that is fixed by its place."""
+    rounding: Literal["nearest", "stochastic"] | None = None
+    """How merged weights are rounded to bfloat16. nearest loses updates below half of bfloat16's step; stochastic keeps
+    them on average, by a threshold for each weight that is fixed by its place. Default: stochastic for lors; the others
+    have nearest alone."""
     merged_cache: Literal["auto", "off", "on"] = "auto"
     """lors: keep every merged weight while its adapters are unchanged (from the forward pass to the backward pass, and
     over the micro-batches of a step), or build it anew for each use. auto: on if that takes at most a quarter of the
@@ -278,6 +279,11 @@ class TuneConfig:
     def start(self) -> Literal["gradient", "gradient-exact", "kaiming"]:
         """How lora_A starts: `init`, or what the method implies."""
         return self.init or ("gradient" if self.method == "lors" else "kaiming")
+
+    @property
+    def weight_rounding(self) -> Literal["nearest", "stochastic"]:
+        """How merged weights are rounded to bfloat16: `rounding`, or what the method implies."""
+        return self.rounding or ("stochastic" if self.method == "lors" else "nearest")
 
     @property
     def scale(self) -> float:

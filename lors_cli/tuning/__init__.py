@@ -41,7 +41,8 @@ def stage_fingerprint(config: TuneConfig, model_fingerprint: str, data_dir: Path
     from lors_cli.token_stream import is_streamed
 
     settings = {key: value for key, value in asdict(config).items() if key not in WITHOUT_EFFECT}
-    settings.update(alpha=float(config.alpha), per_device_batch_size=config.micro_batch_size, init=config.start)
+    settings.update(alpha=float(config.alpha), per_device_batch_size=config.micro_batch_size, init=config.start,
+                    rounding=config.weight_rounding)  # fmt: skip
     if config.max_steps is not None or config.max_tokens is not None:
         del settings["epochs"]
     if config.start == "kaiming":
@@ -244,7 +245,7 @@ def _adapter_config(
         method=config.method, rank=config.rank, alpha=config.alpha, use_rslora=config.use_rslora,
         layers=tuple(layers), base=model.path,
         base_fingerprint=base_fingerprint, base_mask=base_mask(network, adapter_layers(network)),
-        norms=tuple(norm_shifts(network)), rounding=config.rounding,
+        norms=tuple(norm_shifts(network)), rounding=config.weight_rounding,
     )  # fmt: skip
 
 

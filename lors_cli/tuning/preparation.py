@@ -59,7 +59,7 @@ def prepare_trainer(
         )  # fmt: skip
         del linears  # a compressed base frees each weight as it goes
     adapted = attach(network, layers, config.rank, config.alpha, use_rslora=config.use_rslora, method=config.method,
-                     compressed=config.base == "compressed", rounding=config.rounding)  # fmt: skip
+                     compressed=config.base == "compressed", rounding=config.weight_rounding)  # fmt: skip
     if config.train_norms:
         train_norms(network, norm_parameters(network))
     if config.method == "lors":
@@ -102,7 +102,7 @@ def _keep_merged(network: PreTrainedModel, config: TuneConfig) -> None:
                                 checkpointing=config.gradient_checkpointing)  # fmt: skip
     keep_merged(network, keep)
     console.info(f"  merged weights: {reason}")
-    console.detail(f"  merged by {how_merged(device, dtype, config.rounding)}")
+    console.detail(f"  merged by {how_merged(device, dtype, config.weight_rounding)}")
     if config.rounding == "stochastic" and dtype == torch.float16:
         raise UsageError("rounding: stochastic is for bfloat16 weights, and these are float16.", "Use dtype: bfloat16.")
     if config.rounding == "stochastic" and dtype != torch.bfloat16:

@@ -12,7 +12,6 @@ Source: stochastic rounding as in Gupta et al. §2.3, arXiv:1502.02551, with thr
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -48,10 +47,16 @@ def thresholds(num_columns: int, device: torch.device) -> torch.Tensor:
     return (mixed & LOW_BITS).to(torch.int32)
 
 
-@lru_cache(maxsize=16)
-def _kept_thresholds(num_columns: int, device: torch.device) -> torch.Tensor:
-    with torch.inference_mode(False):
-        return thresholds(num_columns, device)
+kept_thresholds: dict[tuple[int, torch.device], torch.Tensor] = {}
+"""By C and device: one for all weights of a width."""
+
+
+def _thresholds(num_columns: int, device: torch.device) -> torch.Tensor:
+    key = (num_columns, device)
+    if key not in kept_thresholds:
+        with torch.inference_mode(False):
+            kept_thresholds[key] = thresholds(num_columns, device)
+    return kept_thresholds[key]
 
 
 def round_stochastically(exact: torch.Tensor) -> torch.Tensor:
@@ -63,7 +68,7 @@ def round_stochastically(exact: torch.Tensor) -> torch.Tensor:
     Returns:
         `exact`: float32 whose low 16 bits are zero, so that a cast to bfloat16 loses nothing.
     """
-    table = _kept_thresholds(exact.shape[1], exact.device)
+    table = _thresholds(exact.shape[1], exact.device)
     bits = exact.view(torch.int32)
     whole = len(exact) // PERIOD * PERIOD
     bits[:whole].view(-1, *table.shape).add_(table)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
+from lors_cli.recipe import TuneConfig
 from lors_cli.tuning.lors import LorsLinear
 from lors_cli.tuning.merging import masked_merge, masked_merge_formula
 from lors_cli.tuning.rounding import PERIOD, round_stochastically, thresholds
@@ -99,3 +101,11 @@ def test_a_layer_computes_with_the_weight_that_it_merges() -> None:
     torch.testing.assert_close(y, nn.functional.linear(x, merged), rtol=0, atol=0)
     torch.testing.assert_close(x.grad, torch.ones_like(y) @ merged, rtol=0, atol=0)
     torch.testing.assert_close(layer.to_linear().weight, merged, rtol=0, atol=0, check_dtype=True)
+
+
+def test_lors_rounds_stochastically_unless_told_otherwise() -> None:
+    assert TuneConfig().weight_rounding == "stochastic"
+    assert TuneConfig(rounding="nearest").weight_rounding == "nearest"
+    assert TuneConfig(method="sqft").weight_rounding == "nearest"
+    with pytest.raises(ValueError, match="rounding: stochastic is for method: lors"):
+        TuneConfig(method="sqft", rounding="stochastic")
