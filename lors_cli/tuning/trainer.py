@@ -23,6 +23,7 @@ from lors_cli import console, run_dir
 from lors_cli.errors import UsageError
 from lors_cli.samples import count_tokens
 from lors_cli.tuning.adapter import WEIGHTS_NAME, adapter_layers, adapter_tensors, load_tensors
+from lors_cli.tuning.guards import StepGuard
 from lors_cli.tuning.head import Loss
 from lors_cli.tuning.norms import norm_shifts
 
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
     from lors_cli.recipe import TuneConfig
 
-KEEP_CHECKPOINTS = 2
 MARKER_NAME = "lors.json"
 PARTIAL_NAME = ".partial"
 
@@ -75,14 +75,16 @@ class AdapterTrainer(Trainer):
         fingerprint: of the stage; checkpoints of another are never resumed from.
         loss: computes it; None for the model's own.
         groups: what the optimiser trains, from `parameter_groups`.
+        guard: of bad steps.
+        keep_checkpoints: so many of the newest stay.
         model: with adapters, the only parameters that are trained.
         args: the Trainer's settings.
         **options: as for `transformers.Trainer`.
     """
 
     def __init__(
-        self, *, checkpoints: Path, fingerprint: str, loss: Loss | None, groups: list[Any], model: PreTrainedModel,
-        args: TrainingArguments, **options: Any,
+        self, *, checkpoints: Path, fingerprint: str, loss: Loss | None, groups: list[Any], guard: StepGuard,
+        keep_checkpoints: int, model: PreTrainedModel, args: TrainingArguments, **options: Any,
     ) -> None:  # fmt: skip
         optimizer, settings = self.get_optimizer_cls_and_kwargs(args, model)
         settings["params"] = groups
@@ -92,7 +94,10 @@ class AdapterTrainer(Trainer):
             self.loss_is_scaled_for_ga = True
         self.checkpoints = checkpoints
         self.fingerprint = fingerprint
+        self.guard = guard
+        self.keep_checkpoints = keep_checkpoints
         self.tokens_seen = 0
+        self._step_loss: torch.Tensor | float = 0.0
         self._is_saving = False
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
@@ -106,7 +111,9 @@ class AdapterTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """One micro-batch; its tokens are counted for the log."""
         self.tokens_seen += count_tokens(inputs)
-        return super().training_step(model, inputs, num_items_in_batch)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._step_loss = self._step_loss + loss
+        return loss.nan_to_num(0.0, 0.0, 0.0)  # the Trainer's running sum would stay broken
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The loss of a micro-batch, a sum over its tokens divided by those of the whole optimiser step."""
@@ -119,12 +126,17 @@ class AdapterTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
         norm = float(super()._get_grad_norm(model, grad_norm))
-        if not math.isfinite(norm):
-            kept = latest_checkpoint(self.checkpoints, self.fingerprint)
-            raise UsageError(
-                f"training broke at step {self.state.global_step + 1}: the loss or its gradient is not finite.",
-                f"Lower learning_rate or use dtype: float32. {f'{kept} is kept.' if kept else 'No checkpoint yet.'}",
-            )
+        loss = self.accelerator.gather(torch.as_tensor(self._step_loss).detach().reshape(1)).mean()  # of all processes
+        self._step_loss = 0.0
+        if self.guard.is_bad(float(loss), norm):
+            step = self.state.global_step + 1
+            if self.guard.exceeded:
+                kept = latest_checkpoint(self.checkpoints, self.fingerprint)
+                saved = f"{kept} is kept." if kept else "No checkpoint yet."
+                hint = f"Lower learning_rate, use dtype: float32, or allow more with max_bad_steps. {saved}"
+                raise UsageError(self.guard.broken(step), hint)
+            self.guard.announce(step)
+            model.zero_grad(set_to_none=True)  # without gradients the optimiser touches neither weights nor its state
         return norm
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -139,14 +151,17 @@ class AdapterTrainer(Trainer):
         finally:
             self._is_saving = False
         name = f"checkpoint-{self.state.global_step}"
-        run_dir.write_json(partial / name / MARKER_NAME, {"fingerprint": self.fingerprint})
+        run_dir.write_json(partial / name / MARKER_NAME, {"fingerprint": self.fingerprint, "guard": self.guard.state()})
         for file in (partial / name).iterdir():
             run_dir.sync_file(file)
+        if self.checkpoints / name in whole_checkpoints(self.checkpoints, self.fingerprint):  # of the same step
+            shutil.rmtree(partial)
+            return
         shutil.rmtree(self.checkpoints / name, ignore_errors=True)
         os.replace(partial / name, self.checkpoints / name)
         run_dir.sync_folder(self.checkpoints)
         shutil.rmtree(partial)
-        for old in whole_checkpoints(self.checkpoints, self.fingerprint)[:-KEEP_CHECKPOINTS]:
+        for old in whole_checkpoints(self.checkpoints, self.fingerprint)[: -self.keep_checkpoints]:
             shutil.rmtree(old)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -160,6 +175,9 @@ class AdapterTrainer(Trainer):
         target = model or self.model
         assert target is not None
         load_tensors(target, Path(resume_from_checkpoint) / WEIGHTS_NAME)
+        marker = run_dir.read_json(Path(resume_from_checkpoint) / MARKER_NAME) or {}
+        if "guard" in marker:  # checkpoints of earlier versions have none
+            self.guard.restore(marker["guard"])
 
 
 def whole_checkpoints(folder: Path, fingerprint: str) -> list[Path]:
@@ -232,11 +250,17 @@ class LogCallback(TrainerCallback):
         now = time.monotonic()
         rate = (self.trainer.tokens_seen - self._tokens) / max(now - self._since, 1e-9)
         self._since, self._tokens = now, self.trainer.tokens_seen
+        guard = self.trainer.guard
         row = {"step": state.global_step, "loss": logs["loss"], "learning_rate": logs.get("learning_rate"),
                "grad_norm": float(logs["grad_norm"]), "tokens_per_s": round(rate, 1),
                "epoch": round(state.epoch or 0.0, 4)}  # fmt: skip
+        if guard.reason:
+            values = {"loss": guard.loss, "grad_norm": guard.norm}
+            row |= {key: value if math.isfinite(value) else None for key, value in values.items()}
+            row["skipped"] = guard.reason
         self.log.append(row)
-        self.task.update(state.global_step, f"loss {row['loss']:.3f} · {rate:.0f} tokens/s")
+        state.log_history.clear()  # log.jsonl has it all; this list would grow with every step and checkpoint
+        self.task.update(state.global_step, f"loss {guard.loss:.3f} · {rate:.0f} tokens/s")
 
 
 class StopCallback(TrainerCallback):
