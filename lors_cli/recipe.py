@@ -348,6 +348,9 @@ class Recipe:
     """Folder with local copies of the datasets; default $LORS_DATA_DIR, else the hub."""
     seed: Seed = 0
     """Seed of every stage that does not set its own."""
+    deterministic: bool = False
+    """Take only operations that give the same bits each time (docs/reproducibility.md). On a CPU whose number of
+    threads stays the same they do so without it; on a GPU it costs some speed. Not part of a stage's fingerprint."""
 
     def __post_init__(self) -> None:
         if self.prune is None and self.tune is None and self.eval is None:
