@@ -22,10 +22,12 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from lors_cli import console, run_dir
 from lors_cli.errors import UsageError
 from lors_cli.samples import count_tokens
+from lors_cli.signals import STOPPING, Stopped
 from lors_cli.tuning.adapter import WEIGHTS_NAME, adapter_layers, adapter_tensors, load_tensors
 from lors_cli.tuning.guards import StepGuard
 from lors_cli.tuning.head import Loss
 from lors_cli.tuning.norms import norm_shifts
+from lors_cli.tuning.randomness import random_state, restore_random_state
 
 if TYPE_CHECKING:
     from torch import nn
@@ -264,13 +266,26 @@ class LogCallback(TrainerCallback):
 
 
 class StopCallback(TrainerCallback):
-    """After a Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop."""
+    """After a Ctrl-C or a scheduler's signal: finish the micro-batch, save the last whole step, stop."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked: int | None = None
+        """The signal that asked for it."""
+        self._random_state: dict[str, Any] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note the generators' state, which a step that is given up must leave as it was."""
+        self._random_state = random_state()
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Give up the step; it is done again from its start when the run goes on."""
+        if self.asked and args.world_size == 1:  # several processes stop together, after a step
+            restore_random_state(self._random_state)
+            control.should_save = control.should_training_stop = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask the Trainer to save and stop."""
+        """Ask the Trainer to save and stop, where that is wanted."""
+        self._random_state = random_state()  # before the next epoch's order of samples is drawn
         if self.asked:
             control.should_save = True
             control.should_training_stop = True
@@ -278,17 +293,21 @@ class StopCallback(TrainerCallback):
 
 @contextlib.contextmanager
 def stopping_gently(callback: StopCallback) -> Iterator[None]:
-    """Turn the first Ctrl-C or SIGTERM into a saved stop that ends in KeyboardInterrupt; a second stops at once."""
+    """Turn the first Ctrl-C, SIGTERM or SIGUSR1 into a saved stop that ends in KeyboardInterrupt.
+
+    A Ctrl-C after it stops at once; schedulers send their signals more than once.
+    """
 
     def ask(number: int, frame: Any) -> None:
-        if callback.asked:
+        if callback.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        callback.asked = True
-        console.warn("stopping: this step is finished and saved first; press Ctrl-C again to stop at once")
+        if not callback.asked:
+            callback.asked = number
+            console.warn("stopping: after this micro-batch a checkpoint is saved; Ctrl-C (again) stops at once")
 
     before: dict[signal.Signals, Callable[..., Any] | int | None] = {}
     try:
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in (signal.SIGINT, *STOPPING):
             before[signum] = signal.signal(signum, ask)
     except ValueError:  # not the main thread: the caller's own handling stays
         before = {}
@@ -298,7 +317,7 @@ def stopping_gently(callback: StopCallback) -> Iterator[None]:
         for signum, handler in before.items():
             signal.signal(signum, handler)
     if callback.asked:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt if callback.asked == signal.SIGINT else Stopped(callback.asked)
 
 
 def parameter_groups(model: nn.Module, config: TuneConfig) -> list[dict[str, Any]]:
