@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from lors_cli import console, run_dir
+from lors_cli import console, parallel, run_dir
 from lors_cli.errors import UsageError
 from lors_cli.samples import count_tokens
 from lors_cli.signals import STOPPING, Stopped
@@ -128,9 +128,8 @@ class AdapterTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
         norm = float(super()._get_grad_norm(model, grad_norm))
-        loss = self.accelerator.gather(torch.as_tensor(self._step_loss).detach().reshape(1)).mean()  # of all processes
-        self._step_loss = 0.0
-        if self.guard.is_bad(float(loss), norm):
+        loss, self._step_loss = float(self._step_loss), 0.0
+        if self.guard.is_bad(loss, norm):
             step = self.state.global_step + 1
             if self.guard.exceeded:
                 kept = latest_checkpoint(self.checkpoints, self.fingerprint)
@@ -279,7 +278,7 @@ class StopCallback(TrainerCallback):
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Give up the step; it is done again from its start when the run goes on."""
-        if self.asked and args.world_size == 1:  # several processes stop together, after a step
+        if self.asked and parallel.num_processes() == 1:  # several processes stop together, after a step
             restore_random_state(self._random_state)
             control.should_save = control.should_training_stop = True
 
@@ -317,7 +316,7 @@ def stopping_gently(callback: StopCallback) -> Iterator[None]:
         for signum, handler in before.items():
             signal.signal(signum, handler)
     if callback.asked:
-        raise KeyboardInterrupt if callback.asked == signal.SIGINT else Stopped(callback.asked)
+        raise Stopped(callback.asked) if callback.asked in STOPPING else KeyboardInterrupt
 
 
 def parameter_groups(model: nn.Module, config: TuneConfig) -> list[dict[str, Any]]:
