@@ -170,7 +170,14 @@ def _train(trainer: AdapterTrainer, config: TuneConfig, checkpoints: Path, log_p
     from transformers.trainer_callback import PrinterCallback
 
     from lors_cli.models import quiet_libraries
-    from lors_cli.tuning.trainer import LogCallback, StepLog, StopCallback, latest_checkpoint, stopping_gently
+    from lors_cli.tuning.trainer import (
+        LogCallback,
+        StepLog,
+        StopCallback,
+        TrimCallback,
+        latest_checkpoint,
+        stopping_gently,
+    )
 
     _sweep(checkpoints, trainer.fingerprint)
     last = latest_checkpoint(checkpoints, trainer.fingerprint)
@@ -186,6 +193,7 @@ def _train(trainer: AdapterTrainer, config: TuneConfig, checkpoints: Path, log_p
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(LogCallback(log, task, trainer))
         trainer.add_callback(stop)
+        trainer.add_callback(TrimCallback())
         if done >= total:
             assert last is not None
             trainer._load_from_checkpoint(str(last))

@@ -21,6 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lors_cli import console, parallel, run_dir
 from lors_cli.errors import UsageError
+from lors_cli.heap import give_back_memory
 from lors_cli.samples import count_tokens
 from lors_cli.signals import STOPPING, Stopped
 from lors_cli.tuning.adapter import WEIGHTS_NAME, adapter_layers, adapter_tensors, load_tensors
@@ -288,6 +289,15 @@ class StopCallback(TrainerCallback):
         if self.asked:
             control.should_save = True
             control.should_training_stop = True
+
+
+class TrimCallback(TrainerCallback):
+    """After every step on a CPU: activations of varying length leave holes in the heap, which are given back."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Give them back; a GPU's memory is not on this heap."""
+        if args.device.type == "cpu":
+            give_back_memory()
 
 
 @contextlib.contextmanager
