@@ -120,7 +120,10 @@ class Repeat:
     def _changed_inputs(self, data_dir: Path | None) -> Iterator[str]:
         from lors_cli.provenance import inputs
 
-        for old, new in zip(self.content.get("inputs", []), inputs(self.recipe, data_dir), strict=True):
+        before, now = self.content["inputs"], inputs(self.recipe, data_dir)
+        if len(before) != len(now):
+            yield f"the run read {len(before)} models and texts, and this version would read {len(now)}"
+        for old, new in zip(before, now, strict=False):
             if old["fingerprint"] != new["fingerprint"]:
                 yield f"{old['used_by']}: {new['name']} was {old['fingerprint']}, is {new['fingerprint']}"
             elif None not in (old["revision"], new["revision"]) and old["revision"] != new["revision"]:
@@ -170,6 +173,23 @@ def differences(then: dict[str, Any], now: dict[str, Any], prefix: str = "") -> 
     return sorted(lines)
 
 
+def _is_whole(content: Any) -> bool:
+    """Whether a manifest has all that a repeat needs."""
+    parts: dict[str, dict[str, Any]] = {
+        "inputs": {"used_by": str, "name": str, "fingerprint": str, "revision": (str, type(None))},
+        "stages": {"stage": str, "environment": dict, "results": dict},
+    }  # fmt: skip
+    if not isinstance(content, dict) or not isinstance(content.get("recipe"), dict):
+        return False
+    return all(
+        isinstance(content.get(part), list)
+        and content[part]
+        and all(isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in keys.items())
+                for entry in content[part])
+        for part, keys in parts.items()
+    )  # fmt: skip
+
+
 def open_repeat(path: Path, overrides: Sequence[str]) -> Repeat:
     """The repeat of a run.
 
@@ -187,9 +207,8 @@ def open_repeat(path: Path, overrides: Sequence[str]) -> Repeat:
     file = path / MANIFEST_NAME if path.is_dir() else path
     if not file.is_file():
         raise MissingError(f"No manifest at {file}.", "Give a finished run's folder, or its manifest.json.")
-    content = run_dir.read_json(file)
-    needed = ("recipe", "inputs", "stages")
-    if not isinstance(content, dict) or not all(content.get(key) for key in needed):
+    content: Any = run_dir.read_json(file)
+    if not _is_whole(content):
         raise UsageError(
             f"{file} does not say enough to repeat the run.",
             "Run its recipe.yaml once more: that notes what is missing.",

@@ -150,6 +150,28 @@ def test_what_cannot_be_repeated(
     assert said in result.stderr
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content.pop("recipe"), lambda content: content.update(recipe=[1]),
+        lambda content: content.update(stages=[]), lambda content: content["stages"][0].pop("results"),
+        lambda content: content["inputs"][0].update(fingerprint=7), lambda content: content["inputs"].append("x"),
+    ],
+)  # fmt: skip
+def test_a_manifest_that_is_not_whole(at_finished: Path, lors: Lors, change: Callable[[dict[str, Any]], Any]) -> None:
+    edit(MANIFEST, change)
+    result = lors("run", "--from-manifest", RUN, "--dry-run")
+    assert result.exit_code == 2
+    assert "does not say enough to repeat the run" in result.stderr
+
+
+def test_a_list_of_inputs_of_another_length_is_a_change(at_finished: Path, lors: Lors) -> None:
+    edit(MANIFEST, lambda content: content["inputs"].pop())
+    result = lors("run", "--from-manifest", RUN, "--dry-run")
+    assert result.exit_code == 2
+    assert "the run read 4 models and texts, and this version would read 5" in result.stderr
+
+
 def test_moved_files_are_given_anew(at_finished: Path, lors: Lors, monkeypatch: pytest.MonkeyPatch) -> None:
     here = Path.cwd()
     elsewhere = here / "other"
