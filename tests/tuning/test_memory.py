@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from lors_cli.recipe import ModelConfig, TuneConfig
+from lors_cli.tuning import trainer as trainer_module
+from lors_cli.tuning import tune
 
 WATCHED = """
 import dataclasses, gc, json, resource, sys, tracemalloc
@@ -78,3 +83,12 @@ def test_leaks_would_be_seen(sparse_checkpoint: Path, instructions: Path, tmp_pa
     assert tensors > TENSORS
     _, objects, _ = watched(sparse_checkpoint, instructions, tmp_path / "second", 320, "object")
     assert objects > OBJECTS
+
+
+def test_freed_memory_is_given_back_after_every_step(
+    sparse_checkpoint: Path, config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    monkeypatch.setattr(trainer_module, "give_back_memory", lambda: calls.append(1))
+    tune(replace(config, init="kaiming", max_steps=3), ModelConfig(path=str(sparse_checkpoint)), tmp_path / "tune")
+    assert len(calls) == 3
