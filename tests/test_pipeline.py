@@ -210,7 +210,7 @@ def signalled(number: signal.Signals, before: str, *arguments: str) -> subproces
     """A `lors` process that gets a signal just before a file or folder of that name is renamed into place."""
     return subprocess.run(
         [sys.executable, "-c", SIGNALLED, str(int(number)), before, *arguments],
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
 
 
