@@ -82,26 +82,42 @@ def _stage(
 
 @command(
     app, PIPELINE, "lors run quickstart", "lors run mine.yaml tune.rank=32 --dry-run",
-    "lors run mine.yaml --until prune", "lors run mine.yaml --force tune",
+    "lors run mine.yaml --until prune", "lors run mine.yaml --force tune", "lors run --from-manifest runs/mine",
 )  # fmt: skip
 def run(
-    recipe: o.RecipeName,
+    recipe: o.RecipeName = None,
     overrides: o.RunSettings = None,
     out: o.RunOut = None,
     first: o.First = None,
     last: o.Last = None,
     force: o.Force = None,
+    from_manifest: o.FromManifest = None,
+    allow_changed_inputs: o.ChangedInputs = False,
     dry_run: o.DryRun = False,
 ) -> None:
     """Run a recipe: prune, tune, eval; a second call goes on from there."""
     from lors_cli import views
+    from lors_cli.errors import UsageError
     from lors_cli.loading import load_recipe
     from lors_cli.pipeline import check_memory, guard_out, run_recipe
     from lors_cli.plans import plan_stages, resolve_data_dir, select
+    from lors_cli.repeat import open_repeat
     from lors_cli.shipped import find_recipe
 
-    settings = load_recipe(find_recipe(recipe), overrides or [])
-    folder = out or Path("runs") / settings.name
+    repeat = None
+    if from_manifest is not None:
+        given = [*([recipe] if recipe else []), *(overrides or [])]
+        repeat = open_repeat(from_manifest, given)
+        settings, last = repeat.recipe, last or repeat.last
+        folder = out or Path("runs") / f"{settings.name}-repeat"
+        changed = repeat.check(folder, allow_changed_inputs=allow_changed_inputs)
+    elif recipe is None:
+        raise UsageError("no recipe is named.", "lors recipes lists those that are shipped.")
+    elif allow_changed_inputs:
+        raise UsageError("--allow-changed-inputs is for --from-manifest.")
+    else:
+        settings = load_recipe(find_recipe(recipe), overrides or [])
+        folder = out or Path("runs") / settings.name
     again = tuple(force or ())
     if dry_run:
         guard_out(folder, "run")
@@ -110,7 +126,12 @@ def run(
         for plan in plans:
             check_memory(plan)
         return
-    views.show_run(run_recipe(settings, folder, first=first, last=last, force=again))
+    summary = run_recipe(settings, folder, first=first, last=last, force=again)
+    if repeat is not None:
+        summary["repeat"] = {
+            "manifest": str(repeat.path), "changed": changed, "different_files": repeat.compare(folder)
+        }  # fmt: skip
+    views.show_run(summary)
 
 
 @command(

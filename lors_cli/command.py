@@ -18,6 +18,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from lors_cli import console
 from lors_cli.options import Json, Quiet, Verbose
+from lors_cli.signals import Stopped, stopping
 
 PIPELINE, STAGES, AROUND, HELP = "Whole pipelines", "One stage", "Look and measure", "Help"
 """Panels of `lors --help`."""
@@ -111,7 +112,8 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
             os.environ.setdefault("DATASETS_VERBOSITY", "error")
             warnings.filterwarnings("ignore", category=FutureWarning)  # for the libraries' users, not for ours
         try:
-            return function(*args, **kwargs)
+            with stopping():
+                return function(*args, **kwargs)
         except (KeyboardInterrupt, Exception) as error:
             fail(error)
 
@@ -137,8 +139,9 @@ def fail(error: BaseException) -> NoReturn:
     if isinstance(error, typer.Exit):
         raise error
     if isinstance(error, KeyboardInterrupt):
-        console.error("interrupted; what was finished is kept.", "The same command goes on from there.")
-        _fail_document("interrupted", None, 130)
+        how = f"stopped by {error.name}" if isinstance(error, Stopped) else "interrupted"
+        console.error(f"{how}; what was finished is kept.", "The same command goes on from there.")
+        _fail_document(how, None, 130)
         raise typer.Exit(130) from None
     if isinstance(error, BrokenPipeError):  # `lors … | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,8 +1,8 @@
 """What a person or a program reads: messages, tables, progress, and the one JSON document.
 
 Human output: results on stdout, messages and progress on stderr. With --json stdout carries exactly one
-JSON document. On a terminal progress is a live bar; elsewhere it is a line every few seconds, so that a
-log file shows that the work goes on.
+JSON document. On a terminal progress is a live bar; elsewhere it is a line now and then, also while nothing
+advances, so that a log file shows that the work goes on.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -32,10 +33,11 @@ from rich.style import Style
 from rich.table import Column, Table
 from rich.text import Text
 
-from lors_cli import parallel
+from lors_cli import heartbeat, parallel
 
 Mode = Literal["human", "json"]
-LINE_EVERY_S = 10.0
+FIRST_LINE_S = 10.0
+"""After so long a step is worth a line in a file; the next ones come at `heartbeat.interval_s`."""
 WIDTH_OF_FILES = 160
 """Characters a table may take where no terminal limits it."""
 
@@ -251,6 +253,9 @@ class Task:
         self.completed = 0
         self.started = self._last_line = time.monotonic()
         self._start_at = 0
+        self._interval_s = heartbeat.interval_s()
+        self._due_s = min(FIRST_LINE_S, self._interval_s)
+        self._lock = threading.Lock()
         self.bar: tuple[Progress, Any] | None = None
         self._note = ""
 
@@ -266,27 +271,38 @@ class Task:
         if self.bar is not None:
             progress, task_id = self.bar
             progress.update(task_id, completed=completed, note=self._note)
-        elif time.monotonic() - self._last_line >= LINE_EVERY_S:
-            self._line()
+        else:
+            self.beat()
 
     def skip(self, amount: int) -> None:
         """Units done by an earlier run: counted, but not used for the time estimate."""
         self._start_at += amount
         self.update(self.completed + amount)
 
+    def beat(self) -> float:
+        """Show a line if it is time for one, and say in how many seconds it will be time for the next."""
+        with self._lock:
+            waited = time.monotonic() - self._last_line
+            if waited < self._due_s:
+                return self._due_s - waited
+            self._last_line, self._due_s = time.monotonic(), self._interval_s
+            self._line()
+            return self._due_s
+
     def _line(self) -> None:
-        self._last_line = time.monotonic()
         elapsed = self._last_line - self.started
-        text = f"{self.description}: {self.completed}"
-        if self.total:
-            text += f"/{self.total}"
-            done = self.completed - self._start_at
-            if done > 0:
-                left_s = elapsed / done * (self.total - self.completed)
-                text += f" {self.unit} · {duration(elapsed)} elapsed · about {duration(left_s)} left"
-        else:
-            text += f" {self.unit} · {duration(elapsed)} elapsed"
-        info(f"  {text}{' · ' + self._note if self._note else ''}")
+        text = f"{self.description}: {self.completed}{f'/{self.total}' if self.total else ''} {self.unit}"
+        parts = [f"{text} · {duration(elapsed)} elapsed"]
+        done = self.completed - self._start_at
+        if self.total and done > 0:
+            parts.append(f"about {duration(elapsed / done * (self.total - self.completed))} left")
+        if self._note:
+            parts.append(self._note)
+        parts.append(f"memory {gib(heartbeat.memory_in_use())}")
+        on_gpu = heartbeat.gpu_memory_in_use()
+        if on_gpu:
+            parts.append(f"GPU {gib(on_gpu)}")
+        info(f"  {' · '.join(parts)}")
 
 
 class _Time(ProgressColumn):
@@ -315,7 +331,7 @@ class _Note(ProgressColumn):
 
 @contextmanager
 def progress(description: str, total: int | None = None, unit: str = "") -> Iterator[Task]:
-    """A long step, shown live on a terminal and as a line every ten seconds elsewhere.
+    """A long step, shown live on a terminal and as a line now and then elsewhere (docs/long-runs.md).
 
     Args:
         description: what is being done (“prune”).
@@ -324,8 +340,9 @@ def progress(description: str, total: int | None = None, unit: str = "") -> Iter
     """
     task = Task(description, total, unit)
     if _state.verbosity < 0 or not _state.log.is_terminal:
-        yield task
-        if _state.verbosity >= 0 and time.monotonic() - task.started >= LINE_EVERY_S:
+        with heartbeat.beating(task.beat) if _state.verbosity >= 0 and parallel.is_main() else nullcontext():
+            yield task
+        if _state.verbosity >= 0 and time.monotonic() - task.started >= FIRST_LINE_S:
             info(f"  {description}: done, {task.completed} {unit} in {duration(time.monotonic() - task.started)}")
         return
     columns = (

@@ -122,7 +122,13 @@ def dump_recipe(recipe: Recipe | PruneConfig | TuneConfig | EvalConfig) -> str:
     Returns:
         The text; settings that are None are left out.
     """
-    return write(_without_none(plain(recipe)))
+    return write(recipe_values(recipe))
+
+
+def recipe_values(recipe: Recipe | PruneConfig | TuneConfig | EvalConfig) -> dict[str, Any]:
+    """A recipe's (or config's) settings as plain values, those that are None left out."""
+    values: dict[str, Any] = _without_none(plain(recipe))
+    return values
 
 
 def recipe_schema() -> dict[str, Any]:

@@ -71,7 +71,18 @@ Version = Annotated[
 
 # lors run
 RunSettings = Annotated[list[str] | None, _settings(None, "tune.rank=32")]
-RecipeName = Annotated[str, _argument("A recipe file, or the name of a shipped recipe.", "RECIPE", completion.recipes)]
+RecipeName = Annotated[
+    str | None, _argument("A recipe file, or the name of a shipped recipe.", "RECIPE", completion.recipes)
+]
+FromManifest = Annotated[
+    Path | None,
+    _option("Repeat this finished run (its folder or manifest.json), without RECIPE.", "--from-manifest",
+            panel="Repeat")
+]  # fmt: skip
+ChangedInputs = Annotated[
+    bool, _option("Repeat it though models or texts are no longer the same.", "--allow-changed-inputs",
+                  panel="Repeat")
+]  # fmt: skip
 RunOut = Annotated[Path | None, _option("Run folder; default runs/<name>.", "--out")]
 _stages = of("prune", "tune", "eval")
 First = Annotated[str | None, _option("Start at this stage.", "--from", panel="Stages", complete=_stages)]

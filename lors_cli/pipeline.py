@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from lors_cli import console, parallel, run_dir
+from lors_cli.determinism import determinism
 from lors_cli.errors import ResourceError, UsageError
 from lors_cli.plans import StagePlan, announce, plan_stages, resolve_data_dir, select
-from lors_cli.recipe import STAGES, PruneConfig, Recipe, TuneConfig
+from lors_cli.recipe import PruneConfig, Recipe, TuneConfig
 
 RUN_MARKS = {"recipe.yaml", "manifest.json"}
 SWEEP_MARKS = {"sweep.yaml", "sweep.json"}
@@ -188,8 +189,9 @@ def run_recipe(
         plans = select(plan_stages(recipe, out, data_dir), first, last, force)
     with claim(out):
         _write_recipe(recipe, out)
-        done = list(_run_plans(recipe, out, [plan.stage for plan in plans], data_dir, force))
-        _write_manifest(recipe, out, done)
+        with determinism(recipe.deterministic):
+            done = list(_run_plans(recipe, out, [plan.stage for plan in plans], data_dir, force))
+        _write_manifest(recipe, out, done, data_dir)
         with console.busy("writing the report"):
             finished = finished_stages(recipe, out, data_dir)
             report = write_report(out, finished)
@@ -234,20 +236,17 @@ def _write_recipe(recipe: Recipe, out: Path) -> None:
         run_dir.write_text(path, text)
 
 
-def _write_manifest(recipe: Recipe, out: Path, done: list[dict[str, Any]]) -> None:
+def _write_manifest(recipe: Recipe, out: Path, done: list[dict[str, Any]], data_dir: Path | None) -> None:
+    from lors_cli.repeat import manifest_content
+
     seeds = {"recipe": recipe.seed}
     if recipe.prune:
         seeds["calibration"] = recipe.prune.calibration.seed
     if recipe.tune:
         seeds["tune"] = recipe.tune.seed
-    stages = []
-    for stage in STAGES:
-        record = run_dir.read_record(out / stage)
-        if record is not None:
-            stages.append({"stage": stage, "fingerprint": record.fingerprint, "elapsed_s": record.elapsed_s})
     content = {
         "name": recipe.name, "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "seeds": seeds,
-        "environment": run_dir.environment(), "stages": stages, "last_call": done,
+        "environment": run_dir.environment(), **manifest_content(recipe, out, data_dir), "last_call": done,
     }  # fmt: skip
     run_dir.write_json(out / "manifest.json", content)
 

@@ -200,7 +200,7 @@ def _estimate_tune(config: TuneConfig, size: ModelSize) -> Estimate:
         training -= size.num_prunable * size.bytes_a_weight // 2 - size.num_prunable // 8
     teacher = size.num_bytes if config.distill else 0
     memory = size.num_bytes + teacher + activations + logits + max(training, gradient)
-    return Estimate(memory, size.num_bytes + 3 * 12 * adapters + (16 << 20))
+    return Estimate(memory, size.num_bytes + (config.keep_checkpoints + 1) * 12 * adapters + (16 << 20))
 
 
 def try_estimate(config: Any, model: ModelConfig) -> tuple[Estimate | None, str]:

@@ -243,6 +243,15 @@ class TuneConfig:
     """Compute each decoder block again in backward instead of keeping its activations."""
     save_steps: Positive = 100
     """Optimiser steps between training checkpoints."""
+    keep_checkpoints: Positive = 2
+    """So many of the newest training checkpoints stay on disk."""
+    max_bad_steps: NotNegative = 0
+    """Optimiser steps of the whole run that may be bad, their loss or gradient not finite: such a step changes no
+    weight, and the run goes on with the next samples. One more ends it, with the last checkpoint kept. Not part of a
+    stage's fingerprint: a run that was ended goes on with a higher one."""
+    spike_factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
+    """A step is bad too if its loss or its gradient's norm is above so many times its median over the last 50 good
+    steps (from the tenth on). Default: only what is not finite is bad."""
     tensorboard: bool = False
     """Write TensorBoard events to tune/tensorboard too (needs the tensorboard package)."""
     seed: Seed = 0
@@ -350,6 +359,9 @@ class Recipe:
     """Folder with local copies of the datasets; default $LORS_DATA_DIR, else the hub."""
     seed: Seed = 0
     """Seed of every stage that does not set its own."""
+    deterministic: bool = False
+    """Take only operations that give the same bits each time (docs/reproducibility.md). On a CPU whose number of
+    threads stays the same they do so without it; on a GPU it costs some speed. Not part of a stage's fingerprint."""
 
     def __post_init__(self) -> None:
         if self.prune is None and self.tune is None and self.eval is None:

@@ -265,23 +265,22 @@ def environment() -> dict[str, Any]:
 
     import psutil
 
+    from lors_cli.provenance import code_version, hardware
+
     versions = {}
     for name in ("lors-cli", "torch", "transformers", "accelerate", "datasets", "lm-eval", "numpy"):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
             versions[name] = "absent"
-    found: dict[str, Any] = {
+    return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "processors": os.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        **hardware(),
         "packages": versions,
+        "code": code_version(),
     }
-    torch = sys.modules.get("torch")  # a look at the GPU is not worth importing it
-    if torch is not None and torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
 
 
 @contextmanager

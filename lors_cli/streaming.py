@@ -7,9 +7,7 @@ given up afterwards. A .gguf has to be read whole.
 
 from __future__ import annotations
 
-import ctypes
 import json
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -18,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lors_cli import console
 from lors_cli.errors import UsageError
+from lors_cli.heap import give_back_memory
 from lors_cli.tensor_files import Entry
 
 if TYPE_CHECKING:
@@ -114,7 +113,7 @@ class BlockwiseModel:
                 module.to(self._home)
             return
         with ExitStack() as stack:
-            stack.callback(_give_back_memory)
+            stack.callback(give_back_memory)
             stack.callback(_forget, module, names)
             self._weights.load(self.network, names, self.device)
             for child in module.modules():
@@ -149,13 +148,6 @@ def _forget(module: nn.Module, names: set[str]) -> None:
             if key in endings:
                 empty = torch.empty_like(parameter, device="meta")
                 setattr(child, key, torch.nn.Parameter(empty, requires_grad=False))
-
-
-def _give_back_memory() -> None:
-    """Return freed memory to the system: glibc keeps what was taken for tensors below 32 MB, block after block."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 class _Weights:

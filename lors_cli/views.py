@@ -122,6 +122,10 @@ def show_run(summary: dict[str, Any]) -> None:
         note = " (finished earlier)" if stage["status"] == "skipped" else ""
         console.path(f"{stage['stage']:6}", stage["folder"], note)
     console.path("report", summary["report"])
+    if "repeat" in summary:
+        console.result(f"\nAgainst {summary['repeat']['manifest']}:")
+        for stage, names in summary["repeat"]["different_files"].items():
+            console.result(f"{stage:6} {'other bits: ' + ', '.join(names) if names else 'the same bits'}")
     console.document({**summary, "comparisons": [asdict(comparison) for comparison in summary["comparisons"]]})
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from lors_cli import console
+from lors_cli import console, heartbeat
+from lors_cli.errors import UsageError
 
 
 @pytest.fixture(autouse=True)
@@ -21,8 +23,9 @@ def _usual_console() -> Iterator[None]:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time, to be set by the test."""
+    """The time, to be set by the test; memory is always the same."""
     now = [0.0]
+    monkeypatch.setattr(heartbeat, "memory_in_use", lambda: 3 << 29)
     monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
     return now
 
@@ -93,14 +96,54 @@ def test_levels(capsys: Capture) -> None:
 
 def test_progress_in_a_file_is_a_line_now_and_then(capsys: Capture, clock: list[float]) -> None:
     with console.progress("prune", 4, "blocks") as task:
-        for now in (3.0, 10.0, 15.0, 30.0):
+        for now in (3.0, 10.0, 15.0, 70.0):
             clock[0] = now
             task.advance(note=f"at {now:g}")
     assert capsys.readouterr().err.splitlines() == [
-        "  prune: 2/4 blocks · 10 s elapsed · about 10 s left · at 10",
-        "  prune: 4/4 blocks · 30 s elapsed · about 0 s left · at 30",
-        "  prune: done, 4 blocks in 30 s",
+        "  prune: 2/4 blocks · 10 s elapsed · about 10 s left · at 10 · memory 1.5 GiB",
+        "  prune: 4/4 blocks · 1 min 10 s elapsed · about 0 s left · at 70 · memory 1.5 GiB",
+        "  prune: done, 4 blocks in 1 min 10 s",
     ]
+
+
+def test_the_interval_is_the_users(capsys: Capture, clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORS_HEARTBEAT_S", "2.5")
+    monkeypatch.setattr(heartbeat, "gpu_memory_in_use", lambda: 2 << 30)
+    with console.progress("prune", 4, "blocks") as task:
+        for now in (2.0, 3.0, 5.0, 6.0):
+            clock[0] = now
+            task.beat()
+    assert capsys.readouterr().err.splitlines() == [
+        "  prune: 0/4 blocks · 3 s elapsed · memory 1.5 GiB · GPU 2.0 GiB",
+        "  prune: 0/4 blocks · 6 s elapsed · memory 1.5 GiB · GPU 2.0 GiB",
+    ]
+    for text in ("soon", "0", "-1", "nan", "inf"):
+        monkeypatch.setenv("LORS_HEARTBEAT_S", text)
+        with pytest.raises(UsageError, match="must be a number of seconds above 0"), console.progress("prune", 4):
+            pass
+
+
+def test_work_that_does_not_advance_shows_a_sign_of_life(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setenv("LORS_HEARTBEAT_S", "0.01")
+    seen, show = threading.Event(), console.info
+    lines: list[str] = []
+
+    def info(message: str) -> None:
+        show(message)
+        lines.append(message)
+        if len(lines) == 3:
+            seen.set()
+
+    monkeypatch.setattr(console, "info", info)
+    with console.progress("tune", 100, "steps") as task:
+        task.update(7, "loss 2.000")
+        assert seen.wait(60)
+    assert all(line.startswith("  tune: 7/100 steps · 0 s elapsed · ") for line in lines[1:3])
+    assert "loss 2.000 · memory " in capsys.readouterr().err
+    assert not [thread for thread in threading.enumerate() if thread.name == "heartbeat"]
+    console.configure(verbosity=-1)
+    with console.progress("tune", 100, "steps"):
+        assert not [thread for thread in threading.enumerate() if thread.name == "heartbeat"]
 
 
 def test_earlier_work_does_not_count_for_the_time_left(capsys: Capture, clock: list[float]) -> None:
@@ -115,7 +158,7 @@ def test_progress_without_a_total(capsys: Capture, clock: list[float]) -> None:
     with console.progress("read", None, "rows") as task:
         clock[0] = 11.0
         task.advance(7)
-    assert capsys.readouterr().err.splitlines()[0] == "  read: 7 rows · 11 s elapsed"
+    assert capsys.readouterr().err.splitlines()[0] == "  read: 7 rows · 11 s elapsed · memory 1.5 GiB"
 
 
 def test_quiet_hides_progress(capsys: Capture, clock: list[float]) -> None:

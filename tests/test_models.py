@@ -457,7 +457,8 @@ def test_loading_and_writing_are_counted(
 
     from lors_cli import console
 
-    monkeypatch.setattr(console, "LINE_EVERY_S", 0.0)
+    monkeypatch.setattr(console, "FIRST_LINE_S", 0.0)
+    monkeypatch.setenv("LORS_HEARTBEAT_S", "1e-9")
     config = ModelConfig(path=str(workshop / "dense"))
     model = load_model(config)
     save_checkpoint(model, load_tokenizer(config), tmp_path)

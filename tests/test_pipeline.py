@@ -210,7 +210,7 @@ def signalled(number: signal.Signals, before: str, *arguments: str) -> subproces
     """A `lors` process that gets a signal just before a file or folder of that name is renamed into place."""
     return subprocess.run(
         [sys.executable, "-c", SIGNALLED, str(int(number)), before, *arguments],
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
 
 
@@ -252,6 +252,25 @@ def test_an_interrupted_run_says_so_once_and_goes_on(at_finished: Path, finished
     result = lors("run", "tiny.yaml")
     assert result.exit_code == 0
     assert "going on after step" in result.stderr
+    assert weights(RUN) == weights(finished_workshop / RUN)
+
+
+def test_a_schedulers_signal_ends_every_stage_as_a_ctrl_c_does(
+    at_workshop: Path, finished_workshop: Path, lors: Lors
+) -> None:
+    for number, before, finished in (
+        (signal.SIGTERM, "/.work/inputs_0002", []),
+        (signal.SIGTERM, "checkpoint-4", ["prune"]),
+        (signal.SIGUSR1, ".pieces/tuned", ["prune", "tune"]),
+    ):
+        result = signalled(number, before, "run", "tiny.yaml")
+        assert result.returncode == 130, (before, result.stderr)
+        assert result.stderr.count(f"error: stopped by {number.name}; what was finished is kept.") == 1
+        assert "Traceback" not in result.stderr
+        assert [stage for stage in ("prune", "tune") if (RUN / stage / "stage.json").is_file()] == finished
+        plan = json.loads(lors("run", "tiny.yaml", "--dry-run", "--json").stdout)["stages"]
+        assert plan[len(finished)]["status"] == "resume"
+    assert lors("run", "tiny.yaml").exit_code == 0
     assert weights(RUN) == weights(finished_workshop / RUN)
 
 

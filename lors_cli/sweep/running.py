@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lors_cli import console, parallel, run_dir
+from lors_cli.determinism import determinism
 from lors_cli.errors import LorsError, UsageError, translate
 from lors_cli.pipeline import claim, free_disk, guard_out, run_stage
 from lors_cli.plans import StagePlan, describe
@@ -56,7 +57,8 @@ def run_sweep(sweep: Sweep, out: Path, chosen: Sequence[Cell]) -> dict[str, Any]
         work.write_index()
         for cell_plan in plans:
             if cell_plan.cell.name in names:
-                work.run(cell_plan)
+                with determinism(cell_plan.cell.recipe.deterministic):
+                    work.run(cell_plan)
         reports = write_sweep_report(out)
     cells = [{**entry, "results": scores(out, entry)} for entry in work.index["cells"]]
     failed = {name: {"message": error.message, "exit_code": error.exit_code} for name, error in work.failed.items()}

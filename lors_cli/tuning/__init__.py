@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from lors_cli.tuning.trainer import AdapterTrainer
 
 STAGE_VERSION = 3
-WITHOUT_EFFECT = ("save_steps", "tensorboard", "gradient_checkpointing", "merged_cache", "base")
+WITHOUT_EFFECT = (
+    "save_steps", "keep_checkpoints", "max_bad_steps", "tensorboard", "gradient_checkpointing", "merged_cache", "base",
+)  # fmt: skip
 """Settings that change how the work is done, not what comes out."""
 CHECKPOINTS_NAME = "checkpoints"
 LOG_NAME = "log.jsonl"
@@ -47,6 +49,8 @@ def stage_fingerprint(config: TuneConfig, model_fingerprint: str, data_dir: Path
         del settings["epochs"]
     if config.start == "kaiming":
         del settings["init_samples"]
+    if config.spike_factor is None:
+        del settings["spike_factor"]
     dataset = settings["data"].pop("dataset")
     source = open_source(dataset, split="train", data_dir=data_dir, want="instructions")
     settings["data"]["stream"] = is_streamed(config, source)
@@ -167,7 +171,14 @@ def _train(trainer: AdapterTrainer, config: TuneConfig, checkpoints: Path, log_p
     from transformers.trainer_callback import PrinterCallback
 
     from lors_cli.models import quiet_libraries
-    from lors_cli.tuning.trainer import LogCallback, StepLog, StopCallback, latest_checkpoint, stopping_gently
+    from lors_cli.tuning.trainer import (
+        LogCallback,
+        StepLog,
+        StopCallback,
+        TrimCallback,
+        latest_checkpoint,
+        stopping_gently,
+    )
 
     _sweep(checkpoints, trainer.fingerprint)
     last = latest_checkpoint(checkpoints, trainer.fingerprint)
@@ -183,6 +194,7 @@ def _train(trainer: AdapterTrainer, config: TuneConfig, checkpoints: Path, log_p
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(LogCallback(log, task, trainer))
         trainer.add_callback(stop)
+        trainer.add_callback(TrimCallback())
         if done >= total:
             assert last is not None
             trainer._load_from_checkpoint(str(last))
@@ -218,13 +230,15 @@ def _num_steps(config: TuneConfig, num_samples: int) -> int:
 
 
 def _loss_metrics(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    if not rows:
+    good = [row for row in rows if "skipped" not in row]
+    if not good:
         raise MissingError("the training log is empty: no optimiser step was made.")
-    tail = rows[-max(1, len(rows) // 10) :]
+    tail = good[-max(1, len(good) // 10) :]
     rates = sorted(row["tokens_per_s"] for row in rows)
     return {
         "steps": rows[-1]["step"],
-        "first_loss": round(rows[0]["loss"], 6),
+        "bad_steps": len(rows) - len(good),
+        "first_loss": round(good[0]["loss"], 6),
         "last_loss": round(sum(row["loss"] for row in tail) / len(tail), 6),
         "tokens_per_s": rates[len(rates) // 2],
     }

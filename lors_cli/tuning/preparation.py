@@ -13,6 +13,7 @@ from lors_cli.errors import UsageError
 from lors_cli.models import quiet_libraries
 from lors_cli.tokens import PadCollator
 from lors_cli.tuning.adapter import adapter_layers, attach
+from lors_cli.tuning.guards import StepGuard
 from lors_cli.tuning.head import Loss, causal_lm_loss, why_not_chunked
 from lors_cli.tuning.initialization import gradient_directions
 from lors_cli.tuning.lors import keep_merged
@@ -71,7 +72,8 @@ def prepare_trainer(
         return AdapterTrainer(
             model=network, args=training_arguments(config, checkpoints, network.device), data_collator=collator,
             train_dataset=data.samples, checkpoints=checkpoints, fingerprint=fingerprint, loss=loss,
-            groups=parameter_groups(network, config),
+            groups=parameter_groups(network, config), guard=StepGuard(config.max_bad_steps, config.spike_factor),
+            keep_checkpoints=config.keep_checkpoints,
         )  # fmt: skip
 
 

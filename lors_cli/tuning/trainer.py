@@ -19,12 +19,16 @@ import torch
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from lors_cli import console, run_dir
+from lors_cli import console, parallel, run_dir
 from lors_cli.errors import UsageError
+from lors_cli.heap import give_back_memory
 from lors_cli.samples import count_tokens
+from lors_cli.signals import STOPPING, Stopped
 from lors_cli.tuning.adapter import WEIGHTS_NAME, adapter_layers, adapter_tensors, load_tensors
+from lors_cli.tuning.guards import StepGuard
 from lors_cli.tuning.head import Loss
 from lors_cli.tuning.norms import norm_shifts
+from lors_cli.tuning.randomness import random_state, restore_random_state
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,7 +36,6 @@ if TYPE_CHECKING:
 
     from lors_cli.recipe import TuneConfig
 
-KEEP_CHECKPOINTS = 2
 MARKER_NAME = "lors.json"
 PARTIAL_NAME = ".partial"
 
@@ -75,14 +78,16 @@ class AdapterTrainer(Trainer):
         fingerprint: of the stage; checkpoints of another are never resumed from.
         loss: computes it; None for the model's own.
         groups: what the optimiser trains, from `parameter_groups`.
+        guard: of bad steps.
+        keep_checkpoints: so many of the newest stay.
         model: with adapters, the only parameters that are trained.
         args: the Trainer's settings.
         **options: as for `transformers.Trainer`.
     """
 
     def __init__(
-        self, *, checkpoints: Path, fingerprint: str, loss: Loss | None, groups: list[Any], model: PreTrainedModel,
-        args: TrainingArguments, **options: Any,
+        self, *, checkpoints: Path, fingerprint: str, loss: Loss | None, groups: list[Any], guard: StepGuard,
+        keep_checkpoints: int, model: PreTrainedModel, args: TrainingArguments, **options: Any,
     ) -> None:  # fmt: skip
         optimizer, settings = self.get_optimizer_cls_and_kwargs(args, model)
         settings["params"] = groups
@@ -92,7 +97,10 @@ class AdapterTrainer(Trainer):
             self.loss_is_scaled_for_ga = True
         self.checkpoints = checkpoints
         self.fingerprint = fingerprint
+        self.guard = guard
+        self.keep_checkpoints = keep_checkpoints
         self.tokens_seen = 0
+        self._step_loss: torch.Tensor | float = 0.0
         self._is_saving = False
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
@@ -106,7 +114,9 @@ class AdapterTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """One micro-batch; its tokens are counted for the log."""
         self.tokens_seen += count_tokens(inputs)
-        return super().training_step(model, inputs, num_items_in_batch)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._step_loss = self._step_loss + loss
+        return loss.nan_to_num(0.0, 0.0, 0.0)  # the Trainer's running sum would stay broken
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The loss of a micro-batch, a sum over its tokens divided by those of the whole optimiser step."""
@@ -119,12 +129,16 @@ class AdapterTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
         norm = float(super()._get_grad_norm(model, grad_norm))
-        if not math.isfinite(norm):
-            kept = latest_checkpoint(self.checkpoints, self.fingerprint)
-            raise UsageError(
-                f"training broke at step {self.state.global_step + 1}: the loss or its gradient is not finite.",
-                f"Lower learning_rate or use dtype: float32. {f'{kept} is kept.' if kept else 'No checkpoint yet.'}",
-            )
+        loss, self._step_loss = float(self._step_loss), 0.0
+        if self.guard.is_bad(loss, norm):
+            step = self.state.global_step + 1
+            if self.guard.exceeded:
+                kept = latest_checkpoint(self.checkpoints, self.fingerprint)
+                saved = f"{kept} is kept." if kept else "No checkpoint yet."
+                hint = f"Lower learning_rate, use dtype: float32, or allow more with max_bad_steps. {saved}"
+                raise UsageError(self.guard.broken(step), hint)
+            self.guard.announce(step)
+            model.zero_grad(set_to_none=True)  # without gradients the optimiser touches neither weights nor its state
         return norm
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -139,14 +153,17 @@ class AdapterTrainer(Trainer):
         finally:
             self._is_saving = False
         name = f"checkpoint-{self.state.global_step}"
-        run_dir.write_json(partial / name / MARKER_NAME, {"fingerprint": self.fingerprint})
+        run_dir.write_json(partial / name / MARKER_NAME, {"fingerprint": self.fingerprint, "guard": self.guard.state()})
         for file in (partial / name).iterdir():
             run_dir.sync_file(file)
+        if self.checkpoints / name in whole_checkpoints(self.checkpoints, self.fingerprint):  # of the same step
+            shutil.rmtree(partial)
+            return
         shutil.rmtree(self.checkpoints / name, ignore_errors=True)
         os.replace(partial / name, self.checkpoints / name)
         run_dir.sync_folder(self.checkpoints)
         shutil.rmtree(partial)
-        for old in whole_checkpoints(self.checkpoints, self.fingerprint)[:-KEEP_CHECKPOINTS]:
+        for old in whole_checkpoints(self.checkpoints, self.fingerprint)[: -self.keep_checkpoints]:
             shutil.rmtree(old)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -160,6 +177,9 @@ class AdapterTrainer(Trainer):
         target = model or self.model
         assert target is not None
         load_tensors(target, Path(resume_from_checkpoint) / WEIGHTS_NAME)
+        marker = run_dir.read_json(Path(resume_from_checkpoint) / MARKER_NAME) or {}
+        if "guard" in marker:  # checkpoints of earlier versions have none
+            self.guard.restore(marker["guard"])
 
 
 def whole_checkpoints(folder: Path, fingerprint: str) -> list[Path]:
@@ -232,39 +252,71 @@ class LogCallback(TrainerCallback):
         now = time.monotonic()
         rate = (self.trainer.tokens_seen - self._tokens) / max(now - self._since, 1e-9)
         self._since, self._tokens = now, self.trainer.tokens_seen
+        guard = self.trainer.guard
         row = {"step": state.global_step, "loss": logs["loss"], "learning_rate": logs.get("learning_rate"),
                "grad_norm": float(logs["grad_norm"]), "tokens_per_s": round(rate, 1),
                "epoch": round(state.epoch or 0.0, 4)}  # fmt: skip
+        if guard.reason:
+            values = {"loss": guard.loss, "grad_norm": guard.norm}
+            row |= {key: value if math.isfinite(value) else None for key, value in values.items()}
+            row["skipped"] = guard.reason
         self.log.append(row)
-        self.task.update(state.global_step, f"loss {row['loss']:.3f} · {rate:.0f} tokens/s")
+        state.log_history.clear()  # log.jsonl has it all; this list would grow with every step and checkpoint
+        self.task.update(state.global_step, f"loss {guard.loss:.3f} · {rate:.0f} tokens/s")
 
 
 class StopCallback(TrainerCallback):
-    """After a Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop."""
+    """After a Ctrl-C or a scheduler's signal: finish the micro-batch, save the last whole step, stop."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked: int | None = None
+        """The signal that asked for it."""
+        self._random_state: dict[str, Any] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note the generators' state, which a step that is given up must leave as it was."""
+        self._random_state = random_state()
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Give up the step; it is done again from its start when the run goes on."""
+        if self.asked and parallel.num_processes() == 1:  # several processes stop together, after a step
+            restore_random_state(self._random_state)
+            control.should_save = control.should_training_stop = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask the Trainer to save and stop."""
+        """Ask the Trainer to save and stop, where that is wanted."""
+        self._random_state = random_state()  # before the next epoch's order of samples is drawn
         if self.asked:
             control.should_save = True
             control.should_training_stop = True
 
 
+class TrimCallback(TrainerCallback):
+    """After every step on a CPU: activations of varying length leave holes in the heap, which are given back."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Give them back; a GPU's memory is not on this heap."""
+        if args.device.type == "cpu":
+            give_back_memory()
+
+
 @contextlib.contextmanager
 def stopping_gently(callback: StopCallback) -> Iterator[None]:
-    """Turn the first Ctrl-C or SIGTERM into a saved stop that ends in KeyboardInterrupt; a second stops at once."""
+    """Turn the first Ctrl-C, SIGTERM or SIGUSR1 into a saved stop that ends in KeyboardInterrupt.
+
+    A Ctrl-C after it stops at once; schedulers send their signals more than once.
+    """
 
     def ask(number: int, frame: Any) -> None:
-        if callback.asked:
+        if callback.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        callback.asked = True
-        console.warn("stopping: this step is finished and saved first; press Ctrl-C again to stop at once")
+        if not callback.asked:
+            callback.asked = number
+            console.warn("stopping: after this micro-batch a checkpoint is saved; Ctrl-C (again) stops at once")
 
     before: dict[signal.Signals, Callable[..., Any] | int | None] = {}
     try:
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in (signal.SIGINT, *STOPPING):
             before[signum] = signal.signal(signum, ask)
     except ValueError:  # not the main thread: the caller's own handling stays
         before = {}
@@ -274,7 +326,7 @@ def stopping_gently(callback: StopCallback) -> Iterator[None]:
         for signum, handler in before.items():
             signal.signal(signum, handler)
     if callback.asked:
-        raise KeyboardInterrupt
+        raise Stopped(callback.asked) if callback.asked in STOPPING else KeyboardInterrupt
 
 
 def parameter_groups(model: nn.Module, config: TuneConfig) -> list[dict[str, Any]]:
