@@ -159,7 +159,7 @@ def _layer_groups(linears: Mapping[str, Any]) -> Iterator[dict[str, nn.Linear]]:
     budget = max(SMALLEST_BUDGET, sum(sizes.values()) // SHARE_AT_ONCE)
     group: dict[str, nn.Linear] = {}
     used = 0
-    for name, linear in reversed(linears.items()):
+    for name, linear in reversed(list(linears.items())):
         if group and used + sizes[name] > budget:
             yield group
             group, used = {}, 0
