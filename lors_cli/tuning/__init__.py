@@ -82,7 +82,7 @@ def tune(config: TuneConfig, model: ModelConfig, out: Path, *, data_dir: Path | 
 
 
 def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | None) -> run_dir.StageRecord:
-    from lors_cli.models import load_tokenizer, set_seed
+    from lors_cli.models import load_tokenizer, resolve_device, set_seed
     from lors_cli.sources import model_fingerprint
     from lors_cli.tuning.adapter import adaptable_layers
     from lors_cli.tuning.distributed import say_how
@@ -105,7 +105,8 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
     set_seed(config.seed)
     log = parallel.from_main(lambda: _running_log(out, run_dir.work_dir(out, fingerprint)))
     schedule = config if data.num_steps is None else replace(config, max_steps=data.num_steps, max_tokens=None)
-    trainer = prepare_trainer(schedule, network, layers, data, tokenizer, out / CHECKPOINTS_NAME, fingerprint)
+    trainer = prepare_trainer(schedule, network, layers, data, tokenizer, out / CHECKPOINTS_NAME, fingerprint,
+                              device=resolve_device(model.device))  # fmt: skip
     training = _train(trainer, schedule, out / CHECKPOINTS_NAME, log)
     data.close()
     network.config.use_cache = use_cache  # the Trainer turns it off

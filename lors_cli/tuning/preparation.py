@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 def prepare_trainer(
     config: TuneConfig, network: PreTrainedModel, layers: list[str], data: TuneData, tokenizer: Any, checkpoints: Path,
-    fingerprint: str,
+    fingerprint: str, *, device: torch.device,
 ) -> AdapterTrainer:  # fmt: skip
     """Adapters on the model, started as the config says, and a Trainer around it.
 
@@ -44,11 +44,12 @@ def prepare_trainer(
         tokenizer: of the model.
         checkpoints: folder for training checkpoints; where there is one to go on from, the start is not computed.
         fingerprint: of the stage.
+        device: of this process; a model that is to be sharded is not on it yet.
     """
     collator = PadCollator(tokenizer.pad_token_id)
     resumes = parallel.from_main(lambda: latest_checkpoint(checkpoints, fingerprint) is not None)
     if is_sharded(config):
-        loss = _prepare_sharded(config, network, layers, data, collator, resumes)
+        loss = _prepare_sharded(config, network, layers, data, collator, resumes, device)
     else:
         loss = _prepare(config, network, layers, data, collator, resumes)
     samples = data.samples if parallel.num_processes() == 1 else distributed.SamplesAndBlank(data.samples)
@@ -87,11 +88,11 @@ def _prepare(
 
 def _prepare_sharded(
     config: TuneConfig, network: PreTrainedModel, layers: list[str], data: TuneData, collator: PadCollator,
-    resumes: bool,
+    resumes: bool, device: torch.device,
 ) -> Loss | None:  # fmt: skip
     """Adapters on a model whose blocks are then sharded; the start is computed after that, past the adapters."""
     adapted = put_adapters(config, network, layers)
-    shard(network)
+    shard(network, device)
     loss = _loss(config, network, collator(data.samples[:1]))
     if config.gradient_checkpointing:
         network.enable_input_require_grads()

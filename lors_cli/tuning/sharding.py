@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lors_cli import parallel
-from lors_cli.models import decoder_blocks, load_model, resolve_device
+from lors_cli.models import decoder_blocks, load_model
 from lors_cli.tuning.adapter import adapter_parameters, attach
 from lors_cli.tuning.norms import norm_parameters, train_norms
 
@@ -58,16 +58,16 @@ def put_adapters(config: TuneConfig, network: PreTrainedModel, layers: list[str]
     return adapted
 
 
-def shard(network: PreTrainedModel) -> None:
+def shard(network: PreTrainedModel, device: torch.device) -> None:
     """Move a model to this process's device, of each decoder block's frozen weights only this process's shard.
 
     Args:
         network: with adapters, in CPU memory; changed in place.
+        device: of this process.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    device = resolve_device("auto")
     mesh = init_device_mesh(device.type, (parallel.num_processes(),))
     _, blocks = decoder_blocks(network)
     sharded = {parameter for parameter in blocks.parameters() if not parameter.requires_grad}
