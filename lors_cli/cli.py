@@ -411,7 +411,7 @@ def doctor() -> None:
 
 def main() -> None:
     """Entry point of the `lors` command."""
-    if "LORS_LAUNCHER" in os.environ:
+    if parallel.LAUNCHER in os.environ:
         from lors_cli.launch import die_with_launcher
 
         die_with_launcher()

@@ -134,7 +134,7 @@ def _with_common_options(function: Callable[..., Any]) -> Any:
 
 def fail(error: BaseException) -> NoReturn:
     """Say what went wrong and leave with the right exit code."""
-    from lors_cli.errors import translate
+    from lors_cli.errors import PeerError, translate
 
     if isinstance(error, typer.Exit):
         raise error
@@ -148,6 +148,8 @@ def fail(error: BaseException) -> NoReturn:
         raise typer.Exit(141) from None
     known = translate(error)
     _leave_to_another(1 if known is None else known.exit_code)
+    if isinstance(known, PeerError) and parallel.LAUNCHER in os.environ:  # which says so itself
+        _leave(known.exit_code)
     if known is None:
         traceback.print_exception(error, file=sys.stderr)
         console.error(

@@ -21,9 +21,8 @@ from typing import IO, Any
 
 from lors_cli import console, parallel
 from lors_cli.errors import UsageError
+from lors_cli.parallel import LAUNCHER
 
-LAUNCHER = "LORS_LAUNCHER"
-"""The environment variable that tells a process whose it is."""
 POLL_S = 0.1
 GRACE_S = {True: 60.0, False: 10.0}
 """How long the others have to end by themselves after the first one was interrupted, or failed."""
@@ -144,13 +143,18 @@ def _wait(processes: list[subprocess.Popen[Any]]) -> int | None:
     """The number of the process that failed first, None if none did; the others are over too, or had their time."""
     failed, deadline = None, float("inf")
     while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-        found = [number for number, process in enumerate(processes) if process.poll()]
-        if failed is None and found:
-            failed = found[0]
-            deadline = time.monotonic() + GRACE_S[processes[failed].returncode == INTERRUPTED]
+        if failed is None:
+            failed = _failed(processes)
+            if failed is not None:
+                deadline = time.monotonic() + GRACE_S[processes[failed].returncode == INTERRUPTED]
         time.sleep(POLL_S)
-    codes = [process.poll() for process in processes]
-    return failed if failed is not None else next((number for number, code in enumerate(codes) if code), None)
+    return _failed(processes) if failed is None else failed
+
+
+def _failed(processes: list[subprocess.Popen[Any]]) -> int | None:
+    """A process that failed, if there is one: rather one that was killed than those that missed it."""
+    found = [number for number, process in enumerate(processes) if process.poll()]
+    return min(found, key=lambda number: processes[number].returncode > 0, default=None)
 
 
 def _report(failed: int, code: int, scratch: Path) -> int:
@@ -162,6 +166,8 @@ def _report(failed: int, code: int, scratch: Path) -> int:
         stream.flush()
     if code >= 0:
         return code
+    if -code in (signal.SIGINT, signal.SIGTERM):  # before it could say so
+        return INTERRUPTED
     killed = code == -signal.SIGKILL
     console.error(
         f"process {failed} was killed by signal {-code}{'; is memory short?' if killed else ''}",

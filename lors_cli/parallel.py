@@ -19,6 +19,8 @@ T = TypeVar("T")
 PATIENCE = timedelta(days=1)
 """How long processes wait for one that solves, reads or writes alone."""
 FAILURE_KEY = "lors/failure"
+LAUNCHER = "LORS_LAUNCHER"
+"""The environment variable that tells a process of `--nproc` who started it."""
 
 
 def num_processes() -> int:
