@@ -104,6 +104,26 @@ def _lives(pid: int) -> bool:
     return state != "Z"
 
 
+def test_a_failure_of_one_process_is_the_failure_of_all(capfd: pytest.CaptureFixture[str]) -> None:
+    code = """
+import os
+from lors_cli import parallel
+from lors_cli.command import guarded
+from lors_cli.errors import SparsityError
+
+def work():
+    with parallel.joined():
+        assert parallel.gather(parallel.process_index()) == [0, 1]
+        if parallel.process_index() == 1:
+            raise SparsityError("known to one alone", "a hint")
+        parallel.wait_for_all()
+
+guarded(work)()
+"""
+    assert launch([sys.executable, "-c", code], 2) == 5
+    assert capfd.readouterr().err == "error: known to one alone\n  a hint\n"
+
+
 def test_what_nproc_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[int] = []
     monkeypatch.setattr(module, "launch", lambda command, number: started.append(number) or 7)

@@ -101,7 +101,8 @@ def _prepare_sharded(
         batches = _init_batches(config, data, collator)
         _start_at(adapted, gradient_directions(network, adapted, batches, config.rank, seed=config.seed, loss=loss))
         network.zero_grad()
-    console.info("  merged weights: built anew for every use (parallelism: fsdp)")
+    if config.method == "lors":
+        console.info("  merged weights: built anew for every use (parallelism: fsdp)")
     return loss
 
 
