@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
 import typer
 
-from lors_cli import console
+from lors_cli import console, parallel
 from lors_cli import options as o
 from lors_cli.command import (
     AROUND,
@@ -67,17 +68,30 @@ def _stage(
     from lors_cli.plans import plan_single, resolve_data_dir
     from lors_cli.shipped import find_config
 
-    guard_out(out, stage, [model.path for model in models.values()])
     settings = load_stage(stage, find_config(config) if config else None, overrides or [], flags)
     data = resolve_data_dir(str(data_dir) if data_dir else None)
-    with console.busy("looking at what is done"):
-        plan = plan_single(stage, settings, models, out, data)
-    if dry_run:
-        views.show_plan(views.plan_document(stage, out, [plan]))
-        check_memory(plan)
-        return None
-    run_single(plan, data)
+
+    def make_plan() -> Any:
+        guard_out(out, stage, [model.path for model in models.values()])
+        with console.busy("looking at what is done"):
+            return plan_single(stage, settings, models, out, data)
+
+    with parallel.joined():
+        plan = parallel.from_main(make_plan)
+        if dry_run:
+            views.show_plan(views.plan_document(stage, out, [plan]))
+            check_memory(plan)
+            return None
+        run_single(plan, data)
     return plan
+
+
+def _together(num_processes: int | None) -> None:
+    """Do this command in several processes, where that is asked for."""
+    if num_processes is not None:
+        from lors_cli.launch import together
+
+        together(num_processes)
 
 
 @command(
@@ -94,6 +108,7 @@ def run(
     from_manifest: o.FromManifest = None,
     allow_changed_inputs: o.ChangedInputs = False,
     dry_run: o.DryRun = False,
+    nproc: o.Nproc = None,
 ) -> None:
     """Run a recipe: prune, tune, eval; a second call goes on from there."""
     from lors_cli import views
@@ -126,6 +141,7 @@ def run(
         for plan in plans:
             check_memory(plan)
         return
+    _together(nproc)
     summary = run_recipe(settings, folder, first=first, last=last, force=again)
     if repeat is not None:
         summary["repeat"] = {
@@ -189,6 +205,7 @@ def prune(
     dtype: o.Dtype = "auto",
     data_dir: o.DataDir = None,
     dry_run: o.DryRun = False,
+    nproc: o.Nproc = None,
 ) -> None:
     """Prune a dense causal LM to a sparse checkpoint."""
     if sparsity is not None and pattern is None and config is None:
@@ -198,6 +215,7 @@ def prune(
         calibration__num_samples=num_samples, calibration__sequence_length=sequence_length, calibration__seed=seed,
     )  # fmt: skip
     models = {"dense": _model_config(model, dtype, device)}
+    _together(None if dry_run else nproc)
     plan = _stage("prune", models, out, config, overrides, flags, data_dir, dry_run)
     if plan is not None:
         _show_record(plan.folder)
@@ -229,6 +247,7 @@ def tune(
     dtype: o.Dtype = "auto",
     data_dir: o.DataDir = None,
     dry_run: o.DryRun = False,
+    nproc: o.Nproc = None,
 ) -> None:
     """Tune a sparse causal LM with LoRS and merge, zeros kept."""
     flags = _given(
@@ -237,6 +256,7 @@ def tune(
         data__max_length=max_length, seed=seed,
     )  # fmt: skip
     models = {"pruned": _model_config(model, dtype, device)}
+    _together(None if dry_run else nproc)
     plan = _stage("tune", models, out, config, overrides, flags, data_dir, dry_run)
     if plan is not None:
         _show_record(plan.folder)
@@ -260,6 +280,7 @@ def evaluate(
     dtype: o.Dtype = "auto",
     data_dir: o.DataDir = None,
     dry_run: o.DryRun = False,
+    nproc: o.Nproc = None,
 ) -> None:
     """Score models side by side, zero-shot and by perplexity."""
     import tempfile
@@ -272,10 +293,11 @@ def evaluate(
     paths = [argument for argument in arguments if not is_override(argument)]
     models = {label: _model_config(path, dtype, device) for label, path in model_labels(paths).items()}
     flags = _given(tasks=split_list(tasks), perplexity=split_list(perplexity), limit=limit, batch_size=batch_size)
+    _together(None if dry_run else nproc)
     with tempfile.TemporaryDirectory(prefix="lors-eval-") as scratch:
         folder = out or Path(scratch) / "eval"
         plan = _stage("eval", models, folder, config, overrides, flags, data_dir, dry_run)
-        if plan is None:
+        if plan is None or not parallel.is_main():
             return
         found: dict[str, Any] = {label: run_dir.read_json(folder / f"{label}.json") for label in models}
         comparisons = compare_models(folder, found)
@@ -290,7 +312,7 @@ def evaluate(
 
 def _show_record(folder: Path) -> None:
     """The result of prune or tune: its metrics and where it is. Processes that only helped have nothing to show."""
-    from lors_cli import parallel, run_dir, views
+    from lors_cli import run_dir, views
 
     if parallel.is_main():
         record = run_dir.read_record(folder)
@@ -410,6 +432,10 @@ def doctor() -> None:
 
 def main() -> None:
     """Entry point of the `lors` command."""
+    if parallel.LAUNCHER in os.environ:
+        from lors_cli.launch import die_with_launcher
+
+        die_with_launcher()
     app()
 
 

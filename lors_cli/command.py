@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from lors_cli import console
+from lors_cli import console, parallel
 from lors_cli.options import Json, Quiet, Verbose
 from lors_cli.signals import Stopped, stopping
 
@@ -107,6 +107,8 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
         kwargs.pop("verbose", None)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         if console.verbosity() < 2:  # the libraries' own bars; downloads keep theirs
+            if parallel.num_processes() > 1:  # torch's words on connections that another process has closed
+                os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
             os.environ.setdefault("TQDM_DISABLE", "1")
             os.environ.setdefault("HF_HUB_VERBOSITY", "error")
             os.environ.setdefault("DATASETS_VERBOSITY", "error")
@@ -134,35 +136,55 @@ def _with_common_options(function: Callable[..., Any]) -> Any:
 
 def fail(error: BaseException) -> NoReturn:
     """Say what went wrong and leave with the right exit code."""
-    from lors_cli.errors import translate
+    from lors_cli.errors import PeerError, translate
 
     if isinstance(error, typer.Exit):
         raise error
     if isinstance(error, KeyboardInterrupt):
         how = f"stopped by {error.name}" if isinstance(error, Stopped) else "interrupted"
+        _leave_to_another(130)
         console.error(f"{how}; what was finished is kept.", "The same command goes on from there.")
         _fail_document(how, None, 130)
-        raise typer.Exit(130) from None
+        _leave(130)
     if isinstance(error, BrokenPipeError):  # `lors … | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(141) from None
     known = translate(error)
+    _leave_to_another(1 if known is None else known.exit_code)
+    if isinstance(known, PeerError) and parallel.LAUNCHER in os.environ:  # which says so itself
+        _leave(known.exit_code)
     if known is None:
         traceback.print_exception(error, file=sys.stderr)
         console.error(
             f"this is a bug in lors: {type(error).__name__}: {error}", "Please report it with the lines above."
         )
         _fail_document(str(error), None, 1)
-        raise typer.Exit(1) from None
+        _leave(1)
     if console.verbosity() >= 2:
         traceback.print_exception(error, file=sys.stderr)
     console.error(known.message, known.hint)
     _fail_document(known.message, known.hint, known.exit_code)
-    raise typer.Exit(known.exit_code) from None
+    _leave(known.exit_code)
+
+
+def _leave_to_another(exit_code: int) -> None:
+    """Leave without a word where another process of the job failed before, which has said why."""
+    earlier = parallel.first_failure(exit_code)
+    if earlier is not None:
+        _leave(earlier)
+
+
+def _leave(exit_code: int) -> NoReturn:
+    """End this process, at once where others wait for it: its connections to them cannot be closed in order."""
+    if parallel.is_joined():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+    raise typer.Exit(exit_code) from None
 
 
 def _fail_document(message: str, hint: str | None, exit_code: int) -> None:
-    console.document({"error": {"message": message, "hint": hint, "exit_code": exit_code}})
+    console.document({"error": {"message": message, "hint": hint, "exit_code": exit_code}}, anyone=True)
 
 
 def is_override(argument: str) -> bool:

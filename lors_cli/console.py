@@ -206,13 +206,14 @@ def shows_styles() -> bool:
     return _state.out.color_system is not None
 
 
-def document(value: Any) -> None:
+def document(value: Any, *, anyone: bool = False) -> None:
     """The command's JSON document on stdout (nothing without --json).
 
     Args:
         value: JSON-serialisable; NaN and infinities are written as null by the caller.
+        anyone: of several processes on one job this one speaks, though it may not be the first.
     """
-    if _state.mode == "json" and parallel.is_main():
+    if _state.mode == "json" and (anyone or parallel.is_main()):
         sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
         sys.stdout.flush()
 

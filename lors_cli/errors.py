@@ -48,6 +48,10 @@ class ResourceError(LorsError):
     exit_code = 4
 
 
+class PeerError(ResourceError):
+    """Another process of the same job is gone."""
+
+
 class SparsityError(LorsError):
     """A weight that breaks the promised sparsity pattern."""
 
@@ -109,6 +113,11 @@ def _translate_one(error: BaseException) -> LorsError | None:
         return ResourceError(
             f"Not enough memory: {first_line}",
             "Use fewer or shorter samples, a smaller per_device_batch_size, or bfloat16 weights.",
+        )
+    if "gloo/transport" in text or name in ("DistNetworkError", "DistBackendError"):
+        return PeerError(
+            f"Another process of this job is gone: {first_line}",
+            "Look for its own message; if it has none, the system may have ended it for its memory.",
         )
     writer_broke = isinstance(error, RuntimeError) and "inline_container.cc" in text  # torch.save on a full disk
     if (

@@ -49,6 +49,10 @@ Dtype = Annotated[
 DataDir = Annotated[
     Path | None, _option("Folder with local datasets; else $LORS_DATA_DIR, else the hub.", "--data-dir", panel=MACHINE)
 ]
+Nproc = Annotated[
+    int | None, _option("Processes on this machine that share the work, a GPU each; default 1.", "--nproc",
+                        panel=MACHINE)
+]  # fmt: skip
 Out = Annotated[Path, _option("Folder for the results.", "--out")]
 Model = Annotated[str, _argument("Folder, hub id, .gguf file or package://module/file.gguf.", "MODEL")]
 

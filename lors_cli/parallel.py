@@ -1,20 +1,26 @@
-"""Several processes on one job, as torchrun starts them: who this one is, and what they tell each other.
+"""Several processes on one job, as torchrun or `--nproc` starts them: who this one is, and what they tell each other.
 
-Without torchrun every function here answers for a single process and does nothing else.
+Without them every function here answers for a single process and does nothing else.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import torch
 
+T = TypeVar("T")
 
 PATIENCE = timedelta(days=1)
 """How long processes wait for one that solves, reads or writes alone."""
+FAILURE_KEY = "lors/failure"
+LAUNCHER = "LORS_LAUNCHER"
+"""The environment variable that tells a process of `--nproc` who started it."""
 
 
 def num_processes() -> int:
@@ -43,29 +49,84 @@ def is_main() -> bool:
     return process_index() == 0
 
 
-def start(device: torch.device) -> None:
-    """Join the others: over NCCL on GPUs, over Gloo elsewhere.
+# ---- coming and going
 
-    Args:
-        device: where this process computes.
-    """
+
+def is_joined() -> bool:
+    """Whether this process and the others have found each other."""
+    if num_processes() == 1:
+        return False
     import torch.distributed as dist
 
-    if num_processes() == 1 or dist.is_initialized():
-        return
-    if device.type == "cuda":
-        import torch
+    return dist.is_initialized()
 
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+
+def start() -> bool:
+    """Join the others, and whether that was yet to be done: tensors on a CPU go over Gloo, those on GPUs over NCCL."""
+    if num_processes() == 1 or is_joined():
+        return False
+    import torch
+    import torch.distributed as dist
+
+    has_gpus = torch.cuda.is_available()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpus else "gloo", timeout=PATIENCE)
+    if has_gpus and local_index() < torch.cuda.device_count():
+        torch.cuda.set_device(local_index())
+    return True
 
 
 def stop() -> None:
-    """Leave the others."""
-    import torch.distributed as dist
+    """Leave the others, once all are done."""
+    if is_joined():
+        import torch.distributed as dist
 
-    if dist.is_available() and dist.is_initialized():
+        wait_for_all()
         dist.destroy_process_group()
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Be together with the others for as long as the context lasts; an error leaves without a word to them."""
+    mine = start()
+    yield
+    if mine:
+        stop()
+
+
+def first_failure(exit_code: int) -> int | None:
+    """The exit code of the process that failed before this one; None if this is the first, which then speaks.
+
+    Args:
+        exit_code: of this process.
+    """
+    if num_processes() == 1:
+        return None
+    if not is_joined():  # what can fail so early fails alike in all
+        return None if is_main() else exit_code
+    from torch.distributed import DistError
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    mine = f"{process_index()} {exit_code}"
+    try:
+        found = _get_default_store().compare_set(FAILURE_KEY, "", mine).decode()
+    except (DistError, RuntimeError):  # the process that kept the store is gone, and has said why
+        return exit_code
+    return None if found == mine else int(found.split()[1])
+
+
+@contextmanager
+def unseen() -> Iterator[None]:
+    """Hide the other processes from libraries that would divide the work themselves, for as long as this lasts."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    hidden = {name: os.environ.pop(name) for name in (*os.environ,)
+              if name in names or name.startswith(("ACCELERATE_USE_", "ACCELERATE_MIXED", "FSDP_"))}  # fmt: skip
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+# ---- what they tell each other
 
 
 def add_up(tensor: torch.Tensor) -> torch.Tensor:
@@ -84,6 +145,48 @@ def send_to_all(tensor: torch.Tensor, source: int) -> torch.Tensor:
 
         dist.broadcast(tensor, source)
     return tensor
+
+
+def gather(value: Any) -> list[Any]:
+    """Every process's value, in their order; plain data alone."""
+    if num_processes() == 1:
+        return [value]
+    import torch.distributed as dist
+
+    found: list[Any] = [None] * num_processes()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def from_main(make: Callable[[], T]) -> T:
+    """What the main process makes, for all of them; an error of it is everyone's.
+
+    Args:
+        make: called in the main process alone; makes plain data.
+    """
+    if num_processes() == 1:
+        return make()
+    import torch.distributed as dist
+
+    from lors_cli.errors import translate
+
+    box: list[Any] = [None, None]
+    try:
+        if is_main():
+            box[0] = make()
+    except Exception as error:
+        box[1] = translate(error) or RuntimeError(f"{type(error).__name__}: {error}")
+        dist.broadcast_object_list(box, 0)
+        raise
+    dist.broadcast_object_list(box, 0)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
+def anyone(asked: bool) -> bool:
+    """Whether some process says yes."""
+    return any(gather(asked))
 
 
 def wait_for_all() -> None:

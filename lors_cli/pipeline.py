@@ -138,11 +138,6 @@ def run_stage(plan: StagePlan, data_dir: Path | None) -> None:
         from lors_cli.pruning import prune
         from lors_cli.tuning import tune
 
-    if parallel.num_processes() > 1 and not isinstance(plan.config, PruneConfig):
-        raise UsageError(
-            f"{plan.stage} runs in one process, and torchrun started {parallel.num_processes()}; pruning can use them.",
-            "Start this command again without torchrun: what is finished is not done again.",
-        )
     check_disk(plan)
     check_memory(plan)
     if isinstance(plan.config, PruneConfig):
@@ -175,26 +170,31 @@ def run_recipe(
     Returns:
         The run's summary: stages with what was done, evaluation results, comparisons of models, paths.
     """
+    data_dir = resolve_data_dir(recipe.data_dir)
+
+    def stages_to_do() -> list[str]:
+        guard_out(out, "run")
+        with console.busy("looking at what is done"):
+            return [plan.stage for plan in select(plan_stages(recipe, out, data_dir), first, last, force)]
+
+    with parallel.joined():
+        stages = parallel.from_main(stages_to_do)
+        with claim(out):
+            parallel.from_main(lambda: _write_recipe(recipe, out))
+            with determinism(recipe.deterministic):
+                done = list(_run_plans(recipe, out, stages, data_dir, force))
+            return parallel.from_main(lambda: _finish(recipe, out, data_dir, done))
+
+
+def _finish(recipe: Recipe, out: Path, data_dir: Path | None, done: list[dict[str, Any]]) -> dict[str, Any]:
+    """Write manifest and report; the run's summary."""
     from lors_cli.evaluation import compare_models
     from lors_cli.report import write_report
 
-    if parallel.num_processes() > 1:
-        raise UsageError(
-            f"`lors run` runs in one process, and torchrun started {parallel.num_processes()}.",
-            "Several processes can prune: torchrun --nproc-per-node N -m lors_cli prune MODEL --out DIR",
-        )
-    data_dir = resolve_data_dir(recipe.data_dir)
-    guard_out(out, "run")
-    with console.busy("looking at what is done"):
-        plans = select(plan_stages(recipe, out, data_dir), first, last, force)
-    with claim(out):
-        _write_recipe(recipe, out)
-        with determinism(recipe.deterministic):
-            done = list(_run_plans(recipe, out, [plan.stage for plan in plans], data_dir, force))
-        _write_manifest(recipe, out, done, data_dir)
-        with console.busy("writing the report"):
-            finished = finished_stages(recipe, out, data_dir)
-            report = write_report(out, finished)
+    _write_manifest(recipe, out, done, data_dir)
+    with console.busy("writing the report"):
+        finished = finished_stages(recipe, out, data_dir)
+        report = write_report(out, finished)
     scores = results(out, recipe) if "eval" in finished else {}
     comparisons = compare_models(out / "eval", scores)
     return {"run": str(out), "stages": done, "results": scores, "comparisons": comparisons, "report": str(report)}
@@ -204,10 +204,7 @@ def _run_plans(
     recipe: Recipe, out: Path, stages: list[str], data_dir: Path | None, force: tuple[str, ...]
 ) -> Iterator[dict[str, Any]]:
     for number, stage in enumerate(stages, 1):
-        plan = _find(recipe, out, stage, data_dir)
-        if stage in force:
-            forget(plan)
-            plan = _find(recipe, out, stage, data_dir)
+        plan = parallel.from_main(lambda: _find(recipe, out, stage, data_dir, stage in force))  # noqa: B023
         started = time.monotonic()
         label = f"[{number}/{len(stages)}] {stage}"
         if plan.status == "done":
@@ -223,8 +220,12 @@ def _run_plans(
         }  # fmt: skip
 
 
-def _find(recipe: Recipe, out: Path, stage: str, data_dir: Path | None) -> StagePlan:
-    return next(plan for plan in plan_stages(recipe, out, data_dir) if plan.stage == stage)
+def _find(recipe: Recipe, out: Path, stage: str, data_dir: Path | None, again: bool) -> StagePlan:
+    plan = next(plan for plan in plan_stages(recipe, out, data_dir) if plan.stage == stage)
+    if not again:
+        return plan
+    forget(plan)
+    return _find(recipe, out, stage, data_dir, False)
 
 
 def _write_recipe(recipe: Recipe, out: Path) -> None:

@@ -241,6 +241,10 @@ class TuneConfig:
     """Samples a forward pass. Default: the largest divisor of batch_size up to 4."""
     gradient_checkpointing: bool = False
     """Compute each decoder block again in backward instead of keeping its activations."""
+    parallelism: Literal["ddp", "fsdp"] = "ddp"
+    """How several processes (`--nproc`, torchrun) hold the model. ddp: each the whole of it. fsdp: each a shard of
+    every decoder block's frozen weights, gathered block by block when they are used. Not part of a stage's
+    fingerprint."""
     save_steps: Positive = 100
     """Optimiser steps between training checkpoints."""
     keep_checkpoints: Positive = 2
@@ -266,6 +270,10 @@ class TuneConfig:
             raise ValueError(f"rounding: stochastic is for method: lors, and method is {self.method}")
         if self.base == "compressed" and self.method != "lors":
             raise ValueError(f"base: compressed is for method: lors, and method is {self.method}")
+        if self.parallelism == "fsdp":
+            for key, value in (("init", "gradient-exact"), ("base", "compressed"), ("merged_cache", "on")):
+                if getattr(self, key) == value:
+                    raise ValueError(f"parallelism: fsdp shards the weights, and {key}: {value} needs them whole")
         if self.train_norms and self.method == "lora":
             raise ValueError("train_norms: PEFT's LoRA files have no place for trained norms; choose another method")
         if self.norms_lr_ratio != 1.0 and not self.train_norms:

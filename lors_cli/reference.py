@@ -47,6 +47,7 @@ RULES: dict[str, list[str]] = {
         "`init` other than `kaiming` is for additive updates: not for `spp`, `spp-gc` and `hira`.",
         "`merged_cache: on` and `rounding: stochastic` are for `lors`.",
         "`base: compressed` is for `lors`, on a 2:4 model.",
+        "`parallelism: fsdp` excludes `init: gradient-exact`, `base: compressed` and `merged_cache: on`.",
         "`train_norms` is not for `lora`.",
         "`norms_lr_ratio` is for `train_norms: true`.",
         "`max_tokens` excludes `max_steps`.",

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from lors_cli import console, models, run_dir, sources, text
+from lors_cli import console, models, parallel, run_dir, sources, text
 from lors_cli.errors import UsageError
 from lors_cli.evaluation.significance import compare_models
 from lors_cli.evaluation.summary import average, recovered, summary_table
@@ -76,21 +76,32 @@ def evaluate(
         UsageError: an unknown task or text, or a label that can be no file name.
         MissingError: a model or data that is not there.
     """
+    with parallel.joined():
+        return _evaluate(config, model_configs, out, data_dir)
+
+
+def _evaluate(
+    config: EvalConfig, model_configs: dict[str, ModelConfig], out: Path, data_dir: Path | None
+) -> dict[str, dict[str, Any]]:
     check_tasks(config.tasks, data_dir)
     fingerprints = {label: sources.model_fingerprint(model) for label, model in model_configs.items()}
     pieces = _pieces(config, fingerprints, out, data_dir)
     expected = eval_fingerprint(config, fingerprints, data_dir)
     for label, model_config in model_configs.items():
         mine = [piece for piece in pieces if piece.label == label]
-        missing = [piece for piece in mine if piece.stored() is None]
+        missing = parallel.from_main(lambda: [piece for piece in mine if piece.stored() is None])  # noqa: B023
         if missing:
             _score_model(config, model_config, missing, out, data_dir, already=len(mine) - len(missing))
-    results = {
-        label: _collect(model_config, [piece for piece in pieces if piece.label == label])
-        for label, model_config in model_configs.items()
-    }
-    _publish(config, results, expected, fingerprints, pieces, out)
-    return results
+
+    def finish() -> dict[str, dict[str, Any]]:
+        results = {
+            label: _collect(model_config, [piece for piece in pieces if piece.label == label])
+            for label, model_config in model_configs.items()
+        }
+        _publish(config, results, expected, fingerprints, pieces, out)
+        return results
+
+    return parallel.from_main(finish)
 
 
 def eval_fingerprint(config: EvalConfig, model_fingerprints: Mapping[str, str], data_dir: Path | None) -> str:
@@ -222,7 +233,7 @@ def _score_model(
     label = pieces[0].label
     done = f", {already} done before" if already else ""
     console.info(f"  {label}: {len(pieces)} to score{done} ({model_config.path})")
-    scratch = out / _SCRATCH
+    scratch = out / f"{_SCRATCH}{parallel.process_index() or ''}"
     shutil.rmtree(scratch, ignore_errors=True)
     model, tokenizer = models.load_model(model_config), models.load_tokenizer(model_config)
     try:
@@ -238,7 +249,8 @@ def _score_model(
                 shown = f"perplexity {result['value']:.3f}" if result["value"] is not None else "no finite perplexity"
             elapsed_s = time.monotonic() - started
             content = {"fingerprint": piece.fingerprint, "elapsed_s": round(elapsed_s, 3), "result": result}
-            run_dir.write_json(piece.path, content)
+            if parallel.is_main():
+                run_dir.write_json(piece.path, content)
             console.info(
                 f"  {label} {piece.name} ({number}/{len(pieces)}): {shown or 'done'} in {console.duration(elapsed_s)}"
             )
@@ -265,6 +277,8 @@ def _score_task(
         label=piece.label,
     )
     assert piece.samples is not None
+    if not parallel.is_main():
+        return result.metrics
     lines = (json.dumps(sample, ensure_ascii=False, allow_nan=False) + "\n" for sample in result.samples)
     run_dir.write_text(piece.samples, "".join(lines))
     return result.metrics

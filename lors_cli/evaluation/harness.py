@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lors_cli import console
+from lors_cli import console, parallel
 from lors_cli.errors import MissingError, UsageError, translate
 from lors_cli.evaluation.tasks import task_definition
 
@@ -181,7 +181,13 @@ def _shown_model_class() -> Any:
             """One document at a time, since lm-eval reports none before all are done."""
             with self.counted(len(requests), "documents"):
                 score = super().loglikelihood_rolling
-                return [score([request], disable_tqdm=True)[0] for request in requests]
+                processes = parallel.num_processes()
+                mine = [
+                    score([request], disable_tqdm=True)[0]
+                    for request in requests[parallel.process_index() :: processes]
+                ]
+                parts = parallel.gather(mine)
+                return [parts[number % processes][number // processes] for number in range(len(requests))]
 
         def _loglikelihood_tokens(
             self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from lors_cli import parallel
 from lors_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ def token_perplexity(
     on_progress: Callable[[int], None] | None = None,
 ) -> dict[str, float | int]:
     """The exponential of the mean negative log-likelihood of every token given those before it in its window.
+
+    Several processes deal out the batches, which are those of one process, and add up in its order.
 
     Args:
         model: causal LM in evaluation mode.
@@ -53,16 +56,18 @@ def token_perplexity(
         )
     vocabulary_size = model.get_output_embeddings().weight.shape[0]
     step = max(1, min(batch_size, MAX_BATCH_LOGITS // (sequence_length * vocabulary_size)))
-    total = 0.0
+    mine: dict[int, float] = {}
     with torch.inference_mode():
-        for batch in windows.split(step):
-            inputs = batch.to(model.device)
-            logits = model(input_ids=inputs, use_cache=False).logits
-            total += summed_nll(logits[:, :-1], inputs[:, 1:])
-            del logits
+        for number, batch in enumerate(windows.split(step)):
+            if number % parallel.num_processes() == parallel.process_index():
+                inputs = batch.to(model.device)
+                logits = model(input_ids=inputs, use_cache=False).logits
+                mine[number] = summed_nll(logits[:, :-1], inputs[:, 1:])
+                del logits
             if on_progress is not None:
                 on_progress(len(batch))
-    mean = total / tokens
+    found = {number: nll for part in parallel.gather(mine) for number, nll in part.items()}
+    mean = sum(found[number] for number in sorted(found)) / tokens
     value = math.exp(mean) if not mean > 700 else math.inf
     return {"value": value, "tokens": tokens, "sequence_length": sequence_length, "nll": mean}
 

@@ -81,7 +81,10 @@ def prune(config: PruneConfig, model: ModelConfig, out: Path, *, data_dir: Path 
     if Path(model.path).expanduser().resolve() == out.resolve():
         raise UsageError(f"{out} is the model itself and would be overwritten.", "Choose another --out.")
     if config.reconstruct_epochs and parallel.num_processes() > 1:
-        raise UsageError("reconstruct_epochs runs in one process.", "Start the command without torchrun.")
+        raise UsageError(
+            "reconstruct_epochs runs in one process.",
+            "Prune without --nproc or torchrun (a recipe: lors run RECIPE --until prune), then start several.",
+        )
     pattern = Pattern.of(config)
     if config.layer_sparsity == "owl":
         check_limits(pattern.sparsity, SPREAD)
@@ -96,7 +99,7 @@ def prune(config: PruneConfig, model: ModelConfig, out: Path, *, data_dir: Path 
     for name, weight in prunable_weights(source.network).items():
         pattern.check_shape(name, weight.shape)
     batches = _calibration_batches(config, source, tokenizer, data_dir)
-    parallel.start(source.device)
+    alone = parallel.start()
     if parallel.is_main():
         run_dir.work_dir(out, fingerprint)
     parallel.wait_for_all()
@@ -113,7 +116,8 @@ def prune(config: PruneConfig, model: ModelConfig, out: Path, *, data_dir: Path 
     if parallel.is_main():
         _write_checkpoint(run_dir.staging_dir(out), pruner, tokenizer, model, metrics)
         record = run_dir.publish(out, record)
-    parallel.stop()
+    if alone:
+        parallel.stop()
     return record
 
 

@@ -45,7 +45,7 @@ def run_sweep(sweep: Sweep, out: Path, chosen: Sequence[Cell]) -> dict[str, Any]
     if parallel.num_processes() > 1:
         raise UsageError(
             f"`lors sweep` runs in one process, and torchrun started {parallel.num_processes()}.",
-            "Several processes can prune: torchrun --nproc-per-node N -m lors_cli prune MODEL --out DIR",
+            "Several processes can run a recipe: lors run RECIPE --nproc N",
         )
     guard_out(out, "sweep")
     plans = plan_cells(sweep.cells, out)

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lors_cli import console, run_dir
+from lors_cli import console, parallel, run_dir
 from lors_cli.errors import MissingError, SparsityError, UsageError
 from lors_cli.sparsity import Pattern, measure, summarise
 from lors_cli.tuning.teacher import teacher_model, with_teacher
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 STAGE_VERSION = 3
 WITHOUT_EFFECT = (
     "save_steps", "keep_checkpoints", "max_bad_steps", "tensorboard", "gradient_checkpointing", "merged_cache", "base",
+    "parallelism",
 )  # fmt: skip
 """Settings that change how the work is done, not what comes out."""
 CHECKPOINTS_NAME = "checkpoints"
@@ -72,7 +73,7 @@ def tune(config: TuneConfig, model: ModelConfig, out: Path, *, data_dir: Path | 
     Args:
         config: method, data, schedule.
         model: the sparse model.
-        out: stage folder (DESIGN §4).
+        out: stage folder (DESIGN §4), which all processes see.
         data_dir: local datasets, None for the hub.
 
     Returns:
@@ -82,10 +83,17 @@ def tune(config: TuneConfig, model: ModelConfig, out: Path, *, data_dir: Path | 
         UsageError: the model has no sparse linear, or the loss broke.
         SparsityError: the merged model breaks the base's zeros; nothing is published.
     """
-    from lors_cli.models import load_model, load_tokenizer, set_seed
+    with parallel.joined():
+        return _tune(config, model, out, data_dir)
+
+
+def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | None) -> run_dir.StageRecord:
+    from lors_cli.models import load_tokenizer, resolve_device, set_seed
     from lors_cli.sources import model_fingerprint
     from lors_cli.tuning.adapter import adaptable_layers
+    from lors_cli.tuning.distributed import say_how
     from lors_cli.tuning.preparation import prepare_trainer
+    from lors_cli.tuning.sharding import load_trainable, whole_model
 
     started = time.monotonic()
     config = with_teacher(config, model)
@@ -94,29 +102,36 @@ def tune(config: TuneConfig, model: ModelConfig, out: Path, *, data_dir: Path | 
     console.info(f"  model: {model.path}")
     with console.busy("reading the tokenizer"):
         tokenizer = load_tokenizer(model)
-    network = load_model(model)
+    say_how(config)
+    network = load_trainable(config, model)
     use_cache = network.config.use_cache
     patterns = sparse_layers(network, Path(model.path))
     layers = adaptable_layers(network, patterns)
     data = _load_data(config, network, tokenizer, data_dir)
     set_seed(config.seed)
-    log = _running_log(out, run_dir.work_dir(out, fingerprint))
+    log = parallel.from_main(lambda: _running_log(out, run_dir.work_dir(out, fingerprint)))
     schedule = config if data.num_steps is None else replace(config, max_steps=data.num_steps, max_tokens=None)
-    trainer = prepare_trainer(schedule, network, layers, data, tokenizer, out / CHECKPOINTS_NAME, fingerprint)
+    trainer = prepare_trainer(schedule, network, layers, data, tokenizer, out / CHECKPOINTS_NAME, fingerprint,
+                              device=resolve_device(model.device))  # fmt: skip
     training = _train(trainer, schedule, out / CHECKPOINTS_NAME, log)
     data.close()
     network.config.use_cache = use_cache  # the Trainer turns it off
-    adapter = _adapter_config(config, network, layers, model, base_fingerprint)
-    staging = run_dir.staging_dir(out)
-    metrics = {**training, **_data_metrics(data),
-               **_write_results(staging, network, tokenizer, adapter, patterns)}  # fmt: skip
-    _write_card(staging, config, model, metrics)
-    run_dir.write_bytes(staging / LOG_NAME, log.read_bytes())
-    record = run_dir.StageRecord(
-        "tune", fingerprint, run_dir.plain(config), {"model": base_fingerprint, "path": model.path}, metrics,
-        run_dir.environment(), round(time.monotonic() - started, 2), {},
-    )  # fmt: skip
-    return run_dir.publish(out, record)
+
+    def write() -> run_dir.StageRecord:
+        tuned = whole_model(config, model, network, layers)
+        adapter = _adapter_config(config, tuned, layers, model, base_fingerprint)
+        staging = run_dir.staging_dir(out)
+        metrics = {**training, **_data_metrics(data),
+                   **_write_results(staging, tuned, tokenizer, adapter, patterns)}  # fmt: skip
+        _write_card(staging, config, model, metrics)
+        run_dir.write_bytes(staging / LOG_NAME, log.read_bytes())
+        record = run_dir.StageRecord(
+            "tune", fingerprint, run_dir.plain(config), {"model": base_fingerprint, "path": model.path}, metrics,
+            run_dir.environment(), round(time.monotonic() - started, 2), {},
+        )  # fmt: skip
+        return run_dir.publish(out, record)
+
+    return parallel.from_main(write)
 
 
 def sparse_layers(model: PreTrainedModel, folder: Path) -> dict[str, Pattern]:
@@ -171,39 +186,33 @@ def _train(trainer: AdapterTrainer, config: TuneConfig, checkpoints: Path, log_p
     from transformers.trainer_callback import PrinterCallback
 
     from lors_cli.models import quiet_libraries
-    from lors_cli.tuning.trainer import (
-        LogCallback,
-        StepLog,
-        StopCallback,
-        TrimCallback,
-        latest_checkpoint,
-        stopping_gently,
-    )
+    from lors_cli.tuning.trainer import LogCallback, StepLog, TrimCallback, latest_checkpoint, stopping_gently
 
-    _sweep(checkpoints, trainer.fingerprint)
-    last = latest_checkpoint(checkpoints, trainer.fingerprint)
+    log = StepLog(log_path)
+    last = parallel.from_main(lambda: latest_checkpoint(checkpoints, trainer.fingerprint))
     done = int(last.name.rpartition("-")[2]) if last else 0
     total = _num_steps(config, len(trainer.train_dataset))  # type: ignore[arg-type]
-    log = StepLog(log_path)
-    log.cut_after(done)
+    if parallel.is_main():
+        _sweep(checkpoints, trainer.fingerprint)
+        log.cut_after(done)
     if last:
         console.info(f"  going on after step {done} of {total} from {last}")
     with console.progress("tune", total, "steps") as task, quiet_libraries():
         task.skip(done)
-        stop = StopCallback()
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(LogCallback(log, task, trainer))
-        trainer.add_callback(stop)
+        if parallel.is_main():
+            trainer.add_callback(LogCallback(log, task, trainer))
+        trainer.add_callback(trainer.stop)
         trainer.add_callback(TrimCallback())
         if done >= total:
             assert last is not None
             trainer._load_from_checkpoint(str(last))
         else:
-            with stopping_gently(stop):
+            with stopping_gently(trainer.stop):
                 trainer.train(resume_from_checkpoint=str(last) if last else None)
     assert trainer.model is not None
     trainer.model.eval()
-    return _loss_metrics(log.rows())
+    return _loss_metrics(log.rows()) if parallel.is_main() else {}
 
 
 def _sweep(checkpoints: Path, fingerprint: str) -> None:

@@ -157,10 +157,10 @@ def base_mask(model: PreTrainedModel, layers: dict[str, Any]) -> str:
 
 def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """All that is trained, on the CPU: adapters under PEFT's names, and shifts of norms."""
-    return {name: parameter.detach().cpu().contiguous() for name, parameter in _trained(model).items()}
+    return {name: parameter.detach().cpu().contiguous() for name, parameter in adapter_parameters(model).items()}
 
 
-def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The trained parameters by their names on disk."""
     trained = {f"{PREFIX}{name}.{part}.weight": getattr(layer, part)
                for name, layer in adapter_layers(model).items() for part in ("lora_A", "lora_B")}  # fmt: skip
@@ -256,7 +256,7 @@ def load_tensors(model: nn.Module, path: Path) -> None:
     if odd:
         raise UsageError(f"{path} does not fit its configuration, first at {odd[0]}.")
     with torch.no_grad():
-        for name, parameter in _trained(model).items():
+        for name, parameter in adapter_parameters(model).items():
             parameter.copy_(tensors[name])
 
 

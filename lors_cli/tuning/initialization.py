@@ -5,7 +5,7 @@ Legend: dW (R, C) loss gradient at a weight, A = lora_A (r, C), R out_features, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,8 @@ from lors_cli.tuning.sketch import GradientSketch, SketchedLinear
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
+
+    from lors_cli.tuning.layers import AdapterLinear
 
 SHARE_AT_ONCE = 8
 """At most one part in so many of all dW is in memory at a time (but always one layer)."""
@@ -61,7 +63,7 @@ def _with_fixed_signs(vectors: torch.Tensor) -> torch.Tensor:
 
 def gradient_directions(
     model: PreTrainedModel,
-    linears: dict[str, nn.Linear],
+    linears: Mapping[str, nn.Linear | AdapterLinear],
     batches: list[dict[str, torch.Tensor]],
     rank: int,
     *,
@@ -76,8 +78,8 @@ def gradient_directions(
     more); each group costs one pass.
 
     Args:
-        model: the sparse model, without adapters; as before afterwards.
-        linears: by full name; their weights need no gradient before and after.
+        model: the sparse model; as before afterwards.
+        linears: by full name; their weights need no gradient before and after. Adapters on them are passed by.
         batches: collated samples (input_ids, attention_mask, labels).
         rank: r.
         seed: of the sketches, or the SVD's random start.
@@ -108,7 +110,8 @@ def gradient_directions(
 
 
 def _sketched_directions(
-    model: PreTrainedModel, linears: dict[str, nn.Linear], batches: list[dict[str, torch.Tensor]], rank: int,
+    model: PreTrainedModel, linears: Mapping[str, nn.Linear | AdapterLinear],
+    batches: list[dict[str, torch.Tensor]], rank: int,
     seed: int, loss: Loss | None,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     sketches = {
@@ -150,13 +153,13 @@ def _make_checkpointing_act(model: PreTrainedModel) -> None:
                 module.eval()
 
 
-def _layer_groups(linears: dict[str, nn.Linear]) -> Iterator[dict[str, nn.Linear]]:
+def _layer_groups(linears: Mapping[str, Any]) -> Iterator[dict[str, nn.Linear]]:
     """Runs of layers, last ones first: their backward passes are the shortest."""
     sizes = {name: 4 * linear.weight.numel() for name, linear in linears.items()}
     budget = max(SMALLEST_BUDGET, sum(sizes.values()) // SHARE_AT_ONCE)
     group: dict[str, nn.Linear] = {}
     used = 0
-    for name, linear in reversed(linears.items()):
+    for name, linear in reversed(list(linears.items())):
         if group and used + sizes[name] > budget:
             yield group
             group, used = {}, 0

@@ -8,17 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lors_cli import console
+from lors_cli import console, parallel
 from lors_cli.errors import UsageError
 from lors_cli.models import quiet_libraries
 from lors_cli.tokens import PadCollator
-from lors_cli.tuning.adapter import adapter_layers, attach
+from lors_cli.tuning import distributed
+from lors_cli.tuning.adapter import adapter_layers
 from lors_cli.tuning.guards import StepGuard
 from lors_cli.tuning.head import Loss, causal_lm_loss, why_not_chunked
 from lors_cli.tuning.initialization import gradient_directions
+from lors_cli.tuning.layers import AdapterLinear
 from lors_cli.tuning.lors import keep_merged
 from lors_cli.tuning.merging import cache_policy, how_merged
-from lors_cli.tuning.norms import norm_parameters, train_norms
+from lors_cli.tuning.sharding import is_sharded, put_adapters, shard
 from lors_cli.tuning.teacher import load_teacher
 from lors_cli.tuning.trainer import AdapterTrainer, latest_checkpoint, parameter_groups, training_arguments
 
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
 def prepare_trainer(
     config: TuneConfig, network: PreTrainedModel, layers: list[str], data: TuneData, tokenizer: Any, checkpoints: Path,
-    fingerprint: str,
+    fingerprint: str, *, device: torch.device,
 ) -> AdapterTrainer:  # fmt: skip
     """Adapters on the model, started as the config says, and a Trainer around it.
 
@@ -44,14 +46,35 @@ def prepare_trainer(
         tokenizer: of the model.
         checkpoints: folder for training checkpoints; where there is one to go on from, the start is not computed.
         fingerprint: of the stage.
+        device: of this process; a model that is to be sharded is not on it yet.
     """
     collator = PadCollator(tokenizer.pad_token_id)
+    resumes = parallel.from_main(lambda: latest_checkpoint(checkpoints, fingerprint) is not None)
+    if is_sharded(config):
+        loss = _prepare_sharded(config, network, layers, data, collator, resumes, device)
+    else:
+        loss = _prepare(config, network, layers, data, collator, resumes)
+    samples = data.samples if parallel.num_processes() == 1 else distributed.SamplesAndBlank(data.samples)
+    with quiet_libraries():
+        return AdapterTrainer(
+            model=network, args=training_arguments(config, checkpoints, network.device), data_collator=collator,
+            train_dataset=samples, checkpoints=checkpoints, fingerprint=fingerprint, loss=loss,
+            groups=parameter_groups(network, config), guard=StepGuard(config.max_bad_steps, config.spike_factor),
+            keep_checkpoints=config.keep_checkpoints,
+        )  # fmt: skip
+
+
+def _prepare(
+    config: TuneConfig, network: PreTrainedModel, layers: list[str], data: TuneData, collator: PadCollator,
+    resumes: bool,
+) -> Loss | None:  # fmt: skip
+    """Adapters on a model that is whole in this process; each process computes the start for itself."""
     loss = _loss(config, network, collator(data.samples[:1]))
     if config.gradient_checkpointing:
         network.enable_input_require_grads()
         network.gradient_checkpointing_enable({"use_reentrant": False})
     start = {}
-    if config.start != "kaiming" and latest_checkpoint(checkpoints, fingerprint) is None:
+    if config.start != "kaiming" and not resumes:
         linears: dict[str, nn.Linear] = {name: network.get_submodule(name) for name in layers}  # type: ignore[misc]
         batches = _init_batches(config, data, collator)
         start = gradient_directions(
@@ -59,22 +82,38 @@ def prepare_trainer(
             loss=loss,
         )  # fmt: skip
         del linears  # a compressed base frees each weight as it goes
-    adapted = attach(network, layers, config.rank, config.alpha, use_rslora=config.use_rslora, method=config.method,
-                     compressed=config.base == "compressed", rounding=config.weight_rounding)  # fmt: skip
-    if config.train_norms:
-        train_norms(network, norm_parameters(network))
+    adapted = put_adapters(config, network, layers)
     if config.method == "lors":
         _keep_merged(network, config)
+    _start_at(adapted, start)
+    return loss
+
+
+def _prepare_sharded(
+    config: TuneConfig, network: PreTrainedModel, layers: list[str], data: TuneData, collator: PadCollator,
+    resumes: bool, device: torch.device,
+) -> Loss | None:  # fmt: skip
+    """Adapters on a model whose blocks are then sharded; the start is computed after that, past the adapters."""
+    adapted = put_adapters(config, network, layers)
+    shard(network, device)
+    loss = _loss(config, network, collator(data.samples[:1]))
+    if config.gradient_checkpointing:
+        network.enable_input_require_grads()
+        network.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.start != "kaiming" and not resumes:
+        batches = _init_batches(config, data, collator)
+        _start_at(adapted, gradient_directions(network, adapted, batches, config.rank, seed=config.seed, loss=loss))
+        network.zero_grad()
+    if config.method == "lors":
+        console.info("  merged weights: built anew for every use (parallelism: fsdp)")
+    return loss
+
+
+def _start_at(adapted: dict[str, AdapterLinear], start: dict[str, torch.Tensor]) -> None:
+    """Put the rows of lora_A along the directions found."""
     with torch.no_grad():
         for name, directions in start.items():
             adapted[name].lora_A.copy_(directions)
-    with quiet_libraries():
-        return AdapterTrainer(
-            model=network, args=training_arguments(config, checkpoints, network.device), data_collator=collator,
-            train_dataset=data.samples, checkpoints=checkpoints, fingerprint=fingerprint, loss=loss,
-            groups=parameter_groups(network, config), guard=StepGuard(config.max_bad_steps, config.spike_factor),
-            keep_checkpoints=config.keep_checkpoints,
-        )  # fmt: skip
 
 
 def _loss(config: TuneConfig, network: PreTrainedModel, batch: dict[str, torch.Tensor]) -> Loss | None:

@@ -16,6 +16,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lors_cli.tuning.layers import AdapterLinear
+
 
 class GradientSketch:
     """S = dW·Ω and T = Ψ·dW, summed over all tokens as they come.
@@ -88,11 +90,11 @@ class SketchedLinear(nn.Module):
     """A frozen linear that sketches its loss gradient in every backward pass.
 
     Args:
-        linear: (C → R); taken over as it is.
+        linear: (C → R); taken over as it is, an adapter on it takes no part.
         sketch: what is added to.
     """
 
-    def __init__(self, linear: nn.Linear, sketch: GradientSketch) -> None:
+    def __init__(self, linear: nn.Linear | AdapterLinear, sketch: GradientSketch) -> None:
         super().__init__()
         self.linear, self.sketch = linear, sketch
 

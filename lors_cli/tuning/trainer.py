@@ -24,6 +24,7 @@ from lors_cli.errors import UsageError
 from lors_cli.heap import give_back_memory
 from lors_cli.samples import count_tokens
 from lors_cli.signals import STOPPING, Stopped
+from lors_cli.tuning import distributed
 from lors_cli.tuning.adapter import WEIGHTS_NAME, adapter_layers, adapter_tensors, load_tensors
 from lors_cli.tuning.guards import StepGuard
 from lors_cli.tuning.head import Loss
@@ -73,6 +74,9 @@ class StepSampler(Sampler[int]):
 class AdapterTrainer(Trainer):
     """A Trainer whose checkpoints hold adapters and its own state only, and appear by rename.
 
+    Of several processes each has a Trainer that knows of no other: they meet in `training_step`, where the gradients
+    of a step are added up, and the main one writes for all.
+
     Args:
         checkpoints: folder for `checkpoint-N`.
         fingerprint: of the stage; checkpoints of another are never resumed from.
@@ -91,7 +95,8 @@ class AdapterTrainer(Trainer):
     ) -> None:  # fmt: skip
         optimizer, settings = self.get_optimizer_cls_and_kwargs(args, model)
         settings["params"] = groups
-        super().__init__(model=model, args=args, optimizer_cls_and_kwargs=(optimizer, settings), **options)
+        with parallel.unseen():
+            super().__init__(model=model, args=args, optimizer_cls_and_kwargs=(optimizer, settings), **options)
         self.loss = loss
         if loss is not None:
             self.loss_is_scaled_for_ga = True
@@ -101,22 +106,53 @@ class AdapterTrainer(Trainer):
         self.keep_checkpoints = keep_checkpoints
         self.tokens_seen = 0
         self._step_loss: torch.Tensor | float = 0.0
+        self.stop = StopCallback()
+        self.sums: distributed.StepSums | None = None
+        if parallel.num_processes() > 1:
+            self.sums = distributed.StepSums([parameter for group in groups for parameter in group["params"]])
+        self._tokens = 0
         self._is_saving = False
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        samples: Any = self.train_dataset if train_dataset is None else train_dataset
-        if not isinstance(samples, list):  # a stream is in order
-            return SequentialSampler(samples)
-        lengths = [len(sample["input_ids"]) for sample in samples]
-        step_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return StepSampler(lengths, step_size, self.args.seed)
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        samples = dataset.samples if isinstance(dataset, distributed.SamplesAndBlank) else dataset
+        processes, micro_batch_size = parallel.num_processes(), self.args.train_batch_size
+        step_size = micro_batch_size * self.args.gradient_accumulation_steps * processes
+        sampler: Sampler[int] = SequentialSampler(samples)  # a stream is in order
+        if isinstance(samples, list):
+            sampler = StepSampler([len(sample["input_ids"]) for sample in samples], step_size, self.args.seed)
+        if processes == 1:
+            return sampler
+        return distributed.RankSampler(sampler, step_size=step_size, micro_batch_size=micro_batch_size,
+                                       rank=parallel.process_index(), num_processes=processes)  # fmt: skip
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """The labels of a step, over all processes."""
+        found = super()._get_num_items_in_batch(batch_samples, device)
+        return parallel.add_up(found) if torch.is_tensor(found) else found
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """One micro-batch; its tokens are counted for the log."""
-        self.tokens_seen += count_tokens(inputs)
+        """One micro-batch; its tokens are counted for the log. The last one of a step brings all processes together."""
+        if self.sums is not None and self._tokens == 0 and not parallel.is_main():
+            # dropout of its own, the same after a resumption
+            torch.manual_seed(hash((self.args.seed, self.state.global_step, parallel.process_index())) % 2**63)
+        self._tokens += count_tokens(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._step_loss = self._step_loss + loss
+        if self.sums is None:
+            self.tokens_seen, self._tokens = self.tokens_seen + self._tokens, 0
+        elif self.accelerator.sync_gradients:
+            tokens, self.stop.agreed = self.sums.add_up(self._step_loss, self._tokens, bool(self.stop.asked))
+            self.tokens_seen += tokens
+            self._step_loss, self._tokens = self.sums.loss, 0
         return loss.nan_to_num(0.0, 0.0, 0.0)  # the Trainer's running sum would stay broken
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log a step, its loss that of all processes."""
+        if self.sums is not None and "loss" in logs:
+            logs["loss"] = self.sums.loss
+        super().log(logs, start_time)
+        self.state.log_history.clear()  # log.jsonl has it all; this list would grow with every step and checkpoint
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The loss of a micro-batch, a sum over its tokens divided by those of the whole optimiser step."""
@@ -145,6 +181,8 @@ class AdapterTrainer(Trainer):
         return str(self.checkpoints / PARTIAL_NAME) if self._is_saving else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if not parallel.is_main():
+            return
         partial = self.checkpoints / PARTIAL_NAME
         shutil.rmtree(partial, ignore_errors=True)
         self._is_saving = True
@@ -261,7 +299,6 @@ class LogCallback(TrainerCallback):
             row |= {key: value if math.isfinite(value) else None for key, value in values.items()}
             row["skipped"] = guard.reason
         self.log.append(row)
-        state.log_history.clear()  # log.jsonl has it all; this list would grow with every step and checkpoint
         self.task.update(state.global_step, f"loss {guard.loss:.3f} · {rate:.0f} tokens/s")
 
 
@@ -271,6 +308,8 @@ class StopCallback(TrainerCallback):
     def __init__(self) -> None:
         self.asked: int | None = None
         """The signal that asked for it."""
+        self.agreed = False
+        """All processes know in the same step that one of them was asked."""
         self._random_state: dict[str, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -286,7 +325,7 @@ class StopCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask the Trainer to save and stop, where that is wanted."""
         self._random_state = random_state()  # before the next epoch's order of samples is drawn
-        if self.asked:
+        if self.agreed if parallel.num_processes() > 1 else self.asked:
             control.should_save = True
             control.should_training_stop = True
 
@@ -325,7 +364,7 @@ def stopping_gently(callback: StopCallback) -> Iterator[None]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
-    if callback.asked:
+    if parallel.anyone(bool(callback.asked)):
         raise Stopped(callback.asked) if callback.asked in STOPPING else KeyboardInterrupt
 
 
@@ -356,37 +395,39 @@ def training_arguments(config: TuneConfig, checkpoints: Path, device: torch.devi
         checkpoints: where `checkpoint-N` go.
         device: of the model.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("lors tune runs on one device; WORLD_SIZE asks for several.", "Start it without torchrun.")
+    processes = parallel.num_processes()
+    micro_batch_size = distributed.micro_batch_size(config, processes)
     if config.tensorboard:
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(checkpoints.parent / "tensorboard")
     os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
-    arguments = TrainingArguments(
-        output_dir=str(checkpoints),
-        per_device_train_batch_size=config.micro_batch_size,
-        gradient_accumulation_steps=config.batch_size // config.micro_batch_size,
-        num_train_epochs=config.epochs,
-        max_steps=config.max_steps or -1,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr": config.min_learning_rate},
-        warmup_steps=config.warmup_steps,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        optim="adamw_torch",
-        seed=config.seed,
-        data_seed=config.seed,
-        save_strategy="steps",
-        save_steps=config.save_steps,
-        logging_strategy="steps",
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        report_to=["tensorboard"] if config.tensorboard else [],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=device.type == "cuda",
-        use_cpu=device.type == "cpu",
-    )
+    settings: dict[str, Any] = {
+        "output_dir": str(checkpoints),
+        "per_device_train_batch_size": micro_batch_size,
+        "gradient_accumulation_steps": config.batch_size // (micro_batch_size * processes),
+        "num_train_epochs": config.epochs,
+        "max_steps": config.max_steps or -1,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr": config.min_learning_rate},
+        "warmup_steps": config.warmup_steps,
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "optim": "adamw_torch",
+        "seed": config.seed,
+        "data_seed": config.seed,
+        "save_strategy": "steps",
+        "save_steps": config.save_steps,
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "report_to": ["tensorboard"] if config.tensorboard and parallel.is_main() else [],
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": device.type == "cuda",
+        "use_cpu": device.type == "cpu",
+    }
+    with parallel.unseen():
+        arguments = TrainingArguments(**settings)
     # By itself the Trainer takes every GPU it sees (DataParallel), and the first of them.
     arguments.__dict__["_setup_devices"] = device
     arguments._n_gpu = int(device.type == "cuda")

@@ -14,10 +14,9 @@ from safetensors.torch import load_file
 
 from lors_cli import parallel
 from lors_cli.errors import UsageError
-from lors_cli.pipeline import run_recipe
 from lors_cli.pruning.hidden_states import HiddenStates
 from lors_cli.pruning.passes import start_walk
-from lors_cli.recipe import CalibrationConfig, ModelConfig, PruneConfig, Recipe
+from lors_cli.recipe import CalibrationConfig, ModelConfig
 from lors_cli.streaming import open_blockwise
 
 
@@ -126,10 +125,3 @@ def test_only_the_first_process_is_main(monkeypatch: pytest.MonkeyPatch) -> None
     pretend(monkeypatch, 2, 1)
     assert not parallel.is_main()
     assert parallel.num_processes() == 2
-
-
-def test_a_recipe_is_for_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, 2, 0)
-    recipe = Recipe(name="r", model=ModelConfig(path="m"), prune=PruneConfig())
-    with pytest.raises(UsageError, match="`lors run` runs in one process"):
-        run_recipe(recipe, tmp_path / "out")

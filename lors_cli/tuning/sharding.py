@@ -1,0 +1,100 @@
+"""Frozen weights in shards: each process holds a part of every decoder block and gathers the rest when it is used.
+
+torch's FSDP2 shards the frozen weights alone, in their own number format. The adapters, and the norms that are trained,
+stay whole in every process, in float32: they are small, and their gradients are added up at the end of a step
+(`distributed.StepSums`), as they are with whole models. Embeddings and head stay whole too.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import torch
+
+from lors_cli import parallel
+from lors_cli.models import decoder_blocks, load_model
+from lors_cli.tuning.adapter import adapter_parameters, attach
+from lors_cli.tuning.norms import norm_parameters, train_norms
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lors_cli.recipe import ModelConfig, TuneConfig
+    from lors_cli.tuning.layers import AdapterLinear
+
+
+def is_sharded(config: TuneConfig) -> bool:
+    """Whether weights are held in shards: the settings say so, and there are several processes.
+
+    Args:
+        config: of the stage.
+    """
+    return config.parallelism == "fsdp" and parallel.num_processes() > 1
+
+
+def load_trainable(config: TuneConfig, model: ModelConfig) -> PreTrainedModel:
+    """The sparse model, where it is to be trained; in CPU memory if it is to be sharded.
+
+    Args:
+        config: of the stage.
+        model: what to load.
+    """
+    return load_model(model, device=torch.device("cpu") if is_sharded(config) else None)
+
+
+def put_adapters(config: TuneConfig, network: PreTrainedModel, layers: list[str]) -> dict[str, AdapterLinear]:
+    """Put all that is trained on a model, in place; the adapted layers by name.
+
+    Args:
+        config: of the stage.
+        network: the sparse model.
+        layers: full names of the linears to adapt.
+    """
+    adapted = attach(network, layers, config.rank, config.alpha, use_rslora=config.use_rslora, method=config.method,
+                     compressed=config.base == "compressed", rounding=config.weight_rounding)  # fmt: skip
+    if config.train_norms:
+        train_norms(network, norm_parameters(network))
+    return adapted
+
+
+def shard(network: PreTrainedModel, device: torch.device) -> None:
+    """Move a model to this process's device, of each decoder block's frozen weights only this process's shard.
+
+    Args:
+        network: with adapters, in CPU memory; changed in place.
+        device: of this process.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (parallel.num_processes(),))
+    _, blocks = decoder_blocks(network)
+    sharded = {parameter for parameter in blocks.parameters() if not parameter.requires_grad}
+    for tensor in chain(network.parameters(), network.buffers()):
+        if tensor not in sharded:
+            tensor.data = tensor.data.to(device)
+    whole = set(network.parameters()) - sharded
+    for block in blocks:
+        fully_shard(block, mesh=mesh, ignored_params=whole)
+    fully_shard(network.base_model, mesh=mesh, ignored_params=whole)  # leads the blocks, shards nothing itself
+
+
+def whole_model(config: TuneConfig, model: ModelConfig, trained: PreTrainedModel, layers: list[str]) -> PreTrainedModel:
+    """The trained model whole: itself, or the sparse model read again with what was trained put on it.
+
+    Args:
+        config: of the stage.
+        model: the sparse model.
+        trained: what came out of training.
+        layers: full names of the adapted linears.
+    """
+    if not is_sharded(config):
+        return trained
+    network = load_model(model, device=torch.device("cpu"))
+    put_adapters(config, network, layers)
+    found = adapter_parameters(trained)
+    with torch.no_grad():
+        for name, parameter in adapter_parameters(network).items():
+            parameter.copy_(found[name])
+    return network

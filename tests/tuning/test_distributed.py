@@ -1,0 +1,197 @@
+"""Two processes tune, and score, like one."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils.data import SequentialSampler
+from transformers import PreTrainedModel
+from two_processes import scores, tune_and_stop, tune_config
+
+from lors_cli.errors import UsageError
+from lors_cli.launch import launch
+from lors_cli.recipe import ModelConfig, TuneConfig
+from lors_cli.samples import IGNORED
+from lors_cli.tuning import preparation, tune
+from lors_cli.tuning.distributed import BLANK, RankSampler, SamplesAndBlank, describe, micro_batch_size
+from lors_cli.tuning.trainer import StepSampler
+
+STEPS = 22
+STOP = 7
+
+
+def settings(rows: Path, **changes: Any) -> dict[str, Any]:
+    """A run over 42 rows, 8 a step: every sixth step has but two samples."""
+    data = {"dataset": str(rows), "max_length": 320}
+    return {"rank": 4, "alpha": 4.0, "learning_rate": 1e-2, "max_steps": STEPS, "batch_size": 8,
+            "per_device_batch_size": 2, "save_steps": 3, "data": data, **changes}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def both(
+    tmp_path_factory: pytest.TempPathFactory, sparse_llama: Callable[..., PreTrainedModel], tiny_tokenizer: Any
+) -> tuple[dict[str, Any], Path, Path]:
+    """The jobs; the folder in which one process did them; the folder in which two did."""
+    folder = tmp_path_factory.mktemp("distributed")
+    for name, dtype in (("model", torch.float32), ("half_model", torch.bfloat16)):
+        sparse_llama(dtype).save_pretrained(folder / name)
+        tiny_tokenizer.save_pretrained(folder / name)
+    rows, texts = folder / "rows.jsonl", folder / "texts.jsonl"
+    with open(rows, "w") as file:
+        for number in range(42):
+            row = {"instruction": f"say {number}", "input": "", "output": f"it is {number} " * (1 + number % 5)}
+            file.write(json.dumps(row) + "\n")
+    with open(texts, "w") as file:
+        file.writelines(json.dumps({"text": f"fox {number * 7 % 31} jumps. " * 9}) + "\n" for number in range(60))
+    text = {"dataset": str(texts), "max_length": 64, "shuffle_buffer": 8}
+    jobs = {
+        "model": str(folder / "model"), "half_model": str(folder / "half_model"), "step": STOP,
+        "tune": {
+            "rows": settings(rows, train_norms=True, loraplus_lr_ratio=2.0),
+            "tokens": settings(rows, max_steps=None, max_tokens=64 * 22 + 20, batch_size=6, per_device_batch_size=1,
+                               data=text),
+            "continued": settings(rows),
+        },
+        "stop": settings(rows),
+        "fsdp": settings(rows, parallelism="fsdp", gradient_checkpointing=True, train_norms=True, max_steps=6),
+        "plain": settings(rows, method="sqft", max_steps=7),
+    }  # fmt: skip
+    one, two = folder / "one", folder / "two"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORS_CACHE_DIR", str(folder / "cache"))
+        model, half = ModelConfig(path=jobs["model"]), ModelConfig(path=jobs["half_model"])
+        for name, job in jobs["tune"].items():
+            tune(tune_config(job), model, one / name)
+        tune(tune_config(jobs["fsdp"]), half, one / "fsdp")
+        with mock.patch.object(preparation, "why_not_chunked", return_value="of the test"):
+            tune(tune_config(jobs["plain"]), model, one / "plain")
+        two.mkdir()
+        tune_and_stop(jobs["tune"]["continued"], jobs["model"], two / "continued", STOP)  # one begins, two go on
+        (folder / "jobs.json").write_text(json.dumps(jobs))
+        script = Path(__file__).with_name("two_processes.py")
+        assert launch([sys.executable, str(script), str(folder / "jobs.json"), str(two)], 2) == 0
+    return jobs, one, two
+
+
+def log(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def assert_alike(one: Path, two: Path, tolerance: float) -> None:
+    """Losses, norms of gradients and weights of two runs."""
+    first, second = log(one), log(two)
+    assert [row["step"] for row in first] == [row["step"] for row in second] != []
+    for key in ("loss", "learning_rate"):
+        assert [row[key] for row in second] == pytest.approx([row[key] for row in first], abs=tolerance)
+    assert [row["grad_norm"] for row in second] == pytest.approx([row["grad_norm"] for row in first], rel=1e-3)
+    for name in ("adapter/adapter_model.safetensors", "model.safetensors"):
+        expected, found = load_file(one / name), load_file(two / name)
+        assert expected.keys() == found.keys()
+        for key, tensor in expected.items():
+            assert tensor.dtype == found[key].dtype
+            assert torch.equal(tensor == 0, found[key] == 0), key
+            torch.testing.assert_close(found[key].float(), tensor.float(), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("job", ["rows", "tokens", "continued", "plain"])
+def test_two_processes_tune_like_one(both: tuple[dict[str, Any], Path, Path], job: str) -> None:
+    _, one, two = both
+    assert_alike(one / job, two / job, 1e-4)
+    records = [json.loads((folder / job / "stage.json").read_text()) for folder in (one, two)]
+    assert records[0]["fingerprint"] == records[1]["fingerprint"]
+    assert records[0]["metrics"]["base_mask"] == records[1]["metrics"]["base_mask"]
+    names = [sorted(path.relative_to(folder / job) for path in (folder / job).rglob("*.*")) for folder in (one, two)]
+    assert names[0] == names[1]
+
+
+def test_sharded_weights_train_like_whole_ones(both: tuple[dict[str, Any], Path, Path]) -> None:
+    _, one, two = both
+    assert_alike(one / "fsdp", two / "fsdp", 2e-2)  # bfloat16
+    shares = [json.loads((two / f"{rank}.json").read_text())["shares"] for rank in (0, 1)]
+    assert shares == [[0.5] * 14, [0.5] * 14]
+
+
+def test_one_process_goes_on_where_two_were_stopped(both: tuple[dict[str, Any], Path, Path]) -> None:
+    jobs, one, two = both
+    kept = sorted(path.name for path in (two / "stop" / "checkpoints").iterdir())
+    assert kept[-1] == f"checkpoint-{STOP}"  # though one of them alone was interrupted
+    files = {path.name for path in (two / "stop" / "checkpoints" / kept[-1]).iterdir()}
+    alone = {path.name for path in (one / "rows" / "checkpoints" / f"checkpoint-{STEPS}").iterdir()}
+    assert files == alone
+    tune(tune_config(jobs["stop"]), ModelConfig(path=jobs["model"]), two / "stop")
+    assert_alike(one / "continued", two / "stop", 1e-4)
+
+
+def test_scores_of_two_processes_are_those_of_one(both: tuple[dict[str, Any], Path, Path]) -> None:
+    jobs, _, two = both
+    expected = json.loads(json.dumps(scores(jobs["model"])))
+    assert expected["counted"] == len(expected["choices"]) == 21
+    for rank in (0, 1):
+        found = json.loads((two / f"{rank}.json").read_text())
+        assert found["scores"] == expected
+        assert found["failure"] == "no never"
+
+
+# ---- without a second process
+
+
+def test_processes_take_every_sample_of_a_step_once_and_blanks_fill_up() -> None:
+    whole = StepSampler([(7 * index) % 23 for index in range(29)], 12, 5)
+    samplers = [RankSampler(whole, step_size=12, micro_batch_size=2, rank=rank, num_processes=3) for rank in range(3)]
+    for epoch in (0, 1):
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+        taken, order = [list(sampler) for sampler in samplers], list(whole)
+        assert {len(mine) for mine in taken} == {len(sampler) for sampler in samplers} == {4 + 4 + 2}
+        for step, (first, last) in enumerate([(0, 4), (4, 8), (8, 10)]):
+            together = [index for mine in taken for index in mine[first:last] if index != BLANK]
+            assert sorted(together) == sorted(order[12 * step : 12 * step + 12])
+    assert (
+        len(RankSampler(SequentialSampler(range(24)), step_size=12, micro_batch_size=2, rank=0, num_processes=3)) == 8
+    )
+
+
+def test_a_blank_sample_has_no_label() -> None:
+    samples = SamplesAndBlank([{"input_ids": [4, 5], "labels": [4, 5], "position_ids": [0, 1]}])
+    assert len(samples) == 1
+    assert samples[0]["input_ids"] == [4, 5]
+    assert samples[BLANK] == {"input_ids": [4], "labels": [IGNORED], "position_ids": [0]}
+
+
+@pytest.mark.parametrize(("batch_size", "per_device", "processes", "expected"), [
+    (8, None, 1, 4), (8, None, 2, 4), (8, None, 8, 1), (12, None, 2, 3), (8, 2, 2, 2), (8, 4, 2, 4),
+])  # fmt: skip
+def test_a_step_is_shared_evenly(batch_size: int, per_device: int | None, processes: int, expected: int) -> None:
+    config = TuneConfig(batch_size=batch_size, per_device_batch_size=per_device)
+    assert micro_batch_size(config, processes) == expected
+
+
+@pytest.mark.parametrize(("batch_size", "per_device", "processes", "message"), [
+    (9, None, 2, "9 samples a step cannot be shared by 2 processes"),
+    (2, None, 4, "2 samples a step cannot be shared by 4 processes"),
+    (8, 4, 4, "not a multiple of per_device_batch_size: 4 times 4 processes"),
+])  # fmt: skip
+def test_a_step_that_cannot_be_shared_is_refused(
+    batch_size: int, per_device: int | None, processes: int, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        micro_batch_size(TuneConfig(batch_size=batch_size, per_device_batch_size=per_device), processes)
+
+
+def test_fsdp_in_one_process_says_so() -> None:
+    assert "this is one" in describe(TuneConfig(parallelism="fsdp"))
+    assert describe(TuneConfig()) == ""
+
+
+@pytest.mark.parametrize("other", [{"init": "gradient-exact"}, {"base": "compressed"}, {"merged_cache": "on"}])
+def test_fsdp_refuses_what_needs_whole_weights(other: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=f"parallelism: fsdp shards the weights, and {next(iter(other))}"):
+        TuneConfig(parallelism="fsdp", **other)  # type: ignore[arg-type]

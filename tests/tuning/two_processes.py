@@ -1,0 +1,118 @@
+"""What two processes do together for test_distributed.py: one start, many jobs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from lors_cli import parallel
+from lors_cli.evaluation.perplexity import token_perplexity
+from lors_cli.evaluation.prefix_tree import Choice
+from lors_cli.evaluation.scoring import score_choices
+from lors_cli.models import load_model
+from lors_cli.recipe import ModelConfig, TuneConfig, TuneDataConfig
+from lors_cli.tuning import preparation, tune
+from lors_cli.tuning.trainer import AdapterTrainer
+
+
+def tune_config(settings: dict[str, Any]) -> TuneConfig:
+    """A TuneConfig from plain data."""
+    return TuneConfig(**{**settings, "data": TuneDataConfig(**settings["data"])})
+
+
+@contextmanager
+def stopped_after(step: int) -> Iterator[None]:
+    """The last process, and no other, is interrupted in this step."""
+    original = AdapterTrainer.training_step
+
+    def interrupted(self: AdapterTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.state.global_step == step - 1 and parallel.process_index() == parallel.num_processes() - 1:
+            self.stop.asked = True
+        return original(self, *args, **kwargs)
+
+    with mock.patch.object(AdapterTrainer, "training_step", interrupted):
+        yield
+
+
+def tune_and_stop(settings: dict[str, Any], model: str, out: Path, step: int) -> None:
+    """Tune until an interruption after `step`."""
+    try:
+        with stopped_after(step):
+            tune(tune_config(settings), ModelConfig(path=model), out)
+    except KeyboardInterrupt:
+        return
+    raise AssertionError("it was not stopped")
+
+
+def shard_shares(settings: dict[str, Any], model: str, out: Path) -> list[float]:
+    """Tune with sharded weights; of a block's frozen matrices, what share of the numbers this process held."""
+    found: list[float] = []
+    original = preparation.shard
+
+    def observed(network: Any, device: torch.device) -> None:
+        original(network, device)
+        for layer in preparation.adapter_layers(network).values():
+            found.append(layer.weight.to_local().numel() / layer.weight.numel())  # type: ignore[attr-defined]
+            assert layer.lora_A.dtype == torch.float32
+
+    with mock.patch.object(preparation, "shard", observed):
+        tune(tune_config(settings), ModelConfig(path=model), out)
+    return found
+
+
+def scores(model: str) -> dict[str, Any]:
+    """Log-likelihoods and perplexity of random tokens."""
+    network = load_model(ModelConfig(path=model))
+    generator = torch.Generator().manual_seed(0)
+    choices = []
+    for document in range(7):
+        context = torch.randint(250, (9 + 3 * document,), generator=generator).tolist()
+        for _ in range(3):
+            target = torch.randint(250, (2 + document % 4,), generator=generator).tolist()
+            choices.append(Choice([*context, *target][:-1], target, document))
+    counted: list[int] = []
+    found = score_choices(network, choices, batch_size=2, on_progress=counted.append)
+    windows = torch.randint(250, (11, 32), generator=generator)
+    return {"choices": found, "counted": sum(counted), "perplexity": token_perplexity(network, windows, batch_size=2)}
+
+
+def failure(rank: int) -> str:
+    """What everyone hears of a main process that cannot go on."""
+    from lors_cli.errors import UsageError
+
+    def refuse() -> None:
+        assert rank == 0
+        raise UsageError("no", "never")
+
+    try:
+        parallel.from_main(refuse)
+    except UsageError as error:
+        return f"{error.message} {error.hint}"
+    raise AssertionError("nothing was heard")
+
+
+def main(jobs: dict[str, Any], folder: Path) -> None:
+    """Every job, in the order of the file; what process N found goes to N.json."""
+    rank = parallel.process_index()
+    found: dict[str, Any] = {}
+    with parallel.joined():
+        for name, settings in jobs["tune"].items():
+            tune(tune_config(settings), ModelConfig(path=jobs["model"]), folder / name)
+        tune_and_stop(jobs["stop"], jobs["model"], folder / "stop", jobs["step"])
+        found["shares"] = shard_shares(jobs["fsdp"], jobs["half_model"], folder / "fsdp")
+        with mock.patch.object(preparation, "why_not_chunked", return_value="of the test"):
+            tune(tune_config(jobs["plain"]), ModelConfig(path=jobs["model"]), folder / "plain")
+        found["scores"] = scores(jobs["model"])
+        found["failure"] = failure(rank)
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
