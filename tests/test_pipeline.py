@@ -8,12 +8,12 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from killing import signalled
 from typer.testing import Result
 
 from lors_cli import pipeline
@@ -194,26 +194,6 @@ def test_the_large_recipe_is_planned_without_a_network(at_workshop: Path, lors: 
 
 # Broken off -----------------------------------------------------------------------------------------------------
 
-SIGNALLED = """
-import os, signal, sys
-number, wanted = int(sys.argv[1]), sys.argv[2]
-def hook(event, arguments):
-    if event == "os.rename" and wanted in str(arguments[1]):
-        os.kill(os.getpid(), number)
-sys.addaudithook(hook)
-from lors_cli.cli import app
-app(sys.argv[3:], prog_name="lors")
-"""
-
-
-def signalled(number: signal.Signals, before: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A `lors` process that gets a signal just before a file or folder of that name is renamed into place."""
-    return subprocess.run(
-        [sys.executable, "-c", SIGNALLED, str(int(number)), before, *arguments],
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-
-
 def test_a_killed_run_goes_on_to_the_same_weights(at_workshop: Path, finished_workshop: Path, lors: Lors) -> None:
     kept: dict[str, tuple[int, str]] = {}
     for before, finished in (
@@ -351,9 +331,9 @@ def test_ones_own_folders_are_taken(at_finished: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_in_use_is_refused(at_finished: Path, lors: Lors) -> None:
-    from lors_cli import run_dir
+    from lors_cli import locks
 
-    with run_dir.lock(RUN):
+    with locks.hold(RUN):
         result = lors("run", "tiny.yaml")
     assert result.exit_code == 2
     assert f"pid {os.getpid()}" in result.stderr

@@ -79,6 +79,7 @@ def evaluate(
     check_tasks(config.tasks, data_dir)
     fingerprints = {label: sources.model_fingerprint(model) for label, model in model_configs.items()}
     pieces = _pieces(config, fingerprints, out, data_dir)
+    shutil.rmtree(out / _SCRATCH, ignore_errors=True)  # of a run that was killed
     expected = eval_fingerprint(config, fingerprints, data_dir)
     for label, model_config in model_configs.items():
         mine = [piece for piece in pieces if piece.label == label]
@@ -223,7 +224,6 @@ def _score_model(
     done = f", {already} done before" if already else ""
     console.info(f"  {label}: {len(pieces)} to score{done} ({model_config.path})")
     scratch = out / _SCRATCH
-    shutil.rmtree(scratch, ignore_errors=True)
     model, tokenizer = models.load_model(model_config), models.load_tokenizer(model_config)
     try:
         for number, piece in enumerate(pieces, start=1):
@@ -266,6 +266,7 @@ def _score_task(
     )
     assert piece.samples is not None
     lines = (json.dumps(sample, ensure_ascii=False, allow_nan=False) + "\n" for sample in result.samples)
+    piece.path.unlink(missing_ok=True)  # of other settings: it would be taken for that of these documents
     run_dir.write_text(piece.samples, "".join(lines))
     return result.metrics
 

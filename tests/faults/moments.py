@@ -10,6 +10,7 @@ import builtins
 import errno
 import io
 import os
+import shutil
 import signal
 import sys
 from collections import Counter
@@ -29,7 +30,7 @@ class Watch:
         folder: what lies elsewhere is not watched.
         trace: where lines are added, outside of `folder`.
         moment: {"key", "count"}: kill the process group at that moment, the count-th of its key.
-        faults: {part of a key: errno's name}: such a moment raises this OSError instead.
+        faults: {part of a key: errno's name} for moments that raise this OSError instead, or "remove FOLDER".
     """
 
     def __init__(self, folder: Path, trace: Path, moment: dict[str, Any] | None, faults: dict[str, str]) -> None:
@@ -53,11 +54,19 @@ class Watch:
         self.note("moment", key)
         if self.is_next(key):
             self.kill(key)
-        for part, code in self.faults.items():
-            if part in key:
-                self.note("fault", f"{code} {key}")
-                raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)), str(path))
+        for part in [part for part in self.faults if part in key]:
+            self.fail(key, self.faults[part], part)
         return True
+
+    def fail(self, key: str, fault: str, part: str) -> None:
+        """Let an operation fail from now on, or remove a folder once."""
+        self.note("fault", f"{fault} {key}")
+        if fault.startswith("remove "):
+            del self.faults[part]
+            shutil.rmtree(self.root + fault.removeprefix("remove "))
+            return
+        number = getattr(errno, fault)
+        raise OSError(number, os.strerror(number), self.root + key.split(" ", 2)[2])
 
     def is_next(self, key: str) -> bool:
         """Whether the process is to be killed here."""
@@ -103,7 +112,7 @@ def _audit(watch: Watch) -> None:
         if kind is None:
             return
         if event == "open":
-            path, mode, flags = arguments
+            path, _mode, flags = arguments
             if isinstance(path, int) or not isinstance(flags, int) or not flags & WRITING:
                 return
             watch.reach(kind, path)
@@ -166,7 +175,7 @@ def _wrap_writes(watch: Watch) -> None:
     from lors_cli.tuning import trainer
 
     def opened(path: Any, mode: str = "r", *args: Any, **options: Any) -> Any:
-        file = builtins.open(path, mode, *args, **options)
+        file = builtins.open(path, mode, *args, **options)  # noqa: SIM115 - its reader closes it
         is_watched = mode[0] in "wa" and "+" not in mode and watch.name(path) is not None
         return HalfWriter(file, path, watch) if is_watched else file
 

@@ -37,7 +37,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     """Run one command.
 
     Args:
-        job: {"arguments", "folder", "output", "trace", and as is wanted "moment", "after_s", "environment", "faults"}.
+        job: {"arguments", "folder", "output", "trace", and as is wanted "moment", "after_s", "memory_mib", "environment", "faults"}.
 
     Returns:
         {"code", "elapsed_s"}: the exit code, -9 after SIGKILL.
@@ -70,6 +70,8 @@ def _become_lors(job: dict[str, Any]) -> None:
         sys.path.insert(0, str(Path(__file__).parent))
         import moments
 
+        if "memory_mib" in job:
+            _limit_memory(job["memory_mib"])
         moments.install(Path(job["folder"]), Path(job["trace"]), job.get("moment"), job.get("faults", {}))
         from lors_cli.cli import app
 
@@ -82,6 +84,15 @@ def _become_lors(job: dict[str, Any]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _limit_memory(mib: int) -> None:
+    """Let this process take only so much more address space than it has."""
+    import resource
+
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * os.sysconf("SC_PAGE_SIZE") + (mib << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 if __name__ == "__main__":

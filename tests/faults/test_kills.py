@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,10 +19,8 @@ from chains import (
     draw_moments,
     results,
     run_chain,
-    serving,
     summary,
     too_much,
-    write_workplace,
 )  # fmt: skip
 
 KILLS = int(os.environ.get("LORS_KILLS", "12"))
@@ -32,20 +29,6 @@ LONGEST_CHAIN = 6
 RUN = ("run", "chain.yaml")
 OTHER = ("run", "chain.yaml", "prune.method=wanda", "tune.rank=2", "eval.limit=3")
 SWEEP = ("sweep", "grid.yaml")
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with serving() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def bench(shared_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `start`, where nothing was run yet."""
-    folder = tmp_path_factory.mktemp("kills")
-    write_workplace(folder / "start", shared_dir / "data")
-    return folder
 
 
 def unbroken(server: Server, folder: Path, arguments: tuple[str, ...]) -> Process:
