@@ -137,7 +137,7 @@ _MEMORY_SIGNS = ("DefaultCPUAllocator", "failed to map segment", "can't start ne
 
 def _limit(error: BaseException, text: str) -> ResourceError | None:
     """The machine's limit that was met, if it was one."""
-    first_line = text.splitlines()[0]
+    first_line = getattr(error, "strerror", None) or text.splitlines()[0]
     number = _number(error, text)
     if (
         isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or number == errno.ENOMEM
@@ -152,7 +152,7 @@ def _limit(error: BaseException, text: str) -> ResourceError | None:
     if number == errno.EFBIG:
         return ResourceError(f"No file may be so large{where}: {first_line}", "Raise the limit: ulimit -f")
     if number in (errno.EMFILE, errno.ENFILE):
-        return ResourceError(f"Too many open files: {first_line}", "Raise the limit: ulimit -n")
+        return ResourceError(f"{first_line}{where}.", "Raise the limit: ulimit -n")
     if number in (errno.EIO, errno.ESTALE):
         return ResourceError(f"The disk failed{where}: {first_line}", _DEVICE_HINT)
     return None

@@ -37,7 +37,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     """Run one command.
 
     Args:
-        job: {"arguments", "folder", "output", "trace", and as is wanted "moment", "after_s", "memory_mib", "environment", "faults"}.
+        job: {"arguments", "folder", "output", "trace"}, and as is wanted {"moment", "after_s", "memory_mib", "faults"}.
 
     Returns:
         {"code", "elapsed_s"}: the exit code, -9 after SIGKILL.
@@ -66,7 +66,6 @@ def _become_lors(job: dict[str, Any]) -> None:
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.environ.update(job.get("environment", {}))
         sys.path.insert(0, str(Path(__file__).parent))
         import moments
 
