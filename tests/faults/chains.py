@@ -24,23 +24,23 @@ SAVE_STEPS = 2
 RECIPE = """\
 name: chain
 model: {{path: {model}}}
-data_dir: {data}
+data_dir: data
 prune:
   method: sparsegpt
   pattern: 2:4
   calibration: {{dataset: text.jsonl, num_samples: 8, sequence_length: 64, batch_size: 4}}
 tune:
   rank: 4
-  data: {{dataset: rows.jsonl, max_length: 256}}
+  data: {{dataset: rows.jsonl, max_length: 128}}
   learning_rate: 1e-3
   max_steps: 7
   batch_size: 4
   save_steps: {save_steps}
 eval:
-  tasks: [boolq, openbookqa]
-  limit: 4
+  tasks: [arc_easy, openbookqa]
+  limit: 2
   perplexity: [text.jsonl]
-  perplexity_windows: 4
+  perplexity_windows: 2
   perplexity_length: 64
 """
 SWEEP = """\
@@ -61,12 +61,23 @@ def write_workplace(folder: Path, data: Path) -> None:
         data: the shared data.
     """
     folder.mkdir(parents=True)
-    for source, name, rows in (("slimpajama_like", "text", 24), ("alpaca", "rows", 40)):
-        with gzip.open(data / source / "train.jsonl.gz", "rt", encoding="utf-8") as file:
-            (folder / f"{name}.jsonl").write_text("".join(itertools.islice(file, rows)), encoding="utf-8")
-    text = RECIPE.format(model=data / "models" / "stories260k", data=data, save_steps=SAVE_STEPS)
+    for source, name in (("slimpajama_like", "text"), ("alpaca", "rows")):
+        rows = first_rows(data / source / "train.jsonl.gz", 40)
+        (folder / f"{name}.jsonl").write_text(rows, encoding="utf-8")
+    for task in ("arc_easy", "openbookqa"):
+        for path in sorted((data / "eval" / task).glob("*.jsonl.gz")):
+            cut = folder / "data" / "eval" / task / path.name
+            cut.parent.mkdir(parents=True, exist_ok=True)
+            cut.write_bytes(gzip.compress(first_rows(path, 8).encode()))
+    text = RECIPE.format(model=data / "models" / "stories260k", save_steps=SAVE_STEPS)
     (folder / "chain.yaml").write_text(text)
     (folder / "grid.yaml").write_text(SWEEP)
+
+
+def first_rows(path: Path, number: int) -> str:
+    """The first lines of a compressed text."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return "".join(itertools.islice(file, number))
 
 
 class Server:

@@ -6,6 +6,7 @@ to the whole of it: by the child itself when it comes to a chosen moment (`momen
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -26,6 +27,8 @@ def main() -> None:
     """Answer jobs until stdin ends."""
     for name in IMPORTED_FIRST:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # a child's collections need not look at all of this
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     print(json.dumps({"ready": os.getpid()}), file=answers, flush=True)

@@ -27,7 +27,7 @@ KILLS = int(os.environ.get("LORS_KILLS", "6"))
 SEED = int(os.environ.get("LORS_KILLS_SEED", "0"))
 LONGEST_CHAIN = 6
 RUN = ("run", "chain.yaml")
-OTHER = ("run", "chain.yaml", "prune.method=wanda", "tune.rank=2", "eval.limit=3")
+OTHER = ("run", "chain.yaml", "prune.method=wanda", "tune.rank=2", "eval.models=[tuned]")
 SWEEP = ("sweep", "grid.yaml")
 
 
@@ -72,6 +72,9 @@ def test_killed_runs_end_as_if_nothing_had_happened(
                 chain = run_chain(server, folder, arguments, moments=moments, chosen=chosen)
             group.append(chain)
             problems += [f"{name} {len(group)}: {text}" for text in verdict(chain, expected, folder)]
+            if KILLS >= 12:
+                with capsys.disabled():
+                    print(f"\n{name} {len(group)}: {len(chain.kills)} kills, {len(problems)} problems so far", end="")
     with capsys.disabled():
         print(f"\n{summary(chains)}")
     assert not problems, "\n".join(problems)
