@@ -16,7 +16,7 @@ import pytest
 from killing import signalled
 from typer.testing import Result
 
-from lors_cli import pipeline
+from lors_cli import locks, pipeline
 from lors_cli.errors import UsageError
 from lors_cli.pipeline import guard_out
 
@@ -194,6 +194,7 @@ def test_the_large_recipe_is_planned_without_a_network(at_workshop: Path, lors: 
 
 # Broken off -----------------------------------------------------------------------------------------------------
 
+
 def test_a_killed_run_goes_on_to_the_same_weights(at_workshop: Path, finished_workshop: Path, lors: Lors) -> None:
     kept: dict[str, tuple[int, str]] = {}
     for before, finished in (
@@ -331,12 +332,29 @@ def test_ones_own_folders_are_taken(at_finished: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_in_use_is_refused(at_finished: Path, lors: Lors) -> None:
-    from lors_cli import locks
-
     with locks.hold(RUN):
         result = lors("run", "tiny.yaml")
     assert result.exit_code == 2
     assert f"pid {os.getpid()}" in result.stderr
+
+
+def test_a_stage_of_a_run_that_is_in_use_is_refused(at_finished: Path, lors: Lors) -> None:
+    with locks.hold(RUN / "tune"):
+        result = lors("run", "tiny.yaml", "--force", "tune")
+        assert result.exit_code == 2
+        assert f"{RUN / 'tune'} is in use by pid {os.getpid()}" in result.stderr
+        result = lors("tune", RUN / "prune", "--out", RUN / "tune", "--dataset", "rows.jsonl")
+        assert result.exit_code == 2
+        assert "is in use by pid" in result.stderr
+
+
+def test_what_a_kill_left_of_publishing_is_removed(at_finished: Path, lors: Lors) -> None:
+    before = snapshot(RUN)
+    for name in (".work", ".staging"):
+        (RUN / "prune" / name).mkdir()
+        (RUN / "prune" / name / "block").write_bytes(b"x")
+    assert set(statuses(lors("run", "tiny.yaml", "--json")).values()) == {"skipped"}
+    assert snapshot(RUN) == before
 
 
 # A real model ---------------------------------------------------------------------------------------------------

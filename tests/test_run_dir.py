@@ -19,10 +19,12 @@ from lors_cli.run_dir import (
     file_sha256,
     fingerprint,
     is_finished,
+    leftovers,
     plain,
     publish,
     read_json,
     read_record,
+    remove,
     staging_dir,
     work_dir,
     write_bytes,
@@ -296,6 +298,34 @@ class TestWorkAndStaging:
     def test_staging_is_empty(self, tmp_path: Path) -> None:
         (staging_dir(tmp_path / "s") / "left").write_text("x")
         assert names(staging_dir(tmp_path / "s")) == set()
+
+
+class TestLeftovers:
+    def finished(self, folder: Path) -> None:
+        stage(folder, {"model": "w"})
+        publish(folder, RECORD)
+
+    def test_a_kill_after_the_record_leaves_what_is_removed(self, tmp_path: Path) -> None:
+        self.finished(tmp_path)
+        assert leftovers(tmp_path) == []
+        work_dir(tmp_path, "f1")
+        staging_dir(tmp_path)
+        write_json(tmp_path / ".publishing.json", ["model"])
+        remove(leftovers(tmp_path))
+        assert names(tmp_path) == {"model", "stage.json"}
+        assert is_finished(tmp_path, "f1")
+
+    def test_half_removed_work_is_removed(self, tmp_path: Path) -> None:
+        self.finished(tmp_path)
+        (work_dir(tmp_path, "f1") / "block").write_text("x")
+        (tmp_path / ".work" / "fingerprint.json").unlink()
+        remove(leftovers(tmp_path))
+        assert not (tmp_path / ".work").exists()
+
+    def test_work_of_other_settings_is_kept(self, tmp_path: Path) -> None:
+        self.finished(tmp_path)
+        (work_dir(tmp_path, "f2") / "block").write_text("x")
+        assert leftovers(tmp_path) == []
 
 
 def test_environment_is_plain_json() -> None:
