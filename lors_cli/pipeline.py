@@ -59,7 +59,7 @@ def guard_out(out: Path, stage: str, inputs: Iterable[str] = ()) -> None:
         return
     if any(Path(path).exists() and out.samefile(path) for path in inputs):
         raise UsageError(f"--out {out} is the model's own folder; results go to another.", elsewhere)
-    names = {path.name for path in out.iterdir()} - {locks.LOCK_NAME}
+    names = {path.name for path in out.iterdir() if not run_dir.is_partial(path)} - {locks.LOCK_NAME}
     record = run_dir.read_record(out)
     if record is not None and record.stage != stage:
         raise UsageError(f"{out} holds the results of {record.stage}, which would be overwritten.", elsewhere)

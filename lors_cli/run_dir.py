@@ -45,6 +45,11 @@ def write_bytes(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
+def is_partial(path: Path) -> bool:
+    """Whether a name is that of a file that a killed `write_bytes` has left."""
+    return path.name.startswith(".") and path.name.endswith(".partial")
+
+
 def write_text(path: Path, text: str) -> None:
     """`write_bytes` in UTF-8."""
     write_bytes(path, text.encode("utf-8"))

@@ -338,6 +338,16 @@ def test_a_folder_in_use_is_refused(at_finished: Path, lors: Lors) -> None:
     assert f"pid {os.getpid()}" in result.stderr
 
 
+def test_a_folder_whose_first_file_was_cut_off_is_taken(tmp_path: Path) -> None:
+    for name, stage in ((".recipe.yaml.partial", "run"), (".sweep.yaml.partial", "sweep"), (".x.partial", "prune")):
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / name).touch()
+        guard_out(tmp_path / stage, stage)
+    (tmp_path / "run" / "thesis.partial").touch()
+    with pytest.raises(UsageError, match="other files"):
+        guard_out(tmp_path / "run", "run")
+
+
 def test_a_stage_of_a_run_that_is_in_use_is_refused(at_finished: Path, lors: Lors) -> None:
     with locks.hold(RUN / "tune"):
         result = lors("run", "tiny.yaml", "--force", "tune")
