@@ -1,10 +1,11 @@
 # make demo: SmolLM2-135M pruned, tuned and scored.   make test: the whole test suite.   Both make .venv first.
+# make faults: runs and sweeps killed again and again, KILLS times, at moments drawn by SEED.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: install demo test check clean
+.PHONY: install demo test faults check clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed $(VENV)/.demo-model
@@ -28,6 +29,11 @@ demo: install
 # A process a core with one thread each: on tiny models two threads wait for each other more than they help.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+KILLS ?= 80
+SEED ?= 1
+faults: install
+	LORS_KILLS=$(KILLS) LORS_KILLS_SEED=$(SEED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/faults/test_kills.py
 
 check: install
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from pathlib import Path
 
 
@@ -109,28 +110,15 @@ def _translate_one(error: BaseException) -> LorsError | None:
     name = type(error).__name__
     text = str(error).strip() or name
     first_line = text.splitlines()[0]
-    if isinstance(error, MemoryError) or name == "OutOfMemoryError" or "DefaultCPUAllocator" in text:
-        return ResourceError(
-            f"Not enough memory: {first_line}",
-            "Use fewer or shorter samples, a smaller per_device_batch_size, or bfloat16 weights.",
-        )
+    limit = _limit(error, text)
+    if limit is not None:
+        return limit
     if "gloo/transport" in text or name in ("DistNetworkError", "DistBackendError"):
         return PeerError(
             f"Another process of this job is gone: {first_line}",
             "Look for its own message; if it has none, the system may have ended it for its memory.",
         )
-    writer_broke = isinstance(error, RuntimeError) and "inline_container.cc" in text  # torch.save on a full disk
-    if (
-        "No space left on device" in text
-        or writer_broke
-        or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-    ):
-        where = f" writing {error.filename}" if getattr(error, "filename", None) else ""  # type: ignore[attr-defined]
-        return ResourceError(
-            f"The disk is full{where}: {first_line}",
-            "Free some space or choose another --out; what was finished before is intact.",
-        )
-    if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
+    if _number(error, text) in (errno.EACCES, errno.EPERM, errno.EROFS):
         return UsageError(f"Cannot write or read there: {first_line}", "Choose a folder you may write to.")
     if isinstance(error, BrokenPipeError):  # a ConnectionError, but of our own output
         return None
@@ -143,6 +131,49 @@ def _translate_one(error: BaseException) -> LorsError | None:
     if isinstance(error, (NotADirectoryError, IsADirectoryError, FileExistsError)):
         return UsageError(f"A file stands where a folder should be, or the reverse: {first_line}")
     return None
+
+
+_MEMORY_HINT = (
+    "Use fewer or shorter samples, a smaller per_device_batch_size, or bfloat16 weights; the same command goes on from "
+    "what is finished."
+)
+_DISK_HINT = (
+    "Free some space or choose another --out; what was finished before is intact, and the same command goes on."
+)
+_DEVICE_HINT = "Look at the disk or its network (dmesg, df); what was finished before is intact."
+_MEMORY_SIGNS = ("DefaultCPUAllocator", "failed to map segment", "can't start new thread", "std::bad_alloc")
+
+
+def _limit(error: BaseException, text: str) -> ResourceError | None:
+    """The machine's limit that was met, if it was one."""
+    first_line = getattr(error, "strerror", None) or text.splitlines()[0]
+    number = _number(error, text)
+    if (
+        isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or number == errno.ENOMEM
+        or (isinstance(error, (RuntimeError, ImportError)) and any(sign in text for sign in _MEMORY_SIGNS))
+    ):  # fmt: skip
+        return ResourceError(f"Not enough memory: {first_line}", _MEMORY_HINT)
+    path = getattr(error, "filename", None)
+    where = f" writing {path}" if path else ""
+    writer_broke = isinstance(error, RuntimeError) and "inline_container.cc" in text  # torch.save on a full disk
+    if "No space left on device" in text or writer_broke or number in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceError(f"The disk is full{where}: {first_line}", _DISK_HINT)
+    if number == errno.EFBIG:
+        return ResourceError(f"No file may be so large{where}: {first_line}", "Raise the limit: ulimit -f")
+    if number in (errno.EMFILE, errno.ENFILE):
+        return ResourceError(f"{first_line}{where}.", "Raise the limit: ulimit -n")
+    if number in (errno.EIO, errno.ESTALE):
+        return ResourceError(f"The disk failed{where}: {first_line}", _DEVICE_HINT)
+    return None
+
+
+def _number(error: BaseException, text: str) -> int | None:
+    """The operating system's number for an error, also where a Rust library has it in its text only."""
+    number = getattr(error, "errno", None)
+    if isinstance(number, int):
+        return number
+    found = re.search(r"\bos error (\d+)|\bOs \{ code: (\d+)", text)
+    return int(found[1] or found[2]) if found else None
 
 
 def require_file(path: Path, what: str) -> Path:

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lors_cli import console, parallel, run_dir
+from lors_cli import console, locks, parallel, run_dir
 from lors_cli.determinism import determinism
-from lors_cli.errors import ResourceError, UsageError
+from lors_cli.errors import MissingError, ResourceError, UsageError
 from lors_cli.plans import StagePlan, announce, plan_stages, resolve_data_dir, select
 from lors_cli.recipe import PruneConfig, Recipe, TuneConfig
 
@@ -32,6 +32,8 @@ def run_single(plan: StagePlan, data_dir: Path | None) -> bool:
     """
     with claim(plan.folder):
         if plan.status == "done":
+            if parallel.is_main():
+                run_dir.remove(run_dir.leftovers(plan.folder))
             console.heading(f"{plan.stage}: finished earlier, nothing to do")
             return False
         console.heading(f"{plan.stage}: {announce(plan)}")
@@ -58,7 +60,7 @@ def guard_out(out: Path, stage: str, inputs: Iterable[str] = ()) -> None:
         return
     if any(Path(path).exists() and out.samefile(path) for path in inputs):
         raise UsageError(f"--out {out} is the model's own folder; results go to another.", elsewhere)
-    names = {path.name for path in out.iterdir()} - {".lock"}
+    names = {path.name for path in out.iterdir() if not run_dir.is_partial(path)} - {locks.LOCK_NAME}
     record = run_dir.read_record(out)
     if record is not None and record.stage != stage:
         raise UsageError(f"{out} holds the results of {record.stage}, which would be overwritten.", elsewhere)
@@ -80,12 +82,23 @@ def claim(out: Path) -> Iterator[None]:
         yield
         return
     fresh = not out.exists()
-    with run_dir.lock(out):
+    with locks.hold(out):
         try:
             yield
         finally:
-            if fresh and [path.name for path in out.iterdir()] == [".lock"]:
+            if fresh and out.is_dir() and [path.name for path in out.iterdir()] == [locks.LOCK_NAME]:
                 shutil.rmtree(out)
+
+
+def tidy(folder: Path) -> None:
+    """Remove what a killed process left beside a finished stage's results.
+
+    Args:
+        folder: the stage's.
+    """
+    if parallel.is_main() and run_dir.leftovers(folder):
+        with claim(folder):
+            run_dir.remove(run_dir.leftovers(folder))
 
 
 def check_disk(plan: StagePlan) -> None:
@@ -140,12 +153,36 @@ def run_stage(plan: StagePlan, data_dir: Path | None) -> None:
 
     check_disk(plan)
     check_memory(plan)
-    if isinstance(plan.config, PruneConfig):
-        prune(plan.config, next(iter(plan.models.values())), plan.folder, data_dir=data_dir)
-    elif isinstance(plan.config, TuneConfig):
-        tune(plan.config, next(iter(plan.models.values())), plan.folder, data_dir=data_dir)
-    else:
-        evaluate(plan.config, plan.models, plan.folder, data_dir=data_dir)
+    with _told_when_gone(plan):
+        if isinstance(plan.config, PruneConfig):
+            prune(plan.config, next(iter(plan.models.values())), plan.folder, data_dir=data_dir)
+        elif isinstance(plan.config, TuneConfig):
+            tune(plan.config, next(iter(plan.models.values())), plan.folder, data_dir=data_dir)
+        else:
+            evaluate(plan.config, plan.models, plan.folder, data_dir=data_dir)
+
+
+@contextmanager
+def _told_when_gone(plan: StagePlan) -> Iterator[None]:
+    """A folder that something else removes or renames under a running stage is no bug of ours.
+
+    Raises:
+        MissingError: naming what is gone.
+    """
+    folders = [plan.folder, *(Path(model.path) for model in plan.models.values())]
+    there = [folder for folder in folders if folder.is_dir()]
+    try:
+        yield
+    except FileNotFoundError as error:
+        gone = next((folder for folder in there if not folder.is_dir()), None)
+        if gone is None and error.filename and Path(error.filename).is_relative_to(plan.folder):
+            gone = Path(error.filename)
+        if gone is None:
+            raise
+        raise MissingError(
+            f"{gone} was removed while {plan.stage} was running.",
+            "The same command goes on from what is left; two runs must not share a folder.",
+        ) from error
 
 
 def forget(plan: StagePlan) -> None:
@@ -208,6 +245,7 @@ def _run_plans(
         started = time.monotonic()
         label = f"[{number}/{len(stages)}] {stage}"
         if plan.status == "done":
+            tidy(plan.folder)
             console.heading(f"{label}: {plan.detail}")
         else:
             console.heading(f"{label}: {announce(plan)}")

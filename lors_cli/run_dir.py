@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, stage records, fingerprints, locks.
+"""Files that are whole or absent: atomic writes, stage records, fingerprints.
 
 Layout of a run: DESIGN §4. A stage's results are prepared in `<stage>/.staging`, its resumable state in
 `<stage>/.work`; `publish` renames the results into place and writes `stage.json` last.
@@ -6,22 +6,17 @@ Layout of a run: DESIGN §4. A stage's results are prepared in `<stage>/.staging
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import platform
 import shutil
-import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
-
-from lors_cli.errors import UsageError
 
 RECORD_NAME = "stage.json"
 STAGING_NAME = ".staging"
@@ -48,6 +43,11 @@ def write_bytes(path: Path, data: bytes) -> None:
         partial.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def is_partial(path: Path) -> bool:
+    """Whether a name is that of a file that a killed `write_bytes` has left."""
+    return path.name.startswith(".") and path.name.endswith(".partial")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -259,6 +259,29 @@ def publish(folder: Path, record: StageRecord, *, keep: Sequence[str] = ()) -> S
     return finished
 
 
+def leftovers(folder: Path) -> list[Path]:
+    """What a kill after the last step of `publish` has left beside a finished stage's results.
+
+    Args:
+        folder: of a finished stage; work of other settings that was begun there is not among them.
+    """
+    record = read_record(folder)
+    assert record is not None, folder
+    left = [folder / STAGING_NAME, folder / JOURNAL_NAME]
+    if read_json(folder / WORK_NAME / "fingerprint.json") in (None, record.fingerprint):
+        left.append(folder / WORK_NAME)
+    return [path for path in left if path.exists()]
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """Remove files and folders."""
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def environment() -> dict[str, Any]:
     """Versions and hardware that a result was made with."""
     from importlib.metadata import PackageNotFoundError, version
@@ -281,34 +304,3 @@ def environment() -> dict[str, Any]:
         "packages": versions,
         "code": code_version(),
     }
-
-
-@contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process; a second run on it is refused with the first one's pid and host.
-
-    The lock is the kernel's, so it goes with the process that held it, however that ended.
-
-    Raises:
-        UsageError: another process holds the folder.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ".lock"
-    with open(path, "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            owner = file.read().strip() or "another process"
-            raise UsageError(
-                f"{folder} is in use by {owner}.", "Wait for it to end, or choose another --out."
-            ) from None
-        file.seek(0)
-        file.truncate()
-        file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        try:
-            yield
-        finally:
-            file.seek(0)
-            file.truncate()

@@ -8,15 +8,15 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from killing import signalled
 from typer.testing import Result
 
-from lors_cli import pipeline
+from lors_cli import locks, pipeline
 from lors_cli.errors import UsageError
 from lors_cli.pipeline import guard_out
 
@@ -194,25 +194,6 @@ def test_the_large_recipe_is_planned_without_a_network(at_workshop: Path, lors: 
 
 # Broken off -----------------------------------------------------------------------------------------------------
 
-SIGNALLED = """
-import os, signal, sys
-number, wanted = int(sys.argv[1]), sys.argv[2]
-def hook(event, arguments):
-    if event == "os.rename" and wanted in str(arguments[1]):
-        os.kill(os.getpid(), number)
-sys.addaudithook(hook)
-from lors_cli.cli import app
-app(sys.argv[3:], prog_name="lors")
-"""
-
-
-def signalled(number: signal.Signals, before: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A `lors` process that gets a signal just before a file or folder of that name is renamed into place."""
-    return subprocess.run(
-        [sys.executable, "-c", SIGNALLED, str(int(number)), before, *arguments],
-        capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-
 
 def test_a_killed_run_goes_on_to_the_same_weights(at_workshop: Path, finished_workshop: Path, lors: Lors) -> None:
     kept: dict[str, tuple[int, str]] = {}
@@ -370,12 +351,39 @@ def test_ones_own_folders_are_taken(at_finished: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_in_use_is_refused(at_finished: Path, lors: Lors) -> None:
-    from lors_cli import run_dir
-
-    with run_dir.lock(RUN):
+    with locks.hold(RUN):
         result = lors("run", "tiny.yaml")
     assert result.exit_code == 2
     assert f"pid {os.getpid()}" in result.stderr
+
+
+def test_a_folder_whose_first_file_was_cut_off_is_taken(tmp_path: Path) -> None:
+    for name, stage in ((".recipe.yaml.partial", "run"), (".sweep.yaml.partial", "sweep"), (".x.partial", "prune")):
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / name).touch()
+        guard_out(tmp_path / stage, stage)
+    (tmp_path / "run" / "thesis.partial").touch()
+    with pytest.raises(UsageError, match="other files"):
+        guard_out(tmp_path / "run", "run")
+
+
+def test_a_stage_of_a_run_that_is_in_use_is_refused(at_finished: Path, lors: Lors) -> None:
+    with locks.hold(RUN / "tune"):
+        result = lors("run", "tiny.yaml", "--force", "tune")
+        assert result.exit_code == 2
+        assert f"{RUN / 'tune'} is in use by pid {os.getpid()}" in result.stderr
+        result = lors("tune", RUN / "prune", "--out", RUN / "tune", "--dataset", "rows.jsonl")
+        assert result.exit_code == 2
+        assert "is in use by pid" in result.stderr
+
+
+def test_what_a_kill_left_of_publishing_is_removed(at_finished: Path, lors: Lors) -> None:
+    before = snapshot(RUN)
+    for name in (".work", ".staging"):
+        (RUN / "prune" / name).mkdir()
+        (RUN / "prune" / name / "block").write_bytes(b"x")
+    assert set(statuses(lors("run", "tiny.yaml", "--json")).values()) == {"skipped"}
+    assert snapshot(RUN) == before
 
 
 # A real model ---------------------------------------------------------------------------------------------------

@@ -1,13 +1,10 @@
-"""Files that are whole or absent, stages that are finished or not, one process a folder."""
+"""Files that are whole or absent, stages that are finished or not."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,18 +13,18 @@ from typing import Any
 import pytest
 
 from lors_cli import run_dir
-from lors_cli.errors import UsageError
 from lors_cli.run_dir import (
     StageRecord,
     cached_sha256,
     file_sha256,
     fingerprint,
     is_finished,
-    lock,
+    leftovers,
     plain,
     publish,
     read_json,
     read_record,
+    remove,
     staging_dir,
     work_dir,
     write_bytes,
@@ -303,51 +300,32 @@ class TestWorkAndStaging:
         assert names(staging_dir(tmp_path / "s")) == set()
 
 
-HOLDER = """
-import sys, time
-from pathlib import Path
-from lors_cli.run_dir import lock
-with lock(Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(60)
-"""
+class TestLeftovers:
+    def finished(self, folder: Path) -> None:
+        stage(folder, {"model": "w"})
+        publish(folder, RECORD)
 
+    def test_a_kill_after_the_record_leaves_what_is_removed(self, tmp_path: Path) -> None:
+        self.finished(tmp_path)
+        assert leftovers(tmp_path) == []
+        work_dir(tmp_path, "f1")
+        staging_dir(tmp_path)
+        write_json(tmp_path / ".publishing.json", ["model"])
+        remove(leftovers(tmp_path))
+        assert names(tmp_path) == {"model", "stage.json"}
+        assert is_finished(tmp_path, "f1")
 
-class TestLock:
-    def hold(self, folder: Path) -> subprocess.Popen[str]:
-        root = Path(run_dir.__file__).parents[1]
-        process = subprocess.Popen(
-            [sys.executable, "-c", HOLDER, str(folder)], cwd=root, stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
-        return process
+    def test_half_removed_work_is_removed(self, tmp_path: Path) -> None:
+        self.finished(tmp_path)
+        (work_dir(tmp_path, "f1") / "block").write_text("x")
+        (tmp_path / ".work" / "fingerprint.json").unlink()
+        remove(leftovers(tmp_path))
+        assert not (tmp_path / ".work").exists()
 
-    def test_a_second_process_is_refused_until_the_first_is_killed(self, tmp_path: Path) -> None:
-        holder = self.hold(tmp_path / "run")
-        try:
-            with pytest.raises(UsageError, match=rf"run is in use by pid {holder.pid} on \S+\."):
-                with lock(tmp_path / "run"):
-                    pass
-            with lock(tmp_path / "another"):
-                pass
-        finally:
-            holder.send_signal(signal.SIGKILL)
-            holder.wait()
-            assert holder.stdout is not None
-            holder.stdout.close()
-        with lock(tmp_path / "run"):
-            assert (tmp_path / "run" / ".lock").read_text().startswith(f"pid {os.getpid()} on ")
-        assert (tmp_path / "run" / ".lock").read_text() == ""
-
-    def test_it_is_free_after_an_error(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="mine"):
-            with lock(tmp_path):
-                raise ValueError("mine")
-        with lock(tmp_path):
-            with pytest.raises(UsageError, match="is in use"):
-                with lock(tmp_path):
-                    pass
+    def test_work_of_other_settings_is_kept(self, tmp_path: Path) -> None:
+        self.finished(tmp_path)
+        (work_dir(tmp_path, "f2") / "block").write_text("x")
+        assert leftovers(tmp_path) == []
 
 
 def test_environment_is_plain_json() -> None:

@@ -86,6 +86,7 @@ def _evaluate(
     check_tasks(config.tasks, data_dir)
     fingerprints = {label: sources.model_fingerprint(model) for label, model in model_configs.items()}
     pieces = _pieces(config, fingerprints, out, data_dir)
+    shutil.rmtree(_scratch(out), ignore_errors=True)  # of a run that was killed
     expected = eval_fingerprint(config, fingerprints, data_dir)
     for label, model_config in model_configs.items():
         mine = [piece for piece in pieces if piece.label == label]
@@ -221,6 +222,11 @@ def _file_stem(kind: str, name: str) -> str:
     return stem if kind == "tasks" else f"perplexity-{stem}"
 
 
+def _scratch(out: Path) -> Path:
+    """Where this process writes while it scores."""
+    return out / f"{_SCRATCH}{parallel.process_index() or ''}"
+
+
 def _score_model(
     config: EvalConfig,
     model_config: ModelConfig,
@@ -233,8 +239,7 @@ def _score_model(
     label = pieces[0].label
     done = f", {already} done before" if already else ""
     console.info(f"  {label}: {len(pieces)} to score{done} ({model_config.path})")
-    scratch = out / f"{_SCRATCH}{parallel.process_index() or ''}"
-    shutil.rmtree(scratch, ignore_errors=True)
+    scratch = _scratch(out)
     model, tokenizer = models.load_model(model_config), models.load_tokenizer(model_config)
     try:
         for number, piece in enumerate(pieces, start=1):
@@ -280,6 +285,7 @@ def _score_task(
     if not parallel.is_main():
         return result.metrics
     lines = (json.dumps(sample, ensure_ascii=False, allow_nan=False) + "\n" for sample in result.samples)
+    piece.path.unlink(missing_ok=True)  # of other settings: it would be taken for that of these documents
     run_dir.write_text(piece.samples, "".join(lines))
     return result.metrics
 

@@ -16,7 +16,7 @@ from typing import Any
 from lors_cli import console, parallel, run_dir
 from lors_cli.determinism import determinism
 from lors_cli.errors import LorsError, UsageError, translate
-from lors_cli.pipeline import claim, free_disk, guard_out, run_stage
+from lors_cli.pipeline import claim, free_disk, guard_out, run_stage, tidy
 from lors_cli.plans import StagePlan, describe
 from lors_cli.sweep.cells import Cell, Sweep
 from lors_cli.sweep.costs import disk_needed
@@ -133,6 +133,9 @@ class _Work:
         """Do what a cell lacks; a LorsError ends the cell, not the sweep."""
         name = cell_plan.cell.name
         missing = [plan for plan in cell_plan.plans if plan.folder not in self._finished]
+        for plan in cell_plan.plans:
+            if plan not in missing:
+                tidy(plan.folder)
         with self._marked(name):
             for plan in missing:
                 error = self._broken.get(plan.folder) or self._run_stage(plan, cell_plan)

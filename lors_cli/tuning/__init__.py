@@ -177,8 +177,12 @@ def _load_data(config: TuneConfig, network: PreTrainedModel, tokenizer: Any, dat
 
 
 def _running_log(out: Path, work: Path) -> Path:
-    """Where to log steps: `log.jsonl`, unless that is a finished stage's, which stays until it is replaced."""
-    return (out if run_dir.read_record(out) is None else work) / LOG_NAME
+    """Where to log steps: `log.jsonl`, unless that is a finished stage's, which stays until it is replaced.
+
+    A log begun in `work` is gone on with: a kill while results were published may have left the old one in its place.
+    """
+    begun = (work / LOG_NAME).is_file()
+    return (work if begun or run_dir.read_record(out) is not None else out) / LOG_NAME
 
 
 def _train(trainer: AdapterTrainer, config: TuneConfig, checkpoints: Path, log_path: Path) -> dict[str, Any]:

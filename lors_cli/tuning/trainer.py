@@ -194,6 +194,7 @@ class AdapterTrainer(Trainer):
         run_dir.write_json(partial / name / MARKER_NAME, {"fingerprint": self.fingerprint, "guard": self.guard.state()})
         for file in (partial / name).iterdir():
             run_dir.sync_file(file)
+        run_dir.sync_folder(partial / name)
         if self.checkpoints / name in whole_checkpoints(self.checkpoints, self.fingerprint):  # of the same step
             shutil.rmtree(partial)
             return

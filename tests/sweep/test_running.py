@@ -6,17 +6,16 @@ import hashlib
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from killing import signalled
 from typer.testing import Result
 
-from lors_cli import run_dir
+from lors_cli import locks, run_dir
 from lors_cli.errors import ResourceError
 from lors_cli.loading import load_recipe
 from lors_cli.plans import StagePlan
@@ -249,29 +248,6 @@ def test_a_bug_is_told_and_noted(at_start: Path, monkeypatch: pytest.MonkeyPatch
     assert list(states().values()) == ["failed", "pending", "pending", "pending"]
 
 
-SIGNALLED = """
-import os, signal, sys, types
-number, wanted = int(sys.argv[1]), sys.argv[2]
-report = types.ModuleType("lors_cli.report.sweep")
-report.write_sweep_report = lambda folder: []
-sys.modules["lors_cli.report.sweep"] = report
-def hook(event, arguments):
-    if event == "os.rename" and wanted in str(arguments[1]):
-        os.kill(os.getpid(), number)
-sys.addaudithook(hook)
-from lors_cli.cli import app
-app(sys.argv[3:], prog_name="lors")
-"""
-
-
-def signalled(number: signal.Signals, before: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A `lors` process that gets a signal just before a file or folder of that name is renamed into place."""
-    return subprocess.run(
-        [sys.executable, "-c", SIGNALLED, str(int(number)), before, *arguments],
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-
-
 def test_a_killed_sweep_goes_on_to_the_same_results(at_start: Path, finished_sweep: Path, lors: Lors) -> None:
     whole = snapshot(finished_sweep / SWEEP)
     for before in ("/.work/inputs_0002", "tuned.json"):  # in pruning, and when the last scores are written
@@ -291,7 +267,7 @@ def test_a_killed_sweep_goes_on_to_the_same_results(at_start: Path, finished_swe
 
 
 def test_a_folder_in_use_is_refused(at_sweep: Path, lors: Lors) -> None:
-    with run_dir.lock(SWEEP):
+    with locks.hold(SWEEP):
         result = lors("sweep", "grid.yaml")
     assert result.exit_code == 2
     assert "in use by pid" in result.stderr

@@ -149,6 +149,17 @@ def test_lora_b_has_its_own_learning_rate(
     assert largest[16.0] == pytest.approx(16e-4, rel=1e-2)
 
 
+def test_a_log_begun_beside_an_earlier_result_is_gone_on_with(tmp_path: Path) -> None:
+    from lors_cli.tuning import _running_log
+
+    work = tmp_path / ".work"
+    work.mkdir()
+    assert _running_log(tmp_path, work) == tmp_path / "log.jsonl"
+    (tmp_path / "log.jsonl").write_text("the earlier result's, whose stage.json publishing has removed")
+    (work / "log.jsonl").write_text("this one's")
+    assert _running_log(tmp_path, work).read_text() == "this one's"
+
+
 def test_a_run_killed_after_training_merges_without_training_again(
     sparse_checkpoint: Path, config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
