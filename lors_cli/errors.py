@@ -91,6 +91,12 @@ def translate(error: BaseException) -> LorsError | None:
     return None
 
 
+def first_line(error: BaseException) -> str:
+    """What the innermost cause of an exception says, on one line."""
+    cause = _causes(error)[-1]
+    return (str(cause).strip() or type(cause).__name__).splitlines()[0]
+
+
 def _causes(error: BaseException) -> list[BaseException]:
     """The exception and everything it was raised from, outermost first."""
     chain: list[BaseException] = []

@@ -6,7 +6,6 @@ or GGUF, never from pickle.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Iterator, Sized
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lors_cli import console, parallel
 from lors_cli.errors import MissingError, UsageError, offline_hint, translate
+from lors_cli.revisions import pinned_revision
 from lors_cli.sources import ModelSource, locate
 
 if TYPE_CHECKING:
@@ -138,10 +138,10 @@ def load_config(config: ModelConfig) -> Any:
 
     source = locate(config.path)
     with quiet_libraries():
-        try:
-            return AutoConfig.from_pretrained(source.name_or_path, **_where(config, source))
-        except (ValueError, TypeError, KeyError, OSError) as error:
-            raise load_error(config.path, "its configuration", error) from error
+        with loading(config.path, "its configuration"):
+            settings = AutoConfig.from_pretrained(source.name_or_path, **_where(config, source))
+            forget_own_code(settings)
+            return settings
 
 
 def load_model(config: ModelConfig, *, device: torch.device | None = None) -> PreTrainedModel:
@@ -155,7 +155,6 @@ def load_model(config: ModelConfig, *, device: torch.device | None = None) -> Pr
         MissingError: not there or not reachable.
         UsageError: only pickled weights, or weights that do not fit the configuration.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, GgufConfig
 
     source = locate(config.path)
@@ -169,7 +168,7 @@ def load_model(config: ModelConfig, *, device: torch.device | None = None) -> Pr
         options["use_safetensors"] = True
     reading = console.busy("reading the .gguf") if source.gguf_file else library_bars("loading", "weights")
     with quiet_libraries(), reading:
-        try:
+        with loading(config.path, "the checkpoint"):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.name_or_path,
                 dtype=resolve_dtype(config, stored, computing),
@@ -177,16 +176,46 @@ def load_model(config: ModelConfig, *, device: torch.device | None = None) -> Pr
                 ignore_mismatched_sizes=True,  # they are refused below, by name
                 **options,
             )
-        except (ValueError, TypeError, RuntimeError, KeyError, OSError, struct.error, SafetensorError) as error:
-            raise load_error(config.path, "the checkpoint", error) from error
     model, report = loaded
     bad = sorted({*report["missing_keys"], *(str(item[0]) for item in report["mismatched_keys"])})
     if bad:
         raise UsageError(f"{config.path}: {len(bad)} weights are missing or of the wrong shape, first: {bad[0]}")
     model.requires_grad_(False)
+    forget_own_code(model.config)
     if hasattr(model.config, "_model_name_or_path"):  # a .gguf's general.name, which is no setting
         del model.config._model_name_or_path
     return model.to(device or computing).eval()
+
+
+@contextmanager
+def loading(path: str, what: str) -> Iterator[None]:
+    """Turn whatever transformers raises over a user's files into the user's error.
+
+    Broken files make it fail in every way that code fails (IndexError, AssertionError, a panic of its Rust parts), so
+    all of them count as the files' fault; -vv shows where.
+
+    Args:
+        path: of the model, for the message.
+        what: is loaded.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise load_error(path, what, error) from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # pyo3's, which is no Exception
+            raise
+        raise load_error(path, what, RuntimeError(str(error))) from error
+
+
+def forget_own_code(settings: Any) -> None:
+    """Take the names of a model's own Python code out of its configuration: it is not run, and not saved with results.
+
+    Args:
+        settings: a transformers configuration.
+    """
+    if hasattr(settings, "auto_map"):
+        del settings.auto_map
 
 
 def load_error(path: str, what: str, error: Exception) -> Exception:
@@ -195,6 +224,11 @@ def load_error(path: str, what: str, error: Exception) -> Exception:
     if type(error) is OSError and "safetensors" in first_line:
         hint = "Only safetensors are read; convert pickled weights on a machine that trusts them."
         return UsageError(f"{path}: {first_line}", hint)
+    if "trust_remote_code" in str(error):
+        return UsageError(
+            f"{path}: {what} needs Python code that comes with the model, which lors does not run.",
+            "Only architectures that transformers has itself are loaded; look for a converted checkpoint.",
+        )
     known = translate(error)
     if isinstance(known, MissingError):
         return MissingError(f"{path}: no such folder, and not to be had from the hub: {first_line}", offline_hint())
@@ -212,10 +246,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
     source = locate(config.path)
     with quiet_libraries():
-        try:
+        with loading(config.path, "its tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(source.name_or_path, **_where(config, source))
-        except (ValueError, TypeError, KeyError, OSError, struct.error) as error:
-            raise load_error(config.path, "its tokenizer", error) from error
     if tokenizer.eos_token_id is None:
         raise UsageError(f"{config.path}: its tokenizer has no EOS token, which separates documents.")
     if tokenizer.pad_token_id is None:
@@ -224,9 +256,16 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def _where(config: ModelConfig, source: ModelSource) -> dict[str, Any]:
+    options: dict[str, Any] = {"trust_remote_code": False}  # None would ask on the terminal
     if source.gguf_file is not None:
-        return {"gguf_file": source.gguf_file}
-    return {"revision": config.revision} if source.repo is not None else {}
+        options["gguf_file"] = source.gguf_file
+    return {**options, **revision_of(config)}
+
+
+def revision_of(config: ModelConfig) -> dict[str, str]:
+    """The option with the commit of a model on the hub; none for other models."""
+    repo = locate(config.path).repo
+    return {"revision": pinned_revision(repo, config.revision)} if repo is not None else {}
 
 
 def model_max_length(model_or_config: Any) -> int:

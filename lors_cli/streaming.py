@@ -281,23 +281,19 @@ def _without_weights(settings: Any, dtype: torch.dtype, config: ModelConfig) -> 
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    from lors_cli.models import load_error, quiet_libraries
+    from lors_cli.models import loading, quiet_libraries, revision_of
 
-    try:
-        with quiet_libraries(), init_empty_weights(include_buffers=False):
-            network = AutoModelForCausalLM.from_config(settings, dtype=dtype)
-    except (ValueError, TypeError, KeyError) as error:
-        raise load_error(config.path, "the checkpoint", error) from error
-    network.tie_weights()
+    with loading(config.path, "the checkpoint"), quiet_libraries(), init_empty_weights(include_buffers=False):
+        network = AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=False)
+        network.tie_weights()
     if network.can_generate():
-        with quiet_libraries():
+        options: dict[str, Any] = {**revision_of(config)}
+        with loading(config.path, "its generation_config.json"), quiet_libraries():
             try:
-                found = GenerationConfig.from_pretrained(settings.name_or_path, revision=config.revision)
+                found = GenerationConfig.from_pretrained(settings.name_or_path, **options)
                 network.generation_config = found
             except OSError:
                 console.detail(f"  {config.path} has no generation_config.json")
-            except (TypeError, ValueError) as error:
-                raise load_error(config.path, "its generation_config.json", error) from error
     return network.requires_grad_(False).eval()
 
 
@@ -307,7 +303,8 @@ def _weight_files(config: ModelConfig) -> list[Path]:
     Raises:
         UsageError: there are none, or the index names one outside the checkpoint's folder.
     """
-    from lors_cli.models import load_error
+    from lors_cli.models import loading
+    from lors_cli.revisions import pinned_revision
     from lors_cli.sources import locate
 
     source = locate(config.path)
@@ -316,10 +313,9 @@ def _weight_files(config: ModelConfig) -> list[Path]:
         from huggingface_hub import snapshot_download
 
         patterns = ["model*.safetensors", "model.safetensors.index.json", "*config.json"]
-        try:
-            folder = Path(snapshot_download(str(source.repo), revision=config.revision, allow_patterns=patterns))
-        except (ValueError, OSError) as error:
-            raise load_error(config.path, "the checkpoint", error) from error
+        with loading(config.path, "the checkpoint"):
+            revision = pinned_revision(str(source.repo), config.revision)
+            folder = Path(snapshot_download(str(source.repo), revision=revision, allow_patterns=patterns))
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if not (folder / names[0]).is_file() and index.is_file():

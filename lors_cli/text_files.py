@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from lors_cli._yaml import shorten
 from lors_cli.errors import UsageError
 
 FORMATS = (".jsonl", ".json", ".parquet", ".txt", ".safetensors")
@@ -51,7 +52,7 @@ def row_kind(path: Path) -> Literal["text", "instructions"]:
     Raises:
         UsageError: the file is empty or its first row is neither.
     """
-    for number, value in islice(_values(path), 1):
+    for number, value in islice(json_values(path), 1):
         if isinstance(value, dict):
             if "instruction" in value and "output" in value:
                 return "instructions"
@@ -77,9 +78,9 @@ def read_rows(
     Raises:
         UsageError: a row is broken; the message says `file:row`, rows counted from 1 (lines in JSON lines).
     """
-    for number, value in _values(path):
+    for number, value in json_values(path):
         if not isinstance(value, dict):
-            raise UsageError(f"{path}:{number}: not an object but {_named(value)}.", _HINT)
+            raise UsageError(f"{path}:{number}: not an object but {shown_value(value)}.", _HINT)
         if only(value):
             yield {key: _text_of(path, number, value, key) for key in _KEYS[kind]}
 
@@ -107,20 +108,24 @@ def _text_of(path: Path, number: int, value: dict[str, Any], key: str) -> str:
         near = f" It has {', '.join(map(repr, value))}." if value else " It is empty."
         raise UsageError(f"{path}:{number}: the row has no {key!r}.{near}", _HINT)
     if not isinstance(found, str):
-        raise UsageError(f"{path}:{number}: {key!r} must be text, not {_named(found)}.", _HINT)
+        raise UsageError(f"{path}:{number}: {key!r} must be text, not {shown_value(found)}.", _HINT)
     if _SURROGATE.search(found):
         raise UsageError(f"{path}:{number}: {key!r} holds half a surrogate pair, which is no character.")
     return found
 
 
-def _named(value: Any) -> str:
+def shown_value(value: Any) -> str:
     """A JSON value for a message."""
     text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 40 else f"{text[:40]}…"
+    return shorten(text, 41)
 
 
-def _values(path: Path) -> Iterator[tuple[int, Any]]:
-    """(row number, value) of a file, not yet checked."""
+def json_values(path: Path) -> Iterator[tuple[int, Any]]:
+    """(row number, value) of a file of rows, not yet checked.
+
+    Raises:
+        UsageError: a row is no JSON, with file and row.
+    """
     form = file_format(path)
     if form == "parquet":
         yield from _parquet_values(path)

@@ -87,7 +87,9 @@ def _hostile_record(path: Path, rng: Random) -> None:
     """A record that names files elsewhere."""
     record = json.loads(path.read_text())
     outside = rng.choice(("../../keep/file", "../keep/file", str(path.parents[2] / "keep" / "file"), "..", "/", ""))
-    record["files"] = rng.choice(({**record["files"], outside: "0"}, {outside: "0"}, [outside], outside, {outside: None}))
+    record["files"] = rng.choice(
+        ({**record["files"], outside: "0"}, {outside: "0"}, [outside], outside, {outside: None})
+    )
     record["fingerprint"] = rng.choice((record["fingerprint"], "0" * 32, None))
     path.write_text(json.dumps(record))
 
@@ -95,7 +97,12 @@ def _hostile_record(path: Path, rng: Random) -> None:
 def _begun(run: Path, rng: Random) -> None:
     """What a stopped stage leaves, made up."""
     stage = run / rng.choice(("prune", "tune"))
-    for name in (".publishing.json", ".work/fingerprint.json", ".staging/x.json", "checkpoints/checkpoint-1/state.json"):
+    for name in (
+        ".publishing.json",
+        ".work/fingerprint.json",
+        ".staging/x.json",
+        "checkpoints/checkpoint-1/state.json",
+    ):
         if rng.random() < 0.5:
             path = stage / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -226,7 +233,10 @@ def _shards(model: Path, rng: Random) -> None:
     save_file(rest, model / "model-00002-of-00002.safetensors", metadata={"format": "pt"})
     shards = {**dict.fromkeys(half, "model-00001-of-00002.safetensors"),
               **dict.fromkeys(rest, "model-00002-of-00002.safetensors")}  # fmt: skip
-    index: Any = {"metadata": {"total_size": sum(tensor.numel() * 4 for tensor in tensors.values())}, "weight_map": shards}
+    index: Any = {
+        "metadata": {"total_size": sum(tensor.numel() * 4 for tensor in tensors.values())},
+        "weight_map": shards,
+    }
     kind = rng.randrange(6)
     if kind == 0:
         (model / "model-00002-of-00002.safetensors").unlink()

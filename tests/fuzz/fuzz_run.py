@@ -34,6 +34,7 @@ from fuzz_files import data_case, data_folder_case
 from fuzz_models import adapter_case, checkpoint_case, run_folder_case
 from fuzz_text import override_case, recipe_case, sweep_case
 from fuzz_world import World, alone, at
+
 from lors_cli.cli import app
 
 Case = Callable[[Random, Path], list[str]]
@@ -170,7 +171,9 @@ def fuzz(world: World, cases: int, seed: int, report: Callable[[str], None]) -> 
                 report(f"PROBLEM {outcome.name} lors {outcome.arguments}\n{outcome.problem}")
             if number % 50 == 49:
                 gc.collect()
-        report(f"{kind}: {tally.cases[kind]} cases, {time.monotonic() - started:.0f} s, peak {peak_kib() / 2**20:.2f} GiB")
+        report(
+            f"{kind}: {tally.cases[kind]} cases, {time.monotonic() - started:.0f} s, peak {peak_kib() / 2**20:.2f} GiB"
+        )
     return tally
 
 

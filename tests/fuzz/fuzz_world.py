@@ -1,7 +1,7 @@
-"""A small world to run `lors` in: tiny models, a finished run, data, and what must not change around a case's results.
+"""A small world to run `lors` in: tiny models, a finished run, data, and what no case may change.
 
-Layout: `base/` holds whole inputs and is never written to; `place/` is a case's current folder, made anew for each, with
-its results in `place/out`; `home/` and `tmp/` stand for the user's cache and the machine's temporary files.
+Layout: `base/` holds whole inputs and is never written to; `place/` is a case's current folder, made anew for each,
+with its results in `place/out`; `home/` and `tmp/` stand for the user's cache and the machine's temporary files.
 """
 
 from __future__ import annotations
