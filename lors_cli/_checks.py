@@ -157,9 +157,9 @@ def check(schema: type, settings: Settings) -> Any:
     Raises:
         UsageError: with every problem, in the order of the places.
     """
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
-    adapter: TypeAdapter[Any] = TypeAdapter(schema)
+    adapter = _adapter(schema)
     data, mended = copy.deepcopy(settings.data), set[str]()
     for _ in range(MAX_PASSES):
         try:
@@ -176,6 +176,14 @@ def check(schema: type, settings: Settings) -> Any:
             mended.update(_mend(schema, data, entry["loc"], entry["type"]))
     settings.fail()
     return result
+
+
+@cache
+def _adapter(schema: type) -> Any:
+    """pydantic's checker of a schema, which takes longer to make than to use."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(schema)
 
 
 def _report(schema: type, settings: Settings, entry: Any, mended: set[str]) -> None:

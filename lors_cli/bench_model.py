@@ -68,7 +68,7 @@ def sparse_model(
     """
     from transformers import AutoModelForCausalLM
 
-    from lors_cli.models import loading
+    from lors_cli.model_files import loading
 
     if path is None:
         assert shape is not None

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lors_cli import console, parallel
-from lors_cli.errors import MissingError, UsageError, offline_hint, translate
+from lors_cli.errors import UsageError
+from lors_cli.model_files import check_size, check_vocabulary, forget_own_code, loading, safetensors_files
 from lors_cli.revisions import pinned_revision
 from lors_cli.sources import ModelSource, locate
 
@@ -141,6 +142,8 @@ def load_config(config: ModelConfig) -> Any:
         with loading(config.path, "its configuration"):
             settings = AutoConfig.from_pretrained(source.name_or_path, **_where(config, source))
             forget_own_code(settings)
+            if source.folder is not None and source.gguf_file is None:
+                check_size(settings, source.folder, config.path)
             return settings
 
 
@@ -165,6 +168,8 @@ def load_model(config: ModelConfig, *, device: torch.device | None = None) -> Pr
         stored = None
     else:
         stored = getattr(load_config(config), "dtype", None)
+        if source.folder is not None:
+            safetensors_files(source.folder, config.path)
         options["use_safetensors"] = True
     reading = console.busy("reading the .gguf") if source.gguf_file else library_bars("loading", "weights")
     with quiet_libraries(), reading:
@@ -187,54 +192,6 @@ def load_model(config: ModelConfig, *, device: torch.device | None = None) -> Pr
     return model.to(device or computing).eval()
 
 
-@contextmanager
-def loading(path: str, what: str) -> Iterator[None]:
-    """Turn whatever transformers raises over a user's files into the user's error.
-
-    Broken files make it fail in every way that code fails (IndexError, AssertionError, a panic of its Rust parts), so
-    all of them count as the files' fault; -vv shows where.
-
-    Args:
-        path: of the model, for the message.
-        what: is loaded.
-    """
-    try:
-        yield
-    except Exception as error:
-        raise load_error(path, what, error) from error
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":  # pyo3's, which is no Exception
-            raise
-        raise load_error(path, what, RuntimeError(str(error))) from error
-
-
-def forget_own_code(settings: Any) -> None:
-    """Take the names of a model's own Python code out of its configuration: it is not run, and not saved with results.
-
-    Args:
-        settings: a transformers configuration.
-    """
-    if hasattr(settings, "auto_map"):
-        del settings.auto_map
-
-
-def load_error(path: str, what: str, error: Exception) -> Exception:
-    """What to raise when transformers cannot load `what`; full disks, missing files and the like stay themselves."""
-    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    if type(error) is OSError and "safetensors" in first_line:
-        hint = "Only safetensors are read; convert pickled weights on a machine that trusts them."
-        return UsageError(f"{path}: {first_line}", hint)
-    if "trust_remote_code" in str(error):
-        return UsageError(
-            f"{path}: {what} needs Python code that comes with the model, which lors does not run.",
-            "Only architectures that transformers has itself are loaded; look for a converted checkpoint.",
-        )
-    known = translate(error)
-    if isinstance(known, MissingError):
-        return MissingError(f"{path}: no such folder, and not to be had from the hub: {first_line}", offline_hint())
-    return known or UsageError(f"{path}: {what} cannot be loaded: {first_line}")
-
-
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a pad token (its EOS where it has none).
 
@@ -252,6 +209,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         raise UsageError(f"{config.path}: its tokenizer has no EOS token, which separates documents.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if source.gguf_file is None:
+        check_vocabulary(tokenizer, load_config(config).get_text_config().vocab_size, config.path)
     return tokenizer
 
 

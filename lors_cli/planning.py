@@ -83,7 +83,8 @@ def _measured(config: ModelConfig) -> ModelSize | None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from lors_cli.models import decoder_blocks, load_error, model_max_length, quiet_libraries
+    from lors_cli.model_files import load_error
+    from lors_cli.models import decoder_blocks, model_max_length, quiet_libraries
     from lors_cli.sources import locate
     from lors_cli.weights import block_weights
 
@@ -135,7 +136,8 @@ def _bytes_a_weight(config: ModelConfig, stored: Any) -> int:
 def _local_settings(config: ModelConfig) -> Any | None:
     from transformers import AutoConfig
 
-    from lors_cli.models import load_config, loading
+    from lors_cli.model_files import loading
+    from lors_cli.models import load_config
     from lors_cli.revisions import pinned_revision
     from lors_cli.shapes import shape_of_hub_id
     from lors_cli.sources import locate

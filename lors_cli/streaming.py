@@ -8,7 +8,6 @@ given up afterwards. A .gguf has to be read whole.
 from __future__ import annotations
 
 import ctypes
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -165,7 +164,7 @@ class _Weights:
         from safetensors import SafetensorError, safe_open
         from transformers.conversion_mapping import get_model_conversion_mapping
 
-        from lors_cli.models import load_error
+        from lors_cli.model_files import load_error
 
         self.path = path
         self._dtype = dtype
@@ -281,7 +280,8 @@ def _without_weights(settings: Any, dtype: torch.dtype, config: ModelConfig) -> 
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    from lors_cli.models import loading, quiet_libraries, revision_of
+    from lors_cli.model_files import loading
+    from lors_cli.models import quiet_libraries, revision_of
 
     with loading(config.path, "the checkpoint"), quiet_libraries(), init_empty_weights(include_buffers=False):
         network = AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=False)
@@ -303,7 +303,7 @@ def _weight_files(config: ModelConfig) -> list[Path]:
     Raises:
         UsageError: there are none, or the index names one outside the checkpoint's folder.
     """
-    from lors_cli.models import loading
+    from lors_cli.model_files import loading, safetensors_files
     from lors_cli.revisions import pinned_revision
     from lors_cli.sources import locate
 
@@ -316,19 +316,4 @@ def _weight_files(config: ModelConfig) -> list[Path]:
         with loading(config.path, "the checkpoint"):
             revision = pinned_revision(str(source.repo), config.revision)
             folder = Path(snapshot_download(str(source.repo), revision=revision, allow_patterns=patterns))
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if not (folder / names[0]).is_file() and index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UsageError(f"{index} is no index of a checkpoint.") from error
-    files = [folder / str(name) for name in names]
-    outside = [file for file in files if file.parent != folder]
-    if outside:
-        raise UsageError(f"{index} names {outside[0]}, which is not in the checkpoint's folder.")
-    missing = [file for file in files if not file.is_file()]
-    if missing:
-        hint = "Only safetensors are read; convert pickled weights on a machine that trusts them."
-        raise UsageError(f"{config.path} has no {missing[0].name}", hint)
-    return files
+    return safetensors_files(folder, config.path)

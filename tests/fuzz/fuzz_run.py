@@ -22,11 +22,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from random import Random
 from types import FrameType
+from unittest import mock
 
-from typer.testing import CliRunner
+import typer.testing
+from typer.testing import CliRunner, Result
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -51,7 +54,8 @@ KINDS: dict[str, tuple[Case, float]] = {
 """What makes a case, and its share of all cases."""
 FINE = (0, 2, 3, 4, 5)
 """Exit codes that a broken input may end with: 1 is a bug."""
-LONGEST_S = 30
+LONGEST_S = 20
+"""Seconds of processor time that a case may take; waiting counts a third, for there may be others at work."""
 MOST_GROWTH = 2 << 30
 """Bytes that the process may grow beyond what it had once every command had run."""
 
@@ -107,7 +111,7 @@ def run_case(world: World, kind: str, number: int, seed: int, before: dict[str, 
     with at(place):
         try:
             with _alarm():
-                result = CliRunner().invoke(app, arguments)
+                result = invoke(arguments)
             code, output = result.exit_code, result.output
             problem = _judge(code, output, result.exception)
         except Hang:
@@ -117,6 +121,16 @@ def run_case(world: World, kind: str, number: int, seed: int, before: dict[str, 
     if changed and problem is None:
         problem = f"changed outside its results: {', '.join(changed[:4])}"
     return Outcome(f"{kind}:{number}", arguments, code, output, problem)
+
+
+_get_command = cache(typer.testing._get_command)
+"""typer makes its command anew for every call of an app, which takes longer than most cases."""
+
+
+def invoke(arguments: list[str]) -> Result:
+    """Run a `lors` command in this process."""
+    with mock.patch.object(typer.testing, "_get_command", _get_command):
+        return CliRunner().invoke(app, arguments)
 
 
 def _judge(code: int, output: str, exception: BaseException | None) -> str | None:
@@ -132,13 +146,17 @@ def _alarm() -> Iterator[None]:
     def ring(number: int, frame: FrameType | None) -> None:
         raise Hang
 
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, LONGEST_S, 1)  # again every second: the first may be lost in a destructor
+    before = {number: signal.signal(number, ring) for number in (signal.SIGALRM, signal.SIGPROF)}
+    timers = ((signal.ITIMER_PROF, LONGEST_S), (signal.ITIMER_REAL, 3 * LONGEST_S))
+    for timer, seconds in timers:
+        signal.setitimer(timer, seconds, 1)  # again every second: the first may be lost in a destructor
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for timer, _ in timers:
+            signal.setitimer(timer, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def message_kind(output: str) -> str:

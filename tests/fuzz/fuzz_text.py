@@ -21,9 +21,9 @@ SCALARS = (
     "hf://x", "https://user:secret@example.org/x", "file:///etc/passwd", "'quoted'", '"double"', "[]", "{}", "[a, b]",
     "[[[[]]]]", "{a: {b: {c: d}}}", "!!python/object/apply:os.system ['true']", "!!python/name:os.system",
     "!!binary aGVsbG8=", "!!set {a, b}", "!include x.yaml", "&a 1", "*a", "*missing", "<<: *a", "| \n  block",
-    ">-\n  x", "\u00e9\u4e2d\U0001f600", "\u202eabc", "\u2028", "\ufeff", "a" * 5000, "`id`", "$(id)", "; rm -rf x", "%s%n",
-    "{{7*7}}", "<script>alert(1)</script>", "a\\0b", '"a\\0b"', '"\\ud800"', '"\\u202e"', "2026-01-01", "=", "- a",
-    "? a", "# a", "@a", "`a", "{", "[", "]", "}", "'", '"', ": :", "---", "...", "%YAML 1.1", "\t",
+    ">-\n  x", "\u00e9\u4e2d\U0001f600", "\u202eabc", "\u2028", "\ufeff", "a" * 5000, "`id`", "$(id)", "; rm -rf x",
+    "%s%n", "{{7*7}}", "<script>alert(1)</script>", "a\\0b", '"a\\0b"', '"\\ud800"', '"\\u202e"', "2026-01-01", "=",
+    "- a", "? a", "# a", "@a", "`a", "{", "[", "]", "}", "'", '"', ": :", "---", "...", "%YAML 1.1", "\t",
 )  # fmt: skip
 PIECES = (
     b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"\xc3", b"\xed\xa0\x80", b"\r\n", b"\r", b"\t", b"\n---\n", b"\n...\n",
