@@ -15,6 +15,7 @@ from typing import Any
 
 from lors_cli._yaml import shorten
 from lors_cli.errors import UsageError
+from lors_cli.redaction import redact
 
 KeyPath = tuple[str | int, ...]
 MAX_SHOWN = 40
@@ -160,6 +161,7 @@ def check(schema: type, settings: Settings) -> Any:
     from pydantic import ValidationError
 
     adapter = _adapter(schema)
+    _refuse_secrets(settings)
     data, mended = copy.deepcopy(settings.data), set[str]()
     for _ in range(MAX_PASSES):
         try:
@@ -176,6 +178,20 @@ def check(schema: type, settings: Settings) -> Any:
             mended.update(_mend(schema, data, entry["loc"], entry["type"]))
     settings.fail()
     return result
+
+
+def _refuse_secrets(settings: Settings) -> None:
+    """Settings are stored with a run's results, so a token or password may not be among them."""
+
+    def look(path: KeyPath, value: Any) -> None:
+        if isinstance(value, str) and redact(value) != value:
+            settings.add(path, "holds a token or a password; give it by HF_TOKEN or `hf auth login`, never in settings")
+        for key, inner in value.items() if isinstance(value, dict) else ():
+            look((*path, key), inner)
+        for index, inner in enumerate(value) if isinstance(value, list) else ():
+            look((*path, index), inner)
+
+    look((), settings.data)
 
 
 @cache

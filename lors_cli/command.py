@@ -145,17 +145,23 @@ def fail(error: BaseException) -> NoReturn:
         raise typer.Exit(141) from None
     known = translate(error)
     if known is None:
-        traceback.print_exception(error, file=sys.stderr)
+        _print_traceback(error)
         console.error(
             f"this is a bug in lors: {type(error).__name__}: {error}", "Please report it with the lines above."
         )
         _fail_document(str(error), None, 1)
         raise typer.Exit(1) from None
     if console.verbosity() >= 2:
-        traceback.print_exception(error, file=sys.stderr)
+        _print_traceback(error)
     console.error(known.message, known.hint)
     _fail_document(known.message, known.hint, known.exit_code)
     raise typer.Exit(known.exit_code) from None
+
+
+def _print_traceback(error: BaseException) -> None:
+    from lors_cli.redaction import redact
+
+    sys.stderr.write(redact("".join(traceback.format_exception(error))))
 
 
 def _fail_document(message: str, hint: str | None, exit_code: int) -> None:
