@@ -1,10 +1,11 @@
-# make demo: SmolLM2-135M pruned, tuned and scored.   make test: the whole test suite.   Both make .venv first.
+# make demo: SmolLM2-135M pruned, tuned and scored.   make test: the whole test suite.   All make .venv first.
+# make fuzz: broken inputs by the thousand.   make audit: known vulnerabilities of the installed packages.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: install demo test check clean
+.PHONY: install demo test check fuzz audit clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed $(VENV)/.demo-model
@@ -33,6 +34,17 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Broken recipes, data, checkpoints, adapters and run folders through the real commands: CASES of them, made from SEED.
+CASES ?= 10000
+SEED ?= 0
+fuzz: install
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzz_run.py --cases $(CASES) --seed $(SEED)
+
+# Known vulnerabilities of what is installed in $(VENV): asks pypi.org, so it needs a network.
+audit: install
+	$(BIN)/pip install --quiet pip-audit
+	$(BIN)/pip-audit --skip-editable
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

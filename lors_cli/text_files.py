@@ -17,7 +17,7 @@ from lors_cli.errors import UsageError
 
 FORMATS = (".jsonl", ".json", ".parquet", ".txt", ".safetensors")
 _HINT = 'A row is {"text": …} or {"instruction": …, "output": …} with an optional "input".'
-_SURROGATE = re.compile("[\ud800-\udfff]")
+SURROGATE = re.compile("[\ud800-\udfff]")
 _KEYS = {"text": ("text",), "instructions": ("instruction", "input", "output")}
 
 
@@ -109,7 +109,7 @@ def _text_of(path: Path, number: int, value: dict[str, Any], key: str) -> str:
         raise UsageError(f"{path}:{number}: the row has no {key!r}.{near}", _HINT)
     if not isinstance(found, str):
         raise UsageError(f"{path}:{number}: {key!r} must be text, not {shown_value(found)}.", _HINT)
-    if _SURROGATE.search(found):
+    if SURROGATE.search(found):
         raise UsageError(f"{path}:{number}: {key!r} holds half a surrogate pair, which is no character.")
     return found
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lors_cli.errors import UsageError
-from lors_cli.text_files import json_values, shown_value
+from lors_cli.text_files import SURROGATE, json_values, shown_value
 
 Row = dict[str, Any]
 
@@ -25,6 +26,8 @@ def check_documents(task: str, path: Path) -> None:
     number = 0
     for number, row in json_values(path):
         wrong = _CHECKS[task](row) if isinstance(row, dict) else f"not an object but {shown_value(row)}"
+        if not wrong and SURROGATE.search(json.dumps(row, ensure_ascii=False)):
+            wrong = "it holds half a surrogate pair, which is no character"
         if wrong:
             raise UsageError(f"{path}:{number}: no document of {task}: {wrong}.")
     if not number:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lors_cli import console
-from lors_cli.errors import MissingError, UsageError, first_line, translate
+from lors_cli.errors import MissingError, UsageError, innermost, translate
 from lors_cli.evaluation.documents import check_documents
 from lors_cli.evaluation.tasks import documents_file, task_definition
 
@@ -109,7 +109,7 @@ def _load_task(name: str, definition: Path, local: Path | None) -> Any:
     except Exception as error:
         known = translate(error)
         if local is not None and (known is None or isinstance(known, UsageError)):
-            raise UsageError(f"{local}: not the documents of {name}: {first_line(error)}") from error
+            raise UsageError(f"{local}: not the documents of {name}: {innermost(error)}") from error
         if known is None and isinstance(error, FileNotFoundError):  # a metric or script that is fetched by name
             known = MissingError(str(error).splitlines()[0])
         if not isinstance(known, MissingError):
@@ -242,13 +242,14 @@ def _quiet() -> Iterator[list[str]]:
 
     cut: list[str] = []
     harness, model_log = logging.getLogger("lm_eval"), logging.getLogger("lm_eval.models.huggingface")
-    levels = harness.level, model_log.level
+    levels = harness.level, model_log.level, datasets.logging.get_verbosity()
     bars = datasets.utils.logging.is_progress_bar_enabled()
     watch = _CutRequests(cut)
     if console.verbosity() < 2:
         harness.setLevel(logging.ERROR)
         model_log.setLevel(logging.WARNING)
         datasets.disable_progress_bars()
+        datasets.logging.set_verbosity(logging.CRITICAL)
     model_log.addFilter(watch)
     try:
         with quiet_libraries(), contextlib.redirect_stdout(sys.stderr):
@@ -257,6 +258,7 @@ def _quiet() -> Iterator[list[str]]:
         model_log.removeFilter(watch)
         harness.setLevel(levels[0])
         model_log.setLevel(levels[1])
+        datasets.logging.set_verbosity(levels[2])
         if bars:
             datasets.enable_progress_bars()
 

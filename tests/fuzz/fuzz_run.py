@@ -94,7 +94,7 @@ class Tally:
             self.problems.append(outcome)
 
 
-def run_case(world: World, kind: str, number: int, seed: int, before: dict[str, tuple[int, int, int]]) -> Outcome:
+def run_case(world: World, kind: str, number: int, seed: int) -> Outcome:
     """Make a case and run it.
 
     Args:
@@ -102,11 +102,10 @@ def run_case(world: World, kind: str, number: int, seed: int, before: dict[str, 
         kind: of `KINDS`.
         number: of the case among its kind.
         seed: of all cases.
-        before: the base's snapshot.
     """
     place = world.new_place()
     arguments = KINDS[kind][0](Random(f"{seed}/{kind}/{number}"), place)
-    expected = {**before, **world.snapshot()}
+    expected = world.snapshot()
     code, output, problem = -1, "", None
     with at(place):
         try:
@@ -176,11 +175,10 @@ def fuzz(world: World, cases: int, seed: int, report: Callable[[str], None]) -> 
         report: takes a line a problem, and a line now and then.
     """
     tally = Tally()
-    before = world.snapshot()
     start_kib, started = peak_kib(), time.monotonic()
     for kind, (_, share) in KINDS.items():
         for number in range(max(1, round(cases * share))):
-            outcome = run_case(world, kind, number, seed, before)
+            outcome = run_case(world, kind, number, seed)
             grown = peak_kib() - start_kib
             if outcome.problem is None and grown * 1024 > MOST_GROWTH:
                 outcome.problem, start_kib = f"took {grown / 2**20:.1f} GiB more", peak_kib()
@@ -234,7 +232,7 @@ def main() -> int:
         world = World(root)
         world.build()
         if colon:
-            outcome = run_case(world, kind, int(number), options.seed, world.snapshot())
+            outcome = run_case(world, kind, int(number), options.seed)
             print(f"lors {outcome.arguments}\nin {world.place}\n{outcome.output}\n{outcome.problem or 'no problem'}")
             return bool(outcome.problem)
         if kind:
