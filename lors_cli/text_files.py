@@ -16,6 +16,10 @@ from lors_cli._yaml import shorten
 from lors_cli.errors import UsageError
 
 FORMATS = (".jsonl", ".json", ".parquet", ".txt", ".safetensors")
+MAX_ROW_BYTES = 64 << 20
+"""Of a line in JSON lines."""
+MAX_FILE_BYTES = 1 << 30
+"""Of a .txt, or of a .json that is one list, which are read whole; unpacked."""
 _HINT = 'A row is {"text": …} or {"instruction": …, "output": …} with an optional "input".'
 SURROGATE = re.compile("[\ud800-\udfff]")
 _KEYS = {"text": ("text",), "instructions": ("instruction", "input", "output")}
@@ -92,7 +96,7 @@ def read_text(path: Path) -> str:
         UsageError: it is empty, or not UTF-8; the message names the line.
     """
     with _opened(path) as file:
-        data = file.read()
+        data = _whole(file, path)
     text = _decode(path, 1, data).removeprefix("\ufeff")
     if not text.strip():
         raise UsageError(f"{path} is empty.")
@@ -138,16 +142,28 @@ def json_values(path: Path) -> Iterator[tuple[int, Any]]:
             yield from _array_values(path)
             return
     with _opened(path) as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(MAX_ROW_BYTES + 1), b""), 1):
+            if len(line) > MAX_ROW_BYTES:
+                raise UsageError(
+                    f"{path}:{number}: a row of more than {MAX_ROW_BYTES >> 20} MiB.", "Split it: a row is one text."
+                )
             text = _decode(path, number, line).removeprefix("\ufeff" if number == 1 else "")
             if text.strip():
                 yield number, _parse(path, number, text.rstrip())
 
 
+def _whole(file: IO[bytes], path: Path) -> bytes:
+    """All that is left of a file, which a small gzip may unpack to more than any memory holds."""
+    data = file.read(MAX_FILE_BYTES + 1)
+    if len(data) > MAX_FILE_BYTES:
+        raise UsageError(f"{path} holds more than {MAX_FILE_BYTES >> 20} MiB.", "Give it as JSON lines.")
+    return data
+
+
 def _array_values(path: Path) -> Iterator[tuple[int, Any]]:
     """The items of a .json file that is one list."""
     with _opened(path) as file:
-        text = _decode(path, 1, file.read()).removeprefix("\ufeff")
+        text = _decode(path, 1, _whole(file, path)).removeprefix("\ufeff")
     yield from enumerate(_parse(path, 1, text), 1)
 
 

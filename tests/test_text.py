@@ -263,3 +263,21 @@ def test_real_files(shared_dir: Path) -> None:
     wiki = list(_open("wikitext2", split="validation", data_dir=data).rows())
     assert len(wiki) == 1
     assert len(wiki[0]["text"].split("\n")) == 2891
+
+
+def test_sizes_are_bounded_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lors_cli.text_files.MAX_ROW_BYTES", 1 << 20)
+    monkeypatch.setattr("lors_cli.text_files.MAX_FILE_BYTES", 1 << 20)
+    row = json.dumps({"text": "a" * (2 << 20)}).encode()
+    for name, content in (
+        ("a.jsonl.gz", b'{"text": "x"}\n' + row),
+        ("b.json.gz", b"[" + row + b"]"),
+        ("c.txt.gz", row),
+    ):
+        path = tmp_path / name
+        path.write_bytes(gzip.compress(content))
+        with pytest.raises(UsageError, match=r"more than 1 MiB"):
+            list(_open(path).rows())
+    (tmp_path / "d.jsonl").write_bytes(row[: 1 << 20])
+    with pytest.raises(UsageError, match="broken JSON"):
+        _open(tmp_path / "d.jsonl")
