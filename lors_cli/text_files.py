@@ -179,7 +179,9 @@ def _parquet_values(path: Path) -> Iterator[tuple[int, Any]]:
             for value in batch.select(columns).to_pylist():
                 number += 1
                 yield number, value
-    except (ArrowException, UnicodeDecodeError) as error:
+    except (ArrowException, UnicodeDecodeError, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # the machine's; pyarrow's own OSErrors have no number
+            raise
         raise UsageError(f"{path}:{number + 1}: not a sound Parquet file: {error}") from error
 
 
@@ -191,6 +193,8 @@ def _parse(path: Path, number: int, text: str) -> Any:
         raise UsageError(f"{path}:{row}: broken JSON: {error.msg} at column {error.colno}.", _HINT) from error
     except RecursionError as error:
         raise UsageError(f"{path}:{number}: JSON that is nested too deep.", _HINT) from error
+    except ValueError as error:  # Python reads no number of more than 4300 digits
+        raise UsageError(f"{path}:{number}: broken JSON: a number that is too long.", _HINT) from error
 
 
 def _decode(path: Path, number: int, data: bytes) -> str:
