@@ -230,7 +230,7 @@ def _write_recipe(recipe: Recipe, out: Path) -> None:
 
     text = dump_recipe(recipe)
     path = out / "recipe.yaml"
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+    if not path.is_file() or path.read_bytes() != text.encode():
         run_dir.write_text(path, text)
 
 
