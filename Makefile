@@ -1,11 +1,12 @@
-# make demo: SmolLM2-135M pruned, tuned and scored.   make test: the whole test suite.   Both make .venv first.
+# make demo: SmolLM2-135M pruned, tuned and scored.   make test: the whole test suite.   All make .venv first.
 # make faults: runs and sweeps killed again and again, KILLS times, at moments drawn by SEED.
+# make fuzz: broken inputs by the thousand.   make audit: known vulnerabilities of the installed packages.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: install demo test faults check clean
+.PHONY: install demo test check faults fuzz audit clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed $(VENV)/.demo-model
@@ -30,8 +31,8 @@ demo: install
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
+SEED ?= 0
 KILLS ?= 80
-SEED ?= 1
 faults: install
 	LORS_KILLS=$(KILLS) LORS_KILLS_SEED=$(SEED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/faults/test_kills.py
 
@@ -39,6 +40,16 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Broken recipes, data, checkpoints, adapters and run folders through the real commands: CASES of them, made from SEED.
+CASES ?= 10000
+fuzz: install
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzz_run.py --cases $(CASES) --seed $(SEED)
+
+# Known vulnerabilities of what is installed in $(VENV): asks pypi.org, so it needs a network.
+audit: install
+	$(BIN)/pip install --quiet pip-audit
+	$(BIN)/pip-audit --skip-editable
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -15,6 +15,7 @@ from typing import Any
 
 from lors_cli._yaml import shorten
 from lors_cli.errors import UsageError
+from lors_cli.redaction import redact
 
 KeyPath = tuple[str | int, ...]
 MAX_SHOWN = 40
@@ -157,9 +158,10 @@ def check(schema: type, settings: Settings) -> Any:
     Raises:
         UsageError: with every problem, in the order of the places.
     """
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
-    adapter: TypeAdapter[Any] = TypeAdapter(schema)
+    adapter = _adapter(schema)
+    _refuse_secrets(settings)
     data, mended = copy.deepcopy(settings.data), set[str]()
     for _ in range(MAX_PASSES):
         try:
@@ -176,6 +178,28 @@ def check(schema: type, settings: Settings) -> Any:
             mended.update(_mend(schema, data, entry["loc"], entry["type"]))
     settings.fail()
     return result
+
+
+def _refuse_secrets(settings: Settings) -> None:
+    """Settings are stored with a run's results, so a token or password may not be among them."""
+
+    def look(path: KeyPath, value: Any) -> None:
+        if isinstance(value, str) and redact(value) != value:
+            settings.add(path, "holds a token or a password; give it by HF_TOKEN or `hf auth login`, never in settings")
+        for key, inner in value.items() if isinstance(value, dict) else ():
+            look((*path, key), inner)
+        for index, inner in enumerate(value) if isinstance(value, list) else ():
+            look((*path, index), inner)
+
+    look((), settings.data)
+
+
+@cache
+def _adapter(schema: type) -> Any:
+    """pydantic's checker of a schema, which takes longer to make than to use."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(schema)
 
 
 def _report(schema: type, settings: Settings, entry: Any, mended: set[str]) -> None:

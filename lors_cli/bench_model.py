@@ -72,6 +72,8 @@ def sparse_model(
     """
     from transformers import AutoModelForCausalLM
 
+    from lors_cli.model_files import loading
+
     if path is None:
         assert shape is not None
         settings = SHAPES[shape].config()
@@ -83,7 +85,10 @@ def sparse_model(
     else:
         if not Path(path).is_dir():
             raise MissingError(f"No checkpoint folder at {path}.")
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device)
+        with loading(path, "the checkpoint"):
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, device_map=device, use_safetensors=True, trust_remote_code=False
+            )
         layers = model.get_decoder().layers
         del layers[blocks or len(layers) :]
     model.requires_grad_(False)

@@ -154,14 +154,14 @@ def fail(error: BaseException) -> NoReturn:
     if isinstance(known, PeerError) and parallel.LAUNCHER in os.environ:  # which says so itself
         _leave(known.exit_code)
     if known is None:
-        traceback.print_exception(error, file=sys.stderr)
+        _print_traceback(error)
         console.error(
             f"this is a bug in lors: {type(error).__name__}: {error}", "Please report it with the lines above."
         )
         _fail_document(str(error), None, 1)
         _leave(1)
     if console.verbosity() >= 2:
-        traceback.print_exception(error, file=sys.stderr)
+        _print_traceback(error)
     console.error(known.message, known.hint)
     _fail_document(known.message, known.hint, known.exit_code)
     _leave(known.exit_code)
@@ -181,6 +181,12 @@ def _leave(exit_code: int) -> NoReturn:
         sys.stderr.flush()
         os._exit(exit_code)
     raise typer.Exit(exit_code) from None
+
+
+def _print_traceback(error: BaseException) -> None:
+    from lors_cli.redaction import redact
+
+    sys.stderr.write(redact("".join(traceback.format_exception(error))))
 
 
 def _fail_document(message: str, hint: str | None, exit_code: int) -> None:

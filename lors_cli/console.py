@@ -8,6 +8,7 @@ advances, so that a log file shows that the work goes on.
 from __future__ import annotations
 
 import json
+import re
 import sys
 import textwrap
 import threading
@@ -34,6 +35,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from lors_cli import heartbeat, parallel
+from lors_cli.redaction import redact
 
 Mode = Literal["human", "json"]
 FIRST_LINE_S = 10.0
@@ -168,16 +170,25 @@ def check(status: str, style: str, name: str, found: str, advice: str | None) ->
     _state.out.print(grid)
 
 
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+"""What a terminal would obey rather than show, and what is no character."""
+
+
 def _say(out: Console, message: str, style: str = "", label: tuple[str, str] | None = None) -> None:
     """Print plain text; a terminal gets it broken between words, and no word (a path, a command) is ever cut."""
     prefix = f"{label[0]} " if label else ""
-    lines = f"{prefix}{message}".split("\n")
+    lines = redact(f"{prefix}{_CONTROL.sub('�', message)}").split("\n")
     if out.is_terminal:
         lines = [piece for line in lines for piece in _wrapped(line, out.width)]
     text = Text("\n".join(lines), style=style)
     if label:
         text.stylize(label[1], 0, len(label[0]))
     out.print(text)
+
+
+def _escaped(character: re.Match[str]) -> str:
+    """A character that may not stand in a JSON document as JSON writes it."""
+    return f"\\u{ord(character[0]):04x}"
 
 
 def _wrapped(line: str, width: int) -> list[str]:
@@ -214,7 +225,8 @@ def document(value: Any, *, anyone: bool = False) -> None:
         anyone: of several processes on one job this one speaks, though it may not be the first.
     """
     if _state.mode == "json" and (anyone or parallel.is_main()):
-        sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        text = redact(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+        sys.stdout.write(_CONTROL.sub(_escaped, text) + "\n")
         sys.stdout.flush()
 
 

@@ -96,6 +96,12 @@ def translate(error: BaseException) -> LorsError | None:
     return None
 
 
+def innermost(error: BaseException) -> str:
+    """What the innermost cause of an exception says, on one line."""
+    cause = _causes(error)[-1]
+    return (str(cause).strip() or type(cause).__name__).splitlines()[0]
+
+
 def _causes(error: BaseException) -> list[BaseException]:
     """The exception and everything it was raised from, outermost first."""
     chain: list[BaseException] = []
@@ -120,6 +126,8 @@ def _translate_one(error: BaseException) -> LorsError | None:
         )
     if _number(error, text) in (errno.EACCES, errno.EPERM, errno.EROFS):
         return UsageError(f"Cannot write or read there: {first_line}", "Choose a folder you may write to.")
+    if getattr(error, "errno", None) in (errno.ENAMETOOLONG, errno.ELOOP):
+        return UsageError(f"No such file: {first_line[:200]}", "Check the path that was given.")
     if isinstance(error, BrokenPipeError):  # a ConnectionError, but of our own output
         return None
     if name in _HUB_ERRORS or any(base.__name__ in _HUB_ERRORS for base in type(error).__mro__):

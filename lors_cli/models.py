@@ -6,14 +6,15 @@ or GGUF, never from pickle.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Iterator, Sized
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lors_cli import console, parallel
-from lors_cli.errors import MissingError, UsageError, offline_hint, translate
+from lors_cli.errors import UsageError
+from lors_cli.model_files import check_size, check_vocabulary, forget_own_code, loading, safetensors_files
+from lors_cli.revisions import pinned_revision
 from lors_cli.sources import ModelSource, locate
 
 if TYPE_CHECKING:
@@ -138,10 +139,12 @@ def load_config(config: ModelConfig) -> Any:
 
     source = locate(config.path)
     with quiet_libraries():
-        try:
-            return AutoConfig.from_pretrained(source.name_or_path, **_where(config, source))
-        except (ValueError, TypeError, KeyError, OSError) as error:
-            raise load_error(config.path, "its configuration", error) from error
+        with loading(config.path, "its configuration"):
+            settings = AutoConfig.from_pretrained(source.name_or_path, **_where(config, source))
+            forget_own_code(settings)
+            if source.folder is not None and source.gguf_file is None:
+                check_size(settings, source.folder, config.path)
+            return settings
 
 
 def load_model(config: ModelConfig, *, device: torch.device | None = None) -> PreTrainedModel:
@@ -155,7 +158,6 @@ def load_model(config: ModelConfig, *, device: torch.device | None = None) -> Pr
         MissingError: not there or not reachable.
         UsageError: only pickled weights, or weights that do not fit the configuration.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, GgufConfig
 
     source = locate(config.path)
@@ -166,10 +168,12 @@ def load_model(config: ModelConfig, *, device: torch.device | None = None) -> Pr
         stored = None
     else:
         stored = getattr(load_config(config), "dtype", None)
+        if source.folder is not None:
+            safetensors_files(source.folder, config.path)
         options["use_safetensors"] = True
     reading = console.busy("reading the .gguf") if source.gguf_file else library_bars("loading", "weights")
     with quiet_libraries(), reading:
-        try:
+        with loading(config.path, "the checkpoint"):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.name_or_path,
                 dtype=resolve_dtype(config, stored, computing),
@@ -177,28 +181,15 @@ def load_model(config: ModelConfig, *, device: torch.device | None = None) -> Pr
                 ignore_mismatched_sizes=True,  # they are refused below, by name
                 **options,
             )
-        except (ValueError, TypeError, RuntimeError, KeyError, OSError, struct.error, SafetensorError) as error:
-            raise load_error(config.path, "the checkpoint", error) from error
     model, report = loaded
     bad = sorted({*report["missing_keys"], *(str(item[0]) for item in report["mismatched_keys"])})
     if bad:
         raise UsageError(f"{config.path}: {len(bad)} weights are missing or of the wrong shape, first: {bad[0]}")
     model.requires_grad_(False)
+    forget_own_code(model.config)
     if hasattr(model.config, "_model_name_or_path"):  # a .gguf's general.name, which is no setting
         del model.config._model_name_or_path
     return model.to(device or computing).eval()
-
-
-def load_error(path: str, what: str, error: Exception) -> Exception:
-    """What to raise when transformers cannot load `what`; full disks, missing files and the like stay themselves."""
-    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    if type(error) is OSError and "safetensors" in first_line:
-        hint = "Only safetensors are read; convert pickled weights on a machine that trusts them."
-        return UsageError(f"{path}: {first_line}", hint)
-    known = translate(error)
-    if isinstance(known, MissingError):
-        return MissingError(f"{path}: no such folder, and not to be had from the hub: {first_line}", offline_hint())
-    return known or UsageError(f"{path}: {what} cannot be loaded: {first_line}")
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -212,21 +203,28 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
     source = locate(config.path)
     with quiet_libraries():
-        try:
+        with loading(config.path, "its tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(source.name_or_path, **_where(config, source))
-        except (ValueError, TypeError, KeyError, OSError, struct.error) as error:
-            raise load_error(config.path, "its tokenizer", error) from error
     if tokenizer.eos_token_id is None:
         raise UsageError(f"{config.path}: its tokenizer has no EOS token, which separates documents.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if source.gguf_file is None:
+        check_vocabulary(tokenizer, load_config(config).get_text_config().vocab_size, config.path)
     return tokenizer
 
 
 def _where(config: ModelConfig, source: ModelSource) -> dict[str, Any]:
+    options: dict[str, Any] = {"trust_remote_code": False}  # None would ask on the terminal
     if source.gguf_file is not None:
-        return {"gguf_file": source.gguf_file}
-    return {"revision": config.revision} if source.repo is not None else {}
+        options["gguf_file"] = source.gguf_file
+    return {**options, **revision_of(config)}
+
+
+def revision_of(config: ModelConfig) -> dict[str, str]:
+    """The option with the commit of a model on the hub; none for other models."""
+    repo = locate(config.path).repo
+    return {"revision": pinned_revision(repo, config.revision)} if repo is not None else {}
 
 
 def model_max_length(model_or_config: Any) -> int:

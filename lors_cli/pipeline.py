@@ -271,7 +271,7 @@ def _write_recipe(recipe: Recipe, out: Path) -> None:
 
     text = dump_recipe(recipe)
     path = out / "recipe.yaml"
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+    if not path.is_file() or path.read_bytes() != text.encode():
         run_dir.write_text(path, text)
 
 
@@ -284,10 +284,23 @@ def _write_manifest(recipe: Recipe, out: Path, done: list[dict[str, Any]], data_
     if recipe.tune:
         seeds["tune"] = recipe.tune.seed
     content = {
-        "name": recipe.name, "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "seeds": seeds,
+        "name": recipe.name, "model": _origin(recipe),
+        "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "seeds": seeds,
         "environment": run_dir.environment(), **manifest_content(recipe, out, data_dir), "last_call": done,
     }  # fmt: skip
     run_dir.write_json(out / "manifest.json", content)
+
+
+def _origin(recipe: Recipe) -> dict[str, Any]:
+    """Which model the run starts from; of one on the hub the commit too."""
+    from lors_cli.revisions import commit_of
+    from lors_cli.sources import locate
+
+    repo = locate(recipe.model.path).repo
+    if repo is None:
+        return {"path": recipe.model.path}
+    revision = recipe.model.revision
+    return {"path": recipe.model.path, "revision": revision, "commit": commit_of(repo, revision)}
 
 
 def finished_stages(recipe: Recipe, out: Path, data_dir: Path | None) -> set[str]:

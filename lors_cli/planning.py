@@ -7,7 +7,7 @@ from typing import Any
 
 from lors_cli import parallel
 from lors_cli.console import gib
-from lors_cli.errors import LorsError, UsageError
+from lors_cli.errors import LorsError, MissingError, UsageError
 from lors_cli.pruning import estimate as pruning_estimate
 from lors_cli.recipe import EvalConfig, ModelConfig, PruneConfig, TuneConfig
 
@@ -83,16 +83,21 @@ def _measured(config: ModelConfig) -> ModelSize | None:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from lors_cli.model_files import load_error
     from lors_cli.models import decoder_blocks, model_max_length, quiet_libraries
     from lors_cli.sources import locate
     from lors_cli.weights import block_weights
 
     try:
         with quiet_libraries(), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(settings)
-    except (ValueError, KeyError) as error:
+            model = AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
+    except ValueError as error:
         kind = getattr(settings, "model_type", "unknown")
+        if "Unrecognized configuration class" not in str(error):
+            raise load_error(config.path, "its configuration", error) from error
         raise UsageError(f"{config.path} is a {kind} model, not a decoder-only causal language model.") from error
+    except Exception as error:  # sizes that no model can have
+        raise load_error(config.path, "its configuration", error) from error
     prefix, modules = decoder_blocks(model)
     blocks = [[(*weight.shape, weight.expert is not None) for weight in block_weights(block, prefix).values()]
               for block in modules]  # fmt: skip
@@ -131,7 +136,9 @@ def _bytes_a_weight(config: ModelConfig, stored: Any) -> int:
 def _local_settings(config: ModelConfig) -> Any | None:
     from transformers import AutoConfig
 
+    from lors_cli.model_files import loading
     from lors_cli.models import load_config
+    from lors_cli.revisions import pinned_revision
     from lors_cli.shapes import shape_of_hub_id
     from lors_cli.sources import locate
 
@@ -139,8 +146,10 @@ def _local_settings(config: ModelConfig) -> Any | None:
     if repo is None:
         return load_config(config)
     try:
-        return AutoConfig.from_pretrained(repo, revision=config.revision, local_files_only=True)
-    except OSError:
+        with loading(config.path, "its configuration"):
+            revision = pinned_revision(repo, config.revision)
+            return AutoConfig.from_pretrained(repo, revision=revision, local_files_only=True, trust_remote_code=False)
+    except MissingError:
         shape = shape_of_hub_id(repo)
         return shape.config() if shape else None
 

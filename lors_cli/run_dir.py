@@ -81,7 +81,7 @@ def read_json(path: Path) -> Any | None:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except (ValueError, RecursionError):  # not JSON, not UTF-8, or nested without end
         return None
 
 
@@ -171,12 +171,31 @@ class StageRecord:
 def read_record(folder: Path) -> StageRecord | None:
     """The record of the stage in `folder`, or None when it is not finished."""
     content = read_json(folder / RECORD_NAME)
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or content.keys() != _RECORD_TYPES.keys():
         return None
-    try:
-        return StageRecord(**content)
-    except TypeError:
+    if not all(isinstance(content[key], kind) for key, kind in _RECORD_TYPES.items()):
         return None
+    files = content["files"]
+    if inner_names(list(files)) is None or not all(isinstance(digest, str) for digest in files.values()):
+        return None
+    return StageRecord(**content)
+
+
+_RECORD_TYPES: dict[str, Any] = {
+    "stage": str, "fingerprint": str, "config": dict, "inputs": dict, "metrics": dict, "environment": dict,
+    "elapsed_s": (int, float), "files": dict,
+}  # fmt: skip
+
+
+def inner_names(names: Any) -> list[str] | None:
+    """`names` if all of them are of files below a folder, None where one would lead out of it or is no name.
+
+    Args:
+        names: read from a file that anyone may have written.
+    """
+    if not isinstance(names, list) or not all(isinstance(name, str) and name and "\0" not in name for name in names):
+        return None
+    return None if any(Path(name).is_absolute() or ".." in Path(name).parts for name in names) else names
 
 
 def is_finished(folder: Path, expected_fingerprint: str) -> bool:
@@ -238,7 +257,7 @@ def publish(folder: Path, record: StageRecord, *, keep: Sequence[str] = ()) -> S
         os.chmod(staging / name, 0o666 & ~umask)  # safetensors writes files that only their owner can read
         sync_file(staging / name)
     old = read_record(folder)
-    earlier = {*(old.files if old else ()), *(read_json(folder / JOURNAL_NAME) or ())}
+    earlier = {*(old.files if old else ()), *(inner_names(read_json(folder / JOURNAL_NAME)) or ())}
     write_json(folder / JOURNAL_NAME, sorted({*earlier, *names}))
     (folder / RECORD_NAME).unlink(missing_ok=True)
     sync_folder(folder)

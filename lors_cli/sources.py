@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from lors_cli import run_dir
 from lors_cli.errors import MissingError, UsageError
+from lors_cli.revisions import pinned_revision
 
 if TYPE_CHECKING:
     from lors_cli.recipe import ModelConfig
@@ -52,6 +53,7 @@ def locate(path: str) -> ModelSource:
     if local.is_dir():
         if not (local / "config.json").is_file():
             raise MissingError(f"{path} is not a checkpoint folder: it has no config.json.", _folder_hint(local))
+        _check_files(local, path)
         if (local / run_dir.JOURNAL_NAME).is_file() and run_dir.read_record(local) is None:
             hint = "Run the command that writes it again; it takes a moment."
             raise MissingError(f"{path} is half written: the stage that makes it was stopped at its end.", hint)
@@ -61,6 +63,22 @@ def locate(path: str) -> ModelSource:
     if path.startswith(("/", "./", "../", "~")) or path.count("/") > 1 or not HUB_ID.match(path):
         raise MissingError(f"No such model folder: {path}")
     return ModelSource(repo=path)
+
+
+def _check_files(folder: Path, path: str) -> None:
+    """Refuse what transformers would wait for, or be led elsewhere by.
+
+    Raises:
+        UsageError: a pipe, device or broken link under a checkpoint file's name, or an adapter beside the weights.
+    """
+    for name in _checkpoint_files(folder):
+        if not (folder / name).is_file():
+            raise UsageError(f"{path}: {name} is no file that can be read.")
+    if (folder / "adapter_config.json").exists():  # transformers would load the base that it names in place of this
+        raise UsageError(
+            f"{path} holds an adapter beside the model: adapter_config.json.",
+            "Give the model's folder without it; `lors merge` joins the two.",
+        )
 
 
 def _locate_package(path: str) -> ModelSource:
@@ -82,15 +100,15 @@ def model_fingerprint(config: ModelConfig) -> str:
     """A short text that changes when the model's weights, tokenizer or number format would.
 
     A folder written by `lors` and still as written answers with its stage's fingerprint; other folders and files
-    by content; a hub id by name and revision.
+    by content; a hub id by name and commit.
 
     Args:
-        config: the model; nothing is downloaded.
+        config: the model; nothing is downloaded, the hub is asked for the commit at most.
     """
     source = locate(config.path)
     suffix = f":{config.dtype}"
     if source.repo is not None:
-        return f"hub:{source.repo}@{config.revision}{suffix}"
+        return f"hub:{source.repo}@{pinned_revision(source.repo, config.revision)}{suffix}"
     assert source.folder is not None
     if source.gguf_file is not None:
         return f"gguf:{run_dir.cached_sha256(source.folder / source.gguf_file)}{suffix}"
@@ -110,7 +128,7 @@ def _as_recorded(folder: Path, files: dict[str, str]) -> bool:
 def _checkpoint_files(folder: Path) -> list[str]:
     patterns = ("*.safetensors", "*.index.json", "config.json", "generation_config.json", "tokenizer*", "vocab*",
                 "merges.txt", "*.model", "chat_template*", "special_tokens_map.json", "added_tokens.json")  # fmt: skip
-    return sorted({file.name for pattern in patterns for file in folder.glob(pattern)})
+    return sorted({file.name for pattern in patterns for file in folder.glob(pattern) if not file.is_dir()})
 
 
 def _folder_hint(folder: Path) -> str:

@@ -7,7 +7,6 @@ given up afterwards. A .gguf has to be read whole.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -157,7 +156,7 @@ class _Weights:
         from safetensors import SafetensorError, safe_open
         from transformers.conversion_mapping import get_model_conversion_mapping
 
-        from lors_cli.models import load_error
+        from lors_cli.model_files import load_error
 
         self.path = path
         self._dtype = dtype
@@ -273,23 +272,20 @@ def _without_weights(settings: Any, dtype: torch.dtype, config: ModelConfig) -> 
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    from lors_cli.models import load_error, quiet_libraries
+    from lors_cli.model_files import loading
+    from lors_cli.models import quiet_libraries, revision_of
 
-    try:
-        with quiet_libraries(), init_empty_weights(include_buffers=False):
-            network = AutoModelForCausalLM.from_config(settings, dtype=dtype)
-    except (ValueError, TypeError, KeyError) as error:
-        raise load_error(config.path, "the checkpoint", error) from error
-    network.tie_weights()
+    with loading(config.path, "the checkpoint"), quiet_libraries(), init_empty_weights(include_buffers=False):
+        network = AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=False)
+        network.tie_weights()
     if network.can_generate():
-        with quiet_libraries():
+        options: dict[str, Any] = {**revision_of(config)}
+        with loading(config.path, "its generation_config.json"), quiet_libraries():
             try:
-                found = GenerationConfig.from_pretrained(settings.name_or_path, revision=config.revision)
+                found = GenerationConfig.from_pretrained(settings.name_or_path, **options)
                 network.generation_config = found
             except OSError:
                 console.detail(f"  {config.path} has no generation_config.json")
-            except (TypeError, ValueError) as error:
-                raise load_error(config.path, "its generation_config.json", error) from error
     return network.requires_grad_(False).eval()
 
 
@@ -299,7 +295,8 @@ def _weight_files(config: ModelConfig) -> list[Path]:
     Raises:
         UsageError: there are none, or the index names one outside the checkpoint's folder.
     """
-    from lors_cli.models import load_error
+    from lors_cli.model_files import loading, safetensors_files
+    from lors_cli.revisions import pinned_revision
     from lors_cli.sources import locate
 
     source = locate(config.path)
@@ -308,23 +305,7 @@ def _weight_files(config: ModelConfig) -> list[Path]:
         from huggingface_hub import snapshot_download
 
         patterns = ["model*.safetensors", "model.safetensors.index.json", "*config.json"]
-        try:
-            folder = Path(snapshot_download(str(source.repo), revision=config.revision, allow_patterns=patterns))
-        except (ValueError, OSError) as error:
-            raise load_error(config.path, "the checkpoint", error) from error
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if not (folder / names[0]).is_file() and index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UsageError(f"{index} is no index of a checkpoint.") from error
-    files = [folder / str(name) for name in names]
-    outside = [file for file in files if file.parent != folder]
-    if outside:
-        raise UsageError(f"{index} names {outside[0]}, which is not in the checkpoint's folder.")
-    missing = [file for file in files if not file.is_file()]
-    if missing:
-        hint = "Only safetensors are read; convert pickled weights on a machine that trusts them."
-        raise UsageError(f"{config.path} has no {missing[0].name}", hint)
-    return files
+        with loading(config.path, "the checkpoint"):
+            revision = pinned_revision(str(source.repo), config.revision)
+            folder = Path(snapshot_download(str(source.repo), revision=revision, allow_patterns=patterns))
+    return safetensors_files(folder, config.path)

@@ -12,11 +12,16 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from lors_cli._yaml import shorten
 from lors_cli.errors import UsageError
 
 FORMATS = (".jsonl", ".json", ".parquet", ".txt", ".safetensors")
+MAX_ROW_BYTES = 64 << 20
+"""Of a line in JSON lines."""
+MAX_FILE_BYTES = 1 << 30
+"""Of a .txt, or of a .json that is one list, which are read whole; unpacked."""
 _HINT = 'A row is {"text": …} or {"instruction": …, "output": …} with an optional "input".'
-_SURROGATE = re.compile("[\ud800-\udfff]")
+SURROGATE = re.compile("[\ud800-\udfff]")
 _KEYS = {"text": ("text",), "instructions": ("instruction", "input", "output")}
 
 
@@ -51,7 +56,7 @@ def row_kind(path: Path) -> Literal["text", "instructions"]:
     Raises:
         UsageError: the file is empty or its first row is neither.
     """
-    for number, value in islice(_values(path), 1):
+    for number, value in islice(json_values(path), 1):
         if isinstance(value, dict):
             if "instruction" in value and "output" in value:
                 return "instructions"
@@ -77,9 +82,9 @@ def read_rows(
     Raises:
         UsageError: a row is broken; the message says `file:row`, rows counted from 1 (lines in JSON lines).
     """
-    for number, value in _values(path):
+    for number, value in json_values(path):
         if not isinstance(value, dict):
-            raise UsageError(f"{path}:{number}: not an object but {_named(value)}.", _HINT)
+            raise UsageError(f"{path}:{number}: not an object but {shown_value(value)}.", _HINT)
         if only(value):
             yield {key: _text_of(path, number, value, key) for key in _KEYS[kind]}
 
@@ -91,7 +96,7 @@ def read_text(path: Path) -> str:
         UsageError: it is empty, or not UTF-8; the message names the line.
     """
     with _opened(path) as file:
-        data = file.read()
+        data = _whole(file, path)
     text = _decode(path, 1, data).removeprefix("\ufeff")
     if not text.strip():
         raise UsageError(f"{path} is empty.")
@@ -107,20 +112,24 @@ def _text_of(path: Path, number: int, value: dict[str, Any], key: str) -> str:
         near = f" It has {', '.join(map(repr, value))}." if value else " It is empty."
         raise UsageError(f"{path}:{number}: the row has no {key!r}.{near}", _HINT)
     if not isinstance(found, str):
-        raise UsageError(f"{path}:{number}: {key!r} must be text, not {_named(found)}.", _HINT)
-    if _SURROGATE.search(found):
+        raise UsageError(f"{path}:{number}: {key!r} must be text, not {shown_value(found)}.", _HINT)
+    if SURROGATE.search(found):
         raise UsageError(f"{path}:{number}: {key!r} holds half a surrogate pair, which is no character.")
     return found
 
 
-def _named(value: Any) -> str:
+def shown_value(value: Any) -> str:
     """A JSON value for a message."""
     text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 40 else f"{text[:40]}…"
+    return shorten(text, 41)
 
 
-def _values(path: Path) -> Iterator[tuple[int, Any]]:
-    """(row number, value) of a file, not yet checked."""
+def json_values(path: Path) -> Iterator[tuple[int, Any]]:
+    """(row number, value) of a file of rows, not yet checked.
+
+    Raises:
+        UsageError: a row is no JSON, with file and row.
+    """
     form = file_format(path)
     if form == "parquet":
         yield from _parquet_values(path)
@@ -133,16 +142,28 @@ def _values(path: Path) -> Iterator[tuple[int, Any]]:
             yield from _array_values(path)
             return
     with _opened(path) as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(MAX_ROW_BYTES + 1), b""), 1):
+            if len(line) > MAX_ROW_BYTES:
+                raise UsageError(
+                    f"{path}:{number}: a row of more than {MAX_ROW_BYTES >> 20} MiB.", "Split it: a row is one text."
+                )
             text = _decode(path, number, line).removeprefix("\ufeff" if number == 1 else "")
             if text.strip():
                 yield number, _parse(path, number, text.rstrip())
 
 
+def _whole(file: IO[bytes], path: Path) -> bytes:
+    """All that is left of a file, which a small gzip may unpack to more than any memory holds."""
+    data = file.read(MAX_FILE_BYTES + 1)
+    if len(data) > MAX_FILE_BYTES:
+        raise UsageError(f"{path} holds more than {MAX_FILE_BYTES >> 20} MiB.", "Give it as JSON lines.")
+    return data
+
+
 def _array_values(path: Path) -> Iterator[tuple[int, Any]]:
     """The items of a .json file that is one list."""
     with _opened(path) as file:
-        text = _decode(path, 1, file.read()).removeprefix("\ufeff")
+        text = _decode(path, 1, _whole(file, path)).removeprefix("\ufeff")
     yield from enumerate(_parse(path, 1, text), 1)
 
 
@@ -158,7 +179,9 @@ def _parquet_values(path: Path) -> Iterator[tuple[int, Any]]:
             for value in batch.select(columns).to_pylist():
                 number += 1
                 yield number, value
-    except (ArrowException, UnicodeDecodeError) as error:
+    except (ArrowException, UnicodeDecodeError, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # the machine's; pyarrow's own OSErrors have no number
+            raise
         raise UsageError(f"{path}:{number + 1}: not a sound Parquet file: {error}") from error
 
 
@@ -170,6 +193,8 @@ def _parse(path: Path, number: int, text: str) -> Any:
         raise UsageError(f"{path}:{row}: broken JSON: {error.msg} at column {error.colno}.", _HINT) from error
     except RecursionError as error:
         raise UsageError(f"{path}:{number}: JSON that is nested too deep.", _HINT) from error
+    except ValueError as error:  # Python reads no number of more than 4300 digits
+        raise UsageError(f"{path}:{number}: broken JSON: a number that is too long.", _HINT) from error
 
 
 def _decode(path: Path, number: int, data: bytes) -> str:

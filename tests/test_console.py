@@ -264,3 +264,13 @@ def test_busy_is_silent_in_a_file(capsys: Capture) -> None:
     with console.busy("reading"):
         pass
     assert capsys.readouterr().err == ""
+
+
+def test_what_a_terminal_would_obey_is_not_printed(capsys: Capture) -> None:
+    console.configure(json_mode=True)
+    console.info("a\x1b[2Jb\x07c\udcffd")
+    console.document({"name": "a\x7fb\udcffc\x9bd"})
+    out, err = capsys.readouterr()
+    assert err == "a�[2Jb�c�d\n"
+    assert json.loads(out) == {"name": "a\x7fb\udcffc\x9bd"}
+    out.encode()

@@ -152,3 +152,10 @@ def test_the_hint_says_that_the_hub_is_not_asked(monkeypatch: pytest.MonkeyPatch
     assert "HF_HUB_OFFLINE is set" in offline_hint()
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     assert "hf auth login" in offline_hint()
+
+
+@pytest.mark.parametrize("number", [errno.ENAMETOOLONG, errno.ELOOP])
+def test_a_path_that_no_file_can_have_is_the_users(number: int) -> None:
+    found = translate(OSError(number, "x" * 5000, "y"))
+    assert isinstance(found, UsageError)
+    assert len(found.message) < 300

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lors_cli import models
-from lors_cli.errors import LorsError, MissingError, ResourceError, UsageError
+from lors_cli.errors import LorsError, MissingError, ResourceError, UsageError, translate
 from lors_cli.models import (
     decoder_blocks,
     load_config,
@@ -305,7 +305,7 @@ class TestLoadModel:
         monkeypatch.chdir(tmp_path)
         with pytest.raises(Exception) as raised:  # noqa: PT011 (LorsError, or what translate makes one)
             load(at("no-such-org/no-such-model"))
-        found = models.translate(raised.value)
+        found = translate(raised.value)
         assert isinstance(found, MissingError)
 
     def test_full_memory_and_disk_stay_what_they_are(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -412,3 +412,14 @@ eval: {{tasks: [boolq], limit: 4, perplexity: [wikitext2], perplexity_windows: 2
         assert 0 <= scores["tasks"]["boolq"]["acc"] <= 1
         assert scores["perplexity"]["wikitext2"]["value"] > 1
     assert lors("inspect", "runs/stories/tune").exit_code == 0
+
+
+def test_a_stored_recipe_that_is_no_text_is_written_anew(at_finished: Path) -> None:
+    from lors_cli.loading import load_recipe
+    from lors_cli.pipeline import _write_recipe
+
+    stored = Path("runs/tiny/recipe.yaml")
+    whole = stored.read_bytes()
+    stored.write_bytes(whole[:90] + b"\xbe\xff" + whole[92:])
+    _write_recipe(load_recipe(Path("tiny.yaml")), stored.parent)
+    assert stored.read_bytes() == whole

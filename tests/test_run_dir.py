@@ -332,3 +332,37 @@ def test_environment_is_plain_json() -> None:
     environment = run_dir.environment()
     assert environment["packages"]["torch"] != "absent"
     assert json.loads(json.dumps(environment)) == environment
+
+
+class TestHostileRecords:
+    """Records and journals are read from folders that anyone may have written."""
+
+    @pytest.mark.parametrize("name", ["../keep", "a/../../keep", "/etc/passwd", "", "a\0b"])
+    def test_a_record_that_names_files_elsewhere_is_none(self, tmp_path: Path, name: str) -> None:
+        write_json(tmp_path / "stage.json", {**plain(RECORD), "files": {name: "0"}})
+        assert read_record(tmp_path) is None
+
+    @pytest.mark.parametrize(("key", "value"), [
+        ("files", ["a"]), ("files", {"a": None}), ("metrics", None), ("inputs", 3), ("fingerprint", None),
+        ("elapsed_s", "1"), ("config", []),
+    ])  # fmt: skip
+    def test_a_record_of_other_types_is_none(self, tmp_path: Path, key: str, value: Any) -> None:
+        write_json(tmp_path / "stage.json", plain(RECORD))
+        assert read_record(tmp_path) == RECORD
+        write_json(tmp_path / "stage.json", {**plain(RECORD), key: value})
+        assert read_record(tmp_path) is None
+
+    @pytest.mark.parametrize("journal", [["../keep"], ["/etc/passwd", "../keep"], {"../keep": 1}, "x", 3, [["x"]]])
+    def test_publishing_deletes_nothing_outside_the_folder(self, tmp_path: Path, journal: Any) -> None:
+        folder, keep = tmp_path / "stage", tmp_path / "keep"
+        keep.write_text("mine")
+        write_json(folder / ".publishing.json", journal)
+        write_json(folder / "stage.json", {**plain(RECORD), "files": {"../keep": "0"}})
+        (staging_dir(folder) / "a").write_text("new")
+        publish(folder, RECORD)
+        assert keep.read_text() == "mine"
+        assert names(folder) == {"a", "stage.json"}
+
+    def test_json_without_end_is_no_json(self, tmp_path: Path) -> None:
+        (tmp_path / "x.json").write_text("[" * 100_000)
+        assert read_json(tmp_path / "x.json") is None

@@ -263,3 +263,41 @@ def test_real_files(shared_dir: Path) -> None:
     wiki = list(_open("wikitext2", split="validation", data_dir=data).rows())
     assert len(wiki) == 1
     assert len(wiki[0]["text"].split("\n")) == 2891
+
+
+def test_sizes_are_bounded_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lors_cli.text_files.MAX_ROW_BYTES", 1 << 20)
+    monkeypatch.setattr("lors_cli.text_files.MAX_FILE_BYTES", 1 << 20)
+    row = json.dumps({"text": "a" * (2 << 20)}).encode()
+    for name, content in (
+        ("a.jsonl.gz", b'{"text": "x"}\n' + row),
+        ("b.json.gz", b"[" + row + b"]"),
+        ("c.txt.gz", row),
+    ):
+        path = tmp_path / name
+        path.write_bytes(gzip.compress(content))
+        with pytest.raises(UsageError, match=r"more than 1 MiB"):
+            list(_open(path).rows())
+    (tmp_path / "d.jsonl").write_bytes(row[: 1 << 20])
+    with pytest.raises(UsageError, match="broken JSON"):
+        _open(tmp_path / "d.jsonl")
+
+
+def test_parquet_whose_inside_is_broken(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow.parquet import write_table
+
+    path = tmp_path / "x.parquet"
+    write_table(pyarrow.table({"text": ["a", "b"] * 50}), path)
+    content = path.read_bytes()
+    footer = int.from_bytes(content[-8:-4], "little")
+    for broken in (content[: -8 - footer] + b"\xff" * footer + content[-8:], b"PAR1" + b"\xff" * 40 + content[44:]):
+        path.write_bytes(broken)
+        with pytest.raises(UsageError, match=r"x\.parquet:\d+: not a sound Parquet file"):
+            list(_open(path).rows())
+
+
+def test_a_number_that_python_does_not_read(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"text": ' + "9" * 10_000 + "}\n")
+    with pytest.raises(UsageError, match=r"x\.jsonl:1: broken JSON: a number that is too long"):
+        _open(tmp_path / "x.jsonl")

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from lors_cli import console, parallel
-from lors_cli.errors import MissingError, UsageError, translate
-from lors_cli.evaluation.tasks import task_definition
+from lors_cli.errors import MissingError, UsageError, innermost, translate
+from lors_cli.evaluation.documents import check_documents
+from lors_cli.evaluation.tasks import documents_file, task_definition
 
 _SEED = 1234
 _BOOTSTRAP_ROUNDS = 1000
@@ -65,12 +66,15 @@ def score_task(
         MissingError: documents that are neither in `data_dir` nor to be had from the hub.
     """
     definition = task_definition(task, data_dir=data_dir, folder=folder)
+    local = documents_file(task, data_dir)
+    if local is not None:
+        check_documents(task, local)
     title = f"{label} {task}".strip()
     with _quiet() as cut_requests, _shown_reading(title):
         import lm_eval
 
         _seed()
-        loaded = _load_task(task, definition)
+        loaded = _load_task(task, definition, local)
         lm = _shown_model_class()(model, tokenizer, batch_size, title)
         results = lm_eval.evaluate(
             lm=lm,
@@ -96,14 +100,16 @@ def _seed() -> None:
     torch.manual_seed(_SEED)
 
 
-def _load_task(name: str, definition: Path) -> Any:
-    """lm-eval's task object, zero-shot and with a fixed seed, its documents loaded."""
+def _load_task(name: str, definition: Path, local: Path | None) -> Any:
+    """lm-eval's task object, zero-shot and with a fixed seed, its documents loaded, from the file `local` if given."""
     from lm_eval.tasks import TaskManager
 
     try:
         loaded = TaskManager(include_defaults=False).load([str(definition)])["tasks"]
     except Exception as error:
         known = translate(error)
+        if local is not None and (known is None or isinstance(known, UsageError)):
+            raise UsageError(f"{local}: not the documents of {name}: {innermost(error)}") from error
         if known is None and isinstance(error, FileNotFoundError):  # a metric or script that is fetched by name
             known = MissingError(str(error).splitlines()[0])
         if not isinstance(known, MissingError):
@@ -242,13 +248,14 @@ def _quiet() -> Iterator[list[str]]:
 
     cut: list[str] = []
     harness, model_log = logging.getLogger("lm_eval"), logging.getLogger("lm_eval.models.huggingface")
-    levels = harness.level, model_log.level
+    levels = harness.level, model_log.level, datasets.logging.get_verbosity()
     bars = datasets.utils.logging.is_progress_bar_enabled()
     watch = _CutRequests(cut)
     if console.verbosity() < 2:
         harness.setLevel(logging.ERROR)
         model_log.setLevel(logging.WARNING)
         datasets.disable_progress_bars()
+        datasets.logging.set_verbosity(logging.CRITICAL)
     model_log.addFilter(watch)
     try:
         with quiet_libraries(), contextlib.redirect_stdout(sys.stderr):
@@ -257,6 +264,7 @@ def _quiet() -> Iterator[list[str]]:
         model_log.removeFilter(watch)
         harness.setLevel(levels[0])
         model_log.setLevel(levels[1])
+        datasets.logging.set_verbosity(levels[2])
         if bars:
             datasets.enable_progress_bars()
 

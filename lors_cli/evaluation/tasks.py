@@ -70,7 +70,7 @@ def check_tasks(names: Sequence[str], data_dir: Path | None) -> None:
     if unknown:
         raise _unknown_tasks(unknown)
     for name in names:
-        _data_file(name, data_dir)
+        documents_file(name, data_dir)
         if name not in known and _UNSAFE_LINE.search("\n".join(_definition_text(_definition_file(name)))):
             raise UsageError(f"The task {name} runs code that the model wrote, which lors does not do.")
 
@@ -96,7 +96,7 @@ def task_definition(name: str, *, data_dir: Path | None, folder: Path) -> Path:
         items = pydoc_text.choice_items(PYDOC_ITEMS)
         run_dir.write_text(documents, "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items))
     else:
-        local = _data_file(name, data_dir)
+        local = documents_file(name, data_dir)
         if local is None:
             return definition
         split, documents = _BUILT_IN[name][1], local
@@ -120,7 +120,7 @@ def task_fingerprint(name: str, data_dir: Path | None) -> str:
     from importlib.metadata import version
 
     inputs: dict[str, Any] = {"lm_eval": version("lm-eval"), "definition": _definition_text(_definition_file(name))}
-    local = _data_file(name, data_dir)
+    local = documents_file(name, data_dir)
     if name == PYDOC_TASK:
         inputs["documents"] = [pydoc_text.fingerprint(), PYDOC_ITEMS]
     elif local is not None:
@@ -149,8 +149,16 @@ def _local_definition(name: str, definition: Path, split: str, documents: Path, 
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
-def _data_file(name: str, data_dir: Path | None) -> Path | None:
-    """The local documents of one of the seven tasks; None where the task's documents are not read from a folder."""
+def documents_file(name: str, data_dir: Path | None) -> Path | None:
+    """The local documents of one of the seven tasks; None where the task's documents are not read from a folder.
+
+    Args:
+        name: of a task.
+        data_dir: folder with local copies, None for the hub.
+
+    Raises:
+        MissingError: the folder lacks them.
+    """
     if data_dir is None or name not in _BUILT_IN:
         return None
     split = _BUILT_IN[name][1]

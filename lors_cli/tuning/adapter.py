@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 PREFIX = "base_model.model."
+MAX_RANK, MAX_ALPHA = 1 << 20, 1e9
+"""Beyond what any adapter has, and within what can be computed."""
 
 
 def peft_type(method: str) -> str:
@@ -208,25 +210,28 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     if not isinstance(content, dict):
         raise UsageError(f"{path} is not readable JSON.")
     methods = {peft_type(method): method for method in reversed(LAYERS) if LAYERS[method].keeps_zeros}
-    if content.get("peft_type") not in methods:
+    if str(content.get("peft_type")) not in methods:
         raise UsageError(
             f"{path} is a {content.get('peft_type')!s} adapter, none of {', '.join(sorted(methods))}.",
             "Merging another kind of adapter would fill the zeros; lors merges those that keep them.",
         )
     try:
-        return AdapterConfig(
+        found = AdapterConfig(
             method=methods[content["peft_type"]],
             rank=int(content["r"]),
             alpha=float(content["lora_alpha"]),
             use_rslora=bool(content["use_rslora"]),
-            layers=tuple(content["target_modules"]),
+            layers=_names(content["target_modules"]),
             base=str(content["base_model_name_or_path"]),
             base_fingerprint=str(content["base_fingerprint"]),
             base_mask=str(content["base_mask"]),
-            norms=tuple(content.get("trained_norms", ())),
+            norms=_names(content.get("trained_norms", [])),
             rounding=_rounding(content),
         )
-    except (KeyError, TypeError, ValueError) as error:
+        if not 0 < found.rank <= MAX_RANK or not 0 < found.alpha <= MAX_ALPHA:
+            raise ValueError(f"no adapter has rank {found.rank} and alpha {found.alpha:g}")
+        return found
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UsageError(f"{path} is not complete: {error}") from error
 
 
@@ -236,6 +241,13 @@ def _rounding(content: dict[str, Any]) -> Rounding:
     if found not in get_args(Rounding):
         raise ValueError(f"rounding is {found!r}, none of {', '.join(get_args(Rounding))}")
     return found
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    """A list of texts."""
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise TypeError("the names of layers must be a list of texts")
+    return tuple(value)
 
 
 def load_tensors(model: nn.Module, path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -129,3 +130,23 @@ def test_missing_and_broken_files_are_named(tmp_path: Path, sparse_llama: Callab
     (folder / "adapter_config.json").write_text("{")
     with pytest.raises(UsageError, match="not readable JSON"):
         load_adapter(sparse_llama(), folder)
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("peft_type", ["LORS"]), ("r", 10**18), ("r", 0), ("r", None), ("lora_alpha", 1e300), ("lora_alpha", -1),
+    ("lora_alpha", 10**400), ("target_modules", [["x"]]), ("target_modules", "q_proj"), ("target_modules", {"a": 1}),
+    ("trained_norms", [3]), ("base_mask", None),
+])  # fmt: skip
+def test_values_in_adapter_config_json_that_no_adapter_has(
+    key: str, value: Any, tmp_path: Path, sparse_llama: Callable[..., PreTrainedModel]
+) -> None:
+    folder = _saved(_adapted(sparse_llama()), tmp_path)
+    path = folder / "adapter_config.json"
+    adapters.read_adapter_config(folder)
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    if (key, value) == ("base_mask", None):  # a text of no mask: found out when it is compared
+        with pytest.raises(UsageError, match="the zeros lie elsewhere"):
+            load_adapter(sparse_llama(), folder)
+        return
+    with pytest.raises(UsageError, match=r"adapter_config\.json is"):
+        adapters.read_adapter_config(folder)
