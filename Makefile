@@ -46,10 +46,13 @@ CASES ?= 10000
 fuzz: install
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzz_run.py --cases $(CASES) --seed $(SEED)
 
-# Known vulnerabilities of what is installed in $(VENV): asks pypi.org, so it needs a network.
+# Known vulnerabilities of what is installed in $(VENV), from an environment of its own. Asks pypi.org, and fails where a
+# package cannot be looked up. Local build tags such as +cpu are not known there.
 audit: install
-	$(BIN)/pip install --quiet pip-audit
-	$(BIN)/pip-audit --skip-editable
+	$(PYTHON) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/pip install --quiet pip-audit
+	$(BIN)/pip freeze --exclude-editable | sed 's/+[a-z0-9]*$$//' > $(VENV)/audit/installed.txt
+	$(VENV)/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement $(VENV)/audit/installed.txt
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
