@@ -40,7 +40,7 @@ METRICS = ("acc", "acc_norm")
 def task_requests(name: str, data_dir: Path | None, limit: int | None, folder: Path) -> tuple[Any, list[Any]]:
     """lm-eval's task and the requests of its first documents."""
     with harness._quiet():
-        task = harness._load_task(name, tasks.task_definition(name, data_dir=data_dir, folder=folder))
+        task = harness._load_task(name, tasks.task_definition(name, data_dir=data_dir, folder=folder), None)
         task.build_all_requests(limit=limit, rank=0, world_size=1)
     return task, task.instances
 

@@ -81,7 +81,7 @@ def launch(command: list[str], num_processes: int) -> int:
                 outputs: dict[str, Any] = {} if rank == 0 else _outputs(files, Path(scratch), rank)
                 processes.append(
                     subprocess.Popen(
-                        command, env=_environment(rank, num_processes, port), stdin=subprocess.DEVNULL,
+                        [*command], env=_environment(rank, num_processes, port), stdin=subprocess.DEVNULL,
                         start_new_session=True, **outputs,
                     )
                 )  # fmt: skip

@@ -262,7 +262,9 @@ def _find(recipe: Recipe, out: Path, stage: str, data_dir: Path | None, again: b
     plan = next(plan for plan in plan_stages(recipe, out, data_dir) if plan.stage == stage)
     if not again:
         return plan
-    forget(plan)
+    if plan.folder.is_dir():
+        with claim(plan.folder):  # not while another process is at work there
+            forget(plan)
     return _find(recipe, out, stage, data_dir, False)
 
 

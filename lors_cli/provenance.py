@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
 from functools import cache
@@ -90,11 +91,11 @@ def _commit(git_dir: Path) -> str | None:
 
 
 def _is_dirty(folder: Path) -> bool | None:
-    command = ["git", "-C", str(folder), "status", "--porcelain", "--", "."]
     settings = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
     try:
         found = subprocess.run(
-            command, capture_output=True, text=True, timeout=GIT_TIMEOUT_S, check=False, env=settings,
+            ["git", "-C", str(folder), "status", "--porcelain", "--", "."],
+            capture_output=True, text=True, timeout=GIT_TIMEOUT_S, check=False, env=settings,
             stdin=subprocess.DEVNULL,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
@@ -158,6 +159,8 @@ def hub_commit(fingerprint: str) -> str | None:
     repo, at, rest = place.partition("@")
     revision = rest.rpartition(":")[0] if at else "main"
     repo = repo if at else "/".join(repo.split("/")[:2])
+    if re.fullmatch("[0-9a-f]{40}", revision):
+        return revision
     folder = Path(HF_HUB_CACHE) / f"{'model' if at else 'dataset'}s--{repo.replace('/', '--')}"
     ref = folder / "refs" / revision
     if ref.is_file():

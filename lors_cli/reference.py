@@ -45,7 +45,8 @@ RULES: dict[str, list[str]] = {
     ],
     "tune": [
         "`init` other than `kaiming` is for additive updates: not for `spp`, `spp-gc` and `hira`.",
-        "`merged_cache: on` and `rounding: stochastic` are for `lors`.",
+        "`merged_cache: on` is for `lors`.",
+        "`rounding: stochastic` is for `lors`.",
         "`base: compressed` is for `lors`, on a 2:4 model.",
         "`parallelism: fsdp` excludes `init: gradient-exact`, `base: compressed` and `merged_cache: on`.",
         "`train_norms` is not for `lora`.",

@@ -158,7 +158,7 @@ rank: 3
         ("eval:\n  tasks: [rte, rte]\n", "x.yaml:4: eval.tasks: rte is listed twice"),
         ("eval:\n  tasks: []\n", "x.yaml:4: eval: neither tasks nor perplexity is given: there is nothing to evaluate"),
         ("tune: {}\nzzz: 1\n",
-         "x.yaml:4: zzz: unknown key; known here: name, model, prune, tune, eval, data_dir, seed"),
+         "x.yaml:4: zzz: unknown key; known here: name, model, prune, tune, eval, data_dir, seed, deterministic"),
         ("tune: {data: {max_length: a}}\n", "x.yaml:3: tune.data.max_length: must be a whole number, not a"),
     ],
 )  # fmt: skip

@@ -169,7 +169,7 @@ def both(model: Any, tokenizer: Any, requests: list[Any]) -> tuple[list[Any], li
 )
 def test_equals_lm_eval(task: str, stories: tuple[Any, Any], shared_dir: Path, tmp_path: Path) -> None:
     with harness._quiet():
-        loaded = harness._load_task(task, task_definition(task, data_dir=shared_dir / "data", folder=tmp_path))
+        loaded = harness._load_task(task, task_definition(task, data_dir=shared_dir / "data", folder=tmp_path), None)
         loaded.build_all_requests(limit=12, rank=0, world_size=1)
     found, expected, num_cut = both(*stories, loaded.instances)
     assert_same(found, expected)

@@ -50,7 +50,7 @@ set: {tune.max_steps: 3, eval.tasks: [openbookqa], prune.method: wanda}
 grid: {tune.method: [lors, sqft]}
 """
 AREAS = (".work", ".staging", "checkpoints", ".pieces", "samples", ".scratch")
-VOLATILE = {"elapsed_s", "environment", "phases_s", "tokens_per_s", "finished_at", "last_call"}
+VOLATILE = {"elapsed_s", "environment", "phases_s", "tokens_per_s", "finished_at", "last_call", "working_directory"}
 
 
 def write_workplace(folder: Path, data: Path) -> None:
