@@ -109,3 +109,18 @@ def test_lors_rounds_stochastically_unless_told_otherwise() -> None:
     assert TuneConfig(method="sqft").weight_rounding == "nearest"
     with pytest.raises(ValueError, match="rounding: stochastic is for method: lors"):
         TuneConfig(method="sqft", rounding="stochastic")
+
+
+def test_a_compiled_layer_has_the_same_bits() -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(96, 70, bias=False).bfloat16()
+    layer = LorsLinear(linear, 4, 8.0)
+    layer.rounding = "stochastic"
+    nn.init.normal_(layer.lora_B, std=1e-3)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x, x2 = (torch.linspace(-1, 1, 288).view(3, 96).bfloat16().requires_grad_() for _ in range(2))
+    y, expected = compiled(x), layer(x2)
+    y.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(y, expected, rtol=0, atol=0)
+    torch.testing.assert_close(x.grad, x2.grad, rtol=0, atol=0)
