@@ -97,8 +97,10 @@ def test_a_sweep_notes_a_failure_and_goes_on(server: Server, bench: Path) -> Non
 def test_too_little_memory_is_told(server: Server, bench: Path, whole: Path) -> None:
     folder = copied(bench / "start", bench / "small")
     codes = []
-    for mib in (16, 96):
+    for mib in (16, 48, 96, 192):
         process = server.run(folder, RUN, memory_mib=mib)
+        if "cannot allocate memory for thread-local data" in process.output:
+            continue  # where a thread finds no room for itself, glibc ends the process and nobody can say more
         codes.append(process.code)
         assert process.code in (0, 4), process.output
         assert "Traceback" not in process.output, process.output
