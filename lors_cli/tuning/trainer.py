@@ -26,7 +26,7 @@ from lors_cli.samples import count_tokens
 from lors_cli.signals import STOPPING, Stopped
 from lors_cli.tuning import distributed
 from lors_cli.tuning.adapter import WEIGHTS_NAME, adapter_layers, adapter_tensors, load_tensors
-from lors_cli.tuning.guards import StepGuard
+from lors_cli.tuning.guards import StepGuard, is_state
 from lors_cli.tuning.head import Loss
 from lors_cli.tuning.norms import norm_shifts
 from lors_cli.tuning.randomness import random_state, restore_random_state
@@ -233,6 +233,7 @@ def whole_checkpoints(folder: Path, fingerprint: str) -> list[Path]:
     for path in folder.glob("checkpoint-*") if folder.is_dir() else ():
         marker = run_dir.read_json(path / MARKER_NAME)
         is_ours = isinstance(marker, dict) and marker.get("fingerprint") == fingerprint
+        is_ours = is_ours and ("guard" not in marker or is_state(marker["guard"]))  # earlier versions have none
         step = path.name.removeprefix("checkpoint-")
         if is_ours and step.isdecimal() and all((path / name).is_file() for name in needed):
             found.append((int(step), path))
