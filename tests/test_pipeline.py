@@ -377,6 +377,19 @@ def test_a_stage_of_a_run_that_is_in_use_is_refused(at_finished: Path, lors: Lor
         assert "is in use by pid" in result.stderr
 
 
+def test_a_broken_piece_of_scores_is_scored_again(at_finished: Path, lors: Lors) -> None:
+    before = (RUN / "eval" / "pruned.json").read_bytes()
+    (piece,) = (RUN / "eval" / ".pieces" / "pruned").glob("perplexity-*.json")
+    content = json.loads(piece.read_text())
+    del content["result"]["value"]
+    piece.write_text(json.dumps(content))
+    (RUN / "eval" / "stage.json").unlink()
+    result = lors("run", "tiny.yaml")
+    assert result.exit_code == 0, result.stderr
+    assert "pruned: 1 to score" in result.stderr
+    assert (RUN / "eval" / "pruned.json").read_bytes() == before
+
+
 def test_what_a_kill_left_of_publishing_is_removed(at_finished: Path, lors: Lors) -> None:
     before = snapshot(RUN)
     for name in (".work", ".staging"):

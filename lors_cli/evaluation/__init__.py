@@ -55,7 +55,21 @@ class _Piece:
         content = run_dir.read_json(self.path)
         if not isinstance(content, dict) or content.get("fingerprint") != self.fingerprint:
             return None
+        if not _is_result(self.kind, content.get("result")):
+            return None
         return content if self.samples is None or self.samples.is_file() else None
+
+
+_PERPLEXITY_FIELDS = ("value", "tokens", "sequence_length")
+
+
+def _is_result(kind: Literal["tasks", "perplexity"], value: Any) -> bool:
+    """Whether a stored value is what scoring a piece gives: numbers by name, with those that are read later."""
+    if not isinstance(value, dict) or not all(
+        item is None or isinstance(item, (int, float)) for item in value.values()
+    ):
+        return False
+    return all(field in value for field in (_PERPLEXITY_FIELDS if kind == "perplexity" else ("num_samples",)))
 
 
 def evaluate(
@@ -327,12 +341,13 @@ def _collect(model_config: ModelConfig, pieces: list[_Piece]) -> dict[str, Any]:
         content = piece.stored()
         assert content is not None, piece
         stored[piece.kind][piece.name] = content["result"]
-    fields = ("value", "tokens", "sequence_length")
     return {
         "model": model_config.path,
         "tasks": stored["tasks"],
         "average": average(stored["tasks"]),
-        "perplexity": {name: {key: result[key] for key in fields} for name, result in stored["perplexity"].items()},
+        "perplexity": {
+            name: {key: result[key] for key in _PERPLEXITY_FIELDS} for name, result in stored["perplexity"].items()
+        },
     }
 
 

@@ -232,10 +232,12 @@ def whole_checkpoints(folder: Path, fingerprint: str) -> list[Path]:
     found = []
     for path in folder.glob("checkpoint-*") if folder.is_dir() else ():
         marker = run_dir.read_json(path / MARKER_NAME)
-        is_ours = isinstance(marker, dict) and marker.get("fingerprint") == fingerprint
-        is_ours = is_ours and ("guard" not in marker or is_state(marker["guard"]))  # earlier versions have none
+        if not isinstance(marker, dict) or marker.get("fingerprint") != fingerprint:
+            continue
+        if "guard" in marker and not is_state(marker["guard"]):  # earlier versions have none
+            continue
         step = path.name.removeprefix("checkpoint-")
-        if is_ours and step.isdecimal() and all((path / name).is_file() for name in needed):
+        if step.isdecimal() and all((path / name).is_file() for name in needed):
             found.append((int(step), path))
     return [path for _, path in sorted(found)]
 

@@ -121,7 +121,10 @@ def _broken_json(path: Path, rng: Random) -> None:
     elif kind < 0.3:
         path.write_bytes(_broken(path.read_bytes(), rng))
     else:
-        content = json.loads(path.read_text())
+        try:
+            content = json.loads(path.read_text())
+        except ValueError:  # broken by an earlier turn
+            return
         for _ in range(rng.choice((1, 1, 2))):
             _change(content, rng)
         path.write_text(json.dumps(content))
