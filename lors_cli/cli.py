@@ -88,10 +88,9 @@ def _stage(
 
 def _together(num_processes: int | None) -> None:
     """Do this command in several processes, where that is asked for."""
-    if num_processes is not None:
-        from lors_cli.launch import together
+    from lors_cli.launch import together
 
-        together(num_processes)
+    together(num_processes)
 
 
 @command(

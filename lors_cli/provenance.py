@@ -154,17 +154,17 @@ def hub_commit(fingerprint: str) -> str | None:
     kind, _, place = fingerprint.partition(":")
     if kind != "hub":
         return None
-    from huggingface_hub.constants import HF_HUB_CACHE
+    from lors_cli.revisions import cache_folder, cached_reference
 
     repo, at, rest = place.partition("@")
     revision = rest.rpartition(":")[0] if at else "main"
     repo = repo if at else "/".join(repo.split("/")[:2])
     if re.fullmatch("[0-9a-f]{40}", revision):
         return revision
-    folder = Path(HF_HUB_CACHE) / f"{'model' if at else 'dataset'}s--{repo.replace('/', '--')}"
-    ref = folder / "refs" / revision
-    if ref.is_file():
-        return ref.read_text(encoding="utf-8").strip()
+    folder = cache_folder("model" if at else "dataset", repo)
+    found = cached_reference(folder, revision)
+    if found is not None:
+        return found
     if (folder / "snapshots" / revision).is_dir():
         return revision
     snapshots = list((folder / "snapshots").glob("*"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 from lors_cli.errors import MissingError, UsageError, translate
 
@@ -54,7 +55,28 @@ def commit_of(repo: str, revision: str) -> str | None:
         except Exception as error:
             if not isinstance(translate(error), MissingError):
                 raise
-    folder = "models--" + repo.replace("/", "--")
-    reference = Path(constants.HF_HUB_CACHE, folder, "refs", revision)
-    found = reference.read_text(encoding="utf-8").strip() if reference.is_file() else ""
-    return found if _COMMIT.fullmatch(found) else None
+    found = cached_reference(cache_folder("model", repo), revision)
+    return found if found is not None and _COMMIT.fullmatch(found) else None
+
+
+def cache_folder(kind: Literal["model", "dataset"], repo: str) -> Path:
+    """Where this machine's hub cache has a repository; it may be missing.
+
+    Args:
+        kind: of the repository.
+        repo: its id.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE, f"{kind}s--{repo.replace('/', '--')}")
+
+
+def cached_reference(folder: Path, revision: str) -> str | None:
+    """What a branch or tag stood for when it was last cached, None where it was not.
+
+    Args:
+        folder: from `cache_folder`.
+        revision: branch or tag.
+    """
+    reference = folder / "refs" / revision
+    return reference.read_text(encoding="utf-8").strip() if reference.is_file() else None

@@ -62,6 +62,12 @@ def test_a_killed_process_is_named(capfd: pytest.CaptureFixture[str], monkeypatc
     assert "process 1 was killed by signal 9; is memory short?" in capfd.readouterr().err
 
 
+def launcher_of(command: list[str]) -> subprocess.Popen[bytes]:
+    """A process of its own that launches a command twice."""
+    code = "import sys, json; from lors_cli.launch import launch; sys.exit(launch(json.loads(sys.argv[1]), 2))"
+    return subprocess.Popen([sys.executable, "-c", code, json.dumps(command)])
+
+
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_reaches_every_process_once(tmp_path: Path, sent: signal.Signals) -> None:
     waits = (
@@ -70,9 +76,7 @@ def test_an_interrupt_reaches_every_process_once(tmp_path: Path, sent: signal.Si
         "while not count: time.sleep(0.05)", "time.sleep(0.3)",
         "open(sys.argv[1] + f'/{rank}', 'w').write(str(count))", "sys.exit(130)",
     )  # fmt: skip
-    code = "import sys, json; from lors_cli.launch import launch; sys.exit(launch(json.loads(sys.argv[1]), 2))"
-    command = [sys.executable, "-c", code, json.dumps([*python(*waits), str(tmp_path)])]
-    with subprocess.Popen(command) as launcher:
+    with launcher_of([*python(*waits), str(tmp_path)]) as launcher:
         for rank in (0, 1):
             wait_for(tmp_path / f"started-{rank}")
         launcher.send_signal(sent)
@@ -86,9 +90,7 @@ def test_no_process_outlives_a_killed_launcher(tmp_path: Path) -> None:
         "from lors_cli.launch import die_with_launcher", "die_with_launcher()",
         "open(sys.argv[1] + f'/{rank}', 'w').write(str(os.getpid()))", "time.sleep(600)",
     )  # fmt: skip
-    code = "import sys, json; from lors_cli.launch import launch; sys.exit(launch(json.loads(sys.argv[1]), 2))"
-    command = [sys.executable, "-c", code, json.dumps([*python(*lives), str(tmp_path)])]
-    with subprocess.Popen(command) as launcher:
+    with launcher_of([*python(*lives), str(tmp_path)]) as launcher:
         pids = [int(wait_for(tmp_path / str(rank))) for rank in (0, 1)]
         launcher.kill()
     for pid in pids:

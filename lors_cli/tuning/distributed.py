@@ -10,6 +10,7 @@ functions do, and sharded weights (`sharding`) go through the same sum.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,15 +49,13 @@ def micro_batch_size(config: TuneConfig, num_processes: int) -> int:
             f"Give a multiple of {num_processes}: it counts the samples of all processes together.",
         )
     size = config.per_device_batch_size
-    if size is None:
-        return max(size for size in range(1, min(4, share) + 1) if share % size == 0)
-    if share % size:
+    if size is not None and share % size:
         raise UsageError(
             f"batch_size: {config.batch_size} is not a multiple of per_device_batch_size: {size} times "
             f"{num_processes} processes.",
             f"Each process takes {share} samples a step: give a per_device_batch_size that divides them.",
         )
-    return size
+    return replace(config, batch_size=share).micro_batch_size
 
 
 def describe(config: TuneConfig) -> str:

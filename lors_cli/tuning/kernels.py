@@ -99,6 +99,6 @@ def masked_merge_kernel(
         base.stride(0), positions.stride(0), merged.stride(0), COMPRESSED=isinstance(weight, Compressed24),
         RANK=rank, RANK_PADDED=step * triton.cdiv(rank, step), RANK_STEP=step,
         PRECISION=precision,
-        STOCHASTIC=rounding == "stochastic" and merged.dtype == torch.bfloat16, ROWS=BLOCK_ROWS, COLUMNS=BLOCK_COLUMNS,
+        STOCHASTIC=thresholds.is_stochastic(rounding, merged.dtype), ROWS=BLOCK_ROWS, COLUMNS=BLOCK_COLUMNS,
     )  # fmt: skip
     return merged

@@ -13,7 +13,7 @@ import torch
 
 from lors_cli import console
 from lors_cli.tuning.compressed import Compressed24, decompress
-from lors_cli.tuning.rounding import PERIOD, Rounding, round_stochastically, round_stochastically_formula
+from lors_cli.tuning.rounding import PERIOD, Rounding, is_stochastic, round_stochastically, round_stochastically_formula
 
 TILE_ELEMENTS = 1 << 18
 """Elements of W merged at a time on a CPU: a float32 tile of 1 MiB stays in the cache."""
@@ -61,8 +61,8 @@ def masked_merge(
     if isinstance(weight, Compressed24):
         weight = decompress(weight, out=scratch(weight.shape, weight.dtype, weight.device, use="restored"))
     A, B = lora_A.to(weight.dtype), lora_B.to(weight.dtype)
-    is_stochastic = rounding == "stochastic" and merged.dtype == torch.bfloat16
-    if merged.dtype == weight.dtype and not is_stochastic and _addmm_rounds_once(weight.device, weight.dtype):
+    by_thresholds = is_stochastic(rounding, merged.dtype)
+    if merged.dtype == weight.dtype and not by_thresholds and _addmm_rounds_once(weight.device, weight.dtype):
         return _mask(torch.addmm(weight, B, A, alpha=scale, out=merged), weight)
     exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
     A, B = A.to(exact), B.to(exact)
@@ -70,7 +70,7 @@ def masked_merge(
     for start in range(0, weight.shape[0], height):
         rows = slice(start, start + height)
         tile = weight[rows].to(exact)
-        if is_stochastic:
+        if by_thresholds:
             total = round_stochastically(torch.addmm(tile, B[rows], A, alpha=scale, out=tile).float())
             _mask(merged[rows].copy_(total), weight[rows].to(merged.dtype))
         else:
@@ -100,7 +100,7 @@ def masked_merge_formula(
     exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
     A, B = lora_A.to(weight.dtype).to(exact), lora_B.to(weight.dtype).to(exact)
     total = torch.addmm(weight.to(exact), B, A, alpha=scale)
-    if rounding == "stochastic" and dtype == torch.bfloat16:
+    if is_stochastic(rounding, dtype):
         total = round_stochastically_formula(total.float())
     return total.to(dtype).mul(weight.sign().square().to(dtype))
 
@@ -155,7 +155,7 @@ def how_merged(device: torch.device, dtype: torch.dtype, rounding: Rounding = "n
     missing = why_no_kernel(device, dtype)
     if not missing:
         return "one CUDA kernel"
-    if rounding == "stochastic" and dtype == torch.bfloat16:
+    if is_stochastic(rounding, dtype):
         return f"float32 tiles, rounded stochastically (no CUDA kernel: {missing})"
     if _addmm_rounds_once(device, dtype):
         return f"one addmm and a mask (no CUDA kernel: {missing})"

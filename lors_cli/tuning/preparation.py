@@ -48,6 +48,7 @@ def prepare_trainer(
         fingerprint: of the stage.
         device: of this process; a model that is to be sharded is not on it yet.
     """
+    _check_rounding(config, network.dtype)
     collator = PadCollator(tokenizer.pad_token_id)
     resumes = parallel.from_main(lambda: latest_checkpoint(checkpoints, fingerprint) is not None)
     if is_sharded(config):
@@ -70,9 +71,7 @@ def _prepare(
 ) -> Loss | None:  # fmt: skip
     """Adapters on a model that is whole in this process; each process computes the start for itself."""
     loss = _loss(config, network, collator(data.samples[:1]))
-    if config.gradient_checkpointing:
-        network.enable_input_require_grads()
-        network.gradient_checkpointing_enable({"use_reentrant": False})
+    _checkpoint_blocks(config, network)
     start = {}
     if config.start != "kaiming" and not resumes:
         linears: dict[str, nn.Linear] = {name: network.get_submodule(name) for name in layers}  # type: ignore[misc]
@@ -97,9 +96,7 @@ def _prepare_sharded(
     adapted = put_adapters(config, network, layers)
     shard(network, device)
     loss = _loss(config, network, collator(data.samples[:1]))
-    if config.gradient_checkpointing:
-        network.enable_input_require_grads()
-        network.gradient_checkpointing_enable({"use_reentrant": False})
+    _checkpoint_blocks(config, network)
     if config.start != "kaiming" and not resumes:
         batches = _init_batches(config, data, collator)
         _start_at(adapted, gradient_directions(network, adapted, batches, config.rank, seed=config.seed, loss=loss))
@@ -107,6 +104,13 @@ def _prepare_sharded(
     if config.method == "lors":
         console.info("  merged weights: built anew for every use (parallelism: fsdp)")
     return loss
+
+
+def _checkpoint_blocks(config: TuneConfig, network: PreTrainedModel) -> None:
+    """Have each block computed again in backward, where that is asked for."""
+    if config.gradient_checkpointing:
+        network.enable_input_require_grads()
+        network.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def _start_at(adapted: dict[str, AdapterLinear], start: dict[str, torch.Tensor]) -> None:
@@ -144,6 +148,14 @@ def _keep_merged(network: PreTrainedModel, config: TuneConfig) -> None:
     keep_merged(network, keep)
     console.info(f"  merged weights: {reason}")
     console.detail(f"  merged by {how_merged(device, dtype, config.weight_rounding)}")
+
+
+def _check_rounding(config: TuneConfig, dtype: torch.dtype) -> None:
+    """Refuse or mention a way of rounding that is asked for and that weights of this dtype do not know.
+
+    Raises:
+        UsageError: the weights are float16.
+    """
     if config.rounding == "stochastic" and dtype == torch.float16:
         raise UsageError("rounding: stochastic is for bfloat16 weights, and these are float16.", "Use dtype: bfloat16.")
     if config.rounding == "stochastic" and dtype != torch.bfloat16:

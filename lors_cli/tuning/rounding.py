@@ -47,6 +47,16 @@ def thresholds(num_columns: int, device: torch.device) -> torch.Tensor:
     return (mixed & LOW_BITS).to(torch.int32)
 
 
+def is_stochastic(rounding: Rounding, dtype: torch.dtype) -> bool:
+    """Whether results of this dtype are rounded by thresholds: of `rounding: stochastic` those in bfloat16 alone.
+
+    Args:
+        rounding: as asked for.
+        dtype: of the result.
+    """
+    return rounding == "stochastic" and dtype == torch.bfloat16
+
+
 kept_thresholds: dict[tuple[int, torch.device], torch.Tensor] = {}
 """By C and device: one for all weights of a width."""
 

@@ -31,6 +31,7 @@ from unittest import mock
 import typer.testing
 from typer.testing import CliRunner, Result
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
 from fuzz_files import data_case, data_folder_case
