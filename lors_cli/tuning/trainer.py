@@ -264,15 +264,27 @@ class StepLog:
         if not self.path.is_file():
             return []
         rows = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run may be torn
-                rows.append(json.loads(line))
+        for line in self.path.read_bytes().splitlines():
+            with contextlib.suppress(ValueError, RecursionError):  # the last line of a killed run may be torn
+                row = json.loads(line)
+                if _is_row(row):
+                    rows.append(row)
         return rows
 
     def append(self, row: dict[str, Any]) -> None:
         """Add a line."""
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+
+def _is_row(value: Any) -> bool:
+    """Whether a line's value is one that `LogCallback` writes; what a step left out has no finite value of is null."""
+    numbers = (int, float)
+    if not isinstance(value, dict) or not isinstance(value.get("step"), int):
+        return False
+    if not isinstance(value.get("tokens_per_s"), numbers) or "loss" not in value:
+        return False
+    return isinstance(value["loss"], numbers) or (value["loss"] is None and "skipped" in value)
 
 
 class LogCallback(TrainerCallback):
