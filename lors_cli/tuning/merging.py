@@ -71,8 +71,8 @@ def masked_merge(
         rows = slice(start, start + height)
         tile = weight[rows].to(exact)
         if by_thresholds:
-            total = round_stochastically(torch.addmm(tile, B[rows], A, alpha=scale, out=tile).float())
-            _mask(merged[rows].copy_(total), weight[rows].to(merged.dtype))
+            total = torch.addmm(tile, B[rows], A, alpha=scale, out=tile).float()
+            _mask(round_stochastically(total, merged[rows]), weight[rows].to(merged.dtype))
         else:
             merged[rows].copy_(_mask(torch.addmm(tile, B[rows], A, alpha=scale), tile))
     return merged
