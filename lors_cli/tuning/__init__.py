@@ -190,7 +190,9 @@ def _train(trainer: AdapterTrainer, config: TuneConfig, checkpoints: Path, log_p
     from transformers.trainer_callback import PrinterCallback
 
     from lors_cli.models import quiet_libraries
-    from lors_cli.tuning.trainer import LogCallback, StepLog, TrimCallback, latest_checkpoint, stopping_gently
+    from lors_cli.tuning.step_log import LogCallback, StepLog
+    from lors_cli.tuning.stopping import stopping_gently
+    from lors_cli.tuning.trainer import TrimCallback, latest_checkpoint
 
     log = StepLog(log_path)
     last = parallel.from_main(lambda: latest_checkpoint(checkpoints, trainer.fingerprint))

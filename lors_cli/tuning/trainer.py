@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import math
 import os
 import random
 import shutil
-import signal
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,17 +13,16 @@ import torch
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from lors_cli import console, parallel, run_dir
+from lors_cli import parallel, run_dir
 from lors_cli.errors import UsageError
 from lors_cli.heap import give_back_memory
 from lors_cli.samples import count_tokens
-from lors_cli.signals import STOPPING, Stopped
 from lors_cli.tuning import distributed
 from lors_cli.tuning.adapter import WEIGHTS_NAME, adapter_layers, adapter_tensors, load_tensors
 from lors_cli.tuning.guards import StepGuard, is_state
 from lors_cli.tuning.head import Loss
 from lors_cli.tuning.norms import norm_shifts
-from lors_cli.tuning.randomness import random_state, restore_random_state
+from lors_cli.tuning.stopping import StopCallback
 
 if TYPE_CHECKING:
     from torch import nn
@@ -248,104 +241,6 @@ def latest_checkpoint(folder: Path, fingerprint: str) -> Path | None:
     return found[-1] if found else None
 
 
-@dataclass
-class StepLog:
-    """`log.jsonl`: a line an optimiser step."""
-
-    path: Path
-
-    def cut_after(self, step: int) -> None:
-        """Forget steps after `step`, which an interrupted run did and this one does again."""
-        kept = [line for line in self.rows() if line["step"] <= step]
-        run_dir.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Every whole line."""
-        if not self.path.is_file():
-            return []
-        rows = []
-        for line in self.path.read_bytes().splitlines():
-            with contextlib.suppress(ValueError, RecursionError):  # the last line of a killed run may be torn
-                row = json.loads(line)
-                if _is_row(row):
-                    rows.append(row)
-        return rows
-
-    def append(self, row: dict[str, Any]) -> None:
-        """Add a line."""
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-
-
-def _is_row(value: Any) -> bool:
-    """Whether a line's value is one that `LogCallback` writes; what a step left out has no finite value of is null."""
-    numbers = (int, float)
-    if not isinstance(value, dict) or not isinstance(value.get("step"), int):
-        return False
-    if not isinstance(value.get("tokens_per_s"), numbers) or "loss" not in value:
-        return False
-    return isinstance(value["loss"], numbers) or (value["loss"] is None and "skipped" in value)
-
-
-class LogCallback(TrainerCallback):
-    """Writes `log.jsonl` and shows loss and throughput live."""
-
-    def __init__(self, log: StepLog, task: console.Task, trainer: AdapterTrainer) -> None:
-        self.log, self.task, self.trainer = log, task, trainer
-        self._since = time.monotonic()
-        self._tokens = 0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock."""
-        self._since = time.monotonic()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """One optimiser step is done."""
-        if not logs or "loss" not in logs:
-            return
-        now = time.monotonic()
-        rate = (self.trainer.tokens_seen - self._tokens) / max(now - self._since, 1e-9)
-        self._since, self._tokens = now, self.trainer.tokens_seen
-        guard = self.trainer.guard
-        row = {"step": state.global_step, "loss": logs["loss"], "learning_rate": logs.get("learning_rate"),
-               "grad_norm": float(logs["grad_norm"]), "tokens_per_s": round(rate, 1),
-               "epoch": round(state.epoch or 0.0, 4)}  # fmt: skip
-        if guard.reason:
-            values = {"loss": guard.loss, "grad_norm": guard.norm}
-            row |= {key: value if math.isfinite(value) else None for key, value in values.items()}
-            row["skipped"] = guard.reason
-        self.log.append(row)
-        self.task.update(state.global_step, f"loss {guard.loss:.3f} · {rate:.0f} tokens/s")
-
-
-class StopCallback(TrainerCallback):
-    """After a Ctrl-C or a scheduler's signal: finish the micro-batch, save the last whole step, stop."""
-
-    def __init__(self) -> None:
-        self.asked: int | None = None
-        """The signal that asked for it."""
-        self.agreed = False
-        """All processes know in the same step that one of them was asked."""
-        self._random_state: dict[str, Any] = {}
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note the generators' state, which a step that is given up must leave as it was."""
-        self._random_state = random_state()
-
-    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Give up the step; it is done again from its start when the run goes on."""
-        if self.asked and parallel.num_processes() == 1:  # several processes stop together, after a step
-            restore_random_state(self._random_state)
-            control.should_save = control.should_training_stop = True
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask the Trainer to save and stop, where that is wanted."""
-        self._random_state = random_state()  # before the next epoch's order of samples is drawn
-        if self.agreed if parallel.num_processes() > 1 else self.asked:
-            control.should_save = True
-            control.should_training_stop = True
-
-
 class TrimCallback(TrainerCallback):
     """After every step on a CPU: activations of varying length leave holes in the heap, which are given back."""
 
@@ -353,35 +248,6 @@ class TrimCallback(TrainerCallback):
         """Give them back; a GPU's memory is not on this heap."""
         if args.device.type == "cpu":
             give_back_memory()
-
-
-@contextlib.contextmanager
-def stopping_gently(callback: StopCallback) -> Iterator[None]:
-    """Turn the first Ctrl-C, SIGTERM or SIGUSR1 into a saved stop that ends in KeyboardInterrupt.
-
-    A Ctrl-C after it stops at once; schedulers send their signals more than once.
-    """
-
-    def ask(number: int, frame: Any) -> None:
-        if callback.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        if not callback.asked:
-            callback.asked = number
-            console.warn("stopping: after this micro-batch a checkpoint is saved; Ctrl-C (again) stops at once")
-
-    before: dict[signal.Signals, Callable[..., Any] | int | None] = {}
-    try:
-        for signum in (signal.SIGINT, *STOPPING):
-            before[signum] = signal.signal(signum, ask)
-    except ValueError:  # not the main thread: the caller's own handling stays
-        before = {}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-    if parallel.anyone(bool(callback.asked)):
-        raise Stopped(callback.asked) if callback.asked in STOPPING else KeyboardInterrupt
 
 
 def parameter_groups(model: nn.Module, config: TuneConfig) -> list[dict[str, Any]]:

@@ -213,7 +213,7 @@ def _count_work(watch: Watch) -> None:
     from lors_cli import evaluation
     from lors_cli.pruning.driver import BlockPruner
     from lors_cli.tuning import preparation
-    from lors_cli.tuning.trainer import StepLog
+    from lors_cli.tuning.step_log import StepLog
 
     def told(owner: Any, name: str, unit: Callable[..., str]) -> None:
         real = getattr(owner, name)

@@ -21,11 +21,11 @@ import torch
 from lors_cli import console
 from lors_cli.recipe import ModelConfig, TuneConfig, TuneDataConfig
 from lors_cli.tuning import tune
-from lors_cli.tuning import trainer
+from lors_cli.tuning import step_log
 
 model, rows, out, steps = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
 leak, leaked, seen = json.loads(sys.argv[5]), [], {}
-original = trainer.LogCallback.on_log
+original = step_log.LogCallback.on_log
 
 def on_log(self, args, state, control, logs=None, **kwargs):
     original(self, args, state, control, logs, **kwargs)
@@ -39,7 +39,7 @@ def on_log(self, args, state, control, logs=None, **kwargs):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         seen[state.global_step] = [tensors, tracemalloc.get_traced_memory()[0], peak * 1024]
 
-trainer.LogCallback.on_log = on_log
+step_log.LogCallback.on_log = on_log
 console.configure(verbosity=-1)
 config = TuneConfig(
     rank=4, init="kaiming", max_steps=steps, batch_size=1, per_device_batch_size=1, save_steps=steps // 8,

@@ -20,6 +20,7 @@ from lors_cli.recipe import ModelConfig, TuneConfig, TuneDataConfig
 from lors_cli.tuning import stage_fingerprint, tune
 from lors_cli.tuning import trainer as trainer_module
 from lors_cli.tuning.adapter import load_adapter
+from lors_cli.tuning.step_log import LogCallback
 from lors_cli.tuning.trainer import AdapterTrainer, StepSampler, whole_checkpoints
 from lors_cli.weights import prunable_weights
 
@@ -226,18 +227,18 @@ def test_an_interrupt_saves_and_the_same_call_goes_on(
     import signal
 
     model = ModelConfig(path=str(sparse_checkpoint))
-    original = trainer_module.LogCallback.on_log
+    original = LogCallback.on_log
 
     def interrupts(self: Any, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
         original(self, args, state, *rest, **kwargs)
         if state.global_step == 4:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(trainer_module.LogCallback, "on_log", interrupts)
+    monkeypatch.setattr(LogCallback, "on_log", interrupts)
     with pytest.raises(KeyboardInterrupt):
         tune(config, model, tmp_path / "tune")
     assert (tmp_path / "tune" / "checkpoints" / "checkpoint-4").is_dir()  # step 5 is given up, to be done again
-    monkeypatch.setattr(trainer_module.LogCallback, "on_log", original)
+    monkeypatch.setattr(LogCallback, "on_log", original)
     tune(config, model, tmp_path / "tune")
     tune(config, model, tmp_path / "whole")
     whole, resumed = (tmp_path / name / "model.safetensors" for name in ("whole", "tune"))
