@@ -16,7 +16,7 @@ from lors_cli.tuning.compressed import Compressed24, decompress
 from lors_cli.tuning.rounding import PERIOD, Rounding, is_stochastic, round_stochastically, round_stochastically_formula
 
 TILE_ELEMENTS = 1 << 18
-"""Elements of W merged at a time on a CPU: a float32 tile of 1 MiB stays in the cache."""
+"""Elements of W merged at a time by each thread of a CPU: a float32 tile of 1 MiB stays in the cache."""
 SHARE_OF_FREE = 0.25
 """All merged weights are kept where they take at most this share of the free memory; activations need the rest."""
 Keep = Literal["never", "recompute", "always"]
@@ -69,10 +69,11 @@ def masked_merge(
     height = weight.shape[0] if weight.is_cuda else _tile_height(weight.shape[1])
     for start in range(0, weight.shape[0], height):
         rows = slice(start, start + height)
-        tile = weight[rows].to(exact)
+        part = weight[rows]
+        tile = part.to(exact)
         if by_thresholds:
             total = torch.addmm(tile, B[rows], A, alpha=scale, out=tile).float()
-            _mask(round_stochastically(total, merged[rows]), weight[rows].to(merged.dtype))
+            _mask(round_stochastically(total, merged[rows]), part.to(merged.dtype))
         else:
             merged[rows].copy_(_mask(torch.addmm(tile, B[rows], A, alpha=scale), tile))
     return merged
@@ -80,7 +81,7 @@ def masked_merge(
 
 def _tile_height(num_columns: int) -> int:
     """Rows of a tile: a multiple of the thresholds' period."""
-    return max(1, TILE_ELEMENTS // num_columns // PERIOD) * PERIOD
+    return max(1, TILE_ELEMENTS * torch.get_num_threads() // num_columns // PERIOD) * PERIOD
 
 
 def masked_merge_formula(

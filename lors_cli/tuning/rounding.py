@@ -83,7 +83,8 @@ def round_stochastically(exact: torch.Tensor, out: torch.Tensor) -> torch.Tensor
     bits = exact.view(torch.int32)
     whole = len(exact) // PERIOD * PERIOD
     bits[:whole].view(-1, *table.shape).add_(table)
-    bits[whole:].add_(table[: len(exact) - whole])
+    if whole < len(exact):
+        bits[whole:].add_(table[: len(exact) - whole])
     # a shift and a cast of integers cost half of clearing the low bits and a cast of floats
     out.view(torch.int16).copy_(bits.bitwise_right_shift_(16))
     return out
