@@ -65,6 +65,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "spp": {"method": "spp"},
     "hira": {"method": "hira"},
     "lors-kaiming-norms": {**LORS, "init": "kaiming", "train_norms": True},
+    "lors-kaiming-norms5": {**LORS, "init": "kaiming", "train_norms": True, "norms_lr_ratio": 5.0},
     "lors-kaiming-plus4": {**LORS, "init": "kaiming", "loraplus_lr_ratio": 4.0},
     "lors-kaiming-distill": {**LORS, "init": "kaiming", "distill": DistillConfig()},
     "lors-kaiming-65": {**LORS, "init": "kaiming", "max_steps": 65},
