@@ -172,14 +172,14 @@ def _wrap_writes(watch: Watch) -> None:
     import transformers.modeling_utils as saving
 
     from lors_cli import models, run_dir, tensor_files
-    from lors_cli.tuning import trainer
+    from lors_cli.tuning import step_log
 
     def opened(path: Any, mode: str = "r", *args: Any, **options: Any) -> Any:
         file = builtins.open(path, mode, *args, **options)  # noqa: SIM115 - its reader closes it
         is_watched = mode[0] in "wa" and "+" not in mode and watch.name(path) is not None
         return HalfWriter(file, path, watch) if is_watched else file
 
-    for module in (run_dir, tensor_files, trainer):
+    for module in (run_dir, tensor_files, step_log):
         module.open = opened  # type: ignore[attr-defined]
 
     real_save = torch.save
