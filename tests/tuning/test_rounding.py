@@ -41,14 +41,17 @@ def test_thresholds_are_a_hash_of_row_and_column_and_even() -> None:
 def test_goes_to_a_neighbour_by_the_threshold_of_its_place() -> None:
     for rows in (1, PERIOD, PERIOD + 5):
         exact = torch.linspace(-3, 3, rows * 40).view(rows, 40)
-        rounded = round_stochastically(exact.clone(), torch.empty(rows, 40, dtype=torch.bfloat16)).float()
+        out = torch.empty(rows, 40, dtype=torch.bfloat16)
+        assert round_stochastically(exact.clone(), out) is out
+        rounded = out.float()
         table = thresholds(40, torch.device("cpu"))
         for row in range(0, rows, 7):
             for column in range(40):
                 low = exact[row, column].view(torch.int32).bitwise_and(0xFFFF)
-                down = (exact[row, column].view(torch.int32) - low).view(torch.float32)  # nearer to zero
+                down = exact[row, column].view(torch.int32) - low  # the neighbour nearer to zero
                 is_up = int(low) + int(table[row % PERIOD, column]) > 0xFFFF
-                assert bool(rounded[row, column] == down) != is_up
+                assert bool(rounded[row, column] == down.view(torch.float32)) != is_up
+                assert bool(rounded[row, column] == (down + 0x10000 * is_up).view(torch.float32))
 
 
 def test_an_update_too_small_for_the_nearest_is_there_on_average() -> None:
