@@ -70,7 +70,7 @@ def masked_merge(
     for start in range(0, weight.shape[0], height):
         rows = slice(start, start + height)
         part = weight[rows]
-        tile = part.to(exact)
+        tile = part.to(exact, copy=by_thresholds)  # the rounding works in place, and W is to stay as it is
         if by_thresholds:
             total = torch.addmm(tile, B[rows], A, alpha=scale, out=tile).float()
             _mask(round_stochastically(total, merged[rows]), part.to(merged.dtype))

@@ -9,7 +9,7 @@ from torch import nn
 from lors_cli.recipe import TuneConfig
 from lors_cli.tuning.lors import LorsLinear
 from lors_cli.tuning.merging import masked_merge, masked_merge_formula
-from lors_cli.tuning.rounding import PERIOD, round_stochastically, thresholds
+from lors_cli.tuning.rounding import PERIOD, Rounding, round_stochastically, thresholds
 
 
 def hash_by_hand(row: int, column: int) -> int:
@@ -78,6 +78,30 @@ def test_other_dtypes_are_rounded_to_the_nearest() -> None:
     for dtype in (torch.float32, torch.float16, torch.float64):
         found = [masked_merge(weight.to(dtype), A, B, 1.0, rounding=rounding) for rounding in ("nearest", "stochastic")]  # type: ignore[arg-type]
         torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_the_base_stays_as_it_is(dtype: torch.dtype, rounding: Rounding) -> None:
+    weight, A, B = case(70, 96, 0.1)
+    weight = weight.to(dtype)
+    before, out = weight.clone(), torch.empty(70, 96, dtype=torch.bfloat16)
+    masked_merge(weight, A, B, 1.0, rounding=rounding, out=out)
+    assert torch.equal(weight, before)
+    assert torch.equal(out, masked_merge_formula(before, A, B, 1.0, torch.bfloat16, rounding))
+
+
+def test_a_float32_base_stays_as_it_is_under_autocast() -> None:
+    linear = nn.Linear(96, 70, bias=False)
+    with torch.no_grad():
+        linear.weight.copy_(case(70, 96, 0.1)[0])
+    layer = LorsLinear(linear, 4, 16)
+    layer.rounding = "stochastic"
+    nn.init.normal_(layer.lora_B, std=0.1)
+    before = layer.weight.clone()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(torch.randn(3, 96)).sum().backward()
+    assert torch.equal(layer.weight, before)
 
 
 def test_tiles_and_formula_have_the_same_bits() -> None:
