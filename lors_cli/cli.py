@@ -65,8 +65,9 @@ def _stage(
     from lors_cli import views
     from lors_cli.loading import load_stage
     from lors_cli.pipeline import check_memory, guard_out, run_single
-    from lors_cli.plans import plan_single, resolve_data_dir
+    from lors_cli.plans import plan_single
     from lors_cli.shipped import find_config
+    from lors_cli.text import resolve_data_dir
 
     settings = load_stage(stage, find_config(config) if config else None, overrides or [], flags)
     data = resolve_data_dir(str(data_dir) if data_dir else None)
@@ -114,9 +115,10 @@ def run(
     from lors_cli.errors import UsageError
     from lors_cli.loading import load_recipe
     from lors_cli.pipeline import check_memory, guard_out, run_recipe
-    from lors_cli.plans import plan_stages, resolve_data_dir, select
+    from lors_cli.plans import plan_stages, select
     from lors_cli.repeat import open_repeat
     from lors_cli.shipped import find_recipe
+    from lors_cli.text import resolve_data_dir
 
     repeat = None
     if from_manifest is not None:
@@ -389,9 +391,9 @@ def report(folder: o.ReportFolder, formats: o.Formats = None) -> None:
     from lors_cli.errors import LorsError, MissingError
     from lors_cli.loading import load_recipe
     from lors_cli.pipeline import finished_stages
-    from lors_cli.plans import resolve_data_dir
     from lors_cli.report import FORMATS, check_formats, write_run_report
     from lors_cli.report.sweep import write_sweep_report
+    from lors_cli.text import resolve_data_dir
 
     chosen = formats or FORMATS
     check_formats(chosen)

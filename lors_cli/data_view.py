@@ -42,7 +42,7 @@ def show(
 ) -> None:
     """Show samples as the model will see them: what has no label is dimmed, special tokens are coloured."""
     from lors_cli.models import load_config, load_tokenizer, model_max_length
-    from lors_cli.plans import resolve_data_dir
+    from lors_cli.text import resolve_data_dir
     from lors_cli.tokens import tuning_data
 
     config, source, folder = load_settings(recipe, overrides or [], model)

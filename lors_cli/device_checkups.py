@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lors_cli.checkups import Finding
 from lors_cli.console import gib
+from lors_cli.devices import processor, usable_cores
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +22,7 @@ def devices() -> Iterator[Finding]:
     """The processor with its cores and threads, and each GPU."""
     import torch
 
-    yield Finding("devices", "processor", "ok", f"{processor_name()}, {_cores()}")
+    yield Finding("devices", "processor", "ok", f"{processor()}, {_cores()}")
     yield _threads()
     yield _bfloat16()
     if torch.backends.mps.is_available():
@@ -31,28 +31,6 @@ def devices() -> Iterator[Finding]:
         yield _no_gpu()
     for index in range(torch.cuda.device_count()):
         yield _gpu(index)
-
-
-def processor_name() -> str:
-    """The processor's model, as the system calls it."""
-    path = Path("/proc/cpuinfo")
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() in ("model name", "Model", "cpu model"):
-                return value.strip()
-    return platform.processor() or platform.machine()
-
-
-def usable_cores() -> int:
-    """Cores that this process may compute on: of its affinity and its container, hyperthreads counted once."""
-    import psutil
-
-    logical = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = min(logical, psutil.cpu_count(logical=False) or logical)
-    quota = Path("/sys/fs/cgroup/cpu.max")
-    limit, _, period = (quota.read_text(encoding="ascii") if quota.is_file() else "max").strip().partition(" ")
-    return max(1, min(cores, int(limit) // int(period))) if limit.isdecimal() and period.isdecimal() else cores
 
 
 def _cores() -> str:

@@ -17,7 +17,7 @@ from lors_cli.samples import Sample, isolated_sample
 if TYPE_CHECKING:
     import torch
 
-DEFAULT_LENGTH = 2048
+DEFAULT_SAMPLES, DEFAULT_LENGTH = 128, 2048
 BATCH_DOCUMENTS = 256
 BATCH_CHARS = 1_000_000
 _POOL_FACTOR = 16

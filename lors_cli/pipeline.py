@@ -12,8 +12,9 @@ from typing import Any
 from lors_cli import console, locks, parallel, run_dir
 from lors_cli.determinism import determinism
 from lors_cli.errors import MissingError, ResourceError, UsageError
-from lors_cli.plans import StagePlan, announce, plan_stages, resolve_data_dir, select
+from lors_cli.plans import StagePlan, announce, plan_stages, select
 from lors_cli.recipe import PruneConfig, Recipe, TuneConfig
+from lors_cli.text import resolve_data_dir
 
 RUN_MARKS = {"recipe.yaml", "manifest.json"}
 SWEEP_MARKS = {"sweep.yaml", "sweep.json"}

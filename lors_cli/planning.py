@@ -7,6 +7,7 @@ from typing import Any
 
 from lors_cli import parallel
 from lors_cli.console import gib
+from lors_cli.devices import free_memory
 from lors_cli.errors import LorsError, MissingError, UsageError
 from lors_cli.pruning import estimate as pruning_estimate
 from lors_cli.recipe import EvalConfig, ModelConfig, PruneConfig, TuneConfig
@@ -240,7 +241,7 @@ def shortage(config: Any, model: ModelConfig) -> tuple[str, str] | None:
     size = try_size(model)
     if size is None:
         return None
-    free = free_memory(model)
+    free = free_memory(model.device)
     parts = pruning_estimate.memory_parts(config, size, parallel.num_processes())
     offload, hidden = config.calibration.offload, parts["hidden_states"]
     if (offload == "cpu" and model.device.startswith("cuda")) or (offload == "auto" and hidden > free / 2):
@@ -255,17 +256,6 @@ def shortage(config: Any, model: ModelConfig) -> tuple[str, str] | None:
     fits = [words for words, other in pruning_estimate.smaller(config) if estimate(other, size).memory <= free]
     hint = f"This would fit: {fits[0]}" if fits else "Nothing that keeps the result would fit: use a larger machine."
     return f"prune needs about {gib(needed)} of memory, {gib(free)} are free ({largest}).", hint
-
-
-def free_memory(model: ModelConfig) -> int:
-    """Bytes that are free where the model's blocks would be computed."""
-    import psutil
-    import torch
-
-    from lors_cli.models import resolve_device
-
-    device = resolve_device(model.device)
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def try_size(model: ModelConfig) -> ModelSize | None:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lors_cli import run_dir
-from lors_cli.errors import MissingError, UsageError
+from lors_cli.errors import UsageError
 from lors_cli.recipe import EvalConfig, ModelConfig, PruneConfig, Recipe, TuneConfig
 
-DATA_DIR_VARIABLE = "LORS_DATA_DIR"
 NOT_DONE = "not done yet"
 
 
@@ -40,22 +38,6 @@ class StagePlan:
     fingerprint: str
     status: str
     detail: str
-
-
-def resolve_data_dir(name: str | None) -> Path | None:
-    """The folder with local datasets: `name`, else $LORS_DATA_DIR, else None for the hub.
-
-    Raises:
-        MissingError: it is no folder.
-    """
-    chosen = name or os.environ.get(DATA_DIR_VARIABLE)
-    if not chosen:
-        return None
-    folder = Path(chosen).expanduser()
-    if not folder.is_dir():
-        source = "data_dir" if name else f"${DATA_DIR_VARIABLE}"
-        raise MissingError(f"{source}: {folder} is no folder.", "It should look like the layout in the README.")
-    return folder
 
 
 def plan_stages(recipe: Recipe, out: Path, data_dir: Path | None) -> list[StagePlan]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import platform
 import re
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from lors_cli.devices import processor, usable_processors
 
 if TYPE_CHECKING:
     from lors_cli.recipe import Recipe
@@ -20,8 +21,7 @@ GIT_TIMEOUT_S = 20
 def hardware() -> dict[str, Any]:
     """Processor, cores and threads; GPUs and their libraries where torch is loaded already."""
     found: dict[str, Any] = {"processor": processor(), "processors": os.cpu_count()}
-    if hasattr(os, "sched_getaffinity"):
-        found["usable_processors"] = len(os.sched_getaffinity(0))
+    found["usable_processors"] = usable_processors()
     torch = sys.modules.get("torch")  # a look at the GPU is not worth importing it
     if torch is None:
         return found
@@ -37,70 +37,30 @@ def hardware() -> dict[str, Any]:
 
 
 @cache
-def processor() -> str:
-    """The processor's model, as the system calls it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
-
-
-@cache
 def code_version(folder: Path | None = None) -> dict[str, Any] | None:
-    """The commit of the checkout that the code runs from, None where it is installed without one.
+    """The commit of the checkout that the code runs from, None where it is installed without one or git is absent.
 
     Args:
         folder: the package's; default: this one's.
 
     Returns:
-        {"commit", "dirty"}: the commit's hash, None before the first one; whether the package's files differ from
-        it, None where git cannot tell.
+        {"commit", "dirty"}: the commit's hash, None before the first one; whether the package's files differ from it.
     """
     folder = folder or Path(__file__).parent
-    git_dir = _git_dir(folder.parent / ".git")
-    if git_dir is None:
+    if not (folder.parent / ".git").exists():
         return None
-    return {"commit": _commit(git_dir), "dirty": _is_dirty(folder)}
-
-
-def _git_dir(path: Path) -> Path | None:
-    """The repository's own folder; a worktree has a file that names it."""
-    if path.is_file():
-        path = path.parent / path.read_text(encoding="utf-8").removeprefix("gitdir:").strip()
-    return path if (path / "HEAD").is_file() else None
-
-
-def _commit(git_dir: Path) -> str | None:
-    head = (git_dir / "HEAD").read_text(encoding="utf-8").strip()
-    if not head.startswith("ref:"):
-        return head
-    name = head.removeprefix("ref:").strip()
-    shared = git_dir / "commondir"
-    common = git_dir / shared.read_text(encoding="utf-8").strip() if shared.is_file() else git_dir
-    for place in (git_dir, common):
-        if (place / name).is_file():
-            return (place / name).read_text(encoding="utf-8").strip()
-    packed = common / "packed-refs"
-    for line in packed.read_text(encoding="utf-8").splitlines() if packed.is_file() else ():
-        commit, _, ref = line.partition(" ")
-        if ref == name:
-            return commit
-    return None
-
-
-def _is_dirty(folder: Path) -> bool | None:
-    settings = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
     try:
         found = subprocess.run(
-            ["git", "-C", str(folder), "status", "--porcelain", "--", "."],
-            capture_output=True, text=True, timeout=GIT_TIMEOUT_S, check=False, env=settings,
-            stdin=subprocess.DEVNULL,
+            ["git", "-C", str(folder), "status", "--porcelain=v2", "--branch", "--", "."],
+            capture_output=True, text=True, timeout=GIT_TIMEOUT_S, check=True, stdin=subprocess.DEVNULL,
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
         )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired):
+    except (OSError, subprocess.SubprocessError):
         return None
-    return bool(found.stdout.strip()) if found.returncode == 0 else None
+    lines = found.stdout.splitlines()
+    commit = next(line.split()[-1] for line in lines if line.startswith("# branch.oid"))
+    changed = any(not line.startswith("#") for line in lines)
+    return {"commit": None if commit == "(initial)" else commit, "dirty": changed}
 
 
 def inputs(recipe: Recipe, data_dir: Path | None) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lors_cli import console, run_dir
 from lors_cli.errors import MissingError, UsageError
-from lors_cli.plans import DATA_DIR_VARIABLE, resolve_data_dir
+from lors_cli.text import DATA_DIR_VARIABLE, resolve_data_dir
 
 if TYPE_CHECKING:
     from lors_cli.recipe import Recipe

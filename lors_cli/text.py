@@ -90,6 +90,7 @@ _KNOWN = {
     ),
 }  # fmt: skip
 SOURCES = tuple(sorted([*_KNOWN, "pydoc"]))
+DATA_DIR_VARIABLE = "LORS_DATA_DIR"
 
 
 def open_source(name: str, *, split: Split, data_dir: Path | None, want: Want = "text") -> TextSource:
@@ -116,7 +117,7 @@ def open_source(name: str, *, split: Split, data_dir: Path | None, want: Want = 
         UsageError: no such source or split, or a broken file.
         MissingError: a file is not there.
     """
-    source = _open(name, split, _resolve_data_dir(data_dir), want)
+    source = _open(name, split, resolve_data_dir(data_dir), want)
     if want == "text" and source.kind == "instructions":
         read = source.rows
         return replace(source, kind="text", _read=lambda: _as_text(read()))
@@ -145,7 +146,7 @@ def fingerprint_source(name: str, *, split: Split, data_dir: Path | None) -> str
     if known is None:
         path = _user_file(name)
         return f"{file_format(path)}:{cached_sha256(path)}"
-    folder = _resolve_data_dir(data_dir)
+    folder = resolve_data_dir(data_dir)
     if folder is None:
         return f"hub:{known.repo}/{known.config or 'default'}/{_hub_split(name, known, split)}"
     path = _data_file(name, known, split, folder)
@@ -256,21 +257,24 @@ def _hub_rows(known: _Known, hub_split: str) -> Iterator[Row]:
 # ---- where things lie
 
 
-def _resolve_data_dir(data_dir: Path | None) -> Path | None:
-    """The folder with local copies: the given one, else $LORS_DATA_DIR, else None for the hub."""
-    if data_dir is not None:
-        return Path(data_dir).expanduser()
-    from_environment = os.environ.get("LORS_DATA_DIR")
-    return Path(from_environment).expanduser() if from_environment else None
+def resolve_data_dir(name: str | Path | None) -> Path | None:
+    """The folder with local datasets: `name`, else $LORS_DATA_DIR, else None for the hub.
+
+    Raises:
+        MissingError: it is no folder.
+    """
+    chosen = name or os.environ.get(DATA_DIR_VARIABLE)
+    if not chosen:
+        return None
+    folder = Path(chosen).expanduser()
+    if not folder.is_dir():
+        source = "data_dir" if name else f"${DATA_DIR_VARIABLE}"
+        raise MissingError(f"{source}: {folder} is no folder.", "It should look like the layout in the README.")
+    return folder
 
 
 def _data_file(name: str, known: _Known, split: Split, data_dir: Path) -> Path:
     """The local copy of a named source."""
-    if not data_dir.is_dir():
-        raise MissingError(
-            f"The data folder {data_dir} does not exist.",
-            "Correct data_dir or $LORS_DATA_DIR, or leave both out to read from the hub.",
-        )
     _hub_split(name, known, split)
     if split not in known.files:
         there = ", ".join(known.files.values())

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from lors_cli.devices import usable_processors
 from lors_cli.documents import START, Position, read_documents
 from lors_cli.errors import LorsError, ResourceError, UsageError, translate
 from lors_cli.text import TextSource, open_source
@@ -150,8 +151,8 @@ class Worker:
     """
 
     def __init__(self, job: dict[str, Any]) -> None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": str(max(1, cores - 1))}
+        threads = str(max(1, usable_processors() - 1))
+        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": threads}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "lors_cli.token_worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env=environment, start_new_session=True,  # a Ctrl-C is for the training, which may go on for a step

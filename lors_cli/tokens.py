@@ -15,6 +15,7 @@ from lors_cli.errors import UsageError
 from lors_cli.instructions import instruction_samples
 from lors_cli.packing import (
     BATCH_CHARS,
+    DEFAULT_SAMPLES,
     batches,
     begin_tokens,
     block_sample,
@@ -34,7 +35,6 @@ from lors_cli.text import TextSource, open_source
 if TYPE_CHECKING:
     import torch
 
-DEFAULT_SAMPLES = 128
 _STREAM_WINDOWS = 256
 """Windows of a stream when none are asked for, as SparseGPT and Wanda take of C4."""
 

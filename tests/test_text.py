@@ -164,10 +164,10 @@ def test_data_dir_never_falls_back_to_the_hub(tmp_path: Path, monkeypatch: pytes
     for name in ("alpaca", "c4", "slimpajama"):
         with pytest.raises(MissingError, match=str(tmp_path)):
             _open(name, data_dir=tmp_path)
-    with pytest.raises(MissingError, match="nowhere does not exist"):
+    with pytest.raises(MissingError, match="nowhere is no folder"):
         _open("alpaca", data_dir=tmp_path / "nowhere")
     monkeypatch.setenv("LORS_DATA_DIR", str(tmp_path / "elsewhere"))
-    with pytest.raises(MissingError, match="elsewhere does not exist"):
+    with pytest.raises(MissingError, match="elsewhere is no folder"):
         _open("c4")
     assert next(iter(_open("pydoc").rows()))["text"]  # needs no folder
 

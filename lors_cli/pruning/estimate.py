@@ -12,13 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lors_cli.packing import DEFAULT_LENGTH, DEFAULT_SAMPLES
 from lors_cli.pruning.methods import RECONSTRUCTION_SAMPLES, statistics_kind
 
 if TYPE_CHECKING:
     from lors_cli.planning import ModelSize
     from lors_cli.recipe import PruneConfig
 
-DEFAULT_SAMPLES, DEFAULT_LENGTH = 128, 2048
 FLOAT = 4
 CAST = 256 << 20
 """Inputs held in float32 at a time; lors_cli.pruning.statistics."""

@@ -1,0 +1,85 @@
+"""The fingerprints of stages, as finished runs have them on disk: a change here makes everyone's runs start anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lors_cli import pruning, tuning
+from lors_cli.evaluation import eval_fingerprint
+from lors_cli.recipe import CalibrationConfig, DistillConfig, EvalConfig, PruneConfig, TuneConfig, TuneDataConfig
+
+ROW = '{"instruction": "say", "input": "", "output": "it"}\n'
+
+
+@pytest.fixture(autouse=True)
+def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rows.jsonl").write_text(ROW)
+    (tmp_path / "text.txt").write_text("some text\n")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (PruneConfig(method="magnitude"), "880e74d1c9159ac5187b51a27856cf3a"),
+        (PruneConfig(calibration=CalibrationConfig(dataset="text.txt")), "dc512e6dcd561e581341fc5735e52d8e"),
+        (
+            PruneConfig(
+                method="wanda",
+                pattern="unstructured",
+                sparsity=0.6,
+                refit=True,
+                calibration=CalibrationConfig(dataset="text.txt", num_samples=8, sequence_length=64),
+            ),
+            "df6bfc9ce04199cf1aa5e805ff08fd7a",
+        ),
+        (
+            PruneConfig(
+                method="admm",
+                pattern="4:8",
+                reconstruct_epochs=2,
+                calibration=CalibrationConfig(dataset="text.txt", seed=3),
+            ),
+            "aaca1367a48aa64a38418ff4bac42a29",
+        ),
+    ],
+)
+def test_of_pruning(config: PruneConfig, expected: str) -> None:
+    assert pruning.stage_fingerprint(config, "model:0", None) == expected
+
+
+DATA = TuneDataConfig(dataset="rows.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (TuneConfig(data=DATA), "15a782efb75cd6a78d8a92cc2906a9e0"),
+        (
+            TuneConfig(data=DATA, method="sqft", rank=8, alpha=4, learning_rate=1e-3, max_steps=6),
+            "62336ef2ce8bd47cac4af53d47e08de8",
+        ),
+        (
+            TuneConfig(data=DATA, init="kaiming", rounding="nearest", epochs=0.5, batch_size=4),
+            "c371fa745eefcb8653c9bcafbda21b13",
+        ),
+        (
+            TuneConfig(data=TuneDataConfig(dataset="text.txt", max_length=64), max_tokens=4096, spike_factor=3.0),
+            "151f818248f7ae08f807dde6e3a53c4d",
+        ),
+        (
+            TuneConfig(data=DATA, train_norms=True, distill=DistillConfig(teacher="teacher.gguf", weight=0.5)),
+            "b26790ab56c6ddc31c76766240326ab0",
+        ),
+    ],
+)
+def test_of_tuning(config: TuneConfig, expected: str, tmp_path: Path) -> None:
+    (tmp_path / "teacher.gguf").write_bytes(b"GGUF")
+    assert tuning.stage_fingerprint(config, "prune:0", None) == expected
+
+
+def test_of_evaluation() -> None:
+    config = EvalConfig(tasks=(), limit=3, perplexity=("text.txt",), perplexity_windows=4)
+    assert eval_fingerprint(config, {"dense": "model:0", "tuned": "tune:0"}, None) == "65f8557f964ee60a8202287e24887b15"
