@@ -117,7 +117,7 @@ def open_source(name: str, *, split: Split, data_dir: Path | None, want: Want = 
         UsageError: no such source or split, or a broken file.
         MissingError: a file is not there.
     """
-    source = _open(name, split, resolve_data_dir(data_dir), want)
+    source = _open(name, split, data_dir, want)
     if want == "text" and source.kind == "instructions":
         read = source.rows
         return replace(source, kind="text", _read=lambda: _as_text(read()))
@@ -160,13 +160,14 @@ def _open(name: str, split: Split, data_dir: Path | None, want: Want) -> TextSou
     known = _KNOWN.get(name)
     if known is None:
         return _open_file(name, _user_file(name), fingerprint)
-    if data_dir is None:
+    folder = resolve_data_dir(data_dir)
+    if folder is None:
         hub_split = _hub_split(name, known, split)
         opens = (lambda: _hub_dataset(known, hub_split)) if known.streamed else None
         return TextSource(
             name, known.kind, fingerprint, None, known.streamed, lambda: _hub_rows(known, hub_split), opens
         )
-    path = _data_file(name, known, split, data_dir)
+    path = _data_file(name, known, split, folder)
     if name == "wikitext2":
         return TextSource(name, "text", fingerprint, None, False, lambda: _one_text(read_text(path).split("\n")))
     if known.subset is not None:
