@@ -20,6 +20,8 @@ from typer.testing import CliRunner, Result
 
 from lors_cli.cli import app
 
+pytest_plugins = ("tiny_models",)
+
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:

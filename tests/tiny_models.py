@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -93,12 +90,3 @@ def token_file(tmp_path: Path, batches: list[torch.Tensor]) -> Path:
     path = tmp_path / "calibration.safetensors"
     save_file({"input_ids": torch.cat(batches)}, path)
     return path
-
-
-@pytest.fixture(autouse=True)
-def model_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stands in for the model card where its module is not there."""
-    if importlib.util.find_spec("lors_cli.report.card") is None:
-        card = ModuleType("lors_cli.report.card")
-        card.model_card = lambda **_: "# card\n"  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, "lors_cli.report.card", card)
