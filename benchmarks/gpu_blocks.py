@@ -40,8 +40,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lors_cli import run_dir
 from lors_cli.benchmark import rotated, spread
 from lors_cli.models import decoder_blocks
-from lors_cli.pruning import prune_group
 from lors_cli.pruning.calibration import BlockArguments, capture
+from lors_cli.pruning.methods import prune_group
 from lors_cli.pruning.statistics import InputStatistics, Kind
 from lors_cli.sparsity import Pattern
 

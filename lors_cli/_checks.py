@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from lors_cli._yaml import shorten
-from lors_cli.errors import UsageError
+from lors_cli.errors import UsageError, shorten
 from lors_cli.redaction import redact
 
 KeyPath = tuple[str | int, ...]

@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+from lors_cli.errors import shorten
+
 MAX_BYTES = 1_000_000
 MAX_NODES = 10_000
 MAX_DEPTH = 32
@@ -262,12 +264,6 @@ def _line(event: Any) -> int:
 def _container(line: int, value: Any, children: list[Node]) -> Node:
     size = 1 + sum(child.size for child in children)
     return Node(line, value, size=size, depth=1 + max((child.depth for child in children), default=0))
-
-
-def shorten(text: str, length: int = 60) -> str:
-    """`text` on one line of at most `length` characters."""
-    line = text if text.isprintable() else repr(text)[1:-1]
-    return line if len(line) <= length else line[: length - 1] + "…"
 
 
 class _Dumper(yaml.SafeDumper):

@@ -288,7 +288,7 @@ def evaluate(
     from dataclasses import asdict
 
     from lors_cli import run_dir, views
-    from lors_cli.evaluation import compare_models
+    from lors_cli.evaluation.significance import compare_models
 
     overrides = [argument for argument in arguments if is_override(argument)]
     paths = [argument for argument in arguments if not is_override(argument)]

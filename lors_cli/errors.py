@@ -194,3 +194,9 @@ def require_file(path: Path, what: str) -> Path:
     if not path.is_file():
         raise MissingError(f"No {what} at {path}.")
     return path
+
+
+def shorten(text: str, length: int = 60) -> str:
+    """`text` on one line of at most `length` characters."""
+    line = text if text.isprintable() else repr(text)[1:-1]
+    return line if len(line) <= length else line[: length - 1] + "…"

@@ -13,8 +13,8 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from lors_cli._checks import KeyPath, Place, Settings, check, field_names, subsection, unknown_key
-from lors_cli._yaml import MAX_BYTES, YamlError, read, shorten, write
-from lors_cli.errors import UsageError
+from lors_cli._yaml import MAX_BYTES, YamlError, read, write
+from lors_cli.errors import UsageError, shorten
 from lors_cli.recipe import STAGE_CONFIGS, STAGES, EvalConfig, ModelConfig, PruneConfig, Recipe, TuneConfig
 from lors_cli.run_dir import plain
 

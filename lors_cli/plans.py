@@ -72,8 +72,9 @@ def plan_chain(recipe: Recipe, place: Callable[[str, str], Path], data_dir: Path
         data_dir: local datasets.
     """
     from lors_cli import pruning, tuning
-    from lors_cli.evaluation import check_tasks
+    from lors_cli.evaluation.tasks import check_tasks
     from lors_cli.sources import model_fingerprint
+    from lors_cli.tuning import teacher
 
     recipe = recipe.with_defaults()
     current = "dense"
@@ -87,7 +88,7 @@ def plan_chain(recipe: Recipe, place: Callable[[str, str], Path], data_dir: Path
         if config is None:
             continue
         if isinstance(config, TuneConfig):
-            config = tuning.with_teacher(config, chain.models[current])
+            config = teacher.with_teacher(config, chain.models[current])
         fingerprint = module.stage_fingerprint(config, chain.fingerprints[current], data_dir)
         folder = place(stage, fingerprint)
         read = {current: chain.models[current]}
@@ -131,8 +132,9 @@ def plan_single(stage: str, config: Any, models: dict[str, ModelConfig], out: Pa
         data_dir: local datasets.
     """
     from lors_cli import pruning, tuning
-    from lors_cli.evaluation import check_tasks
+    from lors_cli.evaluation.tasks import check_tasks
     from lors_cli.sources import model_fingerprint
+    from lors_cli.tuning import teacher
 
     fingerprints = {label: model_fingerprint(model) for label, model in models.items()}
     if stage == "eval":
@@ -142,7 +144,7 @@ def plan_single(stage: str, config: Any, models: dict[str, ModelConfig], out: Pa
     (model,) = models.values()
     if stage == "prune":
         return _plan(stage, out, config, models, model, pruning.stage_fingerprint(config, base, data_dir))
-    config = tuning.with_teacher(config, model)
+    config = teacher.with_teacher(config, model)
     return _plan(stage, out, config, models, model, tuning.stage_fingerprint(config, base, data_dir))
 
 

@@ -75,7 +75,7 @@ def inputs(recipe: Recipe, data_dir: Path | None) -> list[dict[str, Any]]:
         hub by name and, once it is in this machine's cache, by commit.
     """
     from lors_cli.evaluation.tasks import task_fingerprint
-    from lors_cli.pruning import statistics_kind
+    from lors_cli.pruning.methods import statistics_kind
     from lors_cli.sources import model_fingerprint
     from lors_cli.text import Split, fingerprint_source
     from lors_cli.tuning.teacher import teacher_model

@@ -6,8 +6,7 @@ import difflib
 import re
 from pathlib import Path
 
-from lors_cli._yaml import shorten
-from lors_cli.errors import UsageError
+from lors_cli.errors import UsageError, shorten
 
 
 def shipped_recipes() -> dict[str, Path]:

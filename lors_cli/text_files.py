@@ -12,8 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from lors_cli._yaml import shorten
-from lors_cli.errors import UsageError
+from lors_cli.errors import UsageError, shorten
 
 FORMATS = (".jsonl", ".json", ".parquet", ".txt", ".safetensors")
 MAX_ROW_BYTES = 64 << 20

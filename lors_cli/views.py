@@ -56,7 +56,7 @@ def show_results(results: dict[str, Any], comparisons: Sequence[Comparison] = ()
         comparisons: from `compare_models`, a line each.
         title: above the table.
     """
-    from lors_cli.evaluation import recovered, summary_table
+    from lors_cli.evaluation.summary import recovered, summary_table
 
     if not results:
         return

@@ -10,7 +10,7 @@ import pytest
 
 from lors_cli import shipped as shipped_module
 from lors_cli.errors import UsageError
-from lors_cli.evaluation import check_tasks
+from lors_cli.evaluation.tasks import check_tasks
 from lors_cli.loading import Stage, load_recipe, load_stage
 from lors_cli.recipe import EvalConfig
 from lors_cli.shipped import (

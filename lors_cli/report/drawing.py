@@ -85,7 +85,7 @@ def figure_of(width: float, height: float) -> tuple[Figure, Any]:
 
 def short(label: str) -> str:
     """What fits beside a figure."""
-    from lors_cli._yaml import shorten
+    from lors_cli.errors import shorten
 
     return shorten(label, 48)
 

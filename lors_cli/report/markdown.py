@@ -56,7 +56,7 @@ def _summary(results: RunResults) -> str:
 
 
 def _scores(results: RunResults, figures: Collection[str]) -> list[Block]:
-    from lors_cli.evaluation import recovered, summary_table
+    from lors_cli.evaluation.summary import recovered, summary_table
 
     if not results.scores:
         return []
@@ -71,8 +71,7 @@ def _scores(results: RunResults, figures: Collection[str]) -> list[Block]:
 
 def _significance(results: RunResults) -> list[Block]:
     """The models two by two: difference of accuracy in points, and whether it may be chance."""
-    from lors_cli.evaluation import compare_models
-    from lors_cli.evaluation.significance import p_text
+    from lors_cli.evaluation.significance import compare_models, p_text
 
     found = compare_models(results.run / "eval", results.scores)
     if not found:

@@ -139,7 +139,7 @@ def averaged_tasks(model: ScoredModel) -> list[str]:
 
 def _paper_share(model: ScoredModel) -> float | None:
     """What tuning won back in the paper, in percent of what pruning lost."""
-    from lors_cli.evaluation import recovered
+    from lors_cli.evaluation.summary import recovered
 
     tasks = averaged_tasks(model)
     rows = {role: _paper_row(model, role) for role in ("dense", "pruned", "tuned")}

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from lors_cli._checks import KeyPath, Settings, subsection
-from lors_cli._yaml import resolve, shorten
+from lors_cli._yaml import resolve
+from lors_cli.errors import shorten
 from lors_cli.loading import unknown_setting
 from lors_cli.recipe import Recipe
 from lors_cli.sweep.draft import RECIPE_AXIS, Draft, Setting, later, settings_below, unique, value_key

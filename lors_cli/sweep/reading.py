@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lors_cli._checks import KeyPath, Place, Settings, dotted
-from lors_cli._yaml import shorten
-from lors_cli.errors import UsageError
+from lors_cli.errors import UsageError, shorten
 from lors_cli.loading import apply_overrides, read_settings, unknown_setting
 from lors_cli.recipe import Recipe
 from lors_cli.shipped import find_recipe

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from lors_cli.evaluation import compare_models
-from lors_cli.evaluation.significance import bootstrap_interval, compare, mcnemar, p_text
+from lors_cli.evaluation.significance import bootstrap_interval, compare, compare_models, mcnemar, p_text
 from lors_cli.evaluation.summary import average
 
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from lors_cli.evaluation import recovered, summary_table
-from lors_cli.evaluation.summary import average, average_stderr
+from lors_cli.evaluation.summary import average, average_stderr, recovered, summary_table
 
 
 def _result(acc: float | None, norm: float, boolq: float, perplexity: float | None) -> dict[str, Any]:

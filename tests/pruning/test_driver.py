@@ -15,9 +15,10 @@ from transformers.pytorch_utils import Conv1D
 
 from lors_cli import pruning, run_dir
 from lors_cli.errors import SparsityError, UsageError
-from lors_cli.pruning import STATISTICS, methods, prune, stage_fingerprint
+from lors_cli.pruning import methods, prune, stage_fingerprint
 from lors_cli.pruning.driver import Block, BlockPruner
 from lors_cli.pruning.hidden_states import HiddenStates
+from lors_cli.pruning.methods import STATISTICS
 from lors_cli.recipe import CalibrationConfig, ModelConfig, PruneConfig
 from lors_cli.sparsity import Pattern
 from lors_cli.streaming import BlockwiseModel

@@ -15,8 +15,8 @@ import torch
 
 from lors_cli import console
 from lors_cli.errors import UsageError
-from lors_cli.pruning import prune_group
 from lors_cli.pruning.magnitude import magnitude
+from lors_cli.pruning.methods import prune_group
 from lors_cli.pruning.ria import ria
 from lors_cli.pruning.sparsegpt import inverse_factor, sparsegpt
 from lors_cli.pruning.statistics import InputStatistics
