@@ -22,7 +22,7 @@ from torch import nn
 from lors_cli import __version__, console
 from lors_cli.bench_model import ARMS, adapted, checkpoint_blocks, memory_of_step, sparse_model, tidy
 from lors_cli.errors import UsageError
-from lors_cli.models import resolve_device
+from lors_cli.machine.devices import resolve_device
 from lors_cli.shapes import SHAPES
 from lors_cli.tuning.baselines import check_rank
 from lors_cli.tuning.head import causal_lm_loss

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import typer
 
-from lors_cli import console, parallel
+from lors_cli import console
 from lors_cli import options as o
 from lors_cli.command import (
     AROUND,
@@ -22,6 +22,7 @@ from lors_cli.command import (
     split_list,
 )
 from lors_cli.data_view import data_app
+from lors_cli.machine import processes
 from lors_cli.recipe_commands import recipes_app
 
 FIRST_STEPS = """[bold]First steps[/bold]
@@ -77,8 +78,8 @@ def _stage(
         with console.busy("looking at what is done"):
             return plan_single(stage, settings, models, out, data)
 
-    with parallel.joined():
-        plan = parallel.from_main(make_plan)
+    with processes.joined():
+        plan = processes.from_main(make_plan)
         if dry_run:
             views.show_plan(views.plan_document(stage, out, [plan]))
             check_memory(plan)
@@ -298,7 +299,7 @@ def evaluate(
     with tempfile.TemporaryDirectory(prefix="lors-eval-") as scratch:
         folder = out or Path(scratch) / "eval"
         plan = _stage("eval", models, folder, config, overrides, flags, data_dir, dry_run)
-        if plan is None or not parallel.is_main():
+        if plan is None or not processes.is_main():
             return
         found: dict[str, Any] = {label: run_dir.read_json(folder / f"{label}.json") for label in models}
         comparisons = compare_models(folder, found)
@@ -315,7 +316,7 @@ def _show_record(folder: Path) -> None:
     """The result of prune or tune: its metrics and where it is. Processes that only helped have nothing to show."""
     from lors_cli import run_dir, views
 
-    if parallel.is_main():
+    if processes.is_main():
         record = run_dir.read_record(folder)
         assert record is not None
         views.show_record(record, folder)
@@ -433,7 +434,7 @@ def doctor() -> None:
 
 def main() -> None:
     """Entry point of the `lors` command."""
-    if parallel.LAUNCHER in os.environ:
+    if processes.LAUNCHER in os.environ:
         from lors_cli.launch import die_with_launcher
 
         die_with_launcher()

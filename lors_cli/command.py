@@ -16,9 +16,10 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from lors_cli import console, parallel
+from lors_cli import console
+from lors_cli.machine import processes
+from lors_cli.machine.signals import Stopped, stopping
 from lors_cli.options import Json, Quiet, Verbose
-from lors_cli.signals import Stopped, stopping
 
 PIPELINE, STAGES, AROUND, HELP = "Whole pipelines", "One stage", "Look and measure", "Help"
 """Panels of `lors --help`."""
@@ -107,7 +108,7 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
         kwargs.pop("verbose", None)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         if console.verbosity() < 2:  # the libraries' own bars; downloads keep theirs
-            if parallel.num_processes() > 1:  # torch's words on connections that another process has closed
+            if processes.num_processes() > 1:  # torch's words on connections that another process has closed
                 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
             os.environ.setdefault("TQDM_DISABLE", "1")
             os.environ.setdefault("HF_HUB_VERBOSITY", "error")
@@ -151,7 +152,7 @@ def fail(error: BaseException) -> NoReturn:
         raise typer.Exit(141) from None
     known = translate(error)
     _leave_to_another(1 if known is None else known.exit_code)
-    if isinstance(known, PeerError) and parallel.LAUNCHER in os.environ:  # which says so itself
+    if isinstance(known, PeerError) and processes.LAUNCHER in os.environ:  # which says so itself
         _leave(known.exit_code)
     if known is None:
         _print_traceback(error)
@@ -169,14 +170,14 @@ def fail(error: BaseException) -> NoReturn:
 
 def _leave_to_another(exit_code: int) -> None:
     """Leave without a word where another process of the job failed before, which has said why."""
-    earlier = parallel.first_failure(exit_code)
+    earlier = processes.first_failure(exit_code)
     if earlier is not None:
         _leave(earlier)
 
 
 def _leave(exit_code: int) -> NoReturn:
     """End this process, at once where others wait for it: its connections to them cannot be closed in order."""
-    if parallel.is_joined():
+    if processes.is_joined():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(exit_code)

@@ -34,7 +34,9 @@ from rich.style import Style
 from rich.table import Column, Table
 from rich.text import Text
 
-from lors_cli import heartbeat, parallel
+from lors_cli import heartbeat
+from lors_cli.machine import memory as machine_memory
+from lors_cli.machine import processes
 from lors_cli.redaction import redact
 
 Mode = Literal["human", "json"]
@@ -52,7 +54,7 @@ def _plain_width(out: Console) -> Console:
 
 def _stream(**options: Any) -> Console:
     """A console; of several processes on one job only the first one's speaks."""
-    return Console(highlight=False, emoji=False, soft_wrap=True, quiet=not parallel.is_main(), **options)
+    return Console(highlight=False, emoji=False, soft_wrap=True, quiet=not processes.is_main(), **options)
 
 
 @dataclass
@@ -224,7 +226,7 @@ def document(value: Any, *, anyone: bool = False) -> None:
         value: JSON-serialisable; NaN and infinities are written as null by the caller.
         anyone: of several processes on one job this one speaks, though it may not be the first.
     """
-    if _state.mode == "json" and (anyone or parallel.is_main()):
+    if _state.mode == "json" and (anyone or processes.is_main()):
         text = redact(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
         sys.stdout.write(_CONTROL.sub(_escaped, text) + "\n")
         sys.stdout.flush()
@@ -311,8 +313,8 @@ class Task:
             parts.append(f"about {duration(elapsed / done * (self.total - self.completed))} left")
         if self._note:
             parts.append(self._note)
-        parts.append(f"memory {gib(heartbeat.memory_in_use())}")
-        on_gpu = heartbeat.gpu_memory_in_use()
+        parts.append(f"memory {gib(machine_memory.memory_in_use())}")
+        on_gpu = machine_memory.gpu_memory_in_use()
         if on_gpu:
             parts.append(f"GPU {gib(on_gpu)}")
         info(f"  {' · '.join(parts)}")
@@ -353,7 +355,7 @@ def progress(description: str, total: int | None = None, unit: str = "") -> Iter
     """
     task = Task(description, total, unit)
     if _state.verbosity < 0 or not _state.log.is_terminal:
-        with heartbeat.beating(task.beat) if _state.verbosity >= 0 and parallel.is_main() else nullcontext():
+        with heartbeat.beating(task.beat) if _state.verbosity >= 0 and processes.is_main() else nullcontext():
             yield task
         if _state.verbosity >= 0 and time.monotonic() - task.started >= FIRST_LINE_S:
             info(f"  {description}: done, {task.completed} {unit} in {duration(time.monotonic() - task.started)}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from lors_cli.checkups import Finding
 from lors_cli.console import gib
-from lors_cli.devices import processor, usable_cores
+from lors_cli.machine.devices import processor, usable_cores
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +59,7 @@ def _threads() -> Finding:
 def _bfloat16() -> Finding:
     import torch
 
-    from lors_cli.models import cpu_has_bfloat16
+    from lors_cli.machine.devices import cpu_has_bfloat16
 
     if cpu_has_bfloat16():
         found = torch.cpu.get_capabilities()
@@ -98,7 +98,7 @@ def fast_paths() -> Iterator[Finding]:
     """What makes lors fast here, and why something does not."""
     import torch
 
-    from lors_cli.models import cpu_has_bfloat16, resolve_device
+    from lors_cli.machine.devices import cpu_has_bfloat16, resolve_device
 
     device = resolve_device("auto")
     fast = device.type != "cpu" or cpu_has_bfloat16()

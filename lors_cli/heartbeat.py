@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,19 +29,6 @@ def interval_s() -> float:
     if not 0 < value < threading.TIMEOUT_MAX:
         raise UsageError(f"${VARIABLE} is {text}; it must be a number of seconds above 0.")
     return value
-
-
-def memory_in_use() -> int:
-    """Bytes of memory that this process has."""
-    import psutil
-
-    return psutil.Process().memory_info().rss
-
-
-def gpu_memory_in_use() -> int:
-    """Bytes that torch holds on its GPU; 0 without one."""
-    torch = sys.modules.get("torch")
-    return torch.cuda.memory_reserved() if torch is not None and torch.cuda.is_initialized() else 0
 
 
 @contextmanager

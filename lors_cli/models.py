@@ -11,8 +11,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lors_cli import console, parallel
+from lors_cli import console
 from lors_cli.errors import UsageError
+from lors_cli.machine.devices import cpu_has_bfloat16, resolve_device
 from lors_cli.model_files import check_size, check_vocabulary, forget_own_code, loading, safetensors_files
 from lors_cli.revisions import pinned_revision
 from lors_cli.sources import ModelSource, locate
@@ -25,31 +26,6 @@ if TYPE_CHECKING:
     from lors_cli.recipe import ModelConfig
 
 MAX_SHARD_SIZE = "5GB"
-
-
-def resolve_device(name: str) -> torch.device:
-    """The torch device for a config's `device`.
-
-    Raises:
-        UsageError: the device is not on this machine.
-    """
-    import torch
-
-    if parallel.num_processes() > 1 and name.startswith("cuda:"):
-        raise UsageError(
-            f"device: several processes would share {name}.", "Leave --device out: each takes its own GPU."
-        )
-    if name in ("auto", "cuda") and torch.cuda.is_available():
-        if parallel.local_index() >= torch.cuda.device_count():
-            raise UsageError(f"{torch.cuda.device_count()} GPUs are not enough for as many processes as were started.")
-        return torch.device("cuda", parallel.local_index()) if parallel.num_processes() > 1 else torch.device("cuda")
-    if name == "auto":
-        return torch.device("cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError(f"device: {name} was asked for, but torch sees no GPU here.", "Use --device cpu.")
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise UsageError("device: mps was asked for, but torch sees no Apple GPU here.", "Use --device cpu.")
-    return torch.device(name)
 
 
 def resolve_dtype(config: ModelConfig, stored: torch.dtype | None, device: torch.device) -> torch.dtype:
@@ -69,14 +45,6 @@ def resolve_dtype(config: ModelConfig, stored: torch.dtype | None, device: torch
         console.info("  this CPU has no bfloat16 instructions: weights are loaded as float32")
         return torch.float32
     return torch.bfloat16 if device.type == "cpu" and dtype == torch.float16 else dtype
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 in hardware (AVX512-BF16, AMX or Arm BF16)."""
-    import torch
-
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16", "sve_bf16"))
 
 
 @contextmanager
@@ -287,10 +255,3 @@ def save_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fo
         model.save_pretrained(folder, state_dict={})
         (folder / "model.safetensors").unlink(missing_ok=True)
         tokenizer.save_pretrained(folder)
-
-
-def set_seed(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's generators."""
-    from transformers import set_seed as seed_all
-
-    seed_all(seed)

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lors_cli import console, locks, parallel, run_dir
-from lors_cli.determinism import determinism
+from lors_cli import console, locks, run_dir
 from lors_cli.errors import MissingError, ResourceError, UsageError
+from lors_cli.machine import environment, processes
+from lors_cli.machine.determinism import determinism
 from lors_cli.plans import StagePlan, announce, plan_stages, select
 from lors_cli.recipe import PruneConfig, Recipe, TuneConfig
 from lors_cli.text import resolve_data_dir
@@ -33,7 +34,7 @@ def run_single(plan: StagePlan, data_dir: Path | None) -> bool:
     """
     with claim(plan.folder):
         if plan.status == "done":
-            if parallel.is_main():
+            if processes.is_main():
                 run_dir.remove(run_dir.leftovers(plan.folder))
             console.heading(f"{plan.stage}: finished earlier, nothing to do")
             return False
@@ -79,7 +80,7 @@ def claim(out: Path) -> Iterator[None]:
 
     Of several processes on one job the first one holds it for all.
     """
-    if not parallel.is_main():
+    if not processes.is_main():
         yield
         return
     fresh = not out.exists()
@@ -97,7 +98,7 @@ def tidy(folder: Path) -> None:
     Args:
         folder: the stage's.
     """
-    if parallel.is_main() and run_dir.leftovers(folder):
+    if processes.is_main() and run_dir.leftovers(folder):
         with claim(folder):
             run_dir.remove(run_dir.leftovers(folder))
 
@@ -215,13 +216,13 @@ def run_recipe(
         with console.busy("looking at what is done"):
             return [plan.stage for plan in select(plan_stages(recipe, out, data_dir), first, last, force)]
 
-    with parallel.joined():
-        stages = parallel.from_main(stages_to_do)
+    with processes.joined():
+        stages = processes.from_main(stages_to_do)
         with claim(out):
-            parallel.from_main(lambda: _write_recipe(recipe, out))
+            processes.from_main(lambda: _write_recipe(recipe, out))
             with determinism(recipe.deterministic):
                 done = list(_run_plans(recipe, out, stages, data_dir, force))
-            return parallel.from_main(lambda: _finish(recipe, out, data_dir, done))
+            return processes.from_main(lambda: _finish(recipe, out, data_dir, done))
 
 
 def _finish(recipe: Recipe, out: Path, data_dir: Path | None, done: list[dict[str, Any]]) -> dict[str, Any]:
@@ -242,7 +243,7 @@ def _run_plans(
     recipe: Recipe, out: Path, stages: list[str], data_dir: Path | None, force: tuple[str, ...]
 ) -> Iterator[dict[str, Any]]:
     for number, stage in enumerate(stages, 1):
-        plan = parallel.from_main(lambda: _find(recipe, out, stage, data_dir, stage in force))  # noqa: B023
+        plan = processes.from_main(lambda: _find(recipe, out, stage, data_dir, stage in force))  # noqa: B023
         started = time.monotonic()
         label = f"[{number}/{len(stages)}] {stage}"
         if plan.status == "done":
@@ -289,7 +290,7 @@ def _write_manifest(recipe: Recipe, out: Path, done: list[dict[str, Any]], data_
     content = {
         "name": recipe.name, "model": _origin(recipe),
         "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "seeds": seeds,
-        "environment": run_dir.environment(), **manifest_content(recipe, out, data_dir), "last_call": done,
+        "environment": environment.environment(), **manifest_content(recipe, out, data_dir), "last_call": done,
     }  # fmt: skip
     run_dir.write_json(out / "manifest.json", content)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lors_cli import parallel
 from lors_cli.console import gib
-from lors_cli.devices import free_memory
 from lors_cli.errors import LorsError, MissingError, UsageError
+from lors_cli.machine import processes
+from lors_cli.machine.devices import free_memory
 from lors_cli.pruning import estimate as pruning_estimate
 from lors_cli.recipe import EvalConfig, ModelConfig, PruneConfig, TuneConfig
 
@@ -126,7 +126,7 @@ def _bytes_a_weight(config: ModelConfig, stored: Any) -> int:
     """Of the number format that `models.resolve_dtype` will choose."""
     import torch
 
-    from lors_cli.models import cpu_has_bfloat16
+    from lors_cli.machine.devices import cpu_has_bfloat16
 
     if config.dtype != "auto":
         return getattr(torch, config.dtype).itemsize
@@ -242,7 +242,7 @@ def shortage(config: Any, model: ModelConfig) -> tuple[str, str] | None:
     if size is None:
         return None
     free = free_memory(model.device)
-    parts = pruning_estimate.memory_parts(config, size, parallel.num_processes())
+    parts = pruning_estimate.memory_parts(config, size, processes.num_processes())
     offload, hidden = config.calibration.offload, parts["hidden_states"]
     if (offload == "cpu" and model.device.startswith("cuda")) or (offload == "auto" and hidden > free / 2):
         parts["hidden_states"] = 0  # they will be kept elsewhere

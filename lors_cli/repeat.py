@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lors_cli import console, run_dir
 from lors_cli.errors import MissingError, UsageError
+from lors_cli.machine import environment
 from lors_cli.text import DATA_DIR_VARIABLE, resolve_data_dir
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def manifest_content(recipe: Recipe, out: Path, data_dir: Path | None) -> dict[s
         data_dir: local datasets.
     """
     from lors_cli.loading import recipe_values
-    from lors_cli.provenance import inputs
+    from lors_cli.machine.environment import inputs
     from lors_cli.recipe import STAGES
 
     stages = []
@@ -118,7 +119,7 @@ class Repeat:
         return found
 
     def _changed_inputs(self, data_dir: Path | None) -> Iterator[str]:
-        from lors_cli.provenance import inputs
+        from lors_cli.machine.environment import inputs
 
         before, now = self.content["inputs"], inputs(self.recipe, data_dir)
         if len(before) != len(now):
@@ -132,7 +133,7 @@ class Repeat:
     def _changed_environment(self) -> list[str]:
         with console.busy("looking at this machine"):
             import torch  # noqa: F401 - what it says of threads and GPUs is part of the environment
-        here = {**run_dir.environment(), "deterministic": self.recipe.deterministic}
+        here = {**environment.environment(), "deterministic": self.recipe.deterministic}
         lines: dict[str, list[str]] = {}
         for stage in self.content["stages"]:
             for line in differences(stage["environment"], here):

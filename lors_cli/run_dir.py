@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import shutil
 import sys
 import time
@@ -299,27 +298,3 @@ def remove(paths: Iterable[Path]) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-
-
-def environment() -> dict[str, Any]:
-    """Versions and hardware that a result was made with."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    import psutil
-
-    from lors_cli.provenance import code_version, hardware
-
-    versions = {}
-    for name in ("lors-cli", "torch", "transformers", "accelerate", "datasets", "lm-eval", "numpy"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "absent"
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        **hardware(),
-        "packages": versions,
-        "code": code_version(),
-    }

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lors_cli import console
 from lors_cli.errors import UsageError
-from lors_cli.heap import give_back_memory
+from lors_cli.machine.memory import give_back_memory
 from lors_cli.tensor_files import Entry
 
 if TYPE_CHECKING:
@@ -249,7 +249,8 @@ def open_blockwise(config: ModelConfig) -> BlockwiseModel:
     """
     import torch
 
-    from lors_cli.models import load_config, load_model, resolve_device, resolve_dtype
+    from lors_cli.machine.devices import resolve_device
+    from lors_cli.models import load_config, load_model, resolve_dtype
     from lors_cli.sources import locate
 
     device = resolve_device(config.device)

@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from lors_cli.devices import usable_processors
 from lors_cli.documents import START, Position, read_documents
 from lors_cli.errors import LorsError, ResourceError, UsageError, translate
+from lors_cli.machine.devices import usable_processors
 from lors_cli.text import TextSource, open_source
 from lors_cli.token_cache import TOKENIZER_NAME, TokenCache, make_room
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from lors_cli import console, heartbeat
+from lors_cli import console
 from lors_cli.errors import UsageError
+from lors_cli.machine import memory as machine_memory
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +26,7 @@ def _usual_console() -> Iterator[None]:
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time, to be set by the test; memory is always the same."""
     now = [0.0]
-    monkeypatch.setattr(heartbeat, "memory_in_use", lambda: 3 << 29)
+    monkeypatch.setattr(machine_memory, "memory_in_use", lambda: 3 << 29)
     monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
     return now
 
@@ -108,7 +109,7 @@ def test_progress_in_a_file_is_a_line_now_and_then(capsys: Capture, clock: list[
 
 def test_the_interval_is_the_users(capsys: Capture, clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORS_HEARTBEAT_S", "2.5")
-    monkeypatch.setattr(heartbeat, "gpu_memory_in_use", lambda: 2 << 30)
+    monkeypatch.setattr(machine_memory, "gpu_memory_in_use", lambda: 2 << 30)
     with console.progress("prune", 4, "blocks") as task:
         for now in (2.0, 3.0, 5.0, 6.0):
             clock[0] = now

@@ -216,11 +216,11 @@ def test_threads(threads: int, cores: int, status: str, monkeypatch: pytest.Monk
 
 
 def test_a_processor_without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lors_cli import models
+    from lors_cli.machine import devices
 
-    monkeypatch.setattr(models, "cpu_has_bfloat16", lambda: False)
+    monkeypatch.setattr(devices, "cpu_has_bfloat16", lambda: False)
     assert device_checkups._bfloat16().status == "warn"
-    monkeypatch.setattr(models, "cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr(devices, "cpu_has_bfloat16", lambda: True)
     assert device_checkups._bfloat16().status == "ok"
 
 

@@ -14,9 +14,9 @@ import pytest
 import typer
 
 from lors_cli import launch as module
-from lors_cli import parallel
 from lors_cli.errors import UsageError
 from lors_cli.launch import launch, together
+from lors_cli.machine import processes
 
 
 def python(*lines: str) -> list[str]:
@@ -156,7 +156,7 @@ def test_libraries_do_not_see_the_others(monkeypatch: pytest.MonkeyPatch) -> Non
     }
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    with parallel.unseen():
+    with processes.unseen():
         assert not {*given} - {"MASTER_ADDR"} & {*os.environ}
     assert {name: os.environ[name] for name in given} == given
 

@@ -13,18 +13,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lors_cli import models
 from lors_cli.errors import LorsError, MissingError, ResourceError, UsageError, translate
+from lors_cli.machine import devices
+from lors_cli.machine.devices import resolve_device, set_seed
 from lors_cli.models import (
     decoder_blocks,
     load_config,
     load_model,
     load_tokenizer,
     model_max_length,
-    resolve_device,
     resolve_dtype,
     save_checkpoint,
-    set_seed,
 )
 from lors_cli.recipe import ModelConfig
 from lors_cli.run_dir import StageRecord, publish, staging_dir
@@ -207,7 +206,7 @@ class TestDtypeAndDevice:
         expected: torch.dtype,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr(models, "cpu_has_bfloat16", lambda: fast)
+        monkeypatch.setattr(devices, "cpu_has_bfloat16", lambda: fast)
         assert resolve_dtype(at("x"), stored, torch.device(device)) == expected
 
     def test_a_device_that_is_not_here(self, monkeypatch: pytest.MonkeyPatch) -> None:

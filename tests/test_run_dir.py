@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from lors_cli import run_dir
+from lors_cli.machine import environment as machine_environment
 from lors_cli.run_dir import (
     StageRecord,
     cached_sha256,
@@ -329,7 +330,7 @@ class TestLeftovers:
 
 
 def test_environment_is_plain_json() -> None:
-    environment = run_dir.environment()
+    environment = machine_environment.environment()
     assert environment["packages"]["torch"] != "absent"
     assert json.loads(json.dumps(environment)) == environment
 

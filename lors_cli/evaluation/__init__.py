@@ -20,11 +20,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from lors_cli import console, models, parallel, run_dir, sources, text
+from lors_cli import console, models, run_dir, sources, text
 from lors_cli.errors import UsageError
 from lors_cli.evaluation.significance import compare_models
 from lors_cli.evaluation.summary import average, recovered, summary_table
 from lors_cli.evaluation.tasks import check_tasks, task_fingerprint
+from lors_cli.machine import environment, processes
 from lors_cli.recipe import EvalConfig, ModelConfig
 
 __all__ = [
@@ -90,7 +91,7 @@ def evaluate(
         UsageError: an unknown task or text, or a label that can be no file name.
         MissingError: a model or data that is not there.
     """
-    with parallel.joined():
+    with processes.joined():
         return _evaluate(config, model_configs, out, data_dir)
 
 
@@ -104,7 +105,7 @@ def _evaluate(
     expected = eval_fingerprint(config, fingerprints, data_dir)
     for label, model_config in model_configs.items():
         mine = [piece for piece in pieces if piece.label == label]
-        missing = parallel.from_main(lambda: [piece for piece in mine if piece.stored() is None])  # noqa: B023
+        missing = processes.from_main(lambda: [piece for piece in mine if piece.stored() is None])  # noqa: B023
         if missing:
             _score_model(config, model_config, missing, out, data_dir, already=len(mine) - len(missing))
 
@@ -116,7 +117,7 @@ def _evaluate(
         _publish(config, results, expected, fingerprints, pieces, out)
         return results
 
-    return parallel.from_main(finish)
+    return processes.from_main(finish)
 
 
 def eval_fingerprint(config: EvalConfig, model_fingerprints: Mapping[str, str], data_dir: Path | None) -> str:
@@ -238,7 +239,7 @@ def _file_stem(kind: str, name: str) -> str:
 
 def _scratch(out: Path) -> Path:
     """Where this process writes while it scores."""
-    return out / f"{_SCRATCH}{parallel.process_index() or ''}"
+    return out / f"{_SCRATCH}{processes.process_index() or ''}"
 
 
 def _score_model(
@@ -268,7 +269,7 @@ def _score_model(
                 shown = f"perplexity {result['value']:.3f}" if result["value"] is not None else "no finite perplexity"
             elapsed_s = time.monotonic() - started
             content = {"fingerprint": piece.fingerprint, "elapsed_s": round(elapsed_s, 3), "result": result}
-            if parallel.is_main():
+            if processes.is_main():
                 run_dir.write_json(piece.path, content)
             console.info(
                 f"  {label} {piece.name} ({number}/{len(pieces)}): {shown or 'done'} in {console.duration(elapsed_s)}"
@@ -296,7 +297,7 @@ def _score_task(
         label=piece.label,
     )
     assert piece.samples is not None
-    if not parallel.is_main():
+    if not processes.is_main():
         return result.metrics
     lines = (json.dumps(sample, ensure_ascii=False, allow_nan=False) + "\n" for sample in result.samples)
     piece.path.unlink(missing_ok=True)  # of other settings: it would be taken for that of these documents
@@ -383,7 +384,7 @@ def _publish(
         config=run_dir.plain(config),
         inputs=dict(model_fingerprints),
         metrics=metrics,
-        environment=run_dir.environment(),
+        environment=environment.environment(),
         elapsed_s=round(elapsed_s, 3),
         files=files,
     )

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lors_cli import console, parallel
+from lors_cli import console
 from lors_cli.errors import MissingError, UsageError, innermost, translate
 from lors_cli.evaluation.documents import check_documents
 from lors_cli.evaluation.tasks import documents_file, task_definition
+from lors_cli.machine import processes as parallel
 
 _SEED = 1234
 _BOOTSTRAP_ROUNDS = 1000

@@ -9,8 +9,8 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from lors_cli import parallel
 from lors_cli.errors import UsageError
+from lors_cli.machine import processes
 
 if TYPE_CHECKING:
     import torch
@@ -59,14 +59,14 @@ def token_perplexity(
     mine: dict[int, float] = {}
     with torch.inference_mode():
         for number, batch in enumerate(windows.split(step)):
-            if number % parallel.num_processes() == parallel.process_index():
+            if number % processes.num_processes() == processes.process_index():
                 inputs = batch.to(model.device)
                 logits = model(input_ids=inputs, use_cache=False).logits
                 mine[number] = summed_nll(logits[:, :-1], inputs[:, 1:])
                 del logits
             if on_progress is not None:
                 on_progress(len(batch))
-    found = {number: nll for part in parallel.gather(mine) for number, nll in part.items()}
+    found = {number: nll for part in processes.gather(mine) for number, nll in part.items()}
     mean = sum(found[number] for number in sorted(found)) / tokens
     value = math.exp(mean) if not mean > 700 else math.inf
     return {"value": value, "tokens": tokens, "sequence_length": sequence_length, "nll": mean}

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lors_cli import console, parallel
+from lors_cli import console
 from lors_cli.evaluation.prefix_tree import ROW_TOKENS, Choice, Row, build_rows, make_batches
+from lors_cli.machine import processes
 from lors_cli.models import has_plain_head
 
 if TYPE_CHECKING:
@@ -69,19 +70,19 @@ def score_choices(
     if not choices:
         return []
     if model not in _known:
-        _known[model] = parallel.from_main(lambda: _try_out(model))
+        _known[model] = processes.from_main(lambda: _try_out(model))
     able = _known[model]
     max_tokens = batch_size * max(len(choice.tokens) for choice in choices)
     rows = build_rows(choices, max_tokens=max_tokens, branches=able.branches, window=able.window)
     batches = list(make_batches(rows, max_tokens))
     mine: dict[int, tuple[float, bool]] = {}
-    for first in range(0, len(batches), parallel.num_processes()):
-        turn = batches[first : first + parallel.num_processes()]  # a batch for each process
-        if parallel.process_index() < len(turn):
-            mine |= _score_batch(model, turn[parallel.process_index()], choices, able.head)
+    for first in range(0, len(batches), processes.num_processes()):
+        turn = batches[first : first + processes.num_processes()]  # a batch for each process
+        if processes.process_index() < len(turn):
+            mine |= _score_batch(model, turn[processes.process_index()], choices, able.head)
         if on_progress is not None:
             on_progress(sum(len(row.reads) for batch in turn for row in batch))
-    results = {number: result for part in parallel.gather(mine) for number, result in part.items()}
+    results = {number: result for part in processes.gather(mine) for number, result in part.items()}
     return [results[number] for number in range(len(choices))]
 
 

@@ -11,8 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lors_cli import console, parallel, run_dir
+from lors_cli import console, run_dir
 from lors_cli.errors import SparsityError, UsageError
+from lors_cli.machine import environment, processes
 from lors_cli.pruning.methods import STATISTICS, prune_group, refit_group, statistics_kind
 from lors_cli.sparsity import Pattern, summarise
 
@@ -80,7 +81,7 @@ def prune(config: PruneConfig, model: ModelConfig, out: Path, *, data_dir: Path 
     started = time.monotonic()
     if Path(model.path).expanduser().resolve() == out.resolve():
         raise UsageError(f"{out} is the model itself and would be overwritten.", "Choose another --out.")
-    if config.reconstruct_epochs and parallel.num_processes() > 1:
+    if config.reconstruct_epochs and processes.num_processes() > 1:
         raise UsageError(
             "reconstruct_epochs runs in one process.",
             "Prune without --nproc or torchrun (a recipe: lors run RECIPE --until prune), then start several.",
@@ -99,10 +100,10 @@ def prune(config: PruneConfig, model: ModelConfig, out: Path, *, data_dir: Path 
     for name, weight in prunable_weights(source.network).items():
         pattern.check_shape(name, weight.shape)
     batches = _calibration_batches(config, source, tokenizer, data_dir)
-    alone = parallel.start()
-    if parallel.is_main():
+    alone = processes.start()
+    if processes.is_main():
         run_dir.work_dir(out, fingerprint)
-    parallel.wait_for_all()
+    processes.wait_for_all()
     pruner = BlockPruner(config, source, pattern, out / run_dir.WORK_NAME)
     if batches:
         pruner.with_calibration(batches)
@@ -111,13 +112,13 @@ def prune(config: PruneConfig, model: ModelConfig, out: Path, *, data_dir: Path 
     metrics = _metrics(pruner, batches)
     record = run_dir.StageRecord(
         "prune", fingerprint, run_dir.plain(config), {"model": base_fingerprint, "path": model.path}, metrics,
-        run_dir.environment(), round(time.monotonic() - started, 2), {},
+        environment.environment(), round(time.monotonic() - started, 2), {},
     )  # fmt: skip
-    if parallel.is_main():
+    if processes.is_main():
         _write_checkpoint(run_dir.staging_dir(out), pruner, tokenizer, model, metrics)
         record = run_dir.publish(out, record)
     if alone:
-        parallel.stop()
+        processes.stop()
     return record
 
 
@@ -179,7 +180,7 @@ def _write_checkpoint(
     save_settings(pruner.model.network, tokenizer, staging)
     write_checkpoint(staging, _tensors(pruner), max_shard_size=MAX_SHARD_SIZE)
     card = model_card(base_model=model.path, prune=run_dir.plain(pruner.config), tune=None, metrics=metrics,
-                      environment=run_dir.environment())  # fmt: skip
+                      environment=environment.environment())  # fmt: skip
     run_dir.write_text(staging / "README.md", card)
 
 

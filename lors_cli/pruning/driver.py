@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lors_cli import console, parallel, run_dir
+from lors_cli import console, run_dir
 from lors_cli.errors import UsageError
+from lors_cli.machine import processes
 from lors_cli.pruning import methods
 from lors_cli.pruning.calibration import BlockArguments
 from lors_cli.pruning.hidden_states import HiddenStates
@@ -92,10 +93,10 @@ class BlockPruner:
                         for number, name in enumerate(block.weights):
                             self._solve(block, InputGroup([name], InputStatistics("none")), number)
                         self._note(block)
-                        if parallel.is_main():
+                        if processes.is_main():
                             write_tensors(self._path(index), self.model.checkpoint_tensors(index))
                 task.advance()
-        parallel.wait_for_all()
+        processes.wait_for_all()
 
     @torch.no_grad()
     def with_calibration(self, batches: list[torch.Tensor]) -> None:
@@ -117,7 +118,7 @@ class BlockPruner:
                 task.advance(note=str(self.phases))
             with self.phases("io"):
                 states.settle()
-        parallel.wait_for_all()
+        processes.wait_for_all()
 
     def _next_block(self, index: int, pattern: Pattern, states: HiddenStates, arguments: BlockArguments) -> None:
         with self.phases("io"):
@@ -126,8 +127,8 @@ class BlockPruner:
         try:
             self._prune_block(self._open(index, module, pattern), states, arguments)
             with self.phases("io"):
-                tensors = self.model.checkpoint_tensors(index) if parallel.is_main() else {}
-                states.advance(self._path(index) if parallel.is_main() else None, tensors)
+                tensors = self.model.checkpoint_tensors(index) if processes.is_main() else {}
+                states.advance(self._path(index) if processes.is_main() else None, tensors)
         finally:
             context.__exit__(None, None, None)
 
@@ -240,13 +241,13 @@ class BlockPruner:
             if group.statistics.kind != "none" and group.statistics.num_tokens < matrix.shape[1]:
                 self.few_tokens.update(dict.fromkeys(group.names, group.statistics.num_tokens))
             permutation = self._permute(block, group)
-            solver = number % parallel.num_processes()
-            if solver == parallel.process_index():
+            solver = number % processes.num_processes()
+            if solver == processes.process_index():
                 new = self._pruned(block, group, [weight.matrix for weight in weights])
             else:
                 new = [torch.empty_like(weight.matrix) for weight in weights]
             for weight, values in zip(weights, new, strict=True):
-                weight.matrix.copy_(parallel.send_to_all(values.contiguous(), solver))
+                weight.matrix.copy_(processes.send_to_all(values.contiguous(), solver))
         return permutation
 
     def _pruned(self, block: Block, group: InputGroup, matrices: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -262,7 +263,7 @@ class BlockPruner:
         if free is None or len(group.names) > 1:
             return None
         scores = methods.scores(self.config.method, block.weights[group.names[0]].matrix, group.statistics)
-        permutation = parallel.send_to_all(find_for(free, scores, block.pattern), 0)
+        permutation = processes.send_to_all(find_for(free, scores, block.pattern), 0)
         apply_permutation(free, permutation)
         group.statistics.permute(permutation)
         return permutation
@@ -271,7 +272,7 @@ class BlockPruner:
         """Measure what came out of a block, and keep it for a run that goes on from here."""
         layers = [measure(name, weight.matrix, block.pattern) for name, weight in block.weights.items()]
         self.layers += layers
-        if parallel.is_main():
+        if processes.is_main():
             few = {name: self.few_tokens[name] for name in block.weights if name in self.few_tokens}
             content = {"layers": [asdict(layer) for layer in layers], "few_tokens": few}
             run_dir.write_json(self._path(block.index).with_suffix(".json"), run_dir.plain(content))

@@ -14,7 +14,8 @@ import psutil
 import torch
 from safetensors import safe_open
 
-from lors_cli import console, parallel
+from lors_cli import console
+from lors_cli.machine import processes
 from lors_cli.tensor_files import Entry, TensorWriter, write_tensors
 
 Place = Literal["device", "cpu", "disk"]
@@ -35,7 +36,7 @@ def choose_place(wanted: Literal["auto", "device", "cpu", "disk"], num_bytes: in
         return "device" if wanted == "cpu" and device.type == "cpu" else wanted
     if device.type == "cuda" and num_bytes <= SHARE_OF_FREE * torch.cuda.mem_get_info(device)[0]:
         return "device"
-    if num_bytes <= SHARE_OF_FREE * psutil.virtual_memory().available / parallel.num_local_processes():
+    if num_bytes <= SHARE_OF_FREE * psutil.virtual_memory().available / processes.num_local_processes():
         if device.type == "cuda":
             console.info(f"  {console.gib(num_bytes)} of hidden states are too many for the GPU: kept in CPU memory")
         return "cpu" if device.type == "cuda" else "device"
@@ -114,7 +115,7 @@ class HiddenStates:
         self.settle()
         writer, self._writer = self._writer, None
         assert writer is not None
-        old = self._path(self._index - (0 if parallel.num_processes() == 1 else 2))
+        old = self._path(self._index - (0 if processes.num_processes() == 1 else 2))
         self._saving = self._saver.submit(_save, weights, tensors or {}, writer, old)
         self._index += 1
         self._files = dict.fromkeys(self.numbers, writer.path)
@@ -164,7 +165,7 @@ class HiddenStates:
         return files
 
     def _path(self, index: int) -> Path:
-        part = f"{parallel.process_index()}of{parallel.num_processes()}"
+        part = f"{processes.process_index()}of{processes.num_processes()}"
         return self._folder / f"inputs_{index:04d}.{part}.safetensors"
 
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lors_cli import console, parallel, run_dir
+from lors_cli import console, run_dir
 from lors_cli.errors import UsageError
+from lors_cli.machine import processes
 from lors_cli.pruning.calibration import BlockArguments, first_inputs
 from lors_cli.pruning.hidden_states import HiddenStates, choose_place
 from lors_cli.pruning.owl import allocate, outlier_ratio
@@ -37,10 +38,10 @@ def start_walk(
     Raises:
         UsageError: there are fewer batches than processes.
     """
-    mine = range(parallel.process_index(), len(batches), parallel.num_processes())
-    if len(batches) < parallel.num_processes():
+    mine = range(processes.process_index(), len(batches), processes.num_processes())
+    if len(batches) < processes.num_processes():
         raise UsageError(
-            f"{len(batches)} calibration batches cannot be shared by {parallel.num_processes()} processes.",
+            f"{len(batches)} calibration batches cannot be shared by {processes.num_processes()} processes.",
             "Lower calibration.batch_size, or start fewer processes.",
         )
     arguments = [BlockArguments() for _ in model.blocks]
@@ -97,13 +98,13 @@ def owl_shares(
                 ratio, size = _outliers(model, index, states, arguments[index])
                 found["ratios"].append(ratio)
                 found["sizes"].append(size)
-                if parallel.is_main():
+                if processes.is_main():
                     run_dir.write_json(work / "owl.json", found)
                 states.advance()
                 task.advance()
             states.settle()
-        parallel.wait_for_all()
-        if parallel.is_main():
+        processes.wait_for_all()
+        if processes.is_main():
             shutil.rmtree(folder)
     return allocate(found["ratios"], found["sizes"], sparsity)
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from lors_cli import parallel
 from lors_cli.errors import UsageError
+from lors_cli.machine import processes
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +73,7 @@ class InputStatistics:
             width: C; this process may have seen no input.
             device: of the sums.
         """
-        if parallel.num_processes() == 1:
+        if processes.num_processes() == 1:
             return
         import torch
 
@@ -81,8 +81,8 @@ class InputStatistics:
             size = (width,) if self.kind == "norm" else (width, width)
             self.total = torch.zeros(size, dtype=torch.float32, device=device)
         if self.total is not None:
-            parallel.add_up(self.total)
-        counts = parallel.add_up(torch.tensor([self.num_samples, self.num_tokens], device=device))
+            processes.add_up(self.total)
+        counts = processes.add_up(torch.tensor([self.num_samples, self.num_tokens], device=device))
         self.num_samples, self.num_tokens = counts.tolist()
 
     def input_norms(self) -> torch.Tensor:

@@ -254,7 +254,7 @@ def device_rate(model: ModelConfig) -> float:
     """
     import torch
 
-    from lors_cli.models import resolve_device
+    from lors_cli.machine.devices import resolve_device
 
     device = resolve_device(model.device)
     size = try_size(model)
@@ -271,7 +271,7 @@ def device_rate(model: ModelConfig) -> float:
 
 
 def _share(model: ModelConfig) -> float:
-    from lors_cli.models import resolve_device
+    from lors_cli.machine.devices import resolve_device
 
     return EFFICIENCY[resolve_device(model.device).type]
 
@@ -290,7 +290,7 @@ def _timed_product(left: Any, right: Any) -> float:
 def _device(model: ModelConfig) -> str:
     import torch
 
-    from lors_cli.models import resolve_device
+    from lors_cli.machine.devices import resolve_device
 
     device = resolve_device(model.device)
     if device.type == "cuda":

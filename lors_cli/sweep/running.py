@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lors_cli import console, parallel, run_dir
-from lors_cli.determinism import determinism
+from lors_cli import console, run_dir
 from lors_cli.errors import LorsError, UsageError, translate
+from lors_cli.machine import processes
+from lors_cli.machine.determinism import determinism
 from lors_cli.pipeline import claim, free_disk, guard_out, run_stage, tidy
 from lors_cli.plans import StagePlan, describe
 from lors_cli.sweep.cells import Cell, Sweep
@@ -42,9 +43,9 @@ def run_sweep(sweep: Sweep, out: Path, chosen: Sequence[Cell]) -> dict[str, Any]
     """
     from lors_cli.report.sweep import write_sweep_report
 
-    if parallel.num_processes() > 1:
+    if processes.num_processes() > 1:
         raise UsageError(
-            f"`lors sweep` runs in one process, and torchrun started {parallel.num_processes()}.",
+            f"`lors sweep` runs in one process, and torchrun started {processes.num_processes()}.",
             "Several processes can run a recipe: lors run RECIPE --nproc N",
         )
     guard_out(out, "sweep")

@@ -7,8 +7,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lors_cli import console, parallel, run_dir
+from lors_cli import console, run_dir
 from lors_cli.errors import MissingError, SparsityError, UsageError
+from lors_cli.machine import environment, processes
 from lors_cli.sparsity import Pattern, measure, summarise
 from lors_cli.tuning.teacher import teacher_model, with_teacher
 from lors_cli.weights import prunable_weights
@@ -83,12 +84,13 @@ def tune(config: TuneConfig, model: ModelConfig, out: Path, *, data_dir: Path | 
         UsageError: the model has no sparse linear, or the loss broke.
         SparsityError: the merged model breaks the base's zeros; nothing is published.
     """
-    with parallel.joined():
+    with processes.joined():
         return _tune(config, model, out, data_dir)
 
 
 def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | None) -> run_dir.StageRecord:
-    from lors_cli.models import load_tokenizer, resolve_device, set_seed
+    from lors_cli.machine.devices import resolve_device, set_seed
+    from lors_cli.models import load_tokenizer
     from lors_cli.sources import model_fingerprint
     from lors_cli.tuning.adapter import adaptable_layers
     from lors_cli.tuning.distributed import say_how
@@ -109,7 +111,7 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
     layers = adaptable_layers(network, patterns)
     data = _load_data(config, network, tokenizer, data_dir)
     set_seed(config.seed)
-    log = parallel.from_main(lambda: _running_log(out, run_dir.work_dir(out, fingerprint)))
+    log = processes.from_main(lambda: _running_log(out, run_dir.work_dir(out, fingerprint)))
     schedule = config if data.num_steps is None else replace(config, max_steps=data.num_steps, max_tokens=None)
     trainer = prepare_trainer(schedule, network, layers, data, tokenizer, out / CHECKPOINTS_NAME, fingerprint,
                               device=resolve_device(model.device))  # fmt: skip
@@ -127,11 +129,11 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
         run_dir.write_bytes(staging / LOG_NAME, log.read_bytes())
         record = run_dir.StageRecord(
             "tune", fingerprint, run_dir.plain(config), {"model": base_fingerprint, "path": model.path}, metrics,
-            run_dir.environment(), round(time.monotonic() - started, 2), {},
+            environment.environment(), round(time.monotonic() - started, 2), {},
         )  # fmt: skip
         return run_dir.publish(out, record)
 
-    return parallel.from_main(write)
+    return processes.from_main(write)
 
 
 def sparse_layers(model: PreTrainedModel, folder: Path) -> dict[str, Pattern]:
@@ -195,10 +197,10 @@ def _train(trainer: AdapterTrainer, config: TuneConfig, checkpoints: Path, log_p
     from lors_cli.tuning.trainer import TrimCallback, latest_checkpoint
 
     log = StepLog(log_path)
-    last = parallel.from_main(lambda: latest_checkpoint(checkpoints, trainer.fingerprint))
+    last = processes.from_main(lambda: latest_checkpoint(checkpoints, trainer.fingerprint))
     done = int(last.name.rpartition("-")[2]) if last else 0
     total = _num_steps(config, len(trainer.train_dataset))  # type: ignore[arg-type]
-    if parallel.is_main():
+    if processes.is_main():
         _sweep(checkpoints, trainer.fingerprint)
         log.cut_after(done)
     if last:
@@ -206,7 +208,7 @@ def _train(trainer: AdapterTrainer, config: TuneConfig, checkpoints: Path, log_p
     with console.progress("tune", total, "steps") as task, quiet_libraries():
         task.skip(done)
         trainer.remove_callback(PrinterCallback)
-        if parallel.is_main():
+        if processes.is_main():
             trainer.add_callback(LogCallback(log, task, trainer))
         trainer.add_callback(trainer.stop)
         trainer.add_callback(TrimCallback())
@@ -218,7 +220,7 @@ def _train(trainer: AdapterTrainer, config: TuneConfig, checkpoints: Path, log_p
                 trainer.train(resume_from_checkpoint=str(last) if last else None)
     assert trainer.model is not None
     trainer.model.eval()
-    return _loss_metrics(log.rows()) if parallel.is_main() else {}
+    return _loss_metrics(log.rows()) if processes.is_main() else {}
 
 
 def _sweep(checkpoints: Path, fingerprint: str) -> None:
@@ -314,6 +316,6 @@ def _write_card(staging: Path, config: TuneConfig, model: ModelConfig, metrics: 
     card = model_card(
         base_model=record.inputs.get("path", model.path) if record else model.path,
         prune=record.config if record and record.stage == "prune" else None,
-        tune=run_dir.plain(config), metrics=metrics, environment=run_dir.environment(),
+        tune=run_dir.plain(config), metrics=metrics, environment=environment.environment(),
     )  # fmt: skip
     run_dir.write_text(staging / "README.md", card)

@@ -17,6 +17,7 @@ from torch import nn
 
 from lors_cli import console, run_dir
 from lors_cli.errors import MissingError, SparsityError, UsageError, require_file
+from lors_cli.machine import environment
 from lors_cli.sparsity import mask_digest
 from lors_cli.tuning.baselines import LAYERS, check_rank
 from lors_cli.tuning.layers import AdapterLinear
@@ -373,7 +374,7 @@ def merge(base_path: str, adapter: Path, out: Path, *, dtype: str = "auto", devi
     inputs = {"model": fingerprint, "adapter": run_dir.file_sha256(adapter / WEIGHTS_NAME)}
     record = run_dir.StageRecord(
         "merge", run_dir.fingerprint("merge", 1, {}, inputs), {"adapter": str(adapter)}, inputs, metrics,
-        run_dir.environment(), round(time.monotonic() - started, 2), {},
+        environment.environment(), round(time.monotonic() - started, 2), {},
     )  # fmt: skip
     run_dir.publish(out, record)
     return metrics

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lors_cli import console, parallel
+from lors_cli import console
 from lors_cli.errors import UsageError
+from lors_cli.machine import processes
 from lors_cli.models import quiet_libraries
 from lors_cli.tokens import PadCollator
 from lors_cli.tuning import distributed
@@ -50,12 +51,12 @@ def prepare_trainer(
     """
     _check_rounding(config, network.dtype)
     collator = PadCollator(tokenizer.pad_token_id)
-    resumes = parallel.from_main(lambda: latest_checkpoint(checkpoints, fingerprint) is not None)
+    resumes = processes.from_main(lambda: latest_checkpoint(checkpoints, fingerprint) is not None)
     if is_sharded(config):
         loss = _prepare_sharded(config, network, layers, data, collator, resumes, device)
     else:
         loss = _prepare(config, network, layers, data, collator, resumes)
-    samples = data.samples if parallel.num_processes() == 1 else distributed.SamplesAndBlank(data.samples)
+    samples = data.samples if processes.num_processes() == 1 else distributed.SamplesAndBlank(data.samples)
     with quiet_libraries():
         return AdapterTrainer(
             model=network, args=training_arguments(config, checkpoints, network.device), data_collator=collator,

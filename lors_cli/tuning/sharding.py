@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lors_cli import parallel
+from lors_cli.machine import processes
 from lors_cli.models import decoder_blocks, load_model
 from lors_cli.tuning.adapter import adapter_parameters, attach
 from lors_cli.tuning.norms import norm_parameters, train_norms
@@ -30,7 +30,7 @@ def is_sharded(config: TuneConfig) -> bool:
     Args:
         config: of the stage.
     """
-    return config.parallelism == "fsdp" and parallel.num_processes() > 1
+    return config.parallelism == "fsdp" and processes.num_processes() > 1
 
 
 def load_trainable(config: TuneConfig, model: ModelConfig) -> PreTrainedModel:
@@ -68,7 +68,7 @@ def shard(network: PreTrainedModel, device: torch.device) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(device.type, (parallel.num_processes(),))
+    mesh = init_device_mesh(device.type, (processes.num_processes(),))
     _, blocks = decoder_blocks(network)
     sharded = {parameter for parameter in blocks.parameters() if not parameter.requires_grad}
     for tensor in chain(network.parameters(), network.buffers()):

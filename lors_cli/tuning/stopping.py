@@ -9,8 +9,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from lors_cli import console, parallel
-from lors_cli.signals import STOPPING, Stopped
+from lors_cli import console
+from lors_cli.machine import processes
+from lors_cli.machine.signals import STOPPING, Stopped
 from lors_cli.tuning.randomness import random_state, restore_random_state
 
 
@@ -30,14 +31,14 @@ class StopCallback(TrainerCallback):
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Give up the step; it is done again from its start when the run goes on."""
-        if self.asked and parallel.num_processes() == 1:  # several processes stop together, after a step
+        if self.asked and processes.num_processes() == 1:  # several processes stop together, after a step
             restore_random_state(self._random_state)
             control.should_save = control.should_training_stop = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask the Trainer to save and stop, where that is wanted."""
         self._random_state = random_state()  # before the next epoch's order of samples is drawn
-        if self.agreed if parallel.num_processes() > 1 else self.asked:
+        if self.agreed if processes.num_processes() > 1 else self.asked:
             control.should_save = True
             control.should_training_stop = True
 
@@ -67,5 +68,5 @@ def stopping_gently(callback: StopCallback) -> Iterator[None]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
-    if parallel.anyone(bool(callback.asked)):
+    if processes.anyone(bool(callback.asked)):
         raise Stopped(callback.asked) if callback.asked in STOPPING else KeyboardInterrupt

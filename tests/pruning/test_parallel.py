@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lors_cli import parallel
 from lors_cli.errors import UsageError
+from lors_cli.machine import processes as parallel
 from lors_cli.pruning.hidden_states import HiddenStates
 from lors_cli.pruning.passes import start_walk
 from lors_cli.recipe import CalibrationConfig, ModelConfig

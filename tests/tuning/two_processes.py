@@ -12,10 +12,10 @@ from unittest import mock
 
 import torch
 
-from lors_cli import parallel
 from lors_cli.evaluation.perplexity import token_perplexity
 from lors_cli.evaluation.prefix_tree import Choice
 from lors_cli.evaluation.scoring import score_choices
+from lors_cli.machine import processes
 from lors_cli.models import load_model
 from lors_cli.recipe import ModelConfig, TuneConfig, TuneDataConfig
 from lors_cli.tuning import preparation, tune
@@ -33,7 +33,7 @@ def stopped_after(step: int) -> Iterator[None]:
     original = AdapterTrainer.training_step
 
     def interrupted(self: AdapterTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.state.global_step == step - 1 and parallel.process_index() == parallel.num_processes() - 1:
+        if self.state.global_step == step - 1 and processes.process_index() == processes.num_processes() - 1:
             self.stop.asked = True
         return original(self, *args, **kwargs)
 
@@ -92,7 +92,7 @@ def failure(rank: int) -> str:
         raise UsageError("no", "never")
 
     try:
-        parallel.from_main(refuse)
+        processes.from_main(refuse)
     except UsageError as error:
         return f"{error.message} {error.hint}"
     raise AssertionError("nothing was heard")
@@ -100,9 +100,9 @@ def failure(rank: int) -> str:
 
 def main(jobs: dict[str, Any], folder: Path) -> None:
     """Every job, in the order of the file; what process N found goes to N.json."""
-    rank = parallel.process_index()
+    rank = processes.process_index()
     found: dict[str, Any] = {}
-    with parallel.joined():
+    with processes.joined():
         for name, settings in jobs["tune"].items():
             tune(tune_config(settings), ModelConfig(path=jobs["model"]), folder / name)
         tune_and_stop(jobs["stop"], jobs["model"], folder / "stop", jobs["step"])

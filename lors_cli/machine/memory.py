@@ -18,3 +18,16 @@ def give_back_memory() -> None:
 @cache
 def _trim() -> Any | None:
     return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+
+
+def memory_in_use() -> int:
+    """Bytes of memory that this process has."""
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
+def gpu_memory_in_use() -> int:
+    """Bytes that torch holds on its GPU; 0 without one."""
+    torch = sys.modules.get("torch")
+    return torch.cuda.memory_reserved() if torch is not None and torch.cuda.is_initialized() else 0

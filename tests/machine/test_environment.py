@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lors_cli.determinism import WORKSPACE, determinism
-from lors_cli.devices import processor
 from lors_cli.errors import UsageError
-from lors_cli.provenance import code_version, hub_commit
+from lors_cli.machine.determinism import WORKSPACE, determinism
+from lors_cli.machine.devices import processor
+from lors_cli.machine.environment import code_version, hub_commit
 
 
 def git(folder: Path, *arguments: str) -> str:

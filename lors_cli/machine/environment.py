@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lors_cli.devices import processor, usable_processors
+from lors_cli.machine.devices import processor, usable_processors
 
 if TYPE_CHECKING:
     from lors_cli.recipe import Recipe
@@ -46,7 +47,7 @@ def code_version(folder: Path | None = None) -> dict[str, Any] | None:
     Returns:
         {"commit", "dirty"}: the commit's hash, None before the first one; whether the package's files differ from it.
     """
-    folder = folder or Path(__file__).parent
+    folder = folder or Path(__file__).parents[1]
     if not (folder.parent / ".git").exists():
         return None
     try:
@@ -129,3 +130,25 @@ def hub_commit(fingerprint: str) -> str | None:
         return revision
     snapshots = list((folder / "snapshots").glob("*"))
     return snapshots[0].name if len(snapshots) == 1 else None
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware that a result was made with."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    import psutil
+
+    versions = {}
+    for name in ("lors-cli", "torch", "transformers", "accelerate", "datasets", "lm-eval", "numpy"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "absent"
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        **hardware(),
+        "packages": versions,
+        "code": code_version(),
+    }
