@@ -354,7 +354,7 @@ def benchmark(settings: Settings, num_rounds: int, out: Path, screen: Console) -
 def main() -> None:
     """Run the rounds, or with `task FOLDER` one arm."""
     if sys.argv[1:2] == ["task"]:
-        from lors_cli import console
+        from lors_cli.output import console
 
         console.configure(verbosity=-1)
         run_task(Path(sys.argv[2]))

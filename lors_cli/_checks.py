@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any
 
 from lors_cli.errors import UsageError, shorten
-from lors_cli.redaction import redact
+from lors_cli.output.redaction import redact
 
 KeyPath = tuple[str | int, ...]
 MAX_SHOWN = 40

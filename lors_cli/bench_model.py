@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lors_cli import console
 from lors_cli.errors import MissingError, UsageError
 from lors_cli.live_memory import LiveBytes
+from lors_cli.output import console
 from lors_cli.shapes import SHAPES
 from lors_cli.tuning.baselines import LAYERS
 from lors_cli.tuning.head import causal_lm_loss

@@ -6,9 +6,9 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from lors_cli import console
 from lors_cli.benchmark import AUTHORS_LOG, BenchConfig, bench
 from lors_cli.errors import UsageError
+from lors_cli.output import console
 
 COLUMNS = ["method", "tokens/s", "step ÷ LoRA", "step ÷ LoRS", "saved", "peak"]
 

@@ -19,10 +19,11 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
-from lors_cli import __version__, console
+from lors_cli import __version__
 from lors_cli.bench_model import ARMS, adapted, checkpoint_blocks, memory_of_step, sparse_model, tidy
 from lors_cli.errors import UsageError
 from lors_cli.machine.devices import resolve_device
+from lors_cli.output import console, progress
 from lors_cli.shapes import SHAPES
 from lors_cli.tuning.baselines import check_rank
 from lors_cli.tuning.head import causal_lm_loss
@@ -132,7 +133,7 @@ def bench(config: BenchConfig, out: Path | None = None) -> Figures:
         for name in config.methods:
             check_rank(ARMS[name].method, rank, (linear.out_features for linear in linears.values()))
     document["environment"] = _environment(model)
-    with console.progress("bench", len(missing) * config.rounds * len(config.methods), "turns") as task:
+    with progress.progress("bench", len(missing) * config.rounds * len(config.methods), "turns") as task:
         for cell in missing:
             document["cells"][str(cell)] = _measure(config, cell, model, linears, task)
             if out is not None:
@@ -165,7 +166,7 @@ def _installed(methods: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _measure(
-    config: BenchConfig, cell: Cell, model: Any, linears: dict[str, nn.Linear], task: console.Task
+    config: BenchConfig, cell: Cell, model: Any, linears: dict[str, nn.Linear], task: progress.Task
 ) -> dict[str, Figures]:
     """All methods at one cell."""
     checkpoint_blocks(model, cell.checkpointing)

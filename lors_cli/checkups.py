@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
-from lors_cli.console import gib
+from lors_cli.output.console import gib
 
 GIB = 1 << 30
 Status = Literal["ok", "warn", "fail"]

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import typer
 
-from lors_cli import console
 from lors_cli import options as o
 from lors_cli.command import (
     AROUND,
@@ -23,6 +22,7 @@ from lors_cli.command import (
 )
 from lors_cli.data_view import data_app
 from lors_cli.machine import processes
+from lors_cli.output import console, progress
 from lors_cli.recipe_commands import recipes_app
 
 FIRST_STEPS = """[bold]First steps[/bold]
@@ -75,7 +75,7 @@ def _stage(
 
     def make_plan() -> Any:
         guard_out(out, stage, [model.path for model in models.values()])
-        with console.busy("looking at what is done"):
+        with progress.busy("looking at what is done"):
             return plan_single(stage, settings, models, out, data)
 
     with processes.joined():
@@ -399,7 +399,7 @@ def report(folder: o.ReportFolder, formats: o.Formats = None) -> None:
     chosen = formats or FORMATS
     check_formats(chosen)
     if (folder / "sweep.json").is_file():
-        with console.busy("writing the report"):
+        with progress.busy("writing the report"):
             paths = write_sweep_report(folder, chosen)
     elif (folder / "recipe.yaml").is_file():
         settings = load_recipe(folder / "recipe.yaml")
@@ -408,7 +408,7 @@ def report(folder: o.ReportFolder, formats: o.Formats = None) -> None:
         except LorsError as error:
             console.warn(f"whether the results belong to recipe.yaml cannot be checked: {error.message}")
             finished = None
-        with console.busy("writing the report"):
+        with progress.busy("writing the report"):
             paths = write_run_report(folder, finished, chosen)
     else:
         raise MissingError(

@@ -16,10 +16,10 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from lors_cli import console
 from lors_cli.machine import processes
 from lors_cli.machine.signals import Stopped, stopping
 from lors_cli.options import Json, Quiet, Verbose
+from lors_cli.output import console
 
 PIPELINE, STAGES, AROUND, HELP = "Whole pipelines", "One stage", "Look and measure", "Help"
 """Panels of `lors --help`."""
@@ -185,7 +185,7 @@ def _leave(exit_code: int) -> NoReturn:
 
 
 def _print_traceback(error: BaseException) -> None:
-    from lors_cli.redaction import redact
+    from lors_cli.output.redaction import redact
 
     sys.stderr.write(redact("".join(traceback.format_exception(error))))
 

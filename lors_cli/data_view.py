@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from lors_cli import console
 from lors_cli import options as o
 from lors_cli.command import Group, command
+from lors_cli.output import console
 
 if TYPE_CHECKING:
     from rich.text import Text

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lors_cli.checkups import Finding
-from lors_cli.console import gib
 from lors_cli.machine.devices import processor, usable_cores
+from lors_cli.output.console import gib
 
 if TYPE_CHECKING:
     import torch

@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from lors_cli import checkups, console, device_checkups
+from lors_cli import checkups, device_checkups
 from lors_cli.checkups import Finding
+from lors_cli.output import console, progress
 
 CHECKUPS: dict[str, Callable[[], Iterator[Finding]]] = {
     "packages": checkups.packages,
@@ -29,7 +30,7 @@ def examine() -> list[Finding]:
     """
     found: list[Finding] = []
     for group, checkup in CHECKUPS.items():
-        with console.busy(f"looking at {group}"):
+        with progress.busy(f"looking at {group}"):
             try:
                 found += checkup()
             except Exception as error:  # a checkup must not end the check-up

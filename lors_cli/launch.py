@@ -19,10 +19,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from lors_cli import console
 from lors_cli.errors import UsageError
 from lors_cli.machine import processes as parallel
 from lors_cli.machine.processes import LAUNCHER
+from lors_cli.output import console
 
 POLL_S = 0.1
 GRACE_S = {True: 60.0, False: 10.0}

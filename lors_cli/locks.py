@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
-from lors_cli import console
 from lors_cli.errors import UsageError
+from lors_cli.output import console
 
 LOCK_NAME = ".lock"
 _NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)

@@ -11,10 +11,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lors_cli import console
 from lors_cli.errors import UsageError
 from lors_cli.machine.devices import cpu_has_bfloat16, resolve_device
 from lors_cli.model_files import check_size, check_vocabulary, forget_own_code, loading, safetensors_files
+from lors_cli.output import console, progress
 from lors_cli.revisions import pinned_revision
 from lors_cli.sources import ModelSource, locate
 
@@ -80,7 +80,7 @@ def library_bars(description: str, unit: str) -> Iterator[None]:
     with ExitStack() as shown:
 
         def counted(items: Any) -> Iterator[Any]:
-            task = shown.enter_context(console.progress(description, len(items), unit))
+            task = shown.enter_context(progress.progress(description, len(items), unit))
             for item in items:
                 yield item
                 task.advance()
@@ -139,7 +139,7 @@ def load_model(config: ModelConfig, *, device: torch.device | None = None) -> Pr
         if source.folder is not None:
             safetensors_files(source.folder, config.path)
         options["use_safetensors"] = True
-    reading = console.busy("reading the .gguf") if source.gguf_file else library_bars("loading", "weights")
+    reading = progress.busy("reading the .gguf") if source.gguf_file else library_bars("loading", "weights")
     with quiet_libraries(), reading:
         with loading(config.path, "the checkpoint"):
             loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lors_cli import console, locks, run_dir
+from lors_cli import locks, run_dir
 from lors_cli.errors import MissingError, ResourceError, UsageError
 from lors_cli.machine import environment, processes
 from lors_cli.machine.determinism import determinism
+from lors_cli.output import console, progress
 from lors_cli.plans import StagePlan, announce, plan_stages, select
 from lors_cli.recipe import PruneConfig, Recipe, TuneConfig
 from lors_cli.text import resolve_data_dir
@@ -148,7 +149,7 @@ def run_stage(plan: StagePlan, data_dir: Path | None) -> None:
         plan: from `plan_stages`.
         data_dir: local datasets.
     """
-    with console.busy("starting"):
+    with progress.busy("starting"):
         from lors_cli.evaluation import evaluate
         from lors_cli.pruning import prune
         from lors_cli.tuning import tune
@@ -213,7 +214,7 @@ def run_recipe(
 
     def stages_to_do() -> list[str]:
         guard_out(out, "run")
-        with console.busy("looking at what is done"):
+        with progress.busy("looking at what is done"):
             return [plan.stage for plan in select(plan_stages(recipe, out, data_dir), first, last, force)]
 
     with processes.joined():
@@ -231,7 +232,7 @@ def _finish(recipe: Recipe, out: Path, data_dir: Path | None, done: list[dict[st
     from lors_cli.report import write_report
 
     _write_manifest(recipe, out, done, data_dir)
-    with console.busy("writing the report"):
+    with progress.busy("writing the report"):
         finished = finished_stages(recipe, out, data_dir)
         report = write_report(out, finished)
     scores = results(out, recipe) if "eval" in finished else {}
@@ -253,7 +254,7 @@ def _run_plans(
             console.heading(f"{label}: {announce(plan)}")
             with claim(plan.folder):  # against the same stage run on its own
                 run_stage(plan, data_dir)
-            console.info(f"  {stage} took {console.duration(time.monotonic() - started)}")
+            console.info(f"  {stage} took {progress.duration(time.monotonic() - started)}")
         yield {
             "stage": stage, "status": "skipped" if plan.status == "done" else "done", "folder": str(plan.folder),
             "fingerprint": plan.fingerprint, "elapsed_s": round(time.monotonic() - started, 2),

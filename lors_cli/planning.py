@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lors_cli.console import gib
 from lors_cli.errors import LorsError, MissingError, UsageError
 from lors_cli.machine import processes
 from lors_cli.machine.devices import free_memory
+from lors_cli.output.console import gib
 from lors_cli.pruning import estimate as pruning_estimate
 from lors_cli.recipe import EvalConfig, ModelConfig, PruneConfig, TuneConfig
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import typer
 
-from lors_cli import console
 from lors_cli import options as o
 from lors_cli.command import Group, command, guarded
+from lors_cli.output import console
 
 COMMANDS = "Commands"
 recipes_app = typer.Typer(cls=Group, pretty_exceptions_enable=False)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lors_cli import console, run_dir
+from lors_cli import run_dir
 from lors_cli.errors import MissingError, UsageError
 from lors_cli.machine import environment
+from lors_cli.output import console, progress
 from lors_cli.text import DATA_DIR_VARIABLE, resolve_data_dir
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ class Repeat:
                 yield f"{old['used_by']}: {new['name']} was at {old['revision']} on the hub, is at {new['revision']}"
 
     def _changed_environment(self) -> list[str]:
-        with console.busy("looking at this machine"):
+        with progress.busy("looking at this machine"):
             import torch  # noqa: F401 - what it says of threads and GPUs is part of the environment
         here = {**environment.environment(), "deterministic": self.recipe.deterministic}
         lines: dict[str, list[str]] = {}

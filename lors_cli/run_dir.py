@@ -118,7 +118,7 @@ def cached_sha256(path: Path) -> str:
     try:
         write_json(cache, {**dict(list(known.items())[-500:]), key: digest})
     except OSError as error:
-        from lors_cli import console
+        from lors_cli.output import console
 
         console.detail(f"file hashes are not remembered: {error}")
     return digest
@@ -265,9 +265,9 @@ def publish(folder: Path, record: StageRecord, *, keep: Sequence[str] = ()) -> S
         os.replace(staging / name, folder / name)
     for stale in sorted(earlier - set(names) - set(keep)):
         (folder / stale).unlink(missing_ok=True)
-    from lors_cli import console
+    from lors_cli.output import progress
 
-    with console.busy("hashing the results"):
+    with progress.busy("hashing the results"):
         files = {name: file_sha256(folder / name) for name in sorted({*names, *keep}) if (folder / name).is_file()}
     finished = StageRecord(**{**asdict(record), "files": files})
     write_json(folder / RECORD_NAME, plain(finished))

@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lors_cli import console
 from lors_cli.errors import UsageError
 from lors_cli.machine.memory import give_back_memory
+from lors_cli.output import console
 from lors_cli.tensor_files import Entry
 
 if TYPE_CHECKING:

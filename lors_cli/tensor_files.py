@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lors_cli import console, run_dir
+from lors_cli import run_dir
+from lors_cli.output import console
 
 if TYPE_CHECKING:
     import torch

@@ -28,8 +28,8 @@ from typing import IO, Any
 import numpy as np
 
 from lors_cli import run_dir
-from lors_cli.console import gib
 from lors_cli.errors import ResourceError
+from lors_cli.output.console import gib
 
 CACHE_VERSION = 1
 """Raised when the same text and tokenizer give other tokens."""

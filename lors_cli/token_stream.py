@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lors_cli import console
 from lors_cli.errors import UsageError
 from lors_cli.order import shuffled_block
+from lors_cli.output import console, progress
 from lors_cli.packing import begin_tokens, block_sample, check_length, eos_token_id, too_little_text
 from lors_cli.recipe import TuneConfig, TuneDataConfig
 from lors_cli.samples import Sample, TuneData
@@ -134,7 +134,7 @@ class TokenStream(Sequence[Sample]):
         assert self._worker is not None
         wanted = num_blocks * self.config.max_length
         total = wanted if wanted < sys.maxsize // 4 else None
-        with console.progress("tokenise", total, "tokens") as task:
+        with progress.progress("tokenise", total, "tokens") as task:
             task.skip(self.cache.available())
             while self._available() < num_blocks and self.num_blocks() is None:
                 self._worker.check()

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lors_cli import console
 from lors_cli.errors import UsageError
 from lors_cli.instructions import instruction_samples
+from lors_cli.output import console
 from lors_cli.packing import (
     BATCH_CHARS,
     DEFAULT_SAMPLES,

@@ -8,7 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lors_cli import console, run_dir
+from lors_cli import run_dir
+from lors_cli.output import console, progress
 from lors_cli.planning import try_estimate
 from lors_cli.plans import StagePlan, describe
 
@@ -86,7 +87,7 @@ def show_record(record: run_dir.StageRecord, folder: Path) -> None:
         folder: its results.
     """
     metrics = record.metrics
-    console.facts([*_facts(record), ("pattern", _zeros(metrics)), ("time", console.duration(record.elapsed_s))])
+    console.facts([*_facts(record), ("pattern", _zeros(metrics)), ("time", progress.duration(record.elapsed_s))])
     console.path(record.stage, folder)
     dense = record.inputs["path"]
     following = f"lors tune {folder} --out DIR" if record.stage == "prune" else f"lors eval {dense} {folder}"

@@ -454,9 +454,9 @@ def test_loading_and_writing_are_counted(
 ) -> None:
     from transformers.utils import logging
 
-    from lors_cli import console
+    from lors_cli.output import progress
 
-    monkeypatch.setattr(console, "FIRST_LINE_S", 0.0)
+    monkeypatch.setattr(progress, "FIRST_LINE_S", 0.0)
     monkeypatch.setenv("LORS_HEARTBEAT_S", "1e-9")
     config = ModelConfig(path=str(workshop / "dense"))
     model = load_model(config)

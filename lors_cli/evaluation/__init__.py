@@ -20,12 +20,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from lors_cli import console, models, run_dir, sources, text
+from lors_cli import models, run_dir, sources, text
 from lors_cli.errors import UsageError
 from lors_cli.evaluation.significance import compare_models
 from lors_cli.evaluation.summary import average, recovered, summary_table
 from lors_cli.evaluation.tasks import check_tasks, task_fingerprint
 from lors_cli.machine import environment, processes
+from lors_cli.output import console, progress
 from lors_cli.recipe import EvalConfig, ModelConfig
 
 __all__ = [
@@ -272,7 +273,7 @@ def _score_model(
             if processes.is_main():
                 run_dir.write_json(piece.path, content)
             console.info(
-                f"  {label} {piece.name} ({number}/{len(pieces)}): {shown or 'done'} in {console.duration(elapsed_s)}"
+                f"  {label} {piece.name} ({number}/{len(pieces)}): {shown or 'done'} in {progress.duration(elapsed_s)}"
             )
     finally:
         del model, tokenizer
@@ -319,7 +320,7 @@ def _score_text(config: EvalConfig, model: Any, tokenizer: Any, piece: _Piece, d
         max_windows=config.perplexity_windows,
         data_dir=data_dir,
     )
-    with console.progress(f"{piece.label} perplexity {piece.name}", len(windows), "windows") as step:
+    with progress.progress(f"{piece.label} perplexity {piece.name}", len(windows), "windows") as step:
         found = token_perplexity(model, windows, batch_size=config.batch_size, on_progress=step.advance)
     result = {key: finite(value) for key, value in found.items()}
     if result["value"] is None:

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lors_cli import console
 from lors_cli.errors import MissingError, UsageError, innermost, translate
 from lors_cli.evaluation.documents import check_documents
 from lors_cli.evaluation.tasks import documents_file, task_definition
 from lors_cli.machine import processes as parallel
+from lors_cli.output import console, progress
 
 _SEED = 1234
 _BOOTSTRAP_ROUNDS = 1000
@@ -135,7 +135,7 @@ def _shown_model_class() -> Any:
     class Counter(CacheHook):
         """Hears of every finished request; lm-eval calls it to fill a cache, which is not kept here."""
 
-        def __init__(self, step: console.Task) -> None:
+        def __init__(self, step: progress.Task) -> None:
             super().__init__(None)
             self.step = step
 
@@ -150,12 +150,12 @@ def _shown_model_class() -> Any:
 
         @contextlib.contextmanager
         def counted(self, total: int, unit: str) -> Iterator[None]:
-            with console.progress(self.title, total, unit) as step:
+            with progress.progress(self.title, total, unit) as step:
                 self.set_cache_hook(Counter(step))
                 yield
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
-            with console.progress(self.title, len(requests), "requests") as step:
+            with progress.progress(self.title, len(requests), "requests") as step:
                 choices = [self.choice(request) for request in requests]
                 return score_choices(self.model, choices, batch_size=self.batch_size, on_progress=step.advance)
 
@@ -213,7 +213,7 @@ def _shown_reading(title: str) -> Iterator[None]:
         if total is None or total < _SHOW_READING_FROM:
             yield from documents
             return
-        with console.progress(f"{title}: reading", total, "documents") as step:
+        with progress.progress(f"{title}: reading", total, "documents") as step:
             for document in documents:
                 yield document
                 step.advance()

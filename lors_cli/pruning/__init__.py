@@ -11,9 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lors_cli import console, run_dir
+from lors_cli import run_dir
 from lors_cli.errors import SparsityError, UsageError
 from lors_cli.machine import environment, processes
+from lors_cli.output import console, progress
 from lors_cli.pruning.methods import STATISTICS, prune_group, refit_group, statistics_kind
 from lors_cli.sparsity import Pattern, summarise
 
@@ -92,7 +93,7 @@ def prune(config: PruneConfig, model: ModelConfig, out: Path, *, data_dir: Path 
     base_fingerprint = model_fingerprint(model)
     fingerprint = stage_fingerprint(config, base_fingerprint, data_dir)
     console.info(f"  model: {model.path}")
-    with console.busy("reading the tokenizer"):
+    with progress.busy("reading the tokenizer"):
         tokenizer = load_tokenizer(model)
     source = open_blockwise(model)
     if config.reconstruct_epochs and str(source.network.dtype) == "torch.float16":
@@ -132,7 +133,7 @@ def _calibration_batches(
     if statistics_kind(config) == "none":
         return []
     calibration, max_length = config.calibration, model_max_length(source.network)
-    with console.busy(f"tokenising {calibration.dataset}"):
+    with progress.busy(f"tokenising {calibration.dataset}"):
         tokens = calibration_tokens(calibration, tokenizer, model_max_length=max_length, data_dir=data_dir)
     console.info(f"  calibration: {calibration.dataset}, {tokens.shape[0]} × {tokens.shape[1]} tokens")
     return list(tokens.split(calibration.batch_size))

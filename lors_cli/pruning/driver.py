@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lors_cli import console, run_dir
+from lors_cli import run_dir
 from lors_cli.errors import UsageError
 from lors_cli.machine import processes
+from lors_cli.output import console, progress
 from lors_cli.pruning import methods
 from lors_cli.pruning.calibration import BlockArguments
 from lors_cli.pruning.hidden_states import HiddenStates
@@ -85,7 +86,7 @@ class BlockPruner:
 
     def without_data(self) -> None:
         """Prune by a method that looks at weights alone."""
-        with console.progress("prune", len(self.model.blocks), "blocks") as task:
+        with progress.progress("prune", len(self.model.blocks), "blocks") as task:
             for index in range(len(self.model.blocks)):
                 if not self._take_up(index):
                     with self.model.block(index) as module:
@@ -111,7 +112,7 @@ class BlockPruner:
             states, arguments, first = start_walk(self.model, batches, self.config.calibration, self.work, part_size)
         if first:
             console.info(f"  going on after {first} of {len(self.model.blocks)} blocks done by an earlier run")
-        with console.progress("prune", len(self.model.blocks), "blocks") as task, closing(states):
+        with progress.progress("prune", len(self.model.blocks), "blocks") as task, closing(states):
             task.skip(sum(self._take_up(index) for index in range(first)))
             for index in range(first, len(self.model.blocks)):
                 self._next_block(index, patterns[index], states, arguments[index])

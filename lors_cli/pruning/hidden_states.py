@@ -14,8 +14,8 @@ import psutil
 import torch
 from safetensors import safe_open
 
-from lors_cli import console
 from lors_cli.machine import processes
+from lors_cli.output import console
 from lors_cli.tensor_files import Entry, TensorWriter, write_tensors
 
 Place = Literal["device", "cpu", "disk"]

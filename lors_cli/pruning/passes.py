@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lors_cli import console, run_dir
+from lors_cli import run_dir
 from lors_cli.errors import UsageError
 from lors_cli.machine import processes
+from lors_cli.output import progress
 from lors_cli.pruning.calibration import BlockArguments, first_inputs
 from lors_cli.pruning.hidden_states import HiddenStates, choose_place
 from lors_cli.pruning.owl import allocate, outlier_ratio
@@ -92,7 +93,7 @@ def owl_shares(
         folder.mkdir(exist_ok=True)
         states, arguments, first = start_walk(model, batches, config, folder)
         found = {name: values[:first] for name, values in found.items()}
-        with console.progress("outliers", len(model.blocks), "blocks") as task, closing(states):
+        with progress.progress("outliers", len(model.blocks), "blocks") as task, closing(states):
             task.skip(first)
             for index in range(first, len(model.blocks)):
                 ratio, size = _outliers(model, index, states, arguments[index])

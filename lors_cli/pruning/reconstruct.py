@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lors_cli import console
 from lors_cli.errors import UsageError
+from lors_cli.output import console
 from lors_cli.pruning.statistics import NOT_FINITE
 from lors_cli.weights import PrunableWeight
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lors_cli import console
 from lors_cli.errors import UsageError
+from lors_cli.output import console
 from lors_cli.pruning.statistics import NOT_FINITE
 from lors_cli.sparsity import Pattern, keep_largest, keep_of_group
 

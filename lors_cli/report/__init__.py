@@ -46,7 +46,7 @@ def write_run_report(
     Raises:
         UsageError: the folder holds no run.
     """
-    from lors_cli.report.blocks import escape
+    from lors_cli.output.markdown import escape
     from lors_cli.report.figures import FIGURES
     from lors_cli.report.markdown import run_blocks
     from lors_cli.report.output import write_files

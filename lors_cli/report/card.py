@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lors_cli.report.blocks import escape, markdown_table, table
+from lors_cli.output.markdown import escape, markdown_table, table
 from lors_cli.report.markdown import versions
 from lors_cli.report.names import short_name
 

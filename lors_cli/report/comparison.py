@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lors_cli.report.blocks import NONE, Cell, Row, Table, escape
+from lors_cli.output.markdown import NONE, Cell, Row, Table, escape
 from lors_cli.report.measures import Group, Measure, ScoredModel, measures
 from lors_cli.report.names import method_name
 from lors_cli.report.paper import SOURCE, paper_rows

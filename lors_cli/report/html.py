@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from lors_cli.report.blocks import Block, Cell, Code, Figure, Row, Table, unescape
+from lors_cli.output.markdown import Block, Cell, Code, Figure, Row, Table, unescape
 from lors_cli.report.drawing import Drawing
 
 _STYLE = Path(__file__).with_name("style.css")

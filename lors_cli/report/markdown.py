@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from lors_cli.console import duration
-from lors_cli.report.blocks import Block, Code, Figure, escape, table
+from lors_cli.output.markdown import Block, Code, Figure, escape, table
+from lors_cli.output.progress import duration
 from lors_cli.report.comparison import notes, results_table
 from lors_cli.report.results import RunResults, models
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from lors_cli import run_dir
+from lors_cli.output.markdown import Block, to_markdown, unescape
 from lors_cli.report import FORMATS
-from lors_cli.report.blocks import Block, to_markdown, unescape
 from lors_cli.report.comparison import notes, results_table
 from lors_cli.report.drawing import Drawing, draw_all
 from lors_cli.report.html import to_html

@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from lors_cli.console import duration, gib
+from lors_cli.output.console import gib
+from lors_cli.output.markdown import NONE, Block, Code, Figure, escape, table
+from lors_cli.output.progress import duration
 from lors_cli.report import FORMATS
-from lors_cli.report.blocks import NONE, Block, Code, Figure, escape, table
 from lors_cli.report.comparison import notes, results_table
 from lors_cli.report.measures import Group
 from lors_cli.report.output import write_files

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lors_cli import console, run_dir
+from lors_cli import run_dir
 from lors_cli.errors import LorsError, UsageError, translate
 from lors_cli.machine import processes
 from lors_cli.machine.determinism import determinism
+from lors_cli.output import console, progress
 from lors_cli.pipeline import claim, free_disk, guard_out, run_stage, tidy
 from lors_cli.plans import StagePlan, describe
 from lors_cli.sweep.cells import Cell, Sweep
@@ -191,7 +192,7 @@ class _Work:
             self._finished.add(plan.folder)
             self.log.append({"stage": plan.stage, "cell": cell_plan.cell.name, "folder": str(plan.folder),
                              "elapsed_s": round(elapsed_s, 2)})  # fmt: skip
-            console.info(f"  {plan.stage} took {console.duration(elapsed_s)}")
+            console.info(f"  {plan.stage} took {progress.duration(elapsed_s)}")
         _free_memory()
         return self._broken.get(plan.folder)
 

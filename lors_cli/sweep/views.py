@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lors_cli import console, run_dir
+from lors_cli import run_dir
 from lors_cli.evaluation.summary import average_stderr, recovered
+from lors_cli.output import console, progress
 from lors_cli.pipeline import free_disk
 from lors_cli.plans import StagePlan, describe
 from lors_cli.recipe import EvalConfig
@@ -126,7 +127,7 @@ def _gib(num_bytes: int | None) -> str:
 
 
 def _time(seconds: float | None) -> str:
-    return "unknown" if seconds is None else console.duration(seconds)
+    return "unknown" if seconds is None else progress.duration(seconds)
 
 
 # Results --------------------------------------------------------------------------------------------------------

@@ -7,9 +7,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lors_cli import console, run_dir
+from lors_cli import run_dir
 from lors_cli.errors import MissingError, SparsityError, UsageError
 from lors_cli.machine import environment, processes
+from lors_cli.output import console, progress
 from lors_cli.sparsity import Pattern, measure, summarise
 from lors_cli.tuning.teacher import teacher_model, with_teacher
 from lors_cli.weights import prunable_weights
@@ -102,7 +103,7 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
     base_fingerprint = model_fingerprint(model)
     fingerprint = stage_fingerprint(config, base_fingerprint, data_dir)
     console.info(f"  model: {model.path}")
-    with console.busy("reading the tokenizer"):
+    with progress.busy("reading the tokenizer"):
         tokenizer = load_tokenizer(model)
     say_how(config)
     network = load_trainable(config, model)
@@ -166,7 +167,7 @@ def _load_data(config: TuneConfig, network: PreTrainedModel, tokenizer: Any, dat
 
     if config.data.packing == "isolated":
         refuse_mixing(network)
-    with console.busy(f"tokenising {config.data.dataset}"):
+    with progress.busy(f"tokenising {config.data.dataset}"):
         data = tuning_data(config, tokenizer, model_max_length=model_max_length(network), data_dir=data_dir)
     skipped = ", ".join(f"{count} {reason}" for reason, count in data.skipped.items() if count)
     steps = ""
@@ -205,7 +206,7 @@ def _train(trainer: AdapterTrainer, config: TuneConfig, checkpoints: Path, log_p
         log.cut_after(done)
     if last:
         console.info(f"  going on after step {done} of {total} from {last}")
-    with console.progress("tune", total, "steps") as task, quiet_libraries():
+    with progress.progress("tune", total, "steps") as task, quiet_libraries():
         task.skip(done)
         trainer.remove_callback(PrinterCallback)
         if processes.is_main():

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import nn
 
-from lors_cli import console, run_dir
+from lors_cli import run_dir
 from lors_cli.errors import MissingError, SparsityError, UsageError, require_file
 from lors_cli.machine import environment
+from lors_cli.output import console, progress
 from lors_cli.sparsity import mask_digest
 from lors_cli.tuning.baselines import LAYERS, check_rank
 from lors_cli.tuning.layers import AdapterLinear
@@ -326,7 +327,7 @@ def merge_adapters(model: PreTrainedModel) -> int:
     """
     num_lost = 0
     layers = adapter_layers(model)
-    with console.progress("merge", len(layers), "layers") as task:
+    with progress.progress("merge", len(layers), "layers") as task:
         for name, layer in layers.items():
             linear = layer.to_linear()
             if not bool(torch.isfinite(linear.weight).all()):

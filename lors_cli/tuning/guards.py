@@ -7,7 +7,7 @@ import statistics
 from collections import deque
 from typing import Any
 
-from lors_cli import console
+from lors_cli.output import console
 
 WINDOW = 50
 """Good steps that the medians are taken of."""

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lors_cli import console
 from lors_cli.errors import UsageError
+from lors_cli.output import progress
 from lors_cli.tuning.head import Loss
 from lors_cli.tuning.sketch import GradientSketch, SketchedLinear
 
@@ -100,7 +100,7 @@ def gradient_directions(
         return _sketched_directions(model, linears, batches, rank, seed, loss)
     directions = {}
     groups = list(_layer_groups(linears))
-    with console.progress("gradient init", len(groups), "layer groups") as task:
+    with progress.progress("gradient init", len(groups), "layer groups") as task:
         for group in groups:
             for name, dW in _summed_gradients(model, group, batches, loss).items():
                 _check_finite(name, dW)
@@ -123,7 +123,7 @@ def _sketched_directions(
     try:
         for name, linear in linears.items():
             model.set_submodule(name, SketchedLinear(linear, sketches[name]))
-        with console.progress("gradient init", len(batches), "batches") as task:
+        with progress.progress("gradient init", len(batches), "batches") as task:
             for _ in _backward_passes(model, batches, loss):
                 task.advance()
     finally:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from lors_cli import console
+from lors_cli.output import console
 from lors_cli.tuning.compressed import Compressed24, decompress
 from lors_cli.tuning.rounding import PERIOD, Rounding, is_stochastic, round_stochastically, round_stochastically_formula
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lors_cli import console
 from lors_cli.errors import UsageError
 from lors_cli.machine import processes
 from lors_cli.models import quiet_libraries
+from lors_cli.output import console
 from lors_cli.tokens import PadCollator
 from lors_cli.tuning import distributed
 from lors_cli.tuning.adapter import adapter_layers

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from lors_cli import run_dir
 
 if TYPE_CHECKING:
-    from lors_cli import console
+    from lors_cli.output import progress
     from lors_cli.tuning.trainer import AdapterTrainer
 
 
@@ -61,7 +61,7 @@ def _is_row(value: Any) -> bool:
 class LogCallback(TrainerCallback):
     """Writes `log.jsonl` and shows loss and throughput live."""
 
-    def __init__(self, log: StepLog, task: console.Task, trainer: AdapterTrainer) -> None:
+    def __init__(self, log: StepLog, task: progress.Task, trainer: AdapterTrainer) -> None:
         self.log, self.task, self.trainer = log, task, trainer
         self._since = time.monotonic()
         self._tokens = 0

@@ -9,9 +9,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from lors_cli import console
 from lors_cli.machine import processes
 from lors_cli.machine.signals import STOPPING, Stopped
+from lors_cli.output import console
 from lors_cli.tuning.randomness import random_state, restore_random_state
 
 

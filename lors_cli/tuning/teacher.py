@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lors_cli import console, run_dir
+from lors_cli import run_dir
 from lors_cli.errors import UsageError
+from lors_cli.output import console
 from lors_cli.recipe import DistillConfig, ModelConfig, TuneConfig
 
 if TYPE_CHECKING:

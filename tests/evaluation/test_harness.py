@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from lors_cli import console
 from lors_cli.evaluation import harness
 from lors_cli.evaluation.harness import score_task
+from lors_cli.output import console, progress
 from lors_cli.pydoc_text import choice_items
 
 LIMIT = 6
@@ -79,9 +79,9 @@ def test_equals_hand_written_loop(
 def test_progress_counts_every_request_and_truncation_is_told(
     stories: tuple[Any, Any], shared_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counts: list[console.Task] = []
+    counts: list[progress.Task] = []
     told: list[str] = []
-    inner = console.progress
+    inner = progress.progress
 
     def kept(*arguments: Any, **options: Any) -> Any:
         from contextlib import contextmanager
@@ -94,7 +94,7 @@ def test_progress_counts_every_request_and_truncation_is_told(
 
         return shown()
 
-    monkeypatch.setattr(console, "progress", kept)
+    monkeypatch.setattr(progress, "progress", kept)
     monkeypatch.setattr(console, "warn", told.append)
     model, tokenizer = stories
     score_task(

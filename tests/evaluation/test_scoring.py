@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from lors_cli import console
 from lors_cli.errors import UsageError
 from lors_cli.evaluation import harness, scoring
 from lors_cli.evaluation.prefix_tree import Choice
 from lors_cli.evaluation.scoring import score_choices
 from lors_cli.evaluation.tasks import task_definition
+from lors_cli.output import console
 
 VOCABULARY = 300
 COMMON: dict[str, Any] = {

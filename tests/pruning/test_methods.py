@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from lors_cli import console
 from lors_cli.errors import UsageError
+from lors_cli.output import console
 from lors_cli.pruning.magnitude import magnitude
 from lors_cli.pruning.methods import prune_group
 from lors_cli.pruning.ria import ria

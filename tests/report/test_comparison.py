@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lors_cli.report.blocks import Row
+from lors_cli.output.markdown import Row
 from lors_cli.report.comparison import model_label, notes, pattern_name, results_table
 from lors_cli.report.measures import Group, ScoredModel, measures
 

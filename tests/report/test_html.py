@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from report_pages import Page, is_safe
 
-from lors_cli.report.blocks import Cell, Code, Figure, Row, Table, escape, table
+from lors_cli.output.markdown import Cell, Code, Figure, Row, Table, escape, table
 from lors_cli.report.drawing import Drawing
 from lors_cli.report.html import to_html
 

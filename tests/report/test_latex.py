@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from lors_cli.report.blocks import Cell, Row, Table
+from lors_cli.output.markdown import Cell, Row, Table
 from lors_cli.report.latex import escape, to_latex
 
 HOSTILE = r"\input{/etc/passwd} $x_1^2$ 50% a&b #1 ~ {z} <script> | [2pt] * -- `q`"

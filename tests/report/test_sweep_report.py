@@ -12,7 +12,7 @@ from report_pages import Page, is_safe
 from sweep_folder import SweepFolder, shares
 from typer.testing import Result
 
-from lors_cli.report.blocks import to_markdown
+from lors_cli.output.markdown import to_markdown
 from lors_cli.report.latex import escape
 from lors_cli.report.sweep import sweep_blocks, write_sweep_report
 from lors_cli.report.sweep_results import groups, read_sweep

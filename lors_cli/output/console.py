@@ -11,10 +11,7 @@ import json
 import re
 import sys
 import textwrap
-import threading
-import time
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,26 +19,14 @@ from typing import Any, Literal
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    SpinnerColumn,
-    TextColumn,
-)
 from rich.style import Style
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 
-from lors_cli import heartbeat
-from lors_cli.machine import memory as machine_memory
 from lors_cli.machine import processes
-from lors_cli.redaction import redact
+from lors_cli.output.redaction import redact
 
 Mode = Literal["human", "json"]
-FIRST_LINE_S = 10.0
-"""After so long a step is worth a line in a file; the next ones come at `heartbeat.interval_s`."""
 WIDTH_OF_FILES = 160
 """Characters a table may take where no terminal limits it."""
 
@@ -258,141 +243,6 @@ def table(
         cells = (escape(cell) for cell in row)
         grid.add_row(*(f"[bold]{cell}[/bold]" if (number, place) in bold else cell for place, cell in enumerate(cells)))
     _state.out.print(grid)
-
-
-class Task:
-    """A step in progress: `advance` it, give it a `note`."""
-
-    def __init__(self, description: str, total: int | None, unit: str) -> None:
-        self.description, self.total, self.unit = description, total, unit
-        self.completed = 0
-        self.started = self._last_line = time.monotonic()
-        self._start_at = 0
-        self._interval_s = heartbeat.interval_s()
-        self._due_s = min(FIRST_LINE_S, self._interval_s)
-        self._lock = threading.Lock()
-        self.bar: tuple[Progress, Any] | None = None
-        self._note = ""
-
-    def advance(self, amount: int = 1, note: str | None = None) -> None:
-        """Count `amount` more units as done; `note` is a short text shown beside the count."""
-        self.update(self.completed + amount, note)
-
-    def update(self, completed: int, note: str | None = None) -> None:
-        """Set how many units are done."""
-        self.completed = completed
-        if note is not None:
-            self._note = note
-        if self.bar is not None:
-            progress, task_id = self.bar
-            progress.update(task_id, completed=completed, note=self._note)
-        else:
-            self.beat()
-
-    def skip(self, amount: int) -> None:
-        """Units done by an earlier run: counted, but not used for the time estimate."""
-        self._start_at += amount
-        self.update(self.completed + amount)
-
-    def beat(self) -> float:
-        """Show a line if it is time for one, and say in how many seconds it will be time for the next."""
-        with self._lock:
-            waited = time.monotonic() - self._last_line
-            if waited < self._due_s:
-                return self._due_s - waited
-            self._last_line, self._due_s = time.monotonic(), self._interval_s
-            self._line()
-            return self._due_s
-
-    def _line(self) -> None:
-        elapsed = self._last_line - self.started
-        text = f"{self.description}: {self.completed}{f'/{self.total}' if self.total else ''} {self.unit}"
-        parts = [f"{text} · {duration(elapsed)} elapsed"]
-        done = self.completed - self._start_at
-        if self.total and done > 0:
-            parts.append(f"about {duration(elapsed / done * (self.total - self.completed))} left")
-        if self._note:
-            parts.append(self._note)
-        parts.append(f"memory {gib(machine_memory.memory_in_use())}")
-        on_gpu = machine_memory.gpu_memory_in_use()
-        if on_gpu:
-            parts.append(f"GPU {gib(on_gpu)}")
-        info(f"  {' · '.join(parts)}")
-
-
-class _Time(ProgressColumn):
-    """Time taken, and about how much is left."""
-
-    max_refresh = 0.5
-
-    def get_table_column(self) -> Column:
-        return Column(no_wrap=True)
-
-    def render(self, task: Any) -> Any:
-        taken = duration(task.elapsed or 0)
-        left = task.time_remaining
-        if task.finished or left is None:
-            return Text(taken, style="dim")
-        return Text.assemble((f"{taken} · ", "dim"), (f"{duration(left)} left", "cyan"))
-
-
-class _Note(ProgressColumn):
-    def get_table_column(self) -> Column:
-        return Column(no_wrap=True, overflow="ellipsis", ratio=1)
-
-    def render(self, task: Any) -> Any:
-        return f"[dim]{escape(task.fields.get('note', ''))}[/dim]"
-
-
-@contextmanager
-def progress(description: str, total: int | None = None, unit: str = "") -> Iterator[Task]:
-    """A long step, shown live on a terminal and as a line now and then elsewhere (docs/long-runs.md).
-
-    Args:
-        description: what is being done (“prune”).
-        total: number of units, None when unknown.
-        unit: their name in the plural (“blocks”).
-    """
-    task = Task(description, total, unit)
-    if _state.verbosity < 0 or not _state.log.is_terminal:
-        with heartbeat.beating(task.beat) if _state.verbosity >= 0 and processes.is_main() else nullcontext():
-            yield task
-        if _state.verbosity >= 0 and time.monotonic() - task.started >= FIRST_LINE_S:
-            info(f"  {description}: done, {task.completed} {unit} in {duration(time.monotonic() - task.started)}")
-        return
-    columns = (
-        TextColumn("  {task.description}"), BarColumn(bar_width=12), MofNCompleteColumn(), TextColumn(unit),
-        _Time(), _Note(),
-    )  # fmt: skip
-    with Progress(*columns, console=_state.log, transient=False, expand=True) as bar:
-        task.bar = (bar, bar.add_task(description, total=total, note=""))
-        yield task
-
-
-@contextmanager
-def busy(description: str) -> Iterator[None]:
-    """Work of unknown length: on a terminal a line that moves and then goes away, elsewhere nothing.
-
-    Args:
-        description: what is being done (“reading the model”).
-    """
-    if _state.verbosity < 0 or not _state.log.is_terminal:
-        yield
-        return
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), _Time())
-    with Progress(*columns, console=_state.log, transient=True) as bar:
-        bar.add_task(description, total=None)
-        yield
-
-
-def duration(seconds: float) -> str:
-    """`seconds` for people: `42 s`, `3 min 05 s`, `2 h 10 min`."""
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def gib(num_bytes: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lors_cli.report.blocks import Cell, Code, Figure, Row, Table, escape, table, to_markdown, unescape
+from lors_cli.output.markdown import Cell, Code, Figure, Row, Table, escape, table, to_markdown, unescape
 
 
 def test_a_table() -> None:

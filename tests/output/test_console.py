@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from lors_cli import console
 from lors_cli.errors import UsageError
 from lors_cli.machine import memory as machine_memory
+from lors_cli.output import console, progress
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +64,7 @@ def test_json_mode_keeps_stdout_for_the_document(capsys: Capture) -> None:
     console.warn("warning")
     console.result("result")
     console.table(["a"], [["b"]])
-    with console.progress("prune", 2, "blocks") as task:
+    with progress.progress("prune", 2, "blocks") as task:
         task.advance()
     console.document({"ü": [1, None]})
     captured = capsys.readouterr()
@@ -96,7 +96,7 @@ def test_levels(capsys: Capture) -> None:
 
 
 def test_progress_in_a_file_is_a_line_now_and_then(capsys: Capture, clock: list[float]) -> None:
-    with console.progress("prune", 4, "blocks") as task:
+    with progress.progress("prune", 4, "blocks") as task:
         for now in (3.0, 10.0, 15.0, 70.0):
             clock[0] = now
             task.advance(note=f"at {now:g}")
@@ -110,7 +110,7 @@ def test_progress_in_a_file_is_a_line_now_and_then(capsys: Capture, clock: list[
 def test_the_interval_is_the_users(capsys: Capture, clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORS_HEARTBEAT_S", "2.5")
     monkeypatch.setattr(machine_memory, "gpu_memory_in_use", lambda: 2 << 30)
-    with console.progress("prune", 4, "blocks") as task:
+    with progress.progress("prune", 4, "blocks") as task:
         for now in (2.0, 3.0, 5.0, 6.0):
             clock[0] = now
             task.beat()
@@ -120,7 +120,7 @@ def test_the_interval_is_the_users(capsys: Capture, clock: list[float], monkeypa
     ]
     for text in ("soon", "0", "-1", "nan", "inf"):
         monkeypatch.setenv("LORS_HEARTBEAT_S", text)
-        with pytest.raises(UsageError, match="must be a number of seconds above 0"), console.progress("prune", 4):
+        with pytest.raises(UsageError, match="must be a number of seconds above 0"), progress.progress("prune", 4):
             pass
 
 
@@ -136,19 +136,19 @@ def test_work_that_does_not_advance_shows_a_sign_of_life(monkeypatch: pytest.Mon
             seen.set()
 
     monkeypatch.setattr(console, "info", info)
-    with console.progress("tune", 100, "steps") as task:
+    with progress.progress("tune", 100, "steps") as task:
         task.update(7, "loss 2.000")
         assert seen.wait(60)
     assert all(line.startswith("  tune: 7/100 steps · 0 s elapsed · ") for line in lines[1:3])
     assert "loss 2.000 · memory " in capsys.readouterr().err
     assert not [thread for thread in threading.enumerate() if thread.name == "heartbeat"]
     console.configure(verbosity=-1)
-    with console.progress("tune", 100, "steps"):
+    with progress.progress("tune", 100, "steps"):
         assert not [thread for thread in threading.enumerate() if thread.name == "heartbeat"]
 
 
 def test_earlier_work_does_not_count_for_the_time_left(capsys: Capture, clock: list[float]) -> None:
-    with console.progress("tune", 100, "steps") as task:
+    with progress.progress("tune", 100, "steps") as task:
         task.skip(90)
         clock[0] = 20.0
         task.advance(5)
@@ -156,7 +156,7 @@ def test_earlier_work_does_not_count_for_the_time_left(capsys: Capture, clock: l
 
 
 def test_progress_without_a_total(capsys: Capture, clock: list[float]) -> None:
-    with console.progress("read", None, "rows") as task:
+    with progress.progress("read", None, "rows") as task:
         clock[0] = 11.0
         task.advance(7)
     assert capsys.readouterr().err.splitlines()[0] == "  read: 7 rows · 11 s elapsed · memory 1.5 GiB"
@@ -164,7 +164,7 @@ def test_progress_without_a_total(capsys: Capture, clock: list[float]) -> None:
 
 def test_quiet_hides_progress(capsys: Capture, clock: list[float]) -> None:
     console.configure(verbosity=-1)
-    with console.progress("prune", 4, "blocks") as task:
+    with progress.progress("prune", 4, "blocks") as task:
         clock[0] = 60.0
         task.advance()
     assert capsys.readouterr().err == ""
@@ -174,7 +174,7 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: Capture)
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     console.configure()
-    with console.progress("prune [x]", 4, "blocks") as task:
+    with progress.progress("prune [x]", 4, "blocks") as task:
         assert task.bar is not None
         task.update(4, "note [y]")
     shown = capsys.readouterr().err
@@ -186,7 +186,7 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: Capture)
     [(-1, "0 s"), (0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (185, "3 min 05 s"), (7800, "2 h 10 min")],
 )
 def test_durations(seconds: float, text: str) -> None:
-    assert console.duration(seconds) == text
+    assert progress.duration(seconds) == text
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_facts_are_in_line(capsys: Capture) -> None:
 
 @pytest.mark.usefixtures("terminal")
 def test_busy_leaves_nothing_behind(capsys: Capture) -> None:
-    with console.busy("reading"):
+    with progress.busy("reading"):
         pass
     shown = capsys.readouterr().err
     assert "reading" in shown
@@ -262,7 +262,7 @@ def test_busy_leaves_nothing_behind(capsys: Capture) -> None:
 
 
 def test_busy_is_silent_in_a_file(capsys: Capture) -> None:
-    with console.busy("reading"):
+    with progress.busy("reading"):
         pass
     assert capsys.readouterr().err == ""
 
