@@ -22,8 +22,8 @@ from typing import Any
 import psutil
 from common import cell, screen_of, software
 
-from lors_cli import run_dir
 from lors_cli.benchmark import spread
+from lors_cli.files import atomic
 from lors_cli.models import load_tokenizer
 from lors_cli.recipe import ModelConfig, TuneConfig, TuneDataConfig
 from lors_cli.samples import PadCollator, count_tokens
@@ -110,7 +110,7 @@ def main() -> None:
     results = {"model": options.model, "sequence_length": options.length, "shuffle_buffer": options.buffer,
                "rounds": options.rounds, "cores": cores, "training_rates": rates, "cells": cells,
                **software()}  # fmt: skip
-    run_dir.write_json(options.out, results)
+    atomic.write_json(options.out, results)
     screen = screen_of()
     for packing, figures in cells.items():
         for arm, found in figures["tokens_per_s"].items():

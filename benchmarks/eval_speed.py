@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from common import cell, ratios, screen_of, software
 
-from lors_cli import run_dir
 from lors_cli.benchmark import rotated, spread
 from lors_cli.evaluation import harness, tasks
+from lors_cli.files import atomic
 from lors_cli.models import load_model, load_tokenizer
 from lors_cli.recipe import ModelConfig
 
@@ -117,7 +117,7 @@ def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
 
 def measure(settings: dict[str, Any], data_dir: Path | None, rounds: int, out: Path | None) -> dict[str, Any]:
     """Every round that the results file does not hold."""
-    results = (run_dir.read_json(out) if out else None) or {"settings": settings, **software(), "tasks": {}}
+    results = (atomic.read_json(out) if out else None) or {"settings": settings, **software(), "tasks": {}}
     if results["settings"] != settings:
         raise SystemExit(f"{out} holds results of other settings: {results['settings']}")
     torch.set_num_threads(settings["threads"])
@@ -142,7 +142,7 @@ def measure(settings: dict[str, Any], data_dir: Path | None, rounds: int, out: P
                 _, answers["half"] = timed(lms["half"], requests)
                 found["batch_agreement"] = agreement(requests, answers["half"], answers["hflm"])
             if out:
-                run_dir.write_json(out, results)
+                atomic.write_json(out, results)
     return results
 
 

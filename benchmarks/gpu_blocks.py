@@ -37,8 +37,8 @@ from rich.table import Table
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lors_cli import run_dir
 from lors_cli.benchmark import rotated, spread
+from lors_cli.files import atomic, hashes
 from lors_cli.models import decoder_blocks
 from lors_cli.pruning.calibration import BlockArguments, capture
 from lors_cli.pruning.methods import prune_group
@@ -268,12 +268,12 @@ def benchmark(settings: Settings, num_rounds: int, out: Path, screen: Console) -
     model = settings.model()
     weights = {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}
     device = torch.cuda.get_device_name() if model.device.type == "cuda" else model.device.type
-    results: dict[str, Any] = {**software(), "device": device, "settings": run_dir.plain(asdict(settings)),
+    results: dict[str, Any] = {**software(), "device": device, "settings": hashes.plain(asdict(settings)),
                                "rounds": []}  # fmt: skip
     for number in range(num_rounds):
         results["rounds"].append(run_round(settings, number, model, weights, screen))
         results["summary"] = summarise(results["rounds"], settings)
-        run_dir.write_json(out, results)
+        atomic.write_json(out, results)
     show(results["summary"], screen)
     return results
 

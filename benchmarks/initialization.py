@@ -20,7 +20,7 @@ import torch
 from common import software
 from torch import nn
 
-from lors_cli import run_dir
+from lors_cli.files import atomic
 from lors_cli.live_memory import LiveBytes
 from lors_cli.models import load_model, load_tokenizer
 from lors_cli.recipe import ModelConfig, TuneDataConfig
@@ -112,7 +112,7 @@ def main() -> None:
         "peak_mib": {way: round(value / 2**20, 1) for way, value in peaks.items()},
         **software(),
     }  # fmt: skip
-    run_dir.write_json(options.out, results)
+    atomic.write_json(options.out, results)
     for key, value in results.items():
         print(f"{key:28} {value}")
 

@@ -38,7 +38,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from lors_cli import planning, run_dir
+from lors_cli import planning
+from lors_cli.files import atomic
 from lors_cli.models import MAX_SHARD_SIZE
 from lors_cli.planning import ModelSize
 from lors_cli.pruning.estimate import memory_parts
@@ -268,14 +269,14 @@ def benchmark(cases: Sequence[Case], scratch: Path | None, out: Path, screen: Co
     Returns:
         What `out` holds.
     """
-    results = run_dir.read_json(out) or {**software(), "rows": []}
+    results = atomic.read_json(out) or {**software(), "rows": []}
     results["estimates"] = whole_models()
     done = [{key: row[key] for key in Case.__dataclass_fields__} for row in results["rows"]]
     missing = [case for case in cases if asdict(case) not in done]
     for case, checkpoint, folder in _prepared(missing, scratch, screen.print):
         results["rows"].append(measure(case, checkpoint, folder))
-        run_dir.write_json(out, results)
-    run_dir.write_json(out, results)
+        atomic.write_json(out, results)
+    atomic.write_json(out, results)
     show(results, screen)
     return results
 

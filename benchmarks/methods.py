@@ -21,8 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lors_cli import run_dir
 from lors_cli.evaluation.perplexity import token_perplexity
+from lors_cli.files import atomic
 from lors_cli.models import load_model
 from lors_cli.pruning import prune
 from lors_cli.recipe import CalibrationConfig, ModelConfig, PruneConfig
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--table", action="store_true", help="print the results as Markdown")
     arguments = parser.parse_args()
-    results = run_dir.read_json(arguments.out) or {}
+    results = atomic.read_json(arguments.out) or {}
     if arguments.table:
         print(table(results))
     if arguments.cells and not (arguments.calibration and arguments.windows):
@@ -120,7 +120,7 @@ def main() -> None:
         key = f"{cell} {arguments.dtype}"
         if key not in results:
             results[key] = measure(parse_cell(cell, arguments.calibration), model, arguments.windows)
-            run_dir.write_json(arguments.out, results)
+            atomic.write_json(arguments.out, results)
         shown = ("perplexity", "elapsed_s", "cpu_s", "phases_s")
         print(json.dumps({key: {name: results[key][name] for name in shown}}))
 

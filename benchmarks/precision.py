@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from quality import METHODS, MODEL, Figures, Sweep, held_out_loss
 
-from lors_cli import run_dir
+from lors_cli.files import atomic
 from lors_cli.models import load_model, load_tokenizer
 from lors_cli.recipe import Dtype, ModelConfig
 from lors_cli.tuning.adapter import adapter_layers, load_adapter, merge_adapters
@@ -123,7 +123,7 @@ def main() -> None:
     METHODS["lors-stochastic"] = {**METHODS["lors"], "rounding": "stochastic"}
     METHODS[FLOAT32] = {**METHODS["lors"], "dtype": "float32"}
     measure(Sweep(options), options.rates, options.methods)
-    print("\n".join(table(run_dir.read_json(options.out))))
+    print("\n".join(table(atomic.read_json(options.out))))
 
 
 if __name__ == "__main__":

@@ -46,8 +46,9 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
-from lors_cli import models, run_dir
+from lors_cli import models
 from lors_cli.benchmark import rotated, spread
+from lors_cli.files import atomic, hashes
 from lors_cli.pruning import prune
 from lors_cli.recipe import CalibrationConfig, ModelConfig, PruneConfig
 from lors_cli.sparsity import Pattern
@@ -111,7 +112,7 @@ class Settings:
     def as_written(self) -> dict[str, Any]:
         """For the results: files by name only."""
         perplexity = Path(self.perplexity).name if self.perplexity else None
-        return run_dir.plain(replace(self, calibration=Path(self.calibration).name, perplexity=perplexity))
+        return hashes.plain(replace(self, calibration=Path(self.calibration).name, perplexity=perplexity))
 
 
 # One arm, in a process of its own
@@ -131,7 +132,7 @@ def run_task(folder: Path) -> None:
         save_file(first_block_masks(network), folder / "masks.safetensors")
         if settings.perplexity:
             result["perplexity"] = _perplexity(network, settings.perplexity)
-    run_dir.write_json(folder / "result.json", result)
+    atomic.write_json(folder / "result.json", result)
 
 
 def _in_memory(settings: Settings, kind: str, method: str) -> tuple[dict[str, Any], Any]:
@@ -264,7 +265,7 @@ def run_round(settings: Settings, number: int, scratch: Path, screen: Console) -
     arms = {}
     for arm in order:
         folder = scratch / arm.replace(" ", "-")
-        run_dir.write_json(folder / "task.json", {"arm": arm, "settings": asdict(own_settings)})
+        atomic.write_json(folder / "task.json", {"arm": arm, "settings": asdict(own_settings)})
         spawn(folder, settings.threads)
         arms[arm] = json.loads((folder / "result.json").read_text())
         screen.print(f"round {number + 1}  {arm:<20} {arms[arm]['pruning_s']:8.2f} s  {_phases(arms[arm]['phases_s'])}")
@@ -333,20 +334,20 @@ def benchmark(settings: Settings, num_rounds: int, out: Path, screen: Console) -
         What `out` holds.
     """
     written = settings.as_written()
-    results = run_dir.read_json(out) or {**software(), "settings": written, "rounds": []}
+    results = atomic.read_json(out) or {**software(), "settings": written, "rounds": []}
     if results["settings"] != written:
         raise SystemExit(f"{out} holds rounds of other settings: {results['settings']}")
     with tempfile.TemporaryDirectory() as scratch:
         if len(results["rounds"]) < num_rounds and settings.blocks:
             folder = Path(scratch) / "truncated"
-            run_dir.write_json(folder / "task.json", {"arm": "truncate", "settings": asdict(settings)})
+            atomic.write_json(folder / "task.json", {"arm": "truncate", "settings": asdict(settings)})
             spawn(folder, settings.threads)
             settings = replace(settings, model=str(folder / "model"))
         for number in range(len(results["rounds"]), num_rounds):
             with tempfile.TemporaryDirectory(dir=scratch) as round_scratch:
                 results["rounds"].append(run_round(settings, number, Path(round_scratch), screen))
             results["summary"] = summarise(results["rounds"], settings)
-            run_dir.write_json(out, results)
+            atomic.write_json(out, results)
     show(results["summary"], screen)
     return results
 

@@ -31,8 +31,8 @@ from typing import Any
 import torch
 from common import software
 
-from lors_cli import run_dir
 from lors_cli.evaluation import evaluate
+from lors_cli.files import atomic, records
 from lors_cli.models import load_model, load_tokenizer
 from lors_cli.pruning import prune
 from lors_cli.recipe import (
@@ -89,8 +89,8 @@ def split_rows(data_dir: Path, folder: Path) -> tuple[Path, Path]:
         with gzip.open(data_dir / "alpaca/train.jsonl.gz", "rt", encoding="utf-8") as file:
             lines = file.readlines()
         random.Random(SPLIT_SEED).shuffle(lines)
-        run_dir.write_text(train, "".join(lines[HELD_OUT:]))
-        run_dir.write_text(held_out, "".join(lines[:HELD_OUT]))
+        atomic.write_text(train, "".join(lines[HELD_OUT:]))
+        atomic.write_text(held_out, "".join(lines[:HELD_OUT]))
     return train, held_out
 
 
@@ -127,7 +127,7 @@ class Sweep:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.work: Path = options.work
-        self.cells: dict[str, Figures] = run_dir.read_json(options.out) or {}
+        self.cells: dict[str, Figures] = atomic.read_json(options.out) or {}
         self.started = time.monotonic()
         self.work.mkdir(parents=True, exist_ok=True)
         self.train, self.held_out = split_rows(options.data_dir, self.work)
@@ -140,7 +140,7 @@ class Sweep:
                 raise OutOfTime
             print(f"{time.strftime('%H:%M')} {name}", flush=True)
             self.cells[name] = {**measure(), **software()}
-            run_dir.write_json(self.options.out, self.cells)
+            atomic.write_json(self.options.out, self.cells)
             shown = {key: value for key, value in self.cells[name].items() if key in ("held_out_loss", "wikitext2")}
             print(f"{time.strftime('%H:%M')} {name} {shown}", flush=True)
         return self.cells[name]
@@ -150,7 +150,7 @@ class Sweep:
         out = self.work / f"pruned-{pruner}"
         config = PruneConfig(method=pruner, calibration=CalibrationConfig(  # type: ignore[arg-type]
             dataset=str(self.options.calibration)))  # fmt: skip
-        if run_dir.read_record(out) is None:
+        if records.read_record(out) is None:
             prune(config, ModelConfig(path=self.options.model), out)
         return out
 
@@ -179,7 +179,7 @@ class Sweep:
             per_device_batch_size=4, max_steps=max_steps, save_steps=20, seed=seed,
             data=TuneDataConfig(dataset=str(self.train), max_length=MAX_LENGTH), **settings,
         )  # fmt: skip
-        if run_dir.read_record(out) is None:
+        if records.read_record(out) is None:
             tune(config, source, out)
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
         return out
@@ -187,7 +187,7 @@ class Sweep:
     def run(self, method: str, pruner: str, rate: float, seed: int, *, tasks: bool) -> Figures:
         """Tune and score one model."""
         out = self.tuned(method, pruner, rate, seed)
-        record = run_dir.read_record(out)
+        record = records.read_record(out)
         assert record is not None
         return {"first_loss": record.metrics["first_loss"], "last_loss": record.metrics["last_loss"],
                 "tokens_per_s": record.metrics["tokens_per_s"], "elapsed_s": record.elapsed_s,

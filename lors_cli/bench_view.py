@@ -86,8 +86,8 @@ def _draw(document: dict[str, Any], out: Path) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         console.warn("the package matplotlib is not installed: no figures are drawn (pip install matplotlib).")
         return
+    from lors_cli.files.atomic import write_bytes
     from lors_cli.report.bench_figures import draw
-    from lors_cli.run_dir import write_bytes
 
     for name, content in draw(document).items():
         write_bytes(out / f"{name}.png", content)

@@ -114,7 +114,7 @@ def bench(config: BenchConfig, out: Path | None = None) -> Figures:
         UsageError: a rank or length that the model cannot take, or a folder that holds another benchmark.
         MissingError: no such device or checkpoint.
     """
-    from lors_cli.run_dir import write_json
+    from lors_cli.files.atomic import write_json
 
     document = _document(config, out)
     settings = product(config.checkpointing, config.lengths, config.ranks)

@@ -288,8 +288,9 @@ def evaluate(
     import tempfile
     from dataclasses import asdict
 
-    from lors_cli import run_dir, views
+    from lors_cli import views
     from lors_cli.evaluation.significance import compare_models
+    from lors_cli.files import atomic
 
     overrides = [argument for argument in arguments if is_override(argument)]
     paths = [argument for argument in arguments if not is_override(argument)]
@@ -301,7 +302,7 @@ def evaluate(
         plan = _stage("eval", models, folder, config, overrides, flags, data_dir, dry_run)
         if plan is None or not processes.is_main():
             return
-        found: dict[str, Any] = {label: run_dir.read_json(folder / f"{label}.json") for label in models}
+        found: dict[str, Any] = {label: atomic.read_json(folder / f"{label}.json") for label in models}
         comparisons = compare_models(folder, found)
     views.show_results(found, comparisons)
     if out:
@@ -314,10 +315,11 @@ def evaluate(
 
 def _show_record(folder: Path) -> None:
     """The result of prune or tune: its metrics and where it is. Processes that only helped have nothing to show."""
-    from lors_cli import run_dir, views
+    from lors_cli import views
+    from lors_cli.files import records
 
     if processes.is_main():
-        record = run_dir.read_record(folder)
+        record = records.read_record(folder)
         assert record is not None
         views.show_record(record, folder)
 

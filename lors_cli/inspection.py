@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lors_cli import run_dir
 from lors_cli.errors import UsageError
+from lors_cli.files import records
 from lors_cli.sparsity import DENSE_BELOW, Pattern, measure, num_violations, summarise
 from lors_cli.weights import PrunableWeight, prunable_weights
 
@@ -31,7 +31,7 @@ def inspect(model: ModelConfig, pattern: Pattern | None = None) -> dict[str, Any
     from lors_cli.models import load_model
 
     folder = Path(model.path)
-    record = run_dir.read_record(folder) if folder.is_dir() else None
+    record = records.read_record(folder) if folder.is_dir() else None
     weights = prunable_weights(load_model(model))
     held_to = {} if pattern else layer_patterns(weights, record)
     patterns: dict[str, Pattern | None] = {**held_to} if held_to else dict.fromkeys(weights, pattern)
@@ -39,7 +39,7 @@ def inspect(model: ModelConfig, pattern: Pattern | None = None) -> dict[str, Any
     return summarise(layers, next(iter(patterns.values()), None))
 
 
-def layer_patterns(weights: dict[str, PrunableWeight], record: run_dir.StageRecord | None) -> dict[str, Pattern]:
+def layer_patterns(weights: dict[str, PrunableWeight], record: records.StageRecord | None) -> dict[str, Pattern]:
     """What each pruned weight keeps to, from the stage record beside a checkpoint or else from its zeros.
 
     Unstructured sparsity is held to by each weight on its own: it may differ from one to the next.

@@ -15,8 +15,8 @@ from typing import Any, Literal
 from lors_cli._checks import KeyPath, Place, Settings, check, field_names, subsection, unknown_key
 from lors_cli._yaml import MAX_BYTES, YamlError, read, write
 from lors_cli.errors import UsageError, shorten
+from lors_cli.files.hashes import plain
 from lors_cli.recipe import STAGE_CONFIGS, STAGES, EvalConfig, ModelConfig, PruneConfig, Recipe, TuneConfig
-from lors_cli.run_dir import plain
 
 Stage = Literal["prune", "tune", "eval"]
 

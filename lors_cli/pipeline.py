@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lors_cli import locks, run_dir
 from lors_cli.errors import MissingError, ResourceError, UsageError
+from lors_cli.files import atomic, locks, records
 from lors_cli.machine import environment, processes
 from lors_cli.machine.determinism import determinism
 from lors_cli.output import console, progress
@@ -21,7 +21,7 @@ from lors_cli.text import resolve_data_dir
 RUN_MARKS = {"recipe.yaml", "manifest.json"}
 SWEEP_MARKS = {"sweep.yaml", "sweep.json"}
 STAGE_MARKS = {
-    run_dir.RECORD_NAME, run_dir.WORK_NAME, run_dir.STAGING_NAME, run_dir.JOURNAL_NAME, ".pieces", ".scratch",
+    records.RECORD_NAME, records.WORK_NAME, records.STAGING_NAME, records.JOURNAL_NAME, ".pieces", ".scratch",
 }  # fmt: skip
 """Names that show that a folder was made here."""
 
@@ -36,7 +36,7 @@ def run_single(plan: StagePlan, data_dir: Path | None) -> bool:
     with claim(plan.folder):
         if plan.status == "done":
             if processes.is_main():
-                run_dir.remove(run_dir.leftovers(plan.folder))
+                atomic.remove(records.leftovers(plan.folder))
             console.heading(f"{plan.stage}: finished earlier, nothing to do")
             return False
         console.heading(f"{plan.stage}: {announce(plan)}")
@@ -63,8 +63,8 @@ def guard_out(out: Path, stage: str, inputs: Iterable[str] = ()) -> None:
         return
     if any(Path(path).exists() and out.samefile(path) for path in inputs):
         raise UsageError(f"--out {out} is the model's own folder; results go to another.", elsewhere)
-    names = {path.name for path in out.iterdir() if not run_dir.is_partial(path)} - {locks.LOCK_NAME}
-    record = run_dir.read_record(out)
+    names = {path.name for path in out.iterdir() if not atomic.is_partial(path)} - {locks.LOCK_NAME}
+    record = records.read_record(out)
     if record is not None and record.stage != stage:
         raise UsageError(f"{out} holds the results of {record.stage}, which would be overwritten.", elsewhere)
     marks = {"run": RUN_MARKS, "sweep": SWEEP_MARKS}
@@ -99,9 +99,9 @@ def tidy(folder: Path) -> None:
     Args:
         folder: the stage's.
     """
-    if processes.is_main() and run_dir.leftovers(folder):
+    if processes.is_main() and records.leftovers(folder):
         with claim(folder):
-            run_dir.remove(run_dir.leftovers(folder))
+            atomic.remove(records.leftovers(folder))
 
 
 def check_disk(plan: StagePlan) -> None:
@@ -190,8 +190,8 @@ def _told_when_gone(plan: StagePlan) -> Iterator[None]:
 
 def forget(plan: StagePlan) -> None:
     """Make a finished or begun stage undone, for --force."""
-    (plan.folder / run_dir.RECORD_NAME).unlink(missing_ok=True)
-    for name in (run_dir.WORK_NAME, run_dir.STAGING_NAME, "checkpoints", ".pieces"):
+    (plan.folder / records.RECORD_NAME).unlink(missing_ok=True)
+    for name in (records.WORK_NAME, records.STAGING_NAME, "checkpoints", ".pieces"):
         shutil.rmtree(plan.folder / name, ignore_errors=True)
 
 
@@ -277,7 +277,7 @@ def _write_recipe(recipe: Recipe, out: Path) -> None:
     text = dump_recipe(recipe)
     path = out / "recipe.yaml"
     if not path.is_file() or path.read_bytes() != text.encode():
-        run_dir.write_text(path, text)
+        atomic.write_text(path, text)
 
 
 def _write_manifest(recipe: Recipe, out: Path, done: list[dict[str, Any]], data_dir: Path | None) -> None:
@@ -293,7 +293,7 @@ def _write_manifest(recipe: Recipe, out: Path, done: list[dict[str, Any]], data_
         "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "seeds": seeds,
         "environment": environment.environment(), **manifest_content(recipe, out, data_dir), "last_call": done,
     }  # fmt: skip
-    run_dir.write_json(out / "manifest.json", content)
+    atomic.write_json(out / "manifest.json", content)
 
 
 def _origin(recipe: Recipe) -> dict[str, Any]:
@@ -321,5 +321,5 @@ def finished_stages(recipe: Recipe, out: Path, data_dir: Path | None) -> set[str
 
 def results(out: Path, recipe: Recipe) -> dict[str, Any]:
     """The evaluation results of a run by model."""
-    found = {role: run_dir.read_json(out / "eval" / f"{role}.json") for role in recipe.roles()}
+    found = {role: atomic.read_json(out / "eval" / f"{role}.json") for role in recipe.roles()}
     return {role: content for role, content in found.items() if content is not None}

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lors_cli import run_dir
 from lors_cli.errors import UsageError
+from lors_cli.files import atomic, records
 from lors_cli.recipe import EvalConfig, ModelConfig, PruneConfig, Recipe, TuneConfig
 
 NOT_DONE = "not done yet"
@@ -102,11 +102,11 @@ def plan_chain(recipe: Recipe, place: Callable[[str, str], Path], data_dir: Path
 def _plan(
     stage: str, folder: Path, config: Any, models: dict[str, ModelConfig], origin: ModelConfig, fingerprint: str
 ) -> StagePlan:  # fmt: skip
-    if run_dir.is_finished(folder, fingerprint):
+    if records.is_finished(folder, fingerprint):
         status, detail = "done", "finished earlier"
     elif _is_begun(folder, fingerprint):
         status, detail = "resume", "begun earlier, goes on from there"
-    elif run_dir.read_record(folder) is not None:
+    elif records.read_record(folder) is not None:
         status, detail = "run", "its settings or its input changed"
     else:
         status, detail = "run", NOT_DONE
@@ -115,8 +115,8 @@ def _plan(
 
 def _is_begun(folder: Path, fingerprint: str) -> bool:
     """Whether an interrupted call left something to go on from."""
-    work, checkpoints = folder / run_dir.WORK_NAME, folder / "checkpoints"
-    if run_dir.read_json(work / "fingerprint.json") != fingerprint:
+    work, checkpoints = folder / records.WORK_NAME, folder / "checkpoints"
+    if atomic.read_json(work / "fingerprint.json") != fingerprint:
         return False
     return len(list(work.iterdir())) > 1 or (checkpoints.is_dir() and any(checkpoints.iterdir()))
 
@@ -170,7 +170,7 @@ def plan_eval(
     fingerprint = eval_fingerprint(config, known, data_dir)
     pending = pending_pieces(config, known, folder, data_dir)
     total = len(chosen) * (len(config.tasks) + len(config.perplexity))
-    if not pending and run_dir.is_finished(folder, fingerprint):
+    if not pending and records.is_finished(folder, fingerprint):
         return StagePlan(
             "eval", folder, config, chosen, next(iter(models.values())), fingerprint, "done", "finished earlier"
         )

@@ -39,8 +39,8 @@ def list_shipped() -> None:
 @command(recipes_app, COMMANDS, "lors recipes copy quickstart", "lors recipes copy llama3-8b-2of4 mine.yaml")
 def copy(name: o.Shipped, target: o.Target = None) -> None:
     """Write a shipped recipe or sweep here, to edit and run."""
-    from lors_cli import run_dir
     from lors_cli.errors import UsageError
+    from lors_cli.files import atomic
     from lors_cli.shipped import find_shipped_recipe, shipped_sweeps
 
     source = find_shipped_recipe(name)
@@ -48,7 +48,7 @@ def copy(name: o.Shipped, target: o.Target = None) -> None:
     path = path / source.name if path.is_dir() else path
     if path.exists():
         raise UsageError(f"{path} is there already; it is not overwritten.", "Name another file.")
-    run_dir.write_bytes(path, source.read_bytes())
+    atomic.write_bytes(path, source.read_bytes())
     runner = "sweep" if source in shipped_sweeps().values() else "run"
     console.result(f"wrote {path}; run it with: lors {runner} {path}")
     console.document({"wrote": str(path)})

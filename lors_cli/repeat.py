@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lors_cli import run_dir
 from lors_cli.errors import MissingError, UsageError
+from lors_cli.files import atomic, hashes, records
 from lors_cli.machine import environment
 from lors_cli.output import console, progress
 from lors_cli.text import DATA_DIR_VARIABLE, resolve_data_dir
@@ -39,7 +39,7 @@ def manifest_content(recipe: Recipe, out: Path, data_dir: Path | None) -> dict[s
 
     stages = []
     for stage in STAGES:
-        record = run_dir.read_record(out / stage)
+        record = records.read_record(out / stage)
         if record is not None:
             stages.append({
                 "stage": stage, "fingerprint": record.fingerprint, "elapsed_s": record.elapsed_s,
@@ -58,12 +58,12 @@ def results(out: Path, stage: str) -> dict[str, str]:
         out: the run folder.
         stage: a finished one.
     """
-    record = run_dir.read_record(out / stage)
+    record = records.read_record(out / stage)
     assert record is not None
     if stage != "eval":
         return {name: digest for name, digest in record.files.items() if name.endswith(".safetensors")}
-    contents = {name: run_dir.read_json(out / stage / name) for name in sorted(record.files)}
-    return {name: run_dir.fingerprint("scores", 1, None, {**content, "model": None})
+    contents = {name: atomic.read_json(out / stage / name) for name in sorted(record.files)}
+    return {name: hashes.fingerprint("scores", 1, None, {**content, "model": None})
             for name, content in contents.items() if content is not None}  # fmt: skip
 
 
@@ -150,7 +150,7 @@ class Repeat:
         different: dict[str, list[str]] = {}
         for entry in self.content["stages"]:
             stage, wanted = entry["stage"], entry["results"]
-            found = results(out, stage) if run_dir.read_record(out / stage) else {}
+            found = results(out, stage) if records.read_record(out / stage) else {}
             different[stage] = sorted(name for name in {**wanted, **found} if wanted.get(name) != found.get(name))
         return different
 
@@ -209,7 +209,7 @@ def open_repeat(path: Path, overrides: Sequence[str]) -> Repeat:
     file = path / MANIFEST_NAME if path.is_dir() else path
     if not file.is_file():
         raise MissingError(f"No manifest at {file}.", "Give a finished run's folder, or its manifest.json.")
-    content: Any = run_dir.read_json(file)
+    content: Any = atomic.read_json(file)
     if not _is_whole(content):
         raise UsageError(
             f"{file} does not say enough to repeat the run.",

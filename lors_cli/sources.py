@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lors_cli import run_dir
 from lors_cli.errors import MissingError, UsageError
+from lors_cli.files import hashes, records
 from lors_cli.revisions import pinned_revision
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def locate(path: str) -> ModelSource:
         if not (local / "config.json").is_file():
             raise MissingError(f"{path} is not a checkpoint folder: it has no config.json.", _folder_hint(local))
         _check_files(local, path)
-        if (local / run_dir.JOURNAL_NAME).is_file() and run_dir.read_record(local) is None:
+        if (local / records.JOURNAL_NAME).is_file() and records.read_record(local) is None:
             hint = "Run the command that writes it again; it takes a moment."
             raise MissingError(f"{path} is half written: the stage that makes it was stopped at its end.", hint)
         return ModelSource(folder=local)
@@ -111,17 +111,17 @@ def model_fingerprint(config: ModelConfig) -> str:
         return f"hub:{source.repo}@{pinned_revision(source.repo, config.revision)}{suffix}"
     assert source.folder is not None
     if source.gguf_file is not None:
-        return f"gguf:{run_dir.cached_sha256(source.folder / source.gguf_file)}{suffix}"
-    record = run_dir.read_record(source.folder)
+        return f"gguf:{hashes.cached_sha256(source.folder / source.gguf_file)}{suffix}"
+    record = records.read_record(source.folder)
     if record is not None and _as_recorded(source.folder, record.files):
         return f"{record.stage}:{record.fingerprint}{suffix}"
-    digests = {name: run_dir.cached_sha256(source.folder / name) for name in _checkpoint_files(source.folder)}
+    digests = {name: hashes.cached_sha256(source.folder / name) for name in _checkpoint_files(source.folder)}
     return f"folder:{hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()}{suffix}"
 
 
 def _as_recorded(folder: Path, files: dict[str, str]) -> bool:
     wanted = {name: digest for name, digest in files.items() if not name.endswith((".md", ".jsonl"))}
-    return all((folder / name).is_file() and run_dir.cached_sha256(folder / name) == digest
+    return all((folder / name).is_file() and hashes.cached_sha256(folder / name) == digest
                for name, digest in wanted.items() if "/" not in name)  # fmt: skip
 
 

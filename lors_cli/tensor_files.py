@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lors_cli import run_dir
+from lors_cli.files import atomic
 from lors_cli.output import console
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class TensorWriter:
             self._file.flush()
             os.fsync(self._file.fileno())
         os.replace(self._partial, self.path)
-        run_dir.sync_folder(self.path.parent)
+        atomic.sync_folder(self.path.parent)
 
     def abandon(self) -> None:
         """Remove what was written."""
@@ -163,7 +163,7 @@ def write_checkpoint(folder: Path, tensors: Iterable[tuple[Entry, Loader]], *, m
             raise
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
-        run_dir.write_json(folder / SAFE_WEIGHTS_INDEX_NAME, index)
+        atomic.write_json(folder / SAFE_WEIGHTS_INDEX_NAME, index)
 
 
 def saved_tensors(path: Path) -> Iterator[tuple[Entry, Loader]]:

@@ -27,8 +27,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from lors_cli import run_dir
 from lors_cli.errors import ResourceError
+from lors_cli.files import atomic, hashes
 from lors_cli.output.console import gib
 
 CACHE_VERSION = 1
@@ -75,7 +75,7 @@ class TokenCache:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.manifest: dict[str, Any] = run_dir.read_json(folder / MANIFEST_NAME) or {}
+        self.manifest: dict[str, Any] = atomic.read_json(folder / MANIFEST_NAME) or {}
         self.shard_tokens: int = self.manifest["shard_tokens"]
         self._known_shards = 0
         self._end: int | None = None
@@ -107,7 +107,7 @@ class TokenCache:
         return self._end
 
     def _recorded_end(self) -> int | None:
-        found = run_dir.read_json(self.folder / END_NAME)
+        found = atomic.read_json(self.folder / END_NAME)
         return found["tokens"] if isinstance(found, dict) else None
 
     def read(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
@@ -148,11 +148,11 @@ class TokenCache:
         from safetensors.numpy import save
 
         content = save({"tokens": tokens, "starts": starts.astype(np.uint32)}, metadata={"after": json.dumps(after)})
-        run_dir.write_bytes(self.shard(number), content)
+        atomic.write_bytes(self.shard(number), content)
 
     def write_end(self, num_tokens: int, num_documents: int) -> None:
         """Say that the source has no more; the last shard, which may be short, is written after that."""
-        run_dir.write_json(self.folder / END_NAME, {"tokens": num_tokens, "documents": num_documents})
+        atomic.write_json(self.folder / END_NAME, {"tokens": num_tokens, "documents": num_documents})
 
     def after(self, number: int) -> dict[str, Any]:
         """Where the source is to be read on from after a shard."""
@@ -200,16 +200,16 @@ def open_cache(root: Path, manifest: dict[str, Any], tokenizer: str) -> TokenCac
     """
     settings = {"version": CACHE_VERSION, "shard_tokens": SHARD_TOKENS, **manifest}
     settings["tokenizer"] = hashlib.sha256(tokenizer.encode()).hexdigest()
-    key = run_dir.fingerprint("tokens", CACHE_VERSION, settings, {})
+    key = hashes.fingerprint("tokens", CACHE_VERSION, settings, {})
     folder = root / "tokens" / key
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         lock = _locked(folder)
         if lock is None:
             continue  # it was removed in this moment
-        if run_dir.read_json(folder / MANIFEST_NAME) is None:
-            run_dir.write_text(folder / TOKENIZER_NAME, tokenizer)
-            run_dir.write_json(folder / MANIFEST_NAME, settings)
+        if atomic.read_json(folder / MANIFEST_NAME) is None:
+            atomic.write_text(folder / TOKENIZER_NAME, tokenizer)
+            atomic.write_json(folder / MANIFEST_NAME, settings)
         os.utime(folder / MANIFEST_NAME)  # the least recently used goes first
         cache = TokenCache(folder)
         cache._lock = lock

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lors_cli import run_dir
+from lors_cli.files import records
 from lors_cli.output import console, progress
 from lors_cli.planning import try_estimate
 from lors_cli.plans import StagePlan, describe
@@ -79,7 +79,7 @@ def _shorter_error(cell: str) -> str:
     return re.sub(r" ± (\d+\.\d+)$", lambda match: f" ±{float(match[1]):.1f}", cell)
 
 
-def show_record(record: run_dir.StageRecord, folder: Path) -> None:
+def show_record(record: records.StageRecord, folder: Path) -> None:
     """What pruning or tuning made, and where it is.
 
     Args:
@@ -100,7 +100,7 @@ def _zeros(metrics: dict[str, Any]) -> str:
     return f"{metrics['pattern']}, {100 * metrics['sparsity']:.2f} % zeros in {len(metrics['layers'])} linears{broken}"
 
 
-def _facts(record: run_dir.StageRecord) -> list[tuple[str, str]]:
+def _facts(record: records.StageRecord) -> list[tuple[str, str]]:
     """What is particular to a stage."""
     config, metrics = record.config, record.metrics
     if record.stage == "prune":

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lors_cli.errors import LorsError, MissingError, ResourceError, UsageError, translate
+from lors_cli.files.records import StageRecord, publish, staging_dir
 from lors_cli.machine import devices
 from lors_cli.machine.devices import resolve_device, set_seed
 from lors_cli.models import (
@@ -26,7 +27,6 @@ from lors_cli.models import (
     save_checkpoint,
 )
 from lors_cli.recipe import ModelConfig
-from lors_cli.run_dir import StageRecord, publish, staging_dir
 from lors_cli.sources import ModelSource, locate, model_fingerprint
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -435,13 +435,13 @@ def test_a_run_folder_and_an_adapter_are_recognised(tmp_path: Path) -> None:
 
 
 def test_the_tokenizer_is_part_of_a_stages_fingerprint(tmp_path: Path) -> None:
-    from lors_cli import run_dir
+    from lors_cli.files import records
 
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
-        (run_dir.staging_dir(tmp_path) if name == "config.json" else tmp_path / run_dir.STAGING_NAME).joinpath(
+        (records.staging_dir(tmp_path) if name == "config.json" else tmp_path / records.STAGING_NAME).joinpath(
             name
         ).write_text("{}")
-    run_dir.publish(tmp_path, run_dir.StageRecord("prune", "f", {}, {}, {}, {}, 1.0, {}))
+    records.publish(tmp_path, records.StageRecord("prune", "f", {}, {}, {}, {}, 1.0, {}))
     config = ModelConfig(path=str(tmp_path))
     before = model_fingerprint(config)
     assert before.startswith("prune:f:")

@@ -16,8 +16,9 @@ import pytest
 from killing import signalled
 from typer.testing import Result
 
-from lors_cli import locks, pipeline
+from lors_cli import pipeline
 from lors_cli.errors import UsageError
+from lors_cli.files import locks
 from lors_cli.pipeline import guard_out
 
 Lors = Callable[..., Result]

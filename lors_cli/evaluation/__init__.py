@@ -20,11 +20,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from lors_cli import models, run_dir, sources, text
+from lors_cli import models, sources, text
 from lors_cli.errors import UsageError
 from lors_cli.evaluation.significance import compare_models
 from lors_cli.evaluation.summary import average, recovered, summary_table
 from lors_cli.evaluation.tasks import check_tasks, task_fingerprint
+from lors_cli.files import atomic, hashes, records
 from lors_cli.machine import environment, processes
 from lors_cli.output import console, progress
 from lors_cli.recipe import EvalConfig, ModelConfig
@@ -54,7 +55,7 @@ class _Piece:
 
     def stored(self) -> dict[str, Any] | None:
         """What an earlier run found, None when there is nothing or it is out of date."""
-        content = run_dir.read_json(self.path)
+        content = atomic.read_json(self.path)
         if not isinstance(content, dict) or content.get("fingerprint") != self.fingerprint:
             return None
         if not _is_result(self.kind, content.get("result")):
@@ -130,7 +131,7 @@ def eval_fingerprint(config: EvalConfig, model_fingerprints: Mapping[str, str], 
         data_dir: as for `evaluate`.
     """
     pieces = _pieces(config, model_fingerprints, Path(), data_dir)
-    return run_dir.fingerprint(
+    return hashes.fingerprint(
         "eval", STAGE_VERSION, None, {f"{piece.label}/{piece.path.stem}": piece.fingerprint for piece in pieces}
     )
 
@@ -180,8 +181,8 @@ def take_over(
             twin = replace(piece, path=folder / piece.path.relative_to(out), samples=samples)
             if twin.stored() is not None:
                 if piece.samples and samples:
-                    run_dir.write_bytes(piece.samples, samples.read_bytes())
-                run_dir.write_bytes(piece.path, twin.path.read_bytes())
+                    atomic.write_bytes(piece.samples, samples.read_bytes())
+                atomic.write_bytes(piece.path, twin.path.read_bytes())
                 taken += 1
                 break
     return taken
@@ -210,7 +211,7 @@ def _pieces(
             label,
             kind,
             name,
-            run_dir.fingerprint(f"eval/{kind}", _VERSIONS[kind], settings, {"model": model, "content": content}),
+            hashes.fingerprint(f"eval/{kind}", _VERSIONS[kind], settings, {"model": model, "content": content}),
             out / ".pieces" / label / f"{_file_stem(kind, name)}.json",
             samples_path(out, label, name) if kind == "tasks" else None,
         )
@@ -271,7 +272,7 @@ def _score_model(
             elapsed_s = time.monotonic() - started
             content = {"fingerprint": piece.fingerprint, "elapsed_s": round(elapsed_s, 3), "result": result}
             if processes.is_main():
-                run_dir.write_json(piece.path, content)
+                atomic.write_json(piece.path, content)
             console.info(
                 f"  {label} {piece.name} ({number}/{len(pieces)}): {shown or 'done'} in {progress.duration(elapsed_s)}"
             )
@@ -302,7 +303,7 @@ def _score_task(
         return result.metrics
     lines = (json.dumps(sample, ensure_ascii=False, allow_nan=False) + "\n" for sample in result.samples)
     piece.path.unlink(missing_ok=True)  # of other settings: it would be taken for that of these documents
-    run_dir.write_text(piece.samples, "".join(lines))
+    atomic.write_text(piece.samples, "".join(lines))
     return result.metrics
 
 
@@ -363,10 +364,10 @@ def _publish(
 ) -> None:
     """Write each model's results and, last, the stage's record; files that already say so are left alone."""
     for label, content in results.items():
-        if run_dir.read_json(out / f"{label}.json") != content:
-            run_dir.write_json(out / f"{label}.json", content)
-    files = {f"{label}.json": run_dir.file_sha256(out / f"{label}.json") for label in sorted(results)}
-    old = run_dir.read_record(out)
+        if atomic.read_json(out / f"{label}.json") != content:
+            atomic.write_json(out / f"{label}.json", content)
+    files = {f"{label}.json": hashes.file_sha256(out / f"{label}.json") for label in sorted(results)}
+    old = records.read_record(out)
     if old is not None and old.fingerprint == expected and old.files == files:
         return
     for stale in sorted(set(old.files if old else ()) - set(files)):
@@ -379,14 +380,14 @@ def _publish(
         for label, content in results.items()
     }
     elapsed_s = sum((piece.stored() or {})["elapsed_s"] for piece in pieces)
-    record = run_dir.StageRecord(
+    record = records.StageRecord(
         stage="eval",
         fingerprint=expected,
-        config=run_dir.plain(config),
+        config=hashes.plain(config),
         inputs=dict(model_fingerprints),
         metrics=metrics,
         environment=environment.environment(),
         elapsed_s=round(elapsed_s, 3),
         files=files,
     )
-    run_dir.write_json(out / run_dir.RECORD_NAME, asdict(record))
+    atomic.write_json(out / records.RECORD_NAME, asdict(record))

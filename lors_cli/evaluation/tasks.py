@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lors_cli import pydoc_text, run_dir
+from lors_cli import pydoc_text
 from lors_cli.errors import MissingError, UsageError
+from lors_cli.files import atomic, hashes
 from lors_cli.recipe import SEVEN_TASKS
 
 PYDOC_TASK = "pydoc_choice"
@@ -94,7 +95,7 @@ def task_definition(name: str, *, data_dir: Path | None, folder: Path) -> Path:
     if name == PYDOC_TASK:
         split, documents = "test", folder / f"{PYDOC_TASK}.jsonl"
         items = pydoc_text.choice_items(PYDOC_ITEMS)
-        run_dir.write_text(documents, "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items))
+        atomic.write_text(documents, "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items))
     else:
         local = documents_file(name, data_dir)
         if local is None:
@@ -102,7 +103,7 @@ def task_definition(name: str, *, data_dir: Path | None, folder: Path) -> Path:
         split, documents = _BUILT_IN[name][1], local
     content = _local_definition(name, definition, split, documents, folder / "datasets")
     path = folder / f"{name}.yaml"
-    run_dir.write_text(path, content)
+    atomic.write_text(path, content)
     return path
 
 
@@ -124,8 +125,8 @@ def task_fingerprint(name: str, data_dir: Path | None) -> str:
     if name == PYDOC_TASK:
         inputs["documents"] = [pydoc_text.fingerprint(), PYDOC_ITEMS]
     elif local is not None:
-        inputs["documents"] = run_dir.cached_sha256(local)
-    return run_dir.fingerprint("task", 1, name, inputs)
+        inputs["documents"] = hashes.cached_sha256(local)
+    return hashes.fingerprint("task", 1, name, inputs)
 
 
 def _local_definition(name: str, definition: Path, split: str, documents: Path, cache: Path) -> str:

@@ -11,8 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lors_cli import run_dir
 from lors_cli.errors import SparsityError, UsageError
+from lors_cli.files import atomic, hashes, records
 from lors_cli.machine import environment, processes
 from lors_cli.output import console, progress
 from lors_cli.pruning.methods import STATISTICS, prune_group, refit_group, statistics_kind
@@ -50,10 +50,10 @@ def stage_fingerprint(config: PruneConfig, model_fingerprint: str, data_dir: Pat
 
         dataset = settings["calibration"].pop("dataset")
         inputs["calibration"] = fingerprint_source(dataset, split="train", data_dir=data_dir)
-    return run_dir.fingerprint("prune", STAGE_VERSION, settings, inputs)
+    return hashes.fingerprint("prune", STAGE_VERSION, settings, inputs)
 
 
-def prune(config: PruneConfig, model: ModelConfig, out: Path, *, data_dir: Path | None = None) -> run_dir.StageRecord:
+def prune(config: PruneConfig, model: ModelConfig, out: Path, *, data_dir: Path | None = None) -> records.StageRecord:
     """Prune a causal LM and write the sparse checkpoint; an interrupted call goes on at its last block.
 
     Blocks are read, pruned and written one at a time; the model is never in memory whole (a .gguf is). Under
@@ -103,21 +103,21 @@ def prune(config: PruneConfig, model: ModelConfig, out: Path, *, data_dir: Path 
     batches = _calibration_batches(config, source, tokenizer, data_dir)
     alone = processes.start()
     if processes.is_main():
-        run_dir.work_dir(out, fingerprint)
+        records.work_dir(out, fingerprint)
     processes.wait_for_all()
-    pruner = BlockPruner(config, source, pattern, out / run_dir.WORK_NAME)
+    pruner = BlockPruner(config, source, pattern, out / records.WORK_NAME)
     if batches:
         pruner.with_calibration(batches)
     else:
         pruner.without_data()
     metrics = _metrics(pruner, batches)
-    record = run_dir.StageRecord(
-        "prune", fingerprint, run_dir.plain(config), {"model": base_fingerprint, "path": model.path}, metrics,
+    record = records.StageRecord(
+        "prune", fingerprint, hashes.plain(config), {"model": base_fingerprint, "path": model.path}, metrics,
         environment.environment(), round(time.monotonic() - started, 2), {},
     )  # fmt: skip
     if processes.is_main():
-        _write_checkpoint(run_dir.staging_dir(out), pruner, tokenizer, model, metrics)
-        record = run_dir.publish(out, record)
+        _write_checkpoint(records.staging_dir(out), pruner, tokenizer, model, metrics)
+        record = records.publish(out, record)
     if alone:
         processes.stop()
     return record
@@ -180,9 +180,9 @@ def _write_checkpoint(
 
     save_settings(pruner.model.network, tokenizer, staging)
     write_checkpoint(staging, _tensors(pruner), max_shard_size=MAX_SHARD_SIZE)
-    card = model_card(base_model=model.path, prune=run_dir.plain(pruner.config), tune=None, metrics=metrics,
+    card = model_card(base_model=model.path, prune=hashes.plain(pruner.config), tune=None, metrics=metrics,
                       environment=environment.environment())  # fmt: skip
-    run_dir.write_text(staging / "README.md", card)
+    atomic.write_text(staging / "README.md", card)
 
 
 def _tensors(pruner: BlockPruner) -> Iterator[tuple[Entry, Callable[[], torch.Tensor]]]:

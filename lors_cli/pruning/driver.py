@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lors_cli import run_dir
 from lors_cli.errors import UsageError
+from lors_cli.files import atomic, hashes
 from lors_cli.machine import processes
 from lors_cli.output import console, progress
 from lors_cli.pruning import methods
@@ -276,11 +276,11 @@ class BlockPruner:
         if processes.is_main():
             few = {name: self.few_tokens[name] for name in block.weights if name in self.few_tokens}
             content = {"layers": [asdict(layer) for layer in layers], "few_tokens": few}
-            run_dir.write_json(self._path(block.index).with_suffix(".json"), run_dir.plain(content))
+            atomic.write_json(self._path(block.index).with_suffix(".json"), hashes.plain(content))
 
     def _take_up(self, index: int) -> bool:
         """What an earlier run noted of a finished block; whether there is one."""
-        known = run_dir.read_json(self._path(index).with_suffix(".json"))
+        known = atomic.read_json(self._path(index).with_suffix(".json"))
         if known is None or not self._path(index).is_file():
             return False
         self.layers += [LayerSparsity(**{**layer, "shape": tuple(layer["shape"])}) for layer in known["layers"]]

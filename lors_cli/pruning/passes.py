@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lors_cli import run_dir
 from lors_cli.errors import UsageError
+from lors_cli.files import atomic
 from lors_cli.machine import processes
 from lors_cli.output import progress
 from lors_cli.pruning.calibration import BlockArguments, first_inputs
@@ -87,7 +87,7 @@ def owl_shares(
         work: folder for what an interrupted run goes on from.
         sparsity: of the model.
     """
-    found = run_dir.read_json(work / "owl.json") or {"ratios": [], "sizes": []}
+    found = atomic.read_json(work / "owl.json") or {"ratios": [], "sizes": []}
     if len(found["ratios"]) < len(model.blocks):
         folder = work / "owl"
         folder.mkdir(exist_ok=True)
@@ -100,7 +100,7 @@ def owl_shares(
                 found["ratios"].append(ratio)
                 found["sizes"].append(size)
                 if processes.is_main():
-                    run_dir.write_json(work / "owl.json", found)
+                    atomic.write_json(work / "owl.json", found)
                 states.advance()
                 task.advance()
             states.settle()

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lors_cli.files.records import StageRecord
 from lors_cli.report.names import TASKS, short_name, task_name
 from lors_cli.report.paper import PaperRow, find_paper_row
-from lors_cli.run_dir import StageRecord
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from lors_cli import run_dir
+from lors_cli.files import atomic
 from lors_cli.output.markdown import Block, to_markdown, unescape
 from lors_cli.report import FORMATS
 from lors_cli.report.comparison import notes, results_table
@@ -80,4 +80,4 @@ def _write_figures(folder: Path, names: Collection[str], drawings: Mapping[str, 
 
 def _write(path: Path, content: bytes) -> None:
     if not path.is_file() or path.read_bytes() != content:
-        run_dir.write_bytes(path, content)
+        atomic.write_bytes(path, content)

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lors_cli import run_dir
+from lors_cli.files import atomic
+from lors_cli.files import records as run_dir
 from lors_cli.recipe import STAGES
 from lors_cli.report.measures import Group, ScoredModel
 from lors_cli.report.names import short_name
@@ -48,7 +49,7 @@ def read_run(run: Path, finished: Collection[str] | None = None) -> RunResults:
         if record is not None and (finished is None or stage in finished):
             results.records[stage] = record
     for role in ROLES if finished is None or "eval" in finished else ():
-        content = run_dir.read_json(run / "eval" / f"{role}.json")
+        content = atomic.read_json(run / "eval" / f"{role}.json")
         if isinstance(content, dict):
             results.scores[role] = content
     if finished is None or "tune" in finished:

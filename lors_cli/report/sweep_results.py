@@ -12,9 +12,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lors_cli import run_dir
 from lors_cli.errors import UsageError
 from lors_cli.evaluation.summary import recovered
+from lors_cli.files import atomic
+from lors_cli.files import records as run_dir
 from lors_cli.report.comparison import model_label, pattern_name
 from lors_cli.report.measures import Group, ScoredModel
 from lors_cli.report.names import short_name
@@ -85,7 +86,7 @@ def read_sweep(folder: Path) -> SweepResults:
     Raises:
         UsageError: `sweep.json` is not the index of a sweep.
     """
-    index = run_dir.read_json(folder / INDEX_NAME)
+    index = atomic.read_json(folder / INDEX_NAME)
     index = index if isinstance(index, dict) else {}
     cells = index.get("cells")
     if not isinstance(cells, list) or not all(isinstance(cell, dict) and cell.get("name") for cell in cells):
@@ -121,7 +122,7 @@ def _read_cell(folder: Path, cell: dict[str, Any]) -> SweepCell:
 
 def _read_scores(folder: Path, path: str, role: str) -> Scores:
     record = run_dir.read_record(folder / path)
-    content = run_dir.read_json(folder / path / f"{role}.json") if record is not None else None
+    content = atomic.read_json(folder / path / f"{role}.json") if record is not None else None
     return Scores(path, content if isinstance(content, dict) else None, record)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lors_cli import run_dir
+from lors_cli.files import records
 from lors_cli.planning import ModelSize, estimate, try_size
 from lors_cli.plans import StagePlan
 from lors_cli.pruning import estimate as pruning_estimate
@@ -67,7 +67,7 @@ def costs(plans: Sequence[StagePlan], data_dirs: Mapping[Path, Path | None], tfl
     work = {plan.folder: operations(plan, data_dirs[plan.folder]) for plan in plans}
     rates: dict[Any, float] = {}
     for plan in plans:
-        record = run_dir.read_record(plan.folder) if plan.status == "done" else None
+        record = records.read_record(plan.folder) if plan.status == "done" else None
         amount = work[plan.folder]
         if record is None or not amount or record.elapsed_s <= 0:
             continue

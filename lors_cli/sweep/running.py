@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lors_cli import run_dir
 from lors_cli.errors import LorsError, UsageError, translate
+from lors_cli.files import atomic, hashes
 from lors_cli.machine import processes
 from lors_cli.machine.determinism import determinism
 from lors_cli.output import console, progress
@@ -76,7 +76,7 @@ def index(sweep: Sweep, plans: Sequence[CellPlan], out: Path) -> dict[str, Any]:
         plans: of the cells.
         out: the sweep's folder.
     """
-    known = run_dir.read_json(out / INDEX_NAME)
+    known = atomic.read_json(out / INDEX_NAME)
     earlier = {entry["name"]: entry for entry in known["cells"]} if known else {}
     entries = []
     for plan in plans:
@@ -92,7 +92,7 @@ def index(sweep: Sweep, plans: Sequence[CellPlan], out: Path) -> dict[str, Any]:
         if same and before.get("status") == "failed" and not plan.is_done:
             entry.update(status="failed", error=before["error"])
         entries.append(entry)
-    return {"name": sweep.name, "axes": sweep.axes, "cells": run_dir.plain(entries)}
+    return {"name": sweep.name, "axes": sweep.axes, "cells": hashes.plain(entries)}
 
 
 def scores(out: Path, entry: dict[str, Any]) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def scores(out: Path, entry: dict[str, Any]) -> dict[str, Any]:
         out: the sweep's folder.
         entry: the cell's in `sweep.json`.
     """
-    found = {role: run_dir.read_json(out / folder / f"{role}.json") for role, folder in entry["models"].items()}
+    found = {role: atomic.read_json(out / folder / f"{role}.json") for role, folder in entry["models"].items()}
     return {role: content for role, content in found.items() if content is not None}
 
 
@@ -128,8 +128,8 @@ class _Work:
 
     def write_index(self) -> None:
         """Write `sweep.json` where it would change."""
-        if run_dir.read_json(self.out / INDEX_NAME) != self.index:
-            run_dir.write_json(self.out / INDEX_NAME, self.index)
+        if atomic.read_json(self.out / INDEX_NAME) != self.index:
+            atomic.write_json(self.out / INDEX_NAME, self.index)
 
     def run(self, cell_plan: CellPlan) -> None:
         """Do what a cell lacks; a LorsError ends the cell, not the sweep."""
@@ -222,7 +222,7 @@ def _warn_of_disk(plans: Sequence[CellPlan], names: set[str], out: Path) -> None
 def _write_text(out: Path, text: str) -> None:
     path = out / TEXT_NAME
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        run_dir.write_text(path, text)
+        atomic.write_text(path, text)
 
 
 def _free_memory() -> None:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lors_cli import run_dir
 from lors_cli.evaluation.summary import average_stderr, recovered
+from lors_cli.files import hashes
 from lors_cli.output import console, progress
 from lors_cli.pipeline import free_disk
 from lors_cli.plans import StagePlan, describe
@@ -43,7 +43,7 @@ def plan_document(sweep: Sweep, out: Path, chosen: Sequence[Cell], tflops: float
     stages = _stages(plans, mine, tflops)
     to_run = [stage for stage in stages if stage["status"] != "done"]
     every = [plan for plan, _ in distinct(mine).values()]
-    return run_dir.plain({
+    return hashes.plain({
         "name": sweep.name, "sweep": str(out), "dry_run": True, "axes": sweep.axes,
         "num_cells": len(sweep.cells), "cells": cells, "stages": stages,
         "estimate": {

@@ -7,8 +7,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lors_cli import run_dir
 from lors_cli.errors import MissingError, SparsityError, UsageError
+from lors_cli.files import atomic, hashes, records
 from lors_cli.machine import environment, processes
 from lors_cli.output import console, progress
 from lors_cli.sparsity import Pattern, measure, summarise
@@ -66,10 +66,10 @@ def stage_fingerprint(config: TuneConfig, model_fingerprint: str, data_dir: Path
     if config.distill is not None:
         inputs["teacher"] = fingerprint_model(teacher_model(config.distill))
         settings["distill"] = {"weight": config.distill.weight, "temperature": float(config.distill.temperature)}
-    return run_dir.fingerprint("tune", STAGE_VERSION, settings, inputs)
+    return hashes.fingerprint("tune", STAGE_VERSION, settings, inputs)
 
 
-def tune(config: TuneConfig, model: ModelConfig, out: Path, *, data_dir: Path | None = None) -> run_dir.StageRecord:
+def tune(config: TuneConfig, model: ModelConfig, out: Path, *, data_dir: Path | None = None) -> records.StageRecord:
     """Tune a sparse causal LM and write adapter and merged checkpoint; an interrupted call goes on at its last one.
 
     Args:
@@ -89,7 +89,7 @@ def tune(config: TuneConfig, model: ModelConfig, out: Path, *, data_dir: Path | 
         return _tune(config, model, out, data_dir)
 
 
-def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | None) -> run_dir.StageRecord:
+def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | None) -> records.StageRecord:
     from lors_cli.machine.devices import resolve_device, set_seed
     from lors_cli.models import load_tokenizer
     from lors_cli.sources import model_fingerprint
@@ -112,7 +112,7 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
     layers = adaptable_layers(network, patterns)
     data = _load_data(config, network, tokenizer, data_dir)
     set_seed(config.seed)
-    log = processes.from_main(lambda: _running_log(out, run_dir.work_dir(out, fingerprint)))
+    log = processes.from_main(lambda: _running_log(out, records.work_dir(out, fingerprint)))
     schedule = config if data.num_steps is None else replace(config, max_steps=data.num_steps, max_tokens=None)
     trainer = prepare_trainer(schedule, network, layers, data, tokenizer, out / CHECKPOINTS_NAME, fingerprint,
                               device=resolve_device(model.device))  # fmt: skip
@@ -120,19 +120,19 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
     data.close()
     network.config.use_cache = use_cache  # the Trainer turns it off
 
-    def write() -> run_dir.StageRecord:
+    def write() -> records.StageRecord:
         tuned = whole_model(config, model, network, layers)
         adapter = _adapter_config(config, tuned, layers, model, base_fingerprint)
-        staging = run_dir.staging_dir(out)
+        staging = records.staging_dir(out)
         metrics = {**training, **_data_metrics(data),
                    **_write_results(staging, tuned, tokenizer, adapter, patterns)}  # fmt: skip
         _write_card(staging, config, model, metrics)
-        run_dir.write_bytes(staging / LOG_NAME, log.read_bytes())
-        record = run_dir.StageRecord(
-            "tune", fingerprint, run_dir.plain(config), {"model": base_fingerprint, "path": model.path}, metrics,
+        atomic.write_bytes(staging / LOG_NAME, log.read_bytes())
+        record = records.StageRecord(
+            "tune", fingerprint, hashes.plain(config), {"model": base_fingerprint, "path": model.path}, metrics,
             environment.environment(), round(time.monotonic() - started, 2), {},
         )  # fmt: skip
-        return run_dir.publish(out, record)
+        return records.publish(out, record)
 
     return processes.from_main(write)
 
@@ -154,7 +154,7 @@ def sparse_layers(model: PreTrainedModel, folder: Path) -> dict[str, Pattern]:
     """
     from lors_cli.inspection import layer_patterns
 
-    layers = layer_patterns(prunable_weights(model), run_dir.read_record(folder) if folder.is_dir() else None)
+    layers = layer_patterns(prunable_weights(model), records.read_record(folder) if folder.is_dir() else None)
     if not layers:
         raise UsageError("the model is dense: its decoder blocks have no zeros to keep.", "Prune it first: lors prune")
     return layers
@@ -185,7 +185,7 @@ def _running_log(out: Path, work: Path) -> Path:
     A log begun in `work` is gone on with: a kill while results were published may have left the old one in its place.
     """
     begun = (work / LOG_NAME).is_file()
-    return (work if begun or run_dir.read_record(out) is not None else out) / LOG_NAME
+    return (work if begun or records.read_record(out) is not None else out) / LOG_NAME
 
 
 def _train(trainer: AdapterTrainer, config: TuneConfig, checkpoints: Path, log_path: Path) -> dict[str, Any]:
@@ -313,10 +313,10 @@ def _write_results(
 def _write_card(staging: Path, config: TuneConfig, model: ModelConfig, metrics: dict[str, Any]) -> None:
     from lors_cli.report.card import model_card
 
-    record = run_dir.read_record(Path(model.path)) if Path(model.path).is_dir() else None
+    record = records.read_record(Path(model.path)) if Path(model.path).is_dir() else None
     card = model_card(
         base_model=record.inputs.get("path", model.path) if record else model.path,
         prune=record.config if record and record.stage == "prune" else None,
-        tune=run_dir.plain(config), metrics=metrics, environment=environment.environment(),
+        tune=hashes.plain(config), metrics=metrics, environment=environment.environment(),
     )  # fmt: skip
-    run_dir.write_text(staging / "README.md", card)
+    atomic.write_text(staging / "README.md", card)

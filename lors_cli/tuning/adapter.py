@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import nn
 
-from lors_cli import run_dir
 from lors_cli.errors import MissingError, SparsityError, UsageError, require_file
+from lors_cli.files import atomic, hashes, records
 from lors_cli.machine import environment
 from lors_cli.output import console, progress
 from lors_cli.sparsity import mask_digest
@@ -181,7 +181,7 @@ def save_adapter(model: nn.Module, folder: Path, config: AdapterConfig) -> None:
     """
     from safetensors.torch import save
 
-    run_dir.write_bytes(folder / WEIGHTS_NAME, save(adapter_tensors(model), metadata={"format": "pt"}))
+    atomic.write_bytes(folder / WEIGHTS_NAME, save(adapter_tensors(model), metadata={"format": "pt"}))
     content = {
         "peft_type": peft_type(config.method),
         "task_type": "CAUSAL_LM",
@@ -197,7 +197,7 @@ def save_adapter(model: nn.Module, folder: Path, config: AdapterConfig) -> None:
         content["rounding"] = config.rounding
     if config.norms:
         content["trained_norms"] = list(config.norms)
-    run_dir.write_json(folder / CONFIG_NAME, content)
+    atomic.write_json(folder / CONFIG_NAME, content)
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:
@@ -208,7 +208,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         UsageError: it is broken, or of a type that fills zeros.
     """
     path = require_file(folder / CONFIG_NAME, "adapter configuration")
-    content = run_dir.read_json(path)
+    content = atomic.read_json(path)
     if not isinstance(content, dict):
         raise UsageError(f"{path} is not readable JSON.")
     methods = {peft_type(method): method for method in reversed(LAYERS) if LAYERS[method].keeps_zeros}
@@ -371,11 +371,11 @@ def merge(base_path: str, adapter: Path, out: Path, *, dtype: str = "auto", devi
     tokenizer = load_tokenizer(source)
     model = load_adapter(load_model(source), adapter)
     metrics = {"layers_merged": len(config.layers), "zeroed": merge_adapters(model)}
-    save_checkpoint(model, tokenizer, run_dir.staging_dir(out))
-    inputs = {"model": fingerprint, "adapter": run_dir.file_sha256(adapter / WEIGHTS_NAME)}
-    record = run_dir.StageRecord(
-        "merge", run_dir.fingerprint("merge", 1, {}, inputs), {"adapter": str(adapter)}, inputs, metrics,
+    save_checkpoint(model, tokenizer, records.staging_dir(out))
+    inputs = {"model": fingerprint, "adapter": hashes.file_sha256(adapter / WEIGHTS_NAME)}
+    record = records.StageRecord(
+        "merge", hashes.fingerprint("merge", 1, {}, inputs), {"adapter": str(adapter)}, inputs, metrics,
         environment.environment(), round(time.monotonic() - started, 2), {},
     )  # fmt: skip
-    run_dir.publish(out, record)
+    records.publish(out, record)
     return metrics

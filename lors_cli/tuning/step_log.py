@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from lors_cli import run_dir
+from lors_cli.files import atomic
 
 if TYPE_CHECKING:
     from lors_cli.output import progress
@@ -28,7 +28,7 @@ class StepLog:
     def cut_after(self, step: int) -> None:
         """Forget steps after `step`, which an interrupted run did and this one does again."""
         kept = [line for line in self.rows() if line["step"] <= step]
-        run_dir.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        atomic.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def rows(self) -> list[dict[str, Any]]:
         """Every whole line."""

@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lors_cli import run_dir
 from lors_cli.errors import UsageError
+from lors_cli.files import records
 from lors_cli.output import console
 from lors_cli.recipe import DistillConfig, ModelConfig, TuneConfig
 
@@ -31,7 +31,7 @@ def with_teacher(config: TuneConfig, model: ModelConfig) -> TuneConfig:
     if config.distill is None or config.distill.teacher is not None:
         return config
     folder = Path(model.path)
-    record = run_dir.read_record(folder) if folder.is_dir() else None
+    record = records.read_record(folder) if folder.is_dir() else None
     if record is None or record.stage != "prune" or "path" not in record.inputs:
         raise UsageError(
             f"distill: {model.path} does not say which dense model it was pruned from.", "Give distill.teacher."

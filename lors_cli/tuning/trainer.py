@@ -13,8 +13,8 @@ import torch
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from lors_cli import run_dir
 from lors_cli.errors import UsageError
+from lors_cli.files import atomic
 from lors_cli.machine import processes as parallel
 from lors_cli.machine.memory import give_back_memory
 from lors_cli.samples import count_tokens
@@ -185,16 +185,16 @@ class AdapterTrainer(Trainer):
         finally:
             self._is_saving = False
         name = f"checkpoint-{self.state.global_step}"
-        run_dir.write_json(partial / name / MARKER_NAME, {"fingerprint": self.fingerprint, "guard": self.guard.state()})
+        atomic.write_json(partial / name / MARKER_NAME, {"fingerprint": self.fingerprint, "guard": self.guard.state()})
         for file in (partial / name).iterdir():
-            run_dir.sync_file(file)
-        run_dir.sync_folder(partial / name)
+            atomic.sync_file(file)
+        atomic.sync_folder(partial / name)
         if self.checkpoints / name in whole_checkpoints(self.checkpoints, self.fingerprint):  # of the same step
             shutil.rmtree(partial)
             return
         shutil.rmtree(self.checkpoints / name, ignore_errors=True)
         os.replace(partial / name, self.checkpoints / name)
-        run_dir.sync_folder(self.checkpoints)
+        atomic.sync_folder(self.checkpoints)
         shutil.rmtree(partial)
         for old in whole_checkpoints(self.checkpoints, self.fingerprint)[: -self.keep_checkpoints]:
             shutil.rmtree(old)
@@ -204,13 +204,13 @@ class AdapterTrainer(Trainer):
 
         folder = Path(output_dir or str(self.checkpoints))
         assert self.model is not None
-        run_dir.write_bytes(folder / WEIGHTS_NAME, save(adapter_tensors(self.model), metadata={"format": "pt"}))
+        atomic.write_bytes(folder / WEIGHTS_NAME, save(adapter_tensors(self.model), metadata={"format": "pt"}))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target = model or self.model
         assert target is not None
         load_tensors(target, Path(resume_from_checkpoint) / WEIGHTS_NAME)
-        marker = run_dir.read_json(Path(resume_from_checkpoint) / MARKER_NAME) or {}
+        marker = atomic.read_json(Path(resume_from_checkpoint) / MARKER_NAME) or {}
         if "guard" in marker:  # checkpoints of earlier versions have none
             self.guard.restore(marker["guard"])
 
@@ -225,7 +225,7 @@ def whole_checkpoints(folder: Path, fingerprint: str) -> list[Path]:
     needed = (WEIGHTS_NAME, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
     found = []
     for path in folder.glob("checkpoint-*") if folder.is_dir() else ():
-        marker = run_dir.read_json(path / MARKER_NAME)
+        marker = atomic.read_json(path / MARKER_NAME)
         if not isinstance(marker, dict) or marker.get("fingerprint") != fingerprint:
             continue
         if "guard" in marker and not is_state(marker["guard"]):  # earlier versions have none

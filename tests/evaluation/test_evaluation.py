@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from lors_cli import evaluation, models, run_dir, sources, tokens
+from lors_cli import evaluation, models, sources, tokens
 from lors_cli.errors import UsageError
 from lors_cli.evaluation import eval_fingerprint, evaluate, harness, pending_pieces, perplexity
+from lors_cli.files import records
 from lors_cli.recipe import EvalConfig, ModelConfig
 
 CONFIG = EvalConfig(tasks=("rte", "pydoc_choice"), perplexity=("pydoc",), limit=4)
@@ -93,7 +94,7 @@ def test_results_have_the_documented_form(bench: Bench, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "pruned.json").read_text()) == results["pruned"]
     assert json.loads((tmp_path / "samples/dense/rte.jsonl").read_text())["log_likelihoods"] == [-1.0, -2.0]
     fingerprint = eval_fingerprint(CONFIG, {"dense": "d0", "pruned": "p0"}, None)
-    assert run_dir.is_finished(tmp_path, fingerprint)
+    assert records.is_finished(tmp_path, fingerprint)
     assert not (tmp_path / ".scratch").exists()
 
 

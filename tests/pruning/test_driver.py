@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
-from lors_cli import pruning, run_dir
+from lors_cli import pruning
 from lors_cli.errors import SparsityError, UsageError
+from lors_cli.files import hashes, records
 from lors_cli.pruning import methods, prune, stage_fingerprint
 from lors_cli.pruning.driver import Block, BlockPruner
 from lors_cli.pruning.hidden_states import HiddenStates
@@ -84,7 +85,7 @@ def test_a_pruned_checkpoint(method: str, checkpoint: Path, token_file: Path, tm
     stage = json.loads((out / "stage.json").read_text())
     assert stage["stage"] == "prune"
     assert stage["fingerprint"] == record.fingerprint
-    assert run_dir.is_finished(out, record.fingerprint)
+    assert records.is_finished(out, record.fingerprint)
     assert stage["config"]["method"] == method
     assert stage["inputs"]["path"] == str(checkpoint)
     metrics = stage["metrics"]
@@ -95,7 +96,7 @@ def test_a_pruned_checkpoint(method: str, checkpoint: Path, token_file: Path, tm
     if method != "magnitude":
         assert metrics["calibration"] == {"num_samples": 10, "tokens": 240}
     assert set(stage["files"]) == {path.name for path in out.iterdir()} - {"stage.json"}
-    assert stage["files"] == {name: run_dir.file_sha256(out / name) for name in stage["files"]}
+    assert stage["files"] == {name: hashes.file_sha256(out / name) for name in stage["files"]}
 
 
 def test_the_checkpoint_does_not_tell_where_or_when_it_was_made(
@@ -226,7 +227,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_weights(
         patch.setattr(TensorWriter, "finish", killed_finish)
         with pytest.raises(Killed):
             prune(config, model, out)
-    assert run_dir.read_record(out) is None
+    assert records.read_record(out) is None
     assert not (out / "model.safetensors").exists()
 
     done: list[int] = []
@@ -240,7 +241,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_weights(
     record = prune(config, model, out)
     first = block + 1 if moment == "after" else block
     assert done == list(range(first, 3))
-    assert run_dir.is_finished(out, record.fingerprint)
+    assert records.is_finished(out, record.fingerprint)
     assert not (out / ".work").exists()
     resumed = weights_in(out)
     assert resumed.keys() == unbroken.keys()

@@ -15,8 +15,8 @@ import pytest
 from killing import signalled
 from typer.testing import Result
 
-from lors_cli import locks, run_dir
 from lors_cli.errors import ResourceError
+from lors_cli.files import hashes, locks, records
 from lors_cli.loading import load_recipe
 from lors_cli.plans import StagePlan
 from lors_cli.sweep import running
@@ -85,13 +85,13 @@ def test_the_index_says_where_everything_lies(at_sweep: Path) -> None:
         assert cell["values"] == {"prune.method": recipe.prune.method, "tune.method": recipe.tune.method}
         assert recipe.tune.learning_rate == (3e-3 if recipe.tune.method == "sqft" else 1e-3)
         for stage, folder in cell["stages"].items():
-            record = run_dir.read_record(SWEEP / folder)
+            record = records.read_record(SWEEP / folder)
             assert record is not None
             assert record.stage == stage
-            assert record.config == run_dir.plain(getattr(recipe, stage))
+            assert record.config == hashes.plain(getattr(recipe, stage))
             assert folder == f"stages/{stage}-{record.fingerprint[:12]}"
         for role, folder in cell["models"].items():
-            record = run_dir.read_record(SWEEP / folder)
+            record = records.read_record(SWEEP / folder)
             assert record is not None
             assert list(record.files) == [f"{role}.json"]
             assert record.config["models"] == [role]

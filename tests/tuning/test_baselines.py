@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from lors_cli import run_dir
 from lors_cli.errors import UsageError
+from lors_cli.files import atomic
 from lors_cli.recipe import ModelConfig, TuneConfig
 from lors_cli.tuning import tune
 from lors_cli.tuning.adapter import AdapterConfig, adapter_layers, attach, base_mask, load_adapter, save_adapter
@@ -154,7 +154,7 @@ def test_the_tune_stage_with_every_method(
     assert record.metrics["pattern"] == ("dense" if method == "lora" else "2:4")
     assert record.metrics["violations"] == 0
     assert (record.metrics["sparsity"] < 0.01) == (method == "lora")
-    assert run_dir.read_json(tmp_path / "tune/adapter/adapter_config.json")["peft_type"] == method.split("-")[0].upper()
+    assert atomic.read_json(tmp_path / "tune/adapter/adapter_config.json")["peft_type"] == method.split("-")[0].upper()
 
 
 def test_checkpointing_inside_a_layer_changes_nothing_but_memory(

@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lors_cli import run_dir
 from lors_cli.errors import UsageError
+from lors_cli.files import records
 from lors_cli.recipe import ModelConfig, TuneConfig
 from lors_cli.sources import model_fingerprint
 from lors_cli.tuning import stage_fingerprint, tune
@@ -228,7 +228,7 @@ def test_a_whole_checkpoint_is_not_replaced_by_one_of_the_same_step(
     monkeypatch.setattr(AdapterTrainer, "_save_checkpoint", twice)
     record = tune(replace(config, keep_checkpoints=1), ModelConfig(path=str(sparse_checkpoint)), out)
     assert len(kept) == 3
-    assert run_dir.is_finished(out, record.fingerprint)
+    assert records.is_finished(out, record.fingerprint)
 
 
 def test_a_broken_state_is_told_from_a_whole_one() -> None:

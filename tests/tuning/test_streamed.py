@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from lors_cli import run_dir, token_cache
+from lors_cli import token_cache
 from lors_cli.errors import UsageError
+from lors_cli.files import records
 from lors_cli.recipe import ModelConfig, TuneConfig, TuneDataConfig
 from lors_cli.samples import count_tokens
 from lors_cli.token_stream import TokenStream
@@ -179,7 +180,7 @@ def test_a_model_that_mixes_texts_is_refused_before_training(
     with pytest.raises(UsageError, match="isolated cannot be had with OPTForCausalLM"):
         tune(replace(config, data=replace(config.data, packing="isolated")), ModelConfig(path=str(tmp_path / "opt")),
              tmp_path / "tune")  # fmt: skip
-    assert run_dir.read_record(tmp_path / "tune") is None
+    assert records.read_record(tmp_path / "tune") is None
 
 
 def test_every_setting_is_in_the_fingerprint_where_it_acts(streamed: TuneConfig) -> None:

@@ -12,8 +12,8 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from lors_cli import run_dir
 from lors_cli.errors import MissingError, UsageError
+from lors_cli.files import atomic, records
 from lors_cli.loading import load_recipe
 from lors_cli.pipeline import run_recipe
 from lors_cli.recipe import DistillConfig, ModelConfig, TuneConfig
@@ -101,8 +101,8 @@ def test_the_teacher_is_the_model_that_was_pruned(sparse_checkpoint: Path, confi
     model, config = ModelConfig(path=str(sparse_checkpoint)), replace(config, distill=DistillConfig())
     with pytest.raises(UsageError, match=r"distill.*pruned from"):
         with_teacher(config, model)
-    record = run_dir.StageRecord("prune", "f", {}, {"path": "some/dense"}, {}, {}, 1.0, {})
-    run_dir.write_json(sparse_checkpoint / "stage.json", record.__dict__)
+    record = records.StageRecord("prune", "f", {}, {"path": "some/dense"}, {}, {}, 1.0, {})
+    atomic.write_json(sparse_checkpoint / "stage.json", record.__dict__)
     assert with_teacher(config, model).distill == DistillConfig(teacher="some/dense")
     given = replace(config, distill=DistillConfig(teacher="another"))
     assert with_teacher(given, model) is given

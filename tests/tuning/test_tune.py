@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lors_cli import run_dir
 from lors_cli.errors import SparsityError, UsageError
+from lors_cli.files import records
 from lors_cli.inspection import inspect
 from lors_cli.recipe import ModelConfig, TuneConfig, TuneDataConfig
 from lors_cli.tuning import stage_fingerprint, tune
@@ -51,7 +51,7 @@ def test_tuning_lowers_the_loss_and_keeps_every_zero(
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 9))
     assert rows[0]["learning_rate"] == pytest.approx(5e-2)
-    assert run_dir.is_finished(out, record.fingerprint)
+    assert records.is_finished(out, record.fingerprint)
     assert (out / "config.json").read_text() == (sparse_checkpoint / "config.json").read_text()
 
 
@@ -83,7 +83,7 @@ def test_a_resumed_run_equals_an_unbroken_one(
     monkeypatch.setattr(AdapterTrainer, "training_step", dies)
     with pytest.raises(RuntimeError, match="killed"):
         tune(config, model, tmp_path / "broken")
-    assert run_dir.read_record(tmp_path / "broken") is None
+    assert records.read_record(tmp_path / "broken") is None
     assert not (tmp_path / "broken" / "model.safetensors").exists()
     monkeypatch.setattr(AdapterTrainer, "training_step", original)
     tune(config, model, tmp_path / "broken")
@@ -166,7 +166,7 @@ def test_a_run_killed_after_training_merges_without_training_again(
 ) -> None:
     model, out = ModelConfig(path=str(sparse_checkpoint)), tmp_path / "tune"
     with monkeypatch.context() as patch:
-        patch.setattr(run_dir, "publish", lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError("killed")))
+        patch.setattr(records, "publish", lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError("killed")))
         with pytest.raises(RuntimeError, match="killed"):
             tune(config, model, out)
     steps: list[int] = []
@@ -217,7 +217,7 @@ def test_a_broken_loss_stops_with_the_last_checkpoint_kept(
         tune(config, ModelConfig(path=str(sparse_checkpoint)), tmp_path / "tune")
     assert "checkpoint-3 is kept" in str(caught.value)
     assert (tmp_path / "tune" / "checkpoints" / "checkpoint-3").is_dir()
-    assert run_dir.read_record(tmp_path / "tune") is None
+    assert records.read_record(tmp_path / "tune") is None
 
 
 def test_an_interrupt_saves_and_the_same_call_goes_on(
@@ -265,7 +265,7 @@ def test_a_merge_that_breaks_the_pattern_publishes_nothing(
     monkeypatch.setattr(LorsLinear, "merged_weight", lambda self: torch.ones_like(self.weight))
     with pytest.raises(SparsityError):
         tune(replace(config, max_steps=1), ModelConfig(path=str(sparse_checkpoint)), tmp_path / "tune")
-    assert run_dir.read_record(tmp_path / "tune") is None
+    assert records.read_record(tmp_path / "tune") is None
     assert not (tmp_path / "tune" / "model.safetensors").exists()
 
 
@@ -320,7 +320,7 @@ def test_a_finished_result_stays_whole_while_another_is_begun_in_its_folder(
     monkeypatch.setattr(AdapterTrainer, "training_step", dies)
     with pytest.raises(RuntimeError, match="killed"):
         tune(replace(config, rank=2), model, out)
-    assert run_dir.is_finished(out, finished.fingerprint)
+    assert records.is_finished(out, finished.fingerprint)
 
 
 def test_each_linear_keeps_its_own_share_of_zeros(

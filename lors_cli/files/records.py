@@ -6,151 +6,20 @@ Layout of a run: DESIGN §4. A stage's results are prepared in `<stage>/.staging
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
-import sys
-import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from lors_cli.files.atomic import read_json, sync_file, sync_folder, write_json
+from lors_cli.files.hashes import cached_sha256, file_sha256, plain
 
 RECORD_NAME = "stage.json"
 STAGING_NAME = ".staging"
 WORK_NAME = ".work"
 JOURNAL_NAME = ".publishing.json"
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file so that readers see the old content or the new, never a part.
-
-    Args:
-        path: its folder is made when missing.
-        data: the whole content.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def is_partial(path: Path) -> bool:
-    """Whether a name is that of a file that a killed `write_bytes` has left."""
-    return path.name.startswith(".") and path.name.endswith(".partial")
-
-
-def write_text(path: Path, text: str) -> None:
-    """`write_bytes` in UTF-8."""
-    write_bytes(path, text.encode("utf-8"))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """`write_text` of indented JSON; NaN and infinities are refused."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_file(path: Path) -> None:
-    """Make a file's content survive a power cut."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def read_json(path: Path) -> Any | None:
-    """The file's JSON, or None when it is absent or not whole."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (ValueError, RecursionError):  # not JSON, not UTF-8, or nested without end
-        return None
-
-
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file's content, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _digest(file)
-
-
-def _digest(file: Any) -> str:
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
-def cached_sha256(path: Path) -> str:
-    """`file_sha256`, remembered per user by path, size and modification time.
-
-    The memory lies in $XDG_CACHE_HOME/lors (~/.cache/lors); where that cannot be written the file is read anew.
-    """
-    stat = path.stat()
-    key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lors" / "sha256.json"
-    try:
-        known = read_json(cache)
-    except OSError:
-        known = None
-    known = known if isinstance(known, dict) else {}
-    if isinstance(known.get(key), str):
-        return known[key]
-    digest = file_sha256(path)
-    if time.time() - stat.st_mtime < 5:  # a file still being written could change within the clock's grain
-        return digest
-    try:
-        write_json(cache, {**dict(list(known.items())[-500:]), key: digest})
-    except OSError as error:
-        from lors_cli.output import console
-
-        console.detail(f"file hashes are not remembered: {error}")
-    return digest
-
-
-def plain(value: Any) -> Any:
-    """Dataclasses, tuples and paths as plain JSON values."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return plain(asdict(value))
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    return value
-
-
-def fingerprint(stage: str, version: int, config: Any, inputs: dict[str, Any]) -> str:
-    """A short hash of everything that a stage's result depends on.
-
-    Args:
-        stage: its name.
-        version: raised when the stage's code changes its results.
-        config: the stage's config (dataclass or plain values).
-        inputs: fingerprints of the model and of the data it reads.
-
-    Returns:
-        32 hexadecimal digits.
-    """
-    content = json.dumps(plain([stage, version, config, inputs]), sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
@@ -289,12 +158,3 @@ def leftovers(folder: Path) -> list[Path]:
     if read_json(folder / WORK_NAME / "fingerprint.json") in (None, record.fingerprint):
         left.append(folder / WORK_NAME)
     return [path for path in left if path.exists()]
-
-
-def remove(paths: Iterable[Path]) -> None:
-    """Remove files and folders."""
-    for path in paths:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)

@@ -19,14 +19,14 @@ from typing import Any
 import psutil
 import pytest
 
-from lors_cli import locks
 from lors_cli.errors import UsageError
-from lors_cli.locks import LOCK_NAME, Owner, hold
+from lors_cli.files import locks
+from lors_cli.files.locks import LOCK_NAME, Owner, hold
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from lors_cli.locks import hold
+from lors_cli.files.locks import hold
 with hold(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -36,7 +36,7 @@ with hold(Path(sys.argv[1])):
 @contextmanager
 def held(folder: Path) -> Iterator[subprocess.Popen[str]]:
     """Another process that holds `folder`; at the end it is killed."""
-    root = Path(locks.__file__).parents[1]
+    root = Path(locks.__file__).parents[2]
     process = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], cwd=root, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

@@ -12,26 +12,11 @@ from typing import Any
 
 import pytest
 
-from lors_cli import run_dir
+from lors_cli.files import hashes, records
+from lors_cli.files.atomic import read_json, remove, write_bytes, write_json, write_text
+from lors_cli.files.hashes import cached_sha256, file_sha256, fingerprint, plain
+from lors_cli.files.records import StageRecord, is_finished, leftovers, publish, read_record, staging_dir, work_dir
 from lors_cli.machine import environment as machine_environment
-from lors_cli.run_dir import (
-    StageRecord,
-    cached_sha256,
-    file_sha256,
-    fingerprint,
-    is_finished,
-    leftovers,
-    plain,
-    publish,
-    read_json,
-    read_record,
-    remove,
-    staging_dir,
-    work_dir,
-    write_bytes,
-    write_json,
-    write_text,
-)
 
 RECORD = StageRecord("prune", "f1", {"a": 1}, {}, {"sparsity": 0.5}, {}, 1.5, {})
 
@@ -105,7 +90,7 @@ class TestHashes:
         (tmp_path / "a").write_bytes(b"abc")
         assert file_sha256(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
         with open(tmp_path / "a", "rb") as file:
-            assert run_dir._digest(file) == file_sha256(tmp_path / "a")
+            assert hashes._digest(file) == file_sha256(tmp_path / "a")
 
     def test_old_files_are_read_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -113,7 +98,7 @@ class TestHashes:
         path.write_bytes(b"abc")
         os.utime(path, (1e9, 1e9))
         digest = cached_sha256(path)
-        monkeypatch.setattr(run_dir, "file_sha256", lambda _: "read again")
+        monkeypatch.setattr(hashes, "file_sha256", lambda _: "read again")
         assert cached_sha256(path) == digest
         os.utime(path, (1e9, 1e9 + 1))
         assert cached_sha256(path) == "read again"
@@ -245,7 +230,7 @@ class TestPublish:
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", killing(os.replace))
             patch.setattr(Path, "unlink", killing(Path.unlink))
-            patch.setattr(run_dir.shutil, "rmtree", killing(run_dir.shutil.rmtree))
+            patch.setattr(records.shutil, "rmtree", killing(records.shutil.rmtree))
             try:
                 publish(tmp_path, replace(RECORD, fingerprint="f2"))
             except Killed:

@@ -1,0 +1,1 @@
+"""Atomic writes, hashes, records of finished stages, locks."""

@@ -1,0 +1,83 @@
+"""Hashes of files and of settings: what identifies a result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from lors_cli.files.atomic import read_json, write_json
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _digest(file)
+
+
+def _digest(file: Any) -> str:
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def cached_sha256(path: Path) -> str:
+    """`file_sha256`, remembered per user by path, size and modification time.
+
+    The memory lies in $XDG_CACHE_HOME/lors (~/.cache/lors); where that cannot be written the file is read anew.
+    """
+    stat = path.stat()
+    key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lors" / "sha256.json"
+    try:
+        known = read_json(cache)
+    except OSError:
+        known = None
+    known = known if isinstance(known, dict) else {}
+    if isinstance(known.get(key), str):
+        return known[key]
+    digest = file_sha256(path)
+    if time.time() - stat.st_mtime < 5:  # a file still being written could change within the clock's grain
+        return digest
+    try:
+        write_json(cache, {**dict(list(known.items())[-500:]), key: digest})
+    except OSError as error:
+        from lors_cli.output import console
+
+        console.detail(f"file hashes are not remembered: {error}")
+    return digest
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, tuples and paths as plain JSON values."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def fingerprint(stage: str, version: int, config: Any, inputs: dict[str, Any]) -> str:
+    """A short hash of everything that a stage's result depends on.
+
+    Args:
+        stage: its name.
+        version: raised when the stage's code changes its results.
+        config: the stage's config (dataclass or plain values).
+        inputs: fingerprints of the model and of the data it reads.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+    content = json.dumps(plain([stage, version, config, inputs]), sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(content.encode()).hexdigest()[:32]
