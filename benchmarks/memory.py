@@ -43,7 +43,7 @@ from lors_cli.files import atomic
 from lors_cli.models import MAX_SHARD_SIZE
 from lors_cli.planning import ModelSize
 from lors_cli.pruning.estimate import memory_parts
-from lors_cli.recipe import CalibrationConfig, PruneConfig
+from lors_cli.recipe.schema import CalibrationConfig, PruneConfig
 from lors_cli.shapes import SHAPES, Shape
 from lors_cli.tensor_files import Entry, write_checkpoint
 

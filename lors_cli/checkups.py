@@ -217,7 +217,7 @@ def _token() -> Finding:
 def data() -> Iterator[Finding]:
     """Which of the named texts and tasks $LORS_DATA_DIR holds."""
     from lors_cli.errors import LorsError
-    from lors_cli.recipe import SEVEN_TASKS
+    from lors_cli.recipe.schema import SEVEN_TASKS
     from lors_cli.text import DATA_DIR_VARIABLE, resolve_data_dir
 
     try:

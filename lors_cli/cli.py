@@ -47,7 +47,7 @@ def lors(version: o.Version = False) -> None:
 
 def _model_config(path: str, dtype: str, device: str) -> Any:
     """A ModelConfig from flags, checked as a recipe's would be."""
-    from lors_cli.loading import load_model_config
+    from lors_cli.recipe.loading import load_model_config
 
     return load_model_config(path, dtype=dtype, device=device)
 
@@ -64,10 +64,10 @@ def _stage(
 ) -> Any:  # fmt: skip
     """Plan and run one stage; its plan when it ran or was done, None after a dry run."""
     from lors_cli import views
-    from lors_cli.loading import load_stage
     from lors_cli.pipeline import check_memory, guard_out, run_single
     from lors_cli.plans import plan_single
-    from lors_cli.shipped import find_config
+    from lors_cli.recipe.loading import load_stage
+    from lors_cli.recipe.shipped import find_config
     from lors_cli.text import resolve_data_dir
 
     settings = load_stage(stage, find_config(config) if config else None, overrides or [], flags)
@@ -114,11 +114,11 @@ def run(
     """Run a recipe: prune, tune, eval; a second call goes on from there."""
     from lors_cli import views
     from lors_cli.errors import UsageError
-    from lors_cli.loading import load_recipe
     from lors_cli.pipeline import check_memory, guard_out, run_recipe
     from lors_cli.plans import plan_stages, select
+    from lors_cli.recipe.loading import load_recipe
+    from lors_cli.recipe.shipped import find_recipe
     from lors_cli.repeat import open_repeat
-    from lors_cli.shipped import find_recipe
     from lors_cli.text import resolve_data_dir
 
     repeat = None
@@ -166,7 +166,7 @@ def sweep(
     """Run a recipe over a grid of settings; cells share their stages."""
     from lors_cli.errors import UsageError
     from lors_cli.pipeline import guard_out
-    from lors_cli.shipped import find_sweep
+    from lors_cli.recipe.shipped import find_sweep
     from lors_cli.sweep import views
     from lors_cli.sweep.cells import load_sweep, select_cells
     from lors_cli.sweep.running import run_sweep
@@ -392,8 +392,8 @@ def bench(
 def report(folder: o.ReportFolder, formats: o.Formats = None) -> None:
     """Write the reports of a run or a sweep again."""
     from lors_cli.errors import LorsError, MissingError
-    from lors_cli.loading import load_recipe
     from lors_cli.pipeline import finished_stages
+    from lors_cli.recipe.loading import load_recipe
     from lors_cli.report import FORMATS, check_formats, write_run_report
     from lors_cli.report.sweep import write_sweep_report
     from lors_cli.text import resolve_data_dir

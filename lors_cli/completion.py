@@ -36,7 +36,7 @@ def setting(stage: str, name: str) -> Complete:
     """
 
     def complete(incomplete: str) -> list[str]:
-        from lors_cli.recipe import STAGE_CONFIGS
+        from lors_cli.recipe.schema import STAGE_CONFIGS
 
         return _starting(_words(get_type_hints(STAGE_CONFIGS[stage])[name]), incomplete)
 
@@ -45,21 +45,21 @@ def setting(stage: str, name: str) -> Complete:
 
 def recipes(incomplete: str) -> list[str]:
     """Shipped recipes, and YAML files."""
-    from lors_cli.shipped import shipped_recipes
+    from lors_cli.recipe.shipped import shipped_recipes
 
     return _starting(shipped_recipes(), incomplete) + _files(incomplete, (".yaml", ".yml"))
 
 
 def sweeps(incomplete: str) -> list[str]:
     """Shipped sweeps, and YAML files."""
-    from lors_cli.shipped import shipped_sweeps
+    from lors_cli.recipe.shipped import shipped_sweeps
 
     return _starting(shipped_sweeps(), incomplete) + _files(incomplete, (".yaml", ".yml"))
 
 
 def shipped(incomplete: str) -> list[str]:
     """Shipped recipes and sweeps."""
-    from lors_cli.shipped import shipped_recipes, shipped_sweeps
+    from lors_cli.recipe.shipped import shipped_recipes, shipped_sweeps
 
     return _starting([*shipped_recipes(), *shipped_sweeps()], incomplete)
 
@@ -72,7 +72,7 @@ def configs(stage: str) -> Complete:
     """
 
     def complete(incomplete: str) -> list[str]:
-        from lors_cli.shipped import shipped_configs
+        from lors_cli.recipe.shipped import shipped_configs
 
         ours = [name for name in shipped_configs() if name.startswith(f"{stage}/")]
         return _starting(ours, incomplete) + _files(incomplete, (".yaml", ".yml"))
@@ -97,7 +97,7 @@ def texts_list(incomplete: str) -> list[str]:
 
 def tasks(incomplete: str) -> list[str]:
     """The built-in zero-shot tasks, comma-separated."""
-    from lors_cli.recipe import SEVEN_TASKS
+    from lors_cli.recipe.schema import SEVEN_TASKS
 
     return _lists((*SEVEN_TASKS, "pydoc_choice"), incomplete)
 
@@ -122,7 +122,7 @@ def settings(stage: str | None) -> Complete:
     """
 
     def complete(incomplete: str) -> list[str]:
-        from lors_cli.recipe import STAGE_CONFIGS, Recipe
+        from lors_cli.recipe.schema import STAGE_CONFIGS, Recipe
 
         keys = [f"{key}=" for key in _keys(STAGE_CONFIGS[stage] if stage else Recipe)]
         return [] if "=" in incomplete else _starting(keys, incomplete)

@@ -16,7 +16,7 @@ from lors_cli.output import console
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from lors_cli.recipe import ModelConfig, TuneConfig
+    from lors_cli.recipe.schema import ModelConfig, TuneConfig
     from lors_cli.samples import Sample, TuneData
 
 MASKED_STYLE = "dim"
@@ -74,8 +74,8 @@ def load_settings(name: str, overrides: list[str], model: str | None) -> tuple[T
         UsageError: neither is there, the recipe tunes nothing, or no model is named.
     """
     from lors_cli.errors import UsageError
-    from lors_cli.loading import load_model_config, load_recipe, load_stage
-    from lors_cli.shipped import find_config, find_recipe, shipped_configs
+    from lors_cli.recipe.loading import load_model_config, load_recipe, load_stage
+    from lors_cli.recipe.shipped import find_config, find_recipe, shipped_configs
 
     if _is_config(name):
         if model is None:
@@ -96,8 +96,8 @@ def load_settings(name: str, overrides: list[str], model: str | None) -> tuple[T
 
 def _is_config(name: str) -> bool:
     """Whether `name` means the config of a single stage: a shipped one, or a file without the keys of a recipe."""
-    from lors_cli._yaml import YamlError, read
-    from lors_cli.shipped import shipped_configs, shipped_recipes
+    from lors_cli.recipe.shipped import shipped_configs, shipped_recipes
+    from lors_cli.recipe.yaml12 import YamlError, read
 
     path = Path(name).expanduser()
     if not path.is_file():

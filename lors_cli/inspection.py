@@ -11,7 +11,7 @@ from lors_cli.sparsity import DENSE_BELOW, Pattern, measure, num_violations, sum
 from lors_cli.weights import PrunableWeight, prunable_weights
 
 if TYPE_CHECKING:
-    from lors_cli.recipe import ModelConfig
+    from lors_cli.recipe.schema import ModelConfig
 
 CANDIDATES = ((1, 4), (2, 4), (1, 2), (2, 8), (4, 8), (4, 16), (8, 16), (16, 32))
 TOLERATED = 0.01

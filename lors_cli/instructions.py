@@ -9,7 +9,7 @@ from typing import Any
 from lors_cli.errors import UsageError
 from lors_cli.packing import BATCH_DOCUMENTS, begin_tokens, encode, eos_token_id
 from lors_cli.prompts import TEMPLATES, Template, chat_prompts
-from lors_cli.recipe import TuneDataConfig
+from lors_cli.recipe.schema import TuneDataConfig
 from lors_cli.samples import EMPTY_OUTPUT, IGNORED, NO_LABEL, Sample, TuneData, isolated_sample
 from lors_cli.text import TextSource
 

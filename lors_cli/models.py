@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from lors_cli.recipe import ModelConfig
+    from lors_cli.recipe.schema import ModelConfig
 
 MAX_SHARD_SIZE = "5GB"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lors_cli.errors import UsageError
-from lors_cli.recipe import TuneDataConfig
+from lors_cli.recipe.schema import TuneDataConfig
 from lors_cli.samples import Sample, isolated_sample
 
 if TYPE_CHECKING:

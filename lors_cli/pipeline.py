@@ -15,7 +15,7 @@ from lors_cli.machine import environment, processes
 from lors_cli.machine.determinism import determinism
 from lors_cli.output import console, progress
 from lors_cli.plans import StagePlan, announce, plan_stages, select
-from lors_cli.recipe import PruneConfig, Recipe, TuneConfig
+from lors_cli.recipe.schema import PruneConfig, Recipe, TuneConfig
 from lors_cli.text import resolve_data_dir
 
 RUN_MARKS = {"recipe.yaml", "manifest.json"}
@@ -272,7 +272,7 @@ def _find(recipe: Recipe, out: Path, stage: str, data_dir: Path | None, again: b
 
 
 def _write_recipe(recipe: Recipe, out: Path) -> None:
-    from lors_cli.loading import dump_recipe
+    from lors_cli.recipe.loading import dump_recipe
 
     text = dump_recipe(recipe)
     path = out / "recipe.yaml"

@@ -10,7 +10,7 @@ from lors_cli.machine import processes
 from lors_cli.machine.devices import free_memory
 from lors_cli.output.console import gib
 from lors_cli.pruning import estimate as pruning_estimate
-from lors_cli.recipe import EvalConfig, ModelConfig, PruneConfig, TuneConfig
+from lors_cli.recipe.schema import EvalConfig, ModelConfig, PruneConfig, TuneConfig
 
 GIB = 1 << 30
 RUNTIME = GIB // 2

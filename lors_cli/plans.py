@@ -10,7 +10,7 @@ from typing import Any
 
 from lors_cli.errors import UsageError
 from lors_cli.files import atomic, records
-from lors_cli.recipe import EvalConfig, ModelConfig, PruneConfig, Recipe, TuneConfig
+from lors_cli.recipe.schema import EvalConfig, ModelConfig, PruneConfig, Recipe, TuneConfig
 
 NOT_DONE = "not done yet"
 

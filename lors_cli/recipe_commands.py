@@ -24,7 +24,7 @@ def recipes(context: typer.Context, json_mode: o.Json = False) -> None:
 @guarded
 def list_shipped() -> None:
     """Names and first comment lines of the shipped recipes and sweeps."""
-    from lors_cli.shipped import recipe_summary, shipped_recipes, shipped_sweeps
+    from lors_cli.recipe.shipped import recipe_summary, shipped_recipes, shipped_sweeps
 
     found = []
     for kind, files in (("recipe", shipped_recipes()), ("sweep", shipped_sweeps())):
@@ -41,7 +41,7 @@ def copy(name: o.Shipped, target: o.Target = None) -> None:
     """Write a shipped recipe or sweep here, to edit and run."""
     from lors_cli.errors import UsageError
     from lors_cli.files import atomic
-    from lors_cli.shipped import find_shipped_recipe, shipped_sweeps
+    from lors_cli.recipe.shipped import find_shipped_recipe, shipped_sweeps
 
     source = find_shipped_recipe(name)
     path = target or Path(source.name)
@@ -59,7 +59,7 @@ def schema() -> None:
     """Print the JSON Schema of a recipe, for editors."""
     import json
 
-    from lors_cli.loading import recipe_schema
+    from lors_cli.recipe.loading import recipe_schema
 
     if console.is_json():
         console.document(recipe_schema())
@@ -72,7 +72,7 @@ def reference() -> None:
     """Print every setting with its values and default, as Markdown."""
     from dataclasses import asdict
 
-    from lors_cli.reference import markdown, settings
+    from lors_cli.recipe.reference import markdown, settings
 
     if console.is_json():
         console.document([asdict(setting) for setting in settings()])

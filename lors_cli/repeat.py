@@ -15,7 +15,7 @@ from lors_cli.output import console, progress
 from lors_cli.text import DATA_DIR_VARIABLE, resolve_data_dir
 
 if TYPE_CHECKING:
-    from lors_cli.recipe import Recipe
+    from lors_cli.recipe.schema import Recipe
 
 MANIFEST_NAME = "manifest.json"
 MAY_DIFFER = (
@@ -33,9 +33,9 @@ def manifest_content(recipe: Recipe, out: Path, data_dir: Path | None) -> dict[s
         out: its run folder.
         data_dir: local datasets.
     """
-    from lors_cli.loading import recipe_values
     from lors_cli.machine.environment import inputs
-    from lors_cli.recipe import STAGES
+    from lors_cli.recipe.loading import recipe_values
+    from lors_cli.recipe.schema import STAGES
 
     stages = []
     for stage in STAGES:
@@ -203,8 +203,8 @@ def open_repeat(path: Path, overrides: Sequence[str]) -> Repeat:
         MissingError: there is no manifest.
         UsageError: it is not whole, from a version that noted too little, or an override is of another key.
     """
-    from lors_cli._checks import Place, Settings
-    from lors_cli.loading import resolve_recipe
+    from lors_cli.recipe.loading import resolve_recipe
+    from lors_cli.recipe.settings import Place, Settings
 
     file = path / MANIFEST_NAME if path.is_dir() else path
     if not file.is_file():

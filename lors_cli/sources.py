@@ -16,7 +16,7 @@ from lors_cli.files import hashes, records
 from lors_cli.revisions import pinned_revision
 
 if TYPE_CHECKING:
-    from lors_cli.recipe import ModelConfig
+    from lors_cli.recipe.schema import ModelConfig
 
 PACKAGE_SCHEME = "package://"
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")

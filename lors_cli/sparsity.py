@@ -12,7 +12,7 @@ from lors_cli.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
-    from lors_cli.recipe import PruneConfig
+    from lors_cli.recipe.schema import PruneConfig
 
 DENSE_BELOW = 0.05
 """A weight with a smaller share of zeros counts as dense when nothing says that it was pruned."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from lors_cli.recipe import ModelConfig
+    from lors_cli.recipe.schema import ModelConfig
 
 
 FLOATS = ("F64", "F32", "F16", "BF16")

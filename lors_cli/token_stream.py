@@ -14,7 +14,7 @@ from lors_cli.errors import UsageError
 from lors_cli.order import shuffled_block
 from lors_cli.output import console, progress
 from lors_cli.packing import begin_tokens, block_sample, check_length, eos_token_id, too_little_text
-from lors_cli.recipe import TuneConfig, TuneDataConfig
+from lors_cli.recipe.schema import TuneConfig, TuneDataConfig
 from lors_cli.samples import Sample, TuneData
 from lors_cli.text import TextSource
 from lors_cli.token_cache import TokenCache, cache_dir, open_cache

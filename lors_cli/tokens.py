@@ -27,7 +27,7 @@ from lors_cli.packing import (
     too_little_text,
     window_length,
 )
-from lors_cli.recipe import CalibrationConfig, TuneConfig, TuneDataConfig
+from lors_cli.recipe.schema import CalibrationConfig, TuneConfig, TuneDataConfig
 from lors_cli.samples import EMPTY_OUTPUT, NO_LABEL, TuneData
 from lors_cli.samples import PadCollator as PadCollator
 from lors_cli.text import TextSource, open_source

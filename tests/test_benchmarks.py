@@ -32,7 +32,7 @@ from common import (
 from lors_cli import planning
 from lors_cli.benchmark import rotated
 from lors_cli.models import decoder_blocks, load_model
-from lors_cli.recipe import ModelConfig, TuneConfig, TuneDataConfig
+from lors_cli.recipe.schema import ModelConfig, TuneConfig, TuneDataConfig
 from lors_cli.shapes import Shape
 from lors_cli.sparsity import Pattern
 

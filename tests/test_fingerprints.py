@@ -8,7 +8,14 @@ import pytest
 
 from lors_cli import pruning, tuning
 from lors_cli.evaluation import eval_fingerprint
-from lors_cli.recipe import CalibrationConfig, DistillConfig, EvalConfig, PruneConfig, TuneConfig, TuneDataConfig
+from lors_cli.recipe.schema import (
+    CalibrationConfig,
+    DistillConfig,
+    EvalConfig,
+    PruneConfig,
+    TuneConfig,
+    TuneDataConfig,
+)
 
 ROW = '{"instruction": "say", "input": "", "output": "it"}\n'
 

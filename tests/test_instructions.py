@@ -13,7 +13,7 @@ import torch
 from lors_cli.errors import UsageError
 from lors_cli.instructions import first_fit
 from lors_cli.packing import encode
-from lors_cli.recipe import TuneDataConfig
+from lors_cli.recipe.schema import TuneDataConfig
 from lors_cli.samples import PadCollator, TuneData, count_tokens, isolated_sample
 from lors_cli.tokens import tuning_samples
 

@@ -26,7 +26,7 @@ from lors_cli.models import (
     resolve_dtype,
     save_checkpoint,
 )
-from lors_cli.recipe import ModelConfig
+from lors_cli.recipe.schema import ModelConfig
 from lors_cli.sources import ModelSource, locate, model_fingerprint
 
 UP = "model.layers.1.mlp.up_proj.weight"

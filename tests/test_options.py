@@ -16,7 +16,7 @@ from typer.testing import Result
 
 from lors_cli import completion
 from lors_cli.cli import app
-from lors_cli.recipe import STAGE_CONFIGS, STAGES
+from lors_cli.recipe.schema import STAGE_CONFIGS, STAGES
 
 Lors = Callable[..., Result]
 

@@ -429,8 +429,8 @@ eval: {{tasks: [boolq], limit: 4, perplexity: [wikitext2], perplexity_windows: 2
 
 
 def test_a_stored_recipe_that_is_no_text_is_written_anew(at_finished: Path) -> None:
-    from lors_cli.loading import load_recipe
     from lors_cli.pipeline import _write_recipe
+    from lors_cli.recipe.loading import load_recipe
 
     stored = Path("runs/tiny/recipe.yaml")
     whole = stored.read_bytes()

@@ -11,7 +11,7 @@ import pytest
 from lors_cli import planning
 from lors_cli.planning import GIB, RUNTIME, ModelSize, estimate, model_size, shortage, try_estimate
 from lors_cli.pruning.estimate import memory_parts
-from lors_cli.recipe import CalibrationConfig, EvalConfig, ModelConfig, PruneConfig, TuneConfig, TuneDataConfig
+from lors_cli.recipe.schema import CalibrationConfig, EvalConfig, ModelConfig, PruneConfig, TuneConfig, TuneDataConfig
 
 
 @pytest.mark.parametrize(

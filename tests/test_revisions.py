@@ -16,7 +16,7 @@ from typer.testing import Result
 from lors_cli import revisions
 from lors_cli.errors import UsageError
 from lors_cli.models import load_config, load_model, load_tokenizer
-from lors_cli.recipe import ModelConfig
+from lors_cli.recipe.schema import ModelConfig
 from lors_cli.revisions import commit_of, pinned_revision
 from lors_cli.sources import model_fingerprint
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lors_cli.errors import UsageError
-from lors_cli.recipe import PruneConfig
+from lors_cli.recipe.schema import PruneConfig
 from lors_cli.sparsity import Pattern, keep_largest, mask_digest, measure, num_violations, summarise
 
 TWO_OF_FOUR = Pattern(2, 4, 0.5)

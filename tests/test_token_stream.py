@@ -21,7 +21,7 @@ import pytest
 from lors_cli import token_cache
 from lors_cli.documents import START, read_documents
 from lors_cli.errors import LorsError, ResourceError, UsageError
-from lors_cli.recipe import TuneConfig, TuneDataConfig
+from lors_cli.recipe.schema import TuneConfig, TuneDataConfig
 from lors_cli.samples import TuneData
 from lors_cli.text import TextSource, open_source
 from lors_cli.token_cache import TokenCache, make_room, open_cache

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from lors_cli.errors import UsageError
 from lors_cli.prompts import alpaca_prompt
-from lors_cli.recipe import CalibrationConfig, TuneDataConfig
+from lors_cli.recipe.schema import CalibrationConfig, TuneDataConfig
 from lors_cli.tokens import PadCollator, calibration_tokens, packed_blocks, perplexity_windows, tuning_samples
 
 EOS = 257

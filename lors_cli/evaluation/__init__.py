@@ -28,7 +28,7 @@ from lors_cli.evaluation.tasks import check_tasks, task_fingerprint
 from lors_cli.files import atomic, hashes, records
 from lors_cli.machine import environment, processes
 from lors_cli.output import console, progress
-from lors_cli.recipe import EvalConfig, ModelConfig
+from lors_cli.recipe.schema import EvalConfig, ModelConfig
 
 __all__ = [
     "check_tasks", "compare_models", "eval_fingerprint", "evaluate", "pending_pieces", "recovered", "samples_path",

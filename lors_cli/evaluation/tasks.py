@@ -22,7 +22,7 @@ from typing import Any
 from lors_cli import pydoc_text
 from lors_cli.errors import MissingError, UsageError
 from lors_cli.files import atomic, hashes
-from lors_cli.recipe import SEVEN_TASKS
+from lors_cli.recipe.schema import SEVEN_TASKS
 
 PYDOC_TASK = "pydoc_choice"
 PYDOC_ITEMS = 120

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lors_cli.machine.devices import processor, usable_processors
 
 if TYPE_CHECKING:
-    from lors_cli.recipe import Recipe
+    from lors_cli.recipe.schema import Recipe
 
 GIT_TIMEOUT_S = 20
 

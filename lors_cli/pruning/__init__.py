@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from lors_cli.pruning.driver import BlockPruner
-    from lors_cli.recipe import ModelConfig, PruneConfig
+    from lors_cli.recipe.schema import ModelConfig, PruneConfig
     from lors_cli.streaming import BlockwiseModel
     from lors_cli.tensor_files import Entry
 

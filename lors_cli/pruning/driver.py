@@ -38,7 +38,7 @@ from lors_cli.weights import PrunableWeight, block_weights
 if TYPE_CHECKING:
     from torch import nn
 
-    from lors_cli.recipe import PruneConfig
+    from lors_cli.recipe.schema import PruneConfig
     from lors_cli.streaming import BlockwiseModel
 
 

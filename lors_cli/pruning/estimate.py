@@ -17,7 +17,7 @@ from lors_cli.pruning.methods import RECONSTRUCTION_SAMPLES, statistics_kind
 
 if TYPE_CHECKING:
     from lors_cli.planning import ModelSize
-    from lors_cli.recipe import PruneConfig
+    from lors_cli.recipe.schema import PruneConfig
 
 FLOAT = 4
 CAST = 256 << 20

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from lors_cli.pruning.statistics import InputStatistics, Kind
-    from lors_cli.recipe import PruneConfig
+    from lors_cli.recipe.schema import PruneConfig
 
     Solver = Callable[[Sequence[torch.Tensor], InputStatistics, Pattern], list[torch.Tensor]]
 

@@ -20,7 +20,7 @@ from lors_cli.pruning.recorder import InputRecorder
 from lors_cli.weights import block_weights
 
 if TYPE_CHECKING:
-    from lors_cli.recipe import CalibrationConfig
+    from lors_cli.recipe.schema import CalibrationConfig
     from lors_cli.streaming import BlockwiseModel
 
 

@@ -56,7 +56,7 @@ def front_matter(base_model: str, prune: dict[str, Any] | None, tune: dict[str, 
         tune: as in `model_card`.
         pattern: `2:4` and the like, or None.
     """
-    from lors_cli._yaml import write
+    from lors_cli.recipe.yaml12 import write
 
     methods = [str(stage["method"]) for stage in (prune, tune) if stage and stage.get("method")]
     named = [str(pattern)] if pattern and pattern != "dense" else []

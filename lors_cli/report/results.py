@@ -11,7 +11,7 @@ from typing import Any
 
 from lors_cli.files import atomic
 from lors_cli.files import records as run_dir
-from lors_cli.recipe import STAGES
+from lors_cli.recipe.schema import STAGES
 from lors_cli.report.measures import Group, ScoredModel
 from lors_cli.report.names import short_name
 
@@ -84,8 +84,8 @@ def models(results: RunResults) -> Group:
 
 
 def _read_recipe(path: Path) -> tuple[str, dict[str, Any]]:
-    from lors_cli._yaml import YamlError, read
     from lors_cli.errors import UsageError
+    from lors_cli.recipe.yaml12 import YamlError, read
 
     try:
         text = path.read_text(encoding="utf-8")

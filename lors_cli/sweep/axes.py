@@ -8,11 +8,12 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from lors_cli._checks import KeyPath, Settings, subsection
-from lors_cli._yaml import resolve
 from lors_cli.errors import shorten
-from lors_cli.loading import unknown_setting
-from lors_cli.recipe import Recipe
+from lors_cli.recipe.checking import subsection
+from lors_cli.recipe.loading import unknown_setting
+from lors_cli.recipe.schema import Recipe
+from lors_cli.recipe.settings import KeyPath, Settings
+from lors_cli.recipe.yaml12 import resolve
 from lors_cli.sweep.draft import RECIPE_AXIS, Draft, Setting, later, settings_below, unique, value_key
 
 MAX_CELLS = 1000

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lors_cli._checks import MAX_SHOWN
-from lors_cli._yaml import write
 from lors_cli.errors import UsageError
-from lors_cli.loading import resolve_recipe
-from lors_cli.recipe import Recipe
+from lors_cli.recipe.loading import resolve_recipe
+from lors_cli.recipe.schema import Recipe
+from lors_cli.recipe.settings import MAX_SHOWN
+from lors_cli.recipe.yaml12 import write
 from lors_cli.sweep.draft import RECIPE_AXIS, Draft, Setting, value_key
 from lors_cli.sweep.reading import read_sweep
 

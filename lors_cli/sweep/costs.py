@@ -18,7 +18,7 @@ from lors_cli.planning import ModelSize, estimate, try_size
 from lors_cli.plans import StagePlan
 from lors_cli.pruning import estimate as pruning_estimate
 from lors_cli.pruning.methods import statistics_kind
-from lors_cli.recipe import EvalConfig, ModelConfig, PruneConfig, TuneConfig
+from lors_cli.recipe.schema import EvalConfig, ModelConfig, PruneConfig, TuneConfig
 
 EFFICIENCY = {"cuda": 0.4, "cpu": 0.25, "mps": 0.25}
 """Share of a matrix product's speed that whole stages reach."""

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from lors_cli._checks import KeyPath, Place, Settings
-from lors_cli.loading import unknown_setting
-from lors_cli.recipe import Recipe
+from lors_cli.recipe.loading import unknown_setting
+from lors_cli.recipe.schema import Recipe
+from lors_cli.recipe.settings import KeyPath, Place, Settings
 
 RECIPE_AXIS = "recipe"
 

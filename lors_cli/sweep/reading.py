@@ -11,11 +11,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from lors_cli._checks import KeyPath, Place, Settings, dotted
 from lors_cli.errors import UsageError, shorten
-from lors_cli.loading import apply_overrides, read_settings, unknown_setting
-from lors_cli.recipe import Recipe
-from lors_cli.shipped import find_recipe
+from lors_cli.recipe.loading import apply_overrides, read_settings, unknown_setting
+from lors_cli.recipe.schema import Recipe
+from lors_cli.recipe.settings import KeyPath, Place, Settings, dotted
+from lors_cli.recipe.shipped import find_recipe
 from lors_cli.sweep.axes import read_grids, read_per
 from lors_cli.sweep.draft import Draft, Setting, part, settings_below, unique
 

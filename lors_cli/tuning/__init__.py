@@ -18,7 +18,7 @@ from lors_cli.weights import prunable_weights
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from lors_cli.recipe import ModelConfig, TuneConfig
+    from lors_cli.recipe.schema import ModelConfig, TuneConfig
     from lors_cli.tokens import TuneData
     from lors_cli.tuning.trainer import AdapterTrainer
 

@@ -357,7 +357,7 @@ def merge(base_path: str, adapter: Path, out: Path, *, dtype: str = "auto", devi
     import time
 
     from lors_cli.models import load_model, load_tokenizer, save_checkpoint
-    from lors_cli.recipe import ModelConfig
+    from lors_cli.recipe.schema import ModelConfig
     from lors_cli.sources import model_fingerprint
 
     started = time.monotonic()

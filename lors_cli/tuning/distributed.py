@@ -25,7 +25,7 @@ from lors_cli.samples import IGNORED, Sample
 if TYPE_CHECKING:
     from torch import nn
 
-    from lors_cli.recipe import TuneConfig
+    from lors_cli.recipe.schema import TuneConfig
 
 BLANK = -1
 """The index of a sample without labels, which fills a step that has too few for all processes."""

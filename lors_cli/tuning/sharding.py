@@ -20,7 +20,7 @@ from lors_cli.tuning.norms import norm_parameters, train_norms
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from lors_cli.recipe import ModelConfig, TuneConfig
+    from lors_cli.recipe.schema import ModelConfig, TuneConfig
     from lors_cli.tuning.layers import AdapterLinear
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lors_cli.errors import UsageError
 from lors_cli.files import records
 from lors_cli.output import console
-from lors_cli.recipe import DistillConfig, ModelConfig, TuneConfig
+from lors_cli.recipe.schema import DistillConfig, ModelConfig, TuneConfig
 
 if TYPE_CHECKING:
     import torch

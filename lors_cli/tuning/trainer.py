@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from lors_cli.recipe import TuneConfig
+    from lors_cli.recipe.schema import TuneConfig
 
 MARKER_NAME = "lors.json"
 PARTIAL_NAME = ".partial"

@@ -11,7 +11,7 @@ import pytest
 
 from lors_cli.errors import UsageError
 from lors_cli.evaluation.documents import check_documents
-from lors_cli.recipe import SEVEN_TASKS
+from lors_cli.recipe.schema import SEVEN_TASKS
 
 ARC = {"question": "q?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"}
 BOOLQ = {"question": "q", "passage": "p", "label": 1}

@@ -14,7 +14,7 @@ from lors_cli import evaluation, models, sources, tokens
 from lors_cli.errors import UsageError
 from lors_cli.evaluation import eval_fingerprint, evaluate, harness, pending_pieces, perplexity
 from lors_cli.files import records
-from lors_cli.recipe import EvalConfig, ModelConfig
+from lors_cli.recipe.schema import EvalConfig, ModelConfig
 
 CONFIG = EvalConfig(tasks=("rte", "pydoc_choice"), perplexity=("pydoc",), limit=4)
 MODELS = {"dense": ModelConfig(path="d"), "pruned": ModelConfig(path="p")}

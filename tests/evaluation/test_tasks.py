@@ -13,7 +13,7 @@ import yaml
 
 from lors_cli.errors import MissingError, UsageError
 from lors_cli.evaluation import tasks
-from lors_cli.recipe import SEVEN_TASKS
+from lors_cli.recipe.schema import SEVEN_TASKS
 
 
 def _local_rte(folder: Path, *, label: int = 0) -> Path:
@@ -62,7 +62,7 @@ def test_checking_the_usual_tasks_needs_no_lm_eval() -> None:
     code = (
         "import sys\n"
         "from lors_cli.evaluation import check_tasks\n"
-        "from lors_cli.recipe import SEVEN_TASKS\n"
+        "from lors_cli.recipe.schema import SEVEN_TASKS\n"
         "check_tasks([*SEVEN_TASKS, 'pydoc_choice'], None)\n"
         "assert not {'torch', 'transformers', 'lm_eval', 'datasets'} & set(sys.modules)"
     )

@@ -9,8 +9,8 @@ from random import Random
 
 from fuzz_world import RECIPE, SWEEP
 
-from lors_cli._checks import subsection
-from lors_cli.recipe import Recipe
+from lors_cli.recipe.checking import subsection
+from lors_cli.recipe.schema import Recipe
 
 SCALARS = (
     "", "~", "null", "true", "no", "0", "-1", "1", "2", "16", "0.5", "1e-3", "1e999", "-1e999", ".nan", ".inf", "-.inf",

@@ -9,9 +9,9 @@ import pytest
 from typer.testing import Result
 
 from lors_cli.errors import UsageError
-from lors_cli.loading import load_model_config, load_recipe
 from lors_cli.output import console
 from lors_cli.output.redaction import MASK, redact
+from lors_cli.recipe.loading import load_model_config, load_recipe
 
 TOKEN = "hf_" + "FAKEfake0123456789FAKEfake012345"
 OTHER = "not-of-that-form-9f8e7d6c"

@@ -20,7 +20,7 @@ from lors_cli.pruning import methods, prune, stage_fingerprint
 from lors_cli.pruning.driver import Block, BlockPruner
 from lors_cli.pruning.hidden_states import HiddenStates
 from lors_cli.pruning.methods import STATISTICS
-from lors_cli.recipe import CalibrationConfig, ModelConfig, PruneConfig
+from lors_cli.recipe.schema import CalibrationConfig, ModelConfig, PruneConfig
 from lors_cli.sparsity import Pattern
 from lors_cli.streaming import BlockwiseModel
 from lors_cli.tensor_files import TensorWriter

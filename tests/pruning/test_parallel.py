@@ -16,7 +16,7 @@ from lors_cli.errors import UsageError
 from lors_cli.machine import processes as parallel
 from lors_cli.pruning.hidden_states import HiddenStates
 from lors_cli.pruning.passes import start_walk
-from lors_cli.recipe import CalibrationConfig, ModelConfig
+from lors_cli.recipe.schema import CalibrationConfig, ModelConfig
 from lors_cli.streaming import open_blockwise
 
 

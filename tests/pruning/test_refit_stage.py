@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from lors_cli.pruning import prune
 from lors_cli.pruning.methods import statistics_kind
-from lors_cli.recipe import CalibrationConfig, ModelConfig, PruneConfig
+from lors_cli.recipe.schema import CalibrationConfig, ModelConfig, PruneConfig
 
 
 def test_refit_changes_the_kept_weights_and_not_the_first_blocks_mask(

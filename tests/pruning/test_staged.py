@@ -24,7 +24,7 @@ from lors_cli.pruning.driver import BlockPruner
 from lors_cli.pruning.hidden_states import HiddenStates, choose_place
 from lors_cli.pruning.reconstruct import Reconstruction
 from lors_cli.pruning.staged import run_staged, shared_inputs
-from lors_cli.recipe import CalibrationConfig, ModelConfig, PruneConfig
+from lors_cli.recipe.schema import CalibrationConfig, ModelConfig, PruneConfig
 from lors_cli.sparsity import Pattern
 from lors_cli.streaming import BlockwiseModel
 from lors_cli.weights import block_weights, prunable_weights

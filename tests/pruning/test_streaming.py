@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from lors_cli.errors import UsageError
 from lors_cli.models import load_model
-from lors_cli.recipe import ModelConfig
+from lors_cli.recipe.schema import ModelConfig
 from lors_cli.streaming import BlockwiseModel, open_blockwise
 from lors_cli.tensor_files import Entry, TensorWriter, saved_tensors, write_checkpoint, write_tensors
 

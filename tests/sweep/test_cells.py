@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lors_cli.errors import UsageError
-from lors_cli.loading import load_recipe
+from lors_cli.recipe.loading import load_recipe
 from lors_cli.sweep.cells import Sweep, load_sweep, select_cells
 
 BASE = """\

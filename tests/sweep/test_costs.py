@@ -11,10 +11,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lors_cli.loading import load_recipe
 from lors_cli.planning import model_size
 from lors_cli.plans import StagePlan, plan_chain, plan_stages
-from lors_cli.recipe import ModelConfig
+from lors_cli.recipe.loading import load_recipe
+from lors_cli.recipe.schema import ModelConfig
 from lors_cli.sweep import costs as module
 from lors_cli.sweep.costs import PRODUCTS, costs, device_rate, disk_needed, forward, operations
 from lors_cli.sweep.stages import distinct, plan_cells
@@ -99,7 +99,7 @@ def test_alpaca_on_the_hub_is_known() -> None:
 
 
 def recipe() -> object:
-    from lors_cli.shipped import find_recipe
+    from lors_cli.recipe.shipped import find_recipe
 
     return load_recipe(find_recipe("llama3-8b-2of4"))
 

@@ -17,8 +17,8 @@ from typer.testing import Result
 
 from lors_cli.errors import ResourceError
 from lors_cli.files import hashes, locks, records
-from lors_cli.loading import load_recipe
 from lors_cli.plans import StagePlan
+from lors_cli.recipe.loading import load_recipe
 from lors_cli.sweep import running
 from lors_cli.sweep.cells import load_sweep
 from lors_cli.sweep.stages import plan_cells

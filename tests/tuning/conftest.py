@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from lors_cli.recipe import TuneConfig, TuneDataConfig
+from lors_cli.recipe.schema import TuneConfig, TuneDataConfig
 from lors_cli.weights import prunable_weights
 
 

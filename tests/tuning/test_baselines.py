@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from lors_cli.errors import UsageError
 from lors_cli.files import atomic
-from lors_cli.recipe import ModelConfig, TuneConfig
+from lors_cli.recipe.schema import ModelConfig, TuneConfig
 from lors_cli.tuning import tune
 from lors_cli.tuning.adapter import AdapterConfig, adapter_layers, attach, base_mask, load_adapter, save_adapter
 from lors_cli.tuning.baselines import LAYERS, check_rank

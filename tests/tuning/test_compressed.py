@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lors_cli.errors import UsageError
-from lors_cli.recipe import ModelConfig, TuneConfig
+from lors_cli.recipe.schema import ModelConfig, TuneConfig
 from lors_cli.tuning import compressed, stage_fingerprint, tune
 from lors_cli.tuning.adapter import attach
 from lors_cli.tuning.compressed import compress, decompress

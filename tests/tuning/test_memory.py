@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lors_cli.recipe import ModelConfig, TuneConfig
+from lors_cli.recipe.schema import ModelConfig, TuneConfig
 from lors_cli.tuning import trainer as trainer_module
 from lors_cli.tuning import tune
 
@@ -19,7 +19,7 @@ import dataclasses, gc, json, resource, sys, tracemalloc
 from pathlib import Path
 import torch
 from lors_cli import console
-from lors_cli.recipe import ModelConfig, TuneConfig, TuneDataConfig
+from lors_cli.recipe.schema import ModelConfig, TuneConfig, TuneDataConfig
 from lors_cli.tuning import tune
 from lors_cli.tuning import step_log
 

@@ -22,7 +22,7 @@ from transformers import (
 from lors_cli.errors import UsageError
 from lors_cli.inspection import inspect
 from lors_cli.output import console
-from lors_cli.recipe import ModelConfig, TuneConfig, TuneDataConfig
+from lors_cli.recipe.schema import ModelConfig, TuneConfig, TuneDataConfig
 from lors_cli.tuning import tune
 from lors_cli.tuning.adapter import adapter_layers, attach, base_mask, load_adapter, merge
 from lors_cli.weights import prunable_weights

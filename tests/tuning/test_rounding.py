@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lors_cli.recipe import TuneConfig
+from lors_cli.recipe.schema import TuneConfig
 from lors_cli.tuning.lors import LorsLinear
 from lors_cli.tuning.merging import masked_merge, masked_merge_formula
 from lors_cli.tuning.rounding import PERIOD, Rounding, round_stochastically, thresholds

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lors_cli.machine.signals import Stopped, stopping
-from lors_cli.recipe import ModelConfig, TuneConfig
+from lors_cli.recipe.schema import ModelConfig, TuneConfig
 from lors_cli.tuning import tune
 from lors_cli.tuning.randomness import random_state, restore_random_state
 from lors_cli.tuning.trainer import AdapterTrainer

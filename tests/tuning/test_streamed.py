@@ -14,7 +14,7 @@ import torch
 from lors_cli import token_cache
 from lors_cli.errors import UsageError
 from lors_cli.files import records
-from lors_cli.recipe import ModelConfig, TuneConfig, TuneDataConfig
+from lors_cli.recipe.schema import ModelConfig, TuneConfig, TuneDataConfig
 from lors_cli.samples import count_tokens
 from lors_cli.token_stream import TokenStream
 from lors_cli.tuning import stage_fingerprint, tune

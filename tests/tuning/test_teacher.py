@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from lors_cli.errors import MissingError, UsageError
 from lors_cli.files import atomic, records
-from lors_cli.loading import load_recipe
 from lors_cli.pipeline import run_recipe
-from lors_cli.recipe import DistillConfig, ModelConfig, TuneConfig
+from lors_cli.recipe.loading import load_recipe
+from lors_cli.recipe.schema import DistillConfig, ModelConfig, TuneConfig
 from lors_cli.tuning import head, stage_fingerprint, tune
 from lors_cli.tuning.head import Teacher, causal_lm_loss
 from lors_cli.tuning.teacher import with_teacher

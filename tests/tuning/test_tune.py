@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lors_cli.errors import SparsityError, UsageError
 from lors_cli.files import records
 from lors_cli.inspection import inspect
-from lors_cli.recipe import ModelConfig, TuneConfig, TuneDataConfig
+from lors_cli.recipe.schema import ModelConfig, TuneConfig, TuneDataConfig
 from lors_cli.tuning import stage_fingerprint, tune
 from lors_cli.tuning import trainer as trainer_module
 from lors_cli.tuning.adapter import load_adapter

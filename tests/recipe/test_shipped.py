@@ -8,12 +8,12 @@ from typing import Any, cast
 
 import pytest
 
-from lors_cli import shipped as shipped_module
 from lors_cli.errors import UsageError
 from lors_cli.evaluation.tasks import check_tasks
-from lors_cli.loading import Stage, load_recipe, load_stage
-from lors_cli.recipe import EvalConfig
-from lors_cli.shipped import (
+from lors_cli.recipe import shipped as shipped_module
+from lors_cli.recipe.loading import Stage, load_recipe, load_stage
+from lors_cli.recipe.schema import EvalConfig
+from lors_cli.recipe.shipped import (
     find_config,
     find_recipe,
     find_shipped_recipe,
@@ -26,7 +26,7 @@ from lors_cli.shipped import (
 from lors_cli.sweep.cells import load_sweep
 from lors_cli.text import SOURCES
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.y*ml"))
 SWEEPS = sorted((ROOT / "recipes" / "sweeps").rglob("*.y*ml"))
 CONFIGS = sorted((ROOT / "configs").rglob("*.y*ml"))
@@ -131,7 +131,7 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                  "lors_cli/_shipped/recipes/quickstart.yaml", "pyproject.toml"):  # fmt: skip
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).touch()
-    monkeypatch.setattr(shipped_module, "__file__", str(root / "lors_cli/shipped.py"))
+    monkeypatch.setattr(shipped_module, "__file__", str(root / "lors_cli/recipe/shipped.py"))
     monkeypatch.chdir(tmp_path)
     return root.resolve()
 

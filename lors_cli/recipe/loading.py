@@ -12,11 +12,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from lors_cli._checks import KeyPath, Place, Settings, check, field_names, subsection, unknown_key
-from lors_cli._yaml import MAX_BYTES, YamlError, read, write
 from lors_cli.errors import UsageError, shorten
 from lors_cli.files.hashes import plain
-from lors_cli.recipe import STAGE_CONFIGS, STAGES, EvalConfig, ModelConfig, PruneConfig, Recipe, TuneConfig
+from lors_cli.recipe.checking import check, field_names, subsection, unknown_key
+from lors_cli.recipe.schema import STAGE_CONFIGS, STAGES, EvalConfig, ModelConfig, PruneConfig, Recipe, TuneConfig
+from lors_cli.recipe.settings import KeyPath, Place, Settings
+from lors_cli.recipe.yaml12 import MAX_BYTES, YamlError, read, write
 
 Stage = Literal["prune", "tune", "eval"]
 
@@ -210,7 +211,7 @@ def unknown_setting(schema: type, keys: tuple[str, ...]) -> str | None:
     """What is wrong with a key path, or None when the schema has it.
 
     Args:
-        schema: a dataclass of `lors_cli.recipe`.
+        schema: a dataclass of `lors_cli.recipe.schema`.
         keys: the path's parts.
     """
     for depth, key in enumerate(keys):

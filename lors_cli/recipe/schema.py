@@ -1,6 +1,6 @@
 """The schema of a recipe: one frozen dataclass a stage.
 
-A recipe is read by `lors_cli.loading`, which checks types, ranges and unknown keys with pydantic. Built from
+A recipe is read by `lors_cli.recipe.loading`, which checks types, ranges and unknown keys with pydantic. Built from
 Python, the classes check only what `__post_init__` says. Every stage function takes its own stage's config and
 paths, never the whole recipe, so each works alone.
 """

@@ -11,15 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lors_cli import _yaml
 from lors_cli.errors import UsageError
-from lors_cli.loading import (
-    dump_recipe,
-    load_recipe,
-    load_stage,
-    recipe_schema,
-)
-from lors_cli.recipe import EvalConfig, ModelConfig, PruneConfig, Recipe, TuneConfig
+from lors_cli.recipe import yaml12
+from lors_cli.recipe.loading import dump_recipe, load_recipe, load_stage, recipe_schema
+from lors_cli.recipe.schema import EvalConfig, ModelConfig, PruneConfig, Recipe, TuneConfig
 
 BASE = "name: a\nmodel: {path: m}\n"
 
@@ -68,7 +63,7 @@ eval:
     "text", ["no", "on", "2:4", "0o17", "0x1F", "2024-01-01", "1_000", "12:30:45", "y", "=", "1.2.3"]
 )
 def test_text_stays_text(text: str) -> None:
-    assert _yaml.resolve(text) == text
+    assert yaml12.resolve(text) == text
     assert load(f"{BASE}prune: {{}}\ndata_dir: {text}\n").data_dir == text
 
 
@@ -78,8 +73,8 @@ def test_text_stays_text(text: str) -> None:
      ("-.INF", -float("inf")), ("true", True), ("False", False), ("null", None), ("~", None), ("", None)],
 )  # fmt: skip
 def test_scalars(text: str, value: Any) -> None:
-    assert _yaml.resolve(text) == value
-    assert type(_yaml.resolve(text)) is type(value)
+    assert yaml12.resolve(text) == value
+    assert type(yaml12.resolve(text)) is type(value)
 
 
 def test_all_problems_at_once_in_file_order() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lors_cli.recipe import EvalConfig, ModelConfig, PruneConfig, Recipe, TuneConfig
+from lors_cli.recipe.schema import EvalConfig, ModelConfig, PruneConfig, Recipe, TuneConfig
 
 MODEL = ModelConfig(path="m")
 

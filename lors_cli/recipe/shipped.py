@@ -115,7 +115,7 @@ def _find(name: str, shipped: dict[str, Path], what: str, listing: str) -> Path:
 
 def _shipped(folder: str) -> dict[str, Path]:
     """YAML files by name, from the installed package or else from the checkout around it."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     roots = [package / "_shipped" / folder]
     if (package.parent / "pyproject.toml").is_file():
         roots.append(package.parent / folder)

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from typer.testing import Result
 
-from lors_cli.loading import load_recipe, recipe_schema
-from lors_cli.recipe import Recipe, TuneConfig
-from lors_cli.reference import KINDS, RULES, SECTIONS, markdown, settings
+from lors_cli.recipe.loading import load_recipe, recipe_schema
+from lors_cli.recipe.reference import KINDS, RULES, SECTIONS, markdown, settings
+from lors_cli.recipe.schema import Recipe, TuneConfig
 
-PAGE = Path(__file__).parents[1] / "docs" / "recipe.md"
+PAGE = Path(__file__).parents[2] / "docs" / "recipe.md"
 COMMAND = "lors recipes reference > docs/recipe.md"
 
 

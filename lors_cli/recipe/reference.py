@@ -6,8 +6,8 @@ import re
 from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any, get_args, get_origin, get_type_hints
 
-from lors_cli.loading import recipe_schema
-from lors_cli.recipe import (
+from lors_cli.recipe.loading import recipe_schema
+from lors_cli.recipe.schema import (
     SEVEN_TASKS,
     CalibrationConfig,
     DistillConfig,

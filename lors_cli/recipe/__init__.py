@@ -1,0 +1,1 @@
+"""The schema of recipes, loading and checking them."""
