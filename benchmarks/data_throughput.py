@@ -23,11 +23,11 @@ import psutil
 from common import cell, screen_of, software
 
 from lors_cli.benchmark import spread
+from lors_cli.data.samples import PadCollator, count_tokens
+from lors_cli.data.tokens import tuning_data
 from lors_cli.files import atomic
 from lors_cli.models import load_tokenizer
 from lors_cli.recipe.schema import ModelConfig, TuneConfig, TuneDataConfig
-from lors_cli.samples import PadCollator, count_tokens
-from lors_cli.tokens import tuning_data
 
 MICRO_BATCH = 4
 WANTED_RATIO = 3.0

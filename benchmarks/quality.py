@@ -31,6 +31,8 @@ from typing import Any
 import torch
 from common import software
 
+from lors_cli.data.samples import PadCollator
+from lors_cli.data.tokens import tuning_samples
 from lors_cli.evaluation import evaluate
 from lors_cli.files import atomic, records
 from lors_cli.models import load_model, load_tokenizer
@@ -44,7 +46,6 @@ from lors_cli.recipe.schema import (
     TuneConfig,
     TuneDataConfig,
 )
-from lors_cli.tokens import PadCollator, tuning_samples
 from lors_cli.tuning import tune
 from lors_cli.tuning.head import causal_lm_loss
 

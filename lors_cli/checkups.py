@@ -216,9 +216,9 @@ def _token() -> Finding:
 
 def data() -> Iterator[Finding]:
     """Which of the named texts and tasks $LORS_DATA_DIR holds."""
+    from lors_cli.data.sources import DATA_DIR_VARIABLE, resolve_data_dir
     from lors_cli.errors import LorsError
     from lors_cli.recipe.schema import SEVEN_TASKS
-    from lors_cli.text import DATA_DIR_VARIABLE, resolve_data_dir
 
     try:
         folder = resolve_data_dir(None)
@@ -244,8 +244,8 @@ def data() -> Iterator[Finding]:
 
 
 def _text_files(folder: Path) -> Iterator[Finding]:
+    from lors_cli.data.sources import SOURCES, open_source
     from lors_cli.errors import LorsError
-    from lors_cli.text import SOURCES, open_source
 
     there, missing = [], []
     for name in (source for source in SOURCES if source != "pydoc"):

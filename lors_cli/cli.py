@@ -64,11 +64,11 @@ def _stage(
 ) -> Any:  # fmt: skip
     """Plan and run one stage; its plan when it ran or was done, None after a dry run."""
     from lors_cli import views
+    from lors_cli.data.sources import resolve_data_dir
     from lors_cli.pipeline import check_memory, guard_out, run_single
     from lors_cli.plans import plan_single
     from lors_cli.recipe.loading import load_stage
     from lors_cli.recipe.shipped import find_config
-    from lors_cli.text import resolve_data_dir
 
     settings = load_stage(stage, find_config(config) if config else None, overrides or [], flags)
     data = resolve_data_dir(str(data_dir) if data_dir else None)
@@ -113,13 +113,13 @@ def run(
 ) -> None:
     """Run a recipe: prune, tune, eval; a second call goes on from there."""
     from lors_cli import views
+    from lors_cli.data.sources import resolve_data_dir
     from lors_cli.errors import UsageError
     from lors_cli.pipeline import check_memory, guard_out, run_recipe
     from lors_cli.plans import plan_stages, select
     from lors_cli.recipe.loading import load_recipe
     from lors_cli.recipe.shipped import find_recipe
     from lors_cli.repeat import open_repeat
-    from lors_cli.text import resolve_data_dir
 
     repeat = None
     if from_manifest is not None:
@@ -391,12 +391,12 @@ def bench(
 @command(app, AROUND, "lors report runs/quickstart", "lors report sweeps/table1 --format html")
 def report(folder: o.ReportFolder, formats: o.Formats = None) -> None:
     """Write the reports of a run or a sweep again."""
+    from lors_cli.data.sources import resolve_data_dir
     from lors_cli.errors import LorsError, MissingError
     from lors_cli.pipeline import finished_stages
     from lors_cli.recipe.loading import load_recipe
     from lors_cli.report import FORMATS, check_formats, write_run_report
     from lors_cli.report.sweep import write_sweep_report
-    from lors_cli.text import resolve_data_dir
 
     chosen = formats or FORMATS
     check_formats(chosen)

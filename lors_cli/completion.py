@@ -82,15 +82,15 @@ def configs(stage: str) -> Complete:
 
 def texts(incomplete: str) -> list[str]:
     """Text sources, and files that can be one."""
-    from lors_cli.text import SOURCES
-    from lors_cli.text_files import FORMATS
+    from lors_cli.data.sources import SOURCES
+    from lors_cli.data.text_files import FORMATS
 
     return _starting(SOURCES, incomplete) + _files(incomplete, (*FORMATS, ".jsonl.gz", ".json.gz", ".txt.gz"))
 
 
 def texts_list(incomplete: str) -> list[str]:
     """Text sources, comma-separated."""
-    from lors_cli.text import SOURCES
+    from lors_cli.data.sources import SOURCES
 
     return _lists(SOURCES, incomplete)
 

@@ -16,8 +16,8 @@ from lors_cli.output import console
 if TYPE_CHECKING:
     from rich.text import Text
 
+    from lors_cli.data.samples import Sample, TuneData
     from lors_cli.recipe.schema import ModelConfig, TuneConfig
-    from lors_cli.samples import Sample, TuneData
 
 MASKED_STYLE = "dim"
 SPECIAL_STYLE = "bold cyan"
@@ -41,9 +41,9 @@ def show(
     data_dir: o.DataDir = None,
 ) -> None:
     """Show samples as the model will see them: what has no label is dimmed, special tokens are coloured."""
+    from lors_cli.data.sources import resolve_data_dir
+    from lors_cli.data.tokens import tuning_data
     from lors_cli.models import load_config, load_tokenizer, model_max_length
-    from lors_cli.text import resolve_data_dir
-    from lors_cli.tokens import tuning_data
 
     config, source, folder = load_settings(recipe, overrides or [], model)
     tokenizer = load_tokenizer(source)
@@ -117,7 +117,7 @@ def figures(found: TuneData, shown: list[Sample]) -> dict[str, Any]:
         found: the whole data; of a stream the samples are not counted, but those shown.
         shown: samples of it.
     """
-    from lors_cli.samples import IGNORED
+    from lors_cli.data.samples import IGNORED
 
     counted = shown if found.num_steps is not None else found.samples
     lengths = [len(sample["input_ids"]) for sample in counted]
@@ -181,7 +181,7 @@ def styled_text(sample: Sample, tokenizer: Any, *, marks: bool) -> Text:
 
 def _runs(sample: Sample, special_ids: set[int]) -> Iterator[tuple[int, bool, bool]]:
     """(end, without labels, special) of the longest runs of tokens alike in both."""
-    from lors_cli.samples import IGNORED
+    from lors_cli.data.samples import IGNORED
 
     kinds = [(label == IGNORED, token in special_ids)
              for token, label in zip(sample["input_ids"], sample["labels"], strict=True)]  # fmt: skip
@@ -191,7 +191,7 @@ def _runs(sample: Sample, special_ids: set[int]) -> Iterator[tuple[int, bool, bo
 
 
 def _show_sample(index: int, sample: Sample, tokenizer: Any) -> None:
-    from lors_cli.samples import IGNORED
+    from lors_cli.data.samples import IGNORED
 
     length = len(sample["input_ids"])
     num_labels = sum(label != IGNORED for label in sample["labels"][1:])

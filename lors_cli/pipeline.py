@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lors_cli.data.sources import resolve_data_dir
 from lors_cli.errors import MissingError, ResourceError, UsageError
 from lors_cli.files import atomic, locks, records
 from lors_cli.machine import environment, processes
@@ -16,7 +17,6 @@ from lors_cli.machine.determinism import determinism
 from lors_cli.output import console, progress
 from lors_cli.plans import StagePlan, announce, plan_stages, select
 from lors_cli.recipe.schema import PruneConfig, Recipe, TuneConfig
-from lors_cli.text import resolve_data_dir
 
 RUN_MARKS = {"recipe.yaml", "manifest.json"}
 SWEEP_MARKS = {"sweep.yaml", "sweep.json"}

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lors_cli.data.sources import DATA_DIR_VARIABLE, resolve_data_dir
 from lors_cli.errors import MissingError, UsageError
 from lors_cli.files import atomic, hashes, records
 from lors_cli.machine import environment
 from lors_cli.output import console, progress
-from lors_cli.text import DATA_DIR_VARIABLE, resolve_data_dir
 
 if TYPE_CHECKING:
     from lors_cli.recipe.schema import Recipe

@@ -20,7 +20,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from lors_cli import models, sources, text
+from lors_cli import models, sources
+from lors_cli.data import sources as text
 from lors_cli.errors import UsageError
 from lors_cli.evaluation.significance import compare_models
 from lors_cli.evaluation.summary import average, recovered, summary_table
@@ -309,9 +310,9 @@ def _score_task(
 
 def _score_text(config: EvalConfig, model: Any, tokenizer: Any, piece: _Piece, data_dir: Path | None) -> dict[str, Any]:
     """Measure one perplexity."""
+    from lors_cli.data.tokens import perplexity_windows
     from lors_cli.evaluation.harness import finite
     from lors_cli.evaluation.perplexity import token_perplexity
-    from lors_cli.tokens import perplexity_windows
 
     windows = perplexity_windows(
         piece.name,

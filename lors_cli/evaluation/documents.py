@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lors_cli.data.text_files import SURROGATE, json_values, shown_value
 from lors_cli.errors import UsageError
-from lors_cli.text_files import SURROGATE, json_values, shown_value
 
 Row = dict[str, Any]
 

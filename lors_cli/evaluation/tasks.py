@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lors_cli import pydoc_text
+from lors_cli.data import pydoc_text
 from lors_cli.errors import MissingError, UsageError
 from lors_cli.files import atomic, hashes
 from lors_cli.recipe.schema import SEVEN_TASKS

@@ -75,10 +75,10 @@ def inputs(recipe: Recipe, data_dir: Path | None) -> list[dict[str, Any]]:
         {"used_by", "name", "fingerprint", "revision"}: local files by the SHA-256 of their content, what is on the
         hub by name and, once it is in this machine's cache, by commit.
     """
+    from lors_cli.data.sources import Split, fingerprint_source
     from lors_cli.evaluation.tasks import task_fingerprint
     from lors_cli.pruning.methods import statistics_kind
     from lors_cli.sources import model_fingerprint
-    from lors_cli.text import Split, fingerprint_source
     from lors_cli.tuning.teacher import teacher_model
 
     found: list[dict[str, Any]] = []

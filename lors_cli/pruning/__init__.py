@@ -46,7 +46,7 @@ def stage_fingerprint(config: PruneConfig, model_fingerprint: str, data_dir: Pat
     if statistics_kind(config) == "none":
         del settings["calibration"]
     else:
-        from lors_cli.text import fingerprint_source
+        from lors_cli.data.sources import fingerprint_source
 
         dataset = settings["calibration"].pop("dataset")
         inputs["calibration"] = fingerprint_source(dataset, split="train", data_dir=data_dir)
@@ -127,8 +127,8 @@ def _calibration_batches(
     config: PruneConfig, source: BlockwiseModel, tokenizer: PreTrainedTokenizerBase, data_dir: Path | None
 ) -> list[torch.Tensor]:
     """The calibration sequences; none for a method that looks at weights alone."""
+    from lors_cli.data.tokens import calibration_tokens
     from lors_cli.models import model_max_length
-    from lors_cli.tokens import calibration_tokens
 
     if statistics_kind(config) == "none":
         return []

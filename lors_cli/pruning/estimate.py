@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lors_cli.packing import DEFAULT_LENGTH, DEFAULT_SAMPLES
+from lors_cli.data.tokenising import DEFAULT_LENGTH, DEFAULT_SAMPLES
 from lors_cli.pruning.methods import RECONSTRUCTION_SAMPLES, statistics_kind
 
 if TYPE_CHECKING:

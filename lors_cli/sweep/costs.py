@@ -212,7 +212,7 @@ def _of_tuning(config: TuneConfig, size: ModelSize, data_dir: Path | None) -> fl
 
 def _samples(config: TuneConfig, data_dir: Path | None) -> int | None:
     """Samples of all epochs, None where counting them would need the hub."""
-    from lors_cli.text import open_source
+    from lors_cli.data.sources import open_source
 
     rows = config.data.num_samples
     if rows is None:

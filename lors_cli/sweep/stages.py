@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lors_cli.data.sources import resolve_data_dir
 from lors_cli.errors import LorsError
 from lors_cli.plans import StagePlan, plan_chain, plan_eval
 from lors_cli.recipe.schema import Recipe
 from lors_cli.sweep.cells import Cell, in_cells
-from lors_cli.text import resolve_data_dir
 
 FINGERPRINT_DIGITS = 12
 STAGES_NAME = "stages"

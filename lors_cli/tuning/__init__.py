@@ -18,8 +18,8 @@ from lors_cli.weights import prunable_weights
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from lors_cli.data.samples import TuneData
     from lors_cli.recipe.schema import ModelConfig, TuneConfig
-    from lors_cli.tokens import TuneData
     from lors_cli.tuning.trainer import AdapterTrainer
 
 STAGE_VERSION = 3
@@ -41,9 +41,9 @@ def stage_fingerprint(config: TuneConfig, model_fingerprint: str, data_dir: Path
         model_fingerprint: of the sparse model.
         data_dir: local datasets.
     """
+    from lors_cli.data.sources import fingerprint_source, open_source
+    from lors_cli.data.stream.samples import is_streamed
     from lors_cli.sources import model_fingerprint as fingerprint_model
-    from lors_cli.text import fingerprint_source, open_source
-    from lors_cli.token_stream import is_streamed
 
     settings = {key: value for key, value in asdict(config).items() if key not in WITHOUT_EFFECT}
     settings.update(alpha=float(config.alpha), per_device_batch_size=config.micro_batch_size, init=config.start,
@@ -161,8 +161,8 @@ def sparse_layers(model: PreTrainedModel, folder: Path) -> dict[str, Pattern]:
 
 
 def _load_data(config: TuneConfig, network: PreTrainedModel, tokenizer: Any, data_dir: Path | None) -> TuneData:
+    from lors_cli.data.tokens import tuning_data
     from lors_cli.models import model_max_length
-    from lors_cli.tokens import tuning_data
     from lors_cli.tuning.isolation import refuse_mixing
 
     if config.data.packing == "isolated":

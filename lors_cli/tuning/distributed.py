@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import Sampler
 
+from lors_cli.data.samples import IGNORED, Sample
+from lors_cli.data.stream.order import step_positions
 from lors_cli.errors import UsageError
 from lors_cli.machine import processes as parallel
-from lors_cli.order import step_positions
 from lors_cli.output import console
-from lors_cli.samples import IGNORED, Sample
 
 if TYPE_CHECKING:
     from torch import nn

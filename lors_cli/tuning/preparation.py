@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lors_cli.data.samples import PadCollator
 from lors_cli.errors import UsageError
 from lors_cli.machine import processes
 from lors_cli.models import quiet_libraries
 from lors_cli.output import console
-from lors_cli.tokens import PadCollator
 from lors_cli.tuning import distributed
 from lors_cli.tuning.adapter import adapter_layers
 from lors_cli.tuning.guards import StepGuard
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+    from lors_cli.data.samples import TuneData
     from lors_cli.recipe.schema import TuneConfig
-    from lors_cli.tokens import TuneData
 
 
 def prepare_trainer(

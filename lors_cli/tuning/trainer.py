@@ -13,11 +13,11 @@ import torch
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from lors_cli.data.samples import count_tokens
 from lors_cli.errors import UsageError
 from lors_cli.files import atomic
 from lors_cli.machine import processes as parallel
 from lors_cli.machine.memory import give_back_memory
-from lors_cli.samples import count_tokens
 from lors_cli.tuning import distributed
 from lors_cli.tuning.adapter import WEIGHTS_NAME, adapter_layers, adapter_tensors, load_tensors
 from lors_cli.tuning.guards import StepGuard, is_state

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from lors_cli import evaluation, models, sources, tokens
+from lors_cli import evaluation, models, sources
+from lors_cli.data import tokens
 from lors_cli.errors import UsageError
 from lors_cli.evaluation import eval_fingerprint, evaluate, harness, pending_pieces, perplexity
 from lors_cli.files import records

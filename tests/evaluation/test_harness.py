@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from lors_cli.data.pydoc_text import choice_items
 from lors_cli.evaluation import harness
 from lors_cli.evaluation.harness import score_task
 from lors_cli.output import console, progress
-from lors_cli.pydoc_text import choice_items
 
 LIMIT = 6
 

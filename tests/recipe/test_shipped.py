@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 
+from lors_cli.data.sources import SOURCES
 from lors_cli.errors import UsageError
 from lors_cli.evaluation.tasks import check_tasks
 from lors_cli.recipe import shipped as shipped_module
@@ -24,7 +25,6 @@ from lors_cli.recipe.shipped import (
     shipped_sweeps,
 )
 from lors_cli.sweep.cells import load_sweep
-from lors_cli.text import SOURCES
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.y*ml"))

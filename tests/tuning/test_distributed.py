@@ -16,10 +16,10 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel
 from two_processes import scores, tune_and_stop, tune_config
 
+from lors_cli.data.samples import IGNORED
 from lors_cli.errors import UsageError
 from lors_cli.launch import launch
 from lors_cli.recipe.schema import ModelConfig, TuneConfig
-from lors_cli.samples import IGNORED
 from lors_cli.tuning import preparation, tune
 from lors_cli.tuning.distributed import BLANK, RankSampler, SamplesAndBlank, describe, micro_batch_size
 from lors_cli.tuning.trainer import StepSampler

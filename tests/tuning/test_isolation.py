@@ -21,8 +21,8 @@ from transformers import (
     Qwen2Config,
 )  # fmt: skip
 
+from lors_cli.data.samples import PadCollator, isolated_sample
 from lors_cli.errors import UsageError
-from lors_cli.samples import PadCollator, isolated_sample
 from lors_cli.tuning.isolation import refuse_mixing, why_mixed
 
 SIZES: dict[str, Any] = {

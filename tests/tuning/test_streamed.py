@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from lors_cli import token_cache
+from lors_cli.data.samples import count_tokens
+from lors_cli.data.stream import cache as token_cache
+from lors_cli.data.stream.samples import TokenStream
 from lors_cli.errors import UsageError
 from lors_cli.files import records
 from lors_cli.recipe.schema import ModelConfig, TuneConfig, TuneDataConfig
-from lors_cli.samples import count_tokens
-from lors_cli.token_stream import TokenStream
 from lors_cli.tuning import stage_fingerprint, tune
 from lors_cli.tuning.trainer import AdapterTrainer
 
@@ -92,7 +92,7 @@ def test_a_cached_run_equals_a_first_one_and_starts_no_process(
 ) -> None:
     model = ModelConfig(path=str(sparse_checkpoint))
     tune(streamed, model, tmp_path / "first")
-    monkeypatch.setattr("lors_cli.token_stream.Worker", None)
+    monkeypatch.setattr("lors_cli.data.stream.worker.Worker", None)
     tune(streamed, model, tmp_path / "second")
     assert (tmp_path / "first" / MODELS[0]).read_bytes() == (tmp_path / "second" / MODELS[0]).read_bytes()
 

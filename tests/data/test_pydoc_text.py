@@ -13,19 +13,19 @@ from pathlib import Path
 
 import pytest
 
-from lors_cli import pydoc_text
+from lors_cli.data import pydoc_text
 from lors_cli.errors import UsageError
 
 
 def _digest_in_new_process(hash_seed: str) -> str:
     code = (
-        "import hashlib, json, sys; from lors_cli import pydoc_text as p\n"
+        "import hashlib, json, sys; from lors_cli.data import pydoc_text as p\n"
         "v = [list(p.documents(s)) + list(p.instructions(s)) for s in ('train', 'validation')]\n"
         "v += [p.choice_items(150), p.fingerprint()]\n"
         "assert 'torch' not in sys.modules and 'tkinter' not in sys.modules\n"
         "print(hashlib.sha256(json.dumps(v).encode()).hexdigest())"
     )
-    root = str(Path(__file__).parents[1])
+    root = str(Path(__file__).parents[2])
     run = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": root},

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any, Literal
 
+from lors_cli.data.pydoc_parse import Entry, Module, all_modules, all_topics, module_files, topics_files
 from lors_cli.errors import UsageError
-from lors_cli.pydoc_parse import Entry, Module, all_modules, all_topics, module_files, topics_files
 
 Split = Literal["train", "validation"]
 

@@ -1,133 +1,24 @@
-"""From text to token ids: tokenising in batches, packing into blocks, reading pre-tokenised files.
-
-No special token is added here but the end-of-sequence token after each document, and what the caller puts before it.
-"""
+"""From text to token ids: documents tokenised in batches, special tokens, lengths, pre-tokenised files."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lors_cli.errors import UsageError
-from lors_cli.recipe.schema import TuneDataConfig
-from lors_cli.samples import Sample, isolated_sample
 
 if TYPE_CHECKING:
     import torch
 
+
 DEFAULT_SAMPLES, DEFAULT_LENGTH = 128, 2048
+
+
 BATCH_DOCUMENTS = 256
+
+
 BATCH_CHARS = 1_000_000
-_POOL_FACTOR = 16
-_POOL_MIN = 1_000
-_POOL_MAX = 10_000
-
-
-def packed_blocks(
-    documents: Iterator[str],
-    tokenizer: Any,
-    sequence_length: int,
-    num_blocks: int | None,
-    seed: int,
-    streamed: bool,
-) -> torch.Tensor:
-    """Documents joined by the end-of-sequence token, cut to full sequences, and these shuffled.
-
-    Blocks are shuffled, not documents: one book alone would otherwise fill every sequence.
-
-    Args:
-        documents: texts; the last tokens that fill no sequence are dropped.
-        tokenizer: needs an end-of-sequence token.
-        sequence_length: tokens a block.
-        num_blocks: how many to take after the shuffle; None for all.
-        seed: of the shuffle.
-        streamed: read only until there is a pool of 16 times num_blocks (at least 1,000 and at most the larger of
-            10,000 and num_blocks), and shuffle that.
-
-    Returns:
-        (blocks, sequence_length) int64; fewer than num_blocks when the text ends before.
-
-    Raises:
-        UsageError: a stream without num_blocks has no end, or the tokenizer no end-of-sequence token.
-    """
-    return packed_documents(documents, tokenizer, sequence_length, num_blocks, seed, streamed, [])[0]
-
-
-def packed_documents(
-    documents: Iterator[str],
-    tokenizer: Any,
-    sequence_length: int,
-    num_blocks: int | None,
-    seed: int,
-    streamed: bool,
-    begin: list[int],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`packed_blocks`, and where in them documents start.
-
-    Args:
-        documents: as there, and so the next five.
-        tokenizer: as there.
-        sequence_length: as there.
-        num_blocks: as there.
-        seed: as there.
-        streamed: as there.
-        begin: tokens before each document.
-
-    Returns:
-        (blocks, sequence_length) int64 tokens, and bool where a document starts; one that is cut goes on in another
-        block, which need not follow.
-    """
-    import torch
-
-    if streamed and num_blocks is None:
-        raise UsageError("Streamed text has no end.", "Say how much of it to take: num_samples or max_steps.")
-    pool = None
-    if streamed and num_blocks is not None:
-        pool = max(num_blocks, min(max(_POOL_FACTOR * num_blocks, _POOL_MIN), _POOL_MAX))
-    end = eos_token_id(tokenizer)
-    blocks: list[torch.Tensor] = []
-    starts: list[torch.Tensor] = []
-    rest: list[int] = []
-    rest_starts: list[int] = []
-    for batch in batches(documents):
-        for ids in encode(tokenizer, batch):
-            rest_starts.append(len(rest))
-            rest += begin
-            rest += ids
-            rest.append(end)
-        used = len(rest) // sequence_length * sequence_length
-        blocks.append(torch.tensor(rest[:used], dtype=torch.int64).view(-1, sequence_length))
-        marks = torch.zeros(used, dtype=torch.bool)
-        marks[[place for place in rest_starts if place < used]] = True
-        starts.append(marks.view(-1, sequence_length))
-        del rest[:used]
-        rest_starts = [place - used for place in rest_starts if place >= used]
-        if pool is not None and sum(map(len, blocks)) >= pool:
-            break
-    if not blocks:
-        empty = torch.empty((0, sequence_length), dtype=torch.int64)
-        return empty, empty.bool()
-    packed, marked = torch.cat(blocks)[:pool], torch.cat(starts)[:pool]
-    order = torch.randperm(len(packed), generator=torch.Generator().manual_seed(seed))[:num_blocks]
-    return packed[order], marked[order]
-
-
-def block_sample(tokens: Any, starts: Any | None) -> Sample:
-    """A block as a sample: every token is a label; of isolated documents every one but each document's first.
-
-    Args:
-        tokens: (sequence_length,), an array.
-        starts: (sequence_length,) bool, an array: where documents start; None when they are not isolated.
-    """
-    ids: list[int] = tokens.tolist()
-    if starts is None:
-        return {"input_ids": ids, "labels": list(ids)}
-    bounds = [0, *(place for place in starts.nonzero()[0].tolist() if place), len(ids)]
-    return isolated_sample(
-        [{"input_ids": ids[first:last], "labels": ids[first:last]} for first, last in pairwise(bounds)]
-    )
 
 
 def batches(texts: Iterable[str], max_chars: int = BATCH_CHARS) -> Iterator[list[str]]:
@@ -212,14 +103,6 @@ def check_length(wanted: int, model_max_length: int, key: str) -> None:
             f"{key} {wanted} is more than the model's {model_max_length} tokens.",
             f"Set {key} to {model_max_length} or less.",
         )
-
-
-def too_little_text(config: TuneDataConfig) -> UsageError:
-    """What to raise when the text fills no sample."""
-    return UsageError(
-        f"{config.dataset} has too little text for one sample of {config.max_length} tokens.",
-        "Lower max_length, or give more text.",
-    )
 
 
 def read_tokens(

@@ -10,27 +10,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lors_cli.errors import UsageError
-from lors_cli.instructions import instruction_samples
-from lors_cli.output import console
-from lors_cli.packing import (
+from lors_cli.data.instructions import instruction_samples
+from lors_cli.data.packing import block_sample, packed_blocks, packed_documents, too_little_text
+from lors_cli.data.samples import EMPTY_OUTPUT, NO_LABEL, TuneData
+from lors_cli.data.samples import PadCollator as PadCollator
+from lors_cli.data.sources import TextSource, open_source
+from lors_cli.data.tokenising import (
     BATCH_CHARS,
     DEFAULT_SAMPLES,
     batches,
     begin_tokens,
-    block_sample,
     check_length,
     encode,
-    packed_blocks,
-    packed_documents,
     read_tokens,
-    too_little_text,
     window_length,
 )
+from lors_cli.errors import UsageError
+from lors_cli.output import console
 from lors_cli.recipe.schema import CalibrationConfig, TuneConfig, TuneDataConfig
-from lors_cli.samples import EMPTY_OUTPUT, NO_LABEL, TuneData
-from lors_cli.samples import PadCollator as PadCollator
-from lors_cli.text import TextSource, open_source
 
 if TYPE_CHECKING:
     import torch
@@ -132,7 +129,7 @@ def tuning_data(config: TuneConfig, tokenizer: Any, *, model_max_length: int, da
         UsageError: no usable sample, or settings that do not fit the source.
         MissingError: a file is not there.
     """
-    from lors_cli.token_stream import is_streamed, stream_samples
+    from lors_cli.data.stream.samples import is_streamed, stream_samples
 
     source = open_source(config.data.dataset, split="train", data_dir=data_dir, want="instructions")
     if is_streamed(config, source):

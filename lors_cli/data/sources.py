@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from lors_cli import pydoc_text
+from lors_cli.data import pydoc_text
+from lors_cli.data.prompts import alpaca_prompt
+from lors_cli.data.text_files import FORMATS, file_format, read_rows, read_text, row_kind
 from lors_cli.errors import MissingError, UsageError, translate
 from lors_cli.files.hashes import cached_sha256
-from lors_cli.prompts import alpaca_prompt
-from lors_cli.text_files import FORMATS, file_format, read_rows, read_text, row_kind
 
 Split = Literal["train", "validation"]
 Kind = Literal["text", "instructions", "tokens"]

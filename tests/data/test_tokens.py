@@ -13,10 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lors_cli.data.packing import packed_blocks
+from lors_cli.data.prompts import alpaca_prompt
+from lors_cli.data.samples import PadCollator
+from lors_cli.data.tokens import calibration_tokens, perplexity_windows, tuning_samples
 from lors_cli.errors import UsageError
-from lors_cli.prompts import alpaca_prompt
 from lors_cli.recipe.schema import CalibrationConfig, TuneDataConfig
-from lors_cli.tokens import PadCollator, calibration_tokens, packed_blocks, perplexity_windows, tuning_samples
 
 EOS = 257
 
@@ -287,7 +289,7 @@ def test_windows_are_consecutive_and_full(tmp_path: Path, tiny_tokenizer: Any, c
 
 
 def test_pydoc_windows_are_held_out(tiny_tokenizer: Any) -> None:
-    from lors_cli.pydoc_text import documents
+    from lors_cli.data.pydoc_text import documents
 
     windows = _windows("pydoc", tiny_tokenizer, 64, most=10)
     assert bytes(windows.flatten().tolist()) == "\n\n".join(documents("validation")).encode()[:640]

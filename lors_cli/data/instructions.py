@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
 
+from lors_cli.data.prompts import TEMPLATES, Template, chat_prompts
+from lors_cli.data.samples import EMPTY_OUTPUT, IGNORED, NO_LABEL, Sample, TuneData, isolated_sample
+from lors_cli.data.sources import TextSource
+from lors_cli.data.tokenising import BATCH_DOCUMENTS, begin_tokens, encode, eos_token_id
 from lors_cli.errors import UsageError
-from lors_cli.packing import BATCH_DOCUMENTS, begin_tokens, encode, eos_token_id
-from lors_cli.prompts import TEMPLATES, Template, chat_prompts
 from lors_cli.recipe.schema import TuneDataConfig
-from lors_cli.samples import EMPTY_OUTPUT, IGNORED, NO_LABEL, Sample, TuneData, isolated_sample
-from lors_cli.text import TextSource
 
 Rows = list[dict[str, str]]
 Parts = tuple[list[int], list[int], list[int]]

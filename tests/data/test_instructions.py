@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from lors_cli.data.instructions import first_fit
+from lors_cli.data.samples import PadCollator, TuneData, count_tokens, isolated_sample
+from lors_cli.data.tokenising import encode
+from lors_cli.data.tokens import tuning_samples
 from lors_cli.errors import UsageError
-from lors_cli.instructions import first_fit
-from lors_cli.packing import encode
 from lors_cli.recipe.schema import TuneDataConfig
-from lors_cli.samples import PadCollator, TuneData, count_tokens, isolated_sample
-from lors_cli.tokens import tuning_samples
 
 END = 257
 ROWS = [

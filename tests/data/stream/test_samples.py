@@ -18,16 +18,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lors_cli import token_cache
-from lors_cli.documents import START, read_documents
+from lors_cli.data.samples import TuneData
+from lors_cli.data.sources import TextSource, open_source
+from lors_cli.data.stream import cache as token_cache
+from lors_cli.data.stream.cache import TokenCache, make_room, open_cache
+from lors_cli.data.stream.documents import START, read_documents
+from lors_cli.data.stream.samples import TokenStream, is_streamed, token_budget
+from lors_cli.data.stream.worker import Filler
+from lors_cli.data.tokens import tuning_data
 from lors_cli.errors import LorsError, ResourceError, UsageError
 from lors_cli.recipe.schema import TuneConfig, TuneDataConfig
-from lors_cli.samples import TuneData
-from lors_cli.text import TextSource, open_source
-from lors_cli.token_cache import TokenCache, make_room, open_cache
-from lors_cli.token_stream import TokenStream, is_streamed, token_budget
-from lors_cli.token_worker import Filler
-from lors_cli.tokens import tuning_data
 
 EOS = 257
 SHARD = 1000
@@ -176,7 +176,7 @@ def test_when_text_is_streamed(text: Path, tmp_path: Path, monkeypatch: pytest.M
         streamed("alpaca", max_tokens=100)
     with pytest.raises(UsageError, match=r"data\.stream: on is for text, and pydoc is instructions"):
         streamed("pydoc", "on")
-    monkeypatch.setattr("lors_cli.token_stream.LARGE_FILE", 20)
+    monkeypatch.setattr("lors_cli.data.stream.samples.LARGE_FILE", 20)
     assert streamed(str(text))
     assert not streamed(str(rows))
 
@@ -208,7 +208,7 @@ def test_a_cache_that_is_there_is_read_and_no_process_is_started(
 ) -> None:
     first = _ids(opened(max_steps=20))
     before = _cache_files(cache_root)
-    monkeypatch.setattr("lors_cli.token_stream.Worker", None)
+    monkeypatch.setattr("lors_cli.data.stream.worker.Worker", None)
     assert _ids(opened(max_steps=20)) == first
     assert _cache_files(cache_root) == before
 
@@ -266,9 +266,9 @@ def test_the_process_ends_with_its_owner(text: Path, tmp_path: Path) -> None:
 import os, signal, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
-from lors_cli.token_worker import Worker
-from lors_cli.token_cache import open_cache
-from lors_cli.text import open_source
+from lors_cli.data.stream.worker import Worker
+from lors_cli.data.stream.cache import open_cache
+from lors_cli.data.sources import open_source
 from tokenizers import Tokenizer, models
 tokenizer = Tokenizer(models.BPE(vocab={{chr(97 + i): i for i in range(26)}}, merges=[])).to_str()
 cache = open_cache(Path({str(tmp_path / "other")!r}), {{}}, tokenizer)
@@ -340,7 +340,7 @@ def test_streamed_datasets_go_on_from_their_own_state(tmp_path: Path) -> None:
 def test_the_tokens_are_those_of_the_models_tokenizer(shared_dir: Path, cache_root: Path) -> None:
     from transformers import AutoTokenizer
 
-    from lors_cli.packing import encode
+    from lors_cli.data.tokenising import encode
 
     tokenizer = AutoTokenizer.from_pretrained(shared_dir / "data/models/stories260k")
     data = TuneDataConfig(dataset="slimpajama", max_length=64, stream="on", packing="isolated", shuffle_buffer=8)

@@ -10,15 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lors_cli.data.packing import block_sample, too_little_text
+from lors_cli.data.samples import Sample, TuneData
+from lors_cli.data.sources import TextSource
+from lors_cli.data.stream.cache import TokenCache, cache_dir, open_cache
+from lors_cli.data.stream.order import shuffled_block
+from lors_cli.data.stream.worker import Worker
+from lors_cli.data.tokenising import begin_tokens, check_length, eos_token_id
 from lors_cli.errors import UsageError
-from lors_cli.order import shuffled_block
 from lors_cli.output import console, progress
-from lors_cli.packing import begin_tokens, block_sample, check_length, eos_token_id, too_little_text
 from lors_cli.recipe.schema import TuneConfig, TuneDataConfig
-from lors_cli.samples import Sample, TuneData
-from lors_cli.text import TextSource
-from lors_cli.token_cache import TokenCache, cache_dir, open_cache
-from lors_cli.token_worker import Worker
 
 LARGE_FILE = 64 << 20
 """Bytes from which on `stream: auto` streams a local file."""

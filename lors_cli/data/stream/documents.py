@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
-from lors_cli.packing import batches
-from lors_cli.text import TextSource
+from lors_cli.data.sources import TextSource
+from lors_cli.data.tokenising import batches
 
 Position = dict[str, Any]
 """{"documents": number read before}, and for the hub "state", with which datasets opens the right file at once."""

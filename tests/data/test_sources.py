@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from lors_cli.data.prompts import alpaca_prompt
+from lors_cli.data.sources import SOURCES, TextSource, fingerprint_source, open_source
 from lors_cli.errors import MissingError, UsageError
-from lors_cli.prompts import alpaca_prompt
-from lors_cli.text import SOURCES, TextSource, fingerprint_source, open_source
 
 TEXTS = [{"text": "one"}, {"text": "zwei ä"}, {"text": "three\nlines"}]
 PAIRS = [
@@ -43,8 +43,8 @@ def _write(path: Path, rows: list[Any]) -> Path:
 
 
 def test_importing_loads_no_torch() -> None:
-    code = "import sys, lors_cli.text; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
-    root = Path(__file__).parents[1]
+    code = "import sys, lors_cli.data.sources; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"  # noqa: E501
+    root = Path(__file__).parents[2]
     run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
 
@@ -266,8 +266,8 @@ def test_real_files(shared_dir: Path) -> None:
 
 
 def test_sizes_are_bounded_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lors_cli.text_files.MAX_ROW_BYTES", 1 << 20)
-    monkeypatch.setattr("lors_cli.text_files.MAX_FILE_BYTES", 1 << 20)
+    monkeypatch.setattr("lors_cli.data.text_files.MAX_ROW_BYTES", 1 << 20)
+    monkeypatch.setattr("lors_cli.data.text_files.MAX_FILE_BYTES", 1 << 20)
     row = json.dumps({"text": "a" * (2 << 20)}).encode()
     for name, content in (
         ("a.jsonl.gz", b'{"text": "x"}\n' + row),

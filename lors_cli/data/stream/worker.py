@@ -1,6 +1,6 @@
 """The process that fills a cache of tokens: reads documents, tokenises them on all cores but one, writes shards.
 
-`Worker` starts it as `python -m lors_cli.token_worker`. Its stdin brings a job in one line of JSON, then how many
+`Worker` starts it as `python -m lors_cli.data.stream.worker`. Its stdin brings a job in one line of JSON, then how many
 tokens are needed, a number a line; when it closes, because its owner ended however, the process ends. What goes wrong
 for the user comes back on stdout as one line of JSON.
 """
@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from lors_cli.documents import START, Position, read_documents
+from lors_cli.data.sources import TextSource, open_source
+from lors_cli.data.stream.cache import TOKENIZER_NAME, TokenCache, make_room
+from lors_cli.data.stream.documents import START, Position, read_documents
 from lors_cli.errors import LorsError, ResourceError, UsageError, translate
 from lors_cli.machine.devices import usable_processors
-from lors_cli.text import TextSource, open_source
-from lors_cli.token_cache import TOKENIZER_NAME, TokenCache, make_room
 
 Batch = tuple[np.ndarray, np.ndarray, Position, Position]
 """Tokens, where documents start in them, and the source's positions before and after."""
@@ -154,8 +154,8 @@ class Worker:
         threads = str(max(1, usable_processors() - 1))
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": threads}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "lors_cli.token_worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=environment, start_new_session=True,  # a Ctrl-C is for the training, which may go on for a step
+            [sys.executable, "-m", "lors_cli.data.stream.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            text=True, env=environment, start_new_session=True,  # a Ctrl-C is for the training, which may go on for a step
         )  # fmt: skip
         self._asked = 0
         self._tell(json.dumps(job))

@@ -1,0 +1,1 @@
+"""From a source's name to token ids: text, prompts, instructions, packing."""

@@ -1,0 +1,1 @@
+"""Text tokenised in the background while training reads it."""
