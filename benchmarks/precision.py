@@ -23,7 +23,7 @@ import torch
 from quality import METHODS, MODEL, Figures, Sweep, held_out_loss
 
 from lors_cli.files import atomic
-from lors_cli.models import load_model, load_tokenizer
+from lors_cli.models.loading import load_model, load_tokenizer
 from lors_cli.recipe.schema import Dtype, ModelConfig
 from lors_cli.tuning.adapter import adapter_layers, load_adapter, merge_adapters
 from lors_cli.tuning.rounding import Rounding

@@ -46,9 +46,10 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
-from lors_cli import models
 from lors_cli.benchmark import rotated, spread
 from lors_cli.files import atomic, hashes
+from lors_cli.models import blocks as models_blocks
+from lors_cli.models import loading as models
 from lors_cli.pruning import prune
 from lors_cli.recipe.schema import CalibrationConfig, ModelConfig, PruneConfig
 from lors_cli.sparsity import Pattern
@@ -227,7 +228,7 @@ def _perplexity(network: Any, windows: str) -> float:
 def truncate(settings: Settings, out: Path) -> None:
     """Write the model with only its first `blocks` decoder blocks."""
     network = models.load_model(settings.model_config())
-    _, blocks = models.decoder_blocks(network)
+    _, blocks = models_blocks.decoder_blocks(network)
     del blocks[settings.blocks :]
     config = network.config.get_text_config()
     config.num_hidden_layers = len(blocks)

@@ -17,7 +17,7 @@ import torch
 from common import PhaseTimer, linears_of
 from torch import nn
 
-from lors_cli.models import decoder_blocks
+from lors_cli.models.blocks import decoder_blocks
 from lors_cli.pruning.calibration import BlockArguments, capture
 from lors_cli.sparsity import Pattern
 

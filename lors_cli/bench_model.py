@@ -15,8 +15,8 @@ from torch import nn
 
 from lors_cli.errors import MissingError, UsageError
 from lors_cli.live_memory import LiveBytes
+from lors_cli.models.shapes import SHAPES
 from lors_cli.output import console
-from lors_cli.shapes import SHAPES
 from lors_cli.tuning.baselines import LAYERS
 from lors_cli.tuning.head import causal_lm_loss
 from lors_cli.tuning.layers import AdapterLinear
@@ -72,7 +72,7 @@ def sparse_model(
     """
     from transformers import AutoModelForCausalLM
 
-    from lors_cli.model_files import loading
+    from lors_cli.models.checks import loading
 
     if path is None:
         assert shape is not None

@@ -23,8 +23,8 @@ from lors_cli import __version__
 from lors_cli.bench_model import ARMS, adapted, checkpoint_blocks, memory_of_step, sparse_model, tidy
 from lors_cli.errors import UsageError
 from lors_cli.machine.devices import resolve_device
+from lors_cli.models.shapes import SHAPES
 from lors_cli.output import console, progress
-from lors_cli.shapes import SHAPES
 from lors_cli.tuning.baselines import check_rank
 from lors_cli.tuning.head import causal_lm_loss
 from lors_cli.tuning.merging import how_merged

@@ -344,7 +344,7 @@ def merge(model: o.Base, adapter: o.Adapter, out: o.Out, device: o.Device = "aut
 @command(app, AROUND, "lors inspect sparse", "lors inspect tuned --pattern 2:4 --json")
 def inspect(model: o.Model, pattern: o.Against = None) -> None:
     """Show a checkpoint's sparsity; exit 5 when it breaks its pattern."""
-    from lors_cli.inspection import inspect as inspect_model
+    from lors_cli.models.inspection import inspect as inspect_model
     from lors_cli.sparsity import Pattern
     from lors_cli.views import show_inspection
 

@@ -109,7 +109,7 @@ def bench_methods(incomplete: str) -> list[str]:
 
 def shapes(incomplete: str) -> list[str]:
     """Models whose shape `lors bench` knows."""
-    from lors_cli.shapes import SHAPES
+    from lors_cli.models.shapes import SHAPES
 
     return _starting(SHAPES, incomplete)
 

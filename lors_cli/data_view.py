@@ -43,7 +43,8 @@ def show(
     """Show samples as the model will see them: what has no label is dimmed, special tokens are coloured."""
     from lors_cli.data.sources import resolve_data_dir
     from lors_cli.data.tokens import tuning_data
-    from lors_cli.models import load_config, load_tokenizer, model_max_length
+    from lors_cli.models.blocks import model_max_length
+    from lors_cli.models.loading import load_config, load_tokenizer
 
     config, source, folder = load_settings(recipe, overrides or [], model)
     tokenizer = load_tokenizer(source)

@@ -298,8 +298,8 @@ def _write_manifest(recipe: Recipe, out: Path, done: list[dict[str, Any]], data_
 
 def _origin(recipe: Recipe) -> dict[str, Any]:
     """Which model the run starts from; of one on the hub the commit too."""
-    from lors_cli.revisions import commit_of
-    from lors_cli.sources import locate
+    from lors_cli.models.revisions import commit_of
+    from lors_cli.models.sources import locate
 
     repo = locate(recipe.model.path).repo
     if repo is None:

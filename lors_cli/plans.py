@@ -73,7 +73,7 @@ def plan_chain(recipe: Recipe, place: Callable[[str, str], Path], data_dir: Path
     """
     from lors_cli import pruning, tuning
     from lors_cli.evaluation.tasks import check_tasks
-    from lors_cli.sources import model_fingerprint
+    from lors_cli.models.sources import model_fingerprint
     from lors_cli.tuning import teacher
 
     recipe = recipe.with_defaults()
@@ -133,7 +133,7 @@ def plan_single(stage: str, config: Any, models: dict[str, ModelConfig], out: Pa
     """
     from lors_cli import pruning, tuning
     from lors_cli.evaluation.tasks import check_tasks
-    from lors_cli.sources import model_fingerprint
+    from lors_cli.models.sources import model_fingerprint
     from lors_cli.tuning import teacher
 
     fingerprints = {label: model_fingerprint(model) for label, model in models.items()}

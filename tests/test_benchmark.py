@@ -19,7 +19,7 @@ from lors_cli.benchmark import BenchConfig, bench
 from lors_cli.cli import app
 from lors_cli.errors import UsageError
 from lors_cli.live_memory import LiveBytes
-from lors_cli.shapes import SHAPES, Shape
+from lors_cli.models.shapes import SHAPES, Shape
 
 TINY = Shape(("nobody/tiny",), 64, 128, 2, 4, 2, 96, 128)
 CPU = torch.device("cpu")

@@ -31,9 +31,11 @@ from common import (
 
 from lors_cli import planning
 from lors_cli.benchmark import rotated
-from lors_cli.models import decoder_blocks, load_model
+from lors_cli.models import size as models_size
+from lors_cli.models.blocks import decoder_blocks
+from lors_cli.models.loading import load_model
+from lors_cli.models.shapes import Shape
 from lors_cli.recipe.schema import ModelConfig, TuneConfig, TuneDataConfig
-from lors_cli.shapes import Shape
 from lors_cli.sparsity import Pattern
 
 TWO_OF_FOUR = Pattern.parse("2:4")
@@ -298,7 +300,7 @@ def test_sizes_by_arithmetic_are_those_of_the_written_model(tmp_path: Path) -> N
         shape = replace(TINY_SHAPE, num_layers=3, tied=tied)
         memory.make_checkpoint(shape, tmp_path / str(tied))
         config = ModelConfig(path=str(tmp_path / str(tied)), dtype="bfloat16", device="cpu")
-        assert planning.model_size(config) == memory.size_of(shape)
+        assert models_size.model_size(config) == memory.size_of(shape)
     assert memory.size_of(memory.WHOLE_MODELS["llama3-70b"]).num_parameters == 70_553_706_496  # as published
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from lors_cli import planning
-from lors_cli.planning import GIB, RUNTIME, ModelSize, estimate, model_size, shortage, try_estimate
+from lors_cli.models.size import ModelSize, model_size
+from lors_cli.planning import GIB, RUNTIME, estimate, shortage, try_estimate
 from lors_cli.pruning.estimate import memory_parts
 from lors_cli.recipe.schema import CalibrationConfig, EvalConfig, ModelConfig, PruneConfig, TuneConfig, TuneDataConfig
 
@@ -43,8 +44,8 @@ def test_a_missing_folder_is_a_reason_not_an_error() -> None:
 
 
 def test_a_folder_has_the_size_of_its_model(workshop: Path) -> None:
-    from lors_cli.models import load_model
-    from lors_cli.weights import prunable_weights
+    from lors_cli.models.blocks import prunable_weights
+    from lors_cli.models.loading import load_model
 
     config = ModelConfig(path=str(workshop / "dense"), dtype="float32")
     size, model = model_size(config), load_model(config)

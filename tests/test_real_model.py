@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lors_cli.inspection import inspect
-from lors_cli.models import load_model, load_tokenizer
+from lors_cli.models.inspection import inspect
+from lors_cli.models.loading import load_model, load_tokenizer
 from lors_cli.pruning import prune
 from lors_cli.recipe.schema import CalibrationConfig, ModelConfig, PruneConfig, TuneConfig, TuneDataConfig
 from lors_cli.tuning import tune

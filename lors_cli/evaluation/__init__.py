@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from lors_cli import models, sources
 from lors_cli.data import sources as text
 from lors_cli.errors import UsageError
 from lors_cli.evaluation.significance import compare_models
@@ -28,6 +27,7 @@ from lors_cli.evaluation.summary import average, recovered, summary_table
 from lors_cli.evaluation.tasks import check_tasks, task_fingerprint
 from lors_cli.files import atomic, hashes, records
 from lors_cli.machine import environment, processes
+from lors_cli.models import blocks, loading, sources
 from lors_cli.output import console, progress
 from lors_cli.recipe.schema import EvalConfig, ModelConfig
 
@@ -258,7 +258,7 @@ def _score_model(
     done = f", {already} done before" if already else ""
     console.info(f"  {label}: {len(pieces)} to score{done} ({model_config.path})")
     scratch = _scratch(out)
-    model, tokenizer = models.load_model(model_config), models.load_tokenizer(model_config)
+    model, tokenizer = loading.load_model(model_config), loading.load_tokenizer(model_config)
     try:
         for number, piece in enumerate(pieces, start=1):
             started = time.monotonic()
@@ -318,7 +318,7 @@ def _score_text(config: EvalConfig, model: Any, tokenizer: Any, piece: _Piece, d
         piece.name,
         tokenizer,
         sequence_length=config.perplexity_length,
-        model_max_length=models.model_max_length(model),
+        model_max_length=blocks.model_max_length(model),
         max_windows=config.perplexity_windows,
         data_dir=data_dir,
     )

@@ -245,7 +245,7 @@ def _quiet() -> Iterator[list[str]]:
     """Keep the libraries' logs and bars off the screen below -vv, and their prints off stdout; yields cut requests."""
     import datasets
 
-    from lors_cli.models import quiet_libraries
+    from lors_cli.models.quiet import quiet_libraries
 
     cut: list[str] = []
     harness, model_log = logging.getLogger("lm_eval"), logging.getLogger("lm_eval.models.huggingface")

@@ -17,7 +17,7 @@ import torch
 
 from lors_cli.evaluation.prefix_tree import ROW_TOKENS, Choice, Row, build_rows, make_batches
 from lors_cli.machine import processes
-from lors_cli.models import has_plain_head
+from lors_cli.models.blocks import has_plain_head
 from lors_cli.output import console
 
 if TYPE_CHECKING:

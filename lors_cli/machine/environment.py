@@ -77,8 +77,8 @@ def inputs(recipe: Recipe, data_dir: Path | None) -> list[dict[str, Any]]:
     """
     from lors_cli.data.sources import Split, fingerprint_source
     from lors_cli.evaluation.tasks import task_fingerprint
+    from lors_cli.models.sources import model_fingerprint
     from lors_cli.pruning.methods import statistics_kind
-    from lors_cli.sources import model_fingerprint
     from lors_cli.tuning.teacher import teacher_model
 
     found: list[dict[str, Any]] = []
@@ -115,7 +115,7 @@ def hub_commit(fingerprint: str) -> str | None:
     kind, _, place = fingerprint.partition(":")
     if kind != "hub":
         return None
-    from lors_cli.revisions import cache_folder, cached_reference
+    from lors_cli.models.revisions import cache_folder, cached_reference
 
     repo, at, rest = place.partition("@")
     revision = rest.rpartition(":")[0] if at else "main"

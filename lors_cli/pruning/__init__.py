@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from lors_cli.models.streaming import BlockwiseModel
+    from lors_cli.models.tensor_files import Entry
     from lors_cli.pruning.driver import BlockPruner
     from lors_cli.recipe.schema import ModelConfig, PruneConfig
-    from lors_cli.streaming import BlockwiseModel
-    from lors_cli.tensor_files import Entry
 
 __all__ = ["STATISTICS", "prune", "prune_group", "refit_group", "stage_fingerprint", "statistics_kind"]
 
@@ -72,12 +72,12 @@ def prune(config: PruneConfig, model: ModelConfig, out: Path, *, data_dir: Path 
         SparsityError: a weight came out denser than promised; nothing is published.
         UsageError: the model or one of its weights cannot be pruned so, or `out` is the model itself.
     """
-    from lors_cli.models import load_tokenizer
+    from lors_cli.models.blocks import prunable_weights
+    from lors_cli.models.loading import load_tokenizer
+    from lors_cli.models.sources import model_fingerprint
+    from lors_cli.models.streaming import open_blockwise
     from lors_cli.pruning.driver import BlockPruner
     from lors_cli.pruning.owl import SPREAD, check_limits
-    from lors_cli.sources import model_fingerprint
-    from lors_cli.streaming import open_blockwise
-    from lors_cli.weights import prunable_weights
 
     started = time.monotonic()
     if Path(model.path).expanduser().resolve() == out.resolve():
@@ -128,7 +128,7 @@ def _calibration_batches(
 ) -> list[torch.Tensor]:
     """The calibration sequences; none for a method that looks at weights alone."""
     from lors_cli.data.tokens import calibration_tokens
-    from lors_cli.models import model_max_length
+    from lors_cli.models.blocks import model_max_length
 
     if statistics_kind(config) == "none":
         return []
@@ -174,9 +174,9 @@ def _report_few_tokens(few_tokens: dict[str, int]) -> None:
 def _write_checkpoint(
     staging: Path, pruner: BlockPruner, tokenizer: Any, model: ModelConfig, metrics: dict[str, Any]
 ) -> None:
-    from lors_cli.models import MAX_SHARD_SIZE, save_settings
-    from lors_cli.report.card import model_card
-    from lors_cli.tensor_files import write_checkpoint
+    from lors_cli.models.card import model_card
+    from lors_cli.models.loading import MAX_SHARD_SIZE, save_settings
+    from lors_cli.models.tensor_files import write_checkpoint
 
     save_settings(pruner.model.network, tokenizer, staging)
     write_checkpoint(staging, _tensors(pruner), max_shard_size=MAX_SHARD_SIZE)
@@ -187,7 +187,7 @@ def _write_checkpoint(
 
 def _tensors(pruner: BlockPruner) -> Iterator[tuple[Entry, Callable[[], torch.Tensor]]]:
     """Every tensor of the pruned checkpoint: those outside the blocks from the dense model, the rest as pruned."""
-    from lors_cli.tensor_files import saved_tensors
+    from lors_cli.models.tensor_files import saved_tensors
 
     yield from pruner.model.outer_tensors()
     for file in pruner.block_files():

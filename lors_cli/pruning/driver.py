@@ -20,6 +20,8 @@ import torch
 from lors_cli.errors import UsageError
 from lors_cli.files import atomic, hashes
 from lors_cli.machine import processes
+from lors_cli.models.blocks import PrunableWeight, block_weights
+from lors_cli.models.tensor_files import write_tensors
 from lors_cli.output import console, progress
 from lors_cli.pruning import methods
 from lors_cli.pruning.calibration import BlockArguments
@@ -32,14 +34,12 @@ from lors_cli.pruning.recorder import BlockDone, InputGroup, InputRecorder
 from lors_cli.pruning.staged import run_staged, shared_inputs
 from lors_cli.pruning.statistics import InputStatistics
 from lors_cli.sparsity import LayerSparsity, Pattern, measure
-from lors_cli.tensor_files import write_tensors
-from lors_cli.weights import PrunableWeight, block_weights
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from lors_cli.models.streaming import BlockwiseModel
     from lors_cli.recipe.schema import PruneConfig
-    from lors_cli.streaming import BlockwiseModel
 
 
 @dataclass

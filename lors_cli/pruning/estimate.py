@@ -16,7 +16,7 @@ from lors_cli.data.tokenising import DEFAULT_LENGTH, DEFAULT_SAMPLES
 from lors_cli.pruning.methods import RECONSTRUCTION_SAMPLES, statistics_kind
 
 if TYPE_CHECKING:
-    from lors_cli.planning import ModelSize
+    from lors_cli.models.size import ModelSize
     from lors_cli.recipe.schema import PruneConfig
 
 FLOAT = 4

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lors_cli.weights import expert_keys
+from lors_cli.models.blocks import expert_keys
 
 Observe = Callable[[int, str, torch.Tensor], None]
 

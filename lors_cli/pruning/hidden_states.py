@@ -15,8 +15,8 @@ import torch
 from safetensors import safe_open
 
 from lors_cli.machine import processes
+from lors_cli.models.tensor_files import Entry, TensorWriter, write_tensors
 from lors_cli.output import console
-from lors_cli.tensor_files import Entry, TensorWriter, write_tensors
 
 Place = Literal["device", "cpu", "disk"]
 SHARE_OF_FREE = 0.5

@@ -12,16 +12,16 @@ import torch
 from lors_cli.errors import UsageError
 from lors_cli.files import atomic
 from lors_cli.machine import processes
+from lors_cli.models.blocks import block_weights
 from lors_cli.output import progress
 from lors_cli.pruning.calibration import BlockArguments, first_inputs
 from lors_cli.pruning.hidden_states import HiddenStates, choose_place
 from lors_cli.pruning.owl import allocate, outlier_ratio
 from lors_cli.pruning.recorder import InputRecorder
-from lors_cli.weights import block_weights
 
 if TYPE_CHECKING:
+    from lors_cli.models.streaming import BlockwiseModel
     from lors_cli.recipe.schema import CalibrationConfig
-    from lors_cli.streaming import BlockwiseModel
 
 
 def start_walk(

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from lors_cli.errors import UsageError
+from lors_cli.models.blocks import PrunableWeight
 from lors_cli.output import console
 from lors_cli.pruning.statistics import NOT_FINITE
-from lors_cli.weights import PrunableWeight
 
 if TYPE_CHECKING:
     from torch import nn

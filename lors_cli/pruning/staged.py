@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lors_cli.weights import PrunableWeight
+from lors_cli.models.blocks import PrunableWeight
 
 Forward = Callable[[], torch.Tensor]
 Observe = Callable[[int, torch.Tensor], None]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
+from lors_cli.models.card import versions
 from lors_cli.output.markdown import Block, Code, Figure, escape, table
 from lors_cli.output.progress import duration
 from lors_cli.report.comparison import notes, results_table
@@ -158,15 +158,6 @@ def _making(results: RunResults) -> list[Block]:
         seen.setdefault(versions(record.environment), []).append(stage)
     parts += [f"{', '.join(stages)}: {text}." for text, stages in seen.items() if text]
     return parts
-
-
-def versions(environment: dict[str, Any]) -> str:
-    """`Python 3.11.2, torch 2.8.0, …` of a record's environment, packages that are absent left out."""
-    found = [f"Python {environment['python']}"] if "python" in environment else []
-    packages = environment.get("packages") or {}
-    found += [f"{name} {version}" for name, version in packages.items() if version != "absent"]
-    gpu = environment.get("gpu")
-    return escape(", ".join([*found, str(gpu)] if gpu else found))
 
 
 def _files(results: RunResults) -> list[Block]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lors_cli.files.records import StageRecord
-from lors_cli.report.names import TASKS, short_name, task_name
+from lors_cli.models.sources import short_name
+from lors_cli.report.names import TASKS, task_name
 from lors_cli.report.paper import PaperRow, find_paper_row
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from lors_cli.report.names import short_name
+from lors_cli.models.sources import short_name
 
 SOURCE = "LoRS, arXiv:2501.08582"
 _TABLES = Path(__file__).with_name("paper_tables.json")

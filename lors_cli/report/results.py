@@ -11,9 +11,9 @@ from typing import Any
 
 from lors_cli.files import atomic
 from lors_cli.files import records as run_dir
+from lors_cli.models.sources import short_name
 from lors_cli.recipe.schema import STAGES
 from lors_cli.report.measures import Group, ScoredModel
-from lors_cli.report.names import short_name
 
 ROLES = ("dense", "pruned", "tuned")
 

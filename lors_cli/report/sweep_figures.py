@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lors_cli.models.sources import short_name
 from lors_cli.report.comparison import number
 from lors_cli.report.drawing import (
     GRID,
@@ -22,7 +23,6 @@ from lors_cli.report.drawing import (
 )
 from lors_cli.report.figures import running_mean, split_name
 from lors_cli.report.measures import Group, Measure, ScoredModel, measures
-from lors_cli.report.names import short_name
 from lors_cli.report.sweep_results import SweepCell, SweepResults, stage_seconds
 
 if TYPE_CHECKING:

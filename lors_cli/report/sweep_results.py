@@ -16,9 +16,9 @@ from lors_cli.errors import UsageError
 from lors_cli.evaluation.summary import recovered
 from lors_cli.files import atomic
 from lors_cli.files import records as run_dir
+from lors_cli.models.sources import short_name
 from lors_cli.report.comparison import model_label, pattern_name
 from lors_cli.report.measures import Group, ScoredModel
-from lors_cli.report.names import short_name
 from lors_cli.report.results import ROLES, read_log
 
 INDEX_NAME = "sweep.json"

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lors_cli.files import records
-from lors_cli.planning import ModelSize, estimate, try_size
+from lors_cli.models.size import ModelSize, forward, try_size
+from lors_cli.planning import estimate
 from lors_cli.plans import StagePlan
 from lors_cli.pruning import estimate as pruning_estimate
 from lors_cli.pruning.methods import statistics_kind
@@ -159,20 +160,6 @@ def operations(plan: StagePlan, data_dir: Path | None) -> float | None:
     if isinstance(plan.config, TuneConfig):
         return _of_tuning(plan.config, size, data_dir)
     return _of_evaluation(plan.config, size, len(plan.models))
-
-
-def forward(size: ModelSize, tokens: float, length: float, *, head: bool = True) -> float:
-    """Operations of a forward pass.
-
-    Args:
-        size: of the model.
-        tokens: in all.
-        length: tokens that attend to each other.
-        head: whether logits are computed.
-    """
-    linears = size.num_prunable + (size.hidden_size * size.vocab_size if head else 0)
-    attention = 2 * size.num_blocks * size.hidden_size * length  # scores and values, half of them masked
-    return tokens * (2.0 * linears + attention)
 
 
 def _of_pruning(config: PruneConfig, size: ModelSize) -> float:

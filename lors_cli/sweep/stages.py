@@ -95,7 +95,7 @@ def _plan_cell(cell: Cell, out: Path) -> CellPlan:
 
 def _check_shapes(recipe: Recipe) -> None:
     """Refuse a pattern or rank that the model's linears cannot take, where its shape is known."""
-    from lors_cli.planning import try_size
+    from lors_cli.models.size import try_size
     from lors_cli.sparsity import Pattern
     from lors_cli.tuning.baselines import check_rank
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from lors_cli.errors import MissingError, SparsityError, UsageError
 from lors_cli.files import atomic, hashes, records
 from lors_cli.machine import environment, processes
+from lors_cli.models.blocks import prunable_weights
 from lors_cli.output import console, progress
 from lors_cli.sparsity import Pattern, measure, summarise
 from lors_cli.tuning.teacher import teacher_model, with_teacher
-from lors_cli.weights import prunable_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,7 +43,7 @@ def stage_fingerprint(config: TuneConfig, model_fingerprint: str, data_dir: Path
     """
     from lors_cli.data.sources import fingerprint_source, open_source
     from lors_cli.data.stream.samples import is_streamed
-    from lors_cli.sources import model_fingerprint as fingerprint_model
+    from lors_cli.models.sources import model_fingerprint as fingerprint_model
 
     settings = {key: value for key, value in asdict(config).items() if key not in WITHOUT_EFFECT}
     settings.update(alpha=float(config.alpha), per_device_batch_size=config.micro_batch_size, init=config.start,
@@ -91,8 +91,8 @@ def tune(config: TuneConfig, model: ModelConfig, out: Path, *, data_dir: Path | 
 
 def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | None) -> records.StageRecord:
     from lors_cli.machine.devices import resolve_device, set_seed
-    from lors_cli.models import load_tokenizer
-    from lors_cli.sources import model_fingerprint
+    from lors_cli.models.loading import load_tokenizer
+    from lors_cli.models.sources import model_fingerprint
     from lors_cli.tuning.adapter import adaptable_layers
     from lors_cli.tuning.distributed import say_how
     from lors_cli.tuning.preparation import prepare_trainer
@@ -152,7 +152,7 @@ def sparse_layers(model: PreTrainedModel, folder: Path) -> dict[str, Pattern]:
     Raises:
         UsageError: none is sparse.
     """
-    from lors_cli.inspection import layer_patterns
+    from lors_cli.models.inspection import layer_patterns
 
     layers = layer_patterns(prunable_weights(model), records.read_record(folder) if folder.is_dir() else None)
     if not layers:
@@ -162,7 +162,7 @@ def sparse_layers(model: PreTrainedModel, folder: Path) -> dict[str, Pattern]:
 
 def _load_data(config: TuneConfig, network: PreTrainedModel, tokenizer: Any, data_dir: Path | None) -> TuneData:
     from lors_cli.data.tokens import tuning_data
-    from lors_cli.models import model_max_length
+    from lors_cli.models.blocks import model_max_length
     from lors_cli.tuning.isolation import refuse_mixing
 
     if config.data.packing == "isolated":
@@ -192,7 +192,7 @@ def _train(trainer: AdapterTrainer, config: TuneConfig, checkpoints: Path, log_p
     """Run the Trainer to its end, from the last checkpoint where there is one."""
     from transformers.trainer_callback import PrinterCallback
 
-    from lors_cli.models import quiet_libraries
+    from lors_cli.models.quiet import quiet_libraries
     from lors_cli.tuning.step_log import LogCallback, StepLog
     from lors_cli.tuning.stopping import stopping_gently
     from lors_cli.tuning.trainer import TrimCallback, latest_checkpoint
@@ -285,7 +285,7 @@ def _write_results(
     staging: Path, network: PreTrainedModel, tokenizer: Any, adapter: Any, patterns: dict[str, Pattern]
 ) -> dict[str, Any]:
     """Adapter and merged checkpoint into `staging`, once the merged weights are known to keep the zeros."""
-    from lors_cli.models import save_checkpoint
+    from lors_cli.models.loading import save_checkpoint
     from lors_cli.tuning.adapter import adapter_tensors, merge_adapters, save_adapter
     from lors_cli.tuning.baselines import LAYERS
 
@@ -311,7 +311,7 @@ def _write_results(
 
 
 def _write_card(staging: Path, config: TuneConfig, model: ModelConfig, metrics: dict[str, Any]) -> None:
-    from lors_cli.report.card import model_card
+    from lors_cli.models.card import model_card
 
     record = records.read_record(Path(model.path)) if Path(model.path).is_dir() else None
     card = model_card(

@@ -18,6 +18,7 @@ from torch import nn
 from lors_cli.errors import MissingError, SparsityError, UsageError, require_file
 from lors_cli.files import atomic, hashes, records
 from lors_cli.machine import environment
+from lors_cli.models.blocks import prunable_weights
 from lors_cli.output import console, progress
 from lors_cli.sparsity import mask_digest
 from lors_cli.tuning.baselines import LAYERS, check_rank
@@ -25,7 +26,6 @@ from lors_cli.tuning.layers import AdapterLinear
 from lors_cli.tuning.lors import CompressedLorsLinear, LorsLinear
 from lors_cli.tuning.norms import merge_norms, norm_shifts, train_norms
 from lors_cli.tuning.rounding import Rounding
-from lors_cli.weights import prunable_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -356,9 +356,9 @@ def merge(base_path: str, adapter: Path, out: Path, *, dtype: str = "auto", devi
     """
     import time
 
-    from lors_cli.models import load_model, load_tokenizer, save_checkpoint
+    from lors_cli.models.loading import load_model, load_tokenizer, save_checkpoint
+    from lors_cli.models.sources import model_fingerprint
     from lors_cli.recipe.schema import ModelConfig
-    from lors_cli.sources import model_fingerprint
 
     started = time.monotonic()
     if not adapter.is_dir():

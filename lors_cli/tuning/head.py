@@ -16,7 +16,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lors_cli.models import has_plain_head
+from lors_cli.models.blocks import has_plain_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,7 +11,7 @@ import torch
 from lors_cli.data.samples import PadCollator
 from lors_cli.errors import UsageError
 from lors_cli.machine import processes
-from lors_cli.models import quiet_libraries
+from lors_cli.models.quiet import quiet_libraries
 from lors_cli.output import console
 from lors_cli.tuning import distributed
 from lors_cli.tuning.adapter import adapter_layers

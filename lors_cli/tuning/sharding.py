@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from lors_cli.machine import processes
-from lors_cli.models import decoder_blocks, load_model
+from lors_cli.models.blocks import decoder_blocks
+from lors_cli.models.loading import load_model
 from lors_cli.tuning.adapter import adapter_parameters, attach
 from lors_cli.tuning.norms import norm_parameters, train_norms
 

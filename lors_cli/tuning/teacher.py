@@ -64,7 +64,7 @@ def load_teacher(
         MissingError: the teacher is not there.
         UsageError: it has another vocabulary, or one of the two has no plain head.
     """
-    from lors_cli.models import load_model
+    from lors_cli.models.loading import load_model
     from lors_cli.tuning.head import Teacher, why_not_chunked
 
     console.info(f"  loading the teacher {config.teacher}")

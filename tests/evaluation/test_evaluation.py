@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from lors_cli import evaluation, models, sources
+from lors_cli import evaluation
 from lors_cli.data import tokens
 from lors_cli.errors import UsageError
 from lors_cli.evaluation import eval_fingerprint, evaluate, harness, pending_pieces, perplexity
 from lors_cli.files import records
+from lors_cli.models import blocks, loading, sources
 from lors_cli.recipe.schema import EvalConfig, ModelConfig
 
 CONFIG = EvalConfig(tasks=("rte", "pydoc_choice"), perplexity=("pydoc",), limit=4)
@@ -31,10 +32,10 @@ class Bench:
         self.fail_at: tuple[str, str] | None = None
         self.perplexity = 8.0
         self.alive = 0
-        monkeypatch.setattr(models, "load_model", self.load)
-        monkeypatch.setattr(models, "load_tokenizer", lambda config: None)
+        monkeypatch.setattr(loading, "load_model", self.load)
+        monkeypatch.setattr(loading, "load_tokenizer", lambda config: None)
         monkeypatch.setattr(sources, "model_fingerprint", self.fingerprint)
-        monkeypatch.setattr(models, "model_max_length", lambda model: 16)
+        monkeypatch.setattr(blocks, "model_max_length", lambda model: 16)
         monkeypatch.setattr(harness, "score_task", self.score)
         monkeypatch.setattr(tokens, "perplexity_windows", lambda *args, **kwargs: torch.zeros(2, 16))
         monkeypatch.setattr(perplexity, "token_perplexity", self.measure)

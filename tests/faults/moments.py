@@ -171,8 +171,8 @@ def _wrap_writes(watch: Watch) -> None:
     import torch
     import transformers.modeling_utils as saving
 
-    from lors_cli import models, tensor_files
     from lors_cli.files import records
+    from lors_cli.models import loading, tensor_files
     from lors_cli.tuning import step_log
 
     def opened(path: Any, mode: str = "r", *args: Any, **options: Any) -> Any:
@@ -206,7 +206,7 @@ def _wrap_writes(watch: Watch) -> None:
         watch.reach("within bytes", target)
 
     saving.safe_save_file = save_file
-    models.MAX_SHARD_SIZE = "400KB"  # so that there are shards
+    loading.MAX_SHARD_SIZE = "400KB"  # so that there are shards
 
 
 def _count_work(watch: Watch) -> None:

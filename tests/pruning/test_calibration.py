@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lors_cli.models import decoder_blocks
+from lors_cli.models.blocks import decoder_blocks
 from lors_cli.pruning.calibration import capture
 
 Build = Callable[..., PreTrainedModel]

@@ -16,14 +16,14 @@ from transformers.pytorch_utils import Conv1D
 from lors_cli import pruning
 from lors_cli.errors import SparsityError, UsageError
 from lors_cli.files import hashes, records
+from lors_cli.models.streaming import BlockwiseModel
+from lors_cli.models.tensor_files import TensorWriter
 from lors_cli.pruning import methods, prune, stage_fingerprint
 from lors_cli.pruning.driver import Block, BlockPruner
 from lors_cli.pruning.hidden_states import HiddenStates
 from lors_cli.pruning.methods import STATISTICS
 from lors_cli.recipe.schema import CalibrationConfig, ModelConfig, PruneConfig
 from lors_cli.sparsity import Pattern
-from lors_cli.streaming import BlockwiseModel
-from lors_cli.tensor_files import TensorWriter
 
 Build = Callable[..., PreTrainedModel]
 METHODS = list(STATISTICS)

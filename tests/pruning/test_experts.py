@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from lors_cli.models.blocks import expert_keys
 from lors_cli.pruning.experts import forward_experts
-from lors_cli.weights import expert_keys
 
 SIZES = {
     "hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 24, "num_local_experts": 4, "num_experts": 4,

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 
 from lors_cli.errors import UsageError
 from lors_cli.machine import processes as parallel
+from lors_cli.models.streaming import open_blockwise
 from lors_cli.pruning.hidden_states import HiddenStates
 from lors_cli.pruning.passes import start_walk
 from lors_cli.recipe.schema import CalibrationConfig, ModelConfig
-from lors_cli.streaming import open_blockwise
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, processes: int, rank: int) -> None:

@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from lors_cli.models import decoder_blocks
+from lors_cli.models.blocks import decoder_blocks
 from lors_cli.pruning import permutation as module
 from lors_cli.pruning.calibration import BlockArguments, capture
 from lors_cli.pruning.permutation import (

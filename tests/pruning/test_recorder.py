@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lors_cli.errors import UsageError
-from lors_cli.models import decoder_blocks
+from lors_cli.models.blocks import PrunableWeight, block_weights, decoder_blocks
 from lors_cli.pruning.admm import admm
 from lors_cli.pruning.calibration import capture
 from lors_cli.pruning.magnitude import magnitude
@@ -26,7 +26,6 @@ from lors_cli.pruning.sparsegpt import sparsegpt
 from lors_cli.pruning.statistics import InputStatistics, Kind
 from lors_cli.pruning.wanda import wanda
 from lors_cli.sparsity import Pattern
-from lors_cli.weights import PrunableWeight, block_weights
 
 Build = Callable[..., PreTrainedModel]
 LLAMA_LIKE = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]

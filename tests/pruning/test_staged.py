@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from lors_cli import pruning
 from lors_cli.errors import UsageError
-from lors_cli.models import decoder_blocks
+from lors_cli.models.blocks import block_weights, decoder_blocks, prunable_weights
+from lors_cli.models.streaming import BlockwiseModel
 from lors_cli.pruning import hidden_states, prune
 from lors_cli.pruning.calibration import capture
 from lors_cli.pruning.driver import BlockPruner
@@ -26,8 +27,6 @@ from lors_cli.pruning.reconstruct import Reconstruction
 from lors_cli.pruning.staged import run_staged, shared_inputs
 from lors_cli.recipe.schema import CalibrationConfig, ModelConfig, PruneConfig
 from lors_cli.sparsity import Pattern
-from lors_cli.streaming import BlockwiseModel
-from lors_cli.weights import block_weights, prunable_weights
 
 Build = Callable[..., PreTrainedModel]
 

@@ -11,15 +11,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lors_cli.planning import model_size
+from lors_cli.models.blocks import prunable_weights
+from lors_cli.models.size import forward, model_size
 from lors_cli.plans import StagePlan, plan_chain, plan_stages
 from lors_cli.recipe.loading import load_recipe
 from lors_cli.recipe.schema import ModelConfig
 from lors_cli.sweep import costs as module
-from lors_cli.sweep.costs import PRODUCTS, costs, device_rate, disk_needed, forward, operations
+from lors_cli.sweep.costs import PRODUCTS, costs, device_rate, disk_needed, operations
 from lors_cli.sweep.stages import distinct, plan_cells
 from lors_cli.tuning.adapter import attach
-from lors_cli.weights import prunable_weights
 
 LENGTH, SEQUENCES = 64, 8
 

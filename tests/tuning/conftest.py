@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from lors_cli.models.blocks import prunable_weights
 from lors_cli.recipe.schema import TuneConfig, TuneDataConfig
-from lors_cli.weights import prunable_weights
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from lors_cli.errors import MissingError, SparsityError, UsageError
+from lors_cli.models.blocks import prunable_weights
 from lors_cli.tuning import adapter as adapters
 from lors_cli.tuning.adapter import (
     AdapterConfig,
@@ -24,7 +25,6 @@ from lors_cli.tuning.adapter import (
     save_adapter,
 )
 from lors_cli.tuning.lors import LorsLinear
-from lors_cli.weights import prunable_weights
 
 IDS = torch.arange(40).reshape(2, 20)
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from lors_cli.errors import UsageError
 from lors_cli.files import records
+from lors_cli.models.sources import model_fingerprint
 from lors_cli.recipe.schema import ModelConfig, TuneConfig
-from lors_cli.sources import model_fingerprint
 from lors_cli.tuning import stage_fingerprint, tune
 from lors_cli.tuning import trainer as trainer_module
 from lors_cli.tuning.guards import WARM_UP, WINDOW, StepGuard

@@ -11,9 +11,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lors_cli.errors import UsageError
+from lors_cli.models.blocks import prunable_weights
 from lors_cli.tuning import initialization
 from lors_cli.tuning.initialization import gradient_directions, top_right_singular_vectors
-from lors_cli.weights import prunable_weights
 
 
 def linears_of(model: PreTrainedModel) -> dict[str, nn.Linear]:

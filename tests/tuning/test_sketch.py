@@ -10,10 +10,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lors_cli.errors import UsageError
+from lors_cli.models.blocks import prunable_weights
 from lors_cli.tuning.head import causal_lm_loss
 from lors_cli.tuning.initialization import gradient_directions
 from lors_cli.tuning.sketch import GradientSketch, SketchedLinear
-from lors_cli.weights import prunable_weights
 
 CPU = torch.device("cpu")
 

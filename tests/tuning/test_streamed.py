@@ -123,7 +123,7 @@ def test_exactly_the_budget_of_tokens_is_trained_on(
 def test_the_last_steps_loss_is_the_mean_over_its_own_labels(
     sparse_checkpoint: Path, streamed: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lors_cli.models import load_model
+    from lors_cli.models.loading import load_model
 
     budget = 48 * 5 + 20
     config = replace(streamed, max_steps=None, max_tokens=budget, learning_rate=1e-12, init="kaiming")

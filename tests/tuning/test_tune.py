@@ -15,14 +15,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lors_cli.errors import SparsityError, UsageError
 from lors_cli.files import records
-from lors_cli.inspection import inspect
+from lors_cli.models.blocks import prunable_weights
+from lors_cli.models.inspection import inspect
 from lors_cli.recipe.schema import ModelConfig, TuneConfig, TuneDataConfig
 from lors_cli.tuning import stage_fingerprint, tune
 from lors_cli.tuning import trainer as trainer_module
 from lors_cli.tuning.adapter import load_adapter
 from lors_cli.tuning.step_log import LogCallback
 from lors_cli.tuning.trainer import AdapterTrainer, StepSampler, whole_checkpoints
-from lors_cli.weights import prunable_weights
 
 IDS = torch.arange(40).reshape(2, 20)
 

@@ -16,7 +16,7 @@ from lors_cli.evaluation.perplexity import token_perplexity
 from lors_cli.evaluation.prefix_tree import Choice
 from lors_cli.evaluation.scoring import score_choices
 from lors_cli.machine import processes
-from lors_cli.models import load_model
+from lors_cli.models.loading import load_model
 from lors_cli.recipe.schema import ModelConfig, TuneConfig, TuneDataConfig
 from lors_cli.tuning import preparation, tune
 from lors_cli.tuning.trainer import AdapterTrainer

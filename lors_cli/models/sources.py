@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from lors_cli.errors import MissingError, UsageError
 from lors_cli.files import hashes, records
-from lors_cli.revisions import pinned_revision
+from lors_cli.models.revisions import pinned_revision
 
 if TYPE_CHECKING:
     from lors_cli.recipe.schema import ModelConfig
@@ -139,3 +139,13 @@ def _folder_hint(folder: Path) -> str:
     if (folder / "adapter_config.json").is_file():
         return "It is an adapter: `lors merge BASE ADAPTER --out DIR` makes a checkpoint of it."
     return "Was the stage that writes it interrupted? Run the same command again to finish it."
+
+
+_IN_HUB_CACHE = re.compile(r"models--[^/]+--([^/]+)/snapshots/[^/]+$")
+
+
+def short_name(model: str) -> str:
+    """A model's own name: `meta-llama/Llama-2-7b-hf` and its folder in the hub's cache are Llama-2-7b-hf."""
+    path = model.replace("\\", "/").rstrip("/")
+    cached = _IN_HUB_CACHE.search(path)
+    return cached.group(1) if cached else path.rpartition("/")[2] or "model"

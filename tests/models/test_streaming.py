@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from lors_cli.errors import UsageError
-from lors_cli.models import load_model
+from lors_cli.models.loading import load_model
+from lors_cli.models.streaming import BlockwiseModel, open_blockwise
+from lors_cli.models.tensor_files import Entry, TensorWriter, saved_tensors, write_checkpoint, write_tensors
 from lors_cli.recipe.schema import ModelConfig
-from lors_cli.streaming import BlockwiseModel, open_blockwise
-from lors_cli.tensor_files import Entry, TensorWriter, saved_tensors, write_checkpoint, write_tensors
 
 Build = Callable[..., PreTrainedModel]
 

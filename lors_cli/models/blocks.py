@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+from lors_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-from lors_cli.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +81,6 @@ def prunable_weights(model: PreTrainedModel) -> dict[str, PrunableWeight]:
     Raises:
         UsageError: a block holds a kind of weight that is not supported, which is named.
     """
-    from lors_cli.models import decoder_blocks
 
     prefix, blocks = decoder_blocks(model)
     return {name: weight for index, block in enumerate(blocks)
@@ -128,3 +133,38 @@ def _is_router(name: str, mixture: str) -> bool:
     """Whether a module is, or lies in, the router of a mixture of experts, by their names in the block."""
     inside = name.removeprefix(f"{mixture}.") if mixture else name
     return (inside != name or not mixture) and inside.partition(".")[0] in ROUTERS
+
+
+def model_max_length(model_or_config: Any) -> int:
+    """The longest sequence, in tokens, that the model was built for (2048 where it does not say)."""
+    config = getattr(model_or_config, "config", model_or_config)
+    text_config = config.get_text_config()
+    return int(getattr(text_config, "max_position_embeddings", None) or 2048)
+
+
+def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The model's decoder blocks and their prefix in parameter names (“model.layers”).
+
+    Raises:
+        UsageError: no list of `num_hidden_layers` like blocks is found.
+    """
+    from torch import nn
+
+    expected = model.config.get_text_config().num_hidden_layers
+    found = [(name, module) for name, module in model.named_modules()
+             if isinstance(module, nn.ModuleList) and len(module) == expected
+             and len({type(block) for block in module}) == 1]  # fmt: skip
+    if not found:
+        raise UsageError(f"{type(model).__name__} is not supported: it has no list of {expected} decoder blocks.")
+    return max(found, key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
+
+
+def has_plain_head(model: PreTrainedModel) -> bool:
+    """Whether the logits come from a plain linear on top of a base model. What else is done to them only a trial shows.
+
+    Args:
+        model: causal LM.
+    """
+    from torch import nn
+
+    return type(model.get_output_embeddings()) is nn.Linear and model.base_model is not model

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from lors_cli.bench_model import sparse_model
 from lors_cli.errors import ResourceError, UsageError
-from lors_cli.model_files import check_size, check_vocabulary, load_error, loading, safetensors_files
-from lors_cli.models import load_config, load_model, load_tokenizer
+from lors_cli.models.checks import check_size, check_vocabulary, load_error, loading, safetensors_files
+from lors_cli.models.loading import load_config, load_model, load_tokenizer
+from lors_cli.models.sources import locate, model_fingerprint
+from lors_cli.models.streaming import open_blockwise
 from lors_cli.recipe.schema import ModelConfig
-from lors_cli.sources import locate, model_fingerprint
-from lors_cli.streaming import open_blockwise
 
 LOADERS = (load_model, open_blockwise)
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lors_cli.report.card import looks_like_hub_id, model_card
+from lors_cli.models.card import looks_like_hub_id, model_card
 
 PRUNE = {"method": "wanda", "pattern": "2:4", "sparsity": None, "calibration": {"dataset": "c4", "seed": 0}}
 TUNE = {"method": "lors", "rank": 16, "data": {"dataset": "alpaca"}}

@@ -17,17 +17,10 @@ from lors_cli.errors import LorsError, MissingError, ResourceError, UsageError, 
 from lors_cli.files.records import StageRecord, publish, staging_dir
 from lors_cli.machine import devices
 from lors_cli.machine.devices import resolve_device, set_seed
-from lors_cli.models import (
-    decoder_blocks,
-    load_config,
-    load_model,
-    load_tokenizer,
-    model_max_length,
-    resolve_dtype,
-    save_checkpoint,
-)
+from lors_cli.models.blocks import decoder_blocks, model_max_length
+from lors_cli.models.loading import load_config, load_model, load_tokenizer, resolve_dtype, save_checkpoint
+from lors_cli.models.sources import ModelSource, locate, model_fingerprint
 from lors_cli.recipe.schema import ModelConfig
-from lors_cli.sources import ModelSource, locate, model_fingerprint
 
 UP = "model.layers.1.mlp.up_proj.weight"
 
@@ -471,7 +464,7 @@ def test_loading_and_writing_are_counted(
 def test_a_broken_load_ends_its_bar() -> None:
     from transformers.utils import logging
 
-    from lors_cli.models import library_bars
+    from lors_cli.models.quiet import library_bars
 
     def load() -> None:
         with library_bars("loading", "weights"):

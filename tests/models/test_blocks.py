@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lors_cli.errors import UsageError
-from lors_cli.inspection import detect_pattern
+from lors_cli.models.blocks import block_weights, expert_keys, prunable_weights
+from lors_cli.models.inspection import detect_pattern
 from lors_cli.sparsity import Pattern, mask_digest, num_violations
-from lors_cli.weights import block_weights, expert_keys, prunable_weights
 
 Build = Callable[..., PreTrainedModel]
 ATTENTION = [f"self_attn.{part}_proj" for part in "qkvo"]

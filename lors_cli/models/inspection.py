@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from lors_cli.errors import UsageError
 from lors_cli.files import records
+from lors_cli.models.blocks import PrunableWeight, prunable_weights
 from lors_cli.sparsity import DENSE_BELOW, Pattern, measure, num_violations, summarise
-from lors_cli.weights import PrunableWeight, prunable_weights
 
 if TYPE_CHECKING:
     from lors_cli.recipe.schema import ModelConfig
@@ -28,7 +28,7 @@ def inspect(model: ModelConfig, pattern: Pattern | None = None) -> dict[str, Any
     Returns:
         The document of DESIGN §4: pattern, sparsity, violations, layers.
     """
-    from lors_cli.models import load_model
+    from lors_cli.models.loading import load_model
 
     folder = Path(model.path)
     record = records.read_record(folder) if folder.is_dir() else None

@@ -6,9 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from lors_cli.models.sources import short_name
 from lors_cli.output.markdown import escape, markdown_table, table
-from lors_cli.report.markdown import versions
-from lors_cli.report.names import short_name
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILE_ENDINGS = (".gguf", ".safetensors", ".bin", ".json")
@@ -142,3 +141,12 @@ def _usage(pattern: Any) -> str:
         f"{kind} are stored as ordinary dense tensors. Loading the model in transformers or vLLM makes it neither "
         "faster nor smaller by itself: that needs kernels or a format made for sparse weights."
     )
+
+
+def versions(environment: dict[str, Any]) -> str:
+    """`Python 3.11.2, torch 2.8.0, …` of a record's environment, packages that are absent left out."""
+    found = [f"Python {environment['python']}"] if "python" in environment else []
+    packages = environment.get("packages") or {}
+    found += [f"{name} {version}" for name, version in packages.items() if version != "absent"]
+    gpu = environment.get("gpu")
+    return escape(", ".join([*found, str(gpu)] if gpu else found))

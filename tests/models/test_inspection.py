@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import Result
 
-from lors_cli.inspection import detect_pattern
+from lors_cli.models.blocks import block_weights
+from lors_cli.models.inspection import detect_pattern
 from lors_cli.sparsity import Pattern
-from lors_cli.weights import block_weights
 
 Lors = Callable[..., Result]
 PRUNED, TUNED = Path("runs/tiny/prune"), Path("runs/tiny/tune")

@@ -13,12 +13,12 @@ import pytest
 from huggingface_hub import constants
 from typer.testing import Result
 
-from lors_cli import revisions
 from lors_cli.errors import UsageError
-from lors_cli.models import load_config, load_model, load_tokenizer
+from lors_cli.models import revisions
+from lors_cli.models.loading import load_config, load_model, load_tokenizer
+from lors_cli.models.revisions import commit_of, pinned_revision
+from lors_cli.models.sources import model_fingerprint
 from lors_cli.recipe.schema import ModelConfig
-from lors_cli.revisions import commit_of, pinned_revision
-from lors_cli.sources import model_fingerprint
 
 OLD, NEW = "a" * 40, "b" * 40
 REPO = "some-org/tiny"

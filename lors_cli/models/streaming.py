@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from lors_cli.errors import UsageError
 from lors_cli.machine.memory import give_back_memory
+from lors_cli.models.tensor_files import Entry
 from lors_cli.output import console
-from lors_cli.tensor_files import Entry
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +39,7 @@ class BlockwiseModel:
     """
 
     def __init__(self, network: PreTrainedModel, device: torch.device, weights: _Weights | None) -> None:
-        from lors_cli.models import decoder_blocks
+        from lors_cli.models.blocks import decoder_blocks
 
         self.network = network
         self.device = device
@@ -156,7 +156,7 @@ class _Weights:
         from safetensors import SafetensorError, safe_open
         from transformers.conversion_mapping import get_model_conversion_mapping
 
-        from lors_cli.model_files import load_error
+        from lors_cli.models.checks import load_error
 
         self.path = path
         self._dtype = dtype
@@ -215,7 +215,7 @@ class _Weights:
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
-        from lors_cli.models import quiet_libraries
+        from lors_cli.models.quiet import quiet_libraries
 
         wanted = {key: tensor for name in sorted(names & set(self._sources)) for key, tensor in self._sources[name]}
         if not wanted:
@@ -250,8 +250,8 @@ def open_blockwise(config: ModelConfig) -> BlockwiseModel:
     import torch
 
     from lors_cli.machine.devices import resolve_device
-    from lors_cli.models import load_config, load_model, resolve_dtype
-    from lors_cli.sources import locate
+    from lors_cli.models.loading import load_config, load_model, resolve_dtype
+    from lors_cli.models.sources import locate
 
     device = resolve_device(config.device)
     if locate(config.path).gguf_file is not None:
@@ -273,8 +273,9 @@ def _without_weights(settings: Any, dtype: torch.dtype, config: ModelConfig) -> 
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    from lors_cli.model_files import loading
-    from lors_cli.models import quiet_libraries, revision_of
+    from lors_cli.models.checks import loading
+    from lors_cli.models.loading import revision_of
+    from lors_cli.models.quiet import quiet_libraries
 
     with loading(config.path, "the checkpoint"), quiet_libraries(), init_empty_weights(include_buffers=False):
         network = AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=False)
@@ -296,9 +297,9 @@ def _weight_files(config: ModelConfig) -> list[Path]:
     Raises:
         UsageError: there are none, or the index names one outside the checkpoint's folder.
     """
-    from lors_cli.model_files import loading, safetensors_files
-    from lors_cli.revisions import pinned_revision
-    from lors_cli.sources import locate
+    from lors_cli.models.checks import loading, safetensors_files
+    from lors_cli.models.revisions import pinned_revision
+    from lors_cli.models.sources import locate
 
     source = locate(config.path)
     folder = source.folder

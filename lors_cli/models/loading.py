@@ -6,21 +6,19 @@ or GGUF, never from pickle.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sized
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lors_cli.errors import UsageError
 from lors_cli.machine.devices import cpu_has_bfloat16, resolve_device
-from lors_cli.model_files import check_size, check_vocabulary, forget_own_code, loading, safetensors_files
+from lors_cli.models.checks import check_size, check_vocabulary, forget_own_code, loading, safetensors_files
+from lors_cli.models.quiet import library_bars, quiet_libraries
+from lors_cli.models.revisions import pinned_revision
+from lors_cli.models.sources import ModelSource, locate
 from lors_cli.output import console, progress
-from lors_cli.revisions import pinned_revision
-from lors_cli.sources import ModelSource, locate
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lors_cli.recipe.schema import ModelConfig
@@ -45,55 +43,6 @@ def resolve_dtype(config: ModelConfig, stored: torch.dtype | None, device: torch
         console.info("  this CPU has no bfloat16 instructions: weights are loaded as float32")
         return torch.float32
     return torch.bfloat16 if device.type == "cpu" and dtype == torch.float16 else dtype
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Keep transformers' bars and notices off the screen below -vv."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    if console.verbosity() < 2:
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-@contextmanager
-def library_bars(description: str, unit: str) -> Iterator[None]:
-    """Show a loop that transformers counts (weights read, shards written) as one of our own steps.
-
-    Args:
-        description: of the step.
-        unit: what is counted, in the plural.
-    """
-    from transformers.utils import logging
-
-    if not hasattr(logging, "set_tqdm_hook"):  # an early version 5: its loops stay unseen
-        yield
-        return
-    with ExitStack() as shown:
-
-        def counted(items: Any) -> Iterator[Any]:
-            task = shown.enter_context(progress.progress(description, len(items), unit))
-            for item in items:
-                yield item
-                task.advance()
-            shown.close()
-
-        def hook(factory: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-            return counted(args[0]) if args and isinstance(args[0], Sized) else factory(*args, **options)
-
-        before = logging.set_tqdm_hook(hook)
-        try:
-            yield
-        finally:
-            logging.set_tqdm_hook(before)
 
 
 def load_config(config: ModelConfig) -> Any:
@@ -193,41 +142,6 @@ def revision_of(config: ModelConfig) -> dict[str, str]:
     """The option with the commit of a model on the hub; none for other models."""
     repo = locate(config.path).repo
     return {"revision": pinned_revision(repo, config.revision)} if repo is not None else {}
-
-
-def model_max_length(model_or_config: Any) -> int:
-    """The longest sequence, in tokens, that the model was built for (2048 where it does not say)."""
-    config = getattr(model_or_config, "config", model_or_config)
-    text_config = config.get_text_config()
-    return int(getattr(text_config, "max_position_embeddings", None) or 2048)
-
-
-def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The model's decoder blocks and their prefix in parameter names (“model.layers”).
-
-    Raises:
-        UsageError: no list of `num_hidden_layers` like blocks is found.
-    """
-    from torch import nn
-
-    expected = model.config.get_text_config().num_hidden_layers
-    found = [(name, module) for name, module in model.named_modules()
-             if isinstance(module, nn.ModuleList) and len(module) == expected
-             and len({type(block) for block in module}) == 1]  # fmt: skip
-    if not found:
-        raise UsageError(f"{type(model).__name__} is not supported: it has no list of {expected} decoder blocks.")
-    return max(found, key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
-
-
-def has_plain_head(model: PreTrainedModel) -> bool:
-    """Whether the logits come from a plain linear on top of a base model. What else is done to them only a trial shows.
-
-    Args:
-        model: causal LM.
-    """
-    from torch import nn
-
-    return type(model.get_output_embeddings()) is nn.Linear and model.base_model is not model
 
 
 def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -1,0 +1,1 @@
+"""Where a model lies, loading, saving, its blocks, its size, its card."""
