@@ -16,7 +16,7 @@ from torch import nn
 
 from lors_cli.benchmark import spread
 from lors_cli.models.blocks import decoder_blocks
-from lors_cli.pruning.calibration import capture
+from lors_cli.pruning.walk.calibration import capture
 
 OUTSIDE_PRUNING = ("inputs", "load", "save", "io", "io/save")
 """Phases that not every arm has, or that is no pruning: left out of `pruning_s`."""

@@ -40,9 +40,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lors_cli.benchmark import rotated, spread
 from lors_cli.files import atomic, hashes
 from lors_cli.models.blocks import decoder_blocks
-from lors_cli.pruning.calibration import BlockArguments, capture
 from lors_cli.pruning.methods import prune_group
-from lors_cli.pruning.statistics import InputStatistics, Kind
+from lors_cli.pruning.methods.statistics import InputStatistics, Kind
+from lors_cli.pruning.walk.calibration import BlockArguments, capture
 from lors_cli.sparsity import Pattern
 
 VOCABULARY = 4096

@@ -50,7 +50,7 @@ from lors_cli.benchmark import rotated, spread
 from lors_cli.files import atomic, hashes
 from lors_cli.models import blocks as models_blocks
 from lors_cli.models import loading as models
-from lors_cli.pruning import prune
+from lors_cli.pruning.stage import prune
 from lors_cli.recipe.schema import CalibrationConfig, ModelConfig, PruneConfig
 from lors_cli.sparsity import Pattern
 

@@ -36,7 +36,7 @@ from lors_cli.data.tokens import tuning_samples
 from lors_cli.evaluation import evaluate
 from lors_cli.files import atomic, records
 from lors_cli.models.loading import load_model, load_tokenizer
-from lors_cli.pruning import prune
+from lors_cli.pruning.stage import prune
 from lors_cli.recipe.schema import (
     CalibrationConfig,
     DistillConfig,

@@ -18,7 +18,7 @@ from common import PhaseTimer, linears_of
 from torch import nn
 
 from lors_cli.models.blocks import decoder_blocks
-from lors_cli.pruning.calibration import BlockArguments, capture
+from lors_cli.pruning.walk.calibration import BlockArguments, capture
 from lors_cli.sparsity import Pattern
 
 BLOCK_COLUMNS = 128

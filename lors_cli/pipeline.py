@@ -151,7 +151,7 @@ def run_stage(plan: StagePlan, data_dir: Path | None) -> None:
     """
     with progress.busy("starting"):
         from lors_cli.evaluation import evaluate
-        from lors_cli.pruning import prune
+        from lors_cli.pruning.stage import prune
         from lors_cli.tuning import tune
 
     check_disk(plan)

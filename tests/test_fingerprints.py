@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from lors_cli import pruning, tuning
+from lors_cli import tuning
 from lors_cli.evaluation import eval_fingerprint
+from lors_cli.pruning import stage as pruning
 from lors_cli.recipe.schema import (
     CalibrationConfig,
     DistillConfig,

@@ -11,7 +11,7 @@ import torch
 
 from lors_cli.models.inspection import inspect
 from lors_cli.models.loading import load_model, load_tokenizer
-from lors_cli.pruning import prune
+from lors_cli.pruning.stage import prune
 from lors_cli.recipe.schema import CalibrationConfig, ModelConfig, PruneConfig, TuneConfig, TuneDataConfig
 from lors_cli.tuning import tune
 

@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lors_cli.data.tokenising import DEFAULT_LENGTH, DEFAULT_SAMPLES
+from lors_cli.models.size import ModelSize, forward
+from lors_cli.pruning import estimate as pruning_estimate
 from lors_cli.pruning.methods import RECONSTRUCTION_SAMPLES, statistics_kind
+from lors_cli.recipe.schema import PruneConfig
 
 if TYPE_CHECKING:
     from lors_cli.models.size import ModelSize
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
 
 FLOAT = 4
 CAST = 256 << 20
-"""Inputs held in float32 at a time; lors_cli.pruning.statistics."""
+"""Inputs held in float32 at a time; lors_cli.pruning.methods.statistics."""
 MATRICES = {"sparsegpt": 2, "admm": 4}
 """Matrices of the size of H that a solver holds beside H."""
 STACKS = {"sparsegpt": 3, "admm": 6}
@@ -145,3 +148,21 @@ def _solver(config: PruneConfig, size: ModelSize) -> int:
         stacks = max(STACKS.get(config.method, 3), 7 if config.refit else 0)
         most = max(most, FLOAT * (matrices * columns**2 + stacks * stacked * columns))
     return most
+
+
+ADMM_ITERATIONS = 20
+
+
+def _of_pruning(config: PruneConfig, size: ModelSize) -> float:
+    if statistics_kind(config) == "none":
+        return 2.0 * size.num_parameters
+    tokens, _ = pruning_estimate.calibration_tokens(config, size)
+    length = config.calibration.sequence_length or min(pruning_estimate.DEFAULT_LENGTH, size.max_length)
+    total = (1 if config.sequential else 2) * forward(size, tokens, length, head=False)
+    total += config.reconstruct_epochs * 3 * forward(size, tokens, length, head=False)
+    if statistics_kind(config) == "hessian":
+        inputs = pruning_estimate.distinct_inputs(size)
+        total += size.num_blocks * sum(2.0 * tokens * columns**2 + 2.0 * columns**3 for columns in inputs)
+        sweeps = (2 * ADMM_ITERATIONS if config.method == "admm" else 1) + (2 * ADMM_ITERATIONS if config.refit else 0)
+        total += sweeps * sum(1.0 * rows * columns**2 for rows, columns in size.linears)
+    return total

@@ -18,7 +18,7 @@ from lors_cli.models.size import ModelSize, forward, try_size
 from lors_cli.planning import estimate
 from lors_cli.plans import StagePlan
 from lors_cli.pruning import estimate as pruning_estimate
-from lors_cli.pruning.methods import statistics_kind
+from lors_cli.pruning.estimate import _of_pruning
 from lors_cli.recipe.schema import EvalConfig, ModelConfig, PruneConfig, TuneConfig
 
 EFFICIENCY = {"cuda": 0.4, "cpu": 0.25, "mps": 0.25}
@@ -37,7 +37,6 @@ PRODUCTS = {"lors": 4, "lora": 4, "sqft": 6, "sqft-gc": 8, "hira": 6, "spp": 10,
 """Operations a token and weight of a training step: 2 forward, 2 for the inputs' gradient, and what a method adds."""
 MERGES = {"lors": 2, "sqft": 2, "sqft-gc": 3, "hira": 2}
 """Products lora_B·lora_A a micro-batch."""
-ADMM_ITERATIONS = 20
 
 
 @dataclass(frozen=True)
@@ -160,21 +159,6 @@ def operations(plan: StagePlan, data_dir: Path | None) -> float | None:
     if isinstance(plan.config, TuneConfig):
         return _of_tuning(plan.config, size, data_dir)
     return _of_evaluation(plan.config, size, len(plan.models))
-
-
-def _of_pruning(config: PruneConfig, size: ModelSize) -> float:
-    if statistics_kind(config) == "none":
-        return 2.0 * size.num_parameters
-    tokens, _ = pruning_estimate.calibration_tokens(config, size)
-    length = config.calibration.sequence_length or min(pruning_estimate.DEFAULT_LENGTH, size.max_length)
-    total = (1 if config.sequential else 2) * forward(size, tokens, length, head=False)
-    total += config.reconstruct_epochs * 3 * forward(size, tokens, length, head=False)
-    if statistics_kind(config) == "hessian":
-        inputs = pruning_estimate.distinct_inputs(size)
-        total += size.num_blocks * sum(2.0 * tokens * columns**2 + 2.0 * columns**3 for columns in inputs)
-        sweeps = (2 * ADMM_ITERATIONS if config.method == "admm" else 1) + (2 * ADMM_ITERATIONS if config.refit else 0)
-        total += sweeps * sum(1.0 * rows * columns**2 for rows, columns in size.linears)
-    return total
 
 
 def _of_tuning(config: TuneConfig, size: ModelSize, data_dir: Path | None) -> float | None:

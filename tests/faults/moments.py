@@ -212,7 +212,7 @@ def _wrap_writes(watch: Watch) -> None:
 def _count_work(watch: Watch) -> None:
     """A line for every block, step and piece that was computed, kept or not."""
     from lors_cli import evaluation
-    from lors_cli.pruning.driver import BlockPruner
+    from lors_cli.pruning.walk.driver import BlockPruner
     from lors_cli.tuning import preparation
     from lors_cli.tuning.step_log import StepLog
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lors_cli.models.blocks import expert_keys
-from lors_cli.pruning.experts import forward_experts
+from lors_cli.pruning.walk.experts import forward_experts
 
 SIZES = {
     "hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 24, "num_local_experts": 4, "num_experts": 4,

@@ -12,7 +12,7 @@ from lors_cli.sparsity import Pattern, keep_largest
 if TYPE_CHECKING:
     import torch
 
-    from lors_cli.pruning.statistics import InputStatistics
+    from lors_cli.pruning.methods.statistics import InputStatistics
 
 
 def wanda(W: torch.Tensor, statistics: InputStatistics, pattern: Pattern) -> torch.Tensor:

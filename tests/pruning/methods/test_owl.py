@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lors_cli.errors import UsageError
-from lors_cli.pruning.owl import SPREAD, allocate, check_limits, outlier_ratio
+from lors_cli.pruning.methods.owl import SPREAD, allocate, check_limits, outlier_ratio
 
 
 def block(scales: tuple[float, float] = (1.0, 1.0)) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -13,9 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lors_cli.models.blocks import decoder_blocks
-from lors_cli.pruning import permutation as module
-from lors_cli.pruning.calibration import BlockArguments, capture
-from lors_cli.pruning.permutation import (
+from lors_cli.pruning.methods import permutation as module
+from lors_cli.pruning.methods.permutation import (
     FreeInput,
     Producer,
     apply_permutation,
@@ -24,6 +23,7 @@ from lors_cli.pruning.permutation import (
     free_inputs,
     retained,
 )
+from lors_cli.pruning.walk.calibration import BlockArguments, capture
 from lors_cli.sparsity import Pattern, keep_largest
 
 TWO_OF_FOUR = Pattern.parse("2:4")

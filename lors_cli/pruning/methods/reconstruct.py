@@ -16,7 +16,7 @@ import torch
 from lors_cli.errors import UsageError
 from lors_cli.models.blocks import PrunableWeight
 from lors_cli.output import console
-from lors_cli.pruning.statistics import NOT_FINITE
+from lors_cli.pruning.methods.statistics import NOT_FINITE
 
 if TYPE_CHECKING:
     from torch import nn

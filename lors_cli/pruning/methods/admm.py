@@ -14,7 +14,7 @@ from lors_cli.sparsity import Pattern, keep_largest
 if TYPE_CHECKING:
     import torch
 
-    from lors_cli.pruning.statistics import InputStatistics
+    from lors_cli.pruning.methods.statistics import InputStatistics
 
 ITERATIONS = 20
 MASK_ITERATIONS = 15

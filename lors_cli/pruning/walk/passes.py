@@ -14,10 +14,10 @@ from lors_cli.files import atomic
 from lors_cli.machine import processes
 from lors_cli.models.blocks import block_weights
 from lors_cli.output import progress
-from lors_cli.pruning.calibration import BlockArguments, first_inputs
-from lors_cli.pruning.hidden_states import HiddenStates, choose_place
-from lors_cli.pruning.owl import allocate, outlier_ratio
-from lors_cli.pruning.recorder import InputRecorder
+from lors_cli.pruning.methods.owl import allocate, outlier_ratio
+from lors_cli.pruning.walk.calibration import BlockArguments, first_inputs
+from lors_cli.pruning.walk.hidden_states import HiddenStates, choose_place
+from lors_cli.pruning.walk.recorder import InputRecorder
 
 if TYPE_CHECKING:
     from lors_cli.models.streaming import BlockwiseModel

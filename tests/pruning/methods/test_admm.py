@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from lors_cli.errors import UsageError
-from lors_cli.pruning import refit as refit_module
-from lors_cli.pruning.admm import DAMPING, admm
 from lors_cli.pruning.methods import prune_group, refit_group
-from lors_cli.pruning.refit import refit
-from lors_cli.pruning.statistics import InputStatistics
+from lors_cli.pruning.methods import refit as refit_module
+from lors_cli.pruning.methods.admm import DAMPING, admm
+from lors_cli.pruning.methods.refit import refit
+from lors_cli.pruning.methods.statistics import InputStatistics
 from lors_cli.sparsity import Pattern, num_violations
 
 TWO_OF_FOUR = Pattern.parse("2:4")

@@ -15,16 +15,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from lors_cli import pruning
 from lors_cli.errors import UsageError
 from lors_cli.models.blocks import block_weights, decoder_blocks, prunable_weights
 from lors_cli.models.streaming import BlockwiseModel
-from lors_cli.pruning import hidden_states, prune
-from lors_cli.pruning.calibration import capture
-from lors_cli.pruning.driver import BlockPruner
-from lors_cli.pruning.hidden_states import HiddenStates, choose_place
-from lors_cli.pruning.reconstruct import Reconstruction
-from lors_cli.pruning.staged import run_staged, shared_inputs
+from lors_cli.pruning import stage as pruning
+from lors_cli.pruning.methods.reconstruct import Reconstruction
+from lors_cli.pruning.stage import prune
+from lors_cli.pruning.walk import hidden_states
+from lors_cli.pruning.walk.calibration import capture
+from lors_cli.pruning.walk.driver import BlockPruner
+from lors_cli.pruning.walk.hidden_states import HiddenStates, choose_place
+from lors_cli.pruning.walk.staged import run_staged, shared_inputs
 from lors_cli.recipe.schema import CalibrationConfig, ModelConfig, PruneConfig
 from lors_cli.sparsity import Pattern
 

@@ -15,12 +15,12 @@ import torch
 
 from lors_cli.errors import UsageError
 from lors_cli.output import console
-from lors_cli.pruning.magnitude import magnitude
 from lors_cli.pruning.methods import prune_group
-from lors_cli.pruning.ria import ria
-from lors_cli.pruning.sparsegpt import inverse_factor, sparsegpt
-from lors_cli.pruning.statistics import InputStatistics
-from lors_cli.pruning.wanda import wanda
+from lors_cli.pruning.methods.magnitude import magnitude
+from lors_cli.pruning.methods.ria import ria
+from lors_cli.pruning.methods.sparsegpt import inverse_factor, sparsegpt
+from lors_cli.pruning.methods.statistics import InputStatistics
+from lors_cli.pruning.methods.wanda import wanda
 from lors_cli.sparsity import Pattern, num_violations
 
 PATTERNS = [Pattern.parse("2:4"), Pattern.parse("1:4"), Pattern.parse("4:8"),
@@ -302,7 +302,7 @@ class TestInverseFactor:
 
     def test_float64_before_more_damping(self, messages: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(
-            importlib.import_module("lors_cli.pruning.sparsegpt"), "FLOAT64_COLUMNS", 0
+            importlib.import_module("lors_cli.pruning.methods.sparsegpt"), "FLOAT64_COLUMNS", 0
         )  # as for a wide matrix
         near = np.float32(1.01)  # 9.5e-9 below 1.01, lost in float32
         U = inverse_factor(torch.tensor([[1.0, near], [near, 1.0]]))

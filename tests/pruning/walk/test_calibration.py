@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lors_cli.models.blocks import decoder_blocks
-from lors_cli.pruning.calibration import capture
+from lors_cli.pruning.walk.calibration import capture
 
 Build = Callable[..., PreTrainedModel]
 

@@ -17,8 +17,8 @@ from torch import nn
 
 from lors_cli.errors import UsageError
 from lors_cli.models.blocks import PrunableWeight
-from lors_cli.pruning.experts import forward_experts
-from lors_cli.pruning.statistics import InputStatistics, Kind
+from lors_cli.pruning.methods.statistics import InputStatistics, Kind
+from lors_cli.pruning.walk.experts import forward_experts
 
 Hook = Callable[[nn.Module, tuple[torch.Tensor, ...]], None]
 Clock = Callable[[str], AbstractContextManager[None]]

@@ -24,15 +24,15 @@ from lors_cli.models.blocks import PrunableWeight, block_weights
 from lors_cli.models.tensor_files import write_tensors
 from lors_cli.output import console, progress
 from lors_cli.pruning import methods
-from lors_cli.pruning.calibration import BlockArguments
-from lors_cli.pruning.hidden_states import HiddenStates
-from lors_cli.pruning.passes import owl_shares, start_walk
-from lors_cli.pruning.permutation import FreeInput, apply_permutation, find_for, free_inputs
-from lors_cli.pruning.phases import Phases
-from lors_cli.pruning.reconstruct import Reconstruction
-from lors_cli.pruning.recorder import BlockDone, InputGroup, InputRecorder
-from lors_cli.pruning.staged import run_staged, shared_inputs
-from lors_cli.pruning.statistics import InputStatistics
+from lors_cli.pruning.methods.permutation import FreeInput, apply_permutation, find_for, free_inputs
+from lors_cli.pruning.methods.reconstruct import Reconstruction
+from lors_cli.pruning.methods.statistics import InputStatistics
+from lors_cli.pruning.walk.calibration import BlockArguments
+from lors_cli.pruning.walk.hidden_states import HiddenStates
+from lors_cli.pruning.walk.passes import owl_shares, start_walk
+from lors_cli.pruning.walk.phases import Phases
+from lors_cli.pruning.walk.recorder import BlockDone, InputGroup, InputRecorder
+from lors_cli.pruning.walk.staged import run_staged, shared_inputs
 from lors_cli.sparsity import LayerSparsity, Pattern, measure
 
 if TYPE_CHECKING:

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 from lors_cli.errors import UsageError
 from lors_cli.output import console
-from lors_cli.pruning.statistics import NOT_FINITE
+from lors_cli.pruning.methods.statistics import NOT_FINITE
 from lors_cli.sparsity import Pattern, keep_largest, keep_of_group
 
 if TYPE_CHECKING:
     import torch
 
-    from lors_cli.pruning.statistics import InputStatistics
+    from lors_cli.pruning.methods.statistics import InputStatistics
 
 BLOCK_COLUMNS = 128
 STRIP_COLUMNS = 16

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from lors_cli.errors import UsageError
 from lors_cli.machine import processes as parallel
 from lors_cli.models.streaming import open_blockwise
-from lors_cli.pruning.hidden_states import HiddenStates
-from lors_cli.pruning.passes import start_walk
+from lors_cli.pruning.walk.hidden_states import HiddenStates
+from lors_cli.pruning.walk.passes import start_walk
 from lors_cli.recipe.schema import CalibrationConfig, ModelConfig
 
 

@@ -12,7 +12,7 @@ from lors_cli.sparsity import Pattern, keep_largest
 if TYPE_CHECKING:
     import torch
 
-    from lors_cli.pruning.statistics import InputStatistics
+    from lors_cli.pruning.methods.statistics import InputStatistics
 
 ACTIVATION_POWER = 0.5
 
@@ -29,7 +29,7 @@ def ria(W: torch.Tensor, statistics: InputStatistics, pattern: Pattern) -> torch
         (R, C), kept weights unchanged.
 
     Source: RIA §3, ICLR 2024, “Plug-and-Play: an efficient post-training pruning method for large language models”;
-    its channel permutation is `lors_cli.pruning.permutation`.
+    its channel permutation is `lors_cli.pruning.methods.permutation`.
     """
     return W * keep_largest(relative_importance(W, statistics), pattern, per_row=False)
 

@@ -13,15 +13,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
-from lors_cli import pruning
 from lors_cli.errors import SparsityError, UsageError
 from lors_cli.files import hashes, records
 from lors_cli.models.streaming import BlockwiseModel
 from lors_cli.models.tensor_files import TensorWriter
-from lors_cli.pruning import methods, prune, stage_fingerprint
-from lors_cli.pruning.driver import Block, BlockPruner
-from lors_cli.pruning.hidden_states import HiddenStates
+from lors_cli.pruning import methods
+from lors_cli.pruning import stage as pruning
 from lors_cli.pruning.methods import STATISTICS
+from lors_cli.pruning.stage import prune, stage_fingerprint
+from lors_cli.pruning.walk.driver import Block, BlockPruner
+from lors_cli.pruning.walk.hidden_states import HiddenStates
 from lors_cli.recipe.schema import CalibrationConfig, ModelConfig, PruneConfig
 from lors_cli.sparsity import Pattern
 

@@ -17,14 +17,14 @@ from transformers.pytorch_utils import Conv1D
 
 from lors_cli.errors import UsageError
 from lors_cli.models.blocks import PrunableWeight, block_weights, decoder_blocks
-from lors_cli.pruning.admm import admm
-from lors_cli.pruning.calibration import capture
-from lors_cli.pruning.magnitude import magnitude
-from lors_cli.pruning.recorder import BlockDone, InputRecorder
-from lors_cli.pruning.ria import ria
-from lors_cli.pruning.sparsegpt import sparsegpt
-from lors_cli.pruning.statistics import InputStatistics, Kind
-from lors_cli.pruning.wanda import wanda
+from lors_cli.pruning.methods.admm import admm
+from lors_cli.pruning.methods.magnitude import magnitude
+from lors_cli.pruning.methods.ria import ria
+from lors_cli.pruning.methods.sparsegpt import sparsegpt
+from lors_cli.pruning.methods.statistics import InputStatistics, Kind
+from lors_cli.pruning.methods.wanda import wanda
+from lors_cli.pruning.walk.calibration import capture
+from lors_cli.pruning.walk.recorder import BlockDone, InputRecorder
 from lors_cli.sparsity import Pattern
 
 Build = Callable[..., PreTrainedModel]

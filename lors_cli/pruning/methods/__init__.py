@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from lors_cli.pruning.admm import admm
-from lors_cli.pruning.magnitude import magnitude
-from lors_cli.pruning.ria import ria
-from lors_cli.pruning.sparsegpt import sparsegpt
-from lors_cli.pruning.wanda import wanda
+from lors_cli.pruning.methods.admm import admm
+from lors_cli.pruning.methods.magnitude import magnitude
+from lors_cli.pruning.methods.ria import ria
+from lors_cli.pruning.methods.sparsegpt import sparsegpt
+from lors_cli.pruning.methods.wanda import wanda
 from lors_cli.sparsity import Pattern
 
 if TYPE_CHECKING:
     import torch
 
-    from lors_cli.pruning.statistics import InputStatistics, Kind
+    from lors_cli.pruning.methods.statistics import InputStatistics, Kind
     from lors_cli.recipe.schema import PruneConfig
 
     Solver = Callable[[Sequence[torch.Tensor], InputStatistics, Pattern], list[torch.Tensor]]
@@ -82,7 +82,7 @@ def scores(method: str, weight: torch.Tensor, statistics: InputStatistics) -> to
     Returns:
         (out_features, in_features) float32.
     """
-    from lors_cli.pruning.ria import relative_importance
+    from lors_cli.pruning.methods.ria import relative_importance
 
     if method == "ria":
         return relative_importance(weight, statistics)
@@ -105,7 +105,7 @@ def refit_group(
     """
     import torch
 
-    from lors_cli.pruning.refit import refit
+    from lors_cli.pruning.methods.refit import refit
 
     rows = [weight.shape[0] for weight in weights]
     solved = refit(torch.cat([*weights]), torch.cat([*pruned]), statistics.hessian())

@@ -1,0 +1,194 @@
+"""The pruning stage: `prune` turns a dense checkpoint into a sparse one, block by block.
+
+A file for each method (pure maths), `driver` for the walk through the blocks, `methods` for what joins the two.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lors_cli.errors import SparsityError, UsageError
+from lors_cli.files import atomic, hashes, records
+from lors_cli.machine import environment, processes
+from lors_cli.output import console, progress
+from lors_cli.pruning.methods import STATISTICS, prune_group, refit_group, statistics_kind
+from lors_cli.sparsity import Pattern, summarise
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from lors_cli.models.streaming import BlockwiseModel
+    from lors_cli.models.tensor_files import Entry
+    from lors_cli.pruning.walk.driver import BlockPruner
+    from lors_cli.recipe.schema import ModelConfig, PruneConfig
+
+__all__ = ["STATISTICS", "prune", "prune_group", "refit_group", "stage_fingerprint", "statistics_kind"]
+
+STAGE_VERSION = 2
+
+
+def stage_fingerprint(config: PruneConfig, model_fingerprint: str, data_dir: Path | None) -> str:
+    """The fingerprint of `prune`'s result; cheap, no model is loaded.
+
+    Args:
+        config: the stage's settings.
+        model_fingerprint: of the dense model.
+        data_dir: local datasets.
+    """
+    settings = {**asdict(config), "sparsity": Pattern.of(config).sparsity, "true_sequential": config.sequential}
+    del settings["calibration"]["offload"]
+    inputs = {"model": model_fingerprint}
+    if statistics_kind(config) == "none":
+        del settings["calibration"]
+    else:
+        from lors_cli.data.sources import fingerprint_source
+
+        dataset = settings["calibration"].pop("dataset")
+        inputs["calibration"] = fingerprint_source(dataset, split="train", data_dir=data_dir)
+    return hashes.fingerprint("prune", STAGE_VERSION, settings, inputs)
+
+
+def prune(config: PruneConfig, model: ModelConfig, out: Path, *, data_dir: Path | None = None) -> records.StageRecord:
+    """Prune a causal LM and write the sparse checkpoint; an interrupted call goes on at its last block.
+
+    Blocks are read, pruned and written one at a time; the model is never in memory whole (a .gguf is). Under
+    torchrun the calibration samples are shared out, and process 0 writes.
+
+    Args:
+        config: method, pattern, calibration.
+        model: the dense model.
+        out: stage folder (DESIGN §4), which all processes see.
+        data_dir: local datasets, None for the hub.
+
+    Returns:
+        The stage's record; its metrics hold sparsity and pattern of every pruned weight.
+
+    Raises:
+        SparsityError: a weight came out denser than promised; nothing is published.
+        UsageError: the model or one of its weights cannot be pruned so, or `out` is the model itself.
+    """
+    from lors_cli.models.blocks import prunable_weights
+    from lors_cli.models.loading import load_tokenizer
+    from lors_cli.models.sources import model_fingerprint
+    from lors_cli.models.streaming import open_blockwise
+    from lors_cli.pruning.methods.owl import SPREAD, check_limits
+    from lors_cli.pruning.walk.driver import BlockPruner
+
+    started = time.monotonic()
+    if Path(model.path).expanduser().resolve() == out.resolve():
+        raise UsageError(f"{out} is the model itself and would be overwritten.", "Choose another --out.")
+    if config.reconstruct_epochs and processes.num_processes() > 1:
+        raise UsageError(
+            "reconstruct_epochs runs in one process.",
+            "Prune without --nproc or torchrun (a recipe: lors run RECIPE --until prune), then start several.",
+        )
+    pattern = Pattern.of(config)
+    if config.layer_sparsity == "owl":
+        check_limits(pattern.sparsity, SPREAD)
+    base_fingerprint = model_fingerprint(model)
+    fingerprint = stage_fingerprint(config, base_fingerprint, data_dir)
+    console.info(f"  model: {model.path}")
+    with progress.busy("reading the tokenizer"):
+        tokenizer = load_tokenizer(model)
+    source = open_blockwise(model)
+    if config.reconstruct_epochs and str(source.network.dtype) == "torch.float16":
+        raise UsageError("reconstruct_epochs: gradients do not fit into float16.", "Set dtype=bfloat16 for the model.")
+    for name, weight in prunable_weights(source.network).items():
+        pattern.check_shape(name, weight.shape)
+    batches = _calibration_batches(config, source, tokenizer, data_dir)
+    alone = processes.start()
+    if processes.is_main():
+        records.work_dir(out, fingerprint)
+    processes.wait_for_all()
+    pruner = BlockPruner(config, source, pattern, out / records.WORK_NAME)
+    if batches:
+        pruner.with_calibration(batches)
+    else:
+        pruner.without_data()
+    metrics = _metrics(pruner, batches)
+    record = records.StageRecord(
+        "prune", fingerprint, hashes.plain(config), {"model": base_fingerprint, "path": model.path}, metrics,
+        environment.environment(), round(time.monotonic() - started, 2), {},
+    )  # fmt: skip
+    if processes.is_main():
+        _write_checkpoint(records.staging_dir(out), pruner, tokenizer, model, metrics)
+        record = records.publish(out, record)
+    if alone:
+        processes.stop()
+    return record
+
+
+def _calibration_batches(
+    config: PruneConfig, source: BlockwiseModel, tokenizer: PreTrainedTokenizerBase, data_dir: Path | None
+) -> list[torch.Tensor]:
+    """The calibration sequences; none for a method that looks at weights alone."""
+    from lors_cli.data.tokens import calibration_tokens
+    from lors_cli.models.blocks import model_max_length
+
+    if statistics_kind(config) == "none":
+        return []
+    calibration, max_length = config.calibration, model_max_length(source.network)
+    with progress.busy(f"tokenising {calibration.dataset}"):
+        tokens = calibration_tokens(calibration, tokenizer, model_max_length=max_length, data_dir=data_dir)
+    console.info(f"  calibration: {calibration.dataset}, {tokens.shape[0]} × {tokens.shape[1]} tokens")
+    return list(tokens.split(calibration.batch_size))
+
+
+def _metrics(pruner: BlockPruner, batches: list[torch.Tensor]) -> dict[str, Any]:
+    """What stage.json says of the result, which is checked here."""
+    broken = [layer for layer in pruner.layers if layer.violations]
+    if broken:
+        raise SparsityError(
+            f"{len(broken)} pruned weights break {pruner.pattern}, first {broken[0].name} with "
+            f"{broken[0].violations} violations; nothing was written.",
+            "This is a fault of the pruning method: please report it with the recipe.",
+        )
+    network = pruner.model.network
+    metrics = {**summarise(pruner.layers, pruner.pattern), "dtype": str(network.dtype).removeprefix("torch."),
+               "commit": getattr(network.config, "_commit_hash", None)}  # fmt: skip
+    if batches:
+        num_samples, tokens = sum(len(batch) for batch in batches), sum(batch.numel() for batch in batches)
+        metrics["calibration"] = {"num_samples": num_samples, "tokens": tokens}
+        metrics["phases_s"] = pruner.phases.rounded()
+    if pruner.few_tokens:
+        metrics["few_tokens"] = pruner.few_tokens
+        _report_few_tokens(pruner.few_tokens)
+    return metrics
+
+
+def _report_few_tokens(few_tokens: dict[str, int]) -> None:
+    unseen = sum(1 for tokens in few_tokens.values() if not tokens)
+    name = min(few_tokens, key=lambda key: few_tokens[key])
+    console.warn(
+        f"{len(few_tokens)} weights saw fewer calibration tokens than they have inputs, least {name} with "
+        f"{few_tokens[name]}; {unseen} saw none and were pruned by magnitude. More calibration samples would help; "
+        "stage.json names them all."
+    )
+
+
+def _write_checkpoint(
+    staging: Path, pruner: BlockPruner, tokenizer: Any, model: ModelConfig, metrics: dict[str, Any]
+) -> None:
+    from lors_cli.models.card import model_card
+    from lors_cli.models.loading import MAX_SHARD_SIZE, save_settings
+    from lors_cli.models.tensor_files import write_checkpoint
+
+    save_settings(pruner.model.network, tokenizer, staging)
+    write_checkpoint(staging, _tensors(pruner), max_shard_size=MAX_SHARD_SIZE)
+    card = model_card(base_model=model.path, prune=hashes.plain(pruner.config), tune=None, metrics=metrics,
+                      environment=environment.environment())  # fmt: skip
+    atomic.write_text(staging / "README.md", card)
+
+
+def _tensors(pruner: BlockPruner) -> Iterator[tuple[Entry, Callable[[], torch.Tensor]]]:
+    """Every tensor of the pruned checkpoint: those outside the blocks from the dense model, the rest as pruned."""
+    from lors_cli.models.tensor_files import saved_tensors
+
+    yield from pruner.model.outer_tensors()
+    for file in pruner.block_files():
+        yield from saved_tensors(file)

@@ -1,0 +1,1 @@
+"""Through the model block by block."""
