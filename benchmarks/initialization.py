@@ -26,10 +26,10 @@ from lors_cli.files import atomic
 from lors_cli.live_memory import LiveBytes
 from lors_cli.models.loading import load_model, load_tokenizer
 from lors_cli.recipe.schema import ModelConfig, TuneDataConfig
-from lors_cli.tuning import sparse_layers
-from lors_cli.tuning.adapter import adaptable_layers
+from lors_cli.tuning.attach import adaptable_layers
 from lors_cli.tuning.head import causal_lm_loss
 from lors_cli.tuning.initialization import _layer_groups, _summed_gradients, gradient_directions
+from lors_cli.tuning.stage import sparse_layers
 
 Batches = list[dict[str, torch.Tensor]]
 Directions = dict[str, torch.Tensor]

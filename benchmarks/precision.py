@@ -25,8 +25,10 @@ from quality import METHODS, MODEL, Figures, Sweep, held_out_loss
 from lors_cli.files import atomic
 from lors_cli.models.loading import load_model, load_tokenizer
 from lors_cli.recipe.schema import Dtype, ModelConfig
-from lors_cli.tuning.adapter import adapter_layers, load_adapter, merge_adapters
-from lors_cli.tuning.rounding import Rounding
+from lors_cli.tuning.adapter import load_adapter
+from lors_cli.tuning.attach import adapter_layers
+from lors_cli.tuning.kernels.rounding import Rounding
+from lors_cli.tuning.merge import merge_adapters
 
 RATES = (2e-5, 1e-3)
 FLOAT32 = "lors-float32"

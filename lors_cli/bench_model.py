@@ -19,10 +19,11 @@ from lors_cli.models.shapes import SHAPES
 from lors_cli.output import console
 from lors_cli.tuning.baselines import LAYERS
 from lors_cli.tuning.head import causal_lm_loss
+from lors_cli.tuning.kernels.cache import Keep, MergedCache
+from lors_cli.tuning.kernels.rounding import Rounding, kept_thresholds
+from lors_cli.tuning.kernels.scratch import free_scratch, scratch_memory
 from lors_cli.tuning.layers import AdapterLinear
 from lors_cli.tuning.lors import CompressedLorsLinear, LorsLinear
-from lors_cli.tuning.merging import Keep, MergedCache, free_scratch, scratch_memory
-from lors_cli.tuning.rounding import Rounding, kept_thresholds
 
 
 @dataclass(frozen=True)

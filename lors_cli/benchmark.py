@@ -27,7 +27,7 @@ from lors_cli.models.shapes import SHAPES
 from lors_cli.output import console, progress
 from lors_cli.tuning.baselines import check_rank
 from lors_cli.tuning.head import causal_lm_loss
-from lors_cli.tuning.merging import how_merged
+from lors_cli.tuning.kernels.masked_merge import how_merged
 
 AUTHORS_LOG = {"lora": (1.13, 26.0), "lors": (1.28, 26.0), "sqft": (1.26, 44.2), "spp-gc": (2.20, 25.8)}
 """Seconds an iteration and GiB in the LoRS authors' own log (A6000), for comparison."""

@@ -328,7 +328,7 @@ def _show_record(folder: Path) -> None:
 def merge(model: o.Base, adapter: o.Adapter, out: o.Out, device: o.Device = "auto", dtype: o.Dtype = "auto") -> None:
     """Merge a LoRS adapter into its sparse base, zeros kept."""
     from lors_cli.pipeline import claim, guard_out
-    from lors_cli.tuning.adapter import merge as merge_adapter
+    from lors_cli.tuning.merge import merge as merge_adapter
 
     _model_config(model, dtype, device)
     guard_out(out, "merge", [model])

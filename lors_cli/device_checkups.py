@@ -111,7 +111,7 @@ def fast_paths() -> Iterator[Finding]:
 
 
 def _merge(device: torch.device, dtype: torch.dtype) -> Finding:
-    from lors_cli.tuning.merging import how_merged, why_no_kernel
+    from lors_cli.tuning.kernels.masked_merge import how_merged, why_no_kernel
 
     text = f"{str(dtype).removeprefix('torch.')} on {device.type}: {how_merged(device, dtype)}"
     if device.type == "cuda" and why_no_kernel(device, dtype):
@@ -120,7 +120,7 @@ def _merge(device: torch.device, dtype: torch.dtype) -> Finding:
 
 
 def _compressed(device: torch.device, dtype: torch.dtype) -> Finding:
-    from lors_cli.tuning.merging import why_no_kernel
+    from lors_cli.tuning.kernels.masked_merge import why_no_kernel
 
     if why_no_kernel(device, dtype):
         text = "tune.base=compressed (2:4) saves memory and costs time: each weight is restored for its merge"
@@ -133,7 +133,7 @@ def _cache(device: torch.device) -> Finding:
     import psutil
     import torch
 
-    from lors_cli.tuning.merging import SHARE_OF_FREE
+    from lors_cli.tuning.kernels.cache import SHARE_OF_FREE
 
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     share = f"{SHARE_OF_FREE:.0%} of what is free"

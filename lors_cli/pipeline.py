@@ -152,7 +152,7 @@ def run_stage(plan: StagePlan, data_dir: Path | None) -> None:
     with progress.busy("starting"):
         from lors_cli.evaluation import evaluate
         from lors_cli.pruning.stage import prune
-        from lors_cli.tuning import tune
+        from lors_cli.tuning.stage import tune
 
     check_disk(plan)
     check_memory(plan)

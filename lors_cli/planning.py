@@ -12,16 +12,13 @@ from lors_cli.models.size import ModelSize, model_size, try_size
 from lors_cli.output.console import gib
 from lors_cli.pruning import estimate as pruning_estimate
 from lors_cli.recipe.schema import EvalConfig, ModelConfig, PruneConfig, TuneConfig
+from lors_cli.tuning.estimate import _estimate_tune
 
 GIB = 1 << 30
 RUNTIME = GIB // 2
 """Bytes that Python and the libraries take whatever the model."""
 TASK_LENGTH = 512
 """Tokens that few documents of a zero-shot task exceed."""
-
-
-HEAD_CHUNKS = 512 << 20
-"""The head's logits and their gradient, a chunk of tokens at a time, at most."""
 
 
 def estimate(config: PruneConfig | TuneConfig | EvalConfig, size: ModelSize) -> Estimate:
@@ -43,28 +40,6 @@ def estimate(config: PruneConfig | TuneConfig | EvalConfig, size: ModelSize) -> 
 
 def _with_runtime(needs: Estimate) -> Estimate:
     return Estimate(needs.memory + RUNTIME, needs.disk)
-
-
-def _estimate_tune(config: TuneConfig, size: ModelSize) -> Estimate:
-    adapters = sum(config.rank * (rows + columns) for rows, columns in size.linears)
-    tokens = config.micro_batch_size * config.data.max_length
-    block = tokens * (12 * size.hidden_size + 4 * size.intermediate_size) * size.bytes_a_weight
-    kept = size.num_blocks * tokens * size.hidden_size * size.bytes_a_weight + block
-    activations = kept if config.gradient_checkpointing else size.num_blocks * block
-    logits = min(tokens * size.vocab_size * (size.bytes_a_weight + 8), HEAD_CHUNKS)
-    width = {"sqft": size.bytes_a_weight + 1, "spp": 2 * size.bytes_a_weight, "hira": size.bytes_a_weight}
-    merged = size.num_prunable * width.get(config.method, 0)  # what a method keeps of every weight for backward
-    if config.gradient_checkpointing:
-        merged //= size.num_blocks
-    if config.method == "lors" and config.merged_cache == "on":
-        merged = size.num_prunable * size.bytes_a_weight
-    gradient = {"gradient": 12 * adapters, "gradient-exact": size.num_prunable // 8 * 4}.get(config.start, 0)
-    training = 16 * adapters + merged
-    if config.base == "compressed":  # once the start is computed, on the plain weights
-        training -= size.num_prunable * size.bytes_a_weight // 2 - size.num_prunable // 8
-    teacher = size.num_bytes if config.distill else 0
-    memory = size.num_bytes + teacher + activations + logits + max(training, gradient)
-    return Estimate(memory, size.num_bytes + (config.keep_checkpoints + 1) * 12 * adapters + (16 << 20))
 
 
 def try_estimate(config: Any, model: ModelConfig) -> tuple[Estimate | None, str]:

@@ -71,10 +71,10 @@ def plan_chain(recipe: Recipe, place: Callable[[str, str], Path], data_dir: Path
         place: stage and fingerprint to the stage's folder.
         data_dir: local datasets.
     """
-    from lors_cli import tuning
     from lors_cli.evaluation.tasks import check_tasks
     from lors_cli.models.sources import model_fingerprint
     from lors_cli.pruning import stage as pruning
+    from lors_cli.tuning import stage as tuning
     from lors_cli.tuning import teacher
 
     recipe = recipe.with_defaults()
@@ -132,10 +132,10 @@ def plan_single(stage: str, config: Any, models: dict[str, ModelConfig], out: Pa
         out: the stage folder.
         data_dir: local datasets.
     """
-    from lors_cli import tuning
     from lors_cli.evaluation.tasks import check_tasks
     from lors_cli.models.sources import model_fingerprint
     from lors_cli.pruning import stage as pruning
+    from lors_cli.tuning import stage as tuning
     from lors_cli.tuning import teacher
 
     fingerprints = {label: model_fingerprint(model) for label, model in models.items()}

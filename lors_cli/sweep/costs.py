@@ -20,6 +20,7 @@ from lors_cli.plans import StagePlan
 from lors_cli.pruning import estimate as pruning_estimate
 from lors_cli.pruning.estimate import _of_pruning
 from lors_cli.recipe.schema import EvalConfig, ModelConfig, PruneConfig, TuneConfig
+from lors_cli.tuning.estimate import _of_tuning
 
 EFFICIENCY = {"cuda": 0.4, "cpu": 0.25, "mps": 0.25}
 """Share of a matrix product's speed that whole stages reach."""
@@ -32,11 +33,6 @@ OTHER_TASK = (1000, 300)
 """Of a task that is not among them."""
 TEXT_TOKENS = {"wikitext2": 300_000}
 """Tokens of a text that is measured whole."""
-ALPACA_ROWS, ALPACA_TOKENS = 52_002, 105
-PRODUCTS = {"lors": 4, "lora": 4, "sqft": 6, "sqft-gc": 8, "hira": 6, "spp": 10, "spp-gc": 12}
-"""Operations a token and weight of a training step: 2 forward, 2 for the inputs' gradient, and what a method adds."""
-MERGES = {"lors": 2, "sqft": 2, "sqft-gc": 3, "hira": 2}
-"""Products lora_B·lora_A a micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -159,40 +155,6 @@ def operations(plan: StagePlan, data_dir: Path | None) -> float | None:
     if isinstance(plan.config, TuneConfig):
         return _of_tuning(plan.config, size, data_dir)
     return _of_evaluation(plan.config, size, len(plan.models))
-
-
-def _of_tuning(config: TuneConfig, size: ModelSize, data_dir: Path | None) -> float | None:
-    length = config.data.max_length
-    if config.data.dataset == "alpaca":
-        length = min(length, ALPACA_TOKENS)
-    if config.max_tokens:
-        samples: float | None = config.max_tokens / length
-    else:
-        samples = config.max_steps * config.batch_size if config.max_steps else _samples(config, data_dir)
-    if samples is None:
-        return None
-    tokens = float(samples * length)
-    passes = 3 + (1 if config.gradient_checkpointing else 0)
-    rest = forward(size, tokens, length) - 2 * tokens * size.num_prunable  # attention and head
-    products = PRODUCTS[config.method] + (2 if config.gradient_checkpointing else 0)
-    merges = 2 * config.rank * size.num_prunable * MERGES.get(config.method, 0) * samples / config.micro_batch_size
-    start = 0.0 if config.start == "kaiming" else 3 * forward(size, config.init_samples * length, length)
-    teacher = forward(size, tokens, length) if config.distill else 0.0
-    return products * tokens * size.num_prunable + passes * rest + merges + start + teacher
-
-
-def _samples(config: TuneConfig, data_dir: Path | None) -> int | None:
-    """Samples of all epochs, None where counting them would need the hub."""
-    from lors_cli.data.sources import open_source
-
-    rows = config.data.num_samples
-    if rows is None:
-        source = open_source(config.data.dataset, split="train", data_dir=data_dir, want="instructions")
-        if source.fingerprint.startswith("hub:"):
-            rows = ALPACA_ROWS if config.data.dataset == "alpaca" else None
-        elif source.kind == "instructions":
-            rows = sum(1 for _ in source.rows())
-    return None if rows is None else math.ceil(config.epochs * rows)
 
 
 def _of_evaluation(config: EvalConfig, size: ModelSize, num_models: int) -> float | None:

@@ -16,10 +16,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lors_cli.errors import UsageError
-from lors_cli.tuning.compressed import Compressed24, compress, decompress
+from lors_cli.tuning.kernels.cache import Keep, MergedCache
+from lors_cli.tuning.kernels.compressed import Compressed24, compress, decompress
+from lors_cli.tuning.kernels.masked_merge import masked_merge, masked_merge_formula
+from lors_cli.tuning.kernels.rounding import Rounding
 from lors_cli.tuning.layers import AdapterLinear
-from lors_cli.tuning.merging import Keep, MergedCache, masked_merge, masked_merge_formula
-from lors_cli.tuning.rounding import Rounding
 
 _NO_CACHE = MergedCache("never")
 

@@ -173,7 +173,7 @@ def _wrap_writes(watch: Watch) -> None:
 
     from lors_cli.files import records
     from lors_cli.models import loading, tensor_files
-    from lors_cli.tuning import step_log
+    from lors_cli.tuning.training import step_log
 
     def opened(path: Any, mode: str = "r", *args: Any, **options: Any) -> Any:
         file = builtins.open(path, mode, *args, **options)  # noqa: SIM115 - its reader closes it
@@ -213,8 +213,8 @@ def _count_work(watch: Watch) -> None:
     """A line for every block, step and piece that was computed, kept or not."""
     from lors_cli import evaluation
     from lors_cli.pruning.walk.driver import BlockPruner
-    from lors_cli.tuning import preparation
-    from lors_cli.tuning.step_log import StepLog
+    from lors_cli.tuning import initialization
+    from lors_cli.tuning.training.step_log import StepLog
 
     def told(owner: Any, name: str, unit: Callable[..., str]) -> None:
         real = getattr(owner, name)
@@ -230,6 +230,6 @@ def _count_work(watch: Watch) -> None:
     told(
         StepLog, "append", lambda self, row: f"step {watch.name(self.path.parent).replace('/.work', '')} {row['step']}"
     )
-    told(preparation, "gradient_directions", lambda *_: "start")
+    told(initialization, "gradient_directions", lambda *_: "start")
     told(evaluation, "_score_task", lambda *args: f"piece {watch.name(args[3].path)}")
     told(evaluation, "_score_text", lambda *args: f"piece {watch.name(args[3].path)}")

@@ -17,9 +17,10 @@ from lors_cli.plans import StagePlan, plan_chain, plan_stages
 from lors_cli.recipe.loading import load_recipe
 from lors_cli.recipe.schema import ModelConfig
 from lors_cli.sweep import costs as module
-from lors_cli.sweep.costs import PRODUCTS, costs, device_rate, disk_needed, operations
+from lors_cli.sweep.costs import costs, device_rate, disk_needed, operations
 from lors_cli.sweep.stages import distinct, plan_cells
-from lors_cli.tuning.adapter import attach
+from lors_cli.tuning.attach import attach
+from lors_cli.tuning.estimate import PRODUCTS
 
 LENGTH, SEQUENCES = 64, 8
 

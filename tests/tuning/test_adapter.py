@@ -15,16 +15,11 @@ from transformers import PreTrainedModel
 from lors_cli.errors import MissingError, SparsityError, UsageError
 from lors_cli.models.blocks import prunable_weights
 from lors_cli.tuning import adapter as adapters
-from lors_cli.tuning.adapter import (
-    AdapterConfig,
-    adapter_layers,
-    attach,
-    base_mask,
-    load_adapter,
-    merge_adapters,
-    save_adapter,
-)
+from lors_cli.tuning import attach as tuning_attach
+from lors_cli.tuning.adapter import AdapterConfig, load_adapter, save_adapter
+from lors_cli.tuning.attach import adapter_layers, attach, base_mask
 from lors_cli.tuning.lors import LorsLinear
+from lors_cli.tuning.merge import merge_adapters
 
 IDS = torch.arange(40).reshape(2, 20)
 
@@ -122,7 +117,7 @@ def test_missing_and_broken_files_are_named(tmp_path: Path, sparse_llama: Callab
     weights.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UsageError, match="not a whole safetensors file"):
         load_adapter(sparse_llama(), folder)
-    tensors = adapters.adapter_tensors(_adapted(sparse_llama()))
+    tensors = tuning_attach.adapter_tensors(_adapted(sparse_llama()))
     tensors.pop(next(iter(tensors)))
     save_file(tensors, weights)
     with pytest.raises(UsageError, match="does not fit its configuration"):

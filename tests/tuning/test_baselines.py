@@ -17,9 +17,10 @@ from lors_cli.errors import UsageError
 from lors_cli.files import atomic
 from lors_cli.models.blocks import prunable_weights
 from lors_cli.recipe.schema import ModelConfig, TuneConfig
-from lors_cli.tuning import tune
-from lors_cli.tuning.adapter import AdapterConfig, adapter_layers, attach, base_mask, load_adapter, save_adapter
+from lors_cli.tuning.adapter import AdapterConfig, load_adapter, save_adapter
+from lors_cli.tuning.attach import adapter_layers, attach, base_mask
 from lors_cli.tuning.baselines import LAYERS, check_rank
+from lors_cli.tuning.stage import tune
 
 ROWS, COLUMNS, RANK, ALPHA = 24, 16, 4, 6.0
 SCALE = ALPHA / RANK**0.5

@@ -91,7 +91,7 @@ def test_merge_rounds_once_from_the_exact_sum(
     dtype: torch.dtype, rows: int, tiles: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if tiles:
-        monkeypatch.setattr("lors_cli.tuning.merging._addmm_rounds_once", lambda *_: False)
+        monkeypatch.setattr("lors_cli.tuning.kernels.masked_merge._addmm_rounds_once", lambda *_: False)
     case = _case(dtype, rows=rows, columns=48)
     merged = masked_merge(case["weight"], case["lora_A"], case["lora_B"], 0.25)
     A, B = (case[key].to(dtype).double() for key in ("lora_A", "lora_B"))
@@ -105,10 +105,10 @@ def test_merge_rounds_once_from_the_exact_sum(
 
 
 def test_merge_by_tiles_equals_merge_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lors_cli.tuning.merging._addmm_rounds_once", lambda *_: False)
+    monkeypatch.setattr("lors_cli.tuning.kernels.masked_merge._addmm_rounds_once", lambda *_: False)
     case = _case(torch.bfloat16, rows=100, columns=64)
     at_once = masked_merge(case["weight"], case["lora_A"], case["lora_B"], 2.0)
-    monkeypatch.setattr("lors_cli.tuning.merging.TILE_ELEMENTS", 64 * 17)
+    monkeypatch.setattr("lors_cli.tuning.kernels.masked_merge.TILE_ELEMENTS", 64 * 17)
     torch.testing.assert_close(
         masked_merge(case["weight"], case["lora_A"], case["lora_B"], 2.0), at_once, rtol=0, atol=0
     )

@@ -24,8 +24,10 @@ from lors_cli.models.blocks import prunable_weights
 from lors_cli.models.inspection import inspect
 from lors_cli.output import console
 from lors_cli.recipe.schema import ModelConfig, TuneConfig, TuneDataConfig
-from lors_cli.tuning import tune
-from lors_cli.tuning.adapter import adapter_layers, attach, base_mask, load_adapter, merge
+from lors_cli.tuning.adapter import load_adapter
+from lors_cli.tuning.attach import adapter_layers, attach, base_mask
+from lors_cli.tuning.merge import merge
+from lors_cli.tuning.stage import tune
 
 SIZES = {
     "vocab_size": 258, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, OPTConfig, PreTrainedModel
 
 from lors_cli.errors import UsageError
 from lors_cli.recipe.schema import ModelConfig, TuneConfig
-from lors_cli.tuning import tune
 from lors_cli.tuning.adapter import load_adapter
 from lors_cli.tuning.norms import merge_norms, norm_parameters, norm_shifts, train_norms
+from lors_cli.tuning.stage import tune
 
 IDS = torch.arange(40).reshape(2, 20)
 

@@ -17,8 +17,9 @@ from lors_cli.files import atomic, records
 from lors_cli.pipeline import run_recipe
 from lors_cli.recipe.loading import load_recipe
 from lors_cli.recipe.schema import DistillConfig, ModelConfig, TuneConfig
-from lors_cli.tuning import head, stage_fingerprint, tune
+from lors_cli.tuning import head
 from lors_cli.tuning.head import Teacher, causal_lm_loss
+from lors_cli.tuning.stage import stage_fingerprint, tune
 from lors_cli.tuning.teacher import with_teacher
 
 

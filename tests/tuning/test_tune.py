@@ -18,11 +18,11 @@ from lors_cli.files import records
 from lors_cli.models.blocks import prunable_weights
 from lors_cli.models.inspection import inspect
 from lors_cli.recipe.schema import ModelConfig, TuneConfig, TuneDataConfig
-from lors_cli.tuning import stage_fingerprint, tune
-from lors_cli.tuning import trainer as trainer_module
 from lors_cli.tuning.adapter import load_adapter
-from lors_cli.tuning.step_log import LogCallback
-from lors_cli.tuning.trainer import AdapterTrainer, StepSampler, whole_checkpoints
+from lors_cli.tuning.stage import stage_fingerprint, tune
+from lors_cli.tuning.training import trainer as trainer_module
+from lors_cli.tuning.training.step_log import LogCallback
+from lors_cli.tuning.training.trainer import AdapterTrainer, StepSampler, whole_checkpoints
 
 IDS = torch.arange(40).reshape(2, 20)
 
@@ -151,7 +151,7 @@ def test_lora_b_has_its_own_learning_rate(
 
 
 def test_a_log_begun_beside_an_earlier_result_is_gone_on_with(tmp_path: Path) -> None:
-    from lors_cli.tuning import _running_log
+    from lors_cli.tuning.stage import _running_log
 
     work = tmp_path / ".work"
     work.mkdir()
@@ -272,7 +272,7 @@ def test_a_merge_that_breaks_the_pattern_publishes_nothing(
 def test_epochs_count_the_steps_that_the_trainer_makes(
     sparse_checkpoint: Path, config: TuneConfig, tmp_path: Path
 ) -> None:
-    from lors_cli.tuning import _num_steps
+    from lors_cli.tuning.stage import _num_steps
 
     by_epoch = replace(config, max_steps=None, epochs=1.5, batch_size=6, init="kaiming")
     record = tune(by_epoch, ModelConfig(path=str(sparse_checkpoint)), tmp_path / "tune")

@@ -35,24 +35,3 @@ def _permutation(seed: int, epoch: int, window: int, size: int) -> list[int]:
     order = list(range(size))
     random.Random(f"{seed} {epoch} {window}").shuffle(order)
     return order
-
-
-def step_positions(step: int, *, batch_size: int, micro_batch_size: int, rank: int, world_size: int) -> list[int]:
-    """The positions that one of several processes trains on in an optimiser step.
-
-    A step takes `batch_size` consecutive positions whatever the number of processes; micro-batches go to the
-    processes in turn, as accelerate deals them.
-
-    Args:
-        step: from 0.
-        batch_size: samples a step, over all processes.
-        micro_batch_size: samples a forward pass of one process; times world_size it divides batch_size.
-        rank: of the process.
-        world_size: number of processes.
-    """
-    first, stride = step * batch_size, micro_batch_size * world_size
-    return [
-        start + rank * micro_batch_size + inside
-        for start in range(first, first + batch_size, stride)
-        for inside in range(micro_batch_size)
-    ]

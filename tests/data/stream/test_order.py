@@ -6,7 +6,8 @@ from itertools import chain
 
 import pytest
 
-from lors_cli.data.stream.order import shuffled_block, step_positions
+from lors_cli.data.stream.order import shuffled_block
+from lors_cli.tuning.training.distributed import step_positions
 
 
 def _blocks(count: int, **options: int | None) -> list[int]:

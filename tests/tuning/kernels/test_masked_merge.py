@@ -7,9 +7,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lors_cli.tuning import merging
+from lors_cli.tuning.kernels import masked_merge as merging
+from lors_cli.tuning.kernels import scratch as kernels_scratch
+from lors_cli.tuning.kernels.cache import Keep, cache_policy
+from lors_cli.tuning.kernels.masked_merge import masked_merge, masked_merge_formula
+from lors_cli.tuning.kernels.scratch import scratch
 from lors_cli.tuning.lors import LorsLinear, keep_merged
-from lors_cli.tuning.merging import Keep, cache_policy, masked_merge, masked_merge_formula, scratch
 
 
 @pytest.fixture
@@ -110,7 +113,7 @@ def test_scratch_memory_is_shared_and_grows_to_the_largest() -> None:
 
 
 def test_scratch_made_under_inference_mode_serves_training_too() -> None:
-    merging._scratch.clear()
+    kernels_scratch._scratch.clear()
     model = _model("never")
     with torch.inference_mode():
         model(torch.randn(2, 16))

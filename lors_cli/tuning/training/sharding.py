@@ -15,14 +15,12 @@ import torch
 from lors_cli.machine import processes
 from lors_cli.models.blocks import decoder_blocks
 from lors_cli.models.loading import load_model
-from lors_cli.tuning.adapter import adapter_parameters, attach
-from lors_cli.tuning.norms import norm_parameters, train_norms
+from lors_cli.tuning.attach import adapter_parameters, put_adapters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lors_cli.recipe.schema import ModelConfig, TuneConfig
-    from lors_cli.tuning.layers import AdapterLinear
 
 
 def is_sharded(config: TuneConfig) -> bool:
@@ -42,21 +40,6 @@ def load_trainable(config: TuneConfig, model: ModelConfig) -> PreTrainedModel:
         model: what to load.
     """
     return load_model(model, device=torch.device("cpu") if is_sharded(config) else None)
-
-
-def put_adapters(config: TuneConfig, network: PreTrainedModel, layers: list[str]) -> dict[str, AdapterLinear]:
-    """Put all that is trained on a model, in place; the adapted layers by name.
-
-    Args:
-        config: of the stage.
-        network: the sparse model.
-        layers: full names of the linears to adapt.
-    """
-    adapted = attach(network, layers, config.rank, config.alpha, use_rslora=config.use_rslora, method=config.method,
-                     compressed=config.base == "compressed", rounding=config.weight_rounding)  # fmt: skip
-    if config.train_norms:
-        train_norms(network, norm_parameters(network))
-    return adapted
 
 
 def shard(network: PreTrainedModel, device: torch.device) -> None:

@@ -10,9 +10,9 @@ import pytest
 
 CHECK = """
 import torch
-from lors_cli.tuning.compressed import compress
-from lors_cli.tuning.kernels import masked_merge_kernel
-from lors_cli.tuning.merging import masked_merge
+from lors_cli.tuning.kernels.compressed import compress
+from lors_cli.tuning.kernels.triton_merge import masked_merge_kernel
+from lors_cli.tuning.kernels.masked_merge import masked_merge
 
 generator = torch.Generator().manual_seed(4)
 def draw(*shape):

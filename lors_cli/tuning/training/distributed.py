@@ -17,7 +17,6 @@ import torch
 from torch.utils.data import Sampler
 
 from lors_cli.data.samples import IGNORED, Sample
-from lors_cli.data.stream.order import step_positions
 from lors_cli.errors import UsageError
 from lors_cli.machine import processes as parallel
 from lors_cli.output import console
@@ -193,3 +192,24 @@ def say_how(config: TuneConfig) -> None:
     text = describe(config)
     if text:
         console.info(f"  {text}")
+
+
+def step_positions(step: int, *, batch_size: int, micro_batch_size: int, rank: int, world_size: int) -> list[int]:
+    """The positions that one of several processes trains on in an optimiser step.
+
+    A step takes `batch_size` consecutive positions whatever the number of processes; micro-batches go to the
+    processes in turn, as accelerate deals them.
+
+    Args:
+        step: from 0.
+        batch_size: samples a step, over all processes.
+        micro_batch_size: samples a forward pass of one process; times world_size it divides batch_size.
+        rank: of the process.
+        world_size: number of processes.
+    """
+    first, stride = step * batch_size, micro_batch_size * world_size
+    return [
+        start + rank * micro_batch_size + inside
+        for start in range(first, first + batch_size, stride)
+        for inside in range(micro_batch_size)
+    ]

@@ -11,10 +11,11 @@ from torch import nn
 
 from lors_cli.errors import UsageError
 from lors_cli.recipe.schema import ModelConfig, TuneConfig
-from lors_cli.tuning import compressed, stage_fingerprint, tune
-from lors_cli.tuning.adapter import attach
-from lors_cli.tuning.compressed import compress, decompress
+from lors_cli.tuning.attach import attach
+from lors_cli.tuning.kernels import compressed
+from lors_cli.tuning.kernels.compressed import compress, decompress
 from lors_cli.tuning.lors import CompressedLorsLinear, LorsLinear
+from lors_cli.tuning.stage import stage_fingerprint, tune
 
 
 def _weight(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from lors_cli.machine import processes
 from lors_cli.machine.signals import STOPPING, Stopped
 from lors_cli.output import console
-from lors_cli.tuning.randomness import random_state, restore_random_state
+from lors_cli.tuning.training.randomness import random_state, restore_random_state
 
 
 class StopCallback(TrainerCallback):

@@ -17,8 +17,8 @@ from lors_cli.data.stream.samples import TokenStream
 from lors_cli.errors import UsageError
 from lors_cli.files import records
 from lors_cli.recipe.schema import ModelConfig, TuneConfig, TuneDataConfig
-from lors_cli.tuning import stage_fingerprint, tune
-from lors_cli.tuning.trainer import AdapterTrainer
+from lors_cli.tuning.stage import stage_fingerprint, tune
+from lors_cli.tuning.training.trainer import AdapterTrainer
 
 MODELS = ("model.safetensors", "adapter/adapter_model.safetensors")
 

@@ -14,9 +14,9 @@ import torch
 
 from lors_cli.machine.signals import Stopped, stopping
 from lors_cli.recipe.schema import ModelConfig, TuneConfig
-from lors_cli.tuning import tune
-from lors_cli.tuning.randomness import random_state, restore_random_state
-from lors_cli.tuning.trainer import AdapterTrainer
+from lors_cli.tuning.stage import tune
+from lors_cli.tuning.training.randomness import random_state, restore_random_state
+from lors_cli.tuning.training.trainer import AdapterTrainer
 
 
 @pytest.fixture

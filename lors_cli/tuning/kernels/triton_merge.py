@@ -9,9 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from lors_cli.tuning import rounding as thresholds
-from lors_cli.tuning.compressed import Compressed24
-from lors_cli.tuning.rounding import Rounding
+from lors_cli.tuning.kernels import rounding as thresholds
+from lors_cli.tuning.kernels.compressed import Compressed24
+from lors_cli.tuning.kernels.rounding import Rounding
 
 BLOCK_ROWS, BLOCK_COLUMNS = 64, 128
 PERIOD = tl.constexpr(thresholds.PERIOD)

@@ -5,23 +5,22 @@ Legend: W (R, C) sparse weight, A = lora_A (r, C), B = lora_B (R, r), s scale, W
 
 from __future__ import annotations
 
-import threading
 from functools import cache
-from typing import Any, Literal
 
 import torch
 
-from lors_cli.output import console
-from lors_cli.tuning.compressed import Compressed24, decompress
-from lors_cli.tuning.rounding import PERIOD, Rounding, is_stochastic, round_stochastically, round_stochastically_formula
+from lors_cli.tuning.kernels.compressed import Compressed24, decompress
+from lors_cli.tuning.kernels.rounding import (
+    PERIOD,
+    Rounding,
+    is_stochastic,
+    round_stochastically,
+    round_stochastically_formula,
+)
+from lors_cli.tuning.kernels.scratch import scratch
 
 TILE_ELEMENTS = 1 << 18
 """Elements of W merged at a time by each thread of a CPU: a float32 tile of 1 MiB stays in the cache."""
-SHARE_OF_FREE = 0.25
-"""All merged weights are kept where they take at most this share of the free memory; activations need the rest."""
-Keep = Literal["never", "recompute", "always"]
-
-_scratch: dict[tuple[Any, ...], torch.Tensor] = {}
 
 
 @torch.no_grad()
@@ -55,7 +54,7 @@ def masked_merge(
     """
     merged = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if out is None else out
     if weight.device.type == "cuda" and not why_no_kernel(weight.device, weight.dtype):
-        from lors_cli.tuning.kernels import masked_merge_kernel
+        from lors_cli.tuning.kernels.triton_merge import masked_merge_kernel
 
         return masked_merge_kernel(weight, lora_A, lora_B, scale, merged, rounding=rounding)
     if isinstance(weight, Compressed24):
@@ -162,126 +161,3 @@ def how_merged(device: torch.device, dtype: torch.dtype, rounding: Rounding = "n
         return f"one addmm and a mask (no CUDA kernel: {missing})"
     name = str(dtype).removeprefix("torch.")
     return f"float32 tiles (no CUDA kernel: {missing}; addmm of {name} is not known to round once here)"
-
-
-def scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device, *, use: str = "merged") -> torch.Tensor:
-    """A tensor of memory that all layers share; whatever it held is overwritten by the next one that asks.
-
-    The buffer grows to the largest layer and stays. Work on a CUDA stream is in order, so each stream has one
-    buffer; elsewhere each thread has.
-
-    Args:
-        shape: of the tensor.
-        dtype: of the tensor.
-        device: of the tensor.
-        use: each has a buffer of its own.
-    """
-    owner: Any = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else threading.get_ident()
-    key = (device, dtype, owner, use)
-    buffer = _scratch.get(key)
-    if buffer is None or buffer.numel() < shape.numel():
-        _scratch.pop(key, None)
-        del buffer
-        with torch.inference_mode(False):
-            buffer = _scratch[key] = torch.empty(shape.numel(), dtype=dtype, device=device)
-    return buffer[: shape.numel()].view(shape)
-
-
-def scratch_memory() -> list[torch.Tensor]:
-    """The shared buffers that there are now."""
-    return list(_scratch.values())
-
-
-def free_scratch() -> None:
-    """Give the shared memory back; the next merge takes it anew."""
-    _scratch.clear()
-
-
-class MergedCache:
-    """A layer's merged weight, kept while its adapters are unchanged.
-
-    Whether they changed is seen from their version counters, which every in-place operation of torch moves
-    (an optimiser's too); writing through `.data` or NumPy does not, and needs `drop()`.
-
-    Args:
-        keep: `always` holds it until the adapters change; `recompute` only from the forward pass that a checkpointed
-            block repeats during backward to the backward of the same layer; `never` holds nothing.
-    """
-
-    def __init__(self, keep: Keep = "never") -> None:
-        self.keep = keep
-        self._key: tuple[Any, ...] | None = None
-        self._merged: torch.Tensor | None = None
-
-    def drop(self) -> None:
-        """Forget what is held."""
-        self._key = self._merged = None
-
-    def merged(
-        self,
-        weight: torch.Tensor | Compressed24,
-        lora_A: torch.Tensor,
-        lora_B: torch.Tensor,
-        scale: float,
-        dtype: torch.dtype,
-        *,
-        last_use: bool,
-        rounding: Rounding = "nearest",
-    ) -> torch.Tensor:
-        """W_t in `dtype`, to be used before any other layer's is asked for.
-
-        Args:
-            weight: (R, C), plain or compressed.
-            lora_A: (r, C).
-            lora_B: (R, r).
-            scale: s.
-            dtype: of the result.
-            last_use: this is the backward pass.
-            rounding: to bfloat16.
-        """
-        base = weight.values if isinstance(weight, Compressed24) else weight
-        key = (dtype, scale, rounding, *((part.data_ptr(), part._version) for part in (base, lora_A, lora_B)))
-        if self._merged is not None and self._key == key:
-            found = self._merged
-            if last_use and self.keep == "recompute":
-                self.drop()
-            return found
-        self.drop()
-        if self.keep == "always" or (self.keep == "recompute" and not last_use and _in_backward()):
-            kept = base.new_empty(weight.shape, dtype=dtype)
-            self._merged = masked_merge(weight, lora_A, lora_B, scale, rounding=rounding, out=kept)
-            self._key = key
-            return self._merged
-        shared = scratch(weight.shape, dtype, weight.device)
-        return masked_merge(weight, lora_A, lora_B, scale, rounding=rounding, out=shared)
-
-
-def cache_policy(
-    num_bytes: int, device: torch.device, wanted: Literal["auto", "off", "on"], *, checkpointing: bool
-) -> tuple[Keep, str]:
-    """How long merged weights are to be kept, and the reason in words.
-
-    Args:
-        num_bytes: of all merged weights.
-        device: of the weights.
-        wanted: `tune.merged_cache`.
-        checkpointing: whether blocks are computed again in backward.
-    """
-    import psutil
-
-    if wanted == "off":
-        return "never", "built anew for every use (merged_cache: off)"
-    if wanted == "on":
-        return "always", f"kept until the adapters change, {console.gib(num_bytes)} (merged_cache: on)"
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    sizes = f"{console.gib(num_bytes)} of {console.gib(free)} free"
-    if num_bytes <= SHARE_OF_FREE * free:
-        return "always", f"kept until the adapters change ({sizes})"
-    if checkpointing:
-        return "recompute", f"kept for a block at a time, too large to keep them all ({sizes})"
-    return "never", f"built anew for every use, too large to keep ({sizes})"
-
-
-def _in_backward() -> bool:
-    """Whether autograd is running a backward pass: a forward pass seen then is a checkpointed block's second one."""
-    return torch._C._current_graph_task_id() != -1

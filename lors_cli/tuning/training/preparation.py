@@ -13,17 +13,18 @@ from lors_cli.errors import UsageError
 from lors_cli.machine import processes
 from lors_cli.models.quiet import quiet_libraries
 from lors_cli.output import console
-from lors_cli.tuning import distributed
-from lors_cli.tuning.adapter import adapter_layers
-from lors_cli.tuning.guards import StepGuard
+from lors_cli.tuning.attach import adapter_layers, put_adapters
 from lors_cli.tuning.head import Loss, causal_lm_loss, why_not_chunked
 from lors_cli.tuning.initialization import gradient_directions
+from lors_cli.tuning.kernels.cache import cache_policy
+from lors_cli.tuning.kernels.masked_merge import how_merged
 from lors_cli.tuning.layers import AdapterLinear
 from lors_cli.tuning.lors import keep_merged
-from lors_cli.tuning.merging import cache_policy, how_merged
-from lors_cli.tuning.sharding import is_sharded, put_adapters, shard
 from lors_cli.tuning.teacher import load_teacher
-from lors_cli.tuning.trainer import AdapterTrainer, latest_checkpoint, parameter_groups, training_arguments
+from lors_cli.tuning.training import distributed
+from lors_cli.tuning.training.guards import StepGuard
+from lors_cli.tuning.training.sharding import is_sharded, shard
+from lors_cli.tuning.training.trainer import AdapterTrainer, latest_checkpoint, parameter_groups, training_arguments
 
 if TYPE_CHECKING:
     from torch import nn

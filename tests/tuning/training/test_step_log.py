@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from lors_cli.tuning.step_log import StepLog
+from lors_cli.tuning.training.step_log import StepLog
 
 
 def row(step: int, **other: object) -> dict[str, object]:

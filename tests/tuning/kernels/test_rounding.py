@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from lors_cli.recipe.schema import TuneConfig
+from lors_cli.tuning.kernels.masked_merge import masked_merge, masked_merge_formula
+from lors_cli.tuning.kernels.rounding import PERIOD, Rounding, round_stochastically, thresholds
 from lors_cli.tuning.lors import LorsLinear
-from lors_cli.tuning.merging import masked_merge, masked_merge_formula
-from lors_cli.tuning.rounding import PERIOD, Rounding, round_stochastically, thresholds
 
 
 def hash_by_hand(row: int, column: int) -> int:

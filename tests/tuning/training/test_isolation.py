@@ -23,7 +23,7 @@ from transformers import (
 
 from lors_cli.data.samples import PadCollator, isolated_sample
 from lors_cli.errors import UsageError
-from lors_cli.tuning.isolation import refuse_mixing, why_mixed
+from lors_cli.tuning.training.isolation import refuse_mixing, why_mixed
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,

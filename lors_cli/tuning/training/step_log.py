@@ -16,7 +16,7 @@ from lors_cli.files import atomic
 
 if TYPE_CHECKING:
     from lors_cli.output import progress
-    from lors_cli.tuning.trainer import AdapterTrainer
+    from lors_cli.tuning.training.trainer import AdapterTrainer
 
 
 @dataclass

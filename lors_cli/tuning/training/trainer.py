@@ -18,12 +18,13 @@ from lors_cli.errors import UsageError
 from lors_cli.files import atomic
 from lors_cli.machine import processes as parallel
 from lors_cli.machine.memory import give_back_memory
-from lors_cli.tuning import distributed
-from lors_cli.tuning.adapter import WEIGHTS_NAME, adapter_layers, adapter_tensors, load_tensors
-from lors_cli.tuning.guards import StepGuard, is_state
+from lors_cli.tuning.adapter import WEIGHTS_NAME, load_tensors
+from lors_cli.tuning.attach import adapter_layers, adapter_tensors
 from lors_cli.tuning.head import Loss
 from lors_cli.tuning.norms import norm_shifts
-from lors_cli.tuning.stopping import StopCallback
+from lors_cli.tuning.training import distributed
+from lors_cli.tuning.training.guards import StepGuard, is_state
+from lors_cli.tuning.training.stopping import StopCallback
 
 if TYPE_CHECKING:
     from torch import nn

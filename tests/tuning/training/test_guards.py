@@ -18,10 +18,10 @@ from lors_cli.errors import UsageError
 from lors_cli.files import records
 from lors_cli.models.sources import model_fingerprint
 from lors_cli.recipe.schema import ModelConfig, TuneConfig
-from lors_cli.tuning import stage_fingerprint, tune
-from lors_cli.tuning import trainer as trainer_module
-from lors_cli.tuning.guards import WARM_UP, WINDOW, StepGuard
-from lors_cli.tuning.trainer import AdapterTrainer, whole_checkpoints
+from lors_cli.tuning.stage import stage_fingerprint, tune
+from lors_cli.tuning.training import trainer as trainer_module
+from lors_cli.tuning.training.guards import WARM_UP, WINDOW, StepGuard
+from lors_cli.tuning.training.trainer import AdapterTrainer, whole_checkpoints
 
 Spoil = Callable[..., None]
 
@@ -232,7 +232,7 @@ def test_a_whole_checkpoint_is_not_replaced_by_one_of_the_same_step(
 
 
 def test_a_broken_state_is_told_from_a_whole_one() -> None:
-    from lors_cli.tuning.guards import is_state
+    from lors_cli.tuning.training.guards import is_state
 
     state = StepGuard(0, None).state()
     assert is_state(state)

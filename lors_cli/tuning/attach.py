@@ -1,0 +1,139 @@
+"""Adapters onto a sparse model's linears, and the tensors they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lors_cli.errors import UsageError
+from lors_cli.models.blocks import prunable_weights
+from lors_cli.output import console
+from lors_cli.sparsity import mask_digest
+from lors_cli.tuning.baselines import LAYERS, check_rank
+from lors_cli.tuning.kernels.rounding import Rounding
+from lors_cli.tuning.layers import AdapterLinear
+from lors_cli.tuning.lors import CompressedLorsLinear, LorsLinear
+from lors_cli.tuning.norms import norm_parameters, norm_shifts, train_norms
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lors_cli.recipe.schema import TuneConfig
+
+
+PREFIX = "base_model.model."
+
+
+def attach(
+    model: nn.Module,
+    layers: list[str],
+    rank: int,
+    alpha: float,
+    *,
+    use_rslora: bool,
+    method: str = "lors",
+    compressed: bool = False,
+    rounding: Rounding = "nearest",
+) -> dict[str, AdapterLinear]:
+    """Replace linears by layers with adapters, in place.
+
+    Args:
+        model: the sparse model.
+        layers: full names of its linears.
+        rank: r.
+        alpha: numerator of the scale.
+        use_rslora: scale alpha/√r, else alpha/r.
+        method: of `tune.method`.
+        compressed: hold the weights, which must be 2:4, as their kept values; for lors alone.
+        rounding: of merged bfloat16 weights; stochastic for lors alone.
+
+    Returns:
+        The new layers by name.
+
+    Raises:
+        UsageError: the method cannot take this rank, or a weight is not 2:4.
+    """
+    check_rank(method, rank, (model.get_submodule(name).out_features for name in layers))  # type: ignore[misc]
+    layer_class = CompressedLorsLinear if compressed else LAYERS[method]
+    adapted = {}
+    for name in layers:
+        try:
+            adapted[name] = layer_class(model.get_submodule(name), rank, alpha, use_rslora=use_rslora)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise UsageError(f"base: compressed is for 2:4 weights, and that of {name} is none: {error}") from error
+        model.set_submodule(name, adapted[name])
+    for layer in adapted.values():
+        if isinstance(layer, LorsLinear):
+            layer.rounding = rounding
+    return adapted
+
+
+def adapter_layers(model: nn.Module) -> dict[str, AdapterLinear]:
+    """Every layer with an adapter of a model, by full name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdapterLinear)}
+
+
+def adaptable_layers(model: PreTrainedModel, pruned: Iterable[str]) -> list[str]:
+    """Those of the pruned weights that can have an adapter: linears. Experts and Conv1D stay as they are.
+
+    Args:
+        model: the sparse model, without adapters.
+        pruned: full names of its pruned weights.
+
+    Raises:
+        UsageError: there is none.
+    """
+    weights = prunable_weights(model)
+    layers = [name for name in pruned if isinstance(weights[name].module, nn.Linear)]
+    others = [name for name in pruned if not isinstance(weights[name].module, nn.Linear)]
+    if not layers:
+        kind = type(weights[others[0]].module).__name__
+        raise UsageError(f"adapters go on nn.Linear only, and none is sparse here: {others[0]} is a weight of {kind}.")
+    if others:
+        console.info(
+            f"  {len(others)} pruned weights stay as they are, first {others[0]}: adapters go on nn.Linear only"
+        )
+    return layers
+
+
+def base_mask(model: PreTrainedModel, layers: dict[str, Any]) -> str:
+    """The digest of where a sparse model is zero: in adapted linears, and in what no adapter can be put on.
+
+    Args:
+        model: with or without adapters.
+        layers: its linears, adapted or not, by full name.
+    """
+    others = ((name, weight.matrix) for name, weight in prunable_weights(model).items()
+              if name not in layers and not isinstance(weight.module, nn.Linear))  # fmt: skip
+    return mask_digest(chain(((name, layer.weight) for name, layer in layers.items()), others))
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All that is trained, on the CPU: adapters under PEFT's names, and shifts of norms."""
+    return {name: parameter.detach().cpu().contiguous() for name, parameter in adapter_parameters(model).items()}
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trained parameters by their names on disk."""
+    trained = {f"{PREFIX}{name}.{part}.weight": getattr(layer, part)
+               for name, layer in adapter_layers(model).items() for part in ("lora_A", "lora_B")}  # fmt: skip
+    return trained | {f"{PREFIX}{name}.shift": shift for name, shift in norm_shifts(model).items()}
+
+
+def put_adapters(config: TuneConfig, network: PreTrainedModel, layers: list[str]) -> dict[str, AdapterLinear]:
+    """Put all that is trained on a model, in place; the adapted layers by name.
+
+    Args:
+        config: of the stage.
+        network: the sparse model.
+        layers: full names of the linears to adapt.
+    """
+    adapted = attach(network, layers, config.rank, config.alpha, use_rslora=config.use_rslora, method=config.method,
+                     compressed=config.base == "compressed", rounding=config.weight_rounding)  # fmt: skip
+    if config.train_norms:
+        train_norms(network, norm_parameters(network))
+    return adapted

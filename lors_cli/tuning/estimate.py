@@ -1,0 +1,80 @@
+"""What tuning will need: memory, disk and operations, by arithmetic."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from lors_cli.models.needs import Estimate
+from lors_cli.models.size import ModelSize, forward
+from lors_cli.recipe.schema import TuneConfig
+
+HEAD_CHUNKS = 512 << 20
+"""The head's logits and their gradient, a chunk of tokens at a time, at most."""
+
+
+def _estimate_tune(config: TuneConfig, size: ModelSize) -> Estimate:
+    adapters = sum(config.rank * (rows + columns) for rows, columns in size.linears)
+    tokens = config.micro_batch_size * config.data.max_length
+    block = tokens * (12 * size.hidden_size + 4 * size.intermediate_size) * size.bytes_a_weight
+    kept = size.num_blocks * tokens * size.hidden_size * size.bytes_a_weight + block
+    activations = kept if config.gradient_checkpointing else size.num_blocks * block
+    logits = min(tokens * size.vocab_size * (size.bytes_a_weight + 8), HEAD_CHUNKS)
+    width = {"sqft": size.bytes_a_weight + 1, "spp": 2 * size.bytes_a_weight, "hira": size.bytes_a_weight}
+    merged = size.num_prunable * width.get(config.method, 0)  # what a method keeps of every weight for backward
+    if config.gradient_checkpointing:
+        merged //= size.num_blocks
+    if config.method == "lors" and config.merged_cache == "on":
+        merged = size.num_prunable * size.bytes_a_weight
+    gradient = {"gradient": 12 * adapters, "gradient-exact": size.num_prunable // 8 * 4}.get(config.start, 0)
+    training = 16 * adapters + merged
+    if config.base == "compressed":  # once the start is computed, on the plain weights
+        training -= size.num_prunable * size.bytes_a_weight // 2 - size.num_prunable // 8
+    teacher = size.num_bytes if config.distill else 0
+    memory = size.num_bytes + teacher + activations + logits + max(training, gradient)
+    return Estimate(memory, size.num_bytes + (config.keep_checkpoints + 1) * 12 * adapters + (16 << 20))
+
+
+ALPACA_ROWS, ALPACA_TOKENS = 52_002, 105
+
+
+PRODUCTS = {"lors": 4, "lora": 4, "sqft": 6, "sqft-gc": 8, "hira": 6, "spp": 10, "spp-gc": 12}
+"""Operations a token and weight of a training step: 2 forward, 2 for the inputs' gradient, and what a method adds."""
+
+
+MERGES = {"lors": 2, "sqft": 2, "sqft-gc": 3, "hira": 2}
+"""Products lora_B·lora_A a micro-batch."""
+
+
+def _of_tuning(config: TuneConfig, size: ModelSize, data_dir: Path | None) -> float | None:
+    length = config.data.max_length
+    if config.data.dataset == "alpaca":
+        length = min(length, ALPACA_TOKENS)
+    if config.max_tokens:
+        samples: float | None = config.max_tokens / length
+    else:
+        samples = config.max_steps * config.batch_size if config.max_steps else _samples(config, data_dir)
+    if samples is None:
+        return None
+    tokens = float(samples * length)
+    passes = 3 + (1 if config.gradient_checkpointing else 0)
+    rest = forward(size, tokens, length) - 2 * tokens * size.num_prunable  # attention and head
+    products = PRODUCTS[config.method] + (2 if config.gradient_checkpointing else 0)
+    merges = 2 * config.rank * size.num_prunable * MERGES.get(config.method, 0) * samples / config.micro_batch_size
+    start = 0.0 if config.start == "kaiming" else 3 * forward(size, config.init_samples * length, length)
+    teacher = forward(size, tokens, length) if config.distill else 0.0
+    return products * tokens * size.num_prunable + passes * rest + merges + start + teacher
+
+
+def _samples(config: TuneConfig, data_dir: Path | None) -> int | None:
+    """Samples of all epochs, None where counting them would need the hub."""
+    from lors_cli.data.sources import open_source
+
+    rows = config.data.num_samples
+    if rows is None:
+        source = open_source(config.data.dataset, split="train", data_dir=data_dir, want="instructions")
+        if source.fingerprint.startswith("hub:"):
+            rows = ALPACA_ROWS if config.data.dataset == "alpaca" else None
+        elif source.kind == "instructions":
+            rows = sum(1 for _ in source.rows())
+    return None if rows is None else math.ceil(config.epochs * rows)

@@ -1,0 +1,1 @@
+"""The merged weight: W + s·BA on the mask, rounded once."""

@@ -1,0 +1,109 @@
+"""Merged weights kept from one micro-batch to the next, where memory allows."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+
+from lors_cli.output import console
+from lors_cli.tuning.kernels.compressed import Compressed24
+from lors_cli.tuning.kernels.masked_merge import masked_merge
+from lors_cli.tuning.kernels.rounding import Rounding
+from lors_cli.tuning.kernels.scratch import scratch
+
+SHARE_OF_FREE = 0.25
+"""All merged weights are kept where they take at most this share of the free memory; activations need the rest."""
+
+
+Keep = Literal["never", "recompute", "always"]
+
+
+class MergedCache:
+    """A layer's merged weight, kept while its adapters are unchanged.
+
+    Whether they changed is seen from their version counters, which every in-place operation of torch moves
+    (an optimiser's too); writing through `.data` or NumPy does not, and needs `drop()`.
+
+    Args:
+        keep: `always` holds it until the adapters change; `recompute` only from the forward pass that a checkpointed
+            block repeats during backward to the backward of the same layer; `never` holds nothing.
+    """
+
+    def __init__(self, keep: Keep = "never") -> None:
+        self.keep = keep
+        self._key: tuple[Any, ...] | None = None
+        self._merged: torch.Tensor | None = None
+
+    def drop(self) -> None:
+        """Forget what is held."""
+        self._key = self._merged = None
+
+    def merged(
+        self,
+        weight: torch.Tensor | Compressed24,
+        lora_A: torch.Tensor,
+        lora_B: torch.Tensor,
+        scale: float,
+        dtype: torch.dtype,
+        *,
+        last_use: bool,
+        rounding: Rounding = "nearest",
+    ) -> torch.Tensor:
+        """W_t in `dtype`, to be used before any other layer's is asked for.
+
+        Args:
+            weight: (R, C), plain or compressed.
+            lora_A: (r, C).
+            lora_B: (R, r).
+            scale: s.
+            dtype: of the result.
+            last_use: this is the backward pass.
+            rounding: to bfloat16.
+        """
+        base = weight.values if isinstance(weight, Compressed24) else weight
+        key = (dtype, scale, rounding, *((part.data_ptr(), part._version) for part in (base, lora_A, lora_B)))
+        if self._merged is not None and self._key == key:
+            found = self._merged
+            if last_use and self.keep == "recompute":
+                self.drop()
+            return found
+        self.drop()
+        if self.keep == "always" or (self.keep == "recompute" and not last_use and _in_backward()):
+            kept = base.new_empty(weight.shape, dtype=dtype)
+            self._merged = masked_merge(weight, lora_A, lora_B, scale, rounding=rounding, out=kept)
+            self._key = key
+            return self._merged
+        shared = scratch(weight.shape, dtype, weight.device)
+        return masked_merge(weight, lora_A, lora_B, scale, rounding=rounding, out=shared)
+
+
+def cache_policy(
+    num_bytes: int, device: torch.device, wanted: Literal["auto", "off", "on"], *, checkpointing: bool
+) -> tuple[Keep, str]:
+    """How long merged weights are to be kept, and the reason in words.
+
+    Args:
+        num_bytes: of all merged weights.
+        device: of the weights.
+        wanted: `tune.merged_cache`.
+        checkpointing: whether blocks are computed again in backward.
+    """
+    import psutil
+
+    if wanted == "off":
+        return "never", "built anew for every use (merged_cache: off)"
+    if wanted == "on":
+        return "always", f"kept until the adapters change, {console.gib(num_bytes)} (merged_cache: on)"
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    sizes = f"{console.gib(num_bytes)} of {console.gib(free)} free"
+    if num_bytes <= SHARE_OF_FREE * free:
+        return "always", f"kept until the adapters change ({sizes})"
+    if checkpointing:
+        return "recompute", f"kept for a block at a time, too large to keep them all ({sizes})"
+    return "never", f"built anew for every use, too large to keep ({sizes})"
+
+
+def _in_backward() -> bool:
+    """Whether autograd is running a backward pass: a forward pass seen then is a checkpointed block's second one."""
+    return torch._C._current_graph_task_id() != -1

@@ -1,0 +1,325 @@
+"""The tuning stage: `tune` recovers a sparse model with adapters and merges them back, zeros kept."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lors_cli.errors import MissingError, SparsityError, UsageError
+from lors_cli.files import atomic, hashes, records
+from lors_cli.machine import environment, processes
+from lors_cli.models.blocks import prunable_weights
+from lors_cli.output import console, progress
+from lors_cli.sparsity import Pattern, measure, summarise
+from lors_cli.tuning.teacher import teacher_model, with_teacher
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lors_cli.data.samples import TuneData
+    from lors_cli.recipe.schema import ModelConfig, TuneConfig
+    from lors_cli.tuning.training.trainer import AdapterTrainer
+
+STAGE_VERSION = 3
+WITHOUT_EFFECT = (
+    "save_steps", "keep_checkpoints", "max_bad_steps", "tensorboard", "gradient_checkpointing", "merged_cache", "base",
+    "parallelism",
+)  # fmt: skip
+"""Settings that change how the work is done, not what comes out."""
+CHECKPOINTS_NAME = "checkpoints"
+LOG_NAME = "log.jsonl"
+ADAPTER_NAME = "adapter"
+
+
+def stage_fingerprint(config: TuneConfig, model_fingerprint: str, data_dir: Path | None) -> str:
+    """The fingerprint of `tune`'s result; cheap, no model is loaded.
+
+    Args:
+        config: the stage's settings, their teacher filled in (`with_teacher`).
+        model_fingerprint: of the sparse model.
+        data_dir: local datasets.
+    """
+    from lors_cli.data.sources import fingerprint_source, open_source
+    from lors_cli.data.stream.samples import is_streamed
+    from lors_cli.models.sources import model_fingerprint as fingerprint_model
+
+    settings = {key: value for key, value in asdict(config).items() if key not in WITHOUT_EFFECT}
+    settings.update(alpha=float(config.alpha), per_device_batch_size=config.micro_batch_size, init=config.start,
+                    rounding=config.weight_rounding)  # fmt: skip
+    if config.max_steps is not None or config.max_tokens is not None:
+        del settings["epochs"]
+    if config.start == "kaiming":
+        del settings["init_samples"]
+    if config.spike_factor is None:
+        del settings["spike_factor"]
+    dataset = settings["data"].pop("dataset")
+    source = open_source(dataset, split="train", data_dir=data_dir, want="instructions")
+    settings["data"]["stream"] = is_streamed(config, source)
+    if not settings["data"]["stream"]:
+        del settings["data"]["shuffle_buffer"]
+    inputs = {
+        "model": model_fingerprint,
+        "data": fingerprint_source(dataset, split="train", data_dir=data_dir),
+    }
+    if config.distill is not None:
+        inputs["teacher"] = fingerprint_model(teacher_model(config.distill))
+        settings["distill"] = {"weight": config.distill.weight, "temperature": float(config.distill.temperature)}
+    return hashes.fingerprint("tune", STAGE_VERSION, settings, inputs)
+
+
+def tune(config: TuneConfig, model: ModelConfig, out: Path, *, data_dir: Path | None = None) -> records.StageRecord:
+    """Tune a sparse causal LM and write adapter and merged checkpoint; an interrupted call goes on at its last one.
+
+    Args:
+        config: method, data, schedule.
+        model: the sparse model.
+        out: stage folder (DESIGN §4), which all processes see.
+        data_dir: local datasets, None for the hub.
+
+    Returns:
+        The stage's record; its metrics hold losses, throughput and the merged model's sparsity.
+
+    Raises:
+        UsageError: the model has no sparse linear, or the loss broke.
+        SparsityError: the merged model breaks the base's zeros; nothing is published.
+    """
+    with processes.joined():
+        return _tune(config, model, out, data_dir)
+
+
+def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | None) -> records.StageRecord:
+    from lors_cli.machine.devices import resolve_device, set_seed
+    from lors_cli.models.loading import load_tokenizer
+    from lors_cli.models.sources import model_fingerprint
+    from lors_cli.tuning.attach import adaptable_layers
+    from lors_cli.tuning.training.distributed import say_how
+    from lors_cli.tuning.training.preparation import prepare_trainer
+    from lors_cli.tuning.training.sharding import load_trainable, whole_model
+
+    started = time.monotonic()
+    config = with_teacher(config, model)
+    base_fingerprint = model_fingerprint(model)
+    fingerprint = stage_fingerprint(config, base_fingerprint, data_dir)
+    console.info(f"  model: {model.path}")
+    with progress.busy("reading the tokenizer"):
+        tokenizer = load_tokenizer(model)
+    say_how(config)
+    network = load_trainable(config, model)
+    use_cache = network.config.use_cache
+    patterns = sparse_layers(network, Path(model.path))
+    layers = adaptable_layers(network, patterns)
+    data = _load_data(config, network, tokenizer, data_dir)
+    set_seed(config.seed)
+    log = processes.from_main(lambda: _running_log(out, records.work_dir(out, fingerprint)))
+    schedule = config if data.num_steps is None else replace(config, max_steps=data.num_steps, max_tokens=None)
+    trainer = prepare_trainer(schedule, network, layers, data, tokenizer, out / CHECKPOINTS_NAME, fingerprint,
+                              device=resolve_device(model.device))  # fmt: skip
+    training = _train(trainer, schedule, out / CHECKPOINTS_NAME, log)
+    data.close()
+    network.config.use_cache = use_cache  # the Trainer turns it off
+
+    def write() -> records.StageRecord:
+        tuned = whole_model(config, model, network, layers)
+        adapter = _adapter_config(config, tuned, layers, model, base_fingerprint)
+        staging = records.staging_dir(out)
+        metrics = {**training, **_data_metrics(data),
+                   **_write_results(staging, tuned, tokenizer, adapter, patterns)}  # fmt: skip
+        _write_card(staging, config, model, metrics)
+        atomic.write_bytes(staging / LOG_NAME, log.read_bytes())
+        record = records.StageRecord(
+            "tune", fingerprint, hashes.plain(config), {"model": base_fingerprint, "path": model.path}, metrics,
+            environment.environment(), round(time.monotonic() - started, 2), {},
+        )  # fmt: skip
+        return records.publish(out, record)
+
+    return processes.from_main(write)
+
+
+def sparse_layers(model: PreTrainedModel, folder: Path) -> dict[str, Pattern]:
+    """The weights the pruner made sparse.
+
+    A folder written by `lors` says which; elsewhere every weight of a decoder block with at least 5 % zeros.
+
+    Args:
+        model: the sparse model.
+        folder: where it was loaded from.
+
+    Returns:
+        Full names and the pattern each keeps to.
+
+    Raises:
+        UsageError: none is sparse.
+    """
+    from lors_cli.models.inspection import layer_patterns
+
+    layers = layer_patterns(prunable_weights(model), records.read_record(folder) if folder.is_dir() else None)
+    if not layers:
+        raise UsageError("the model is dense: its decoder blocks have no zeros to keep.", "Prune it first: lors prune")
+    return layers
+
+
+def _load_data(config: TuneConfig, network: PreTrainedModel, tokenizer: Any, data_dir: Path | None) -> TuneData:
+    from lors_cli.data.tokens import tuning_data
+    from lors_cli.models.blocks import model_max_length
+    from lors_cli.tuning.training.isolation import refuse_mixing
+
+    if config.data.packing == "isolated":
+        refuse_mixing(network)
+    with progress.busy(f"tokenising {config.data.dataset}"):
+        data = tuning_data(config, tokenizer, model_max_length=model_max_length(network), data_dir=data_dir)
+    skipped = ", ".join(f"{count} {reason}" for reason, count in data.skipped.items() if count)
+    steps = ""
+    if data.num_steps is not None:
+        in_last = len(data.samples) - (data.num_steps - 1) * config.batch_size
+        steps = f" in {data.num_steps} steps" + (f", {in_last} in the last" if in_last < config.batch_size else "")
+    console.info(f"  data: {config.data.dataset}, {len(data.samples)} samples, {data.num_tokens} tokens{steps}"
+                 + (f" (skipped: {skipped})" if skipped else ""))  # fmt: skip
+    return data
+
+
+def _running_log(out: Path, work: Path) -> Path:
+    """Where to log steps: `log.jsonl`, unless that is a finished stage's, which stays until it is replaced.
+
+    A log begun in `work` is gone on with: a kill while results were published may have left the old one in its place.
+    """
+    begun = (work / LOG_NAME).is_file()
+    return (work if begun or records.read_record(out) is not None else out) / LOG_NAME
+
+
+def _train(trainer: AdapterTrainer, config: TuneConfig, checkpoints: Path, log_path: Path) -> dict[str, Any]:
+    """Run the Trainer to its end, from the last checkpoint where there is one."""
+    from transformers.trainer_callback import PrinterCallback
+
+    from lors_cli.models.quiet import quiet_libraries
+    from lors_cli.tuning.training.step_log import LogCallback, StepLog
+    from lors_cli.tuning.training.stopping import stopping_gently
+    from lors_cli.tuning.training.trainer import TrimCallback, latest_checkpoint
+
+    log = StepLog(log_path)
+    last = processes.from_main(lambda: latest_checkpoint(checkpoints, trainer.fingerprint))
+    done = int(last.name.rpartition("-")[2]) if last else 0
+    total = _num_steps(config, len(trainer.train_dataset))  # type: ignore[arg-type]
+    if processes.is_main():
+        _sweep(checkpoints, trainer.fingerprint)
+        log.cut_after(done)
+    if last:
+        console.info(f"  going on after step {done} of {total} from {last}")
+    with progress.progress("tune", total, "steps") as task, quiet_libraries():
+        task.skip(done)
+        trainer.remove_callback(PrinterCallback)
+        if processes.is_main():
+            trainer.add_callback(LogCallback(log, task, trainer))
+        trainer.add_callback(trainer.stop)
+        trainer.add_callback(TrimCallback())
+        if done >= total:
+            assert last is not None
+            trainer._load_from_checkpoint(str(last))
+        else:
+            with stopping_gently(trainer.stop):
+                trainer.train(resume_from_checkpoint=str(last) if last else None)
+    assert trainer.model is not None
+    trainer.model.eval()
+    return _loss_metrics(log.rows()) if processes.is_main() else {}
+
+
+def _sweep(checkpoints: Path, fingerprint: str) -> None:
+    """Remove checkpoints that are half written or belong to other settings."""
+    import shutil
+
+    from lors_cli.tuning.training.trainer import whole_checkpoints
+
+    ours = whole_checkpoints(checkpoints, fingerprint)
+    for path in checkpoints.iterdir() if checkpoints.is_dir() else ():
+        if path.is_dir() and path not in ours:
+            shutil.rmtree(path)
+
+
+def _num_steps(config: TuneConfig, num_samples: int) -> int:
+    """Optimiser steps of the whole run, as the Trainer counts them."""
+    import math
+
+    if config.max_steps:
+        return config.max_steps
+    micro_batches = math.ceil(num_samples / config.micro_batch_size)
+    steps_an_epoch = max(1, math.ceil(micro_batches / (config.batch_size // config.micro_batch_size)))
+    return math.ceil(config.epochs * steps_an_epoch)
+
+
+def _loss_metrics(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    good = [row for row in rows if "skipped" not in row]
+    if not good:
+        raise MissingError("the training log is empty: no optimiser step was made.")
+    tail = good[-max(1, len(good) // 10) :]
+    rates = sorted(row["tokens_per_s"] for row in rows)
+    return {
+        "steps": rows[-1]["step"],
+        "bad_steps": len(rows) - len(good),
+        "first_loss": round(good[0]["loss"], 6),
+        "last_loss": round(sum(row["loss"] for row in tail) / len(tail), 6),
+        "tokens_per_s": rates[len(rates) // 2],
+    }
+
+
+def _data_metrics(data: TuneData) -> dict[str, Any]:
+    tokens = "tokens_an_epoch" if data.num_steps is None else "tokens"
+    return {"num_samples": len(data.samples), "skipped": dict(data.skipped), tokens: data.num_tokens}
+
+
+def _adapter_config(
+    config: TuneConfig, network: PreTrainedModel, layers: list[str], model: ModelConfig, base_fingerprint: str
+) -> Any:
+    from lors_cli.tuning.adapter import AdapterConfig
+    from lors_cli.tuning.attach import adapter_layers, base_mask
+    from lors_cli.tuning.norms import norm_shifts
+
+    return AdapterConfig(
+        method=config.method, rank=config.rank, alpha=config.alpha, use_rslora=config.use_rslora,
+        layers=tuple(layers), base=model.path,
+        base_fingerprint=base_fingerprint, base_mask=base_mask(network, adapter_layers(network)),
+        norms=tuple(norm_shifts(network)), rounding=config.weight_rounding,
+    )  # fmt: skip
+
+
+def _write_results(
+    staging: Path, network: PreTrainedModel, tokenizer: Any, adapter: Any, patterns: dict[str, Pattern]
+) -> dict[str, Any]:
+    """Adapter and merged checkpoint into `staging`, once the merged weights are known to keep the zeros."""
+    from lors_cli.models.loading import save_checkpoint
+    from lors_cli.tuning.adapter import save_adapter
+    from lors_cli.tuning.attach import adapter_tensors
+    from lors_cli.tuning.baselines import LAYERS
+    from lors_cli.tuning.merge import merge_adapters
+
+    trainable = sum(tensor.numel() for tensor in adapter_tensors(network).values())
+    save_adapter(network, staging / ADAPTER_NAME, adapter)
+    num_zeroed = merge_adapters(network)
+    if num_zeroed:
+        console.info(f"  {num_zeroed} kept weights became exactly zero in the merge")
+    weights = prunable_weights(network)
+    held: dict[str, Pattern | None] = {**patterns}
+    if not LAYERS[adapter.method].keeps_zeros:
+        console.warn(f"method: {adapter.method} fills the zeros when it is merged: the tuned model is dense.")
+        held = dict.fromkeys(patterns)
+    layers = [measure(name, weights[name].matrix, pattern) for name, pattern in held.items()]
+    pattern = next(iter(held.values()))
+    summary = summarise(layers, pattern)
+    if summary["violations"]:
+        raise SparsityError(
+            f"the merged model breaks {pattern} at {summary['violations']} places; nothing was written."
+        )
+    save_checkpoint(network, tokenizer, staging)
+    return {**summary, "trainable_parameters": trainable, "zeroed": num_zeroed, "base_mask": adapter.base_mask}
+
+
+def _write_card(staging: Path, config: TuneConfig, model: ModelConfig, metrics: dict[str, Any]) -> None:
+    from lors_cli.models.card import model_card
+
+    record = records.read_record(Path(model.path)) if Path(model.path).is_dir() else None
+    card = model_card(
+        base_model=record.inputs.get("path", model.path) if record else model.path,
+        prune=record.config if record and record.stage == "prune" else None,
+        tune=hashes.plain(config), metrics=metrics, environment=environment.environment(),
+    )  # fmt: skip
+    atomic.write_text(staging / "README.md", card)
