@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lors_cli.errors import LorsError
+from lors_cli.evaluation.estimate import TASK_LENGTH
 from lors_cli.machine import processes
 from lors_cli.machine.devices import free_memory
 from lors_cli.models.needs import Estimate
@@ -17,8 +18,6 @@ from lors_cli.tuning.estimate import _estimate_tune
 GIB = 1 << 30
 RUNTIME = GIB // 2
 """Bytes that Python and the libraries take whatever the model."""
-TASK_LENGTH = 512
-"""Tokens that few documents of a zero-shot task exceed."""
 
 
 def estimate(config: PruneConfig | TuneConfig | EvalConfig, size: ModelSize) -> Estimate:

@@ -13,26 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lors_cli.evaluation.estimate import _of_evaluation
 from lors_cli.files import records
-from lors_cli.models.size import ModelSize, forward, try_size
+from lors_cli.models.size import try_size
 from lors_cli.planning import estimate
 from lors_cli.plans import StagePlan
-from lors_cli.pruning import estimate as pruning_estimate
 from lors_cli.pruning.estimate import _of_pruning
 from lors_cli.recipe.schema import EvalConfig, ModelConfig, PruneConfig, TuneConfig
 from lors_cli.tuning.estimate import _of_tuning
 
 EFFICIENCY = {"cuda": 0.4, "cpu": 0.25, "mps": 0.25}
 """Share of a matrix product's speed that whole stages reach."""
-TASK_DOCUMENTS = {
-    "arc_challenge": (1172, 163), "arc_easy": (2376, 141), "boolq": (3270, 296), "hellaswag": (10042, 349),
-    "openbookqa": (500, 66), "rte": (277, 160), "winogrande": (1267, 50),
-}  # fmt: skip
-"""Documents of a task, and tokens of one with all its answers (4.4 characters a token)."""
-OTHER_TASK = (1000, 300)
-"""Of a task that is not among them."""
-TEXT_TOKENS = {"wikitext2": 300_000}
-"""Tokens of a text that is measured whole."""
 
 
 @dataclass(frozen=True)
@@ -155,21 +146,6 @@ def operations(plan: StagePlan, data_dir: Path | None) -> float | None:
     if isinstance(plan.config, TuneConfig):
         return _of_tuning(plan.config, size, data_dir)
     return _of_evaluation(plan.config, size, len(plan.models))
-
-
-def _of_evaluation(config: EvalConfig, size: ModelSize, num_models: int) -> float | None:
-    total = 0.0
-    for task in config.tasks:
-        documents, tokens = TASK_DOCUMENTS.get(task, OTHER_TASK)
-        total += forward(size, min(documents, config.limit or documents) * tokens, tokens / 2)
-    length = config.perplexity_length or min(pruning_estimate.DEFAULT_LENGTH, size.max_length)
-    for text in config.perplexity:
-        at_most = config.perplexity_windows * length if config.perplexity_windows else math.inf
-        measured = min(at_most, TEXT_TOKENS.get(text, math.inf))
-        if measured == math.inf:
-            return None
-        total += forward(size, measured, length)
-    return num_models * total
 
 
 # The device -----------------------------------------------------------------------------------------------------

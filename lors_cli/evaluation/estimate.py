@@ -1,0 +1,42 @@
+"""What an evaluation will need: memory and operations, by arithmetic."""
+
+from __future__ import annotations
+
+import math
+
+from lors_cli.data import tokenising
+from lors_cli.models.size import ModelSize, forward
+from lors_cli.recipe.schema import EvalConfig
+
+TASK_LENGTH = 512
+"""Tokens that few documents of a zero-shot task exceed."""
+
+
+TASK_DOCUMENTS = {
+    "arc_challenge": (1172, 163), "arc_easy": (2376, 141), "boolq": (3270, 296), "hellaswag": (10042, 349),
+    "openbookqa": (500, 66), "rte": (277, 160), "winogrande": (1267, 50),
+}  # fmt: skip
+"""Documents of a task, and tokens of one with all its answers (4.4 characters a token)."""
+
+
+OTHER_TASK = (1000, 300)
+"""Of a task that is not among them."""
+
+
+TEXT_TOKENS = {"wikitext2": 300_000}
+"""Tokens of a text that is measured whole."""
+
+
+def _of_evaluation(config: EvalConfig, size: ModelSize, num_models: int) -> float | None:
+    total = 0.0
+    for task in config.tasks:
+        documents, tokens = TASK_DOCUMENTS.get(task, OTHER_TASK)
+        total += forward(size, min(documents, config.limit or documents) * tokens, tokens / 2)
+    length = config.perplexity_length or min(tokenising.DEFAULT_LENGTH, size.max_length)
+    for text in config.perplexity:
+        at_most = config.perplexity_windows * length if config.perplexity_windows else math.inf
+        measured = min(at_most, TEXT_TOKENS.get(text, math.inf))
+        if measured == math.inf:
+            return None
+        total += forward(size, measured, length)
+    return num_models * total
