@@ -65,8 +65,10 @@ def _stage(
     """Plan and run one stage; its plan when it ran or was done, None after a dry run."""
     from lors_cli import views
     from lors_cli.data.sources import resolve_data_dir
-    from lors_cli.pipeline import check_memory, guard_out, run_single
-    from lors_cli.plans import plan_single
+    from lors_cli.pipeline.folders import guard_out
+    from lors_cli.pipeline.plans import plan_single
+    from lors_cli.pipeline.resources import check_memory
+    from lors_cli.pipeline.running import run_single
     from lors_cli.recipe.loading import load_stage
     from lors_cli.recipe.shipped import find_config
 
@@ -115,11 +117,13 @@ def run(
     from lors_cli import views
     from lors_cli.data.sources import resolve_data_dir
     from lors_cli.errors import UsageError
-    from lors_cli.pipeline import check_memory, guard_out, run_recipe
-    from lors_cli.plans import plan_stages, select
+    from lors_cli.pipeline.folders import guard_out
+    from lors_cli.pipeline.plans import plan_stages, select
+    from lors_cli.pipeline.repeat import open_repeat
+    from lors_cli.pipeline.resources import check_memory
+    from lors_cli.pipeline.running import run_recipe
     from lors_cli.recipe.loading import load_recipe
     from lors_cli.recipe.shipped import find_recipe
-    from lors_cli.repeat import open_repeat
 
     repeat = None
     if from_manifest is not None:
@@ -165,7 +169,7 @@ def sweep(
 ) -> None:
     """Run a recipe over a grid of settings; cells share their stages."""
     from lors_cli.errors import UsageError
-    from lors_cli.pipeline import guard_out
+    from lors_cli.pipeline.folders import guard_out
     from lors_cli.recipe.shipped import find_sweep
     from lors_cli.sweep import views
     from lors_cli.sweep.cells import load_sweep, select_cells
@@ -327,7 +331,7 @@ def _show_record(folder: Path) -> None:
 @command(app, STAGES, "lors merge sparse tuned/adapter --out merged")
 def merge(model: o.Base, adapter: o.Adapter, out: o.Out, device: o.Device = "auto", dtype: o.Dtype = "auto") -> None:
     """Merge a LoRS adapter into its sparse base, zeros kept."""
-    from lors_cli.pipeline import claim, guard_out
+    from lors_cli.pipeline.folders import claim, guard_out
     from lors_cli.tuning.merge import merge as merge_adapter
 
     _model_config(model, dtype, device)
@@ -393,7 +397,7 @@ def report(folder: o.ReportFolder, formats: o.Formats = None) -> None:
     """Write the reports of a run or a sweep again."""
     from lors_cli.data.sources import resolve_data_dir
     from lors_cli.errors import LorsError, MissingError
-    from lors_cli.pipeline import finished_stages
+    from lors_cli.pipeline.running import finished_stages
     from lors_cli.recipe.loading import load_recipe
     from lors_cli.report import FORMATS, check_formats, write_run_report
     from lors_cli.report.sweep import write_sweep_report

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from lors_cli.files import records
 from lors_cli.output import console, progress
-from lors_cli.planning import try_estimate
-from lors_cli.plans import StagePlan, describe
+from lors_cli.pipeline.plans import StagePlan, describe
+from lors_cli.pipeline.resources import try_estimate
 
 if TYPE_CHECKING:
     from lors_cli.evaluation.significance import Comparison

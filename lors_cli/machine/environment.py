@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import subprocess
 import sys
 from functools import cache
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lors_cli.machine.devices import processor, usable_processors
 
 if TYPE_CHECKING:
-    from lors_cli.recipe.schema import Recipe
+    pass
 
 GIT_TIMEOUT_S = 20
 
@@ -62,74 +61,6 @@ def code_version(folder: Path | None = None) -> dict[str, Any] | None:
     commit = next(line.split()[-1] for line in lines if line.startswith("# branch.oid"))
     changed = any(not line.startswith("#") for line in lines)
     return {"commit": None if commit == "(initial)" else commit, "dirty": changed}
-
-
-def inputs(recipe: Recipe, data_dir: Path | None) -> list[dict[str, Any]]:
-    """Every model and text that a recipe reads, in a fixed order.
-
-    Args:
-        recipe: with defaults filled in.
-        data_dir: local datasets.
-
-    Returns:
-        {"used_by", "name", "fingerprint", "revision"}: local files by the SHA-256 of their content, what is on the
-        hub by name and, once it is in this machine's cache, by commit.
-    """
-    from lors_cli.data.sources import Split, fingerprint_source
-    from lors_cli.evaluation.tasks import task_fingerprint
-    from lors_cli.models.sources import model_fingerprint
-    from lors_cli.pruning.methods import statistics_kind
-    from lors_cli.tuning.teacher import teacher_model
-
-    found: list[dict[str, Any]] = []
-
-    def add(used_by: str, name: str, fingerprint: str) -> None:
-        found.append(
-            {"used_by": used_by, "name": name, "fingerprint": fingerprint, "revision": hub_commit(fingerprint)}
-        )
-
-    def text(used_by: str, name: str, split: Split) -> None:
-        add(used_by, name, fingerprint_source(name, split=split, data_dir=data_dir))
-
-    add("model", recipe.model.path, model_fingerprint(recipe.model))
-    if recipe.prune and statistics_kind(recipe.prune) != "none":
-        text("prune", recipe.prune.calibration.dataset, "train")
-    if recipe.tune:
-        text("tune", recipe.tune.data.dataset, "train")
-        if recipe.tune.distill and recipe.tune.distill.teacher:
-            add("tune.distill", recipe.tune.distill.teacher, model_fingerprint(teacher_model(recipe.tune.distill)))
-    if recipe.eval:
-        for name in recipe.eval.tasks:
-            add("eval", name, task_fingerprint(name, data_dir))
-        for name in recipe.eval.perplexity:
-            text("eval", name, "validation")
-    return found
-
-
-def hub_commit(fingerprint: str) -> str | None:
-    """The commit that this machine's hub cache has of a model or dataset, None for what is no hub's or not cached.
-
-    Args:
-        fingerprint: `hub:<repo>@<revision>:<dtype>` of a model, `hub:<owner>/<name>/<config>/<split>` of a dataset.
-    """
-    kind, _, place = fingerprint.partition(":")
-    if kind != "hub":
-        return None
-    from lors_cli.models.revisions import cache_folder, cached_reference
-
-    repo, at, rest = place.partition("@")
-    revision = rest.rpartition(":")[0] if at else "main"
-    repo = repo if at else "/".join(repo.split("/")[:2])
-    if re.fullmatch("[0-9a-f]{40}", revision):
-        return revision
-    folder = cache_folder("model" if at else "dataset", repo)
-    found = cached_reference(folder, revision)
-    if found is not None:
-        return found
-    if (folder / "snapshots" / revision).is_dir():
-        return revision
-    snapshots = list((folder / "snapshots").glob("*"))
-    return snapshots[0].name if len(snapshots) == 1 else None
 
 
 def environment() -> dict[str, Any]:

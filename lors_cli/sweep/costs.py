@@ -16,8 +16,8 @@ from typing import Any
 from lors_cli.evaluation.estimate import _of_evaluation
 from lors_cli.files import records
 from lors_cli.models.size import try_size
-from lors_cli.planning import estimate
-from lors_cli.plans import StagePlan
+from lors_cli.pipeline.plans import StagePlan
+from lors_cli.pipeline.resources import estimate
 from lors_cli.pruning.estimate import _of_pruning
 from lors_cli.recipe.schema import EvalConfig, ModelConfig, PruneConfig, TuneConfig
 from lors_cli.tuning.estimate import _of_tuning

@@ -18,8 +18,10 @@ from lors_cli.files import atomic, hashes
 from lors_cli.machine import processes
 from lors_cli.machine.determinism import determinism
 from lors_cli.output import console, progress
-from lors_cli.pipeline import claim, free_disk, guard_out, run_stage, tidy
-from lors_cli.plans import StagePlan, describe
+from lors_cli.pipeline.folders import claim, guard_out, tidy
+from lors_cli.pipeline.plans import StagePlan, describe
+from lors_cli.pipeline.resources import free_disk
+from lors_cli.pipeline.running import run_stage
 from lors_cli.sweep.cells import Cell, Sweep
 from lors_cli.sweep.costs import disk_needed
 from lors_cli.sweep.stages import STAGES_NAME, CellPlan, distinct, plan_cells

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lors_cli.data.sources import resolve_data_dir
 from lors_cli.errors import LorsError
-from lors_cli.plans import StagePlan, plan_chain, plan_eval
+from lors_cli.pipeline.plans import StagePlan, plan_chain, plan_eval
 from lors_cli.recipe.schema import Recipe
 from lors_cli.sweep.cells import Cell, in_cells
 

@@ -10,8 +10,8 @@ from typing import Any
 from lors_cli.evaluation.summary import average_stderr, recovered
 from lors_cli.files import hashes
 from lors_cli.output import console, progress
-from lors_cli.pipeline import free_disk
-from lors_cli.plans import StagePlan, describe
+from lors_cli.pipeline.plans import StagePlan, describe
+from lors_cli.pipeline.resources import free_disk
 from lors_cli.recipe.schema import EvalConfig
 from lors_cli.sweep.cells import Cell, Sweep
 from lors_cli.sweep.costs import assumption, costs, disk_needed

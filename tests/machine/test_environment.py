@@ -13,7 +13,8 @@ import torch
 from lors_cli.errors import UsageError
 from lors_cli.machine.determinism import WORKSPACE, determinism
 from lors_cli.machine.devices import processor
-from lors_cli.machine.environment import code_version, hub_commit
+from lors_cli.machine.environment import code_version
+from lors_cli.pipeline.manifest import hub_commit
 
 
 def git(folder: Path, *arguments: str) -> str:

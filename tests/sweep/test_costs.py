@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lors_cli.models.blocks import prunable_weights
 from lors_cli.models.size import forward, model_size
-from lors_cli.plans import StagePlan, plan_chain, plan_stages
+from lors_cli.pipeline.plans import StagePlan, plan_chain, plan_stages
 from lors_cli.recipe.loading import load_recipe
 from lors_cli.recipe.schema import ModelConfig
 from lors_cli.sweep import costs as module
@@ -190,7 +190,7 @@ def test_the_devices_rate_is_a_share_of_a_product(at_workshop: Path, monkeypatch
 
 
 def test_disk_is_what_stays_and_the_largest_at_work(at_start: Path) -> None:
-    from lors_cli.planning import estimate
+    from lors_cli.pipeline.resources import estimate
 
     size = model_size(ModelConfig(path="dense", dtype="bfloat16"))
     assert size is not None

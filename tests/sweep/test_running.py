@@ -17,7 +17,7 @@ from typer.testing import Result
 
 from lors_cli.errors import ResourceError
 from lors_cli.files import hashes, locks, records
-from lors_cli.plans import StagePlan
+from lors_cli.pipeline.plans import StagePlan
 from lors_cli.recipe.loading import load_recipe
 from lors_cli.sweep import running
 from lors_cli.sweep.cells import load_sweep

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from lors_cli.errors import MissingError, UsageError
 from lors_cli.files import atomic, records
-from lors_cli.pipeline import run_recipe
+from lors_cli.pipeline.running import run_recipe
 from lors_cli.recipe.loading import load_recipe
 from lors_cli.recipe.schema import DistillConfig, ModelConfig, TuneConfig
 from lors_cli.tuning import head

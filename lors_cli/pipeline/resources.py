@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
-from lors_cli.errors import LorsError
+from lors_cli.errors import LorsError, ResourceError
 from lors_cli.evaluation.estimate import TASK_LENGTH
 from lors_cli.machine import processes
 from lors_cli.machine.devices import free_memory
 from lors_cli.models.needs import Estimate
 from lors_cli.models.size import ModelSize, model_size, try_size
+from lors_cli.output import console
 from lors_cli.output.console import gib
+from lors_cli.pipeline.plans import StagePlan
 from lors_cli.pruning import estimate as pruning_estimate
 from lors_cli.recipe.schema import EvalConfig, ModelConfig, PruneConfig, TuneConfig
 from lors_cli.tuning.estimate import _estimate_tune
@@ -84,3 +88,39 @@ def shortage(config: Any, model: ModelConfig) -> tuple[str, str] | None:
     fits = [words for words, other in pruning_estimate.smaller(config) if estimate(other, size).memory <= free]
     hint = f"This would fit: {fits[0]}" if fits else "Nothing that keeps the result would fit: use a larger machine."
     return f"prune needs about {gib(needed)} of memory, {gib(free)} are free ({largest}).", hint
+
+
+def check_disk(plan: StagePlan) -> None:
+    """Refuse a stage whose results don't fit on the disk.
+
+    Raises:
+        ResourceError: naming what is free and what is needed.
+    """
+
+    needed, _ = try_estimate(plan.config, plan.origin)
+    free = free_disk(plan.folder)
+    if needed is not None and needed.disk > free:
+        raise ResourceError(
+            f"{plan.stage} needs about {console.gib(needed.disk)} of disk in {plan.folder}; "
+            f"{console.gib(free)} are free.",
+            "Free some space or choose another --out; what was finished before is intact.",
+        )
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes that are free where a folder is, or would be made."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def check_memory(plan: StagePlan) -> None:
+    """Refuse a stage that is to run and cannot fit in the memory that is free here.
+
+    Raises:
+        ResourceError: naming what is needed, what is free, and which settings would fit.
+    """
+
+    found = shortage(plan.config, plan.origin) if plan.status != "done" else None
+    if found is not None:
+        raise ResourceError(*found)

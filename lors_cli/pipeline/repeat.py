@@ -10,61 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 from lors_cli.data.sources import DATA_DIR_VARIABLE, resolve_data_dir
 from lors_cli.errors import MissingError, UsageError
-from lors_cli.files import atomic, hashes, records
+from lors_cli.files import atomic, records
 from lors_cli.machine import environment
 from lors_cli.output import console, progress
+from lors_cli.pipeline.manifest import MANIFEST_NAME, results
 
 if TYPE_CHECKING:
     from lors_cli.recipe.schema import Recipe
-
-MANIFEST_NAME = "manifest.json"
 MAY_DIFFER = (
     "name", "data_dir", "model.path", "model.device", "prune.calibration.dataset", "tune.data.dataset",
     "tune.distill.teacher",
 )  # fmt: skip
 """Settings that say where things are. What they name is compared by content, so they may be given anew."""
-
-
-def manifest_content(recipe: Recipe, out: Path, data_dir: Path | None) -> dict[str, Any]:
-    """What a manifest must hold for a repeat.
-
-    Args:
-        recipe: the whole pipeline.
-        out: its run folder.
-        data_dir: local datasets.
-    """
-    from lors_cli.machine.environment import inputs
-    from lors_cli.recipe.loading import recipe_values
-    from lors_cli.recipe.schema import STAGES
-
-    stages = []
-    for stage in STAGES:
-        record = records.read_record(out / stage)
-        if record is not None:
-            stages.append({
-                "stage": stage, "fingerprint": record.fingerprint, "elapsed_s": record.elapsed_s,
-                "environment": record.environment, "results": results(out, stage),
-            })  # fmt: skip
-    return {
-        "recipe": recipe_values(recipe.with_defaults()), "data_dir": str(data_dir) if data_dir else None,
-        "working_directory": str(Path.cwd()), "inputs": inputs(recipe.with_defaults(), data_dir), "stages": stages,
-    }  # fmt: skip
-
-
-def results(out: Path, stage: str) -> dict[str, str]:
-    """SHA-256 of a stage's weights, or of its scores (tasks and perplexities, not the models' paths).
-
-    Args:
-        out: the run folder.
-        stage: a finished one.
-    """
-    record = records.read_record(out / stage)
-    assert record is not None
-    if stage != "eval":
-        return {name: digest for name, digest in record.files.items() if name.endswith(".safetensors")}
-    contents = {name: atomic.read_json(out / stage / name) for name in sorted(record.files)}
-    return {name: hashes.fingerprint("scores", 1, None, {**content, "model": None})
-            for name, content in contents.items() if content is not None}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -120,7 +77,7 @@ class Repeat:
         return found
 
     def _changed_inputs(self, data_dir: Path | None) -> Iterator[str]:
-        from lors_cli.machine.environment import inputs
+        from lors_cli.pipeline.manifest import inputs
 
         before, now = self.content["inputs"], inputs(self.recipe, data_dir)
         if len(before) != len(now):

@@ -9,7 +9,7 @@ import pytest
 
 from lors_cli.data.sources import resolve_data_dir
 from lors_cli.errors import MissingError, UsageError
-from lors_cli.plans import StagePlan, describe, plan_single, plan_stages, select
+from lors_cli.pipeline.plans import StagePlan, describe, plan_single, plan_stages, select
 from lors_cli.recipe.loading import load_recipe
 from lors_cli.recipe.schema import EvalConfig, ModelConfig, PruneConfig
 

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from typer.testing import Result
 
-from lors_cli.repeat import differences, results
+from lors_cli.pipeline.manifest import results
+from lors_cli.pipeline.repeat import differences
 
 Lors = Callable[..., Result]
 RUN = Path("runs/tiny")
@@ -62,7 +63,7 @@ def test_a_deterministic_run_repeated_elsewhere_from_its_manifest_alone_has_the_
 
 
 def test_other_results_are_named(at_finished: Path) -> None:
-    from lors_cli.repeat import open_repeat
+    from lors_cli.pipeline.repeat import open_repeat
 
     shutil.copytree(RUN, "again")
     repeat = open_repeat(RUN, [])

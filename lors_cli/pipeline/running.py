@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lors_cli.data.sources import resolve_data_dir
-from lors_cli.errors import MissingError, ResourceError, UsageError
-from lors_cli.files import atomic, locks, records
-from lors_cli.machine import environment, processes
+from lors_cli.errors import MissingError
+from lors_cli.files import atomic, records
+from lors_cli.machine import processes
 from lors_cli.machine.determinism import determinism
 from lors_cli.output import console, progress
-from lors_cli.plans import StagePlan, announce, plan_stages, select
+from lors_cli.pipeline.folders import claim, forget, guard_out, tidy
+from lors_cli.pipeline.manifest import _write_manifest
+from lors_cli.pipeline.plans import StagePlan, announce, plan_stages, select
+from lors_cli.pipeline.resources import check_disk, check_memory
 from lors_cli.recipe.schema import PruneConfig, Recipe, TuneConfig
-
-RUN_MARKS = {"recipe.yaml", "manifest.json"}
-SWEEP_MARKS = {"sweep.yaml", "sweep.json"}
-STAGE_MARKS = {
-    records.RECORD_NAME, records.WORK_NAME, records.STAGING_NAME, records.JOURNAL_NAME, ".pieces", ".scratch",
-}  # fmt: skip
-"""Names that show that a folder was made here."""
 
 
 def run_single(plan: StagePlan, data_dir: Path | None) -> bool:
@@ -42,104 +37,6 @@ def run_single(plan: StagePlan, data_dir: Path | None) -> bool:
         console.heading(f"{plan.stage}: {announce(plan)}")
         run_stage(plan, data_dir)
         return True
-
-
-def guard_out(out: Path, stage: str, inputs: Iterable[str] = ()) -> None:
-    """Refuse to write into a folder that holds something else.
-
-    Args:
-        out: where results are to go.
-        stage: prune, tune, eval, merge; or run or sweep for the folder of a whole one.
-        inputs: the models that are read.
-
-    Raises:
-        UsageError: it is a file, a model that is read, another stage's result or a folder of others' files.
-    """
-    elsewhere = "Choose another --out."
-    if not out.is_dir():
-        above = next((folder for folder in (out, *out.parents) if folder.exists()), Path())
-        if not above.is_dir():
-            raise UsageError(f"{above} is a file; --out must be a folder.", elsewhere)
-        return
-    if any(Path(path).exists() and out.samefile(path) for path in inputs):
-        raise UsageError(f"--out {out} is the model's own folder; results go to another.", elsewhere)
-    names = {path.name for path in out.iterdir() if not atomic.is_partial(path)} - {locks.LOCK_NAME}
-    record = records.read_record(out)
-    if record is not None and record.stage != stage:
-        raise UsageError(f"{out} holds the results of {record.stage}, which would be overwritten.", elsewhere)
-    marks = {"run": RUN_MARKS, "sweep": SWEEP_MARKS}
-    for kind, theirs in marks.items():
-        if stage != kind and record is None and names & theirs:
-            raise UsageError(f"{out} is a {kind}'s folder; a {stage}'s results go to their own.", elsewhere)
-    if names and not names & marks.get(stage, STAGE_MARKS):
-        raise UsageError(f"{out} holds other files; results are not mixed with them.", elsewhere)
-
-
-@contextmanager
-def claim(out: Path) -> Iterator[None]:
-    """Hold `out` for this process; a folder made for it goes again when nothing was written there.
-
-    Of several processes on one job the first one holds it for all.
-    """
-    if not processes.is_main():
-        yield
-        return
-    fresh = not out.exists()
-    with locks.hold(out):
-        try:
-            yield
-        finally:
-            if fresh and out.is_dir() and [path.name for path in out.iterdir()] == [locks.LOCK_NAME]:
-                shutil.rmtree(out)
-
-
-def tidy(folder: Path) -> None:
-    """Remove what a killed process left beside a finished stage's results.
-
-    Args:
-        folder: the stage's.
-    """
-    if processes.is_main() and records.leftovers(folder):
-        with claim(folder):
-            atomic.remove(records.leftovers(folder))
-
-
-def check_disk(plan: StagePlan) -> None:
-    """Refuse a stage whose results don't fit on the disk.
-
-    Raises:
-        ResourceError: naming what is free and what is needed.
-    """
-    from lors_cli.planning import try_estimate
-
-    needed, _ = try_estimate(plan.config, plan.origin)
-    free = free_disk(plan.folder)
-    if needed is not None and needed.disk > free:
-        raise ResourceError(
-            f"{plan.stage} needs about {console.gib(needed.disk)} of disk in {plan.folder}; "
-            f"{console.gib(free)} are free.",
-            "Free some space or choose another --out; what was finished before is intact.",
-        )
-
-
-def free_disk(folder: Path) -> int:
-    """Bytes that are free where a folder is, or would be made."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
-def check_memory(plan: StagePlan) -> None:
-    """Refuse a stage that is to run and cannot fit in the memory that is free here.
-
-    Raises:
-        ResourceError: naming what is needed, what is free, and which settings would fit.
-    """
-    from lors_cli.planning import shortage
-
-    found = shortage(plan.config, plan.origin) if plan.status != "done" else None
-    if found is not None:
-        raise ResourceError(*found)
 
 
 def run_stage(plan: StagePlan, data_dir: Path | None) -> None:
@@ -186,13 +83,6 @@ def _told_when_gone(plan: StagePlan) -> Iterator[None]:
             f"{gone} was removed while {plan.stage} was running.",
             "The same command goes on from what is left; two runs must not share a folder.",
         ) from error
-
-
-def forget(plan: StagePlan) -> None:
-    """Make a finished or begun stage undone, for --force."""
-    (plan.folder / records.RECORD_NAME).unlink(missing_ok=True)
-    for name in (records.WORK_NAME, records.STAGING_NAME, "checkpoints", ".pieces"):
-        shutil.rmtree(plan.folder / name, ignore_errors=True)
 
 
 def run_recipe(
@@ -278,34 +168,6 @@ def _write_recipe(recipe: Recipe, out: Path) -> None:
     path = out / "recipe.yaml"
     if not path.is_file() or path.read_bytes() != text.encode():
         atomic.write_text(path, text)
-
-
-def _write_manifest(recipe: Recipe, out: Path, done: list[dict[str, Any]], data_dir: Path | None) -> None:
-    from lors_cli.repeat import manifest_content
-
-    seeds = {"recipe": recipe.seed}
-    if recipe.prune:
-        seeds["calibration"] = recipe.prune.calibration.seed
-    if recipe.tune:
-        seeds["tune"] = recipe.tune.seed
-    content = {
-        "name": recipe.name, "model": _origin(recipe),
-        "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "seeds": seeds,
-        "environment": environment.environment(), **manifest_content(recipe, out, data_dir), "last_call": done,
-    }  # fmt: skip
-    atomic.write_json(out / "manifest.json", content)
-
-
-def _origin(recipe: Recipe) -> dict[str, Any]:
-    """Which model the run starts from; of one on the hub the commit too."""
-    from lors_cli.models.revisions import commit_of
-    from lors_cli.models.sources import locate
-
-    repo = locate(recipe.model.path).repo
-    if repo is None:
-        return {"path": recipe.model.path}
-    revision = recipe.model.revision
-    return {"path": recipe.model.path, "revision": revision, "commit": commit_of(repo, revision)}
 
 
 def finished_stages(recipe: Recipe, out: Path, data_dir: Path | None) -> set[str]:

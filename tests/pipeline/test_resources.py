@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from lors_cli import planning
+from lors_cli.machine import devices
 from lors_cli.models.size import ModelSize, model_size
-from lors_cli.planning import GIB, RUNTIME, estimate, shortage, try_estimate
+from lors_cli.pipeline.resources import GIB, RUNTIME, estimate, shortage, try_estimate
 from lors_cli.pruning.estimate import memory_parts
 from lors_cli.recipe.schema import CalibrationConfig, EvalConfig, ModelConfig, PruneConfig, TuneConfig, TuneDataConfig
 
@@ -146,9 +146,9 @@ def test_a_mixture_holds_every_experts_sums() -> None:
 def test_what_does_not_fit_is_refused_with_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
     model = ModelConfig(path="meta-llama/Meta-Llama-3-8B", device="cpu")
     config = PruneConfig(method="admm", calibration=CalibrationConfig(num_samples=128, sequence_length=2048))
-    monkeypatch.setattr(planning, "free_memory", lambda _: 40 * GIB)
+    monkeypatch.setattr(devices, "free_memory", lambda _: 40 * GIB)
     assert shortage(config, model) is None
-    monkeypatch.setattr(planning, "free_memory", lambda _: 10 * GIB)
+    monkeypatch.setattr(devices, "free_memory", lambda _: 10 * GIB)
     message, hint = shortage(config, model) or ("", "")
     assert "of memory, 10.0 GiB are free (activations" in message
     assert hint == "This would fit: calibration.offload=disk calibration.batch_size=1 true_sequential=false"
@@ -156,7 +156,7 @@ def test_what_does_not_fit_is_refused_with_what_would(monkeypatch: pytest.Monkey
     assert shortage(wanda, model) is None  # 16 GiB of hidden states go to disk by themselves
     kept = replace(wanda, calibration=replace(wanda.calibration, offload="device"))
     assert shortage(kept, model) is not None
-    monkeypatch.setattr(planning, "free_memory", lambda _: 1 * GIB)
+    monkeypatch.setattr(devices, "free_memory", lambda _: 1 * GIB)
     assert "use a larger machine" in (shortage(config, model) or ("", ""))[1]
     assert shortage(TUNE, model) is None
     assert shortage(config, ModelConfig(path="nobody/nothing")) is None

@@ -1,0 +1,1 @@
+"""Plans of a recipe's stages, and running them."""

@@ -1,0 +1,91 @@
+"""Run and stage folders: whose they are, who holds them, what is swept away."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lors_cli.errors import UsageError
+from lors_cli.files import atomic, locks, records
+from lors_cli.machine import processes
+from lors_cli.pipeline.plans import StagePlan
+
+RUN_MARKS = {"recipe.yaml", "manifest.json"}
+
+
+SWEEP_MARKS = {"sweep.yaml", "sweep.json"}
+
+
+STAGE_MARKS = {
+    records.RECORD_NAME, records.WORK_NAME, records.STAGING_NAME, records.JOURNAL_NAME, ".pieces", ".scratch",
+}  # fmt: skip
+"""Names that show that a folder was made here."""
+
+
+def guard_out(out: Path, stage: str, inputs: Iterable[str] = ()) -> None:
+    """Refuse to write into a folder that holds something else.
+
+    Args:
+        out: where results are to go.
+        stage: prune, tune, eval, merge; or run or sweep for the folder of a whole one.
+        inputs: the models that are read.
+
+    Raises:
+        UsageError: it is a file, a model that is read, another stage's result or a folder of others' files.
+    """
+    elsewhere = "Choose another --out."
+    if not out.is_dir():
+        above = next((folder for folder in (out, *out.parents) if folder.exists()), Path())
+        if not above.is_dir():
+            raise UsageError(f"{above} is a file; --out must be a folder.", elsewhere)
+        return
+    if any(Path(path).exists() and out.samefile(path) for path in inputs):
+        raise UsageError(f"--out {out} is the model's own folder; results go to another.", elsewhere)
+    names = {path.name for path in out.iterdir() if not atomic.is_partial(path)} - {locks.LOCK_NAME}
+    record = records.read_record(out)
+    if record is not None and record.stage != stage:
+        raise UsageError(f"{out} holds the results of {record.stage}, which would be overwritten.", elsewhere)
+    marks = {"run": RUN_MARKS, "sweep": SWEEP_MARKS}
+    for kind, theirs in marks.items():
+        if stage != kind and record is None and names & theirs:
+            raise UsageError(f"{out} is a {kind}'s folder; a {stage}'s results go to their own.", elsewhere)
+    if names and not names & marks.get(stage, STAGE_MARKS):
+        raise UsageError(f"{out} holds other files; results are not mixed with them.", elsewhere)
+
+
+@contextmanager
+def claim(out: Path) -> Iterator[None]:
+    """Hold `out` for this process; a folder made for it goes again when nothing was written there.
+
+    Of several processes on one job the first one holds it for all.
+    """
+    if not processes.is_main():
+        yield
+        return
+    fresh = not out.exists()
+    with locks.hold(out):
+        try:
+            yield
+        finally:
+            if fresh and out.is_dir() and [path.name for path in out.iterdir()] == [locks.LOCK_NAME]:
+                shutil.rmtree(out)
+
+
+def tidy(folder: Path) -> None:
+    """Remove what a killed process left beside a finished stage's results.
+
+    Args:
+        folder: the stage's.
+    """
+    if processes.is_main() and records.leftovers(folder):
+        with claim(folder):
+            atomic.remove(records.leftovers(folder))
+
+
+def forget(plan: StagePlan) -> None:
+    """Make a finished or begun stage undone, for --force."""
+    (plan.folder / records.RECORD_NAME).unlink(missing_ok=True)
+    for name in (records.WORK_NAME, records.STAGING_NAME, "checkpoints", ".pieces"):
+        shutil.rmtree(plan.folder / name, ignore_errors=True)
