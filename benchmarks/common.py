@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from lors_cli.benchmark import spread
+from lors_cli.bench.measure import spread
 from lors_cli.models.blocks import decoder_blocks
 from lors_cli.pruning.walk.calibration import capture
 

@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 from common import cell, screen_of, software
 
-from lors_cli.benchmark import spread
+from lors_cli.bench.measure import spread
 from lors_cli.data.samples import PadCollator, count_tokens
 from lors_cli.data.tokens import tuning_data
 from lors_cli.files import atomic

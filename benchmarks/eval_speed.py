@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from common import cell, ratios, screen_of, software
 
-from lors_cli.benchmark import rotated, spread
+from lors_cli.bench.measure import rotated, spread
 from lors_cli.evaluation import harness, tasks
 from lors_cli.files import atomic
 from lors_cli.models.loading import load_model, load_tokenizer

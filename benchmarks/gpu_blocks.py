@@ -37,7 +37,7 @@ from rich.table import Table
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lors_cli.benchmark import rotated, spread
+from lors_cli.bench.measure import rotated, spread
 from lors_cli.files import atomic, hashes
 from lors_cli.models.blocks import decoder_blocks
 from lors_cli.pruning.methods import prune_group

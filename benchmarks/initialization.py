@@ -20,10 +20,10 @@ import torch
 from common import software
 from torch import nn
 
+from lors_cli.bench.live_memory import LiveBytes
 from lors_cli.data.samples import PadCollator
 from lors_cli.data.tokens import tuning_samples
 from lors_cli.files import atomic
-from lors_cli.live_memory import LiveBytes
 from lors_cli.models.loading import load_model, load_tokenizer
 from lors_cli.recipe.schema import ModelConfig, TuneDataConfig
 from lors_cli.tuning.attach import adaptable_layers

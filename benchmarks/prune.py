@@ -46,7 +46,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
-from lors_cli.benchmark import rotated, spread
+from lors_cli.bench.measure import rotated, spread
 from lors_cli.files import atomic, hashes
 from lors_cli.models import blocks as models_blocks
 from lors_cli.models import loading as models

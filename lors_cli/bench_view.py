@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from lors_cli.benchmark import AUTHORS_LOG, BenchConfig, bench
+from lors_cli.bench.measure import AUTHORS_LOG, BenchConfig, bench
 from lors_cli.errors import UsageError
 from lors_cli.output import console
 
@@ -86,8 +86,8 @@ def _draw(document: dict[str, Any], out: Path) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         console.warn("the package matplotlib is not installed: no figures are drawn (pip install matplotlib).")
         return
+    from lors_cli.bench.figures import draw
     from lors_cli.files.atomic import write_bytes
-    from lors_cli.report.bench_figures import draw
 
     for name, content in draw(document).items():
         write_bytes(out / f"{name}.png", content)

@@ -29,7 +29,7 @@ from common import (
     linears_of,
 )
 
-from lors_cli.benchmark import rotated
+from lors_cli.bench.measure import rotated
 from lors_cli.models import size as models_size
 from lors_cli.models.blocks import decoder_blocks
 from lors_cli.models.loading import load_model

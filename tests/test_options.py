@@ -146,6 +146,6 @@ def test_settings_and_their_words() -> None:
 
 
 def test_the_benchmarks_methods_are_its_own() -> None:
-    from lors_cli.bench_model import ARMS
+    from lors_cli.bench.model import ARMS
 
     assert sorted(completion.BENCH_METHODS) == sorted(ARMS)

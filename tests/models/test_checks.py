@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lors_cli.bench_model import sparse_model
+from lors_cli.bench.model import sparse_model
 from lors_cli.errors import ResourceError, UsageError
 from lors_cli.models.checks import check_size, check_vocabulary, load_error, loading, safetensors_files
 from lors_cli.models.loading import load_config, load_model, load_tokenizer

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from lors_cli import __version__
-from lors_cli.bench_model import ARMS, adapted, checkpoint_blocks, memory_of_step, sparse_model, tidy
+from lors_cli.bench.model import ARMS, adapted, checkpoint_blocks, memory_of_step, sparse_model, tidy
 from lors_cli.errors import UsageError
 from lors_cli.machine.devices import resolve_device
 from lors_cli.models.shapes import SHAPES

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lors_cli.bench.live_memory import LiveBytes
 from lors_cli.errors import MissingError, UsageError
-from lors_cli.live_memory import LiveBytes
 from lors_cli.models.shapes import SHAPES
 from lors_cli.output import console
 from lors_cli.tuning.baselines import LAYERS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from lors_cli.benchmark import AUTHORS_LOG, Cell
+from lors_cli.bench.measure import AUTHORS_LOG, Cell
 from lors_cli.report.drawing import GRID, METHOD_COLOURS, figure_of, png, style
 
 Document = dict[str, Any]
@@ -15,7 +15,7 @@ def draw(document: Document) -> dict[str, bytes]:
     """Every figure as PNG bytes by name.
 
     Args:
-        document: of `lors_cli.benchmark.bench`, all cells measured.
+        document: of `lors_cli.bench.measure.bench`, all cells measured.
     """
     settings = document["settings"]
     lengths, ranks = settings["lengths"], settings["ranks"]

@@ -1,0 +1,1 @@
+"""`lors bench`: a training step of every method, timed."""
