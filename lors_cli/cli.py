@@ -429,7 +429,7 @@ def report(folder: o.ReportFolder, formats: o.Formats = None) -> None:
 @command(app, HELP, "lors doctor", "lors doctor --json")
 def doctor() -> None:
     """Show what this machine has and lacks; exit 3 if lors cannot work."""
-    from lors_cli.doctor import any_failed, document, examine, show
+    from lors_cli.doctor.examine import any_failed, document, examine, show
 
     findings = examine()
     show(findings)

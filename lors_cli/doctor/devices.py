@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lors_cli.checkups import Finding
+from lors_cli.doctor.checkups import Finding
 from lors_cli.machine.devices import processor, usable_cores
 from lors_cli.output.console import gib
 

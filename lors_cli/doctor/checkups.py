@@ -72,7 +72,7 @@ def packages() -> Iterator[Finding]:
     """Python and every package: there, importable, of a version that is known to work."""
     from lors_cli import __version__
 
-    yield Finding("packages", "lors", "ok", f"{__version__}, from {Path(__file__).parent}")
+    yield Finding("packages", "lors", "ok", f"{__version__}, from {Path(__file__).parents[1]}")
     numbers = ".".join(map(str, sys.version_info[:3]))
     yield Finding("packages", "python", "ok", f"{numbers}, {sys.executable}")
     for name in NEEDED:

@@ -6,18 +6,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from lors_cli import checkups, device_checkups
-from lors_cli.checkups import Finding
+from lors_cli.doctor import checkups, devices
+from lors_cli.doctor.checkups import Finding
 from lors_cli.output import console, progress
 
 CHECKUPS: dict[str, Callable[[], Iterator[Finding]]] = {
     "packages": checkups.packages,
-    "devices": device_checkups.devices,
+    "devices": devices.devices,
     "memory": checkups.memory,
     "disk": checkups.disk,
     "hub": checkups.hub,
     "data": checkups.data,
-    "fast paths": device_checkups.fast_paths,
+    "fast paths": devices.fast_paths,
 }
 STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 

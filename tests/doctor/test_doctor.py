@@ -16,11 +16,13 @@ from typing import Any
 import pytest
 from typer.testing import Result
 
-from lors_cli import checkups, device_checkups, doctor
-from lors_cli.checkups import Finding
+from lors_cli.doctor import checkups, examine
+from lors_cli.doctor import devices as device_checkups
+from lors_cli.doctor.checkups import Finding
+from lors_cli.machine import devices as machine_devices
 
 Lors = Callable[..., Result]
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def only(findings: Iterator[Finding], name: str) -> Finding:
@@ -209,7 +211,7 @@ def test_threads(threads: int, cores: int, status: str, monkeypatch: pytest.Monk
     import torch
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(device_checkups, "usable_cores", lambda: cores)
+    monkeypatch.setattr(machine_devices, "usable_cores", lambda: cores)
     found = device_checkups._threads()
     assert found.status == status
     assert status == "ok" or f"OMP_NUM_THREADS={cores}" in str(found.advice)
@@ -259,7 +261,7 @@ def test_a_checkup_that_breaks_is_told_and_the_others_go_on(monkeypatch: pytest.
         yield Finding("one", "first", "ok", "there")
         raise RuntimeError("driver too old")
 
-    monkeypatch.setattr(doctor, "CHECKUPS", {"one": broken, "two": lambda: iter([Finding("two", "x", "ok", "y")])})
-    found = doctor.examine()
+    monkeypatch.setattr(examine, "CHECKUPS", {"one": broken, "two": lambda: iter([Finding("two", "x", "ok", "y")])})
+    found = examine.examine()
     assert [(finding.group, finding.status) for finding in found] == [("one", "ok"), ("one", "warn"), ("two", "ok")]
     assert "RuntimeError: driver too old" in found[1].text
