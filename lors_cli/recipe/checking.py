@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import difflib
+import itertools
 import json
 import re
 import typing
@@ -14,9 +14,8 @@ from typing import Any
 
 from lors_cli.errors import shorten
 from lors_cli.output.redaction import redact
+from lors_cli.recipe.rules import broken
 from lors_cli.recipe.settings import KeyPath, Place, Settings, dotted
-
-MAX_PASSES = 4
 
 _SHAPES = {
     "name": "must start with a letter or digit and hold only letters, digits, `.`, `_` and `-` (100 at most)",
@@ -85,22 +84,17 @@ def check(schema: type, settings: Settings) -> Any:
     """
     from pydantic import ValidationError
 
-    adapter = _adapter(schema)
     _refuse_secrets(settings)
-    data, mended = copy.deepcopy(settings.data), set[str]()
-    for _ in range(MAX_PASSES):
-        try:
-            result = adapter.validate_json(json.dumps(data), strict=True)
-        except ValidationError as error:
-            errors: list[Any] = error.errors(include_url=False)
-        else:
-            break
-        errors.sort(key=lambda entry: settings.place(entry["loc"]).order)
-        for entry in errors:
-            _report(schema, settings, entry, mended)
-        # What could not be used is replaced, so that the rules between keys are checked in this run too.
-        for entry in errors:
-            mended.update(_mend(schema, data, entry["loc"], entry["type"]))
+    try:
+        result = _adapter(schema).validate_json(json.dumps(settings.data), strict=True)
+    except ValidationError as error:
+        errors = [entry for entry in error.errors(include_url=False) if entry["type"] != "value_error"]
+        for entry in sorted(errors, key=lambda entry: settings.place(entry["loc"]).order):
+            _report(schema, settings, entry)
+        wrong = {_key_path(entry["loc"]) for entry in errors}
+        _report_rules(_sound(schema, settings.data, wrong, ()), settings, wrong, ())
+        settings.fail()
+        raise
     settings.fail()
     return result
 
@@ -127,61 +121,67 @@ def _adapter(schema: type) -> Any:
     return TypeAdapter(schema)
 
 
-def _report(schema: type, settings: Settings, entry: Any, mended: set[str]) -> None:
+def _report(schema: type, settings: Settings, entry: Any) -> None:
     path, kind = entry["loc"], entry["type"]
-    if kind == "value_error":
-        rule = str(entry["ctx"]["error"])
-        if not any(key in rule for key in mended):
-            _report_rule(settings, path, rule)
-    elif kind == "too_short" and entry["input"]:
+    if kind == "too_short" and entry["input"]:
         return  # pydantic counts only the good items; the bad ones have messages of their own
-    elif kind == "unexpected_keyword_argument":
+    if kind == "unexpected_keyword_argument":
         owner = _owner(schema, path[:-1])
         settings.add(path, unknown_key(owner, str(path[-1]), path[:-1]))
     else:
         settings.add(path, describe(path, entry, settings.raws.get(path)))
 
 
-def _report_rule(settings: Settings, path: KeyPath, rule: str) -> None:
-    """A rule between keys, put at the key it starts with, or at the last override among its keys."""
-    words = [tuple(word.split(".")) for word in re.findall(r"[a-z_]+(?:\.[a-z_]+)*", rule)]
-    given = [(*path, *word) for word in words if (*path, *word) in settings.places]
-    subject = re.match(r"([a-z_.]+): ", rule)
-    places = [settings.place(key) for key in given]
+def _key_path(path: KeyPath) -> KeyPath:
+    """A place in a list as the list's own."""
+    return tuple(itertools.takewhile(lambda key: isinstance(key, str), path))
+
+
+def _sound(schema: type, data: dict[str, Any], wrong: set[KeyPath], path: KeyPath) -> Any:
+    """An unchecked instance of `schema` from what is right in `data`; the rest is as if it were not given."""
+    made = object.__new__(schema)
+    for entry in dataclasses.fields(schema):
+        key, section = (*path, entry.name), subsection(schema, entry.name)
+        if entry.name in data and key not in wrong:
+            value = data[entry.name]
+        elif section:
+            value = {} if key in wrong or entry.default is dataclasses.MISSING else None
+        else:
+            value = getattr(schema, entry.name, None)
+        if section and value is not None:
+            value = _sound(section, value, wrong, key)
+        object.__setattr__(made, entry.name, value)
+    return made
+
+
+def _report_rules(made: Any, settings: Settings, wrong: set[KeyPath], path: KeyPath) -> None:
+    """The rules between keys that `made` and its sections break, but for those that speak of a key that is wrong."""
+    for entry in dataclasses.fields(made):
+        if dataclasses.is_dataclass(getattr(made, entry.name)):
+            _report_rules(getattr(made, entry.name), settings, wrong, (*path, entry.name))
+    for key, message in broken(made):
+        words = re.findall(r"[a-z_]+(?:\.[a-z_]+)*", f"{key} {message}")
+        named = [(*path, *word.split(".")) for word in words]
+        if wrong.isdisjoint(named):
+            _report_rule(
+                settings, path, key, message, [settings.places[name] for name in named if name in settings.places]
+            )
+
+
+def _report_rule(settings: Settings, path: KeyPath, key: str, message: str, places: list[Place]) -> None:
+    """A rule between keys, put at the key it speaks of, or at the last override among its keys."""
     from_command_line = [place for place in places if place.order[0] > 0]
     place = max(from_command_line, key=lambda p: p.order, default=places[0] if places else settings.place(path))
-    if subject:
-        path = (*path, *subject.group(1).split("."))
-        rule = rule[subject.end() :]
+    if key:
+        path = (*path, *key.split("."))
         place = Place(place.label, place.order)  # the rule's subject is always named
-    settings.add(path, rule, place)
+    settings.add(path, message, place)
 
 
 def _owner(schema: type, path: KeyPath) -> type:
     for key in path:
         schema = subsection(schema, str(key)) or schema
     return schema
-
-
-def _mend(schema: type, data: Any, path: KeyPath, kind: str) -> set[str]:
-    """Replace what is wrong at `path` by something that passes; gives the keys touched."""
-    if not path:  # a rule of the recipe as a whole: nothing is left to check after it
-        return set()
-    section = data
-    for key in path[:-1]:
-        if subsection(schema, str(key)) is None:
-            path = path[: path.index(key) + 1]
-            break
-        section, schema = section[key], subsection(schema, str(key)) or schema
-    key = str(path[-1])
-    required = {entry.name: entry.default is entry.default_factory for entry in dataclasses.fields(schema)}
-    if subsection(schema, key):
-        section[key] = {"path": "x"} if key == "model" else {}
-    elif required.get(key):
-        section[key] = "x"
-    else:
-        section.pop(key, None)
-    return {key}
 
 
 def describe(path: KeyPath, entry: Any, raw: str | None) -> str:

@@ -61,7 +61,7 @@ RULES: dict[str, list[str]] = {
         "`tasks` or `perplexity` names something.",
     ],
 }
-"""What `__post_init__` of a section refuses, a rule for each error."""
+"""The rules of `lors_cli.recipe.rules` in the words of the page, one for each message."""
 
 KINDS = {
     "name": "letters, digits, `.`, `_`, `-`; at most 100",

@@ -1,7 +1,7 @@
 """The schema of a recipe: one frozen dataclass a stage.
 
 A recipe is read by `lors_cli.recipe.loading`, which checks types, ranges and unknown keys with pydantic. Built from
-Python, the classes check only what `__post_init__` says. Every stage function takes its own stage's config and
+Python, the classes check only the rules between their keys. Every stage function takes its own stage's config and
 paths, never the whole recipe, so each works alone.
 """
 
@@ -11,7 +11,9 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
+
+from lors_cli.recipe.rules import Section
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -22,22 +24,17 @@ ModelRole = Literal["dense", "pruned", "tuned"]
 TuneMethod = Literal["lors", "sqft", "sqft-gc", "spp", "spp-gc", "hira", "lora"]
 Name = Annotated[str, Field(min_length=1)]
 
+SEVEN_TASKS = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "openbookqa", "rte", "winogrande")
+
 
 def _whole(value: Any) -> Any:
     """0.5e9 as the whole number that it is."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-_strict = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
-
-SEVEN_TASKS = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "openbookqa", "rte", "winogrande")
-
-
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Section):
     """The model that the pipeline starts from."""
-
-    __pydantic_config__ = _strict
 
     path: Name
     """Hub id, folder, .gguf file, or package://module/file.gguf."""
@@ -51,10 +48,8 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrationConfig:
+class CalibrationConfig(Section):
     """The text that shows the pruner what the inputs of each layer look like."""
-
-    __pydantic_config__ = _strict
 
     dataset: Name = "c4"
     """alpaca, c4, pydoc, slimpajama, wikitext2, or a file (.jsonl .json .parquet .txt, .gz; tokens: .safetensors)."""
@@ -72,10 +67,8 @@ class CalibrationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneConfig:
+class PruneConfig(Section):
     """Which weights to remove, and how the rest makes up for them."""
-
-    __pydantic_config__ = _strict
 
     method: Literal["magnitude", "wanda", "sparsegpt", "ria", "admm"] = "sparsegpt"
     """How the weights to remove are chosen; sparsegpt and admm also move the kept ones (docs/pruning.md)."""
@@ -101,27 +94,6 @@ class PruneConfig:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     """Which text, and how much of it."""
 
-    def __post_init__(self) -> None:
-        if self.true_sequential and self.method == "magnitude" and not self.refit:
-            raise ValueError("true_sequential: magnitude looks at no inputs; choose another method")
-        if self.layer_sparsity == "owl" and (self.pattern != "unstructured" or self.method == "magnitude"):
-            raise ValueError("layer_sparsity: owl needs pattern: unstructured and a method that looks at inputs")
-        if self.reconstruct_epochs and self.method == "magnitude" and not self.refit:
-            raise ValueError("reconstruct_epochs: magnitude takes no calibration samples; choose another method")
-        if self.channel_permutation and self.pattern == "unstructured":
-            raise ValueError("channel_permutation: groups of M are what it fills; it needs a pattern N:M")
-        if self.pattern == "unstructured":
-            if self.sparsity is None:
-                raise ValueError("pattern: unstructured needs a sparsity, for example sparsity: 0.5")
-            return
-        n, m = (int(part) for part in self.pattern.split(":"))
-        if not 0 < n < m:
-            raise ValueError(f"pattern: {self.pattern} keeps nothing or prunes nothing; N:M needs 0 < N < M")
-        if self.sparsity is not None and not math.isclose(self.sparsity, 1 - n / m, abs_tol=1e-9):
-            raise ValueError(
-                f"sparsity: {self.sparsity} contradicts pattern: {self.pattern}, which is {1 - n / m:g}; leave it out"
-            )
-
     @property
     def sequential(self) -> bool:
         """Whether groups are pruned one after the other (`true_sequential`, or what the method implies)."""
@@ -131,10 +103,8 @@ class PruneConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuneDataConfig:
+class TuneDataConfig(Section):
     """The text to tune on."""
-
-    __pydantic_config__ = _strict
 
     dataset: Name = "alpaca"
     """alpaca, c4, pydoc, slimpajama, wikitext2, or a file."""
@@ -159,10 +129,8 @@ class TuneDataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillConfig:
+class DistillConfig(Section):
     """Learning from the dense model's predictions beside the labels; it is held in memory too."""
-
-    __pydantic_config__ = _strict
 
     teacher: Name | None = None
     """The dense model, with the same vocabulary. Default: the one that the sparse model was pruned from."""
@@ -175,10 +143,8 @@ class DistillConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuneConfig:
+class TuneConfig(Section):
     """Recovery training that keeps the zeros."""
-
-    __pydantic_config__ = _strict
 
     method: TuneMethod = "lors"
     """lors, or what it is compared with: sqft, spp (both also -gc: their layers computed again in backward), hira, and
@@ -261,37 +227,6 @@ class TuneConfig:
     seed: Seed = 0
     """Of the samples' order and of the adapters' start. Default: the recipe's."""
 
-    def __post_init__(self) -> None:
-        if self.start != "kaiming" and self.method in ("spp", "spp-gc", "hira"):
-            raise ValueError(f"init: {self.init} is for additive updates, and {self.method} multiplies the weight")
-        if self.merged_cache == "on" and self.method != "lors":
-            raise ValueError(f"merged_cache: it is for method: lors, and method is {self.method}")
-        if self.rounding == "stochastic" and self.method != "lors":
-            raise ValueError(f"rounding: stochastic is for method: lors, and method is {self.method}")
-        if self.base == "compressed" and self.method != "lors":
-            raise ValueError(f"base: compressed is for method: lors, and method is {self.method}")
-        if self.parallelism == "fsdp":
-            for key, value in (("init", "gradient-exact"), ("base", "compressed"), ("merged_cache", "on")):
-                if getattr(self, key) == value:
-                    raise ValueError(f"parallelism: fsdp shards the weights, and {key}: {value} needs them whole")
-        if self.train_norms and self.method == "lora":
-            raise ValueError("train_norms: PEFT's LoRA files have no place for trained norms; choose another method")
-        if self.norms_lr_ratio != 1.0 and not self.train_norms:
-            raise ValueError("norms_lr_ratio: it is for train_norms: true")
-        if self.max_tokens is not None and self.max_steps is not None:
-            raise ValueError("max_tokens: max_steps says how long to train too; give one of them")
-        if self.max_tokens is not None and self.data.stream == "off":
-            raise ValueError("max_tokens: it counts streamed text, and data.stream is off")
-        if self.min_learning_rate > self.learning_rate:
-            raise ValueError(
-                f"min_learning_rate: {self.min_learning_rate:g} is above learning_rate: {self.learning_rate:g}"
-            )
-        if self.per_device_batch_size is not None and self.batch_size % self.per_device_batch_size:
-            raise ValueError(
-                f"batch_size: {self.batch_size} is not a multiple of "
-                f"per_device_batch_size: {self.per_device_batch_size}"
-            )
-
     @property
     def start(self) -> Literal["gradient", "gradient-exact", "kaiming"]:
         """How lora_A starts: `init`, or what the method implies."""
@@ -316,10 +251,8 @@ class TuneConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig:
+class EvalConfig(Section):
     """Zero-shot tasks and perplexities to measure."""
-
-    __pydantic_config__ = _strict
 
     models: Annotated[tuple[ModelRole, ...], Field(min_length=1)] | None = None
     """Which of dense, pruned, tuned. Default: those that the recipe makes."""
@@ -337,21 +270,10 @@ class EvalConfig:
     perplexity_length: Positive | None = None
     """Tokens a window. Default 2048 or the model's limit."""
 
-    def __post_init__(self) -> None:
-        for key in ("models", "tasks", "perplexity"):
-            values = getattr(self, key) or ()
-            doubled = sorted({value for value in values if values.count(value) > 1})
-            if doubled:
-                raise ValueError(f"{key}: {', '.join(doubled)} is listed twice")
-        if not self.tasks and not self.perplexity:
-            raise ValueError("neither tasks nor perplexity is given: there is nothing to evaluate")
-
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(Section):
     """A whole pipeline; a stage that is left out is not run."""
-
-    __pydantic_config__ = _strict
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
     """Name of the run folder, runs/<name>, unless --out is given."""
@@ -370,15 +292,6 @@ class Recipe:
     deterministic: bool = False
     """Take only operations that give the same bits each time (docs/reproducibility.md). On a CPU whose number of
     threads stays the same they do so without it; on a GPU it costs some speed. Not part of a stage's fingerprint."""
-
-    def __post_init__(self) -> None:
-        if self.prune is None and self.tune is None and self.eval is None:
-            raise ValueError("there is no stage: give at least one of prune, tune, eval")
-        missing = [role for role in (self.eval.models if self.eval else None) or () if role not in self.roles()]
-        if missing:
-            raise ValueError(
-                f"eval.models: {', '.join(missing)} is not made by this recipe, which has {', '.join(self.roles())}"
-            )
 
     def roles(self) -> tuple[ModelRole, ...]:
         """The models that exist once the recipe has run."""

@@ -168,6 +168,18 @@ def test_rules_between_keys_are_checked_beside_wrong_types() -> None:
     ]
 
 
+def test_every_broken_rule_is_reported() -> None:
+    text = (
+        "tune:\n  max_tokens: 9\n  max_steps: 3\n  data: {stream: off}\neval: {models: [pruned], tasks: [rte, rte]}\n"
+    )
+    assert problems(BASE + text) == [
+        "x.yaml:4: tune.max_tokens: max_steps says how long to train too; give one of them",
+        "x.yaml:4: tune.max_tokens: it counts streamed text, and data.stream is off",
+        "x.yaml:7: eval.tasks: rte is listed twice",
+        "x.yaml:7: eval.models: pruned is not made by this recipe, which has dense, tuned",
+    ]
+
+
 def test_a_rule_is_not_reported_for_a_key_that_is_wrong_itself() -> None:
     assert problems(BASE + "prune:\n  pattern: unstructured\n  sparsity: half\n") == [
         "x.yaml:5: prune.sparsity: must be a number, not half"

@@ -1,0 +1,127 @@
+"""The rules between a recipe's keys: a table a section, of `(key, is_broken, message)`.
+
+`is_broken` gives something true for a config that breaks the rule. The message is a template in which `c` is that
+config and `found` is what `is_broken` gave; `key` is the setting that it speaks of, "" for the section as a whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from pydantic import ConfigDict
+
+Rule = tuple[str, Callable[[Any], Any], str]
+
+
+class Section:
+    """What every section has: pydantic reads it strictly, and its rules are checked however it is made."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    def __post_init__(self) -> None:
+        for key, message in broken(self):
+            raise ValueError(f"{key}: {message}" if key else message)
+
+
+def broken(config: Any) -> Iterator[tuple[str, str]]:
+    """The key and the message of every rule that a config of the recipe breaks."""
+    for key, is_broken, message in RULES.get(type(config).__name__, ()):
+        found = is_broken(config)
+        if found:
+            yield key, message.format(c=config, found=found)
+
+
+def _blind(c: Any) -> bool:
+    """Whether pruning looks at no inputs."""
+    return bool(c.method == "magnitude" and not c.refit)
+
+
+def _implied_sparsity(pattern: str) -> float | None:
+    """The sparsity that N:M has; None when it keeps nothing or prunes nothing, and for unstructured."""
+    if pattern == "unstructured":
+        return None
+    n, m = (int(part) for part in pattern.split(":"))
+    return 1 - n / m if 0 < n < m else None
+
+
+def _contradicted_sparsity(c: Any) -> float | None:
+    """The sparsity that the pattern has, when another is given."""
+    implied = _implied_sparsity(c.pattern)
+    agrees = implied is None or c.sparsity is None or math.isclose(c.sparsity, implied, abs_tol=1e-9)
+    return None if agrees else implied
+
+
+def _not_shardable(c: Any) -> str | None:
+    """What needs whole weights, when they are sharded."""
+    whole = {"init": "gradient-exact", "base": "compressed", "merged_cache": "on"} if c.parallelism == "fsdp" else {}
+    return next((f"{key}: {value}" for key, value in whole.items() if getattr(c, key) == value), None)
+
+
+def _twice(values: Any) -> str:
+    """The values that are listed more than once."""
+    return ", ".join(sorted({value for value in values or () if values.count(value) > 1}))
+
+
+def _not_made(c: Any) -> str | None:
+    """Which models are evaluated without being made, and which there are."""
+    missing = [role for role in dict.fromkeys((c.eval and c.eval.models) or ()) if role not in c.roles()]
+    if not missing:
+        return None
+    return f"{', '.join(missing)} is not made by this recipe, which has {', '.join(c.roles())}"
+
+
+RULES: dict[str, tuple[Rule, ...]] = {
+    "Recipe": (
+        ("", lambda c: not (c.prune or c.tune or c.eval),
+         "there is no stage: give at least one of prune, tune, eval"),
+        ("eval.models", _not_made, "{found}"),
+    ),
+    "PruneConfig": (
+        ("true_sequential", lambda c: c.true_sequential and _blind(c),
+         "magnitude looks at no inputs; choose another method"),
+        ("layer_sparsity",
+         lambda c: c.layer_sparsity == "owl" and (c.pattern != "unstructured" or c.method == "magnitude"),
+         "owl needs pattern: unstructured and a method that looks at inputs"),
+        ("reconstruct_epochs", lambda c: c.reconstruct_epochs and _blind(c),
+         "magnitude takes no calibration samples; choose another method"),
+        ("channel_permutation", lambda c: c.channel_permutation and c.pattern == "unstructured",
+         "groups of M are what it fills; it needs a pattern N:M"),
+        ("pattern", lambda c: c.pattern == "unstructured" and c.sparsity is None,
+         "unstructured needs a sparsity, for example sparsity: 0.5"),
+        ("pattern", lambda c: c.pattern != "unstructured" and _implied_sparsity(c.pattern) is None,
+         "{c.pattern} keeps nothing or prunes nothing; N:M needs 0 < N < M"),
+        ("sparsity", _contradicted_sparsity,
+         "{c.sparsity} contradicts pattern: {c.pattern}, which is {found:g}; leave it out"),
+    ),
+    "TuneConfig": (
+        ("init", lambda c: c.start != "kaiming" and c.method in ("spp", "spp-gc", "hira"),
+         "{c.init} is for additive updates, and {c.method} multiplies the weight"),
+        ("merged_cache", lambda c: c.merged_cache == "on" and c.method != "lors",
+         "it is for method: lors, and method is {c.method}"),
+        ("rounding", lambda c: c.rounding == "stochastic" and c.method != "lors",
+         "stochastic is for method: lors, and method is {c.method}"),
+        ("base", lambda c: c.base == "compressed" and c.method != "lors",
+         "compressed is for method: lors, and method is {c.method}"),
+        ("parallelism", _not_shardable, "fsdp shards the weights, and {found} needs them whole"),
+        ("train_norms", lambda c: c.train_norms and c.method == "lora",
+         "PEFT's LoRA files have no place for trained norms; choose another method"),
+        ("norms_lr_ratio", lambda c: c.norms_lr_ratio != 1.0 and not c.train_norms, "it is for train_norms: true"),
+        ("max_tokens", lambda c: c.max_tokens is not None and c.max_steps is not None,
+         "max_steps says how long to train too; give one of them"),
+        ("max_tokens", lambda c: c.max_tokens is not None and c.data.stream == "off",
+         "it counts streamed text, and data.stream is off"),
+        ("min_learning_rate", lambda c: c.min_learning_rate > c.learning_rate,
+         "{c.min_learning_rate:g} is above learning_rate: {c.learning_rate:g}"),
+        ("batch_size", lambda c: c.per_device_batch_size is not None and c.batch_size % c.per_device_batch_size,
+         "{c.batch_size} is not a multiple of per_device_batch_size: {c.per_device_batch_size}"),
+    ),
+    "EvalConfig": (
+        ("models", lambda c: _twice(c.models), "{found} is listed twice"),
+        ("tasks", lambda c: _twice(c.tasks), "{found} is listed twice"),
+        ("perplexity", lambda c: _twice(c.perplexity), "{found} is listed twice"),
+        ("", lambda c: not c.tasks and not c.perplexity,
+         "neither tasks nor perplexity is given: there is nothing to evaluate"),
+    ),
+}  # fmt: skip
