@@ -6,19 +6,16 @@ gated, 4 not enough memory or disk, 5 sparsity broken, 130 interrupted.
 
 from __future__ import annotations
 
+import difflib
 import errno
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 
 class LorsError(Exception):
-    """A user's mistake or the machine's limit: shown as one message, never as a traceback.
-
-    Args:
-        message: what is wrong and where, in one sentence.
-        hint: what to do now.
-    """
+    """A user's mistake or the machine's limit: a message (what is wrong, and where) and a hint (what to do now)."""
 
     exit_code = 2
 
@@ -79,15 +76,8 @@ def offline_hint() -> str:
 
 
 def translate(error: BaseException) -> LorsError | None:
-    """The user's error behind a foreign exception, or None when it is a bug of ours.
-
-    Args:
-        error: any exception that reached the command line.
-    """
-    if isinstance(error, LorsError):
-        return error
-    chain = _causes(error)
-    for link in chain:
+    """The user's error behind an exception that reached the command line, or None when it is a bug of ours."""
+    for link in _causes(error):
         if isinstance(link, LorsError):
             return link
         found = _translate_one(link)
@@ -184,13 +174,14 @@ def _number(error: BaseException, text: str) -> int | None:
     return int(found[1] or found[2]) if found else None
 
 
-def require_file(path: Path, what: str) -> Path:
-    """`path`, or a MissingError naming what was looked for.
+def nearest(word: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The name that was perhaps meant by `word`; None when none is at least as much alike as `cutoff` (0 to 1)."""
+    close = difflib.get_close_matches(word[:100], list(names), n=1, cutoff=cutoff)
+    return close[0] if close else None
 
-    Args:
-        path: the file that must exist.
-        what: its role, for the message (“adapter weights”).
-    """
+
+def require_file(path: Path, what: str) -> Path:
+    """`path`, or a MissingError that names its role (`what`: “adapter weights”)."""
     if not path.is_file():
         raise MissingError(f"No {what} at {path}.")
     return path

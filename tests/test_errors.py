@@ -17,6 +17,7 @@ from lors_cli.errors import (
     ResourceError,
     SparsityError,
     UsageError,
+    nearest,
     require_file,
     translate,
 )
@@ -159,3 +160,12 @@ def test_a_path_that_no_file_can_have_is_the_users(number: int) -> None:
     found = translate(OSError(number, "x" * 5000, "y"))
     assert isinstance(found, UsageError)
     assert len(found.message) < 300
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"), [("wnda", "wanda"), ("sparsegtp", "sparsegpt"), ("zzz", None), ("", None), ("w" * 10_000, None)]
+)
+def test_nearest(word: str, meant: str | None) -> None:
+    assert nearest(word, ("wanda", "sparsegpt")) == meant
+    assert nearest("wax", ("wanda",)) is None
+    assert nearest("wax", ("wanda",), cutoff=0.5) == "wanda"

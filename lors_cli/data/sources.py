@@ -6,7 +6,6 @@ is missing there is an error, never a step to the hub. Opening a source reads it
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -16,7 +15,7 @@ from typing import Any, Literal
 from lors_cli.data import pydoc_text
 from lors_cli.data.prompts import alpaca_prompt
 from lors_cli.data.text_files import FORMATS, file_format, read_rows, read_text, row_kind
-from lors_cli.errors import MissingError, UsageError, translate
+from lors_cli.errors import MissingError, UsageError, nearest, translate
 from lors_cli.files.hashes import cached_sha256
 
 Split = Literal["train", "validation"]
@@ -310,8 +309,8 @@ def _user_file(name: str) -> Path:
         raise UsageError(f"{name} is a folder; a file is needed.", f"Files: {', '.join(FORMATS)}.")
     if name.removesuffix(".gz").endswith(FORMATS):
         raise MissingError(f"No file {name}.", f"Seen from {Path.cwd()}.")
-    close = difflib.get_close_matches(name.lower(), SOURCES, n=1)
-    suggestion = f" Did you mean {close[0]}?" if close else ""
+    close = nearest(name.lower(), SOURCES)
+    suggestion = f" Did you mean {close}?" if close else ""
     raise UsageError(
         f"There is no dataset or file {name!r}.{suggestion}",
         f"Datasets: {', '.join(SOURCES)}; or a file ({', '.join(FORMATS)}).",

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lors_cli.errors import UsageError
+from lors_cli.errors import UsageError, nearest
 from lors_cli.files import atomic, records
 from lors_cli.recipe.schema import EvalConfig, ModelConfig, PruneConfig, Recipe, TuneConfig
 
@@ -208,8 +207,8 @@ def select(plans: list[StagePlan], first: str | None, last: str | None, force: t
 
 
 def _meant(word: str, names: list[str]) -> str | None:
-    close = difflib.get_close_matches(word.lower(), names, n=1)
-    return f"Did you mean {close[0]}?" if close else None
+    close = nearest(word.lower(), names)
+    return f"Did you mean {close}?" if close else None
 
 
 def describe(plan: StagePlan) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import itertools
 import json
 import re
@@ -12,7 +11,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
-from lors_cli.errors import shorten
+from lors_cli.errors import nearest, shorten
 from lors_cli.output.redaction import redact
 from lors_cli.recipe.rules import broken
 from lors_cli.recipe.settings import KeyPath, Place, Settings, dotted
@@ -54,9 +53,9 @@ def unknown_key(schema: type, key: str, parent: KeyPath) -> str:
     inner = [path for path in _inner_keys(schema) if path[-1] == plain]
     if inner:
         return f"unknown key; did you mean {dotted((*parent, *inner[0]))}?"
-    close = difflib.get_close_matches(plain[:100], field_names(schema), n=1)
+    close = nearest(plain, field_names(schema))
     if close:
-        return f"unknown key; did you mean {close[0]}?"
+        return f"unknown key; did you mean {close}?"
     return f"unknown key; known here: {', '.join(field_names(schema))}"
 
 
@@ -203,8 +202,8 @@ def describe(path: KeyPath, entry: Any, raw: str | None) -> str:
         return "is empty; give a value, or remove the key to use the default"
     if kind == "literal_error":
         choices = re.findall(r"'([^']+)'", context["expected"])
-        close = difflib.get_close_matches(str(value).lower()[:100], choices, n=1)
-        ending = f"; did you mean {close[0]}?" if close else ""
+        close = nearest(str(value).lower(), choices)
+        ending = f"; did you mean {close}?" if close else ""
         return f"must be one of {', '.join(choices)}, not {got}{ending}"
     if kind in ("string_type", "string_pattern_mismatch"):
         scalar = isinstance(value, (int, float))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from pathlib import Path
 
-from lors_cli.errors import UsageError, shorten
+from lors_cli.errors import UsageError, nearest, shorten
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -64,8 +63,8 @@ def find_shipped_recipe(name: str) -> Path:
     stem = _stem(name)
     if stem in shipped:
         return shipped[stem]
-    close = difflib.get_close_matches(stem[:100].lower(), list(shipped), n=1)
-    hint = f"Did you mean {close[0]}?" if close else f"There are: {', '.join(shipped)}."
+    close = nearest(stem.lower(), shipped)
+    hint = f"Did you mean {close}?" if close else f"There are: {', '.join(shipped)}."
     raise UsageError(f"There is no shipped recipe {shorten(name)!r}.", hint)
 
 
@@ -108,8 +107,8 @@ def _find(name: str, shipped: dict[str, Path], what: str, listing: str) -> Path:
     command, others = _OTHER_COMMANDS.get(what, ("", dict))
     if stem in others():
         raise UsageError(f"{shorten(name)} is no {what}.", f"For it there is: lors {command} {stem}")
-    close = difflib.get_close_matches(stem[:100].lower(), list(shipped), n=1)
-    hint = f"Did you mean {close[0]}? {listing}" if close else listing
+    close = nearest(stem.lower(), shipped)
+    hint = f"Did you mean {close}? {listing}" if close else listing
     raise UsageError(f"There is no {what} {shorten(name)!r}: neither a file nor a shipped {what}.", hint)
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection
 from pathlib import Path
 
-from lors_cli.errors import UsageError
+from lors_cli.errors import UsageError, nearest
 
 FORMATS = ("md", "html", "csv", "tex")
 
@@ -15,8 +14,8 @@ def check_formats(formats: Collection[str]) -> None:
     """Raise UsageError, naming the nearest one, when a format is none of `FORMATS`."""
     for name in formats:
         if name not in FORMATS:
-            near = difflib.get_close_matches(name, FORMATS, n=1, cutoff=0.5)
-            hint = f"Did you mean {near[0]}?" if near else None
+            near = nearest(name, FORMATS, cutoff=0.5)
+            hint = f"Did you mean {near}?" if near else None
             raise UsageError(f"--format {name} is none of {', '.join(FORMATS)}.", hint)
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Iterator
 from typing import Any
 
-from lors_cli.errors import shorten
+from lors_cli.errors import nearest, shorten
 from lors_cli.recipe.checking import subsection
 from lors_cli.recipe.loading import unknown_setting
 from lors_cli.recipe.schema import Recipe
@@ -115,8 +114,8 @@ def read_per(sheet: Settings, draft: Draft) -> None:
 
 
 def _no_axis(axis: str, axes: dict[str, list[Any]]) -> str:
-    close = difflib.get_close_matches(axis[:100], axes, n=1)
-    ending = f"did you mean {close[0]}?" if close else f"there are: {', '.join(axes)}"
+    close = nearest(axis, axes)
+    ending = f"did you mean {close}?" if close else f"there are: {', '.join(axes)}"
     return f"is no axis of the grid; {ending}"
 
 
@@ -126,8 +125,8 @@ def _read_per_value(sheet: Settings, draft: Draft, axis: str, text: str, axes: d
     key = next((key for key in (value_key(text), value_key(resolve(text))) if key in known), None)
     if key is None:
         names = [str(value) for value in axes[axis]]
-        close = difflib.get_close_matches(text[:100], names, n=1)
-        ending = f"did you mean {close[0]}?" if close else f"it has {', '.join(names)}"
+        close = nearest(text, names)
+        ending = f"did you mean {close}?" if close else f"it has {', '.join(names)}"
         sheet.add(at, f"{axis} has no such value in the grid; {ending}")
         return
     settings = list(settings_below(sheet, at))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lors_cli.errors import UsageError
+from lors_cli.errors import UsageError, nearest
 from lors_cli.recipe.loading import resolve_recipe
 from lors_cli.recipe.schema import Recipe
 from lors_cli.recipe.settings import MAX_SHOWN
@@ -106,15 +106,13 @@ def select_cells(sweep: Sweep, only: Sequence[str]) -> tuple[Cell, ...]:
     Raises:
         UsageError: a name or pattern fits no cell.
     """
-    import difflib
-
     names = [cell.name for cell in sweep.cells]
     chosen: set[str] = set()
     for pattern in only:
         found = [name for name in names if name == pattern] or fnmatch.filter(names, pattern)
         if not found:
-            close = difflib.get_close_matches(pattern[:100], names, n=1)
-            hint = f"Did you mean {close[0]}? " if close else ""
+            close = nearest(pattern, names)
+            hint = f"Did you mean {close}? " if close else ""
             raise UsageError(f"--only {pattern}: {sweep.name} has no such cell.", f"{hint}Cells: {', '.join(names)}.")
         chosen.update(found)
     return tuple(cell for cell in sweep.cells if cell.name in chosen) if only else sweep.cells

@@ -6,12 +6,11 @@ Read as recipes are: all problems at once, each at its file and line. Keys are d
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from lors_cli.errors import UsageError, shorten
+from lors_cli.errors import UsageError, nearest, shorten
 from lors_cli.recipe.loading import apply_overrides, read_settings, unknown_setting
 from lors_cli.recipe.schema import Recipe
 from lors_cli.recipe.settings import KeyPath, Place, Settings, dotted
@@ -37,8 +36,8 @@ def read_sweep(path: Path, overrides: Sequence[str] = ()) -> Draft:
     draft = Draft()
     for key in sheet.data:
         if key not in KEYS:
-            close = difflib.get_close_matches(key.lower()[:100], KEYS, n=1)
-            known = f"did you mean {close[0]}?" if close else f"known here: {', '.join(KEYS)}"
+            close = nearest(key.lower(), KEYS)
+            known = f"did you mean {close}?" if close else f"known here: {', '.join(KEYS)}"
             hint = "; a recipe's own settings go below set" if unknown_setting(Recipe, (key,)) is None else f"; {known}"
             sheet.add((key,), f"unknown key{hint}")
     draft.name = _name(sheet)
