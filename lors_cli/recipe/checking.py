@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import re
 import typing
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from lors_cli.errors import nearest, shorten
 from lors_cli.output.redaction import redact
@@ -69,20 +70,7 @@ def _inner_keys(schema: type) -> Iterator[tuple[str, ...]]:
 
 
 def check(schema: type, settings: Settings) -> Any:
-    """The settings as an instance of `schema`.
-
-    Args:
-        schema: a dataclass of `lors_cli.recipe.schema`.
-        settings: data with its places.
-
-    Returns:
-        The instance.
-
-    Raises:
-        UsageError: with every problem, in the order of the places.
-    """
-    from pydantic import ValidationError
-
+    """The settings as an instance of `schema`, or a UsageError with every problem in the order of the places."""
     _refuse_secrets(settings)
     try:
         result = _adapter(schema).validate_json(json.dumps(settings.data), strict=True)
@@ -90,12 +78,14 @@ def check(schema: type, settings: Settings) -> Any:
         errors = [entry for entry in error.errors(include_url=False) if entry["type"] != "value_error"]
         for entry in sorted(errors, key=lambda entry: settings.place(entry["loc"]).order):
             _report(schema, settings, entry)
-        wrong = {_key_path(entry["loc"]) for entry in errors}
-        _report_rules(_sound(schema, settings.data, wrong, ()), settings, wrong, ())
+        _check_rules(schema, settings.data, settings, {dotted(entry["loc"]) for entry in errors})
         settings.fail()
         raise
     settings.fail()
     return result
+
+
+_adapter: Any = cache(TypeAdapter)  # which takes longer to make than to use
 
 
 def _refuse_secrets(settings: Settings) -> None:
@@ -112,14 +102,6 @@ def _refuse_secrets(settings: Settings) -> None:
     look((), settings.data)
 
 
-@cache
-def _adapter(schema: type) -> Any:
-    """pydantic's checker of a schema, which takes longer to make than to use."""
-    from pydantic import TypeAdapter
-
-    return TypeAdapter(schema)
-
-
 def _report(schema: type, settings: Settings, entry: Any) -> None:
     path, kind = entry["loc"], entry["type"]
     if kind == "too_short" and entry["input"]:
@@ -131,48 +113,39 @@ def _report(schema: type, settings: Settings, entry: Any) -> None:
         settings.add(path, describe(path, entry, settings.raws.get(path)))
 
 
-def _key_path(path: KeyPath) -> KeyPath:
-    """A place in a list as the list's own."""
-    return tuple(itertools.takewhile(lambda key: isinstance(key, str), path))
+def _check_rules(schema: type, data: dict[str, Any], settings: Settings, wrong: set[str], path: KeyPath = ()) -> Any:
+    """Report the rules that are broken between keys of which none is wrong itself.
 
-
-def _sound(schema: type, data: dict[str, Any], wrong: set[KeyPath], path: KeyPath) -> Any:
-    """An unchecked instance of `schema` from what is right in `data`; the rest is as if it were not given."""
+    Returns:
+        An unchecked instance of `schema` from what is right in `data`, the rest as if it were not given.
+    """
     made = object.__new__(schema)
     for entry in dataclasses.fields(schema):
         key, section = (*path, entry.name), subsection(schema, entry.name)
-        if entry.name in data and key not in wrong:
+        is_wrong = dotted(key) in wrong
+        if entry.name in data and not is_wrong:
             value = data[entry.name]
         elif section:
-            value = {} if key in wrong or entry.default is dataclasses.MISSING else None
+            value = {} if is_wrong or entry.default is dataclasses.MISSING else None
         else:
             value = getattr(schema, entry.name, None)
         if section and value is not None:
-            value = _sound(section, value, wrong, key)
+            value = _check_rules(section, value, settings, wrong, key)
         object.__setattr__(made, entry.name, value)
+    for subject, message in broken(made):
+        words = re.findall(r"[a-z_]+(?:\.[a-z_]+)*", f"{subject} {message}")
+        named = [(*path, *word.split(".")) for word in words]
+        if wrong.isdisjoint(map(dotted, named)):
+            _report_rule(settings, path, subject, message, [key for key in named if key in settings.places])
     return made
 
 
-def _report_rules(made: Any, settings: Settings, wrong: set[KeyPath], path: KeyPath) -> None:
-    """The rules between keys that `made` and its sections break, but for those that speak of a key that is wrong."""
-    for entry in dataclasses.fields(made):
-        if dataclasses.is_dataclass(getattr(made, entry.name)):
-            _report_rules(getattr(made, entry.name), settings, wrong, (*path, entry.name))
-    for key, message in broken(made):
-        words = re.findall(r"[a-z_]+(?:\.[a-z_]+)*", f"{key} {message}")
-        named = [(*path, *word.split(".")) for word in words]
-        if wrong.isdisjoint(named):
-            _report_rule(
-                settings, path, key, message, [settings.places[name] for name in named if name in settings.places]
-            )
-
-
-def _report_rule(settings: Settings, path: KeyPath, key: str, message: str, places: list[Place]) -> None:
-    """A rule between keys, put at the key it speaks of, or at the last override among its keys."""
-    from_command_line = [place for place in places if place.order[0] > 0]
-    place = max(from_command_line, key=lambda p: p.order, default=places[0] if places else settings.place(path))
-    if key:
-        path = (*path, *key.split("."))
+def _report_rule(settings: Settings, path: KeyPath, subject: str, message: str, given: list[KeyPath]) -> None:
+    """A rule between keys, put at the first of those given, or at the last override among them."""
+    places = [settings.places[key] for key in given] or [settings.place(path)]
+    place = max((place for place in places if place.order[0] > 0), key=lambda p: p.order, default=places[0])
+    if subject:
+        path = (*path, *subject.split("."))
         place = Place(place.label, place.order)  # the rule's subject is always named
     settings.add(path, message, place)
 
@@ -184,16 +157,7 @@ def _owner(schema: type, path: KeyPath) -> type:
 
 
 def describe(path: KeyPath, entry: Any, raw: str | None) -> str:
-    """A pydantic error in plain words.
-
-    Args:
-        path: of the value.
-        entry: the error, as `ValidationError.errors()` has it.
-        raw: the value as written, when it was unquoted.
-
-    Returns:
-        What the value must be, and what it is.
-    """
+    """A pydantic error in plain words: what the value must be, and what it is (`raw`: as written, when unquoted)."""
     kind, value, context = entry["type"], entry["input"], entry.get("ctx", {})
     got = _shown(value, raw)
     if kind == "missing":

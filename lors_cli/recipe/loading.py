@@ -12,6 +12,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
+from pydantic import TypeAdapter
+
 from lors_cli.errors import UsageError, shorten
 from lors_cli.files.hashes import plain
 from lors_cli.recipe.checking import check, field_names, subsection, unknown_key
@@ -26,14 +28,7 @@ _SEEDED: tuple[KeyPath, ...] = (("prune", "calibration", "seed"), ("tune", "seed
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a whole recipe.
-
-    Args:
-        path: a YAML file.
-        overrides: `tune.rank=32` and the like; values are YAML.
-
-    Returns:
-        The recipe, with its seed handed to the stages that set none and all defaults filled in.
+    """A whole recipe from a YAML file and overrides such as `tune.rank=32`; see `resolve_recipe`.
 
     Raises:
         UsageError: the file cannot be read, or with everything that is wrong in file and overrides.
@@ -42,14 +37,11 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def resolve_recipe(settings: Settings, overrides: Sequence[str] = ()) -> Recipe:
-    """Check a recipe's settings.
+    """The recipe with its seed handed to the stages that set none and all defaults filled in.
 
     Args:
         settings: from `read_settings`; changed in place.
-        overrides: as for `load_recipe`.
-
-    Returns:
-        As `load_recipe`.
+        overrides: `tune.rank=32` and the like; values are YAML.
 
     Raises:
         UsageError: with everything that is wrong.
@@ -67,16 +59,13 @@ def load_stage(
     overrides: Sequence[str],
     flags: dict[str, Any] | MappingProxyType[str, Any] = MappingProxyType({}),
 ) -> PruneConfig | TuneConfig | EvalConfig:
-    """Read the config of a single stage; keys are relative to the stage.
+    """The config of a single stage; keys are relative to the stage.
 
     Args:
         stage: which.
         path: a YAML file, or None for the defaults.
         overrides: `rank=32` and the like.
         flags: values of command-line flags by dotted key; None means that the flag was not given.
-
-    Returns:
-        The stage's config.
 
     Raises:
         UsageError: the file cannot be read, or with everything that is wrong.
@@ -95,12 +84,7 @@ def load_stage(
 
 
 def load_model_config(path: str, *, dtype: str = "auto", device: str = "auto") -> ModelConfig:
-    """The model named on a command line.
-
-    Args:
-        path: the MODEL argument.
-        dtype: of `--dtype`.
-        device: of `--device`.
+    """The model named on a command line by MODEL, `--dtype` and `--device`.
 
     Raises:
         UsageError: a value is none that the schema allows.
@@ -115,14 +99,7 @@ def load_model_config(path: str, *, dtype: str = "auto", device: str = "auto") -
 
 
 def dump_recipe(recipe: Recipe | PruneConfig | TuneConfig | EvalConfig) -> str:
-    """YAML text from which `load_recipe` (or `load_stage`) makes an equal recipe (or config).
-
-    Args:
-        recipe: any, with or without defaults filled in.
-
-    Returns:
-        The text; settings that are None are left out.
-    """
+    """YAML text from which `load_recipe` (or `load_stage`) makes an equal recipe (or config)."""
     return write(recipe_values(recipe))
 
 
@@ -133,22 +110,13 @@ def recipe_values(recipe: Recipe | PruneConfig | TuneConfig | EvalConfig) -> dic
 
 
 def recipe_schema() -> dict[str, Any]:
-    """The JSON Schema of a recipe, for editors.
-
-    Returns:
-        The schema, with a description of every key.
-    """
-    from pydantic import TypeAdapter
-
+    """The JSON Schema of a recipe, for editors, with a description of every key."""
     schema = _joined_lines(TypeAdapter(Recipe).json_schema())
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "lors recipe"}
 
 
 def read_settings(path: Path) -> Settings:
-    """A file's settings with their lines.
-
-    Args:
-        path: a YAML file.
+    """A YAML file's settings with their lines.
 
     Raises:
         UsageError: it cannot be read, is too large, is no UTF-8 YAML or no mapping.
@@ -179,13 +147,7 @@ def read_settings(path: Path) -> Settings:
 
 
 def apply_overrides(schema: type, settings: Settings, overrides: Sequence[str]) -> None:
-    """Put key=value texts into the settings; what is wrong with them is noted there.
-
-    Args:
-        schema: whose keys they are.
-        settings: changed in place.
-        overrides: `tune.rank=32` and the like; values are YAML.
-    """
+    """Put key=value texts into the settings of `schema`; what is wrong with them is noted there."""
     for index, override in enumerate(overrides):
         key, equals, text = override.partition("=")
         keys = tuple(key.strip().split("."))
@@ -208,12 +170,7 @@ def apply_overrides(schema: type, settings: Settings, overrides: Sequence[str]) 
 
 
 def unknown_setting(schema: type, keys: tuple[str, ...]) -> str | None:
-    """What is wrong with a key path, or None when the schema has it.
-
-    Args:
-        schema: a dataclass of `lors_cli.recipe.schema`.
-        keys: the path's parts.
-    """
+    """What is wrong with a key path, or None when the schema has it."""
     for depth, key in enumerate(keys):
         if key not in field_names(schema):
             prefix = f"{'.'.join(keys[:depth])}." if depth else ""

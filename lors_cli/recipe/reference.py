@@ -88,19 +88,12 @@ Unknown or doubled keys, wrong types and impossible values are all reported at o
 
 @dataclass(frozen=True)
 class Setting:
-    """One key of a recipe.
-
-    Args:
-        key: its dotted name.
-        kind: what it may be, in words.
-        default: as YAML would have it; None when it must be given, or may be left out.
-        required: it must be given.
-        description: what it does.
-    """
+    """One dotted key of a recipe; `kind` is what it may be, in words."""
 
     key: str
     kind: str
     default: str | None
+    """As YAML would have it; None when it must be given, or may be left out."""
     required: bool
     description: str
 

@@ -16,17 +16,12 @@ MAX_SHOWN = 40
 
 @dataclass(frozen=True)
 class Place:
-    """Where a setting was given: a line of a file, an override or a flag.
-
-    Args:
-        label: as shown.
-        order: of the message among the others.
-        names: the key path that the label itself names, so that a message need not.
-    """
+    """Where a setting was given: a line of a file, an override or a flag."""
 
     label: str
     order: tuple[int, int]
     names: KeyPath | None = None
+    """The key path that the label itself names, so that a message need not."""
 
 
 @dataclass

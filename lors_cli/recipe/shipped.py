@@ -24,13 +24,7 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def find_recipe(name: str) -> Path:
-    """The recipe file meant by a command's RECIPE.
-
-    Args:
-        name: a path, or a shipped recipe's name (`quickstart`, `quickstart.yaml`, `recipes/quickstart.yaml`).
-
-    Returns:
-        An existing file.
+    """The recipe file meant by a path or a shipped name (`quickstart`, `quickstart.yaml`, `recipes/quickstart.yaml`).
 
     Raises:
         UsageError: there is none, with the nearest shipped name.
@@ -39,13 +33,7 @@ def find_recipe(name: str) -> Path:
 
 
 def find_sweep(name: str) -> Path:
-    """The sweep file meant by a command's SWEEP.
-
-    Args:
-        name: a path, or a shipped sweep's name (`smollm2`, `sweeps/smollm2.yaml`).
-
-    Returns:
-        An existing file.
+    """The sweep file meant by a path or a shipped name (`smollm2`, `sweeps/smollm2.yaml`).
 
     Raises:
         UsageError: there is none, with the nearest shipped name.

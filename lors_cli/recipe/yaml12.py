@@ -28,12 +28,7 @@ _INFINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
 
 class YamlError(Exception):
-    """Text that cannot be read as settings.
-
-    Args:
-        line: where, counted from 1.
-        message: what is wrong.
-    """
+    """Text that cannot be read as settings; `line` counts from 1."""
 
     def __init__(self, line: int, message: str) -> None:
         super().__init__(message)
@@ -66,9 +61,6 @@ class Document:
 def resolve(text: str) -> Any:
     """The value of an unquoted scalar by YAML 1.2's core schema, hexadecimal and octal left as text.
 
-    Args:
-        text: the scalar as written.
-
     Returns:
         None, a bool, an int, a float (whole numbers beyond 64 bits too), or the text itself.
     """
@@ -87,9 +79,6 @@ def resolve(text: str) -> Any:
 
 def read(text: str) -> Document:
     """Read one YAML document.
-
-    Args:
-        text: the whole of it.
 
     Returns:
         The data; keys are always text. Duplicate keys and the like are in its `problems`.
@@ -283,9 +272,5 @@ _Dumper.add_representer(str, _represent_text)
 
 
 def write(data: Any) -> str:
-    """YAML text that `read` reads back to the same data; lists of scalars stay on one line.
-
-    Args:
-        data: dicts, lists, texts, numbers, bools and None.
-    """
+    """YAML text that `read` reads back to the same plain data; lists of scalars stay on one line."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, default_flow_style=None, allow_unicode=True, width=110)
