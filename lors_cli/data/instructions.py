@@ -24,11 +24,6 @@ def instruction_samples(source: TextSource, config: TuneDataConfig, tokenizer: A
     Both are tokenised apart and then joined, so that no token spans the boundary and a prompt's tokens are the
     same whatever follows it. What ends the response is joined by its ids.
 
-    Args:
-        source: of instructions.
-        config: template, labels, packing, longest sample, and how many rows at most.
-        tokenizer: of the model.
-
     Raises:
         UsageError: no usable row, or no such template or packing for it.
     """
@@ -71,11 +66,7 @@ def instruction_samples(source: TextSource, config: TuneDataConfig, tokenizer: A
 
 
 def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Items in bins: each goes into the first bin that still has room for it.
-
-    Args:
-        lengths: of the items, in their order; none above `capacity`.
-        capacity: of a bin.
+    """Items, none of them longer than `capacity`, in bins: each goes into the first bin that still has room for it.
 
     Returns:
         Indices of the items of each bin.

@@ -5,7 +5,7 @@ No special token is added here but the end-of-sequence token after each document
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -28,52 +28,25 @@ def packed_blocks(
     num_blocks: int | None,
     seed: int,
     streamed: bool,
-) -> torch.Tensor:
-    """Documents joined by the end-of-sequence token, cut to full sequences, and these shuffled.
+    begin: Sequence[int] = (),
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Documents, each ended by the end-of-sequence token, cut to full sequences, and these shuffled.
 
     Blocks are shuffled, not documents: one book alone would otherwise fill every sequence.
 
     Args:
         documents: texts; the last tokens that fill no sequence are dropped.
-        tokenizer: needs an end-of-sequence token.
-        sequence_length: tokens a block.
         num_blocks: how many to take after the shuffle; None for all.
-        seed: of the shuffle.
         streamed: read only until there is a pool of 16 times num_blocks (at least 1,000 and at most the larger of
             10,000 and num_blocks), and shuffle that.
-
-    Returns:
-        (blocks, sequence_length) int64; fewer than num_blocks when the text ends before.
-
-    Raises:
-        UsageError: a stream without num_blocks has no end, or the tokenizer no end-of-sequence token.
-    """
-    return packed_documents(documents, tokenizer, sequence_length, num_blocks, seed, streamed, [])[0]
-
-
-def packed_documents(
-    documents: Iterator[str],
-    tokenizer: Any,
-    sequence_length: int,
-    num_blocks: int | None,
-    seed: int,
-    streamed: bool,
-    begin: list[int],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`packed_blocks`, and where in them documents start.
-
-    Args:
-        documents: as there, and so the next five.
-        tokenizer: as there.
-        sequence_length: as there.
-        num_blocks: as there.
-        seed: as there.
-        streamed: as there.
         begin: tokens before each document.
 
     Returns:
-        (blocks, sequence_length) int64 tokens, and bool where a document starts; one that is cut goes on in another
-        block, which need not follow.
+        (blocks, sequence_length) int64 tokens, fewer than num_blocks when the text ends before, and bool where a
+        document starts; one that is cut goes on in another block, which need not follow.
+
+    Raises:
+        UsageError: a stream without num_blocks has no end, or the tokenizer no end-of-sequence token.
     """
     import torch
 

@@ -36,12 +36,7 @@ class Template:
     before_response: str = ""
 
     def prompt(self, instruction: str, input: str) -> str:
-        """The prompt of a row.
-
-        Args:
-            instruction: the task.
-            input: what the task is about; may be empty.
-        """
+        """The prompt of a row, whose input may be empty."""
         template = self.with_input if input else self.without_input
         # One pass over the template: braces in a row's own text stay as they are.
         return template.format(instruction=instruction, input=input)
@@ -74,15 +69,7 @@ TEMPLATES = {
 
 
 def alpaca_prompt(instruction: str, input: str = "") -> str:
-    """The prompt of Stanford Alpaca, which ends where the response begins.
-
-    Args:
-        instruction: the task.
-        input: what the task is about; when empty the shorter template is taken.
-
-    Returns:
-        The text up to and including "### Response:".
-    """
+    """The prompt of Stanford Alpaca, up to and including "### Response:"."""
     return TEMPLATES["alpaca"].prompt(instruction, input)
 
 
@@ -90,7 +77,6 @@ def chat_prompts(tokenizer: Any, rows: Sequence[dict[str, str]]) -> list[tuple[s
     """Rows as one turn each of the tokenizer's chat template.
 
     Args:
-        tokenizer: with a chat template.
         rows: {"instruction", "input"}; an input follows its instruction in a line of its own.
 
     Returns:

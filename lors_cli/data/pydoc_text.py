@@ -38,24 +38,14 @@ _PHRASINGS = (
 
 
 def fingerprint() -> str:
-    """What the text depends on: the Python, this module's version, and which library files there are.
-
-    Returns:
-        A short text, cheap to compute: files are listed, not read.
-    """
+    """What the text depends on: the Python, this module's version, and which library files there are (not read)."""
     listing = "\n".join(f"{name} {path.stat().st_size}" for name, path in [*module_files(), *topics_files()])
     digest = hashlib.sha256(listing.encode()).hexdigest()[:16]
     return f"{platform.python_implementation()}-{platform.python_version()}/v{SOURCE_VERSION}/{digest}"
 
 
 def documents(split: Split) -> Iterator[str]:
-    """The documents of one split: a module each, then a topic of the language reference each.
-
-    Args:
-        split: "train", or "validation" with about 15 % of the names.
-
-    Returns:
-        Plain texts in a fixed order.
+    """The documents of one split (validation: about 15 %): a module each, then a topic of the language reference each.
 
     Raises:
         MissingError: this Python has no standard library in source form.
@@ -67,9 +57,6 @@ def documents(split: Split) -> Iterator[str]:
 
 def instructions(split: Split) -> Iterator[dict[str, str]]:
     """Question and answer pairs about documented functions, methods and classes.
-
-    Args:
-        split: as for `documents`.
 
     Returns:
         Rows {"instruction", "input", "output"}; input is empty, output 40 to 1,200 characters.
@@ -91,13 +78,10 @@ def instructions(split: Split) -> Iterator[dict[str, str]]:
 
 
 def choice_items(count: int) -> list[dict[str, Any]]:
-    """Multiple-choice questions about held-out functions: which description is the right one?
+    """The first `count` multiple-choice questions about held-out functions: which description is the right one?
 
     Wrong descriptions belong to other held-out functions: one of the same module where there is one, the rest
     of other modules. Every four consecutive items have their answers at four different positions.
-
-    Args:
-        count: how many; the first `count` of a fixed order.
 
     Returns:
         Items {"question": str, "choices": four strings, "answer": index of the right one}.

@@ -33,12 +33,7 @@ class TuneData:
     """Optimiser steps that the samples are for, where they are those of the whole run, in order."""
 
     def first_drawn(self, number: int, seed: int) -> list[int]:
-        """Samples to look at before training: drawn at random, or the first of samples that are in order.
-
-        Args:
-            number: at most so many.
-            seed: of the draw.
-        """
+        """Samples to look at before training: drawn at random, or the first of samples that are in order."""
         import torch
 
         if self.num_steps is not None:
@@ -64,22 +59,16 @@ class PadCollator:
 
     Padding goes by length, never by token: where the padding token is the end-of-sequence token, as in SmolLM2, a
     response's real end keeps its label and its attention.
-
-    Args:
-        pad_token_id: fills input_ids on the right.
     """
 
     def __init__(self, pad_token_id: int) -> None:
         self.pad_token_id = pad_token_id
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
-        """The batch.
+        """The batch of samples that all have position_ids, or none.
 
         Isolated texts go without attention_mask: transformers keeps texts apart by their positions where there is
         none. Padding then repeats the last position, so that each padding token is a text of its own.
-
-        Args:
-            samples: with input_ids and labels, all of them with position_ids or none.
 
         Returns:
             input_ids, labels, and attention_mask or position_ids, each (samples, longest sample) int64.
@@ -107,11 +96,7 @@ class PadCollator:
 
 
 def count_tokens(batch: dict[str, torch.Tensor]) -> int:
-    """Tokens of a collated batch, its padding left out.
-
-    Args:
-        batch: of `PadCollator`.
-    """
+    """Tokens of a batch of `PadCollator`, its padding left out."""
     if "attention_mask" in batch:
         return int(batch["attention_mask"].sum())
     positions = batch["position_ids"]
@@ -120,11 +105,7 @@ def count_tokens(batch: dict[str, torch.Tensor]) -> int:
 
 
 def isolated_sample(texts: Sequence[Sample]) -> Sample:
-    """Texts as one sample in which none sees another: positions start anew, and no text predicts the next one's start.
-
-    Args:
-        texts: with input_ids and labels.
-    """
+    """Texts as one sample in which none sees another: positions start anew, no text predicts the next one's start."""
     return {
         "input_ids": [token for text in texts for token in text["input_ids"]],
         "labels": [label for text in texts for label in (IGNORED, *text["labels"][1:])],

@@ -93,7 +93,7 @@ DATA_DIR_VARIABLE = "LORS_DATA_DIR"
 
 
 def open_source(name: str, *, split: Split, data_dir: Path | None, want: Want = "text") -> TextSource:
-    """The source that a user named.
+    """The source that a user named; nothing is downloaded before its rows are asked for.
 
     WikiText-2 is one document: its lines that are not blank, joined by a newline, for local and hub rows alike,
     so both give the same tokens (and those of lors' reference figures). The join usual elsewhere, two newlines
@@ -109,9 +109,6 @@ def open_source(name: str, *, split: Split, data_dir: Path | None, want: Want = 
         want: "text" turns instruction rows into prompt and response as one text. "instructions" lets pydoc give
             pairs; a source of plain text stays one.
 
-    Returns:
-        The source; nothing is downloaded before its rows are asked for.
-
     Raises:
         UsageError: no such source or split, or a broken file.
         MissingError: a file is not there.
@@ -124,12 +121,7 @@ def open_source(name: str, *, split: Split, data_dir: Path | None, want: Want = 
 
 
 def fingerprint_source(name: str, *, split: Split, data_dir: Path | None) -> str:
-    """What identifies a source's content, without a network and without reading more than needed.
-
-    Args:
-        name: as for `open_source`.
-        split: as for `open_source`.
-        data_dir: as for `open_source`.
+    """What identifies the content of `open_source`'s source, without a network and without reading more than needed.
 
     Returns:
         A SHA-256 of the content for local files, `hub:<repo>/<config>/<split>` for the hub, Python's version and
@@ -227,11 +219,7 @@ def _set_name(value: dict[str, Any]) -> Any:
 
 
 def _hub_dataset(known: _Known, hub_split: str) -> Any:
-    """A dataset on the hub.
-
-    Raises:
-        MissingError: it cannot be reached.
-    """
+    """A dataset on the hub, or a MissingError where it cannot be reached."""
     from datasets import load_dataset
 
     try:

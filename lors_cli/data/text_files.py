@@ -25,13 +25,7 @@ _KEYS = {"text": ("text",), "instructions": ("instruction", "input", "output")}
 
 
 def file_format(path: Path) -> str:
-    """How a file is to be read, by the end of its name.
-
-    Args:
-        path: any file.
-
-    Returns:
-        "jsonl", "json", "parquet", "txt" or "safetensors".
+    """How a file is to be read, by the end of its name: "jsonl", "json", "parquet", "txt" or "safetensors".
 
     Raises:
         UsageError: its name ends otherwise.
@@ -68,12 +62,7 @@ def row_kind(path: Path) -> Literal["text", "instructions"]:
 def read_rows(
     path: Path, kind: Literal["text", "instructions"], only: Callable[[dict[str, Any]], bool] = lambda _: True
 ) -> Iterator[dict[str, str]]:
-    """The rows of a .jsonl, .json or .parquet file.
-
-    Args:
-        path: a .json file is a list, or JSON lines; blank lines are passed over.
-        kind: what each row must be.
-        only: which rows to give.
+    """The rows of a .jsonl, .json (a list, or JSON lines) or .parquet file; blank lines are passed over.
 
     Returns:
         {"text"} or {"instruction", "input", "output"}, other keys left out.

@@ -86,16 +86,7 @@ def window_length(wanted: int | None, model_max_length: int) -> int:
 
 
 def check_length(wanted: int, model_max_length: int, key: str) -> None:
-    """Refuse a length that the model cannot take or that leaves nothing to predict.
-
-    Args:
-        wanted: tokens a sequence.
-        model_max_length: tokens that the model can take.
-        key: the setting's name, for the message.
-
-    Raises:
-        UsageError: it is so.
-    """
+    """Refuse a length (the setting `key`) that the model cannot take or that leaves nothing to predict."""
     if wanted < 2:
         raise UsageError(f"{key} {wanted} leaves no token to predict.", "Give 2 or more.")
     if wanted > model_max_length:
@@ -112,9 +103,7 @@ def read_tokens(
 
     Args:
         path: .safetensors with integer `input_ids` (num_samples, sequence_length).
-        tokenizer: whose vocabulary the tokens must be of.
         num_samples: rows to take; None for all.
-        length: columns to take; None for all.
         model_max_length: tokens that the model can take; None when the caller cuts the rows anyway.
 
     Returns:

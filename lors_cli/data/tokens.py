@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lors_cli.data.instructions import instruction_samples
-from lors_cli.data.packing import block_sample, packed_blocks, packed_documents, too_little_text
+from lors_cli.data.packing import block_sample, packed_blocks, too_little_text
 from lors_cli.data.samples import EMPTY_OUTPUT, NO_LABEL, TuneData
 from lors_cli.data.samples import PadCollator as PadCollator
 from lors_cli.data.sources import TextSource, open_source
@@ -44,9 +44,7 @@ def calibration_tokens(
     Args:
         config: source, number and length; a pre-tokenised file keeps its rows' order and is used whole, or its
             first num_samples rows and first sequence_length columns where these are given.
-        tokenizer: of the model.
         model_max_length: tokens that the model can take (the tokenizer's own limit is often meaningless).
-        data_dir: folder with local copies of the named sources.
 
     Returns:
         (num_samples, sequence_length) int64.
@@ -60,7 +58,7 @@ def calibration_tokens(
     if source.path is not None:
         return read_tokens(source.path, tokenizer, config.num_samples, config.sequence_length, model_max_length)
     num_samples = config.num_samples or DEFAULT_SAMPLES
-    blocks = packed_blocks(_texts(source), tokenizer, length, num_samples, config.seed, source.streamed)
+    blocks, _ = packed_blocks(_texts(source), tokenizer, length, num_samples, config.seed, source.streamed)
     if len(blocks) < num_samples:
         raise UsageError(
             f"{config.dataset} has text for {len(blocks)} sequences of {length} tokens, not {num_samples}.",
@@ -82,11 +80,8 @@ def perplexity_windows(
 
     Args:
         name: of the source; its validation split is taken (of wikitext2 the test split).
-        tokenizer: of the model.
         sequence_length: tokens a window; default 2048 or model_max_length.
-        model_max_length: tokens that the model can take.
         max_windows: at most so many, from the start; of a stream 256 when None.
-        data_dir: folder with local copies of the named sources.
 
     Returns:
         (windows, sequence_length) int64; a pre-tokenised file gives its rows.
@@ -119,12 +114,6 @@ def perplexity_windows(
 def tuning_data(config: TuneConfig, tokenizer: Any, *, model_max_length: int, data_dir: Path | None) -> TuneData:
     """What a tune stage trains on: samples in memory, or a stream of them.
 
-    Args:
-        config: of the stage.
-        tokenizer: of the model.
-        model_max_length: tokens that the model can take.
-        data_dir: folder with local copies of the named sources.
-
     Raises:
         UsageError: no usable sample, or settings that do not fit the source.
         MissingError: a file is not there.
@@ -152,12 +141,8 @@ def tuning_samples(
     """What a model is tuned on: instruction rows in the source's order, or packed text.
 
     Args:
-        config: source, longest sample, and how many samples at most.
-        tokenizer: of the model.
         seed: of the shuffle of packed blocks; instructions are not shuffled here.
         num_needed: samples that all steps together will take; bounds packed text when num_samples does not.
-        model_max_length: tokens that the model can take.
-        data_dir: folder with local copies of the named sources.
 
     Returns:
         Samples of at most max_length tokens, each with a label at index 1 or later (the first token's label is
@@ -181,9 +166,9 @@ def tuning_samples(
     else:
         wanted = config.num_samples if config.num_samples is not None else num_needed
         isolated = config.packing == "isolated"
-        blocks, starts = packed_documents(
+        blocks, starts = packed_blocks(
             _texts(source), tokenizer, config.max_length, wanted, seed, source.streamed,
-            begin_tokens(tokenizer) if isolated else [],
+            begin_tokens(tokenizer) if isolated else (),
         )  # fmt: skip
         starts = starts if isolated else None
         if len(blocks) == 0:

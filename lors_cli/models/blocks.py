@@ -57,11 +57,7 @@ class PrunableWeight:
 
 
 def block_weights(block: nn.Module, prefix: str) -> dict[str, PrunableWeight]:
-    """The prunable weights of one decoder block by full name, in the block's order; routers are not among them.
-
-    Args:
-        block: a decoder block, on any device (meta too).
-        prefix: its own full name, put before each weight's.
+    """The prunable weights of one decoder block (on meta too) by full name, in the block's order, without routers.
 
     Raises:
         UsageError: the block holds a kind of weight that is not supported, which is named.
@@ -160,11 +156,7 @@ def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def has_plain_head(model: PreTrainedModel) -> bool:
-    """Whether the logits come from a plain linear on top of a base model. What else is done to them only a trial shows.
-
-    Args:
-        model: causal LM.
-    """
+    """Whether a plain linear on a base model makes the logits. What else is done to them only a trial shows."""
     from torch import nn
 
     return type(model.get_output_embeddings()) is nn.Linear and model.base_model is not model

@@ -21,11 +21,7 @@ SLACK = 1 << 24
 
 
 def safetensors_files(folder: Path, path: str) -> list[Path]:
-    """A checkpoint's safetensors files: model.safetensors, or those that its index names.
-
-    Args:
-        folder: of the checkpoint.
-        path: of the model, for messages.
+    """A checkpoint's safetensors files: model.safetensors, or those that its index names; `path` names it in messages.
 
     Raises:
         UsageError: there are none, the index is broken, or it names a file that is not right in the folder.
@@ -56,11 +52,7 @@ def _is_file_name(name: Any) -> bool:
 
 
 def forget_own_code(settings: Any) -> None:
-    """Take the names of a model's own Python code out of its configuration: it is not run, and not saved with results.
-
-    Args:
-        settings: a transformers configuration.
-    """
+    """Take a model's own Python code out of its configuration: it is not run, and not saved with results."""
     if hasattr(settings, "auto_map"):
         del settings.auto_map
 
@@ -70,11 +62,6 @@ def check_vocabulary(tokenizer: Any, vocab_size: int, path: str) -> None:
 
     Tokens that were added and that no text holds unless it spells them out may lie beyond; of those a padding token
     gives way to EOS.
-
-    Args:
-        tokenizer: with a pad token; changed in place.
-        vocab_size: of the model.
-        path: of the model, for the message.
 
     Raises:
         UsageError: naming such a token.
@@ -94,11 +81,6 @@ def check_vocabulary(tokenizer: Any, vocab_size: int, path: str) -> None:
 
 def check_size(settings: Any, folder: Path, path: str) -> None:
     """Refuse a config.json that describes a far larger model than its files hold, before memory is taken for it.
-
-    Args:
-        settings: a transformers configuration.
-        folder: with the weights.
-        path: of the model, for the message.
 
     Raises:
         UsageError: there are more weights than the files have bits.
@@ -123,10 +105,6 @@ def loading(path: str, what: str) -> Iterator[None]:
 
     Broken files make it fail in every way that code fails (IndexError, AssertionError, a panic of its Rust parts), so
     all of them count as the files' fault; -vv shows where.
-
-    Args:
-        path: of the model, for the message.
-        what: is loaded.
     """
     try:
         yield

@@ -22,7 +22,6 @@ def inspect(model: ModelConfig, pattern: Pattern | None = None) -> dict[str, Any
     """Sparsity, pattern and violations over the decoder blocks' weights; embeddings, head and routers are left out.
 
     Args:
-        model: any checkpoint.
         pattern: what to hold it against; by default what its stage.json says, else what its zeros look like.
 
     Returns:
@@ -40,16 +39,9 @@ def inspect(model: ModelConfig, pattern: Pattern | None = None) -> dict[str, Any
 
 
 def layer_patterns(weights: dict[str, PrunableWeight], record: records.StageRecord | None) -> dict[str, Pattern]:
-    """What each pruned weight keeps to, from the stage record beside a checkpoint or else from its zeros.
+    """What each pruned weight keeps to (none of a dense model), by the stage record beside a checkpoint or its zeros.
 
     Unstructured sparsity is held to by each weight on its own: it may differ from one to the next.
-
-    Args:
-        weights: of the decoder blocks, by full name.
-        record: of the stage that wrote the checkpoint, if there is one.
-
-    Returns:
-        The pattern of every pruned weight; empty for a dense model.
 
     Raises:
         UsageError: the record names a weight that the model lacks.
@@ -67,17 +59,12 @@ def layer_patterns(weights: dict[str, PrunableWeight], record: records.StageReco
     if found is None:
         return {}
     zeros = {layer: float((weight.matrix == 0).double().mean()) for layer, weight in weights.items()}
-    if found.structured:
-        return {layer: found for layer, share in zeros.items() if share >= DENSE_BELOW}
-    return {layer: Pattern(None, None, share) for layer, share in zeros.items() if share >= DENSE_BELOW}
+    return {layer: found if found.structured else Pattern(None, None, share)
+            for layer, share in zeros.items() if share >= DENSE_BELOW}  # fmt: skip
 
 
 def detect_pattern(weights: dict[str, PrunableWeight]) -> Pattern | None:
-    """The pattern that the zeros of a model look like; None when it is dense.
-
-    Args:
-        weights: by full name.
-    """
+    """The pattern that the zeros of a model look like; None when it is dense."""
     matrices = [weight.matrix for weight in weights.values()]
     total = sum(matrix.numel() for matrix in matrices)
     sparsity = sum(int((matrix == 0).sum()) for matrix in matrices) / max(total, 1)

@@ -145,26 +145,14 @@ def revision_of(config: ModelConfig) -> dict[str, str]:
 
 
 def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write an ordinary Hugging Face checkpoint: safetensors (sharded above 5 GB), configuration, tokenizer.
-
-    Args:
-        model: its parameters keep their dtype.
-        tokenizer: saved beside it.
-        folder: made when missing.
-    """
+    """Write an ordinary Hugging Face checkpoint: safetensors (sharded above 5 GB), configuration, tokenizer."""
     with quiet_libraries(), library_bars("writing", "files"):
         model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
         tokenizer.save_pretrained(folder)
 
 
 def save_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write all of a checkpoint but its weights.
-
-    Args:
-        model: its weights are not looked at.
-        tokenizer: saved beside it.
-        folder: made when missing.
-    """
+    """Write all of a checkpoint but its weights."""
     with quiet_libraries():
         model.save_pretrained(folder, state_dict={})
         (folder / "model.safetensors").unlink(missing_ok=True)

@@ -28,12 +28,7 @@ def quiet_libraries() -> Iterator[None]:
 
 @contextmanager
 def library_bars(description: str, unit: str) -> Iterator[None]:
-    """Show a loop that transformers counts (weights read, shards written) as one of our own steps.
-
-    Args:
-        description: of the step.
-        unit: what is counted, in the plural.
-    """
+    """Show a loop that transformers counts (weights read, shards written) as one of our own steps."""
     from transformers.utils import logging
 
     if not hasattr(logging, "set_tqdm_hook"):  # an early version 5: its loops stay unseen

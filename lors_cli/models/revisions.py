@@ -17,10 +17,6 @@ _TIMEOUT_S = 10.0
 def pinned_revision(repo: str, revision: str) -> str:
     """The commit of a revision, or the revision itself where neither the hub nor its cache here knows it.
 
-    Args:
-        repo: a model's hub id.
-        revision: branch, tag or commit.
-
     Raises:
         UsageError: no revision could be called so.
     """
@@ -32,10 +28,6 @@ def commit_of(repo: str, revision: str) -> str | None:
     """The commit of a revision: what the hub says, else what it said when the repository was last cached here.
 
     Asked once a process, so that all parts of a run read the same commit, whatever is pushed meanwhile.
-
-    Args:
-        repo: a model's hub id.
-        revision: branch, tag or commit.
 
     Returns:
         40 hexadecimal digits, None where it is not known.
@@ -60,23 +52,13 @@ def commit_of(repo: str, revision: str) -> str | None:
 
 
 def cache_folder(kind: Literal["model", "dataset"], repo: str) -> Path:
-    """Where this machine's hub cache has a repository; it may be missing.
-
-    Args:
-        kind: of the repository.
-        repo: its id.
-    """
+    """Where this machine's hub cache has a repository; it may be missing."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     return Path(HF_HUB_CACHE, f"{kind}s--{repo.replace('/', '--')}")
 
 
 def cached_reference(folder: Path, revision: str) -> str | None:
-    """What a branch or tag stood for when it was last cached, None where it was not.
-
-    Args:
-        folder: from `cache_folder`.
-        revision: branch or tag.
-    """
+    """What a branch or tag stood for when it was last cached, None where it was not."""
     reference = folder / "refs" / revision
     return reference.read_text(encoding="utf-8").strip() if reference.is_file() else None

@@ -8,19 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama-architecture model's sizes, as its config.json on the hub states them.
-
-    Args:
-        hub_ids: the repositories with this shape.
-        hidden_size: width of the residual stream.
-        intermediate_size: width of the MLP.
-        num_layers: decoder blocks.
-        num_heads: query heads.
-        num_kv_heads: key/value heads.
-        vocab_size: tokens.
-        max_length: longest sequence.
-        tied: whether head and embedding are one matrix.
-    """
+    """A Llama-architecture model's sizes, as its config.json on the hub states them."""
 
     hub_ids: tuple[str, ...]
     hidden_size: int

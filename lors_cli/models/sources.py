@@ -66,10 +66,8 @@ def locate(path: str) -> ModelSource:
 
 
 def _check_files(folder: Path, path: str) -> None:
-    """Refuse what transformers would wait for, or be led elsewhere by.
-
-    Raises:
-        UsageError: a pipe, device or broken link under a checkpoint file's name, or an adapter beside the weights.
+    """Refuse what transformers would wait for, or be led elsewhere by: a pipe, device or broken link under a checkpoint
+    file's name, an adapter beside the weights.
     """
     for name in _checkpoint_files(folder):
         if not (folder / name).is_file():
@@ -101,9 +99,6 @@ def model_fingerprint(config: ModelConfig) -> str:
 
     A folder written by `lors` and still as written answers with its stage's fingerprint; other folders and files
     by content; a hub id by name and commit.
-
-    Args:
-        config: the model; nothing is downloaded, the hub is asked for the commit at most.
     """
     source = locate(config.path)
     suffix = f":{config.dtype}"

@@ -25,13 +25,7 @@ TYPE_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to come.
-
-    Args:
-        name: its name in the file.
-        shape: its sizes.
-        dtype: its number format.
-    """
+    """A tensor to come: its name in the file, its sizes and its number format."""
 
     name: str
     shape: tuple[int, ...]
@@ -52,13 +46,7 @@ class Entry:
 
 
 class TensorWriter:
-    """Writes one safetensors file in the order of its entries; it appears under its name by `finish`.
-
-    Args:
-        path: its folder exists.
-        entries: every tensor that will be written.
-        metadata: text for the header.
-    """
+    """Writes one safetensors file in the order of its entries; it appears under its name by `finish`."""
 
     def __init__(self, path: Path, entries: Sequence[Entry], metadata: dict[str, str] | None = None) -> None:
         self.path = path
@@ -69,12 +57,7 @@ class TensorWriter:
         self._file.write(len(header).to_bytes(8, "little") + header)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Append the next entry's data.
-
-        Args:
-            name: of the next entry.
-            tensor: of its shape and dtype, on any device.
-        """
+        """Append the next entry's data, from any device."""
         import torch
 
         entry = self._pending.pop()
@@ -113,32 +96,29 @@ def _header(entries: Sequence[Entry], metadata: dict[str, str] | None) -> bytes:
     return header + b" " * (-len(header) % 8)
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write one safetensors file, whole or not at all.
+Loader = Callable[[], "torch.Tensor"]
 
-    Args:
-        path: its folder exists.
-        tensors: by name.
-        metadata: text for the header.
-    """
-    writer = TensorWriter(path, [Entry.of(name, tensor) for name, tensor in tensors.items()], metadata)
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write one safetensors file, whole or not at all."""
+    _write([(Entry.of(name, tensor), tensor.detach) for name, tensor in tensors.items()], path, metadata)
+
+
+def _write(tensors: Sequence[tuple[Entry, Loader]], path: Path, metadata: dict[str, str] | None) -> None:
+    writer = TensorWriter(path, [entry for entry, _ in tensors], metadata)
     try:
-        for name, tensor in tensors.items():
-            writer.write(name, tensor)
+        for entry, load in tensors:
+            writer.write(entry.name, load())
         writer.finish()
     except BaseException:
         writer.abandon()
         raise
 
 
-Loader = Callable[[], "torch.Tensor"]
-
-
 def write_checkpoint(folder: Path, tensors: Iterable[tuple[Entry, Loader]], *, max_shard_size: str) -> None:
     """Write a checkpoint's weights: one model.safetensors, or shards with an index where it is larger.
 
     Args:
-        folder: exists.
         tensors: every tensor's entry and how to get it; one is held at a time.
         max_shard_size: such as "5GB".
     """
@@ -153,25 +133,14 @@ def write_checkpoint(folder: Path, tensors: Iterable[tuple[Entry, Loader]], *, m
         max_shard_size=max_shard_size,
     )
     for file_name, names in split.filename_to_tensors.items():
-        writer = TensorWriter(folder / file_name, [loaders[name][0] for name in names], {"format": "pt"})
-        try:
-            for name in names:
-                writer.write(name, loaders[name][1]())
-            writer.finish()
-        except BaseException:
-            writer.abandon()
-            raise
+        _write([loaders[name] for name in names], folder / file_name, {"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
         atomic.write_json(folder / SAFE_WEIGHTS_INDEX_NAME, index)
 
 
 def saved_tensors(path: Path) -> Iterator[tuple[Entry, Loader]]:
-    """Every tensor of a safetensors file: its entry, and how to read it.
-
-    Args:
-        path: the file, opened anew for each tensor that is read.
-    """
+    """Every tensor of a safetensors file: its entry, and how to read it; the file is opened anew for each."""
     import torch
     from safetensors import safe_open
 

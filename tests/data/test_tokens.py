@@ -151,20 +151,20 @@ def _naive_blocks(documents: list[str], length: int) -> list[tuple[int, ...]]:
 def test_packing_loses_and_doubles_nothing(tiny_tokenizer: Any) -> None:
     documents = [chr(97 + i % 26) * (i * 7 % 40) for i in range(700)]
     truth = _naive_blocks(documents, 16)
-    blocks = packed_blocks(iter(documents), tiny_tokenizer, 16, None, 0, False)
+    blocks = packed_blocks(iter(documents), tiny_tokenizer, 16, None, 0, False)[0]
     assert blocks.dtype == torch.int64
     assert Counter(map(tuple, blocks.tolist())) == Counter(truth)
     assert blocks.tolist() != [list(block) for block in truth]
-    again = packed_blocks(iter(documents), tiny_tokenizer, 16, None, 0, False)
-    other = packed_blocks(iter(documents), tiny_tokenizer, 16, None, 1, False)
+    again = packed_blocks(iter(documents), tiny_tokenizer, 16, None, 0, False)[0]
+    other = packed_blocks(iter(documents), tiny_tokenizer, 16, None, 1, False)[0]
     assert torch.equal(blocks, again)
     assert not torch.equal(blocks, other)
-    assert torch.equal(packed_blocks(iter(documents), tiny_tokenizer, 16, 5, 0, False), blocks[:5])
+    assert torch.equal(packed_blocks(iter(documents), tiny_tokenizer, 16, 5, 0, False)[0], blocks[:5])
 
 
 def test_one_long_document_is_shuffled_too(tiny_tokenizer: Any) -> None:
     book = "".join(f"{i:06d}" for i in range(4000))
-    blocks = packed_blocks(iter([book]), tiny_tokenizer, 6, 100, 0, False)
+    blocks = packed_blocks(iter([book]), tiny_tokenizer, 6, 100, 0, False)[0]
     places = [int(bytes(row)) for row in blocks.tolist()]
     assert len(set(places)) == 100
     assert places != sorted(places)
@@ -181,7 +181,7 @@ def test_streams_are_read_only_as_far_as_needed(tiny_tokenizer: Any) -> None:
             read += 1
             yield f"{read:07d}"
 
-    blocks = packed_blocks(endless(), tiny_tokenizer, 8, 100, 0, True)
+    blocks = packed_blocks(endless(), tiny_tokenizer, 8, 100, 0, True)[0]
     assert blocks.shape == (100, 8)
     assert 1600 <= read < 1600 + 600
     numbers = [int(bytes(row[:7])) for row in blocks.tolist()]

@@ -27,7 +27,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from lors_cli.errors import ResourceError
+from lors_cli.errors import ResourceError, UsageError
 from lors_cli.files import atomic, hashes
 from lors_cli.output.console import gib
 
@@ -54,8 +54,6 @@ def size_limit() -> int:
     Raises:
         UsageError: that is no number above 0.
     """
-    from lors_cli.errors import UsageError
-
     text = os.environ.get("LORS_CACHE_GIB") or str(DEFAULT_LIMIT_GIB)
     try:
         limit = float(text)
@@ -67,11 +65,7 @@ def size_limit() -> int:
 
 
 class TokenCache:
-    """One text with one tokenizer.
-
-    Args:
-        folder: `tokens/<key>`; there already.
-    """
+    """One text with one tokenizer, in a folder `tokens/<key>` that is there already."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -111,12 +105,7 @@ class TokenCache:
         return found["tokens"] if isinstance(found, dict) else None
 
     def read(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens from `first` up to `last`, and bool where documents start.
-
-        Args:
-            first: place in the stream.
-            last: place behind the last token; all of them must be there.
-        """
+        """Tokens from `first` to before `last`, all of which must be there, and bool where documents start."""
         tokens = np.empty(last - first, dtype=np.int64)
         starts = np.zeros(last - first, dtype=bool)
         place = first
@@ -140,7 +129,6 @@ class TokenCache:
         """Write a shard; it appears whole.
 
         Args:
-            number: of the shard.
             tokens: (SHARD_TOKENS,), fewer in the last one.
             starts: where in it documents start, ascending.
             after: where the source is to be read on from.
@@ -194,7 +182,6 @@ def open_cache(root: Path, manifest: dict[str, Any], tokenizer: str) -> TokenCac
     """The cache of a text, made when it is not there, and held.
 
     Args:
-        root: of all caches, `cache_dir()`.
         manifest: what the stream is made of; its hash is the key.
         tokenizer: its JSON.
     """
@@ -234,11 +221,7 @@ def _locked(folder: Path) -> IO[str] | None:
 
 
 def make_room(cache: TokenCache, num_bytes: int) -> None:
-    """Remove the caches that were not used for longest until there is room for more, but none that is in use.
-
-    Args:
-        cache: the one that is to grow; never removed.
-        num_bytes: by which it grows.
+    """Remove the caches that were not used for longest until `cache` has room for more, but none that is in use.
 
     Raises:
         ResourceError: what is in use takes the whole room.

@@ -15,12 +15,7 @@ START: Position = {"documents": 0}
 
 
 def read_documents(source: TextSource, position: Position) -> Iterator[tuple[list[str], Position]]:
-    """Batches of texts, each with the position after it.
-
-    Args:
-        source: of text.
-        position: START, or one that was given before.
-    """
+    """Batches of texts from a position on (START, or one that was given before), each with the position after it."""
     dataset = source.open_stream() if source.open_stream is not None else None
     if dataset is None:
         rows: Iterator[Any] = islice(source.rows(), position["documents"], None)

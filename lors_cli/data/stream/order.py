@@ -18,8 +18,6 @@ def shuffled_block(position: int, *, seed: int, buffer: int, num_blocks: int | N
 
     Args:
         position: of the sample in the whole run, from 0.
-        seed: of the shuffle.
-        buffer: blocks that are shuffled together.
         num_blocks: that the source has; None while its end is not known, and then at least to the end of the
             position's window there must be blocks.
     """

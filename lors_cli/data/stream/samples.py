@@ -33,12 +33,6 @@ class TokenStream(Sequence[Sample]):
 
     A sample is a function of seed and position. It is read from the cache, and waited for where the cache is not yet
     so far; the next window of blocks is tokenised meanwhile.
-
-    Args:
-        cache: of the text's tokens, held.
-        job: for the process that fills it.
-        config: length, packing and shuffle.
-        seed: of the shuffle.
     """
 
     def __init__(self, cache: TokenCache, job: dict[str, Any], config: TuneDataConfig, seed: int) -> None:
@@ -53,12 +47,7 @@ class TokenStream(Sequence[Sample]):
         self._last_length = config.max_length
 
     def plan(self, num_samples: int, last_length: int) -> None:
-        """Say how many samples the run takes.
-
-        Args:
-            num_samples: in all.
-            last_length: tokens of the last one.
-        """
+        """Say how many samples the run takes, and how many tokens the last of them has."""
         self._num_samples, self._last_length = num_samples, last_length
 
     def __len__(self) -> int:
@@ -147,11 +136,7 @@ class TokenStream(Sequence[Sample]):
 
 
 def is_streamed(config: TuneConfig, source: TextSource) -> bool:
-    """Whether the data of these settings is streamed.
-
-    Args:
-        config: of the tune stage.
-        source: its data.
+    """Whether a tune stage's data is streamed.
 
     Raises:
         UsageError: the settings ask for it, and the source is no text.
@@ -171,13 +156,6 @@ def stream_samples(
     config: TuneConfig, source: TextSource, tokenizer: Any, *, model_max_length: int, data_dir: Path | None
 ) -> TuneData:
     """The samples of a run over streamed text.
-
-    Args:
-        config: of the tune stage.
-        source: of text.
-        tokenizer: of the model.
-        model_max_length: tokens that the model can take.
-        data_dir: local datasets.
 
     Raises:
         UsageError: the source is no text, there is no end to it, or the tokenizer is not one of `tokenizers`.
@@ -203,10 +181,6 @@ def stream_samples(
 
 def token_budget(max_tokens: int, length: int) -> tuple[int, int]:
     """Samples that hold exactly so many tokens, but for a rest too short for a sample of its own (`SHORTEST`).
-
-    Args:
-        max_tokens: 2 or more.
-        length: tokens a sample.
 
     Returns:
         The number of samples, and the tokens of the last.

@@ -34,11 +34,8 @@ class Filler:
     """Writes the shards of a cache one after the other, from wherever it stands.
 
     Args:
-        cache: to fill.
-        source: of text.
         tokenizer: a `tokenizers.Tokenizer`.
         begin: tokens before each document.
-        end: the token after each.
         dtype: of tokens on disk.
     """
 
@@ -57,11 +54,7 @@ class Filler:
         """The source's positions before and after that batch."""
 
     def fill(self, num_tokens: int) -> None:
-        """Write shards until there are so many tokens, or the source ends.
-
-        Args:
-            num_tokens: needed in all.
-        """
+        """Write shards until there are so many tokens in all, or the source ends."""
         if self._is_enough(num_tokens):
             return
         with self.cache.writing():
@@ -144,11 +137,7 @@ def make_filler(job: dict[str, Any]) -> Filler:
 
 
 class Worker:
-    """The process that fills a cache; it ends with this object, and with this process however that ends.
-
-    Args:
-        job: for `token_worker`.
-    """
+    """The process that fills a cache; it ends with this object, and with this process however that ends."""
 
     def __init__(self, job: dict[str, Any]) -> None:
         threads = str(max(1, usable_processors() - 1))

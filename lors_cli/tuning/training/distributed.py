@@ -204,8 +204,6 @@ def step_positions(step: int, *, batch_size: int, micro_batch_size: int, rank: i
         step: from 0.
         batch_size: samples a step, over all processes.
         micro_batch_size: samples a forward pass of one process; times world_size it divides batch_size.
-        rank: of the process.
-        world_size: number of processes.
     """
     first, stride = step * batch_size, micro_batch_size * world_size
     return [
