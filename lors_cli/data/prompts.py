@@ -23,17 +23,12 @@ _RESPONSE = "⟦response⟧"
 
 @dataclass(frozen=True)
 class Template:
-    """A prompt.
-
-    Args:
-        with_input: for rows with an input; ends where the response begins.
-        without_input: for rows without.
-        before_response: what stands between prompt and response and is learnt with the response.
-    """
+    """A prompt for rows with and without an input; it ends where the response begins."""
 
     with_input: str
     without_input: str
     before_response: str = ""
+    """What stands between prompt and response and is learnt with the response."""
 
     def prompt(self, instruction: str, input: str) -> str:
         """The prompt of a row, whose input may be empty."""

@@ -68,7 +68,7 @@ def load_model(config: ModelConfig, *, device: torch.device | None = None) -> Pr
     """The causal LM in evaluation mode, on its device, without gradients.
 
     Args:
-        config: what to load; its device decides the number format that `dtype: auto` means.
+        config: its device decides the number format that `dtype: auto` means.
         device: where to put it; by default the config's.
 
     Raises:

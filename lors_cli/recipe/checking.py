@@ -119,7 +119,7 @@ def _check_rules(schema: type, data: dict[str, Any], settings: Settings, wrong: 
     Returns:
         An unchecked instance of `schema` from what is right in `data`, the rest as if it were not given.
     """
-    made = object.__new__(schema)
+    made: Any = object.__new__(schema)
     for entry in dataclasses.fields(schema):
         key, section = (*path, entry.name), subsection(schema, entry.name)
         is_wrong = dotted(key) in wrong
