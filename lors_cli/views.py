@@ -57,11 +57,12 @@ def show_results(results: dict[str, Any], comparisons: Sequence[Comparison] = ()
         comparisons: from `compare_models`, a line each.
         title: above the table.
     """
-    from lors_cli.evaluation.summary import recovered, summary_table
+    from lors_cli.evaluation.summary import recovered
+    from lors_cli.report.scores import by_task
 
     if not results:
         return
-    columns, rows = summary_table(results)
+    columns, rows = by_task(results)
     shares = recovered(results)
     if shares:  # the last column, said in words below
         columns, rows = columns[:-1], [row[:-1] for row in rows]

@@ -23,7 +23,7 @@ from typing import Any, Literal
 from lors_cli.data import sources as text
 from lors_cli.errors import UsageError
 from lors_cli.evaluation.significance import compare_models
-from lors_cli.evaluation.summary import average, recovered, summary_table
+from lors_cli.evaluation.summary import average, recovered
 from lors_cli.evaluation.tasks import check_tasks, task_fingerprint
 from lors_cli.files import atomic, hashes, records
 from lors_cli.machine import environment, processes
@@ -33,7 +33,7 @@ from lors_cli.recipe.schema import EvalConfig, ModelConfig
 
 __all__ = [
     "check_tasks", "compare_models", "eval_fingerprint", "evaluate", "pending_pieces", "recovered", "samples_path",
-    "summary_table", "take_over",
+    "take_over",
 ]  # fmt: skip
 
 STAGE_VERSION = 2

@@ -5,9 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-_NONE = "–"
-_AVERAGE = "average acc"
-
 
 def average(tasks: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The unweighted mean accuracy of the tasks that have one.
@@ -69,90 +66,3 @@ def _share(dense: float | None, pruned: float | None, tuned: float | None) -> fl
     if dense is None or pruned is None or tuned is None or dense <= pruned:
         return None
     return (tuned - pruned) / (dense - pruned)
-
-
-def summary_table(results: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """The scores side by side: accuracies in percent with their standard error, then perplexities.
-
-    Behind each model but the first stands its difference to `dense` (or, where there is none, to the first), and
-    last the share that tuning recovered. A task with acc_norm has it in the row below its acc.
-
-    Args:
-        results: as `evaluate` returns them, one model or more.
-
-    Returns:
-        Column titles and rows of text, for `console.table`.
-    """
-    labels = list(results)
-    base = "dense" if "dense" in results else labels[0]
-    shares = recovered(results)
-    rows = []
-    for title, kind, values, errors, share_key in _lines(results):
-        cells = [title]
-        for label in labels:
-            cells.append(_cell(kind, values[label], errors[label]))
-            if label != base:
-                cells.append(_difference(kind, values[label], values[base]))
-        if shares:
-            cells.append(f"{shares[share_key]:.1%}" if share_key in shares else "")
-        rows.append(cells)
-    columns = ["task"]
-    for label in labels:
-        columns += [label] if label == base else [label, f"Δ {base}"]
-    return [*columns, *(["recovered"] if shares else [])], rows
-
-
-_Values = dict[str, float | None]
-
-
-def _lines(results: dict[str, dict[str, Any]]) -> list[tuple[str, str, _Values, _Values, str]]:
-    """Every row's title, kind of number, values and standard errors by model, and its key in `recovered`."""
-
-    def row(title: str, kind: str, section: str, name: str, metric: str, key: str = "") -> Any:
-        def read(field: str) -> _Values:
-            return {label: result[section].get(name, {}).get(field) for label, result in results.items()}
-
-        return title, kind, read(metric), read(f"{metric}_stderr"), key
-
-    lines = []
-    for task, metric in _task_metrics(results):
-        kind = "share" if metric in ("acc", "acc_norm") else "number"
-        title = task if metric == "acc" else "  acc_norm" if metric == "acc_norm" else f"{task} {metric}"
-        lines.append(row(title, kind, "tasks", task, metric))
-    averages: _Values = {label: result["average"]["value"] for label, result in results.items()}
-    if any(value is not None for value in averages.values()):
-        lines.append((_AVERAGE, "share", averages, dict.fromkeys(results), "accuracy"))
-    for text in dict.fromkeys(text for result in results.values() for text in result["perplexity"]):
-        lines.append(row(f"perplexity {text}", "number", "perplexity", text, "value", f"perplexity {text}"))
-    return lines
-
-
-def _task_metrics(results: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
-    """The metrics shown: acc and acc_norm, or whatever a task has that has neither."""
-    merged: dict[str, dict[str, None]] = {}
-    for result in results.values():
-        for task, metrics in result["tasks"].items():
-            merged.setdefault(task, {}).update(dict.fromkeys(metrics))
-    pairs = []
-    for task, metrics in merged.items():
-        usual = [name for name in ("acc", "acc_norm") if name in metrics]
-        others = [name for name in metrics if not name.endswith("_stderr") and "_stderr," not in name]
-        pairs += [(task, name) for name in usual or others if name != "num_samples"]
-    return pairs
-
-
-def _cell(kind: str, value: float | None, error: float | None) -> str:
-    if value is None:
-        return _NONE
-    if kind == "number":
-        return f"{value:.4g}" if abs(value) >= 1e5 else f"{value:.3f}"
-    return f"{100 * value:.2f}" + (f" ± {100 * error:.2f}" if error is not None else "")
-
-
-def _difference(kind: str, value: float | None, base: float | None) -> str:
-    if value is None or base is None:
-        return _NONE
-    change = value - base
-    if kind == "number":
-        return f"{change:+.4g}" if abs(change) >= 1e5 else f"{change:+.3f}"
-    return f"{100 * change:+.2f}"

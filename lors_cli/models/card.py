@@ -77,6 +77,15 @@ def looks_like_hub_id(name: str) -> bool:
     )
 
 
+def versions(environment: dict[str, Any]) -> str:
+    """`Python 3.11.2, torch 2.8.0, …` of a record's environment, packages that are absent left out."""
+    found = [f"Python {environment['python']}"] if "python" in environment else []
+    packages = environment.get("packages") or {}
+    found += [f"{name} {version}" for name, version in packages.items() if version != "absent"]
+    gpu = environment.get("gpu")
+    return escape(", ".join([*found, str(gpu)] if gpu else found))
+
+
 def _adjective(prune: dict[str, Any] | None, tune: dict[str, Any] | None) -> str:
     if prune and tune:
         return "pruned and tuned"
@@ -141,12 +150,3 @@ def _usage(pattern: Any) -> str:
         f"{kind} are stored as ordinary dense tensors. Loading the model in transformers or vLLM makes it neither "
         "faster nor smaller by itself: that needs kernels or a format made for sparse weights."
     )
-
-
-def versions(environment: dict[str, Any]) -> str:
-    """`Python 3.11.2, torch 2.8.0, …` of a record's environment, packages that are absent left out."""
-    found = [f"Python {environment['python']}"] if "python" in environment else []
-    packages = environment.get("packages") or {}
-    found += [f"{name} {version}" for name, version in packages.items() if version != "absent"]
-    gpu = environment.get("gpu")
-    return escape(", ".join([*found, str(gpu)] if gpu else found))

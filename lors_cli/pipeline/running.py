@@ -119,7 +119,7 @@ def run_recipe(
 def _finish(recipe: Recipe, out: Path, data_dir: Path | None, done: list[dict[str, Any]]) -> dict[str, Any]:
     """Write manifest and report; the run's summary."""
     from lors_cli.evaluation.significance import compare_models
-    from lors_cli.report import write_report
+    from lors_cli.report.run import write_report
 
     _write_manifest(recipe, out, done, data_dir)
     with progress.busy("writing the report"):

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,7 +32,8 @@ _SETTINGS = {
     "savefig.facecolor": "white", "svg.fonttype": "none", "text.parse_math": False,
 }  # fmt: skip
 
-Results = TypeVar("Results")
+Draw: TypeAlias = "Callable[[], Figure | None]"
+"""Draws a figure; None when there is nothing to draw."""
 
 
 @dataclass(frozen=True)
@@ -51,17 +52,12 @@ def style() -> AbstractContextManager[None]:
     return mpl.rc_context(settings)
 
 
-def draw_all(figures: Mapping[str, Callable[[Results], Figure | None]], results: Results) -> dict[str, Drawing]:
-    """Every figure by name that there is something to draw for.
-
-    Args:
-        figures: name to function from the results to a matplotlib figure or None.
-        results: what they draw.
-    """
+def draw_all(figures: Mapping[str, Draw]) -> dict[str, Drawing]:
+    """Every figure by name that there is something to draw for."""
     drawings = {}
     for name, draw in figures.items():
         with style():
-            figure = draw(results)
+            figure = draw()
             if figure is not None:
                 drawings[name] = Drawing(png(figure), svg(figure, name))
     return drawings
@@ -91,11 +87,7 @@ def short(label: str) -> str:
 
 
 def sparsity_map(rows: Mapping[str, Mapping[int, float]]) -> Figure:
-    """Shares of zeros, decoder blocks across, colours fixed from 0 to 1.
-
-    Args:
-        rows: label to share by block; a block that a row lacks stays empty.
-    """
+    """Shares of zeros by label and block, colours fixed from 0 to 1; a block that a row lacks stays empty."""
     blocks = sorted({block for shares in rows.values() for block in shares})
     figure, axes = figure_of(max(6.0, min(14.0, 3.2 + 0.3 * len(blocks))), 1.7 + 0.36 * len(rows))
     grid = [[shares.get(block, math.nan) for block in blocks] for shares in rows.values()]
@@ -134,7 +126,7 @@ def png(figure: Figure) -> bytes:
 
 
 def svg(figure: Figure, name: str) -> str:
-    """An `<svg>` element to stand in a page: no date, no outside names, ids of its own, colours of `THEMED`.
+    """An `<svg>` element to stand in a page: no date, no outside names, colours of `THEMED`.
 
     Args:
         figure: drawn under `style`.

@@ -14,12 +14,7 @@ _STYLE = Path(__file__).with_name("style.css")
 
 
 def to_html(blocks: Iterable[Block], drawings: Mapping[str, Drawing]) -> str:
-    """The whole page; the same blocks give the same text.
-
-    Args:
-        blocks: the first is the report's title.
-        drawings: of the figures among the blocks, by name.
-    """
+    """The whole page; the first block is the report's title."""
     blocks = list(blocks)
     title = unescape(str(blocks[0]).lstrip("# "))
     body = "\n".join(_block(block, drawings) for block in blocks)

@@ -17,11 +17,7 @@ _HEAD = r"% Needs \usepackage{booktabs} and, before TeX Live 2020, \usepackage{t
 
 
 def to_latex(tables: Iterable[Table]) -> str:
-    """Each table as a `table*` environment with its caption; the same tables give the same text.
-
-    Args:
-        tables: in the order of the text.
-    """
+    """Each table as a `table*` environment with its caption."""
     return "\n\n".join([_HEAD, *map(_latex_table, tables)]) + "\n"
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lors_cli.evaluation.summary import average_stderr, recovered
 from lors_cli.files.records import StageRecord
 from lors_cli.models.sources import short_name
-from lors_cli.report.names import TASKS, task_name
+from lors_cli.report.names import TASKS
 from lors_cli.report.paper import PaperRow, find_paper_row
 
 
@@ -78,7 +79,8 @@ class Measure:
     def title(self) -> str:
         """As a column's head."""
         if self.kind == "task":
-            return task_name(self.name) if self.metric == "acc" else f"{task_name(self.name)} {self.metric}"
+            task = TASKS.get(self.name, self.name)
+            return task if self.metric == "acc" else f"{task} {self.metric}"
         if self.kind == "average":
             return "average"
         text = "acc" if self.name == "accuracy" else f"ppl {short_name(self.name.removeprefix('perplexity '))}"
@@ -89,30 +91,35 @@ class Measure:
         """Whether `value` is a share times 100."""
         return self.kind in ("average", "recovered") or self.metric in ("acc", "acc_norm")
 
-    def value(self, model: ScoredModel) -> float | None:
-        """The model's number, None when it has none."""
+    @property
+    def scale(self) -> int:
+        """`value` over `stored`."""
+        return 100 if self.is_percent else 1
+
+    def stored(self, model: ScoredModel) -> float | None:
+        """The model's number as it is on disk, None when it has none."""
         scores = model.scores or {}
         if self.kind == "task":
-            found = scores.get("tasks", {}).get(self.name, {}).get(self.metric)
-        elif self.kind == "average":
-            found = (scores.get("average") or {}).get("value")
-        elif self.kind == "perplexity":
-            found = scores.get("perplexity", {}).get(self.name, {}).get("value")
-        else:
-            found = model.shares.get(self.name)
-        return self._scaled(found)
+            return _finite(scores.get("tasks", {}).get(self.name, {}).get(self.metric))
+        if self.kind == "average":
+            return _finite((scores.get("average") or {}).get("value"))
+        if self.kind == "perplexity":
+            return _finite(scores.get("perplexity", {}).get(self.name, {}).get("value"))
+        return model.shares.get(self.name)
+
+    def value(self, model: ScoredModel) -> float | None:
+        """The model's number as it is shown, None when it has none."""
+        found = self.stored(model)
+        return None if found is None else self.scale * found
 
     def stderr(self, model: ScoredModel) -> float | None:
-        """The number's standard error; an average's takes the tasks as independent."""
+        """The shown number's standard error; an average's takes the tasks as independent."""
         tasks = (model.scores or {}).get("tasks", {})
-        if self.kind == "task":
-            return self._scaled(tasks.get(self.name, {}).get(f"{self.metric}_stderr"))
-        if self.kind != "average" or self.value(model) is None:
-            return None
-        errors = [tasks.get(name, {}).get("acc_stderr") for name in averaged_tasks(model)]
-        if not errors or None in errors:
-            return None
-        return self._scaled(math.sqrt(math.fsum(error**2 for error in errors)) / len(errors))
+        found = tasks.get(self.name, {}).get(f"{self.metric}_stderr") if self.kind == "task" else None
+        if self.kind == "average" and self.stored(model) is not None:
+            found = average_stderr(tasks)
+        error = _finite(found)
+        return None if error is None else self.scale * error
 
     def paper(self, model: ScoredModel) -> float | None:
         """The paper's number for the model, of the same tasks; None when it has none."""
@@ -122,64 +129,54 @@ class Measure:
         if self.kind == "task" and self.metric == "acc":
             return row.acc.get(self.name)
         if self.kind == "average":
-            return row.average(averaged_tasks(model))
-        if self.kind == "recovered" and self.name == "accuracy":
-            return _paper_share(model)
-        return None
-
-    def _scaled(self, value: Any) -> float | None:
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
-            return None
-        return 100 * value if self.is_percent else float(value)
+            return row.average(_averaged(model))
+        return _paper_share(model) if self.kind == "recovered" and self.name == "accuracy" else None
 
 
-def averaged_tasks(model: ScoredModel) -> list[str]:
+def _finite(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def _averaged(model: ScoredModel) -> list[str]:
     """The tasks that the model's average is over."""
     return list(((model.scores or {}).get("average") or {}).get("tasks") or [])
 
 
 def _paper_share(model: ScoredModel) -> float | None:
     """What tuning won back in the paper, in percent of what pruning lost."""
-    from lors_cli.evaluation.summary import recovered
-
-    tasks = averaged_tasks(model)
-    rows = {role: _paper_row(model, role) for role in ("dense", "pruned", "tuned")}
-    averages = {role: row.average(tasks) for role, row in rows.items() if row is not None}
-    content = {
-        role: {"average": {"value": value, "tasks": tasks}, "perplexity": {}} for role, value in averages.items()
-    }
-    share = recovered(content).get("accuracy")
+    tasks, contents = _averaged(model), {}
+    for role in ("dense", "pruned", "tuned"):
+        if (row := _paper_row(model, role)) is not None:
+            contents[role] = {"average": {"value": row.average(tasks), "tasks": tasks}, "perplexity": {}}
+    share = recovered(contents).get("accuracy")
     return None if share is None else 100 * share
 
 
-def measures(models: Iterable[ScoredModel], *, with_norm: bool = False) -> list[Measure]:
-    """What any of the models has a number for: tasks in the paper's order, the average, perplexities, recovered shares.
+def measures(
+    models: Iterable[ScoredModel], *, with_norm: bool = False, first: Collection[str] = tuple(TASKS)
+) -> list[Measure]:
+    """What any of the models has a number for: tasks, the average, perplexities, recovered shares.
 
     Args:
         models: all that are shown together.
         with_norm: acc_norm as well, which the paper's tables do not have.
+        first: tasks that lead, in this order; the others follow as they come.
     """
     models = list(models)
-    metrics: dict[str, dict[str, None]] = {task: {} for task in TASKS}
-    texts: dict[str, None] = {}
-    shares: dict[str, None] = {}
+    metrics: dict[str, dict[str, None]] = {task: {} for task in first}
     for model in models:
         for task, found in ((model.scores or {}).get("tasks") or {}).items():
             metrics.setdefault(task, {}).update(dict.fromkeys(_metrics_of(found, with_norm)))
-        texts.update(dict.fromkeys((model.scores or {}).get("perplexity") or {}))
-        shares.update(dict.fromkeys(model.shares))
-    columns = [Measure("task", task, metric) for task, found in metrics.items() for metric in found]
+    texts = dict.fromkeys(text for model in models for text in (model.scores or {}).get("perplexity") or {})
     average = Measure("average", "accuracy")
     return [
-        *columns,
-        *([average] if any(average.value(model) is not None for model in models) else []),
+        *(Measure("task", task, metric) for task, found in metrics.items() for metric in found),
+        *([average] if any(average.stored(model) is not None for model in models) else []),
         *(Measure("perplexity", text) for text in texts),
-        *(Measure("recovered", name) for name in shares),
+        *(Measure("recovered", name) for name in dict.fromkeys(name for model in models for name in model.shares)),
     ]
 
 
 def _metrics_of(found: dict[str, Any], with_norm: bool) -> list[str]:
-    usual: list[str] = [name for name in ("acc", "acc_norm") if name in found and (with_norm or name == "acc")]
-    if usual:
-        return usual
-    return [name for name in found if "_stderr" not in name and name != "num_samples"]
+    usual = [name for name in ("acc", "acc_norm") if name in found and (with_norm or name == "acc")]
+    return usual or [name for name in found if "_stderr" not in name and name != "num_samples"]

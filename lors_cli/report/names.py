@@ -12,13 +12,3 @@ TASKS = {
     "openbookqa": "OpenBookQA", "rte": "RTE", "winogrande": "WinoGrande",
 }  # fmt: skip
 """In the order of the LoRS paper's tables."""
-
-
-def method_name(method: str) -> str:
-    """`sparsegpt` as SparseGPT; a method that is not known here keeps its own spelling."""
-    return METHODS.get(method, method)
-
-
-def task_name(task: str) -> str:
-    """`arc_challenge` as ARC-c; a task that is not known here keeps its own spelling."""
-    return TASKS.get(task, task)

@@ -23,11 +23,7 @@ Line = dict[str, str | float | None]
 
 
 def to_csv(groups: Sequence[Group]) -> str:
-    """The scores and costs of every model under `HEADER`; what is not known is empty.
-
-    Args:
-        groups: in the order of the lines.
-    """
+    """The scores and costs of every model under `HEADER`; what is not known is empty."""
     models = [model for group in groups for model in group.models]
     columns = measures(models, with_norm=True)
     buffer = io.StringIO()

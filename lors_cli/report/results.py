@@ -1,4 +1,4 @@
-"""What a run left on disk, read for its report."""
+"""What a run or a sweep left on disk, read for its report: a run is a sweep of one cell."""
 
 from __future__ import annotations
 
@@ -9,84 +9,142 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lors_cli.errors import UsageError
 from lors_cli.files import atomic
 from lors_cli.files import records as run_dir
-from lors_cli.models.sources import short_name
 from lors_cli.recipe.schema import STAGES
-from lors_cli.report.measures import Group, ScoredModel
+from lors_cli.recipe.yaml12 import YamlError, read
 
 ROLES = ("dense", "pruned", "tuned")
+INDEX_NAME = "sweep.json"
+"""Names a sweep's cells with their status, their stage folders and one eval folder a model."""
 
 
-@dataclass
-class RunResults:
-    """A run's recipe, finished stages, scores and training log; what is absent is empty."""
+@dataclass(frozen=True)
+class Scores:
+    """One model's scores, `content` as in DESIGN §4; None while it is not evaluated."""
 
-    run: Path
-    recipe_text: str = ""
-    recipe: dict[str, Any] = field(default_factory=dict)
-    records: dict[str, run_dir.StageRecord] = field(default_factory=dict)
-    scores: dict[str, dict[str, Any]] = field(default_factory=dict)
-    log: list[dict[str, Any]] = field(default_factory=list)
-
-
-def read_run(run: Path, finished: Collection[str] | None = None) -> RunResults:
-    """Everything that a report may show.
-
-    Args:
-        run: a run folder (DESIGN §4).
-        finished: the stages to read; None for all.
-
-    Returns:
-        The results; scores are in the order dense, pruned, tuned.
-    """
-    results = RunResults(run)
-    path = run / "recipe.yaml"
-    if path.is_file():
-        results.recipe_text, results.recipe = _read_recipe(path)
-    for stage in STAGES:
-        record = run_dir.read_record(run / stage)
-        if record is not None and (finished is None or stage in finished):
-            results.records[stage] = record
-    for role in ROLES if finished is None or "eval" in finished else ():
-        content = atomic.read_json(run / "eval" / f"{role}.json")
-        if isinstance(content, dict):
-            results.scores[role] = content
-    if finished is None or "tune" in finished:
-        results.log = read_log(run / "tune" / "log.jsonl")
-    return results
+    folder: str
+    content: dict[str, Any] | None = None
+    limit: int | None = None
+    """Documents a task at most."""
+    elapsed_s: float | None = None
+    """None where the evaluation was of several models."""
 
 
-def models(results: RunResults) -> Group:
-    """The run's models, as a sweep of one cell would have them.
+@dataclass(frozen=True)
+class Cell:
+    """One run; what is not there yet is empty."""
 
-    Args:
-        results: of the run; a model that was not scored is left out.
-    """
-    from lors_cli.evaluation.summary import recovered
-    from lors_cli.report.comparison import model_label
+    name: str
+    base: str | None
+    """Path of the dense model, None where no stage nor setting says it."""
+    folders: dict[str, str]
+    """Stage to folder, relative to the run or sweep."""
+    records: dict[str, run_dir.StageRecord]
+    scores: dict[str, Scores]
+    """In the order of `ROLES`."""
+    log: list[dict[str, Any]]
+    recipe: str = ""
+    """Its name in the sweep."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Overrides of the recipe, by dotted key."""
+    values: dict[str, Any] = field(default_factory=dict)
+    """Those of them that vary in the sweep."""
+    status: str = "done"
+    error: str | None = None
 
-    configs = {stage: record.config for stage, record in results.records.items()}
-    prune, tune = configs.get("prune", {}), configs.get("tune", {})
-    origin = results.records.get("prune") or results.records.get("tune")
-    base = (results.recipe.get("model") or {}).get("path") or (origin.inputs.get("path") if origin else None)
-    found = []
-    for role, scores in results.scores.items():
-        found.append(ScoredModel(
-            role=role, label=model_label(role, prune, tune), base=str(base or scores.get("model") or ""),
-            cells=(str(results.recipe.get("name") or results.run.resolve().name),),
-            prune=prune if role != "dense" else {}, tune=tune if role == "tuned" else {}, scores=scores,
-            shares=recovered(results.scores) if role == "tuned" else {},
-            limit=configs.get("eval", {}).get("limit"),
-            made=results.records.get({"pruned": "prune", "tuned": "tune"}.get(role, "")),
-        ))  # fmt: skip
-    return Group(short_name(found[0].base) if found else "", tuple(found))
+    def config(self, stage: str) -> dict[str, Any]:
+        """The stage's settings: all of them once it is finished, before that those that the sweep overrides."""
+        if stage in self.records:
+            return self.records[stage].config
+        known = {key[len(stage) + 1 :]: value for key, value in self.settings.items() if key.startswith(f"{stage}.")}
+        return {"method": None, **known} if stage in self.folders else known
+
+    def evaluated(self) -> dict[str, dict[str, Any]]:
+        """Scores of the models that are finished."""
+        return {role: found.content for role, found in self.scores.items() if found.content is not None}
+
+    def seconds(self) -> dict[str, float]:
+        """What its stages took; those that it shares with others count in full."""
+        seconds = {stage: record.elapsed_s for stage, record in self.records.items()}
+        evals = [scores.elapsed_s for scores in self.scores.values() if scores.elapsed_s is not None]
+        return {**seconds, "eval": math.fsum(evals)} if evals else seconds
+
+
+@dataclass(frozen=True)
+class Results:
+    """A whole sweep, or a run as its only cell; `text` is of sweep.yaml or recipe.yaml."""
+
+    name: str
+    text: str
+    cells: list[Cell]
+    axes: dict[str, list[Any]] = field(default_factory=dict)
+
+
+def read_run(folder: Path, finished: Collection[str] | None = None) -> Results:
+    """A run's results; of the `finished` stages alone unless that is None."""
+    text, recipe = _read_recipe(folder / "recipe.yaml")
+    stages = [stage for stage in STAGES if finished is None or stage in finished]
+    records = {stage: record for stage in stages if (record := run_dir.read_record(folder / stage)) is not None}
+    limit = records["eval"].config.get("limit") if "eval" in records else None
+    read = {role: atomic.read_json(folder / "eval" / f"{role}.json") for role in ROLES if "eval" in stages}
+    contents = {role: content for role, content in read.items() if isinstance(content, dict)}
+    folders = {stage: stage for stage in records}
+    base = (recipe.get("model") or {}).get("path") or _origin(folders, records)
+    name = str(recipe.get("name") or folder.resolve().name)
+    cell = Cell(
+        name, base or next((content.get("model") for content in contents.values()), None), folders, records,
+        {role: Scores("eval", content, limit) for role, content in contents.items()},
+        read_log(folder / "tune" / "log.jsonl") if "tune" in stages else [],
+    )  # fmt: skip
+    return Results(name, text, [cell])
+
+
+def read_sweep(folder: Path) -> Results:
+    """A sweep's results; cells may be pending or failed. Raises UsageError where `sweep.json` is not its index."""
+    index = atomic.read_json(folder / INDEX_NAME)
+    index = index if isinstance(index, dict) else {}
+    cells = index.get("cells")
+    if not isinstance(cells, list) or not all(isinstance(cell, dict) and cell.get("name") for cell in cells):
+        raise UsageError(f"{folder / INDEX_NAME} is not the index of a sweep.", "lors sweep writes it; run it again.")
+    path = folder / "sweep.yaml"
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    name = str(index.get("name") or folder.resolve().name)
+    return Results(name, text, [_read_cell(folder, cell) for cell in cells], index.get("axes") or {})
+
+
+def _read_cell(folder: Path, cell: dict[str, Any]) -> Cell:
+    folders, models, values = cell.get("stages") or {}, cell.get("models") or {}, cell.get("values") or {}
+    found = {stage: run_dir.read_record(folder / path) for stage, path in folders.items()}
+    records = {stage: record for stage, record in found.items() if record is not None}
+    scores = {role: _read_scores(folder, models[role], role) for role in ROLES if role in models}
+    settings = {**(cell.get("overrides") or {}), **values}
+    dense = scores["dense"].content if "dense" in scores else None
+    return Cell(
+        str(cell["name"]), _origin(folders, records) or (dense or {}).get("model") or settings.get("model.path"),
+        folders, records, scores, read_log(folder / folders["tune"] / "log.jsonl") if "tune" in folders else [],
+        str(cell.get("recipe") or ""), settings, values, str(cell.get("status") or "pending"), cell.get("error"),
+    )  # fmt: skip
+
+
+def _read_scores(folder: Path, path: str, role: str) -> Scores:
+    record = run_dir.read_record(folder / path)
+    if record is None:
+        return Scores(path)
+    content = atomic.read_json(folder / path / f"{role}.json")
+    return Scores(path, content if isinstance(content, dict) else None, record.config.get("limit"), record.elapsed_s)
+
+
+def _origin(folders: dict[str, str], records: dict[str, run_dir.StageRecord]) -> str | None:
+    """What the first stage was given."""
+    first = records.get("prune") or (None if "prune" in folders else records.get("tune"))
+    return first.inputs.get("path") if first else None
 
 
 def _read_recipe(path: Path) -> tuple[str, dict[str, Any]]:
-    from lors_cli.errors import UsageError
-    from lors_cli.recipe.yaml12 import YamlError, read
-
+    if not path.is_file():
+        return "", {}
     try:
         text = path.read_text(encoding="utf-8")
         data = read(text).data
@@ -98,14 +156,7 @@ def _read_recipe(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The training log's whole lines; a last line that a kill has torn is left out.
-
-    Args:
-        path: `log.jsonl`, one JSON object an optimiser step; it may be absent.
-
-    Returns:
-        The lines that have a step and a finite loss, in order of steps.
-    """
+    """The rows of a `log.jsonl` that have a finite loss, by step; a last line that a kill has torn is left out."""
     if not path.is_file():
         return []
     by_step = {}

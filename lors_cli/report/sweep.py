@@ -7,18 +7,21 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from lors_cli.output.console import gib
-from lors_cli.output.markdown import NONE, Block, Code, Figure, escape, table
+from lors_cli.output.markdown import NONE, Block, Code, escape, table
 from lors_cli.output.progress import duration
-from lors_cli.report import FORMATS
-from lors_cli.report.comparison import notes, results_table
+from lors_cli.report.groups import groups
 from lors_cli.report.measures import Group
-from lors_cli.report.output import write_files
-from lors_cli.report.sweep_results import SweepCell, SweepResults, groups, read_sweep, stage_seconds
+from lors_cli.report.output import FORMATS, assemble, pictures, table_of, write_files
+from lors_cli.report.results import Cell, Results, read_sweep
+from lors_cli.report.score_figures import accuracy_panels, perplexity_panels
+from lors_cli.report.scores import by_model, notes
+from lors_cli.report.stage_figures import cost, loss_of_cells, sparsity_by_model
 
-_FIGURE_TEXTS = {
+_OF_SCORES = {
     "accuracy": "Zero-shot accuracy; lines are standard errors.",
     "perplexity": "Perplexity by text.",
-    "loss": "Training loss of every cell.",
+}
+_OF_COST = {
     "sparsity": "Sparsity by decoder block of the pruned models, and of tuned ones that have not kept it.",
     "cost": "Time of every cell; a stage that cells share counts in each of them.",
 }
@@ -37,44 +40,36 @@ def write_sweep_report(sweep_folder: Path, formats: Collection[str] = FORMATS) -
     Raises:
         UsageError: the folder holds no sweep.
     """
-    from lors_cli.report.sweep_figures import FIGURES, SweepView
-
     sweep = read_sweep(sweep_folder)
     found = groups(sweep)
+    figures = {
+        "accuracy": lambda: accuracy_panels(found), "perplexity": lambda: perplexity_panels(found),
+        "loss": lambda: loss_of_cells(sweep.cells, found), "sparsity": lambda: sparsity_by_model(found),
+        "cost": lambda: cost(sweep.cells),
+    }  # fmt: skip
     return write_files(
-        sweep_folder, formats, figures=FIGURES, view=SweepView(sweep, found),
-        blocks=lambda drawn: sweep_blocks(sweep, found, drawn), groups=found, caption=f"Sweep {escape(sweep.name)}.",
+        sweep_folder, formats, figures=figures, blocks=lambda drawn: sweep_blocks(sweep, found, drawn), groups=found,
+        caption=f"Sweep {escape(sweep.name)}.",
     )  # fmt: skip
 
 
-def sweep_blocks(sweep: SweepResults, found: Sequence[Group], drawn: Collection[str]) -> list[Block]:
-    """The whole report.
-
-    Args:
-        sweep: as read.
-        found: its models in groups.
-        drawn: names of the drawn figures.
-    """
-    scored = any(model.scores for group in found for model in group.models)
-    results: list[Block] = ["## Results", results_table(found), *notes(found)]
-    settings: list[Block] = ["## Settings", Code(sweep.text, "yaml")]
-    return [
-        f"# {escape(sweep.name)}",
-        *_summary(sweep),
-        *(results if found else []),
-        *_figures(("accuracy", "perplexity") if scored else (), drawn),
-        *_unfinished(sweep),
-        *_section("## Tuning", _figures(("loss",), drawn)),
-        *_section("## Sparsity and cost", [*_cost(sweep), *_figures(("sparsity", "cost"), drawn)]),
-        *(settings if sweep.text else []),
+def sweep_blocks(sweep: Results, found: Sequence[Group], drawn: Collection[str]) -> list[Block]:
+    """The whole report: the models in groups, and the figures of which `drawn` has the names."""
+    unfinished = [
+        [cell.name, cell.status, ", ".join(cell.records) or NONE, cell.error or NONE]
+        for cell in sweep.cells
+        if cell.status != "done"
     ]
+    return assemble(sweep.name, _summary(sweep), {
+        "Results": [by_model(found), *notes(found), *pictures(_OF_SCORES, drawn)] if found else [],
+        "Not finished": table_of(["cell", "status", "stages done", "error"], unfinished, prose=True),
+        "Tuning": pictures({"loss": "Training loss of every cell."}, drawn),
+        "Sparsity and cost": [*_cost(sweep), *pictures(_OF_COST, drawn)],
+        "Settings": [Code(sweep.text, "yaml")] if sweep.text else [],
+    })  # fmt: skip
 
 
-def _section(heading: str, blocks: list[Block]) -> list[Block]:
-    return [heading, *blocks] if blocks else []
-
-
-def _summary(sweep: SweepResults) -> list[Block]:
+def _summary(sweep: Results) -> list[Block]:
     """What varies, and how far it got."""
     counts = Counter(cell.status for cell in sweep.cells)
     states = [f"{counts[status]} {status}" for status in ("done", "running", "failed", "pending") if counts[status]]
@@ -84,18 +79,7 @@ def _summary(sweep: SweepResults) -> list[Block]:
     return [first, f"Varied: {escape('; '.join(axes))}."] if axes else [first]
 
 
-def _unfinished(sweep: SweepResults) -> list[Block]:
-    rows = [
-        [cell.name, cell.status, ", ".join(cell.records) or NONE, cell.error or NONE]
-        for cell in sweep.cells
-        if cell.status != "done"
-    ]
-    if not rows:
-        return []
-    return ["## Not finished", table(["cell", "status", "stages done", "error"], rows, prose=True)]
-
-
-def _cost(sweep: SweepResults) -> list[Block]:
+def _cost(sweep: Results) -> list[Block]:
     """Time, speed, size and sparsity of every cell that has finished a stage."""
     rows = [[cell.name, *_cost_cells(cell)] for cell in sweep.cells if cell.records]
     if not rows:
@@ -103,15 +87,19 @@ def _cost(sweep: SweepResults) -> list[Block]:
     columns = ["cell", "prune", "tune", "eval", "tokens/s", "steps", "loss, first", "loss, last",
                "trainable parameters", "pattern", "sparsity", "violations", "peak memory"]  # fmt: skip
     kept = [index for index in range(len(columns)) if any(row[index] != NONE for row in rows)]
-    total = sum(_distinct_seconds(sweep).values())
+    seconds = {}  # of every stage folder, each once
+    for cell in sweep.cells:
+        seconds.update({cell.folders[stage]: record.elapsed_s for stage, record in cell.records.items()})
+        seconds.update({item.folder: item.elapsed_s or 0.0 for item in cell.scores.values()})
     return [
         table([columns[index] for index in kept], [[row[index] for index in kept] for row in rows]),
-        f"All stages together took {duration(total)}; in the table one that cells share counts in each of them.",
+        f"All stages together took {duration(sum(seconds.values()))}; in the table one that cells share counts in each "
+        "of them.",
     ]
 
 
-def _cost_cells(cell: SweepCell) -> list[str]:
-    seconds = stage_seconds(cell)
+def _cost_cells(cell: Cell) -> list[str]:
+    seconds = cell.seconds()
     tune = cell.records["tune"].metrics if "tune" in cell.records else {}
     last = tune or next(iter(cell.records.values())).metrics
     peaks = [record.metrics["peak_bytes"] for record in cell.records.values() if record.metrics.get("peak_bytes")]
@@ -126,16 +114,3 @@ def _cost_cells(cell: SweepCell) -> list[str]:
         str(last.get("violations", NONE)),
         gib(max(peaks)) if peaks else NONE,
     ]
-
-
-def _distinct_seconds(sweep: SweepResults) -> dict[str, float]:
-    """Seconds of every stage folder, each once."""
-    found = {}
-    for cell in sweep.cells:
-        found.update({cell.folders[stage]: record.elapsed_s for stage, record in cell.records.items()})
-        found.update({item.folder: item.record.elapsed_s for item in cell.scores.values() if item.record})
-    return found
-
-
-def _figures(names: Sequence[str], drawn: Collection[str]) -> list[Block]:
-    return [Figure(name, _FIGURE_TEXTS[name]) for name in names if name in drawn]

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lors_cli.evaluation.summary import average_stderr, recovered
 from lors_cli.files import hashes
 from lors_cli.output import console, progress
 from lors_cli.pipeline.plans import StagePlan, describe
 from lors_cli.pipeline.resources import free_disk
 from lors_cli.recipe.schema import EvalConfig
+from lors_cli.report.scores import by_cell
 from lors_cli.sweep.cells import Cell, Sweep
 from lors_cli.sweep.costs import assumption, costs, disk_needed
 from lors_cli.sweep.running import index
 from lors_cli.sweep.stages import CellPlan, distinct, plan_cells
-
-ROLES = ("dense", "pruned", "tuned")
-NONE = "–"
 
 
 def plan_document(sweep: Sweep, out: Path, chosen: Sequence[Cell], tflops: float | None = None) -> dict[str, Any]:
@@ -135,7 +131,7 @@ def _time(seconds: float | None) -> str:
 
 def show_sweep(summary: dict[str, Any]) -> None:
     """What `lors sweep` did: a row a cell, and where everything is."""
-    columns, rows, bold = result_table(summary["cells"])
+    columns, rows, bold = by_cell(summary["cells"])
     console.table(columns, rows, bold=bold)
     console.result()
     states = [cell["status"] for cell in summary["cells"]]
@@ -146,74 +142,3 @@ def show_sweep(summary: dict[str, Any]) -> None:
     for path in summary["report"]:
         console.result(f"report {path}")
     console.document(summary)
-
-
-@dataclass(frozen=True)
-class _Column:
-    """A figure of every cell; None where a cell has none."""
-
-    title: str
-    values: list[float | None]
-    shown: Callable[[float], str]
-    lower_is_better: bool = False
-
-    def best(self) -> set[int]:
-        """The rows with the best value; none where fewer than two have one."""
-        known = [value for value in self.values if value is not None]
-        if len(known) < 2:
-            return set()
-        best = min(known) if self.lower_is_better else max(known)
-        return {row for row, value in enumerate(self.values) if value == best}
-
-
-def result_table(cells: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]], set[tuple[int, int]]]:
-    """The cells' last models side by side.
-
-    Args:
-        cells: entries of `sweep.json` with their `results`.
-
-    Returns:
-        Column titles, rows of text, and (row, column) of each column's best value.
-    """
-    last = [_last(cell) for cell in cells]
-    columns = _columns(cells, last)
-    rows = []
-    for number, cell in enumerate(cells):
-        state = "" if cell["status"] == "done" else f" ({cell['status']})"
-        figures = [NONE if value is None else column.shown(value)
-                   for column in columns for value in [column.values[number]]]  # fmt: skip
-        rows.append([cell["name"] + state, *figures])
-        error = average_stderr(last[number].get("tasks", {}))
-        if error is not None and rows[-1][1] != NONE:
-            rows[-1][1] += f" ±{100 * error:.1f}"
-    bold = {(row, place) for place, column in enumerate(columns, 1) for row in column.best()}
-    return ["cell", *(column.title for column in columns)], rows, bold
-
-
-def _columns(cells: Sequence[dict[str, Any]], last: Sequence[dict[str, Any]]) -> list[_Column]:
-    texts = list(dict.fromkeys(text for scores in last for text in scores.get("perplexity", {})))
-    shares = [recovered(cell["results"]) if scores else {} for cell, scores in zip(cells, last, strict=True)]
-    averages = [_value(scores, "average") for scores in last]
-    columns = [_Column("average acc", averages, lambda value: f"{100 * value:.2f}")]
-    for text in texts:
-        values = [_value(scores.get("perplexity", {}), text) for scores in last]
-        columns.append(_Column(f"ppl {text}", values, lambda value: f"{value:.3f}", lower_is_better=True))
-    for name in dict.fromkeys(name for found in shares for name in found):
-        title = {"accuracy": "recovered acc", f"perplexity {texts[0]}": "recovered ppl"} if len(texts) == 1 else {}
-        values = [found.get(name) for found in shares]
-        columns.append(_Column(title.get(name, f"recovered {name}"), values, lambda value: f"{100 * value:.1f} %"))
-    return columns
-
-
-def _value(scores: dict[str, Any], name: str) -> float | None:
-    found: float | None = scores.get(name, {}).get("value")
-    return found
-
-
-def _last(cell: dict[str, Any]) -> dict[str, Any]:
-    """The scores of the last model that a finished cell makes; nothing for other cells."""
-    if cell["status"] != "done":
-        return {}
-    role = next((role for role in reversed(ROLES) if role in cell["models"]), "")
-    found: dict[str, Any] = cell["results"].get(role, {})
-    return found

@@ -18,7 +18,7 @@ from typing import Any
 
 IMPORTED_FIRST = (
     "lors_cli.cli", "lors_cli.pipeline.running", "lors_cli.pruning.walk.driver", "lors_cli.tuning.training.preparation",
-    "lors_cli.evaluation.harness", "lors_cli.report", "lors_cli.report.sweep", "lors_cli.sweep.running",
+    "lors_cli.evaluation.harness", "lors_cli.report.run", "lors_cli.report.sweep", "lors_cli.sweep.running",
     "lm_eval.models.huggingface", "lm_eval.tasks", "transformers.models.llama.modeling_llama", "matplotlib.pyplot",
 )  # fmt: skip
 

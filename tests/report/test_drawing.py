@@ -18,7 +18,7 @@ def curve(label: str) -> Any:
 
 
 def test_names_stay_text_and_nothing_is_outside() -> None:
-    found = draw_all({"one": curve, "none": lambda _: None}, HOSTILE)
+    found = draw_all({"one": lambda: curve(HOSTILE), "none": lambda: None})
     assert list(found) == ["one"]
     svg = found["one"].svg
     assert "http" not in svg
@@ -29,7 +29,7 @@ def test_names_stay_text_and_nothing_is_outside() -> None:
 
 
 def test_ids_are_the_figures_own_and_all_used() -> None:
-    found = draw_all({"one": curve, "two": curve}, "x")
+    found = draw_all({"one": lambda: curve("x"), "two": lambda: curve("x")})
     for name, drawing in found.items():
         root = ElementTree.fromstring(drawing.svg.replace("xlink:href", "href"))
         ids = [element.get("id") for element in root.iter() if element.get("id")]
@@ -41,13 +41,13 @@ def test_ids_are_the_figures_own_and_all_used() -> None:
 
 
 def test_the_same_figure_is_the_same_bytes(monkeypatch: Any) -> None:
-    first = draw_all({"one": curve}, "x")
+    first = draw_all({"one": lambda: curve("x")})
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1000000000")
-    assert draw_all({"one": curve}, "x") == first
+    assert draw_all({"one": lambda: curve("x")}) == first
 
 
 def test_a_map_of_sparsity() -> None:
-    found = draw_all({"map": sparsity_map}, {"q_proj": {0: 0.5, 1: 0.25}, "up_proj": {1: 0.5}})["map"]
+    found = draw_all({"map": lambda: sparsity_map({"q_proj": {0: 0.5, 1: 0.25}, "up_proj": {1: 0.5}})})["map"]
     root = ElementTree.fromstring(found.svg.replace("xlink:href", "href"))
     texts = [element.text for element in root.iter("text")]
     assert {"q_proj", "up_proj", "decoder block"} <= set(texts)

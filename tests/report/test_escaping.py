@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from report_pages import Page, is_safe
 from sweep_folder import SweepFolder, shares
 
-from lors_cli.report import write_run_report
 from lors_cli.report.drawing import style, svg
+from lors_cli.report.run import write_run_report
 from lors_cli.report.sweep import write_sweep_report
 
 PIECES = ("<script>alert(1)</script>", "</script>", "</title>", "<img src=x onerror=alert(2)>", '"', "'", "&", "&lt;",

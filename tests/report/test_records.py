@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from lors_cli.report.groups import groups
 from lors_cli.report.measures import Group, ScoredModel
 from lors_cli.report.records import HEADER, to_csv
-from lors_cli.report.sweep_results import groups, read_sweep
+from lors_cli.report.results import read_sweep
 
 SEVEN = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "openbookqa", "rte", "winogrande")
 

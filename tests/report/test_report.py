@@ -12,9 +12,9 @@ import pytest
 from report_pages import Page, is_safe
 
 from lors_cli.errors import UsageError
-from lors_cli.report import write_report
-from lors_cli.report.figures import split_name
 from lors_cli.report.results import read_log
+from lors_cli.report.run import write_report
+from lors_cli.report.stage_figures import split_name
 
 TASKS = ["arc_challenge", "arc_easy", "boolq", "hellaswag", "openbookqa", "rte", "winogrande"]
 KINDS = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",

@@ -13,9 +13,10 @@ from sweep_folder import SweepFolder, shares
 from typer.testing import Result
 
 from lors_cli.output.markdown import to_markdown
+from lors_cli.report.groups import groups
 from lors_cli.report.latex import escape
+from lors_cli.report.results import read_sweep
 from lors_cli.report.sweep import sweep_blocks, write_sweep_report
-from lors_cli.report.sweep_results import groups, read_sweep
 
 HOSTILE = "<script>alert(1)</script> $x_1$ | a_b & 50% \\input{z}"
 FIGURES = ["accuracy", "cost", "loss", "perplexity", "sparsity"]

@@ -1,16 +1,13 @@
-"""What a sweep shows: the dry run, and the table of the cells."""
+"""What a sweep shows: the dry run, and how wide the table of the cells is."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from typer.testing import Result
-
-from lors_cli.sweep.views import result_table
 
 Lors = Callable[..., Result]
 
@@ -60,50 +57,6 @@ def test_the_large_sweeps_are_planned_without_a_network(at_workshop: Path, lors:
         assert 1 < document["estimate"]["hours"] < 1000
         assert document["estimate"]["peak_memory_bytes"] < 80e9
         assert document["estimate"]["disk_bytes"] > 50e9
-
-
-# The table ------------------------------------------------------------------------------------------------------
-
-
-def scores(acc: float, perplexity: float) -> dict[str, Any]:
-    tasks = {"rte": {"acc": acc, "acc_stderr": 0.03}, "boolq": {"acc": acc, "acc_stderr": 0.04}}
-    return {
-        "tasks": tasks, "average": {"metric": "acc", "value": acc, "tasks": ["rte", "boolq"]},
-        "perplexity": {"wikitext2": {"value": perplexity, "tokens": 9, "sequence_length": 9}},
-    }  # fmt: skip
-
-
-def cell(name: str, acc: float, perplexity: float, status: str = "done") -> dict[str, Any]:
-    results = {"dense": scores(0.6, 10.0), "pruned": scores(0.4, 1000.0), "tuned": scores(acc, perplexity)}
-    if status != "done":
-        del results["tuned"]
-    return {"name": name, "status": status, "models": dict.fromkeys(("dense", "pruned", "tuned"), ""),
-            "results": results}  # fmt: skip
-
-
-def test_a_row_a_cell_with_the_best_marked() -> None:
-    cells = [cell("a", 0.5, 100.0), cell("b", 0.55, 31.6227766), cell("c", 0, 0, "failed"), cell("d", 0.5, 10.0)]
-    columns, rows, bold = result_table(cells)
-    assert columns == ["cell", "average acc", "ppl wikitext2", "recovered acc", "recovered ppl"]
-    assert rows == [
-        ["a", "50.00 ±2.5", "100.000", "50.0 %", "50.0 %"],  # √(0.03² + 0.04²)/2; log 100 lies between log 10 and 1000
-        ["b", "55.00 ±2.5", "31.623", "75.0 %", "75.0 %"],
-        ["c (failed)", "–", "–", "–", "–"],
-        ["d", "50.00 ±2.5", "10.000", "50.0 %", "100.0 %"],
-    ]
-    assert bold == {(1, 1), (3, 2), (1, 3), (3, 4)}
-
-
-def test_one_row_has_no_best_and_equal_ones_share_it() -> None:
-    assert result_table([cell("a", 0.5, 100.0)])[2] == set()
-    _, _, bold = result_table([cell("a", 0.5, 100.0), cell("b", 0.5, 100.0)])
-    assert {(0, 1), (1, 1), (0, 2), (1, 2)} <= bold
-
-
-def test_nothing_to_show_is_shown_as_that() -> None:
-    assert result_table([cell("a", 0, 0, "pending")])[1] == [["a (pending)", "–"]]
-    unscored = {"name": "a", "status": "done", "models": {}, "results": {}}
-    assert result_table([unscored])[1] == [["a", "–"]]
 
 
 def test_the_table_fits_80_columns(at_sweep: Path, lors: Lors) -> None:

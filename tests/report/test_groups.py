@@ -10,7 +10,11 @@ import pytest
 from sweep_folder import BASE, SweepFolder, shares
 
 from lors_cli.errors import UsageError
-from lors_cli.report.sweep_results import groups, read_sweep, stage_seconds
+from lors_cli.report.groups import groups, model_label, pattern_name
+from lors_cli.report.results import read_sweep
+
+PRUNE = {"method": "sparsegpt", "pattern": "2:4", "sparsity": None}
+TUNE = {"method": "lors", "data": {"dataset": "alpaca"}}
 
 
 def labels(folder: Path) -> dict[str, list[str]]:
@@ -104,8 +108,8 @@ def test_a_model_is_scored_only_once_its_folder_is_finished(tmp_path: Path) -> N
 
 def test_seconds_of_a_cell(sweep: Path) -> None:
     cells = {cell.name: cell for cell in read_sweep(sweep).cells}
-    assert stage_seconds(cells["wanda-lors"]) == {"prune": 100.0, "tune": 1000.0, "eval": 150.0}
-    assert stage_seconds(cells["wanda-spp"]) == {"prune": 100.0, "eval": 100.0}
+    assert cells["wanda-lors"].seconds() == {"prune": 100.0, "tune": 1000.0, "eval": 150.0}
+    assert cells["wanda-spp"].seconds() == {"prune": 100.0, "eval": 100.0}
 
 
 @pytest.mark.parametrize("content", [None, [], {}, {"cells": 3}, {"cells": [1]}, {"cells": [{"status": "done"}]}])
@@ -114,3 +118,24 @@ def test_no_sweep(tmp_path: Path, content: Any) -> None:
         (tmp_path / "sweep.json").write_text(json.dumps(content))
     with pytest.raises(UsageError, match=r"sweep\.json is not the index of a sweep"):
         read_sweep(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("role", "prune", "tune", "label"),
+    [
+        ("dense", PRUNE, TUNE, "dense"),
+        ("pruned", PRUNE, {}, "SparseGPT"),
+        ("tuned", PRUNE, TUNE, "SparseGPT + LoRS"),
+        ("tuned", {}, TUNE, "LoRS"),
+        ("tuned", {"method": "new"}, {}, "new + tuned"),
+        ("pruned", {}, {}, "pruned"),
+    ],
+)
+def test_labels(role: str, prune: dict[str, Any], tune: dict[str, Any], label: str) -> None:
+    assert model_label(role, prune, tune) == label
+
+
+def test_pattern_names() -> None:
+    assert pattern_name(PRUNE) == "2:4"
+    assert pattern_name({"pattern": "unstructured", "sparsity": 0.6}) == "60% unstructured"
+    assert pattern_name({}) == ""

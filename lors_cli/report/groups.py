@@ -1,0 +1,131 @@
+"""The models that a run or a sweep made, each once, labelled, and brought into groups that compare."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from lors_cli.evaluation.summary import recovered
+from lors_cli.models.sources import short_name
+from lors_cli.report.measures import Group, ScoredModel
+from lors_cli.report.names import METHODS
+from lors_cli.report.results import Cell, Results, Scores
+
+_IN_TITLES = ("model.path", "prune.method", "prune.pattern", "prune.sparsity", "tune.method")
+"""Settings that labels and titles say anyway."""
+_MAKERS = {"pruned": "prune", "tuned": "tune"}
+
+
+def run_group(run: Results) -> Group:
+    """The models of a run that were scored, together."""
+    models = [model for group in groups(run) for model in group.models if model.scores]
+    return Group(short_name(models[0].base) if models else "", tuple(models))
+
+
+def groups(results: Results) -> list[Group]:
+    """Every dense model, then what each pruning of it became."""
+    known = {cell.recipe: cell.base for cell in reversed(results.cells) if cell.base}
+    by_base: dict[str, dict[str, list[Cell]]] = {}
+    for cell in results.cells:
+        base = str(cell.base or known.get(cell.recipe) or cell.recipe)
+        by_base.setdefault(base, {}).setdefault(cell.folders.get("prune", ""), []).append(cell)
+    found = []
+    for base, origins in by_base.items():
+        title = short_name(base)
+        found.append(Group(title, _models("dense", base, [cell for cells in origins.values() for cell in cells])))
+        for cells in origins.values():
+            models = (*_models("pruned", base, cells), *_models("tuned", base, cells))
+            found.append(Group(_title(title if len(by_base) > 1 else "", cells[0]), models))
+    return [Group(group.title, _told_apart(group.models)) for group in found if group.models]
+
+
+def _title(base: str, cell: Cell) -> str:
+    """What a group's models share: dense model, pruner, pattern."""
+    prune = cell.config("prune")
+    words = [model_label("pruned", prune, {}) if "prune" in cell.folders else "not pruned", pattern_name(prune)]
+    return ", ".join(filter(None, [base, " ".join(filter(None, words))]))
+
+
+def _models(role: str, base: str, cells: Sequence[Cell]) -> tuple[ScoredModel, ...]:
+    """The models of one role that the cells have, each once; one that is yet to come belongs to its cell."""
+    owners: dict[str, list[Cell]] = {}
+    for cell in cells:
+        last = "tuned" if "tune" in cell.folders or not cell.folders else "pruned"
+        if role in cell.scores:
+            owners.setdefault(cell.scores[role].folder, []).append(cell)
+        elif role == last:
+            owners.setdefault(f"cell {cell.name}", []).append(cell)
+    return tuple(_model(role, base, members) for members in owners.values())
+
+
+def _model(role: str, base: str, cells: list[Cell]) -> ScoredModel:
+    cell = cells[0]
+    scores = cell.scores.get(role) or Scores("")
+    is_scored = scores.content is not None
+    prune = cell.config("prune") if role != "dense" else {}
+    tune = cell.config("tune") if role == "tuned" else {}
+    label, settings = model_label(role, prune, tune), _common_settings(role, cells)
+    return ScoredModel(
+        role, f"{label} ({', '.join(_spoken(settings))})" if settings else label, base,
+        cells=tuple(other.name for other in cells), settings=settings, prune=prune, tune=tune,
+        status="done" if is_scored else _status(cells), error=None if is_scored else cell.error,
+        scores=scores.content, shares=recovered(cell.evaluated()) if role == "tuned" else {}, limit=scores.limit,
+        made=cell.records.get(_MAKERS.get(role, "")), eval_s=scores.elapsed_s,
+    )  # fmt: skip
+
+
+def _status(cells: Sequence[Cell]) -> str:
+    """Of a model without scores."""
+    statuses = {cell.status for cell in cells}
+    if len(statuses) == 1:
+        return "not evaluated" if statuses == {"done"} else statuses.pop()
+    return "running" if "running" in statuses else "pending"
+
+
+def _common_settings(role: str, cells: Sequence[Cell]) -> dict[str, Any]:
+    """What the sweep varies and these cells share, as far as it can matter to a model of this role."""
+    foreign = {"dense": ("prune.", "tune."), "pruned": ("tune.",), "tuned": ()}[role]
+    return {
+        key: value
+        for key, value in cells[0].values.items()
+        if key not in _IN_TITLES and not key.startswith(foreign) and all(c.values.get(key) == value for c in cells)
+    }
+
+
+def _spoken(settings: dict[str, Any]) -> list[str]:
+    """`rank 32`; the whole key where two end alike."""
+    ends = Counter(key.rpartition(".")[2] for key in settings)
+    words = []
+    for key, value in settings.items():
+        end = key.rpartition(".")[2]
+        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        words.append(f"{end if ends[end] == 1 else key} {text}")
+    return words
+
+
+def _told_apart(models: Sequence[ScoredModel]) -> tuple[ScoredModel, ...]:
+    """Labels that several models of a group have get the cells' names."""
+    counts = Counter(model.label for model in models)
+    return tuple(
+        replace(model, label=f"{model.label} [{', '.join(model.cells)}]") if counts[model.label] > 1 else model
+        for model in models
+    )
+
+
+def model_label(role: str, prune: dict[str, Any], tune: dict[str, Any]) -> str:
+    """“dense”, “SparseGPT”, “SparseGPT + LoRS”: what was done to the model, by its stages' configs (empty: none)."""
+    if role == "dense":
+        return "dense"
+    pruned, tuned = (METHODS.get(stage.get("method"), stage.get("method") or "") for stage in (prune, tune))
+    if role == "pruned":
+        return pruned or "pruned"
+    return " + ".join(filter(None, [pruned, tuned or "tuned"]))
+
+
+def pattern_name(prune: dict[str, Any]) -> str:
+    """`2:4`, or `50% unstructured`."""
+    pattern = str(prune.get("pattern") or "")
+    share = prune.get("sparsity")
+    return f"{100 * share:g}% {pattern}" if pattern == "unstructured" and isinstance(share, (int, float)) else pattern

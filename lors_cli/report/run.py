@@ -1,0 +1,180 @@
+"""The report of a run: what its stages did, its models beside each other, and how it was made."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from lors_cli.errors import UsageError
+from lors_cli.evaluation.significance import compare_models, p_text
+from lors_cli.evaluation.summary import recovered
+from lors_cli.models.card import versions
+from lors_cli.output.markdown import Block, Code, escape, table
+from lors_cli.output.progress import duration
+from lors_cli.report.groups import run_group
+from lors_cli.report.measures import Group
+from lors_cli.report.output import FORMATS, assemble, pictures, table_of, write_files
+from lors_cli.report.results import Cell, Results, read_run
+from lors_cli.report.score_figures import accuracy_bars, perplexity_bars
+from lors_cli.report.scores import by_model, by_task, notes
+from lors_cli.report.stage_figures import loss_of_run, sparsity_by_kind
+
+_OF_SCORES = {
+    "accuracy": "Zero-shot accuracy by task and model; lines are standard errors.",
+    "perplexity": "Perplexity by text and model.",
+}
+
+
+def write_report(run: Path, finished: Collection[str] | None = None) -> Path:
+    """Write a run's report in every format, as `write_run_report`; the path of `report.md`."""
+    return write_run_report(run, finished)[0]
+
+
+def write_run_report(
+    run: Path, finished: Collection[str] | None = None, formats: Collection[str] = FORMATS
+) -> list[Path]:
+    """Write a run's reports and `figures/*.png`; the same results give the same bytes.
+
+    Args:
+        run: a run folder (DESIGN §4); any stage may be missing.
+        finished: the stages whose results belong to the recipe; what others left from earlier settings is not
+            shown. None for all that are there.
+        formats: of `FORMATS`, those to write.
+
+    Returns:
+        The reports' paths, in the order of `FORMATS`.
+
+    Raises:
+        UsageError: the folder holds no run.
+    """
+    if not run.is_dir():
+        raise UsageError(f"{run} is no folder.", "Give the folder of a run, such as runs/quickstart.")
+    results = read_run(run, finished)
+    (cell,) = results.cells
+    if not (results.text or cell.records or cell.scores):
+        raise UsageError(f"{run} holds no run.", "Give the folder of a run, such as runs/quickstart.")
+    group = run_group(results)
+    figures = {
+        "accuracy": lambda: accuracy_bars(group), "perplexity": lambda: perplexity_bars(group),
+        "loss": lambda: loss_of_run(cell), "sparsity": lambda: sparsity_by_kind(cell),
+    }  # fmt: skip
+    return write_files(
+        run, formats, figures=figures, blocks=lambda drawn: _blocks(run, results, group, drawn),
+        groups=[group] if group.models else [], caption=f"{escape(group.title)}.",
+    )  # fmt: skip
+
+
+def _blocks(run: Path, results: Results, group: Group, drawn: Collection[str]) -> list[Block]:
+    """The whole report, the same for the same results; a stage that was not run has no section."""
+    (cell,) = results.cells
+    has_paper = any(model.paper for model in group.models)
+    return assemble(results.name, [_summary(cell)], {
+        "Results": [*_scores(cell), *pictures(_OF_SCORES, drawn), *_significance(run, cell)],
+        "Beside the paper": [by_model([group]), *notes([group])] if has_paper else [],
+        "Tuning": [*_training(cell), *pictures({"loss": "Training loss by optimiser step."}, drawn)],
+        "Sparsity": [*_sparsity(cell),
+                     *pictures({"sparsity": "Sparsity of every pruned linear by decoder block."}, drawn)],
+        "Settings": [Code(results.text, "yaml")] if results.text else [],
+        "How it was made": _making(cell),
+        "Files": _files(cell),
+    })  # fmt: skip
+
+
+def _summary(cell: Cell) -> str:
+    """One line of what was done: method, pattern, sparsity, rank, base model."""
+    words = []
+    if "prune" in cell.records:
+        config, share = cell.config("prune"), cell.records["prune"].metrics.get("sparsity")
+        zeros = f" ({share:.1%} of the pruned weights are zero)" if share is not None else ""
+        words.append(f"pruned with {config.get('method')} to {config.get('pattern')}{zeros}")
+    if "tune" in cell.records:
+        config = cell.config("tune")
+        words.append(f"tuned with {config.get('method')} at rank {config.get('rank')}")
+    if cell.scores:
+        words.append("evaluated")
+    return f"{escape(cell.base or 'A model')}: {escape(', '.join(words) or 'nothing has been run yet')}."
+
+
+def _scores(cell: Cell) -> list[Block]:
+    scores = cell.evaluated()
+    if not scores:
+        return []
+    columns, rows = by_task(scores)
+    rows = [[cells[0].replace("  ", "↳ ", 1), *cells[1:]] for cells in rows]  # Markdown drops leading spaces
+    shares = [f"{escape(name)} {share:.1%}" for name, share in recovered(scores).items()]
+    said = f"Share of the loss through pruning that tuning won back: {', '.join(shares)}."
+    return [table(columns, rows), *([said] if shares else [])]
+
+
+def _significance(run: Path, cell: Cell) -> list[Block]:
+    """The models two by two: difference of accuracy in points, and whether it may be chance."""
+    found = compare_models(run / "eval", cell.evaluated())
+    if not found:
+        return []
+    rows = [
+        [name, *(f"{100 * pair.tasks[name].difference:+.2f}, {p_text(pair.tasks[name].p_value)}" for pair in found)]
+        for name in found[0].tasks
+    ]
+    whole = [
+        f"{100 * pair.difference:+.2f} ({100 * pair.low:+.2f} … {100 * pair.high:+.2f}), {p_text(pair.p_value)}"
+        for pair in found
+    ]
+    note = (
+        "Points of accuracy on the same documents. p is McNemar's exact test, in the last row over all documents; the "
+        "interval there (95 %) is a paired bootstrap of the average over tasks. Of many p some are small by chance."
+    )
+    columns = ["task", *(f"{pair.first} − {pair.second}" for pair in found)]
+    return ["### Significance", table(columns, [*rows, ["average", *whole]]), note]
+
+
+def _training(cell: Cell) -> list[Block]:
+    record = cell.records.get("tune")
+    if record is None and not cell.log:
+        return []
+    metrics = record.metrics if record else {}
+    parts: list[Block] = []
+    first, last = metrics.get("first_loss"), metrics.get("last_loss")
+    if first is None and cell.log:
+        first, last = cell.log[0]["loss"], cell.log[-1]["loss"]
+    if first is not None and last is not None:
+        steps = metrics.get("steps", cell.log[-1]["step"] if cell.log else None)
+        end = " (mean of the last tenth of the steps)" if "last_loss" in metrics else ""
+        parts.append(f"Loss {first:.4f} at the first step, {last:.4f} at the end{end}; {steps} optimiser steps.")
+    if metrics.get("tokens_per_s"):
+        parts.append(f"{metrics['tokens_per_s']:,.0f} tokens per second (median).")
+    return parts if record else [*parts, "The tuning is not finished."]
+
+
+def _sparsity(cell: Cell) -> list[Block]:
+    rows = []
+    for stage, label in (("prune", "pruned"), ("tune", "tuned")):
+        metrics: dict[str, Any] = cell.records[stage].metrics if stage in cell.records else {}
+        if "sparsity" in metrics:
+            shares = [layer["sparsity"] for layer in metrics.get("layers", [])] or [metrics["sparsity"]]
+            rows.append([label, str(metrics.get("pattern", "-")), f"{metrics['sparsity']:.4f}",
+                         f"{min(shares):.4f} to {max(shares):.4f}", str(metrics.get("violations", "-"))])  # fmt: skip
+    return table_of(["model", "pattern", "sparsity", "layers", "violations"], rows)
+
+
+def _making(cell: Cell) -> list[Block]:
+    """Time, seed, versions and machine of each stage."""
+    rows, seen = [], dict[str, list[str]]()
+    for stage, record in cell.records.items():
+        config, environment = record.config, record.environment
+        seed = config.get("seed", (config.get("calibration") or {}).get("seed", "-"))
+        rows.append([stage, duration(record.elapsed_s), str(seed), record.fingerprint[:12],
+                     str(environment.get("platform", "-"))])  # fmt: skip
+        seen.setdefault(versions(environment), []).append(stage)
+    said = [f"{', '.join(stages)}: {text}." for text, stages in seen.items() if text]
+    return [*table_of(["stage", "time", "seed", "fingerprint", "machine"], rows), *said]
+
+
+def _files(cell: Cell) -> list[Block]:
+    rows = [
+        [f"{stage}/{name}", digest[:16]]
+        for stage, record in cell.records.items()
+        for name, digest in record.files.items()
+        if not name.startswith("samples/")
+    ]
+    return table_of(["file", "SHA-256 (first 16 digits)"], rows)

@@ -1,0 +1,164 @@
+"""Figures of stages, a matplotlib figure or None when there is nothing to draw: losses, sparsity, time and memory."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lors_cli.report.drawing import GRID, METHOD_COLOURS, PALETTE, canvas, figure_of, short, sparsity_map
+from lors_cli.report.measures import Group, ScoredModel
+from lors_cli.report.results import Cell
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_CYCLE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C6BB1", "#7F7F7F")
+_DASHES: tuple[Any, ...] = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (5, 1.5, 1.5, 1.5)))
+_POINTS = 200
+"""Of a curve, at most."""
+_STAGE_COLOURS = {"prune": "#E69F00", "tune": "#0072B2", "eval": "#999999"}
+
+
+def loss_of_run(cell: Cell) -> Figure | None:
+    """Training loss by optimiser step, with a running mean when there are many steps."""
+    if not cell.log:
+        return None
+    steps, losses = [row["step"] for row in cell.log], [row["loss"] for row in cell.log]
+    figure, axes = figure_of(8, 4)
+    window = len(losses) // 20
+    if window >= 3:
+        axes.plot(steps, losses, color="#9CC3DD", linewidth=1, label="each step")
+        axes.plot(steps, _running_mean(losses, window), color=PALETTE["tuned"], linewidth=2.2,
+                  label=f"mean of {window} steps")  # fmt: skip
+        axes.legend()
+    else:
+        few = len(steps) <= 40
+        axes.plot(steps, losses, color=PALETTE["tuned"], linewidth=2, marker="o" if few else None, markersize=4)
+    _finish_loss(axes, "Training loss")
+    return figure
+
+
+def loss_of_cells(cells: Sequence[Cell], groups: Sequence[Group]) -> Figure | None:
+    """Training loss of every cell by optimiser step, as a running mean."""
+    cells = [cell for cell in cells if cell.log]
+    cells = list({cell.folders["tune"]: cell for cell in reversed(cells)}.values())[::-1]
+    if not cells:
+        return None
+    tuned = [model for group in groups for model in group.models if model.role == "tuned"]
+    figure, axes = figure_of(9.5, max(4.2, 1.0 + 0.22 * len(cells)))
+    for cell, (colour, dashes) in zip(cells, _line_styles(cells), strict=True):
+        label = next((model.label for model in tuned if cell.name in model.cells), cell.name)
+        window = max(1, len(cell.log) // 10)
+        means = _running_mean([row["loss"] for row in cell.log], window)
+        every = max(1, math.ceil(len(means) / _POINTS))
+        at = sorted({*range(window - 1, len(means), every), len(means) - 1})
+        axes.plot([cell.log[index]["step"] for index in at], [means[index] for index in at], color=colour,
+                  linestyle=dashes, linewidth=1.8, label=short(label))  # fmt: skip
+    _finish_loss(axes, "Training loss, mean of a tenth of the steps")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=9, borderaxespad=0)
+    return figure
+
+
+def _finish_loss(axes: Any, title: str) -> None:
+    axes.set(title=title, xlabel="optimiser step", ylabel="cross-entropy (nats per token)")
+    axes.grid(axis="y", color=GRID)
+    axes.margins(x=0.02)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _running_mean(values: Sequence[float], window: int) -> list[float]:
+    """Means over up to `window` values that end at each position."""
+    means, total = [], 0.0
+    for index, value in enumerate(values):
+        total += value - (values[index - window] if index >= window else 0.0)
+        means.append(total / min(index + 1, window))
+    return means
+
+
+def _line_styles(cells: Sequence[Cell]) -> list[tuple[str, Any]]:
+    """Colour and dashes of each curve: a method's colour and a pruner's dashes where that tells them apart."""
+    pairs = [(str(cell.config("tune").get("method")), cell.folders.get("prune")) for cell in cells]
+    origins = list(dict.fromkeys(origin for _, origin in pairs))
+    is_known = {method for method, _ in pairs} <= METHOD_COLOURS.keys()
+    if len(set(pairs)) == len(pairs) and len(origins) <= len(_DASHES) and is_known:
+        return [(METHOD_COLOURS[method], _DASHES[origins.index(origin)]) for method, origin in pairs]
+    return [(_CYCLE[i % len(_CYCLE)], _DASHES[i // len(_CYCLE) % len(_DASHES)]) for i in range(len(cells))]
+
+
+def sparsity_by_kind(cell: Cell) -> Figure | None:
+    """Share of zeros of each pruned linear of a run: decoder blocks across, kinds of linear down."""
+    record = cell.records.get("prune") or cell.records.get("tune")
+    rows: dict[str, dict[int, float]] = {}
+    for layer in (record.metrics.get("layers") or []) if record else []:
+        block, kind = split_name(layer["name"])
+        rows.setdefault(kind, {})[block] = layer["sparsity"]
+    return sparsity_map(rows) if rows else None
+
+
+def sparsity_by_model(groups: Sequence[Group]) -> Figure | None:
+    """Share of zeros by decoder block of every pruned model, and of every tuned one that has other shares."""
+    rows: dict[str, dict[int, float]] = {}
+    for group in groups:
+        pruned: dict[int, float] = {}
+        for model in group.models:
+            shares = _by_block(model)
+            if model.role == "pruned":
+                pruned = shares
+            if shares and (model.role == "pruned" or _differ(shares, pruned)):
+                prefix = f"{group.title}: " if len(groups) > 2 and model.label in rows else ""
+                rows[prefix + model.label] = shares
+    return sparsity_map(rows) if rows else None
+
+
+def split_name(name: str) -> tuple[int, str]:
+    """A linear's decoder block and kind: `model.layers.3.self_attn.q_proj` is (3, "q_proj"), `x` is (0, "x")."""
+    found = re.fullmatch(r".*?\.?(\d+)\.(.+)", name)
+    if not found:
+        return 0, name
+    return int(found.group(1)), re.sub(r"^(self_attn|attn|attention|mlp)\.", "", found.group(2))
+
+
+def _by_block(model: ScoredModel) -> dict[int, float]:
+    """Sparsity of each decoder block over its pruned linears."""
+    zeros: dict[int, float] = {}
+    weights: dict[int, int] = {}
+    for layer in (model.made.metrics.get("layers") or []) if model.made else []:
+        block, size = split_name(layer["name"])[0], math.prod(layer["shape"])
+        zeros[block] = zeros.get(block, 0.0) + layer["sparsity"] * size
+        weights[block] = weights.get(block, 0) + size
+    return {block: zeros[block] / weights[block] for block in zeros}
+
+
+def _differ(shares: dict[int, float], others: dict[int, float]) -> bool:
+    return any(abs(share - others.get(block, math.inf)) > 5e-4 for block, share in shares.items())
+
+
+def cost(cells: Sequence[Cell]) -> Figure | None:
+    """Time of every cell by stage, and peak memory where it is recorded."""
+    cells = [cell for cell in cells if cell.records]
+    if not cells:
+        return None
+    peaks = [max((r.metrics.get("peak_bytes") or 0) / 2**30 for r in cell.records.values()) for cell in cells]
+    figure = canvas(11.0 if any(peaks) else 8.0, 1.5 + 0.32 * len(cells))
+    grid = figure.subplots(1, 2 if any(peaks) else 1, sharey=True, squeeze=False)[0]
+    times = {stage: [cell.seconds().get(stage, 0.0) for cell in cells] for stage in _STAGE_COLOURS}
+    longest = max(sum(row) for row in zip(*times.values(), strict=True))
+    unit, seconds = ("hours", 3600) if longest > 2 * 3600 else ("minutes", 60) if longest > 120 else ("seconds", 1)
+    left = [0.0] * len(cells)
+    for stage, row in times.items():
+        scaled = [value / seconds for value in row]
+        grid[0].barh(range(len(cells)), scaled, 0.72, left=left, color=_STAGE_COLOURS[stage], label=stage)
+        left = [start + value for start, value in zip(left, scaled, strict=True)]
+    grid[0].set_yticks(range(len(cells)), [short(cell.name) for cell in cells])
+    grid[0].invert_yaxis()
+    grid[0].set_title(f"Time ({unit})", pad=26)
+    grid[0].legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=3, borderaxespad=0.2, fontsize=9)
+    if any(peaks):
+        grid[1].barh(range(len(cells)), peaks, 0.72, color=PALETTE["tuned"])
+        grid[1].set_title("Peak memory (GiB)", pad=26)
+    for axes in grid:
+        axes.grid(axis="x", color=GRID)
+        axes.tick_params(axis="y", length=0)
+    return figure
