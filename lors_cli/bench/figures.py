@@ -12,11 +12,7 @@ Document = dict[str, Any]
 
 
 def draw(document: Document) -> dict[str, bytes]:
-    """Every figure as PNG bytes by name.
-
-    Args:
-        document: of `lors_cli.bench.measure.bench`, all cells measured.
-    """
+    """Every figure as PNG bytes by name, of what `bench` returns once all cells are measured."""
     settings = document["settings"]
     lengths, ranks = settings["lengths"], settings["ranks"]
     figures = {}

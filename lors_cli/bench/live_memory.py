@@ -12,10 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts, while it is entered, the memory of new tensors; views and changes in place are no new ones.
-
-    Args:
-        known: tensors that are there already and do not count.
+    """Counts, while it is entered, the bytes of new tensors; `known` ones, views and changes in place are no new ones.
 
     `current` and `peak` are bytes.
     """

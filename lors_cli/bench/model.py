@@ -61,12 +61,7 @@ def sparse_model(
 ) -> tuple[Any, dict[str, nn.Linear]]:
     """A frozen sparse model and the linears in its decoder blocks, by name.
 
-    Args:
-        shape: of `SHAPES`: random 2:4 weights.
-        path: a checkpoint's folder instead.
-        blocks: only so many decoder blocks, None for all.
-        dtype: of the weights.
-        device: where they are.
+    It has random 2:4 weights in a `shape` of `SHAPES`, or those of the folder `path`; `blocks` None is all of them.
 
     Raises:
         MissingError: no such folder.
@@ -112,12 +107,7 @@ def _make_two_of_four(weight: torch.Tensor) -> None:
 
 
 def checkpoint_blocks(model: Any, wanted: bool) -> None:
-    """Have decoder blocks computed again in backward, or not.
-
-    Args:
-        model: causal LM.
-        wanted: whether.
-    """
+    """Have decoder blocks computed again in backward, or not."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # newer names, which older transformers 5 do not have
         if wanted:
@@ -128,13 +118,7 @@ def checkpoint_blocks(model: Any, wanted: bool) -> None:
 
 @contextmanager
 def adapted(model: Any, linears: dict[str, nn.Linear], arm: Arm, rank: int) -> Iterator[torch.optim.Optimizer]:
-    """The model with an arm's adapters on it, lora_B no longer zero; gives an optimiser for them.
-
-    Args:
-        model: frozen; afterwards as before.
-        linears: what is adapted, by name.
-        arm: how.
-        rank: r.
+    """The model with an arm's adapters on it (lora_B no longer zero) and afterwards as before; gives their optimiser.
 
     Raises:
         UsageError: the arm is for 2:4 weights, and these are not.
@@ -175,13 +159,7 @@ def memory_of_step(
 ) -> dict[str, int]:  # fmt: skip
     """Bytes that a forward pass leaves for backward, and the peak of a step with weights and optimiser.
 
-    On a GPU torch's allocator counts, elsewhere `LiveBytes`.
-
-    Args:
-        model: with adapters.
-        optimizer: of them.
-        batches: tokens (sequences, tokens) of each micro-batch.
-        step: a whole optimiser step.
+    On a GPU torch's allocator counts, elsewhere `LiveBytes`. A batch has shape (sequences, tokens).
     """
     inputs = {"input_ids": batches[0], "labels": batches[0]}
     _drop_caches(model)

@@ -51,14 +51,9 @@ HUB_TIMEOUT_S = 4.0
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """One thing that was looked at, and what to do about it unless it is ok.
 
-    Args:
-        group: what it belongs to (“packages”).
-        name: of the thing.
-        status: ok; warn: it works, but something could be better; fail: lors cannot work so.
-        text: what was found.
-        advice: what to do, for all but ok.
+    warn: it works, but something could be better; fail: lors cannot work so.
     """
 
     group: str

@@ -42,11 +42,7 @@ def examine() -> list[Finding]:
 
 
 def document(findings: list[Finding]) -> dict[str, Any]:
-    """The JSON document: `ok` is false when lors cannot work.
-
-    Args:
-        findings: of `examine`.
-    """
+    """The JSON document: `ok` is false when lors cannot work."""
     from dataclasses import asdict
 
     return {"ok": not any_failed(findings), "checks": [asdict(finding) for finding in findings]}
@@ -58,11 +54,7 @@ def any_failed(findings: list[Finding]) -> bool:
 
 
 def show(findings: list[Finding]) -> None:
-    """A line a finding, with what to do below it.
-
-    Args:
-        findings: of `examine`.
-    """
+    """A line a finding, with what to do below it."""
     group = None
     for finding in findings:
         if finding.group != group:

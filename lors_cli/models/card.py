@@ -28,10 +28,7 @@ def model_card(
         prune: the prune stage's config, None when the model was not pruned here.
         tune: the tune stage's config, None when it was not tuned.
         metrics: of the stage that wrote the checkpoint.
-        environment: versions and machine, as in `stage.json`.
-
-    Returns:
-        The whole text.
+        environment: as in `stage.json`.
     """
     pattern = metrics.get("pattern") or (prune or {}).get("pattern")
     parts = [
@@ -47,14 +44,7 @@ def model_card(
 
 
 def front_matter(base_model: str, prune: dict[str, Any] | None, tune: dict[str, Any] | None, pattern: Any) -> str:
-    """The YAML block between `---` lines that the hub reads.
-
-    Args:
-        base_model: named only when it looks like a hub id.
-        prune: as in `model_card`.
-        tune: as in `model_card`.
-        pattern: `2:4` and the like, or None.
-    """
+    """The YAML block between `---` lines that the hub reads; it names a base model that looks like a hub id."""
     from lors_cli.recipe.yaml12 import write
 
     methods = [str(stage["method"]) for stage in (prune, tune) if stage and stage.get("method")]

@@ -154,14 +154,7 @@ def try_size(model: ModelConfig) -> ModelSize | None:
 
 
 def forward(size: ModelSize, tokens: float, length: float, *, head: bool = True) -> float:
-    """Operations of a forward pass.
-
-    Args:
-        size: of the model.
-        tokens: in all.
-        length: tokens that attend to each other.
-        head: whether logits are computed.
-    """
+    """Operations of a forward pass over `tokens` in all, of which `length` see each other; `head`: with logits."""
     linears = size.num_prunable + (size.hidden_size * size.vocab_size if head else 0)
     attention = 2 * size.num_blocks * size.hidden_size * length  # scores and values, half of them masked
     return tokens * (2.0 * linears + attention)

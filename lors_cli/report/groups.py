@@ -118,7 +118,8 @@ def model_label(role: str, prune: dict[str, Any], tune: dict[str, Any]) -> str:
     """“dense”, “SparseGPT”, “SparseGPT + LoRS”: what was done to the model, by its stages' configs (empty: none)."""
     if role == "dense":
         return "dense"
-    pruned, tuned = (METHODS.get(stage.get("method"), stage.get("method") or "") for stage in (prune, tune))
+    pruned, tuned = (str(stage.get("method") or "") for stage in (prune, tune))
+    pruned, tuned = METHODS.get(pruned, pruned), METHODS.get(tuned, tuned)
     if role == "pruned":
         return pruned or "pruned"
     return " + ".join(filter(None, [pruned, tuned or "tuned"]))

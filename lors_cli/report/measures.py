@@ -178,5 +178,5 @@ def measures(
 
 
 def _metrics_of(found: dict[str, Any], with_norm: bool) -> list[str]:
-    usual = [name for name in ("acc", "acc_norm") if name in found and (with_norm or name == "acc")]
+    usual: list[str] = [name for name in ("acc", "acc_norm") if name in found and (with_norm or name == "acc")]
     return usual or [name for name in found if "_stderr" not in name and name != "num_samples"]

@@ -34,11 +34,7 @@ class PaperRow:
     """As the paper prints it; one of them is not the mean of its row."""
 
     def average(self, tasks: Iterable[str] | None = None) -> float | None:
-        """The mean of the row's cells in percent, None when one of them is not in the paper.
-
-        Args:
-            tasks: those to average over; None for all seven.
-        """
+        """The mean of these cells (None: of all seven) in percent, None when one of them is not in the paper."""
         names = list(self.acc) if tasks is None else list(tasks)
         if not names or not set(names) <= self.acc.keys():
             return None
@@ -62,15 +58,9 @@ def find_paper_row(
     model: str, *, prune: str | None = None, pattern: str | None = None, sparsity: float | None = None,
     tune: str | None = None, data: str | None = None,
 ) -> PaperRow | None:  # fmt: skip
-    """The paper's row for a model and how it was pruned and tuned, None when it has none.
+    """The paper's row for a model (see `model_key`) and how it was pruned and tuned, None when it has none.
 
-    Args:
-        model: hub id or path; it is known by its last part, so `NousResearch/Llama-2-7b-hf` is Llama-2-7B too.
-        prune: pruning method, None for the dense model.
-        pattern: `2:4` or `unstructured`.
-        sparsity: of an unstructured model; the paper has 0.5 alone.
-        tune: tuning method, None for the pruned model. Recomputing layers changes no result: sqft-gc is sqft.
-        data: text tuned on.
+    Of unstructured models the paper has sparsity 0.5 alone. Recomputing layers changes no result: sqft-gc is sqft.
     """
     if pattern == "unstructured" and sparsity != 0.5:
         return None
@@ -85,10 +75,7 @@ def find_paper_row(
 def model_key(path: str) -> str:
     """A model's name without what hub ids of the same weights differ in.
 
-    Args:
-        path: `meta-llama/Meta-Llama-3-8B`, a folder of that name, or the hub's own cache folder.
-
-    Returns:
-        `llama-3-8b`; an instruct or chat model keeps its ending and so is another model.
+    `meta-llama/Meta-Llama-3-8B`, a folder of that name and the hub's cache folder are llama-3-8b; an instruct or chat
+    model keeps its ending and so is another model.
     """
     return short_name(path).lower().removeprefix("meta-").removesuffix("-hf")

@@ -27,15 +27,7 @@ SHOWN_CELLS = 3
 
 @dataclass(frozen=True)
 class Cell:
-    """One recipe of a sweep.
-
-    Args:
-        name: made from its values.
-        base: the base recipe's name.
-        values: what it has on each axis.
-        overrides: all that it changes in the base recipe, by dotted key.
-        recipe: checked, with defaults filled in.
-    """
+    """One recipe of a sweep: `values` is what it has on each axis, `overrides` all that it changes in its base."""
 
     name: str
     base: str
@@ -46,14 +38,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep whose cells have all been checked.
-
-    Args:
-        name: of its folder.
-        axes: what varies, with all values.
-        cells: in the order they are run.
-        text: YAML from which the same sweep can be read, with the base recipes in it.
-    """
+    """A sweep whose cells have all been checked; `text` is the same sweep as YAML, with the base recipes in it."""
 
     name: str
     axes: dict[str, list[Any]]
@@ -62,11 +47,7 @@ class Sweep:
 
 
 def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
-    """Read a sweep and check the recipe of every cell.
-
-    Args:
-        path: a YAML file.
-        overrides: `eval.limit=50` and the like, for all cells.
+    """Read a sweep's YAML file and check the recipe of every cell; `overrides` (`eval.limit=50`) hold for all cells.
 
     Raises:
         UsageError: with everything that is wrong; what is wrong with a cell's recipe names the cell.
@@ -97,11 +78,7 @@ def in_cells(names: Sequence[str]) -> str:
 
 
 def select_cells(sweep: Sweep, only: Sequence[str]) -> tuple[Cell, ...]:
-    """The cells that are asked for, in the sweep's order.
-
-    Args:
-        sweep: all cells.
-        only: names or patterns such as `sparsegpt-*`; none for all cells.
+    """The cells that are asked for by name or pattern (`sparsegpt-*`), in the sweep's order; all when `only` is empty.
 
     Raises:
         UsageError: a name or pattern fits no cell.

@@ -28,14 +28,7 @@ EFFICIENCY = {"cuda": 0.4, "cpu": 0.25, "mps": 0.25}
 
 @dataclass(frozen=True)
 class Cost:
-    """What a stage needs.
-
-    Args:
-        operations: floating-point operations; None where the model's size or the data's is not known.
-        seconds: at the rate found for it.
-        memory: peak bytes; None where the size is not known.
-        disk: bytes while it runs.
-    """
+    """What a stage needs, memory and disk in bytes at their peak; None where the model's or data's size is unknown."""
 
     operations: float | None
     seconds: float | None
@@ -49,7 +42,7 @@ def costs(plans: Sequence[StagePlan], data_dirs: Mapping[Path, Path | None], tfl
     Args:
         plans: of all stages of a sweep, finished ones among them.
         data_dirs: local datasets by stage folder.
-        tflops: 10¹² operations a second, where nothing like a stage is finished; default: `device_rate`.
+        tflops: 10¹² operations a second, where nothing like a stage is finished; None: `device_rate`.
     """
     work = {plan.folder: operations(plan, data_dirs[plan.folder]) for plan in plans}
     rates: dict[Any, float] = {}
@@ -72,12 +65,7 @@ def costs(plans: Sequence[StagePlan], data_dirs: Mapping[Path, Path | None], tfl
 
 
 def assumption(plans: Sequence[StagePlan], tflops: float | None = None) -> str:
-    """What the seconds of `costs` rest on, in one sentence.
-
-    Args:
-        plans: as for `costs`.
-        tflops: as for `costs`.
-    """
+    """What the seconds of `costs` rest on, in one sentence."""
     origin = plans[0].origin
     if tflops:
         words = f"{tflops:g} TFLOP/s, as given"
@@ -99,14 +87,8 @@ def _kinds(plan: StagePlan) -> list[Any]:
 
 
 def disk_needed(plans: Sequence[StagePlan]) -> int | None:
-    """Bytes of disk for all that is to run: what every stage leaves, and what the largest holds meanwhile.
-
-    Args:
-        plans: each stage once.
-
-    Returns:
-        None where a model's size is not known.
-    """
+    """Bytes of disk for all that is to run: what every stage (each given once) leaves, and what the largest holds
+    meanwhile; None where a model's size is not known."""
     kept, working = 0, 0
     for plan in plans:
         _, disk, left = _space(plan)
@@ -132,12 +114,7 @@ def _space(plan: StagePlan) -> tuple[int | None, int | None, int | None]:
 
 
 def operations(plan: StagePlan, data_dir: Path | None) -> float | None:
-    """Floating-point operations of a stage, multiplications and additions counted; None where a size is not known.
-
-    Args:
-        plan: the stage.
-        data_dir: local datasets.
-    """
+    """Floating-point operations of a stage, multiplications and additions counted; None where a size is not known."""
     size = try_size(plan.origin)
     if size is None:
         return None
@@ -156,11 +133,7 @@ _rates: dict[tuple[str, Any, tuple[int, int, int]], float] = {}
 
 def device_rate(model: ModelConfig) -> float:
     """Operations a second of whole stages: a share of what a matrix product of the model's shape reaches, measured
-    once.
-
-    Args:
-        model: its sizes, number format and device.
-    """
+    once."""
     import torch
 
     from lors_cli.machine.devices import resolve_device

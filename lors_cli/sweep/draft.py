@@ -32,13 +32,7 @@ class Setting:
 class Draft:
     """A sweep as written.
 
-    Args:
-        name: of its folder.
-        bases: the base recipes' settings by name.
-        varies: whether several base recipes were given as a list, which makes `recipe` an axis.
-        common: what holds for all cells.
-        grids: of each grid the axes with their values.
-        per: by axis and value (`value_key`), what goes with it.
+    `varies`: several base recipes make `recipe` an axis; `per`: by axis and value (`value_key`), what goes with it.
     """
 
     name: str = ""
@@ -67,12 +61,7 @@ def value_key(value: Any) -> tuple[str, Any]:
 
 
 def part(sheet: Settings, at: KeyPath) -> Settings:
-    """What stands below `at`, as settings of its own.
-
-    Args:
-        sheet: the whole file.
-        at: where it stands in it.
-    """
+    """What stands below `at`, as settings of its own."""
     data: Any = sheet.data
     for key in at:
         data = data[key]
@@ -83,12 +72,7 @@ def part(sheet: Settings, at: KeyPath) -> Settings:
 
 
 def settings_below(sheet: Settings, at: KeyPath) -> Iterator[Setting]:
-    """The recipe settings below `at`, those in nested sections too; what is wrong with them is noted.
-
-    Args:
-        sheet: the whole file.
-        at: where they stand in it.
-    """
+    """The recipe settings below `at`, those in nested sections too; what is wrong with them is noted."""
     section = part(sheet, at)
     if not isinstance(section.data, dict) or not section.data:
         sheet.add(at, "must hold a recipe's settings, such as `eval.limit: 50`")

@@ -23,11 +23,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 def read_sweep(path: Path, overrides: Sequence[str] = ()) -> Draft:
-    """Read a sweep's file.
-
-    Args:
-        path: a YAML file.
-        overrides: `eval.limit=50` and the like, for all cells; they win over the file.
+    """Read a sweep's YAML file; `overrides` (`eval.limit=50`) hold for all cells and win over the file.
 
     Raises:
         UsageError: the file cannot be read, or with everything that is wrong with it as a sweep.

@@ -22,21 +22,16 @@ from lors_cli.pipeline.folders import claim, guard_out, tidy
 from lors_cli.pipeline.plans import StagePlan, describe
 from lors_cli.pipeline.resources import free_disk
 from lors_cli.pipeline.running import run_stage
+from lors_cli.report.results import INDEX_NAME
 from lors_cli.sweep.cells import Cell, Sweep
 from lors_cli.sweep.costs import disk_needed
 from lors_cli.sweep.stages import STAGES_NAME, CellPlan, distinct, plan_cells
 
-INDEX_NAME = "sweep.json"
 TEXT_NAME = "sweep.yaml"
 
 
 def run_sweep(sweep: Sweep, out: Path, chosen: Sequence[Cell]) -> dict[str, Any]:
-    """Run cells of a sweep; a second call goes on where the first stopped.
-
-    Args:
-        sweep: all cells, checked.
-        out: the sweep's folder.
-        chosen: the cells to run.
+    """Run the chosen cells of a sweep; a second call goes on where the first stopped.
 
     Returns:
         The sweep's summary: its index, with each cell's scores; the stages that were done; the report's files.
@@ -71,13 +66,7 @@ def run_sweep(sweep: Sweep, out: Path, chosen: Sequence[Cell]) -> dict[str, Any]
 
 
 def index(sweep: Sweep, plans: Sequence[CellPlan], out: Path) -> dict[str, Any]:
-    """What `sweep.json` says before anything is run: cells that are finished, or failed earlier, stay so.
-
-    Args:
-        sweep: all cells.
-        plans: of the cells.
-        out: the sweep's folder.
-    """
+    """What `sweep.json` says before anything is run: cells that are finished, or failed earlier, stay so."""
     known = atomic.read_json(out / INDEX_NAME)
     earlier = {entry["name"]: entry for entry in known["cells"]} if known else {}
     entries = []
@@ -98,12 +87,7 @@ def index(sweep: Sweep, plans: Sequence[CellPlan], out: Path) -> dict[str, Any]:
 
 
 def scores(out: Path, entry: dict[str, Any]) -> dict[str, Any]:
-    """A cell's results by role, as far as they are there.
-
-    Args:
-        out: the sweep's folder.
-        entry: the cell's in `sweep.json`.
-    """
+    """A cell's results by role, as far as they are there; `entry` is the cell's in `sweep.json`."""
     found = {role: atomic.read_json(out / folder / f"{role}.json") for role, folder in entry["models"].items()}
     return {role: content for role, content in found.items() if content is not None}
 

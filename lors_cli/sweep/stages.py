@@ -18,14 +18,9 @@ STAGES_NAME = "stages"
 
 @dataclass(frozen=True)
 class CellPlan:
-    """A cell and its stages.
+    """A cell and its stages, each model scored before the next one is made.
 
-    Args:
-        cell: with its checked recipe.
-        plans: its stages in the order they run: each model is scored before the next one is made.
-        stages: the folders of prune and tune, by stage.
-        models: the folders of the scores, by role.
-        data_dir: local datasets.
+    `stages` has the folders of prune and tune, `models` those of the scores, by role.
     """
 
     cell: Cell
@@ -42,10 +37,6 @@ class CellPlan:
 
 def plan_cells(cells: Sequence[Cell], out: Path) -> list[CellPlan]:
     """What every cell would do; no weights are loaded, nothing is written.
-
-    Args:
-        cells: checked ones.
-        out: the sweep's folder.
 
     Raises:
         LorsError: of the first cell's kind, with what is wrong in all cells that cannot work: a model, a dataset or a
@@ -110,11 +101,7 @@ def _check_shapes(recipe: Recipe) -> None:
 
 
 def distinct(plans: Iterable[CellPlan]) -> dict[Path, tuple[StagePlan, list[str]]]:
-    """Every stage once, in the order of running, with the names of the cells that need it.
-
-    Args:
-        plans: of the cells.
-    """
+    """Every stage once, in the order of running, with the names of the cells that need it."""
     found: dict[Path, tuple[StagePlan, list[str]]] = {}
     for cell_plan in plans:
         for plan in cell_plan.plans:
