@@ -9,7 +9,7 @@ Every case is a random bfloat16 checkpoint of a known shape with so many blocks 
     peak_anon       memory proper (RssAnon): what the process cannot do without
     peak_rss        VmHWM: with pages of the memory-mapped checkpoint, which the kernel may drop at any time
     hidden_states   the calibration samples between two blocks; beyond_hidden is peak_anon without them
-    estimate        what `lors prune --dry-run` says (lors_cli.pipeline.resources)
+    estimate        what `lors prune --dry-run` says (lors_cli.pruning.estimate)
     parts           of the estimate; libraries are not among them
 
 Cases that `--out` holds already are not measured again. Estimates without a run, for whole models, stand below.
@@ -43,8 +43,7 @@ from lors_cli.models.loading import MAX_SHARD_SIZE
 from lors_cli.models.shapes import SHAPES, Shape
 from lors_cli.models.size import ModelSize
 from lors_cli.models.tensor_files import Entry, write_checkpoint
-from lors_cli.pipeline import resources
-from lors_cli.pruning.estimate import memory_parts
+from lors_cli.pruning.estimate import memory_parts, needs
 from lors_cli.recipe.schema import CalibrationConfig, PruneConfig
 
 GIB = 1 << 30
@@ -220,7 +219,7 @@ def measure(case: Case, checkpoint: Path, scratch: Path) -> dict[str, Any]:
 
 
 def _estimated(config: PruneConfig, size: ModelSize) -> dict[str, Any]:
-    return {"estimate": resources.estimate(config, size).memory, "parts": memory_parts(config, size)}
+    return {"estimate": needs(config, size).memory, "parts": memory_parts(config, size)}
 
 
 # All of them

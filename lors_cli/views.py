@@ -27,7 +27,7 @@ def plan_document(name: str, out: Path, plans: list[StagePlan]) -> dict[str, Any
     """
     stages = []
     for plan in plans:
-        needs, why = try_estimate(plan.config, plan.origin)
+        needs, why = try_estimate(plan)
         stages.append({
             "stage": plan.stage, "status": plan.status, "detail": plan.detail, "what": describe(plan),
             "folder": str(plan.folder), "fingerprint": plan.fingerprint,

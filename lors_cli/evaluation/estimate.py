@@ -5,29 +5,32 @@ from __future__ import annotations
 import math
 
 from lors_cli.data import tokenising
+from lors_cli.models.needs import RUNTIME, Estimate
 from lors_cli.models.size import ModelSize, forward
 from lors_cli.recipe.schema import EvalConfig
 
 TASK_LENGTH = 512
 """Tokens that few documents of a zero-shot task exceed."""
-
-
 TASK_DOCUMENTS = {
     "arc_challenge": (1172, 163), "arc_easy": (2376, 141), "boolq": (3270, 296), "hellaswag": (10042, 349),
     "openbookqa": (500, 66), "rte": (277, 160), "winogrande": (1267, 50),
 }  # fmt: skip
 """Documents of a task, and tokens of one with all its answers (4.4 characters a token)."""
-
-
 OTHER_TASK = (1000, 300)
 """Of a task that is not among them."""
-
-
 TEXT_TOKENS = {"wikitext2": 300_000}
 """Tokens of a text that is measured whole."""
 
 
-def _of_evaluation(config: EvalConfig, size: ModelSize, num_models: int) -> float | None:
+def needs(config: EvalConfig, size: ModelSize) -> Estimate:
+    """Libraries, weights and a batch's logits."""
+    tokens = config.batch_size * min(TASK_LENGTH, size.max_length)
+    logits = tokens * size.vocab_size * (4 + size.bytes_a_weight)
+    return Estimate(RUNTIME + size.num_bytes + logits, 64 << 20)
+
+
+def operations(config: EvalConfig, size: ModelSize, num_models: int) -> float | None:
+    """Floating-point operations, None where a text's length is not known."""
     total = 0.0
     for task in config.tasks:
         documents, tokens = TASK_DOCUMENTS.get(task, OTHER_TASK)

@@ -6,10 +6,15 @@ from dataclasses import dataclass
 
 from lors_cli.output.console import gib
 
+RUNTIME = 1 << 29
+"""Bytes that Python and the libraries take whatever the model."""
+RECORDS = 16 << 20
+"""Bytes of all that lies beside the weights: tokenizer, records, logs."""
+
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes a stage needs: peak memory while it runs, and disk (with its resumable state)."""
+    """Bytes a stage needs, good to about a fifth: peak memory while it runs, and disk (with its resumable state)."""
 
     memory: int
     disk: int

@@ -9,7 +9,8 @@ from typing import Any
 
 from lors_cli.errors import UsageError, nearest
 from lors_cli.files import atomic, records
-from lors_cli.recipe.schema import EvalConfig, ModelConfig, PruneConfig, Recipe, TuneConfig
+from lors_cli.pipeline.stages import STAGES, Config
+from lors_cli.recipe.schema import EvalConfig, ModelConfig, Recipe
 
 NOT_DONE = "not done yet"
 
@@ -31,7 +32,7 @@ class StagePlan:
 
     stage: str
     folder: Path
-    config: PruneConfig | TuneConfig | EvalConfig
+    config: Config
     models: dict[str, ModelConfig]
     origin: ModelConfig
     fingerprint: str
@@ -72,30 +73,24 @@ def plan_chain(recipe: Recipe, place: Callable[[str, str], Path], data_dir: Path
     """
     from lors_cli.evaluation.tasks import check_tasks
     from lors_cli.models.sources import model_fingerprint
-    from lors_cli.pruning import stage as pruning
-    from lors_cli.tuning import stage as tuning
-    from lors_cli.tuning import teacher
 
     recipe = recipe.with_defaults()
     current = "dense"
     chain = Chain([], {current: recipe.model}, {current: model_fingerprint(recipe.model)})
     if recipe.eval is not None:
         check_tasks(recipe.eval.tasks, data_dir)
-    steps: list[tuple[str, str, Any, Any]] = [
-        ("prune", "pruned", recipe.prune, pruning), ("tune", "tuned", recipe.tune, tuning)
-    ]  # fmt: skip
-    for stage, role, config, module in steps:
-        if config is None:
+    for stage, doors in STAGES.items():
+        config = getattr(recipe, stage)
+        if config is None or doors.makes is None or doors.fingerprint is None:
             continue
-        if isinstance(config, TuneConfig):
-            config = teacher.with_teacher(config, chain.models[current])
-        fingerprint = module.stage_fingerprint(config, chain.fingerprints[current], data_dir)
+        config = doors.prepare(config, chain.models[current])
+        fingerprint = doors.fingerprint(config, chain.fingerprints[current], data_dir)
         folder = place(stage, fingerprint)
         read = {current: chain.models[current]}
         chain.plans.append(_plan(stage, folder, config, read, recipe.model, fingerprint))
-        chain.models[role] = replace(recipe.model, path=str(folder), revision="main")
-        chain.fingerprints[role] = f"{stage}:{fingerprint}:{recipe.model.dtype}"  # what the folder will answer with
-        current = role
+        current = doors.makes
+        chain.models[current] = replace(recipe.model, path=str(folder), revision="main")
+        chain.fingerprints[current] = f"{stage}:{fingerprint}:{recipe.model.dtype}"  # what the folder will answer with
     return chain
 
 
@@ -133,20 +128,16 @@ def plan_single(stage: str, config: Any, models: dict[str, ModelConfig], out: Pa
     """
     from lors_cli.evaluation.tasks import check_tasks
     from lors_cli.models.sources import model_fingerprint
-    from lors_cli.pruning import stage as pruning
-    from lors_cli.tuning import stage as tuning
-    from lors_cli.tuning import teacher
 
+    doors = STAGES[stage]
     fingerprints = {label: model_fingerprint(model) for label, model in models.items()}
-    if stage == "eval":
+    if doors.fingerprint is None:
         check_tasks(config.tasks, data_dir)
         return plan_eval(config, out, models, fingerprints, data_dir)
     (base,) = fingerprints.values()
     (model,) = models.values()
-    if stage == "prune":
-        return _plan(stage, out, config, models, model, pruning.stage_fingerprint(config, base, data_dir))
-    config = teacher.with_teacher(config, model)
-    return _plan(stage, out, config, models, model, tuning.stage_fingerprint(config, base, data_dir))
+    config = doors.prepare(config, model)
+    return _plan(stage, out, config, models, model, doors.fingerprint(config, base, data_dir))
 
 
 def plan_eval(
@@ -222,12 +213,4 @@ def announce(plan: StagePlan) -> str:
 
 
 def _what(plan: StagePlan) -> str:
-    config = plan.config
-    if isinstance(config, PruneConfig):
-        share = f" {config.sparsity:g}" if config.pattern == "unstructured" else ""
-        return f"{config.method} {config.pattern}{share}"
-    if isinstance(config, TuneConfig):
-        length = f"{config.max_steps} steps" if config.max_steps else f"{config.epochs:g} epochs"
-        length = f"{config.max_tokens:,} tokens" if config.max_tokens else length
-        return f"{config.method} rank {config.rank} on {config.data.dataset}, {length}"
-    return f"{', '.join(plan.models)}: {', '.join((*config.tasks, *config.perplexity))}"
+    return STAGES[plan.stage].describe(plan.config, plan.models)

@@ -18,7 +18,8 @@ from lors_cli.pipeline.folders import claim, forget, guard_out, tidy
 from lors_cli.pipeline.manifest import _write_manifest
 from lors_cli.pipeline.plans import StagePlan, announce, plan_stages, select
 from lors_cli.pipeline.resources import check_disk, check_memory
-from lors_cli.recipe.schema import PruneConfig, Recipe, TuneConfig
+from lors_cli.pipeline.stages import STAGES
+from lors_cli.recipe.schema import Recipe
 
 
 def run_single(plan: StagePlan, data_dir: Path | None) -> bool:
@@ -46,20 +47,10 @@ def run_stage(plan: StagePlan, data_dir: Path | None) -> None:
         plan: from `plan_stages`.
         data_dir: local datasets.
     """
-    with progress.busy("starting"):
-        from lors_cli.evaluation import evaluate
-        from lors_cli.pruning.stage import prune
-        from lors_cli.tuning.stage import tune
-
     check_disk(plan)
     check_memory(plan)
     with _told_when_gone(plan):
-        if isinstance(plan.config, PruneConfig):
-            prune(plan.config, next(iter(plan.models.values())), plan.folder, data_dir=data_dir)
-        elif isinstance(plan.config, TuneConfig):
-            tune(plan.config, next(iter(plan.models.values())), plan.folder, data_dir=data_dir)
-        else:
-            evaluate(plan.config, plan.models, plan.folder, data_dir=data_dir)
+        STAGES[plan.stage].run(plan.config, plan.models, plan.folder, data_dir)
 
 
 @contextmanager

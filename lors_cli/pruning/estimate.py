@@ -10,17 +10,15 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lors_cli.data.tokenising import DEFAULT_LENGTH, DEFAULT_SAMPLES
+from lors_cli.machine import processes
+from lors_cli.machine.devices import free_memory
+from lors_cli.models.needs import RECORDS, RUNTIME, Estimate
 from lors_cli.models.size import ModelSize, forward
-from lors_cli.pruning import estimate as pruning_estimate
+from lors_cli.output.console import gib
 from lors_cli.pruning.methods import RECONSTRUCTION_SAMPLES, statistics_kind
-from lors_cli.recipe.schema import PruneConfig
-
-if TYPE_CHECKING:
-    from lors_cli.models.size import ModelSize
-    from lors_cli.recipe.schema import PruneConfig
+from lors_cli.recipe.schema import ModelConfig, PruneConfig
 
 FLOAT = 4
 CAST = 256 << 20
@@ -29,6 +27,7 @@ MATRICES = {"sparsegpt": 2, "admm": 4}
 """Matrices of the size of H that a solver holds beside H."""
 STACKS = {"sparsegpt": 3, "admm": 6}
 """Copies of the stacked weights of a group that a solver holds, in float32."""
+ADMM_ITERATIONS = 20
 
 
 def memory_parts(config: PruneConfig, size: ModelSize, num_processes: int = 1) -> dict[str, int]:
@@ -71,13 +70,33 @@ def memory_parts(config: PruneConfig, size: ModelSize, num_processes: int = 1) -
             "hidden_states": hidden}  # fmt: skip
 
 
-def disk(config: PruneConfig, size: ModelSize) -> int:
-    """The sparse checkpoint, the blocks it is made from, and the hidden states an interrupted run goes on from."""
+def needs(config: PruneConfig, size: ModelSize) -> Estimate:
+    """Memory by `memory_parts`; on disk the checkpoint, its blocks, and the hidden states to resume from."""
     tokens = 0 if statistics_kind(config) == "none" else calibration_tokens(config, size)[0]
-    return 2 * size.num_bytes + 2 * tokens * size.hidden_size * size.bytes_a_weight + (16 << 20)
+    disk = 2 * size.num_bytes + 2 * tokens * size.hidden_size * size.bytes_a_weight + RECORDS
+    return Estimate(RUNTIME + sum(memory_parts(config, size).values()), disk)
 
 
-def smaller(config: PruneConfig) -> list[tuple[str, PruneConfig]]:
+def shortage(config: PruneConfig, model: ModelConfig, size: ModelSize) -> tuple[str, str] | None:
+    """Why pruning cannot run in the memory that is free here, and what would fit; None if it can."""
+    free = free_memory(model.device)
+    parts = memory_parts(config, size, processes.num_processes())
+    offload, hidden = config.calibration.offload, parts["hidden_states"]
+    if (offload == "cpu" and model.device.startswith("cuda")) or (offload == "auto" and hidden > free / 2):
+        parts["hidden_states"] = 0  # they will be kept elsewhere
+    needed = RUNTIME + sum(parts.values())
+    if needed <= free:
+        return None
+    largest = ", ".join(
+        f"{name.replace('_', ' ')} {gib(parts[name])}"
+        for name in sorted(parts, key=parts.__getitem__, reverse=True)[:3]
+    )
+    fits = [words for words, other in _smaller(config) if needs(other, size).memory <= free]
+    hint = f"This would fit: {fits[0]}" if fits else "Nothing that keeps the result would fit: use a larger machine."
+    return f"prune needs about {gib(needed)} of memory, {gib(free)} are free ({largest}).", hint
+
+
+def _smaller(config: PruneConfig) -> list[tuple[str, PruneConfig]]:
     """Settings of the same result, or nearly so, that need less memory: what to write, and the config with it."""
     calibration = config.calibration
     on_disk = replace(config, calibration=replace(calibration, offload="disk"))
@@ -150,18 +169,16 @@ def _solver(config: PruneConfig, size: ModelSize) -> int:
     return most
 
 
-ADMM_ITERATIONS = 20
-
-
-def _of_pruning(config: PruneConfig, size: ModelSize) -> float:
+def operations(config: PruneConfig, size: ModelSize) -> float:
+    """Floating-point operations: forwards, sums XᵀX, and what a solver sweeps over."""
     if statistics_kind(config) == "none":
         return 2.0 * size.num_parameters
-    tokens, _ = pruning_estimate.calibration_tokens(config, size)
-    length = config.calibration.sequence_length or min(pruning_estimate.DEFAULT_LENGTH, size.max_length)
+    tokens, _ = calibration_tokens(config, size)
+    length = config.calibration.sequence_length or min(DEFAULT_LENGTH, size.max_length)
     total = (1 if config.sequential else 2) * forward(size, tokens, length, head=False)
     total += config.reconstruct_epochs * 3 * forward(size, tokens, length, head=False)
     if statistics_kind(config) == "hessian":
-        inputs = pruning_estimate.distinct_inputs(size)
+        inputs = distinct_inputs(size)
         total += size.num_blocks * sum(2.0 * tokens * columns**2 + 2.0 * columns**3 for columns in inputs)
         sweeps = (2 * ADMM_ITERATIONS if config.method == "admm" else 1) + (2 * ADMM_ITERATIONS if config.refit else 0)
         total += sweeps * sum(1.0 * rows * columns**2 for rows, columns in size.linears)

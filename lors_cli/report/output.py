@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lors_cli.errors import UsageError
+from lors_cli.errors import UsageError, nearest
 from lors_cli.files import atomic
 from lors_cli.output.markdown import Block, Figure, escape, table, to_markdown, unescape
 from lors_cli.report.drawing import Draw, draw_all
@@ -24,8 +23,8 @@ def check_formats(formats: Collection[str]) -> None:
     """Raise UsageError, naming the nearest one, when a format is none of `FORMATS`."""
     for name in formats:
         if name not in FORMATS:
-            near = difflib.get_close_matches(name, FORMATS, n=1, cutoff=0.5)
-            hint = f"Did you mean {near[0]}?" if near else None
+            near = nearest(name, FORMATS, cutoff=0.5)
+            hint = f"Did you mean {near}?" if near else None
             raise UsageError(f"--format {name} is none of {', '.join(FORMATS)}.", hint)
 
 

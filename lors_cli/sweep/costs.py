@@ -13,14 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lors_cli.evaluation.estimate import _of_evaluation
 from lors_cli.files import records
 from lors_cli.models.size import try_size
 from lors_cli.pipeline.plans import StagePlan
-from lors_cli.pipeline.resources import estimate
-from lors_cli.pruning.estimate import _of_pruning
-from lors_cli.recipe.schema import EvalConfig, ModelConfig, PruneConfig, TuneConfig
-from lors_cli.tuning.estimate import _of_tuning
+from lors_cli.pipeline.stages import STAGES
+from lors_cli.recipe.schema import ModelConfig
 
 EFFICIENCY = {"cuda": 0.4, "cpu": 0.25, "mps": 0.25}
 """Share of a matrix product's speed that whole stages reach."""
@@ -83,7 +80,8 @@ def _kinds(plan: StagePlan) -> list[Any]:
     """What a stage is like, from the nearest to the farthest."""
     size = try_size(plan.origin)
     shape = (plan.stage, size.num_parameters if size else plan.origin.path)
-    return [shape] if isinstance(plan.config, EvalConfig) else [(*shape, plan.config.method), shape]
+    method = getattr(plan.config, "method", None)
+    return [shape] if method is None else [(*shape, method), shape]
 
 
 def disk_needed(plans: Sequence[StagePlan]) -> int | None:
@@ -105,9 +103,9 @@ def _space(plan: StagePlan) -> tuple[int | None, int | None, int | None]:
     size = try_size(plan.origin)
     if size is None:
         return None, None, None
-    needs = estimate(plan.config, size)
-    kept = needs.disk if isinstance(plan.config, EvalConfig) else size.num_bytes + (16 << 20)
-    return needs.memory, needs.disk, min(kept, needs.disk)
+    doors = STAGES[plan.stage]
+    needs = doors.needs(plan.config, size)
+    return needs.memory, needs.disk, doors.leaves(plan.config, size)
 
 
 # Operations -----------------------------------------------------------------------------------------------------
@@ -118,11 +116,7 @@ def operations(plan: StagePlan, data_dir: Path | None) -> float | None:
     size = try_size(plan.origin)
     if size is None:
         return None
-    if isinstance(plan.config, PruneConfig):
-        return _of_pruning(plan.config, size)
-    if isinstance(plan.config, TuneConfig):
-        return _of_tuning(plan.config, size, data_dir)
-    return _of_evaluation(plan.config, size, len(plan.models))
+    return STAGES[plan.stage].operations(plan.config, size, len(plan.models), data_dir)
 
 
 # The device -----------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from lors_cli.files import hashes
 from lors_cli.output import console, progress
 from lors_cli.pipeline.plans import StagePlan, describe
 from lors_cli.pipeline.resources import free_disk
-from lors_cli.recipe.schema import EvalConfig
 from lors_cli.report.scores import by_cell
 from lors_cli.sweep.cells import Cell, Sweep
 from lors_cli.sweep.costs import assumption, costs, disk_needed
@@ -60,21 +59,12 @@ def _stages(plans: Sequence[CellPlan], mine: Sequence[CellPlan], tflops: float |
     for folder, (plan, names) in distinct(mine).items():
         cost = needs[folder]
         found.append({
-            "stage": plan.stage, "status": plan.status, "what": _what(plan), "cells": names, "folder": str(folder),
+            "stage": plan.stage, "status": plan.status, "what": describe(plan), "cells": names, "folder": str(folder),
             "fingerprint": plan.fingerprint, "models": {role: model.path for role, model in plan.models.items()},
             "operations": cost.operations, "seconds": cost.seconds, "peak_memory_bytes": cost.memory,
             "disk_bytes": cost.disk,
         })  # fmt: skip
     return found
-
-
-def _what(plan: StagePlan) -> str:
-    """One line on what a stage does; of many tasks their number."""
-    if not isinstance(plan.config, EvalConfig):
-        return describe(plan)
-    role, tasks = next(iter(plan.models)), plan.config.tasks
-    shown = tasks if len(tasks) < 3 else (f"{len(tasks)} tasks",)
-    return f"{role}: {', '.join((*shown, *plan.config.perplexity))} ({plan.detail})"
 
 
 def _hours(seconds: list[float | None]) -> float | None:

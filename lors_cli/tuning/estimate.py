@@ -5,15 +5,21 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from lors_cli.models.needs import Estimate
+from lors_cli.models.needs import RECORDS, RUNTIME, Estimate
 from lors_cli.models.size import ModelSize, forward
 from lors_cli.recipe.schema import TuneConfig
 
 HEAD_CHUNKS = 512 << 20
 """The head's logits and their gradient, a chunk of tokens at a time, at most."""
+ALPACA_ROWS, ALPACA_TOKENS = 52_002, 105
+PRODUCTS = {"lors": 4, "lora": 4, "sqft": 6, "sqft-gc": 8, "hira": 6, "spp": 10, "spp-gc": 12}
+"""Operations a token and weight of a training step: 2 forward, 2 for the inputs' gradient, and what a method adds."""
+MERGES = {"lors": 2, "sqft": 2, "sqft-gc": 3, "hira": 2}
+"""Products lora_B·lora_A a micro-batch."""
 
 
-def _estimate_tune(config: TuneConfig, size: ModelSize) -> Estimate:
+def needs(config: TuneConfig, size: ModelSize) -> Estimate:
+    """Libraries, weights, activations, the head's logits, adapters with their optimiser state."""
     adapters = sum(config.rank * (rows + columns) for rows, columns in size.linears)
     tokens = config.micro_batch_size * config.data.max_length
     block = tokens * (12 * size.hidden_size + 4 * size.intermediate_size) * size.bytes_a_weight
@@ -31,22 +37,12 @@ def _estimate_tune(config: TuneConfig, size: ModelSize) -> Estimate:
     if config.base == "compressed":  # once the start is computed, on the plain weights
         training -= size.num_prunable * size.bytes_a_weight // 2 - size.num_prunable // 8
     teacher = size.num_bytes if config.distill else 0
-    memory = size.num_bytes + teacher + activations + logits + max(training, gradient)
-    return Estimate(memory, size.num_bytes + (config.keep_checkpoints + 1) * 12 * adapters + (16 << 20))
+    memory = RUNTIME + size.num_bytes + teacher + activations + logits + max(training, gradient)
+    return Estimate(memory, size.num_bytes + (config.keep_checkpoints + 1) * 12 * adapters + RECORDS)
 
 
-ALPACA_ROWS, ALPACA_TOKENS = 52_002, 105
-
-
-PRODUCTS = {"lors": 4, "lora": 4, "sqft": 6, "sqft-gc": 8, "hira": 6, "spp": 10, "spp-gc": 12}
-"""Operations a token and weight of a training step: 2 forward, 2 for the inputs' gradient, and what a method adds."""
-
-
-MERGES = {"lors": 2, "sqft": 2, "sqft-gc": 3, "hira": 2}
-"""Products lora_B·lora_A a micro-batch."""
-
-
-def _of_tuning(config: TuneConfig, size: ModelSize, data_dir: Path | None) -> float | None:
+def operations(config: TuneConfig, size: ModelSize, data_dir: Path | None) -> float | None:
+    """Floating-point operations, None where the number of samples is not known."""
     length = config.data.max_length
     if config.data.dataset == "alpaca":
         length = min(length, ALPACA_TOKENS)

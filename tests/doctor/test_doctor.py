@@ -19,7 +19,6 @@ from typer.testing import Result
 from lors_cli.doctor import checkups, examine
 from lors_cli.doctor import devices as device_checkups
 from lors_cli.doctor.checkups import Finding
-from lors_cli.machine import devices as machine_devices
 
 Lors = Callable[..., Result]
 ROOT = Path(__file__).parents[2]
@@ -211,7 +210,7 @@ def test_threads(threads: int, cores: int, status: str, monkeypatch: pytest.Monk
     import torch
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(machine_devices, "usable_cores", lambda: cores)
+    monkeypatch.setattr(device_checkups, "usable_cores", lambda: cores)
     found = device_checkups._threads()
     assert found.status == status
     assert status == "ok" or f"OMP_NUM_THREADS={cores}" in str(found.advice)

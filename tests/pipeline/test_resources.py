@@ -8,11 +8,26 @@ from typing import Any
 
 import pytest
 
-from lors_cli.machine import devices
+from lors_cli.errors import ResourceError
+from lors_cli.models.needs import RUNTIME, Estimate
 from lors_cli.models.size import ModelSize, model_size
-from lors_cli.pipeline.resources import GIB, RUNTIME, estimate, shortage, try_estimate
-from lors_cli.pruning.estimate import memory_parts
+from lors_cli.pipeline.plans import StagePlan
+from lors_cli.pipeline.resources import check_memory, try_estimate
+from lors_cli.pipeline.stages import STAGES
+from lors_cli.pruning import estimate as pruning_estimate
+from lors_cli.pruning.estimate import memory_parts, shortage
 from lors_cli.recipe.schema import CalibrationConfig, EvalConfig, ModelConfig, PruneConfig, TuneConfig, TuneDataConfig
+
+GIB = 1 << 30
+NAMES = {PruneConfig: "prune", TuneConfig: "tune", EvalConfig: "eval"}
+
+
+def estimate(config: Any, size: ModelSize) -> Estimate:
+    return STAGES[NAMES[type(config)]].needs(config, size)
+
+
+def plan_of(config: Any, model: ModelConfig) -> StagePlan:
+    return StagePlan(NAMES[type(config)], Path("out"), config, {"dense": model}, model, "0", "run", "")
 
 
 @pytest.mark.parametrize(
@@ -32,13 +47,13 @@ def test_known_models_have_their_published_size(hub_id: str, num_parameters: int
 
 def test_an_unknown_hub_model_has_no_size() -> None:
     assert model_size(ModelConfig(path="nobody/nothing")) is None
-    needs, why = try_estimate(PruneConfig(), ModelConfig(path="nobody/nothing"))
+    needs, why = try_estimate(plan_of(PruneConfig(), ModelConfig(path="nobody/nothing")))
     assert needs is None
     assert "unknown" in why
 
 
 def test_a_missing_folder_is_a_reason_not_an_error() -> None:
-    needs, why = try_estimate(PruneConfig(), ModelConfig(path="./gone"))
+    needs, why = try_estimate(plan_of(PruneConfig(), ModelConfig(path="./gone")))
     assert needs is None
     assert "./gone" in why
 
@@ -145,21 +160,25 @@ def test_a_mixture_holds_every_experts_sums() -> None:
 
 def test_what_does_not_fit_is_refused_with_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
     model = ModelConfig(path="meta-llama/Meta-Llama-3-8B", device="cpu")
+    size = size_of(model.path)
     config = PruneConfig(method="admm", calibration=CalibrationConfig(num_samples=128, sequence_length=2048))
-    monkeypatch.setattr(devices, "free_memory", lambda _: 40 * GIB)
-    assert shortage(config, model) is None
-    monkeypatch.setattr(devices, "free_memory", lambda _: 10 * GIB)
-    message, hint = shortage(config, model) or ("", "")
+    monkeypatch.setattr(pruning_estimate, "free_memory", lambda _: 40 * GIB)
+    assert shortage(config, model, size) is None
+    monkeypatch.setattr(pruning_estimate, "free_memory", lambda _: 10 * GIB)
+    message, hint = shortage(config, model, size) or ("", "")
     assert "of memory, 10.0 GiB are free (activations" in message
     assert hint == "This would fit: calibration.offload=disk calibration.batch_size=1 true_sequential=false"
+    with pytest.raises(ResourceError, match=r"10\.0 GiB are free"):
+        check_memory(plan_of(config, model))
+    check_memory(replace(plan_of(config, model), status="done"))
     wanda = PruneConfig(method="wanda", calibration=CalibrationConfig(num_samples=1024, batch_size=1))
-    assert shortage(wanda, model) is None  # 16 GiB of hidden states go to disk by themselves
+    assert shortage(wanda, model, size) is None  # 16 GiB of hidden states go to disk by themselves
     kept = replace(wanda, calibration=replace(wanda.calibration, offload="device"))
-    assert shortage(kept, model) is not None
-    monkeypatch.setattr(devices, "free_memory", lambda _: 1 * GIB)
-    assert "use a larger machine" in (shortage(config, model) or ("", ""))[1]
-    assert shortage(TUNE, model) is None
-    assert shortage(config, ModelConfig(path="nobody/nothing")) is None
+    assert shortage(kept, model, size) is not None
+    monkeypatch.setattr(pruning_estimate, "free_memory", lambda _: 1 * GIB)
+    assert "use a larger machine" in (shortage(config, model, size) or ("", ""))[1]
+    check_memory(plan_of(TUNE, model))
+    check_memory(plan_of(config, ModelConfig(path="nobody/nothing")))
 
 
 def test_a_file_of_tokens_counts_as_it_is(tmp_path: Path) -> None:

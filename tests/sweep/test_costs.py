@@ -190,13 +190,13 @@ def test_the_devices_rate_is_a_share_of_a_product(at_workshop: Path, monkeypatch
 
 
 def test_disk_is_what_stays_and_the_largest_at_work(at_start: Path) -> None:
-    from lors_cli.pipeline.resources import estimate
+    from lors_cli.pipeline.stages import STAGES
 
     size = model_size(ModelConfig(path="dense", dtype="bfloat16"))
     assert size is not None
     plans = sweep_plans()
     kept = sum(64 << 20 if plan.stage == "eval" else size.num_bytes + (16 << 20) for plan in plans)
-    at_work = [estimate(plan.config, size).disk for plan in plans if plan.stage != "eval"]
+    at_work = [STAGES[plan.stage].needs(plan.config, size).disk for plan in plans if plan.stage != "eval"]
     assert disk_needed(plans) == kept + max(at_work) - size.num_bytes - (16 << 20)
 
 

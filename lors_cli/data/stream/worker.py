@@ -144,7 +144,8 @@ class Worker:
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": threads}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "lors_cli.data.stream.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            text=True, env=environment, start_new_session=True,  # a Ctrl-C is for the training, which may go on for a step
+            text=True, env=environment,
+            start_new_session=True,  # a Ctrl-C is for the training, which may go on for a step
         )  # fmt: skip
         self._asked = 0
         self._tell(json.dumps(job))
