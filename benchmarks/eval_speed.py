@@ -49,11 +49,13 @@ def arms(model: Any, tokenizer: Any, batch_size: int) -> dict[str, Any]:
     """The two scorers, and lm-eval's at half the batch size."""
     from lm_eval.models.huggingface import HFLM
 
+    from lors_cli.evaluation.shown_model import ShownModel
+
     def plain(size: int) -> Any:
         return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size, softmax_dtype="float32")
 
     with harness._quiet():
-        ours = harness._shown_model_class()(model, tokenizer, batch_size, "lors")
+        ours = ShownModel(model, tokenizer, batch_size, "lors")
         return {"hflm": plain(batch_size), "half": plain(max(1, batch_size // 2)), "lors": ours}
 
 

@@ -33,7 +33,7 @@ from common import software
 
 from lors_cli.data.samples import PadCollator
 from lors_cli.data.tokens import tuning_samples
-from lors_cli.evaluation import evaluate
+from lors_cli.evaluation.stage import evaluate
 from lors_cli.files import atomic, records
 from lors_cli.models.loading import load_model, load_tokenizer
 from lors_cli.pruning.stage import prune

@@ -11,7 +11,7 @@ from typer.testing import Result
 
 import lors_cli
 from lors_cli.errors import LorsError, UsageError
-from lors_cli.evaluation import samples_path
+from lors_cli.evaluation.pieces import samples_path
 from lors_cli.models.sources import locate
 from lors_cli.recipe.loading import load_recipe
 from lors_cli.recipe.shipped import find_shipped_recipe

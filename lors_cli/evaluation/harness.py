@@ -7,36 +7,22 @@ look-ups on the hub to every result, seconds a task, and does for the rest what 
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
-import math
 import random
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lors_cli.errors import MissingError, UsageError, innermost, translate
 from lors_cli.evaluation.documents import check_documents
+from lors_cli.evaluation.plain_results import TaskResult, plain_result
 from lors_cli.evaluation.tasks import documents_file, task_definition
-from lors_cli.machine import processes as parallel
 from lors_cli.output import console, progress
 
 _SEED = 1234
 _BOOTSTRAP_ROUNDS = 1000
 _SHOW_READING_FROM = 1000
-_SCORES = ("acc", "acc_norm")
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """A task's scores as plain JSON values; what is not a finite number is None."""
-
-    metrics: dict[str, float | int | None]
-    """acc, acc_stderr, acc_norm, acc_norm_stderr, other metrics of the task, num_samples."""
-    samples: list[dict[str, Any]]
-    """A document each: doc_id, target, log_likelihoods of the choices (or responses), acc, acc_norm as 0 or 1."""
 
 
 def score_task(
@@ -74,9 +60,11 @@ def score_task(
     with _quiet() as cut_requests, _shown_reading(title):
         import lm_eval
 
+        from lors_cli.evaluation.shown_model import ShownModel
+
         _seed()
         loaded = _load_task(task, definition, local)
-        lm = _shown_model_class()(model, tokenizer, batch_size, title)
+        lm = ShownModel(model, tokenizer, batch_size, title)
         results = lm_eval.evaluate(
             lm=lm,
             task_dict={"tasks": {task: loaded}},
@@ -88,7 +76,7 @@ def score_task(
     if num_cut:
         console.warn(f"{title}: {num_cut} requests exceed the model's length and were cut on the left")
     assert results is not None
-    return _plain_result(task, title, results)
+    return plain_result(task, title, results)
 
 
 def _seed() -> None:
@@ -121,87 +109,6 @@ def _load_task(name: str, definition: Path, local: Path | None) -> Any:
     task.set_config(key="num_fewshot", value=0)
     task.set_fewshot_seed(seed=_SEED)
     return task
-
-
-@functools.cache
-def _shown_model_class() -> Any:
-    """lm-eval's Hugging Face model with our scoring of choices, and our progress in place of its bars."""
-    from lm_eval.api.model import CacheHook
-    from lm_eval.models.huggingface import HFLM
-
-    from lors_cli.evaluation.prefix_tree import Choice
-    from lors_cli.evaluation.scoring import score_choices
-
-    class Counter(CacheHook):
-        """Hears of every finished request; lm-eval calls it to fill a cache, which is not kept here."""
-
-        def __init__(self, step: progress.Task) -> None:
-            super().__init__(None)
-            self.step = step
-
-        def add_partial(self, attr: str, req: Iterable[Any], res: Any) -> None:
-            self.step.advance()
-
-    class ShownModel(HFLM):
-        def __init__(self, model: Any, tokenizer: Any, batch_size: int, title: str) -> None:
-            super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
-            self.title = title
-            self.num_cut = 0
-
-        @contextlib.contextmanager
-        def counted(self, total: int, unit: str) -> Iterator[None]:
-            with progress.progress(self.title, total, unit) as step:
-                self.set_cache_hook(Counter(step))
-                yield
-
-        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
-            with progress.progress(self.title, len(requests), "requests") as step:
-                choices = [self.choice(request) for request in requests]
-                return score_choices(self.model, choices, batch_size=self.batch_size, on_progress=step.advance)
-
-        def choice(self, request: Any) -> Choice:
-            """A request's tokens, those of lm-eval."""
-            context, continuation = self.encode(*request.args)
-            if not 0 < len(continuation) <= self.max_length:
-                raise UsageError(
-                    f"{self.title}: document {request.doc_id} has a choice of {len(continuation)} tokens; "
-                    f"1 to {self.max_length} can be scored with this model."
-                )
-            tokens = [*context, *continuation]
-            self.num_cut += len(tokens) > self.max_length + 1
-            return Choice(tokens[-(self.max_length + 1) :][:-1], continuation, (request.task_name, request.doc_id))
-
-        def encode(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-            """As lm-eval's `loglikelihood` has it, where it is no function of its own."""
-            if context:
-                return self._encode_pair(context, continuation)
-            tokens = self.tok_encode(continuation, add_special_tokens=False)
-            if tokens[:1] == [self.prefix_token_id]:
-                return tokens[:1], tokens[1:]
-            return [self.prefix_token_id], tokens
-
-        def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
-            with self.counted(len(requests), "requests"):
-                return super().generate_until(requests, disable_tqdm=True)
-
-        def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
-            """One document at a time, since lm-eval reports none before all are done."""
-            with self.counted(len(requests), "documents"):
-                score = super().loglikelihood_rolling
-                processes = parallel.num_processes()
-                mine = [
-                    score([request], disable_tqdm=True)[0]
-                    for request in requests[parallel.process_index() :: processes]
-                ]
-                parts = parallel.gather(mine)
-                return [parts[number % processes][number // processes] for number in range(len(requests))]
-
-        def _loglikelihood_tokens(
-            self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
-        ) -> list[Any]:
-            return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
-
-    return ShownModel
 
 
 @contextlib.contextmanager
@@ -268,62 +175,3 @@ def _quiet() -> Iterator[list[str]]:
         datasets.logging.set_verbosity(levels[2])
         if bars:
             datasets.enable_progress_bars()
-
-
-def _plain_result(task: str, title: str, results: dict[str, Any]) -> TaskResult:
-    """lm-eval's results as plain JSON values, for one task."""
-    samples = [_plain_sample(sample) for sample in results["samples"][task]]
-    metrics: dict[str, float | int | None] = {}
-    for name, value in results["results"][task].items():
-        metric, _, choice = name.partition(",")
-        if choice:
-            metrics[metric if choice == "none" else name] = finite(value)
-    broken = sum(1 for sample in results["samples"][task] if _has_nan(sample["filtered_resps"]))
-    if broken:  # the largest of NaNs is the first one: such an accuracy says nothing
-        console.warn(f"{title}: the model gives NaN on {broken} of {len(samples)} documents; there is no score")
-        metrics = dict.fromkeys(metrics)
-    metrics["num_samples"] = int(results["n-samples"][task]["effective"])
-    return TaskResult(metrics, samples)
-
-
-def _plain_sample(sample: dict[str, Any]) -> dict[str, Any]:
-    """What is kept of one document: not its text, which the data has."""
-    plain: dict[str, Any] = {"doc_id": int(sample["doc_id"]), "target": _plain_value(sample["target"])}
-    if sample["filter"] != "none":
-        plain["filter"] = sample["filter"]
-    answers = sample["filtered_resps"]
-    if answers and all(isinstance(answer, tuple) and len(answer) == 2 for answer in answers):
-        plain["log_likelihoods"] = [finite(answer[0]) for answer in answers]
-    else:
-        plain["responses"] = _plain_value(answers)
-    for name in sample["metrics"]:
-        value = _plain_value(sample[name])
-        plain[name] = int(value) if name in _SCORES and value is not None else value
-    return plain
-
-
-def _plain_value(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return [_plain_value(item) for item in value]
-    if isinstance(value, (str, bool)) or value is None:
-        return value
-    number = finite(value)
-    return str(value) if number is None and not _is_number(value) else number
-
-
-def finite(value: Any) -> float | int | None:
-    """The value as a plain number, None when it is none or not a finite one."""
-    if not _is_number(value):
-        return None
-    number = value.item() if hasattr(value, "item") else value
-    return number if math.isfinite(number) else None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) or (hasattr(value, "item") and getattr(value, "ndim", 1) == 0)
-
-
-def _has_nan(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return any(_has_nan(item) for item in value)
-    return isinstance(value, float) and math.isnan(value)

@@ -26,7 +26,7 @@ def token_perplexity(
     windows: torch.Tensor,
     *,
     batch_size: int,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: Callable[[int], object] = lambda windows: None,
 ) -> dict[str, float | int]:
     """The exponential of the mean negative log-likelihood of every token given those before it in its window.
 
@@ -56,18 +56,13 @@ def token_perplexity(
         )
     vocabulary_size = model.get_output_embeddings().weight.shape[0]
     step = max(1, min(batch_size, MAX_BATCH_LOGITS // (sequence_length * vocabulary_size)))
-    mine: dict[int, float] = {}
+
+    def score(batch: torch.Tensor) -> float:
+        inputs = batch.to(model.device)
+        return summed_nll(model(input_ids=inputs, use_cache=False).logits[:, :-1], inputs[:, 1:])
+
     with torch.inference_mode():
-        for number, batch in enumerate(windows.split(step)):
-            if number % processes.num_processes() == processes.process_index():
-                inputs = batch.to(model.device)
-                logits = model(input_ids=inputs, use_cache=False).logits
-                mine[number] = summed_nll(logits[:, :-1], inputs[:, 1:])
-                del logits
-            if on_progress is not None:
-                on_progress(len(batch))
-    found = {number: nll for part in processes.gather(mine) for number, nll in part.items()}
-    mean = sum(found[number] for number in sorted(found)) / tokens
+        mean = sum(processes.deal(windows.split(step), score, lambda batch: on_progress(len(batch)))) / tokens
     value = math.exp(mean) if not mean > 700 else math.inf
     return {"value": value, "tokens": tokens, "sequence_length": sequence_length, "nll": mean}
 

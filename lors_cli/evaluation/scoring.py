@@ -52,7 +52,7 @@ def score_choices(
     choices: Sequence[Choice],
     *,
     batch_size: int,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: Callable[[int], object] = lambda choices: None,
 ) -> list[tuple[float, bool]]:
     """The log-likelihood of every choice's targets, and whether each target is the likeliest token.
 
@@ -75,14 +75,12 @@ def score_choices(
     max_tokens = batch_size * max(len(choice.tokens) for choice in choices)
     rows = build_rows(choices, max_tokens=max_tokens, branches=able.branches, window=able.window)
     batches = list(make_batches(rows, max_tokens))
-    mine: dict[int, tuple[float, bool]] = {}
-    for first in range(0, len(batches), processes.num_processes()):
-        turn = batches[first : first + processes.num_processes()]  # a batch for each process
-        if processes.process_index() < len(turn):
-            mine |= _score_batch(model, turn[processes.process_index()], choices, able.head)
-        if on_progress is not None:
-            on_progress(sum(len(row.reads) for batch in turn for row in batch))
-    results = {number: result for part in processes.gather(mine) for number, result in part.items()}
+    found = processes.deal(
+        batches,
+        lambda batch: _score_batch(model, batch, choices, able.head),
+        lambda batch: on_progress(sum(len(row.reads) for row in batch)),
+    )
+    results = {number: result for part in found for number, result in part.items()}
     return [results[number] for number in range(len(choices))]
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lors_cli.evaluation.pieces import samples_path
+
 ROUNDS = 10_000
 SEED = 0
 CONFIDENCE = 0.95
@@ -162,8 +164,6 @@ def compare_models(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> li
 
 def _read_accuracies(folder: Path, label: str, tasks: Sequence[str]) -> dict[str, dict[Any, float]]:
     """A model's accuracies by task and document; empty where a task's are not there or not numbers."""
-    from lors_cli.evaluation import samples_path
-
     accuracies = {}
     for task in tasks:
         path = samples_path(folder, label, task)

@@ -6,7 +6,7 @@ Without them every function here answers for a single process and does nothing e
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if TYPE_CHECKING:
     import torch
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 PATIENCE = timedelta(days=1)
@@ -156,6 +157,23 @@ def gather(value: Any) -> list[Any]:
     found: list[Any] = [None] * num_processes()
     dist.all_gather_object(found, value)
     return found
+
+
+def deal(items: Sequence[S], work: Callable[[S], T], on_progress: Callable[[S], object] = lambda item: None) -> list[T]:
+    """What `work` makes of each item, plain data, in their order: the processes take turns, and all get all of it.
+
+    Args:
+        items: the same in every process.
+        work: called with this process's share.
+        on_progress: called with every item once its turn is over.
+    """
+    mine = []
+    for number, item in enumerate(items):
+        if number % num_processes() == process_index():
+            mine.append(work(item))
+        on_progress(item)
+    parts = gather(mine)
+    return [parts[number % num_processes()][number // num_processes()] for number in range(len(items))]
 
 
 def from_main(make: Callable[[], T]) -> T:

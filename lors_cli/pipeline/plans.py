@@ -153,7 +153,7 @@ def plan_eval(
         fingerprints: of the models.
         data_dir: local datasets.
     """
-    from lors_cli.evaluation import eval_fingerprint, pending_pieces
+    from lors_cli.evaluation.pieces import eval_fingerprint, pending_pieces
 
     chosen = {role: model for role, model in models.items() if config.models is None or role in config.models}
     if not chosen:

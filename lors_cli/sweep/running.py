@@ -184,7 +184,7 @@ class _Work:
 
     def _take_over(self, plan: StagePlan, data_dir: Path | None) -> None:
         """Copy measurements of the same model that earlier settings of the sweep have left."""
-        from lors_cli.evaluation import take_over
+        from lors_cli.evaluation.pieces import take_over
         from lors_cli.models.sources import model_fingerprint
         from lors_cli.recipe.schema import EvalConfig
 

@@ -57,7 +57,7 @@ def plan_cells(cells: Sequence[Cell], out: Path) -> list[CellPlan]:
 
 
 def _plan_cell(cell: Cell, out: Path) -> CellPlan:
-    from lors_cli.evaluation import eval_fingerprint
+    from lors_cli.evaluation.pieces import eval_fingerprint
 
     recipe = cell.recipe
     data_dir = resolve_data_dir(recipe.data_dir)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lors_cli.evaluation.prefix_tree import Choice
+from lors_cli.output import console
 
 
 @pytest.fixture
@@ -30,3 +33,19 @@ def questions() -> Callable[..., list[Choice]]:
         return choices
 
     return make
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is logged."""
+    lines: list[str] = []
+    monkeypatch.setattr(console, "info", lines.append)
+    return lines
+
+
+@pytest.fixture(scope="module")
+def stories(shared_dir: Path) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = shared_dir / "data" / "models" / "stories260k"
+    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)

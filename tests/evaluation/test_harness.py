@@ -11,19 +11,10 @@ import pytest
 import torch
 
 from lors_cli.data.pydoc_text import choice_items
-from lors_cli.evaluation import harness
 from lors_cli.evaluation.harness import score_task
 from lors_cli.output import console, progress
 
 LIMIT = 6
-
-
-@pytest.fixture(scope="module")
-def stories(shared_dir: Path) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = shared_dir / "data" / "models" / "stories260k"
-    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
 
 def _choice_scores(model: Any, tokenizer: Any, prompt: str, choices: list[str]) -> list[float]:
@@ -121,24 +112,3 @@ def test_nan_gives_no_score_but_a_warning(
     assert result.samples[0]["log_likelihoods"] == [None] * 4
     assert "NaN on 2 of 2" in told[0]
     json.dumps([result.metrics, result.samples], allow_nan=False)
-
-
-def test_finite_gives_plain_numbers() -> None:
-    import numpy as np
-
-    assert harness.finite(np.float32(0.5)) == 0.5
-    assert type(harness.finite(np.int64(3))) is int
-    assert [harness.finite(value) for value in ("N/A", float("nan"), float("inf"), None, [1])] == [None] * 5
-
-
-def test_rolling_likelihood_is_scored_document_by_document(stories: tuple[Any, Any]) -> None:
-    from lm_eval.api.instance import Instance
-    from lm_eval.models.huggingface import HFLM
-
-    texts = ["Once upon a time there was a cat. " * 40, "The cat sat.", "A dog ran home. " * 3]
-    requests = [Instance(request_type="loglikelihood_rolling", doc={}, arguments=(text,), idx=0) for text in texts]
-    model, tokenizer = stories
-    shown = harness._shown_model_class()(model, tokenizer, 2, "x")
-    plain = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, softmax_dtype="float32")
-    expected = plain.loglikelihood_rolling(requests, disable_tqdm=True)
-    assert shown.loglikelihood_rolling(requests) == pytest.approx(expected, rel=1e-5)

@@ -1,20 +1,17 @@
-"""Rows with branches against a loop over single sequences, and against lm-eval's own scoring."""
+"""Rows with branches against a loop over single sequences."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from same_scores import assert_same
 
-from lors_cli.errors import UsageError
-from lors_cli.evaluation import harness, scoring
+from lors_cli.evaluation import scoring
 from lors_cli.evaluation.prefix_tree import Choice
 from lors_cli.evaluation.scoring import score_choices
-from lors_cli.evaluation.tasks import task_definition
-from lors_cli.output import console
 
 VOCABULARY = 300
 COMMON: dict[str, Any] = {
@@ -47,14 +44,6 @@ NO_BRANCHES = {"GPTNeo", "Bloom", "Mpt", "RecurrentGemma"}
 NO_HEAD = {"Gemma2", "Granite", "RecurrentGemma"}
 
 
-@pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is logged."""
-    lines: list[str] = []
-    monkeypatch.setattr(console, "info", lines.append)
-    return lines
-
-
 def tiny(name: str, dtype: torch.dtype = torch.float32) -> Any:
     import transformers
 
@@ -74,11 +63,6 @@ def alone(model: Any, choices: list[Choice]) -> list[tuple[float, bool]]:
         picked = logits.double().log_softmax(-1).gather(1, wanted[:, None])
         results.append((float(picked.sum()), bool((logits.argmax(-1) == wanted).all())))
     return results
-
-
-def assert_same(found: list[tuple[float, bool]], expected: list[tuple[float, bool]], tolerance: float = 1e-4) -> None:
-    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=tolerance)
-    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -141,81 +125,3 @@ def test_context_is_computed_once_and_the_head_only_where_needed(monkeypatch: py
     # 30 of context; 50, 51, 53 and 60 are read once each; 52, 54, 61, 70, 71 are only predicted
     assert tokens[0].tolist() == [[*context, 50, 51, 53, 60]]
     assert heads[0] == (5, 32)  # after the context, 50, 51, 53 and 60
-
-
-@pytest.fixture(scope="module")
-def stories(shared_dir: Path) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = shared_dir / "data" / "models" / "stories260k"
-    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-
-
-def both(model: Any, tokenizer: Any, requests: list[Any]) -> tuple[list[Any], list[Any], int]:
-    """Our results, lm-eval's, and how many requests were cut."""
-    from lm_eval.models.huggingface import HFLM
-
-    with harness._quiet() as cut:
-        ours = harness._shown_model_class()(model, tokenizer, 8, "x")
-        found = ours.loglikelihood(requests)
-        plain = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8, softmax_dtype="float32")
-        expected = plain.loglikelihood(requests, disable_tqdm=True)
-    assert ours.num_cut >= len(cut)  # lm-eval tells of one of those that share all but their last token
-    return found, expected, ours.num_cut
-
-
-@pytest.mark.parametrize(
-    "task", ["arc_challenge", "arc_easy", "boolq", "hellaswag", "openbookqa", "rte", "winogrande", "pydoc_choice"]
-)
-def test_equals_lm_eval(task: str, stories: tuple[Any, Any], shared_dir: Path, tmp_path: Path) -> None:
-    with harness._quiet():
-        loaded = harness._load_task(task, task_definition(task, data_dir=shared_dir / "data", folder=tmp_path), None)
-        loaded.build_all_requests(limit=12, rank=0, world_size=1)
-    found, expected, num_cut = both(*stories, loaded.instances)
-    assert_same(found, expected)
-    documents: dict[int, list[int]] = {}
-    for number, request in enumerate(loaded.instances):
-        documents.setdefault(request.doc_id, []).append(number)
-    for numbers in documents.values():
-        doc = loaded.instances[numbers[0]].doc
-        metrics = [loaded.process_results(doc, [results[i] for i in numbers]) for results in (found, expected)]
-        assert metrics[0] == metrics[1]
-    assert len(documents) == 12
-    assert (num_cut > 0) == (task == "boolq")
-
-
-def instances(*pairs: tuple[str, str]) -> list[Any]:
-    from lm_eval.api.instance import Instance
-
-    return [
-        Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=index, metadata=("t", index // 2, 1))
-        for index, pair in enumerate(pairs)
-    ]
-
-
-def test_tokens_are_those_of_lm_eval(stories: tuple[Any, Any]) -> None:
-    long = "Once upon a time there was a very small cat. " * 60
-    requests = instances(
-        ("", "Once upon a time"), ("", " and then"), ("The cat  ", "sat"), ("The cat", " sat"), ("<s>The cat", " sat"),
-        (long, "It was red."), (long, "They all ran home."), (long, "It was red."), ("\n", "x"), ("", "<s> a"),
-    )  # fmt: skip
-    found, expected, num_cut = both(*stories, requests)
-    assert_same(found, expected, tolerance=3e-4)
-    assert num_cut == 3
-
-
-def test_choice_that_does_not_fit_is_refused(stories: tuple[Any, Any]) -> None:
-    lm = harness._shown_model_class()(*stories, 8, "tuned t")
-    with pytest.raises(UsageError, match=r"tuned t: document 0 has a choice of \d+ tokens; 1 to 512"):
-        lm.loglikelihood(instances(("a", " fox" * 600)))
-
-
-def test_bfloat16_agrees_within_rounding(stories: tuple[Any, Any], told: list[str]) -> None:
-    import copy
-
-    model, tokenizer = copy.deepcopy(stories[0]).bfloat16(), stories[1]
-    requests = instances(*((f"One day {name} went to the", f" {place}.") for name in ("Tim", "a cat", "the big red dog")
-                           for place in ("park", "lake with a boat")))  # fmt: skip
-    found, expected, _ = both(model, tokenizer, requests)
-    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=0.5)
-    assert told == []

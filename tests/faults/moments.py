@@ -211,7 +211,7 @@ def _wrap_writes(watch: Watch) -> None:
 
 def _count_work(watch: Watch) -> None:
     """A line for every block, step and piece that was computed, kept or not."""
-    from lors_cli import evaluation
+    from lors_cli.evaluation import stage
     from lors_cli.pruning.walk.driver import BlockPruner
     from lors_cli.tuning import initialization
     from lors_cli.tuning.training.step_log import StepLog
@@ -231,5 +231,5 @@ def _count_work(watch: Watch) -> None:
         StepLog, "append", lambda self, row: f"step {watch.name(self.path.parent).replace('/.work', '')} {row['step']}"
     )
     told(initialization, "gradient_directions", lambda *_: "start")
-    told(evaluation, "_score_task", lambda *args: f"piece {watch.name(args[3].path)}")
-    told(evaluation, "_score_text", lambda *args: f"piece {watch.name(args[3].path)}")
+    told(stage, "_score_task", lambda *args: f"piece {watch.name(args[3].path)}")
+    told(stage, "_score_text", lambda *args: f"piece {watch.name(args[3].path)}")

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from lors_cli import evaluation
 from lors_cli.data import tokens
 from lors_cli.errors import UsageError
-from lors_cli.evaluation import eval_fingerprint, evaluate, harness, pending_pieces, perplexity
+from lors_cli.evaluation import harness, perplexity, pieces
+from lors_cli.evaluation.pieces import eval_fingerprint, pending_pieces
+from lors_cli.evaluation.plain_results import TaskResult
+from lors_cli.evaluation.stage import evaluate
 from lors_cli.files import records
 from lors_cli.models import blocks, loading, sources
 from lors_cli.recipe.schema import EvalConfig, ModelConfig
@@ -64,7 +66,7 @@ class Bench:
             raise KeyboardInterrupt
         self.scored.append((label, task))
         sample = {"doc_id": 0, "target": 1, "log_likelihoods": [-1.0, -2.0], "acc": 0}
-        return harness.TaskResult({"acc": 0.5, "acc_stderr": 0.1, "num_samples": 4}, [sample])
+        return TaskResult({"acc": 0.5, "acc_stderr": 0.1, "num_samples": 4}, [sample])
 
     def measure(self, model: Any, windows: Any, *, batch_size: int, on_progress: Any) -> dict[str, Any]:
         self.scored.append((model.path, "perplexity"))
@@ -186,4 +188,4 @@ def test_unknown_task_stops_before_any_model_is_loaded(bench: Bench, tmp_path: P
     with pytest.raises(UsageError, match="did you mean boolq"):
         evaluate(EvalConfig(tasks=("bolq",)), MODELS, tmp_path, data_dir=None)
     assert bench.loaded == []
-    assert evaluation.STAGE_VERSION >= 1
+    assert pieces.STAGE_VERSION >= 1

@@ -1,0 +1,159 @@
+"""The pieces of an evaluation: one task or one text of one model, stored under a fingerprint of all it depends on.
+
+A piece is kept once it is finished: a later run scores only what is new or has changed. Below the stage's folder:
+
+    .pieces/<model>/<task>.json     a finished piece        samples/<model>/<task>.jsonl   its documents
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from lors_cli.data import sources
+from lors_cli.errors import UsageError
+from lors_cli.evaluation.tasks import task_fingerprint
+from lors_cli.files import atomic, hashes
+from lors_cli.recipe.schema import EvalConfig
+
+STAGE_VERSION = 2
+PERPLEXITY_FIELDS = ("value", "tokens", "sequence_length")
+_VERSIONS = {"tasks": 2, "perplexity": 1}
+"""Of the code that scores a piece. Tasks: 2 since choices share their context (same scores up to rounding)."""
+_LABEL = re.compile(r"^[A-Za-z0-9][\w.-]{0,99}$")
+
+Kind = Literal["tasks", "perplexity"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One task or one text of one model."""
+
+    label: str
+    kind: Kind
+    name: str
+    fingerprint: str
+    path: Path
+    samples: Path | None
+
+    def stored(self) -> dict[str, Any] | None:
+        """What an earlier run found, None when there is nothing or it is out of date."""
+        content = atomic.read_json(self.path)
+        if not isinstance(content, dict) or content.get("fingerprint") != self.fingerprint:
+            return None
+        if not _is_result(self.kind, content.get("result")):
+            return None
+        return content if self.samples is None or self.samples.is_file() else None
+
+
+def _is_result(kind: Kind, value: Any) -> bool:
+    """Whether a stored value is what scoring a piece gives: numbers by name, with those that are read later."""
+    needed = PERPLEXITY_FIELDS if kind == "perplexity" else ("num_samples",)
+    return (
+        isinstance(value, dict)
+        and all(item is None or isinstance(item, (int, float)) for item in value.values())
+        and all(field in value for field in needed)
+    )
+
+
+def pieces_of(
+    config: EvalConfig, model_fingerprints: Mapping[str, str], out: Path, data_dir: Path | None
+) -> list[Piece]:
+    """Every piece of the stage, in the order of scoring."""
+    from importlib.metadata import version
+
+    for label in model_fingerprints:
+        if not _LABEL.match(label) or label in ("stage", "samples"):
+            raise UsageError(f"{label!r} cannot be a model's name in the results.", "Use letters, digits, . _ -")
+    settings = {"batch_size": config.batch_size, "transformers": version("transformers").split(".")[0]}
+    contents: list[tuple[Kind, str, list[Any]]] = [
+        *(("tasks", name, [task_fingerprint(name, data_dir), config.limit]) for name in config.tasks),
+        *(
+            ("perplexity", name, [sources.fingerprint_source(name, split="validation", data_dir=data_dir),
+                                  config.perplexity_windows, config.perplexity_length])
+            for name in config.perplexity
+        ),
+    ]  # fmt: skip
+    return [
+        Piece(
+            label,
+            kind,
+            name,
+            hashes.fingerprint(f"eval/{kind}", _VERSIONS[kind], settings, {"model": model, "content": content}),
+            out / ".pieces" / label / f"{_file_stem(kind, name)}.json",
+            samples_path(out, label, name) if kind == "tasks" else None,
+        )
+        for label, model in model_fingerprints.items()
+        for kind, name, content in contents
+    ]
+
+
+def samples_path(out: Path, label: str, task: str) -> Path:
+    """Where a task's results of the model `label` are, document by document, below the stage's folder."""
+    return out / "samples" / label / f"{_file_stem('tasks', task)}.jsonl"
+
+
+def _file_stem(kind: Kind, name: str) -> str:
+    """A file name for a task or text: its own where that is plain, else with a few digits of its hash."""
+    stem = re.sub(r"[^\w.-]+", "_", Path(name).name)[:80]
+    if stem != name:
+        stem += "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
+    return stem if kind == "tasks" else f"perplexity-{stem}"
+
+
+def whole_fingerprint(pieces: Sequence[Piece]) -> str:
+    """The stage's fingerprint, of all its pieces."""
+    inputs = {f"{piece.label}/{piece.path.stem}": piece.fingerprint for piece in pieces}
+    return hashes.fingerprint("eval", STAGE_VERSION, None, inputs)
+
+
+def eval_fingerprint(config: EvalConfig, model_fingerprints: Mapping[str, str], data_dir: Path | None) -> str:
+    """The fingerprint that `stage.json` has once all of this is evaluated."""
+    return whole_fingerprint(pieces_of(config, model_fingerprints, Path(), data_dir))
+
+
+def pending_pieces(
+    config: EvalConfig, model_fingerprints: Mapping[str, str | None], out: Path, data_dir: Path | None
+) -> list[tuple[str, str]]:
+    """What `evaluate` would still have to score; neither models nor documents are loaded for it.
+
+    Args:
+        config: as for `evaluate`.
+        model_fingerprints: label to `sources.model_fingerprint`, None for a model that is yet to be made.
+        out: the stage's folder.
+        data_dir: as for `evaluate`.
+
+    Returns:
+        Pairs of label and task or text.
+    """
+    known = {label: fingerprint or "" for label, fingerprint in model_fingerprints.items()}
+    return [
+        (piece.label, piece.name)
+        for piece in pieces_of(config, known, out, data_dir)
+        if model_fingerprints[piece.label] is None or piece.stored() is None
+    ]
+
+
+def take_over(
+    config: EvalConfig, model_fingerprints: Mapping[str, str], out: Path, folders: Iterable[Path], data_dir: Path | None
+) -> int:
+    """Copy from other evaluations what they have measured already of the same models, and how many pieces that is."""
+    taken = 0
+    others = [folder for folder in folders if folder != out]
+    for piece in pieces_of(config, model_fingerprints, out, data_dir):
+        if piece.stored() is not None:
+            continue
+        for folder in others:
+            samples = piece.samples and folder / piece.samples.relative_to(out)
+            twin = replace(piece, path=folder / piece.path.relative_to(out), samples=samples)
+            if twin.stored() is not None:
+                if piece.samples and samples:
+                    atomic.write_bytes(piece.samples, samples.read_bytes())
+                atomic.write_bytes(piece.path, twin.path.read_bytes())
+                taken += 1
+                break
+    return taken

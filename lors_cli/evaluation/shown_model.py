@@ -1,0 +1,86 @@
+"""lm-eval's Hugging Face model with our scoring of choices, and our progress in place of its bars.
+
+Imports lm_eval and torch: import this when it is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lm_eval.api.model import CacheHook
+from lm_eval.models.huggingface import HFLM
+
+from lors_cli.errors import UsageError
+from lors_cli.evaluation.prefix_tree import Choice
+from lors_cli.evaluation.scoring import score_choices
+from lors_cli.machine import processes
+from lors_cli.output import progress
+
+
+class _Counter(CacheHook):
+    """Hears of every finished request; lm-eval calls it to fill a cache, which is not kept here."""
+
+    def __init__(self, step: progress.Task) -> None:
+        super().__init__(None)
+        self.step = step
+
+    def add_partial(self, attr: str, req: Iterable[Any], res: Any) -> None:
+        self.step.advance()
+
+
+class ShownModel(HFLM):
+    """A loaded causal LM as lm-eval asks it; `title` names it and its task on the screen."""
+
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int, title: str) -> None:
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
+        self.title = title
+        self.num_cut = 0
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
+        with progress.progress(self.title, len(requests), "requests") as step:
+            choices = [self._choice(request) for request in requests]
+            return score_choices(self.model, choices, batch_size=self.batch_size, on_progress=step.advance)
+
+    def _choice(self, request: Any) -> Choice:
+        """A request's tokens, those of lm-eval."""
+        context, continuation = self._encode(*request.args)
+        if not 0 < len(continuation) <= self.max_length:
+            raise UsageError(
+                f"{self.title}: document {request.doc_id} has a choice of {len(continuation)} tokens; "
+                f"1 to {self.max_length} can be scored with this model."
+            )
+        tokens = [*context, *continuation]
+        self.num_cut += len(tokens) > self.max_length + 1
+        return Choice(tokens[-(self.max_length + 1) :][:-1], continuation, (request.task_name, request.doc_id))
+
+    def _encode(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """As lm-eval's `loglikelihood` has it, where it is no function of its own."""
+        if context:
+            return self._encode_pair(context, continuation)
+        tokens = self.tok_encode(continuation, add_special_tokens=False)
+        if tokens[:1] == [self.prefix_token_id]:
+            return tokens[:1], tokens[1:]
+        return [self.prefix_token_id], tokens
+
+    @contextmanager
+    def _counted(self, total: int, unit: str) -> Iterator[None]:
+        with progress.progress(self.title, total, unit) as step:
+            self.set_cache_hook(_Counter(step))
+            yield
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
+        with self._counted(len(requests), "requests"):
+            return super().generate_until(requests, disable_tqdm=True)
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
+        """One document at a time, since lm-eval reports none before all are done."""
+        score = super().loglikelihood_rolling
+        with self._counted(len(requests), "documents"):
+            return processes.deal(requests, lambda request: score([request], disable_tqdm=True)[0])
+
+    def _loglikelihood_tokens(
+        self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[Any]:
+        return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)

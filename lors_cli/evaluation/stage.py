@@ -1,0 +1,211 @@
+"""The eval stage: several models, their zero-shot tasks and perplexities, piece by piece.
+
+What is written below the stage's folder, besides the pieces (see `pieces`):
+
+    <model>.json    a model's results       stage.json    written last
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lors_cli.evaluation.pieces import PERPLEXITY_FIELDS, Piece, pieces_of, whole_fingerprint
+from lors_cli.evaluation.plain_results import finite
+from lors_cli.evaluation.summary import average
+from lors_cli.evaluation.tasks import check_tasks
+from lors_cli.files import atomic, hashes, records
+from lors_cli.machine import environment, processes
+from lors_cli.models import blocks, loading, sources
+from lors_cli.output import console, progress
+from lors_cli.recipe.schema import EvalConfig, ModelConfig
+
+_SCRATCH = ".scratch"
+
+
+def evaluate(
+    config: EvalConfig, model_configs: dict[str, ModelConfig], out: Path, *, data_dir: Path | None
+) -> dict[str, dict[str, Any]]:
+    """Score several models on the configured tasks and texts, as far as that is not done yet.
+
+    Args:
+        config: tasks, texts, limits; `config.models` is not read.
+        model_configs: label to model, in the order of the results; a label names the model's files.
+        out: the stage's folder.
+        data_dir: folder with local copies of the datasets, None for the hub.
+
+    Returns:
+        Label to {"model", "tasks", "average", "perplexity"}, as in `out/<label>.json`.
+
+    Raises:
+        UsageError: an unknown task or text, or a label that can be no file name.
+        MissingError: a model or data that is not there.
+    """
+    with processes.joined():
+        check_tasks(config.tasks, data_dir)
+        fingerprints = {label: sources.model_fingerprint(model) for label, model in model_configs.items()}
+        pieces = pieces_of(config, fingerprints, out, data_dir)
+        shutil.rmtree(_scratch(out), ignore_errors=True)  # of a run that was killed
+        for label, model_config in model_configs.items():
+            mine = [piece for piece in pieces if piece.label == label]
+            missing = processes.from_main(partial(_missing, mine))
+            if missing:
+                _score_model(config, model_config, missing, out, data_dir, already=len(mine) - len(missing))
+        return processes.from_main(lambda: _publish(config, model_configs, fingerprints, pieces, out))
+
+
+def _missing(pieces: Sequence[Piece]) -> list[Piece]:
+    return [piece for piece in pieces if piece.stored() is None]
+
+
+def _scratch(out: Path) -> Path:
+    """Where this process writes while it scores."""
+    return out / f"{_SCRATCH}{processes.process_index() or ''}"
+
+
+def _score_model(
+    config: EvalConfig, model_config: ModelConfig, pieces: list[Piece], out: Path, data_dir: Path | None, already: int
+) -> None:
+    """Load one model, score its missing pieces, store each, and free the model."""
+    label = pieces[0].label
+    done = f", {already} done before" if already else ""
+    console.info(f"  {label}: {len(pieces)} to score{done} ({model_config.path})")
+    scratch = _scratch(out)
+    model, tokenizer = loading.load_model(model_config), loading.load_tokenizer(model_config)
+    try:
+        for number, piece in enumerate(pieces, start=1):
+            started = time.monotonic()
+            if piece.kind == "tasks":
+                result = _score_task(config, model, tokenizer, piece, scratch, data_dir)
+                shown = ", ".join(
+                    f"{key} {result[key]:.4f}" for key in ("acc", "acc_norm") if result.get(key) is not None
+                )
+            else:
+                result = _score_text(config, model, tokenizer, piece, data_dir)
+                shown = f"perplexity {result['value']:.3f}" if result["value"] is not None else "no finite perplexity"
+            elapsed_s = time.monotonic() - started
+            content = {"fingerprint": piece.fingerprint, "elapsed_s": round(elapsed_s, 3), "result": result}
+            if processes.is_main():
+                atomic.write_json(piece.path, content)
+            console.info(
+                f"  {label} {piece.name} ({number}/{len(pieces)}): {shown or 'done'} in {progress.duration(elapsed_s)}"
+            )
+    finally:
+        del model, tokenizer
+        _free_memory()
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _score_task(
+    config: EvalConfig, model: Any, tokenizer: Any, piece: Piece, scratch: Path, data_dir: Path | None
+) -> dict[str, Any]:
+    """Score one task and write its documents."""
+    from lors_cli.evaluation.harness import score_task
+
+    result = score_task(
+        model,
+        tokenizer,
+        piece.name,
+        limit=config.limit,
+        batch_size=config.batch_size,
+        data_dir=data_dir,
+        folder=scratch,
+        label=piece.label,
+    )
+    assert piece.samples is not None
+    if processes.is_main():
+        lines = (json.dumps(sample, ensure_ascii=False, allow_nan=False) + "\n" for sample in result.samples)
+        piece.path.unlink(missing_ok=True)  # of other settings: it would be taken for that of these documents
+        atomic.write_text(piece.samples, "".join(lines))
+    return result.metrics
+
+
+def _score_text(config: EvalConfig, model: Any, tokenizer: Any, piece: Piece, data_dir: Path | None) -> dict[str, Any]:
+    """Measure one perplexity."""
+    from lors_cli.data.tokens import perplexity_windows
+    from lors_cli.evaluation.perplexity import token_perplexity
+
+    windows = perplexity_windows(
+        piece.name,
+        tokenizer,
+        sequence_length=config.perplexity_length,
+        model_max_length=blocks.model_max_length(model),
+        max_windows=config.perplexity_windows,
+        data_dir=data_dir,
+    )
+    with progress.progress(f"{piece.label} perplexity {piece.name}", len(windows), "windows") as step:
+        found = token_perplexity(model, windows, batch_size=config.batch_size, on_progress=step.advance)
+    result = {key: finite(value) for key, value in found.items()}
+    if result["value"] is None:
+        console.warn(f"{piece.label}: the perplexity of {piece.name} is not finite; null is stored")
+    return result
+
+
+def _free_memory() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _publish(
+    config: EvalConfig,
+    model_configs: Mapping[str, ModelConfig],
+    model_fingerprints: Mapping[str, str],
+    pieces: list[Piece],
+    out: Path,
+) -> dict[str, dict[str, Any]]:
+    """Write each model's results and, last, the stage's record; files that already say so are left alone."""
+    stored = [(piece, piece.stored() or {}) for piece in pieces]
+    results = {
+        label: _collect(model.path, [(piece, content["result"]) for piece, content in stored if piece.label == label])
+        for label, model in model_configs.items()
+    }
+    for label, content in results.items():
+        if atomic.read_json(out / f"{label}.json") != content:
+            atomic.write_json(out / f"{label}.json", content)
+    files = {f"{label}.json": hashes.file_sha256(out / f"{label}.json") for label in sorted(results)}
+    old, expected = records.read_record(out), whole_fingerprint(pieces)
+    if old is not None and old.fingerprint == expected and old.files == files:
+        return results
+    for stale in sorted(set(old.files if old else ()) - set(files)):
+        (out / stale).unlink(missing_ok=True)
+    metrics = {
+        label: {
+            "average_acc": content["average"]["value"],
+            "perplexity": {name: item["value"] for name, item in content["perplexity"].items()},
+        }
+        for label, content in results.items()
+    }
+    record = records.StageRecord(
+        stage="eval",
+        fingerprint=expected,
+        config=hashes.plain(config),
+        inputs=dict(model_fingerprints),
+        metrics=metrics,
+        environment=environment.environment(),
+        elapsed_s=round(sum(content["elapsed_s"] for _, content in stored), 3),
+        files=files,
+    )
+    atomic.write_json(out / records.RECORD_NAME, asdict(record))
+    return results
+
+
+def _collect(path: str, found: list[tuple[Piece, dict[str, Any]]]) -> dict[str, Any]:
+    """One model's results from those of its pieces: results only, no times."""
+    tasks = {piece.name: result for piece, result in found if piece.kind == "tasks"}
+    texts = {piece.name: result for piece, result in found if piece.kind == "perplexity"}
+    return {
+        "model": path,
+        "tasks": tasks,
+        "average": average(tasks),
+        "perplexity": {name: {key: result[key] for key in PERPLEXITY_FIELDS} for name, result in texts.items()},
+    }
