@@ -69,12 +69,9 @@ def mcnemar(better: int, worse: int) -> float:
 
     Source: McNemar 1947, doi:10.1007/BF02295996; the exact form is the sign test.
     """
-    trials = better + worse
-    term = tail = 1
-    for successes in range(1, min(better, worse) + 1):
-        term = term * (trials - successes + 1) // successes
-        tail += term
-    return min(1.0, 2 * tail / 2**trials)
+    from scipy.stats import binomtest
+
+    return float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
 
 
 def bootstrap_interval(
