@@ -14,11 +14,7 @@ Row = dict[str, Any]
 
 
 def check_documents(task: str, path: Path) -> None:
-    """Refuse documents that lm-eval's definition of the task could not use.
-
-    Args:
-        task: one of the seven.
-        path: JSON lines, maybe in a gzip.
+    """Refuse documents (JSON lines, maybe in a gzip) that lm-eval's definition of one of the seven could not use.
 
     Raises:
         UsageError: a row is broken, with its line, or there is none.

@@ -40,10 +40,10 @@ def score_task(
 
     Args:
         model: causal LM in evaluation mode, on its device.
-        tokenizer: its tokenizer.
+        tokenizer: its own.
         task: one of the seven tasks, pydoc_choice, or any task of lm-eval.
         limit: at most so many documents, the first ones.
-        batch_size: sequences a forward pass, see `score_choices`.
+        batch_size: see `score_choices`.
         data_dir: folder with local copies of the seven tasks' documents, None for the hub.
         folder: for generated files; may be deleted afterwards.
         label: the model's name, for the progress display.

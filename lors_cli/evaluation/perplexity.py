@@ -68,12 +68,7 @@ def token_perplexity(
 
 
 def summed_nll(logits: torch.Tensor, targets: torch.Tensor) -> float:
-    """The negative log-likelihood of all targets, in nats; float32 a chunk of rows, summed in float64.
-
-    Args:
-        logits: (batch, positions, vocabulary) in the model's dtype.
-        targets: token ids (batch, positions).
-    """
+    """The negative log-likelihood of all `targets` (batch, positions), in nats; float32 a chunk, summed in float64."""
     from torch.nn.functional import cross_entropy
 
     rows = max(1, MAX_CHUNK_LOGITS // logits.shape[-1])

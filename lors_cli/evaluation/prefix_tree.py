@@ -22,17 +22,14 @@ ROW_TOKENS = 1024
 
 @dataclass(frozen=True)
 class Choice:
-    """A continuation to score.
-
-    Args:
-        tokens: what the model reads: the context and the continuation without its last token.
-        targets: the continuation; the last len(targets) tokens predict it.
-        document: choices of the same document may share a row.
-    """
+    """A continuation to score."""
 
     tokens: Sequence[int]
+    """What the model reads: the context and the continuation without its last token."""
     targets: Sequence[int]
+    """The continuation; the last len(targets) tokens predict it."""
     document: Hashable = None
+    """Choices of the same document may share a row."""
 
 
 @dataclass
@@ -108,12 +105,8 @@ def build_rows(
 
 def _common(some: Sequence[int], other: Sequence[int]) -> int:
     """Length of the common prefix."""
-    length = 0
-    for one, two in zip(some, other, strict=False):
-        if one != two:
-            break
-        length += 1
-    return length
+    apart = (number for number, (one, two) in enumerate(zip(some, other, strict=False)) if one != two)
+    return next(apart, min(len(some), len(other)))
 
 
 def make_batches(rows: Iterable[Row], max_tokens: int) -> Iterator[list[Row]]:

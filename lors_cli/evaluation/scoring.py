@@ -60,7 +60,7 @@ def score_choices(
 
     Args:
         model: causal LM in evaluation mode.
-        choices: what to score.
+        choices: in any order.
         batch_size: a batch has at most so many tokens as this number of the longest sequence.
         on_progress: called with the number of choices that were scored since the last call.
 
@@ -164,12 +164,7 @@ def _try_out(model: PreTrainedModel) -> _Abilities:
 
 @torch.inference_mode()
 def why_not_head(model: PreTrainedModel, probe: Sequence[Choice]) -> str:
-    """Why the head cannot be applied to some hidden states alone; empty if it can. Found by trying.
-
-    Args:
-        model: causal LM.
-        probe: choices to try on.
-    """
+    """Why the head cannot be applied to some hidden states alone; empty if it can. Found by trying it on `probe`."""
     head: Any = model.get_output_embeddings()
     if not has_plain_head(model):
         return "the model's head is no plain linear on top of its base model"
@@ -183,11 +178,9 @@ def why_not_head(model: PreTrainedModel, probe: Sequence[Choice]) -> str:
 
 @torch.inference_mode()
 def why_not_branches(model: PreTrainedModel, probe: Sequence[Choice]) -> str:
-    """Why a row with branches gives other logits than plain rows; empty if it does not. Found by trying.
+    """Why a row with branches gives other logits than plain rows; empty if it does not.
 
-    Args:
-        model: causal LM.
-        probe: choices of one context, to try on.
+    Found by trying it on `probe`, choices of one context.
     """
     if model.config.model_type == "gpt_neo":
         return "GPTNeo's local attention counts places in the row"

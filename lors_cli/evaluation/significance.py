@@ -81,11 +81,6 @@ def bootstrap_interval(
 
     Args:
         differences: of each task, the two models' difference on each document.
-        rounds: how often.
-        seed: of the draws.
-
-    Returns:
-        Lower and upper end.
 
     Source: paired bootstrap, Efron & Tibshirani 1993, §13.3.
     """
@@ -106,13 +101,7 @@ def bootstrap_interval(
 def compare(
     first: str, second: str, some: Mapping[str, Accuracies], other: Mapping[str, Accuracies]
 ) -> Comparison | None:
-    """The first model against the second.
-
-    Args:
-        first: the first model's name.
-        second: the second model's name.
-        some: the first model's accuracies by task and document.
-        other: the second model's.
+    """The first model against the second, by their accuracies by task and document.
 
     Returns:
         None where there is no task, or the tasks or their documents are not the same.

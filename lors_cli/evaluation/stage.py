@@ -7,7 +7,6 @@ What is written below the stage's folder, besides the pieces (see `pieces`):
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
 import time
@@ -23,6 +22,7 @@ from lors_cli.evaluation.summary import average
 from lors_cli.evaluation.tasks import check_tasks
 from lors_cli.files import atomic, hashes, records
 from lors_cli.machine import environment, processes
+from lors_cli.machine.memory import collect_garbage
 from lors_cli.models import blocks, loading, sources
 from lors_cli.output import console, progress
 from lors_cli.recipe.schema import EvalConfig, ModelConfig
@@ -99,7 +99,7 @@ def _score_model(
             )
     finally:
         del model, tokenizer
-        _free_memory()
+        collect_garbage()
         shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -146,14 +146,6 @@ def _score_text(config: EvalConfig, model: Any, tokenizer: Any, piece: Piece, da
     if result["value"] is None:
         console.warn(f"{piece.label}: the perplexity of {piece.name} is not finite; null is stored")
     return result
-
-
-def _free_memory() -> None:
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _publish(

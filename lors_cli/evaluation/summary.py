@@ -7,10 +7,7 @@ from typing import Any
 
 
 def average(tasks: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The unweighted mean accuracy of the tasks that have one.
-
-    Args:
-        tasks: metrics by task.
+    """The unweighted mean accuracy of those `tasks` (metrics by task) that have one.
 
     Returns:
         {"metric": "acc", "value", "tasks"}; the value is None when no task has an accuracy, or one of them has
@@ -18,32 +15,22 @@ def average(tasks: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """
     names = [name for name, metrics in tasks.items() if "acc" in metrics]
     values = [tasks[name]["acc"] for name in names]
-    value = math.fsum(values) / len(values) if values and None not in values else None
+    value = fmean(values) if values and None not in values else None
     return {"metric": "acc", "value": value, "tasks": names}
 
 
 def average_stderr(tasks: dict[str, dict[str, Any]]) -> float | None:
-    """The standard error of `average`'s value: the tasks are independent, each with its own.
-
-    Args:
-        tasks: metrics by task.
-
-    Returns:
-        None where a task with an accuracy has no standard error.
-    """
-    scored = [metrics for metrics in tasks.values() if "acc" in metrics]
-    if not scored or any(metrics.get("acc_stderr") is None for metrics in scored):
+    """The standard error of `average`'s value, the tasks being independent; None where a task's own is missing."""
+    errors: list[Any] = [metrics.get("acc_stderr") for metrics in tasks.values() if "acc" in metrics]
+    if not errors or None in errors:
         return None
-    return math.sqrt(math.fsum(metrics["acc_stderr"] ** 2 for metrics in scored)) / len(scored)
+    return math.sqrt(math.fsum(error**2 for error in errors)) / len(errors)
 
 
 def recovered(results: dict[str, dict[str, Any]]) -> dict[str, float]:
     """The share of what pruning lost that tuning won back; 1 is all of it.
 
     It is (tuned − pruned) / (dense − pruned), of the average accuracy and of the logarithm of each perplexity.
-
-    Args:
-        results: as `evaluate` returns them.
 
     Returns:
         “accuracy” and “perplexity <text>” to the share; only those where dense, pruned and tuned have a value, of

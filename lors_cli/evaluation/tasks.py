@@ -58,10 +58,6 @@ class TaskNames:
 def check_tasks(names: Sequence[str], data_dir: Path | None) -> None:
     """Refuse tasks that cannot be scored, before anything is loaded or pruned.
 
-    Args:
-        names: names of tasks.
-        data_dir: folder with local copies of the seven tasks' documents, None for the hub.
-
     Raises:
         UsageError: names that no definition has, all of them in one message; a task that runs the model's code.
         MissingError: a file of documents that is not in `data_dir`.
@@ -108,16 +104,7 @@ def task_definition(name: str, *, data_dir: Path | None, folder: Path) -> Path:
 
 
 def task_fingerprint(name: str, data_dir: Path | None) -> str:
-    """A short hash of the task's definition and, as far as they are local, of its documents.
-
-    Args:
-        name: as for `task_definition`.
-        data_dir: as for `task_definition`.
-
-    Raises:
-        UsageError: an unknown task.
-        MissingError: a file of documents that is not in `data_dir`.
-    """
+    """A short hash of the task's definition and, as far as they are local, of its documents."""
     from importlib.metadata import version
 
     inputs: dict[str, Any] = {"lm_eval": version("lm-eval"), "definition": _definition_text(_definition_file(name))}
@@ -152,10 +139,6 @@ def _local_definition(name: str, definition: Path, split: str, documents: Path, 
 
 def documents_file(name: str, data_dir: Path | None) -> Path | None:
     """The local documents of one of the seven tasks; None where the task's documents are not read from a folder.
-
-    Args:
-        name: of a task.
-        data_dir: folder with local copies, None for the hub.
 
     Raises:
         MissingError: the folder lacks them.

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from lors_cli.errors import LorsError, UsageError, translate
 from lors_cli.files import atomic, hashes
 from lors_cli.machine import processes
 from lors_cli.machine.determinism import determinism
+from lors_cli.machine.memory import collect_garbage
 from lors_cli.output import console, progress
 from lors_cli.pipeline.folders import claim, guard_out, tidy
 from lors_cli.pipeline.plans import StagePlan, describe
@@ -179,7 +179,7 @@ class _Work:
             self.log.append({"stage": plan.stage, "cell": cell_plan.cell.name, "folder": str(plan.folder),
                              "elapsed_s": round(elapsed_s, 2)})  # fmt: skip
             console.info(f"  {plan.stage} took {progress.duration(elapsed_s)}")
-        _free_memory()
+        collect_garbage()
         return self._broken.get(plan.folder)
 
     def _take_over(self, plan: StagePlan, data_dir: Path | None) -> None:
@@ -209,11 +209,3 @@ def _write_text(out: Path, text: str) -> None:
     path = out / TEXT_NAME
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
         atomic.write_text(path, text)
-
-
-def _free_memory() -> None:
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
