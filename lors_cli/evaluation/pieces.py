@@ -16,14 +16,15 @@ from typing import Any, Literal
 
 from lors_cli.data import sources
 from lors_cli.errors import UsageError
-from lors_cli.evaluation.tasks import task_fingerprint
+from lors_cli.evaluation.tasks import OWN_TASKS, task_fingerprint
 from lors_cli.files import atomic, hashes
 from lors_cli.recipe.schema import EvalConfig
 
 STAGE_VERSION = 2
 PERPLEXITY_FIELDS = ("value", "tokens", "sequence_length")
-_VERSIONS = {"tasks": 2, "perplexity": 1}
-"""Of the code that scores a piece. Tasks: 2 since choices share their context (same scores up to rounding)."""
+_VERSIONS = {"tasks": 3, "tasks with whole scores": 2, "perplexity": 1}
+"""Of the code that scores a piece. Tasks: 2 since choices share their context (same scores up to rounding), 3 since a
+document's score may be a fraction, which no document of our own tasks has."""
 _LABEL = re.compile(r"^[A-Za-z0-9][\w.-]{0,99}$")
 
 Kind = Literal["tasks", "perplexity"]
@@ -83,13 +84,17 @@ def pieces_of(
             label,
             kind,
             name,
-            hashes.fingerprint(f"eval/{kind}", _VERSIONS[kind], settings, {"model": model, "content": content}),
+            hashes.fingerprint(f"eval/{kind}", _version(kind, name), settings, {"model": model, "content": content}),
             out / ".pieces" / label / f"{_file_stem(kind, name)}.json",
             samples_path(out, label, name) if kind == "tasks" else None,
         )
         for label, model in model_fingerprints.items()
         for kind, name, content in contents
     ]
+
+
+def _version(kind: Kind, name: str) -> int:
+    return _VERSIONS["tasks with whole scores" if kind == "tasks" and name in OWN_TASKS else kind]
 
 
 def samples_path(out: Path, label: str, task: str) -> Path:

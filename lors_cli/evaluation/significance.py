@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,15 @@ SEED = 0
 CONFIDENCE = 0.95
 _ROLE_PAIRS = (("tuned", "pruned"), ("pruned", "dense"), ("tuned", "dense"))
 
+_MAX_DRAWN = 2**22
+"""Numbers that are drawn at once (32 MiB)."""
+FRACTIONS_NOTE = (
+    "Where scores of a task are neither 0 nor 1, its p, and that of the last row, is a permutation test's: the sign of "
+    "each document's difference drawn anew."
+)
+
 Accuracies = Mapping[Any, float]
-"""Document to its accuracy, 0 or 1."""
+"""Document to its accuracy: 0 or 1, of some tasks a fraction."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +34,12 @@ class TaskComparison:
     difference: float
     """Of the accuracies, 1 is all."""
     better: int
-    """Documents that only the first model has right."""
+    """Documents that the first model has right and the second has not; of fractions, has more of."""
     worse: int
-    """Documents that only the second model has right."""
+    """The reverse."""
     p_value: float
+    test: str
+    """“McNemar” where every score is 0 or 1, else “permutation”."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +55,14 @@ class Comparison:
     """Its 95 % interval."""
     p_value: float
     """McNemar's, all documents of all tasks together, so that a large task counts for more than a small one."""
+    test: str
+    """“permutation” as soon as that of one task is: then p is that of `difference`."""
     tasks: dict[str, TaskComparison]
 
     def __str__(self) -> str:
         return (
             f"{self.first} − {self.second}: {100 * self.difference:+.2f} points "
-            f"(95 % {100 * self.low:+.2f} … {100 * self.high:+.2f}), McNemar {p_text(self.p_value)}"
+            f"(95 % {100 * self.low:+.2f} … {100 * self.high:+.2f}), {self.test} {p_text(self.p_value)}"
         )
 
 
@@ -91,11 +102,42 @@ def bootstrap_interval(
     for task in differences:
         # Documents with the same difference are alike: only how many of each kind are drawn matters.
         values, counts = np.unique(np.asarray(task, dtype=np.float64), return_counts=True)
-        drawn = generator.multinomial(len(task), counts / len(task), size=rounds)
-        means += drawn @ values / len(task) / len(differences)
+        for part in _parts(rounds, len(values)):
+            drawn = generator.multinomial(len(task), counts / len(task), size=len(means[part]))
+            means[part] += drawn @ values / len(task) / len(differences)
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)
+
+
+def permutation_test(differences: Sequence[Sequence[float]], *, rounds: int = ROUNDS, seed: int = SEED) -> float:
+    """Two-sided p-value of the mean over tasks of the mean difference: of equal models, either has the larger score.
+
+    For scores of 0 and 1 in one task it is McNemar's test, up to chance.
+
+    Args:
+        differences: of each task, the two models' difference on each document.
+
+    Source: paired randomisation test, Efron & Tibshirani 1993, §15; p as in Phipson & Smyth 2010, arXiv:1603.05766.
+    """
+    import numpy as np
+
+    generator = np.random.default_rng(seed)
+    found, means = 0.0, np.zeros(rounds)
+    for task in differences:
+        sizes, counts = np.unique(np.abs(np.asarray(task, dtype=np.float64)), return_counts=True)
+        found += float(np.sum(task)) / len(task)
+        for part in _parts(rounds, len(sizes)):
+            positive = generator.binomial(counts, 0.5, size=(len(means[part]), len(sizes)))
+            means[part] += (2 * positive - counts) @ sizes / len(task)
+    as_far = np.abs(means) >= abs(found) - 1e-9  # the same mean in another order of summation
+    return float((1 + np.count_nonzero(as_far)) / (rounds + 1))
+
+
+def _parts(rounds: int, width: int) -> Iterator[slice]:
+    """All rounds, as many at a time as draw no more than `_MAX_DRAWN` numbers."""
+    step = max(1, _MAX_DRAWN // width)
+    return (slice(first, min(first + step, rounds)) for first in range(0, rounds, step))
 
 
 def compare(
@@ -114,18 +156,19 @@ def compare(
     for task, found in some.items():
         apart = [found[document] - other[task][document] for document in sorted(found)]
         better, worse = sum(value > 0 for value in apart), sum(value < 0 for value in apart)
-        tasks[task] = TaskComparison(len(apart), sum(apart) / len(apart), better, worse, mcnemar(better, worse))
+        whole = {*found.values(), *other[task].values()} <= {0, 1}
+        p_value = mcnemar(better, worse) if whole else permutation_test([apart])
+        test = "McNemar" if whole else "permutation"
+        tasks[task] = TaskComparison(len(apart), sum(apart) / len(apart), better, worse, p_value, test)
         differences.append(apart)
     low, high = bootstrap_interval(differences)
-    return Comparison(
-        first,
-        second,
-        sum(task.difference for task in tasks.values()) / len(tasks),
-        low,
-        high,
-        mcnemar(sum(task.better for task in tasks.values()), sum(task.worse for task in tasks.values())),
-        tasks,
-    )
+    if all(task.test == "McNemar" for task in tasks.values()):
+        better, worse = (sum(getattr(task, side) for task in tasks.values()) for side in ("better", "worse"))
+        p_value, test = mcnemar(better, worse), "McNemar"
+    else:
+        p_value, test = permutation_test(differences), "permutation"
+    difference = sum(task.difference for task in tasks.values()) / len(tasks)
+    return Comparison(first, second, difference, low, high, p_value, test, tasks)
 
 
 def compare_models(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> list[Comparison]:

@@ -26,6 +26,8 @@ from lors_cli.recipe.schema import SEVEN_TASKS
 
 PYDOC_TASK = "pydoc_choice"
 PYDOC_ITEMS = 120
+OWN_TASKS = (*SEVEN_TASKS, PYDOC_TASK)
+"""Tasks that work without lm-eval's index of names."""
 _PYDOC_YAML = Path(__file__).with_name("pydoc_choice.yaml")
 
 _BUILT_IN = {
@@ -62,13 +64,12 @@ def check_tasks(names: Sequence[str], data_dir: Path | None) -> None:
         UsageError: names that no definition has, all of them in one message; a task that runs the model's code.
         MissingError: a file of documents that is not in `data_dir`.
     """
-    known = {*SEVEN_TASKS, PYDOC_TASK}
-    unknown = [name for name in names if name not in known and name not in _lm_eval_names().tasks]
+    unknown = [name for name in names if name not in OWN_TASKS and name not in _lm_eval_names().tasks]
     if unknown:
         raise _unknown_tasks(unknown)
     for name in names:
         documents_file(name, data_dir)
-        if name not in known and _UNSAFE_LINE.search("\n".join(_definition_text(_definition_file(name)))):
+        if name not in OWN_TASKS and _UNSAFE_LINE.search("\n".join(_definition_text(_definition_file(name)))):
             raise UsageError(f"The task {name} runs code that the model wrote, which lors does not do.")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lors_cli.errors import UsageError
-from lors_cli.evaluation.significance import compare_models, p_text
+from lors_cli.evaluation.significance import FRACTIONS_NOTE, compare_models, p_text
 from lors_cli.evaluation.summary import recovered
 from lors_cli.models.card import versions
 from lors_cli.output.markdown import Block, Code, escape, table
@@ -124,6 +124,8 @@ def _significance(run: Path, cell: Cell) -> list[Block]:
         "Points of accuracy on the same documents. p is McNemar's exact test, in the last row over all documents; the "
         "interval there (95 %) is a paired bootstrap of the average over tasks. Of many p some are small by chance."
     )
+    if any(pair.test == "permutation" for pair in found):
+        note = f"{note} {FRACTIONS_NOTE}"
     columns = ["task", *(f"{pair.first} − {pair.second}" for pair in found)]
     return ["### Significance", table(columns, [*rows, ["average", *whole]]), note]
 

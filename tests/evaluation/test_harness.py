@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from lors_cli.data.pydoc_text import choice_items
+from lors_cli.evaluation import harness, tasks
 from lors_cli.evaluation.harness import score_task
 from lors_cli.output import console, progress
 
@@ -65,6 +67,40 @@ def test_equals_hand_written_loop(
     captured = capfd.readouterr()
     assert captured.out == ""
     assert "it/s" not in captured.err
+
+
+def test_truthfulqa_mc2_keeps_its_fractions(
+    stories: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A document's score is the probability of its true answers among all, and was cut to 0."""
+    model, tokenizer = stories
+    questions = {
+        "What does the dog eat?": (["He eats food.", "He eats his dinner.", "He eats the moon."], [1, 1, 0]),
+        "Where is the sun?": (["It is in the sky.", "It is in the cup."], [1, 0]),
+        "Is water wet?": (["No.", "Yes, it is wet."], [0, 1]),
+    }
+    rows, expected = [], []
+    for question, (choices, labels) in questions.items():
+        targets = {"choices": choices, "labels": labels}
+        rows.append({"question": question, "mc1_targets": targets, "mc2_targets": targets})
+        chances = [math.exp(score) for score in _choice_scores(model, tokenizer, f"Q: {question}\nA:", choices)]
+        expected.append(sum(p for p, label in zip(chances, labels, strict=True) if label) / sum(chances))
+    documents = tmp_path / "rows.jsonl"
+    documents.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def local(name: str, *, data_dir: Path | None, folder: Path) -> Path:
+        whole = tasks.task_definition(name, data_dir=data_dir, folder=folder)
+        path = tmp_path / "definition.yaml"
+        content = tasks._local_definition(name, whole, "validation", documents, tmp_path / "cache")
+        path.write_text(content + 'doc_to_text: "Q: {{question}}\\nA:"\n')  # without the examples, which are long
+        return path
+
+    monkeypatch.setattr(harness, "task_definition", local)
+    result = score_task(model, tokenizer, "truthfulqa_mc2", limit=None, batch_size=4, data_dir=None, folder=tmp_path)
+    found = [sample["acc"] for sample in result.samples]
+    assert found == pytest.approx(expected, abs=1e-4)
+    assert all(1e-3 < value < 1 - 1e-3 for value in found)
+    assert result.metrics["acc"] == pytest.approx(sum(expected) / 3, abs=1e-4)
 
 
 def test_progress_counts_every_request_and_truncation_is_told(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -11,7 +12,15 @@ from typing import Any
 
 import pytest
 
-from lors_cli.evaluation.significance import bootstrap_interval, compare, compare_models, mcnemar, p_text
+from lors_cli.evaluation import significance
+from lors_cli.evaluation.significance import (
+    bootstrap_interval,
+    compare,
+    compare_models,
+    mcnemar,
+    p_text,
+    permutation_test,
+)
 from lors_cli.evaluation.summary import average
 
 
@@ -83,6 +92,46 @@ def test_compare_by_hand() -> None:
     assert compare("x", "y", some, {"a": other["a"]}) is None
     assert compare("x", "y", some, {**other, "b": {1: 1, 3: 1}}) is None
     assert compare("x", "y", {}, {}) is None
+
+
+def test_permutation_test_is_the_share_of_all_signs() -> None:
+    draw = random.Random(2)
+    tasks = [[draw.uniform(-0.4, 0.8) for _ in range(7)], [draw.choice([-1, 0, 1, 1]) for _ in range(5)]]
+    found = abs(sum(sum(task) / len(task) for task in tasks))
+    extreme = 0
+    for signs in itertools.product((-1, 1), repeat=12):
+        some, other = (sum(s * d for s, d in zip(signs[a:b], task, strict=True)) / len(task)
+                       for a, b, task in ((0, 7, tasks[0]), (7, 12, tasks[1])))  # fmt: skip
+        extreme += abs(some + other) >= found - 1e-12
+    assert permutation_test(tasks) == pytest.approx(extreme / 2**12, abs=0.015)
+    assert permutation_test(tasks) == permutation_test(tasks)
+    assert permutation_test([[0.3]]) == permutation_test([[0.0, 0.0]]) == 1.0  # one document says nothing
+    assert permutation_test([[1] * 8 + [-1] + [0] * 5]) == pytest.approx(mcnemar(8, 1), abs=0.01)
+
+
+def test_many_fractions_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = random.Random(3)
+    tasks = [[draw.uniform(-1, 1.2) for _ in range(40)], [1.0, 0.0, -1.0]]
+    whole = bootstrap_interval(tasks), permutation_test(tasks)
+    monkeypatch.setattr(significance, "_MAX_DRAWN", 1000)
+    assert (bootstrap_interval(tasks), permutation_test(tasks)) == (pytest.approx(whole[0], abs=1e-12), whole[1])
+
+
+def test_fractions_are_no_wins_and_losses() -> None:
+    # The first model has more of every document, by a hair: McNemar would call that eight wins, p = 0.0078.
+    some = {"mc2": {number: 0.4 + 0.01 * number for number in range(8)}}
+    other = {"mc2": {number: 0.4 + 0.01 * number - (0.001 if number else 0.5) for number in range(8)}}
+    found = compare("tuned", "pruned", some, other)
+    assert found is not None
+    assert found.difference == pytest.approx((0.5 + 7 * 0.001) / 8)
+    task = found.tasks["mc2"]
+    assert (task.test, task.better, task.worse) == ("permutation", 8, 0)
+    assert task.p_value == found.p_value == pytest.approx(2 / 2**8, abs=0.004)
+    assert "permutation p = 0.0" in str(found)
+    whole = {"a": {1: 1, 2: 1}}, {"a": {1: 0, 2: 0}}
+    both = compare("tuned", "pruned", {**some, **whole[0]}, {**other, **whole[1]})
+    assert both is not None
+    assert [both.test, both.tasks["a"].test, both.tasks["a"].p_value] == ["permutation", "McNemar", 0.5]
 
 
 def test_p_as_text() -> None:
