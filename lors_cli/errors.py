@@ -68,6 +68,10 @@ _HUB_ERRORS = (
 )  # fmt: skip
 
 
+_SCRIPT = re.compile(r"Dataset scripts are no longer supported, but found (\S+)")
+"""What datasets 4 and 5 say."""
+
+
 def offline_hint() -> str:
     """What to do when something cannot be had from the hub."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
@@ -122,6 +126,12 @@ def _translate_one(error: BaseException) -> LorsError | None:
         return None
     if name in _HUB_ERRORS or any(base.__name__ in _HUB_ERRORS for base in type(error).__mro__):
         return MissingError(f"Not reachable: {first_line}", offline_hint())
+    script = _SCRIPT.search(text)
+    if script:
+        return MissingError(
+            f"The dataset needs a loading script, which datasets ≥ 4 does not run: {script[1]}",
+            "Use a copy of it that is plain data files (Parquet, JSON lines), or leave it out.",
+        )
     if isinstance(error, OSError) and "is not a local folder" in text:
         return MissingError(first_line, offline_hint())
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("lors_cli"):

@@ -104,6 +104,8 @@ def _load_task(name: str, definition: Path, local: Path | None) -> Any:
         if not isinstance(known, MissingError):
             raise
         hint = "Connect, or give a folder of local copies as data_dir (or $LORS_DATA_DIR)."
+        if "loading script" in known.message:
+            hint = "Score another task, maybe one of the same documents: `lm-eval ls tasks` names them all."
         raise MissingError(f"The task {name} cannot be loaded: {known.message}", hint) from error
     task = loaded[name]
     task.set_config(key="num_fewshot", value=0)
