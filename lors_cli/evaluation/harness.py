@@ -135,20 +135,6 @@ def _shown_reading(title: str) -> Iterator[None]:
         module.tqdm = original
 
 
-class _CutRequests(logging.Filter):
-    """Collects lm-eval's notices of requests that were cut to the model's length, instead of printing them."""
-
-    def __init__(self, found: list[str]) -> None:
-        super().__init__()
-        self.found = found
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if not str(record.msg).startswith("Combined length of context"):
-            return console.verbosity() >= 2
-        self.found.append(record.getMessage())
-        return False
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[list[str]]:
     """Keep the libraries' logs and bars off the screen below -vv, and their prints off stdout; yields cut requests."""
@@ -157,10 +143,17 @@ def _quiet() -> Iterator[list[str]]:
     from lors_cli.models.quiet import quiet_libraries
 
     cut: list[str] = []
+
+    def watch(record: logging.LogRecord) -> bool:
+        """Whether it is to be shown; notices of requests that were cut to the model's length are collected instead."""
+        if not str(record.msg).startswith("Combined length of context"):
+            return console.verbosity() >= 2
+        cut.append(record.getMessage())
+        return False
+
     harness, model_log = logging.getLogger("lm_eval"), logging.getLogger("lm_eval.models.huggingface")
     levels = harness.level, model_log.level, datasets.logging.get_verbosity()
     bars = datasets.utils.logging.is_progress_bar_enabled()
-    watch = _CutRequests(cut)
     if console.verbosity() < 2:
         harness.setLevel(logging.ERROR)
         model_log.setLevel(logging.WARNING)
