@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from lors_cli.evaluation.pieces import samples_path
@@ -186,21 +188,26 @@ def compare_models(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> li
     if not pairs:
         base, *others = results or [""]
         pairs = [(label, base) for label in others]
-    known = {label: _read_accuracies(folder, label, result["average"]["tasks"]) for label, result in results.items()}
+    known = {label: _read_accuracies(folder, label, result) for label, result in results.items()}
     found = [compare(*pair, known[pair[0]], known[pair[1]]) for pair in pairs]
     return [comparison for comparison in found if comparison is not None]
 
 
-def _read_accuracies(folder: Path, label: str, tasks: Sequence[str]) -> dict[str, dict[Any, float]]:
-    """A model's accuracies by task and document; empty where a task's are not there or not numbers."""
+def _read_accuracies(folder: Path, label: str, result: Mapping[str, Any]) -> dict[str, dict[Any, float]]:
+    """A model's accuracies by task and document; empty where a task's are not there, not numbers, or of other results.
+
+    What lors wrote before it kept fractions is of other results: the documents' mean is not the task's accuracy.
+    """
     accuracies = {}
-    for task in tasks:
+    for task in result["average"]["tasks"]:
         path = samples_path(folder, label, task)
         if not path.is_file():
             return {}
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        found = {(row["doc_id"], row.get("filter", "")): row.get("acc") for row in rows}
+        found = {row["doc_id"]: row.get("acc") for row in rows if "filter" not in row}
         if not found or None in found.values():
+            return {}
+        if not math.isclose(fmean(found.values()), result["tasks"][task]["acc"] or 0, abs_tol=1e-6):
             return {}
         accuracies[task] = found
     return accuracies

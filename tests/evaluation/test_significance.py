@@ -174,6 +174,13 @@ def test_other_names_are_compared_with_the_first(tmp_path: Path) -> None:
     assert [(pair.first, pair.second) for pair in compare_models(tmp_path, results)] == [("y", "x"), ("z", "x")]
 
 
+def test_documents_that_were_cut_to_whole_numbers_are_left_out(tmp_path: Path) -> None:
+    results = {label: write_samples(tmp_path, label, {"mc2": [0, 0, 0]}) for label in ("dense", "pruned")}
+    assert len(compare_models(tmp_path, results)) == 1
+    results["dense"]["tasks"]["mc2"]["acc"] = 0.43  # as an earlier lors wrote it: the fractions' mean beside zeros
+    assert compare_models(tmp_path, results) == []
+
+
 def test_broken_models_and_lost_documents_are_left_out(tmp_path: Path) -> None:
     results = {
         "dense": write_samples(tmp_path, "dense", {"a": [1, 1]}),
