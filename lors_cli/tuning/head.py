@@ -8,6 +8,7 @@ temperature, p the teacher's and q the student's softmax of logits / T.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -204,6 +205,19 @@ def causal_lm_loss(
     hidden = model.base_model(**inputs, use_cache=False)[0]
     head: Any = model.get_output_embeddings()
     return chunked_cross_entropy(hidden, head.weight, head.bias, labels, num_items, teacher=teacher, inputs=inputs)
+
+
+def model_loss(
+    model: PreTrainedModel, inputs: dict[str, torch.Tensor], num_items: float | torch.Tensor
+) -> torch.Tensor:
+    """The model's own loss, summed over the labels of a batch and divided by `num_items`."""
+    takes_number = getattr(model, "accepts_loss_kwargs", None)
+    if takes_number is None:
+        parameters = inspect.signature(model.forward).parameters.values()
+        takes_number = any(each.kind == inspect.Parameter.VAR_KEYWORD for each in parameters)
+    if takes_number:
+        return model(**inputs, use_cache=False, num_items_in_batch=num_items)["loss"]
+    return model(**inputs)["loss"] * (inputs["labels"][:, 1:] != IGNORED).sum() / num_items
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import torch
 
 from lors_cli.errors import UsageError
 from lors_cli.output import progress
-from lors_cli.tuning.head import Loss
+from lors_cli.tuning.head import Loss, model_loss
 from lors_cli.tuning.sketch import GradientSketch, SketchedLinear
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def gradient_directions(
     *,
     seed: int,
     exact: bool = False,
-    loss: Loss | None = None,
+    loss: Loss = model_loss,
 ) -> dict[str, torch.Tensor]:
     """The top right singular vectors of the loss gradient dW of every linear, summed over the samples.
 
@@ -84,7 +84,6 @@ def gradient_directions(
         rank: r.
         seed: of the sketches, or the SVD's random start.
         exact: form dW.
-        loss: computes it; None for the model's own.
 
     Returns:
         (r, C) float32 by name.
@@ -112,7 +111,7 @@ def gradient_directions(
 def _sketched_directions(
     model: PreTrainedModel, linears: Mapping[str, nn.Linear | AdapterLinear],
     batches: list[dict[str, torch.Tensor]], rank: int,
-    seed: int, loss: Loss | None,
+    seed: int, loss: Loss,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     sketches = {
         name: GradientSketch(
@@ -169,7 +168,7 @@ def _layer_groups(linears: Mapping[str, Any]) -> Iterator[dict[str, nn.Linear]]:
 
 
 def _summed_gradients(
-    model: PreTrainedModel, group: dict[str, nn.Linear], batches: list[dict[str, torch.Tensor]], loss: Loss | None
+    model: PreTrainedModel, group: dict[str, nn.Linear], batches: list[dict[str, torch.Tensor]], loss: Loss
 ) -> dict[str, torch.Tensor]:
     """dW (R, C) float32 of each layer of the group, one backward pass a batch."""
     totals = {name: torch.zeros_like(linear.weight, dtype=torch.float32) for name, linear in group.items()}
@@ -197,15 +196,10 @@ def _summed_gradients(
     return totals
 
 
-def _backward_passes(
-    model: PreTrainedModel, batches: list[dict[str, torch.Tensor]], loss: Loss | None
-) -> Iterator[None]:
+def _backward_passes(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]], loss: Loss) -> Iterator[None]:
     """The loss over all samples, one batch after the other, and its gradient; yields after each."""
     num_labels = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
     for batch in batches:
         inputs = {key: value.to(model.device) for key, value in batch.items()}
-        if loss is None:
-            model(**inputs, use_cache=False, num_items_in_batch=num_labels).loss.backward()
-        else:
-            loss(model, inputs, num_labels).backward()
+        loss(model, inputs, num_labels).backward()
         yield

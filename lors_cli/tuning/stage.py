@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from lors_cli.data.samples import TuneData
     from lors_cli.recipe.schema import ModelConfig, TuneConfig
+    from lors_cli.tuning.training.step_log import StepLog
     from lors_cli.tuning.training.trainer import AdapterTrainer
 
 STAGE_VERSION = 3
@@ -97,6 +98,7 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
     from lors_cli.tuning.training.distributed import say_how
     from lors_cli.tuning.training.preparation import prepare_trainer
     from lors_cli.tuning.training.sharding import load_trainable, whole_model
+    from lors_cli.tuning.training.step_log import StepLog
 
     started = time.monotonic()
     config = with_teacher(config, model)
@@ -107,18 +109,16 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
         tokenizer = load_tokenizer(model)
     say_how(config)
     network = load_trainable(config, model)
-    use_cache = network.config.use_cache
     patterns = sparse_layers(network, Path(model.path))
     layers = adaptable_layers(network, patterns)
     data = _load_data(config, network, tokenizer, data_dir)
     set_seed(config.seed)
-    log = processes.from_main(lambda: _running_log(out, records.work_dir(out, fingerprint)))
+    log = StepLog(processes.from_main(lambda: _running_log(out, records.work_dir(out, fingerprint))))
     schedule = config if data.num_steps is None else replace(config, max_steps=data.num_steps, max_tokens=None)
     trainer = prepare_trainer(schedule, network, layers, data, tokenizer, out / CHECKPOINTS_NAME, fingerprint,
                               device=resolve_device(model.device))  # fmt: skip
-    training = _train(trainer, schedule, out / CHECKPOINTS_NAME, log)
+    training = _train(trainer, out, log)
     data.close()
-    network.config.use_cache = use_cache  # the Trainer turns it off
 
     def write() -> records.StageRecord:
         tuned = whole_model(config, model, network, layers)
@@ -127,7 +127,7 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
         metrics = {**training, **_data_metrics(data),
                    **_write_results(staging, tuned, tokenizer, adapter, patterns)}  # fmt: skip
         _write_card(staging, config, model, metrics)
-        atomic.write_bytes(staging / LOG_NAME, log.read_bytes())
+        atomic.write_bytes(staging / LOG_NAME, log.path.read_bytes())
         record = records.StageRecord(
             "tune", fingerprint, hashes.plain(config), {"model": base_fingerprint, "path": model.path}, metrics,
             environment.environment(), round(time.monotonic() - started, 2), {},
@@ -188,63 +188,34 @@ def _running_log(out: Path, work: Path) -> Path:
     return (work if begun or records.read_record(out) is not None else out) / LOG_NAME
 
 
-def _train(trainer: AdapterTrainer, config: TuneConfig, checkpoints: Path, log_path: Path) -> dict[str, Any]:
-    """Run the Trainer to its end, from the last checkpoint where there is one."""
-    from transformers.trainer_callback import PrinterCallback
-
+def _train(trainer: AdapterTrainer, out: Path, log: StepLog) -> dict[str, Any]:
+    """Run the trainer to its end, from the last checkpoint where there is one; the losses' metrics."""
     from lors_cli.models.quiet import quiet_libraries
-    from lors_cli.tuning.training.step_log import LogCallback, StepLog
+    from lors_cli.tuning.training.checkpoints import latest_checkpoint, remove_others
     from lors_cli.tuning.training.stopping import stopping_gently
-    from lors_cli.tuning.training.trainer import TrimCallback, latest_checkpoint
+    from lors_cli.tuning.training.trackers import tracking
 
-    log = StepLog(log_path)
-    last = processes.from_main(lambda: latest_checkpoint(checkpoints, trainer.fingerprint))
-    done = int(last.name.rpartition("-")[2]) if last else 0
-    total = _num_steps(config, len(trainer.train_dataset))  # type: ignore[arg-type]
-    if processes.is_main():
-        _sweep(checkpoints, trainer.fingerprint)
-        log.cut_after(done)
+    last = processes.from_main(lambda: latest_checkpoint(trainer.folder, trainer.fingerprint))
     if last:
-        console.info(f"  going on after step {done} of {total} from {last}")
-    with progress.progress("tune", total, "steps") as task, quiet_libraries():
-        task.skip(done)
-        trainer.remove_callback(PrinterCallback)
-        if processes.is_main():
-            trainer.add_callback(LogCallback(log, task, trainer))
-        trainer.add_callback(trainer.stop)
-        trainer.add_callback(TrimCallback())
-        if done >= total:
-            assert last is not None
-            trainer._load_from_checkpoint(str(last))
-        else:
-            with stopping_gently(trainer.stop):
-                trainer.train(resume_from_checkpoint=str(last) if last else None)
-    assert trainer.model is not None
+        trainer.resume(last)
+        console.info(f"  going on after step {trainer.step} of {trainer.num_steps} from {last}")
+    if processes.is_main():
+        remove_others(trainer.folder, trainer.fingerprint)
+        log.cut_after(trainer.step)
+    with (
+        progress.progress("tune", trainer.num_steps, "steps") as task, tracking(trainer.config, out) as trackers,
+        quiet_libraries(), stopping_gently(trainer.stop),
+    ):  # fmt: skip
+        task.skip(trainer.step)
+
+        def report(row: dict[str, Any]) -> None:
+            for tell in (log.append, *trackers):
+                tell(row)
+            task.update(row["step"], f"loss {trainer.guard.loss:.3f} · {row['tokens_per_s']:.0f} tokens/s")
+
+        trainer.run(report if processes.is_main() else lambda row: None)
     trainer.model.eval()
     return _loss_metrics(log.rows()) if processes.is_main() else {}
-
-
-def _sweep(checkpoints: Path, fingerprint: str) -> None:
-    """Remove checkpoints that are half written or belong to other settings."""
-    import shutil
-
-    from lors_cli.tuning.training.trainer import whole_checkpoints
-
-    ours = whole_checkpoints(checkpoints, fingerprint)
-    for path in checkpoints.iterdir() if checkpoints.is_dir() else ():
-        if path.is_dir() and path not in ours:
-            shutil.rmtree(path)
-
-
-def _num_steps(config: TuneConfig, num_samples: int) -> int:
-    """Optimiser steps of the whole run, as the Trainer counts them."""
-    import math
-
-    if config.max_steps:
-        return config.max_steps
-    micro_batches = math.ceil(num_samples / config.micro_batch_size)
-    steps_an_epoch = max(1, math.ceil(micro_batches / (config.batch_size // config.micro_batch_size)))
-    return math.ceil(config.epochs * steps_an_epoch)
 
 
 def _loss_metrics(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""What comes before the first step of tuning: the adapters' start, how merged weights are kept, the Trainer."""
+"""What comes before the first step of tuning: the adapters' start, how merged weights are kept, the loss."""
 
 from __future__ import annotations
 
+import gc
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,20 +12,19 @@ import torch
 from lors_cli.data.samples import PadCollator
 from lors_cli.errors import UsageError
 from lors_cli.machine import processes
-from lors_cli.models.quiet import quiet_libraries
+from lors_cli.machine.devices import set_seed
 from lors_cli.output import console
 from lors_cli.tuning.attach import adapter_layers, put_adapters
-from lors_cli.tuning.head import Loss, causal_lm_loss, why_not_chunked
+from lors_cli.tuning.head import Loss, causal_lm_loss, model_loss, why_not_chunked
 from lors_cli.tuning.initialization import gradient_directions
 from lors_cli.tuning.kernels.cache import cache_policy
 from lors_cli.tuning.kernels.masked_merge import how_merged
 from lors_cli.tuning.layers import AdapterLinear
 from lors_cli.tuning.lors import keep_merged
 from lors_cli.tuning.teacher import load_teacher
-from lors_cli.tuning.training import distributed
-from lors_cli.tuning.training.guards import StepGuard
+from lors_cli.tuning.training.checkpoints import latest_checkpoint
 from lors_cli.tuning.training.sharding import is_sharded, shard
-from lors_cli.tuning.training.trainer import AdapterTrainer, latest_checkpoint, parameter_groups, training_arguments
+from lors_cli.tuning.training.trainer import AdapterTrainer
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,14 +38,10 @@ def prepare_trainer(
     config: TuneConfig, network: PreTrainedModel, layers: list[str], data: TuneData, tokenizer: Any, checkpoints: Path,
     fingerprint: str, *, device: torch.device,
 ) -> AdapterTrainer:  # fmt: skip
-    """Adapters on the model, started as the config says, and a Trainer around it.
+    """Adapters on the model, changed in place and started as the config says, and a trainer around it.
 
     Args:
-        config: the stage's settings.
-        network: the sparse model; changed in place.
         layers: full names of the linears to adapt.
-        data: what it is tuned on.
-        tokenizer: of the model.
         checkpoints: folder for training checkpoints; where there is one to go on from, the start is not computed.
         fingerprint: of the stage.
         device: of this process; a model that is to be sharded is not on it yet.
@@ -57,20 +53,16 @@ def prepare_trainer(
         loss = _prepare_sharded(config, network, layers, data, collator, resumes, device)
     else:
         loss = _prepare(config, network, layers, data, collator, resumes)
-    samples = data.samples if processes.num_processes() == 1 else distributed.SamplesAndBlank(data.samples)
-    with quiet_libraries():
-        return AdapterTrainer(
-            model=network, args=training_arguments(config, checkpoints, network.device), data_collator=collator,
-            train_dataset=samples, checkpoints=checkpoints, fingerprint=fingerprint, loss=loss,
-            groups=parameter_groups(network, config), guard=StepGuard(config.max_bad_steps, config.spike_factor),
-            keep_checkpoints=config.keep_checkpoints,
-        )  # fmt: skip
+    gc.collect()
+    torch.cuda.empty_cache()  # what the start took
+    set_seed(config.seed)  # dropout is the same after any start
+    return AdapterTrainer(config, network, data.samples, collator, loss, checkpoints, fingerprint)
 
 
 def _prepare(
     config: TuneConfig, network: PreTrainedModel, layers: list[str], data: TuneData, collator: PadCollator,
     resumes: bool,
-) -> Loss | None:  # fmt: skip
+) -> Loss:  # fmt: skip
     """Adapters on a model that is whole in this process; each process computes the start for itself."""
     loss = _loss(config, network, collator(data.samples[:1]))
     _checkpoint_blocks(config, network)
@@ -93,7 +85,7 @@ def _prepare(
 def _prepare_sharded(
     config: TuneConfig, network: PreTrainedModel, layers: list[str], data: TuneData, collator: PadCollator,
     resumes: bool, device: torch.device,
-) -> Loss | None:  # fmt: skip
+) -> Loss:  # fmt: skip
     """Adapters on a model whose blocks are then sharded; the start is computed after that, past the adapters."""
     adapted = put_adapters(config, network, layers)
     shard(network, device)
@@ -122,14 +114,14 @@ def _start_at(adapted: dict[str, AdapterLinear], start: dict[str, torch.Tensor])
             adapted[name].lora_A.copy_(directions)
 
 
-def _loss(config: TuneConfig, network: PreTrainedModel, batch: dict[str, torch.Tensor]) -> Loss | None:
-    """The loss with its head in chunks, None for the model's own where that cannot be."""
+def _loss(config: TuneConfig, network: PreTrainedModel, batch: dict[str, torch.Tensor]) -> Loss:
+    """The loss with its head in chunks, or the model's own where that cannot be."""
     obstacle = why_not_chunked(network, batch)
     if config.distill is not None:
         return partial(causal_lm_loss, teacher=load_teacher(config.distill, network, batch, obstacle))
     if obstacle:
         console.info(f"  all logits are kept at once, the head cannot be chunked: {obstacle}")
-        return None
+        return model_loss
     return causal_lm_loss
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,9 @@ import torch
 
 
 def random_state() -> dict[str, Any]:
-    """Of Python, NumPy, torch, and the GPU in use."""
+    """Of Python, NumPy, torch, and the GPUs."""
     state: dict[str, Any] = {
-        "python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(),
+        "python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state(),
     }  # fmt: skip
     if torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state_all()
@@ -25,8 +26,18 @@ def restore_random_state(state: dict[str, Any]) -> None:
     """Put an earlier `random_state` back."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state_all(state["cuda"])
-    if "mps" in state:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        states = state["cuda"] if isinstance(state["cuda"], list) else [state["cuda"]]  # earlier versions: of one GPU
+        for index, each in enumerate(states[: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(each, index)
+    if "mps" in state and torch.backends.mps.is_available():
         torch.mps.set_rng_state(state["mps"])
+
+
+def read_random_state(path: Path) -> dict[str, Any]:
+    """A `random_state` from a checkpoint's file, in which NumPy's is a pickled array."""
+    array = np.random.get_state(legacy=True)[1]
+    parts = [array.__reduce__()[0], np.ndarray, np.dtype, type(array.dtype)]
+    with torch.serialization.safe_globals(parts):
+        return torch.load(path, weights_only=True)

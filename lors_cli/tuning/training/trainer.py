@@ -1,19 +1,18 @@
-"""`transformers.Trainer` for adapters: whole checkpoints, an honest log, a stop on a broken loss."""
+"""The training loop: setup, steps, save. One forward and backward pass a micro-batch, one update a step."""
 
 from __future__ import annotations
 
-import os
-import random
-import shutil
-from collections.abc import Iterator, Sequence
+import math
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import Sampler, SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from torch.nn.utils import clip_grad_norm_
+from transformers import get_scheduler
 
-from lors_cli.data.samples import count_tokens
+from lors_cli.data.samples import IGNORED, PadCollator, Sample, count_tokens
 from lors_cli.errors import UsageError
 from lors_cli.files import atomic
 from lors_cli.machine import processes as parallel
@@ -22,9 +21,11 @@ from lors_cli.tuning.adapter import WEIGHTS_NAME, load_tensors
 from lors_cli.tuning.attach import adapter_layers, adapter_tensors
 from lors_cli.tuning.head import Loss
 from lors_cli.tuning.norms import norm_shifts
-from lors_cli.tuning.training import distributed
-from lors_cli.tuning.training.guards import StepGuard, is_state
-from lors_cli.tuning.training.stopping import StopCallback
+from lors_cli.tuning.training import checkpoints, sampling
+from lors_cli.tuning.training.distributed import add_up_step, micro_batch_size
+from lors_cli.tuning.training.guards import StepGuard
+from lors_cli.tuning.training.randomness import random_state, read_random_state, restore_random_state
+from lors_cli.tuning.training.stopping import StopRequest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,233 +33,171 @@ if TYPE_CHECKING:
 
     from lors_cli.recipe.schema import TuneConfig
 
-MARKER_NAME = "lors.json"
-PARTIAL_NAME = ".partial"
 
+class AdapterTrainer:
+    """Trains what is put on a model, and nothing else of it.
 
-class StepSampler(Sampler[int]):
-    """Shuffled samples, those of one optimiser step with the longest first.
-
-    Its micro-batches then hold samples of like length, and the step, its loss and its gradient are those of the
-    same samples in any order, at less padding.
+    Of several processes each has a trainer; they meet once a step, where the gradients are added up, and the main one
+    writes for all.
 
     Args:
-        lengths: tokens of every sample.
-        step_size: samples of an optimiser step.
-        seed: of the shuffle; each epoch has its own.
-    """
-
-    def __init__(self, lengths: Sequence[int], step_size: int, seed: int) -> None:
-        self.lengths, self.step_size, self.seed = lengths, step_size, seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Say which epoch comes next."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        order = list(range(len(self.lengths)))
-        random.Random(f"{self.seed} {self.epoch}").shuffle(order)
-        for first in range(0, len(order), self.step_size):
-            yield from sorted(order[first : first + self.step_size], key=lambda index: -self.lengths[index])
-
-
-class AdapterTrainer(Trainer):
-    """A Trainer whose checkpoints hold adapters and its own state only, and appear by rename.
-
-    Of several processes each has a Trainer that knows of no other: they meet in `training_step`, where the gradients
-    of a step are added up, and the main one writes for all.
-
-    Args:
-        checkpoints: folder for `checkpoint-N`.
+        model: with adapters, on its device.
+        samples: a list, shuffled in each epoch, or a stream, taken in order.
+        collate: makes a batch of them.
+        loss: of a batch, a share of its step's.
+        folder: for `checkpoint-N`.
         fingerprint: of the stage; checkpoints of another are never resumed from.
-        loss: computes it; None for the model's own.
-        groups: what the optimiser trains, from `parameter_groups`.
-        guard: of bad steps.
-        keep_checkpoints: so many of the newest stay.
-        model: with adapters, the only parameters that are trained.
-        args: the Trainer's settings.
-        **options: as for `transformers.Trainer`.
     """
 
     def __init__(
-        self, *, checkpoints: Path, fingerprint: str, loss: Loss | None, groups: list[Any], guard: StepGuard,
-        keep_checkpoints: int, model: PreTrainedModel, args: TrainingArguments, **options: Any,
+        self, config: TuneConfig, model: PreTrainedModel, samples: Sequence[Sample], collate: PadCollator, loss: Loss,
+        folder: Path, fingerprint: str,
     ) -> None:  # fmt: skip
-        optimizer, settings = self.get_optimizer_cls_and_kwargs(args, model)
-        settings["params"] = groups
-        with parallel.unseen():
-            super().__init__(model=model, args=args, optimizer_cls_and_kwargs=(optimizer, settings), **options)
-        self.loss = loss
-        if loss is not None:
-            self.loss_is_scaled_for_ga = True
-        self.checkpoints = checkpoints
-        self.fingerprint = fingerprint
-        self.guard = guard
-        self.keep_checkpoints = keep_checkpoints
-        self.tokens_seen = 0
-        self._step_loss: torch.Tensor | float = 0.0
-        self.stop = StopCallback()
-        self.sums: distributed.StepSums | None = None
-        if parallel.num_processes() > 1:
-            self.sums = distributed.StepSums([parameter for group in groups for parameter in group["params"]])
-        self._tokens = 0
-        self._is_saving = False
+        self.config, self.model, self.samples, self.collate, self.loss = config, model, samples, collate, loss
+        self.folder, self.fingerprint = folder, fingerprint
+        self.step = 0
+        """Optimiser steps done."""
+        self.num_steps = num_steps(config, len(samples))
+        self.size = micro_batch_size(config, parallel.num_processes())
+        self.guard = StepGuard(config.max_bad_steps, config.spike_factor)
+        self.stop = StopRequest()
+        groups = parameter_groups(model, config)
+        self.trained = [parameter for group in groups for parameter in group["params"]]
+        for parameter in self.trained:
+            parallel.send_to_all(parameter.data, 0)
+        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
+        self.schedule = get_scheduler(
+            "cosine_with_min_lr", self.optimizer, config.warmup_steps, self.num_steps,
+            {"min_lr": config.min_learning_rate},
+        )  # fmt: skip
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        samples = dataset.samples if isinstance(dataset, distributed.SamplesAndBlank) else dataset
-        processes, micro_batch_size = parallel.num_processes(), self.args.train_batch_size
-        step_size = micro_batch_size * self.args.gradient_accumulation_steps * processes
-        sampler: Sampler[int] = SequentialSampler(samples)  # a stream is in order
-        if isinstance(samples, list):
-            sampler = StepSampler([len(sample["input_ids"]) for sample in samples], step_size, self.args.seed)
-        if processes == 1:
-            return sampler
-        return distributed.RankSampler(sampler, step_size=step_size, micro_batch_size=micro_batch_size,
-                                       rank=parallel.process_index(), num_processes=processes)  # fmt: skip
+    def run(self, report: Callable[[dict[str, Any]], None]) -> None:
+        """Every step from here to the last, or to the one in which the run is asked to stop; the last one is saved.
 
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        """The labels of a step, over all processes."""
-        found = super()._get_num_items_in_batch(batch_samples, device)
-        return parallel.add_up(found) if torch.is_tensor(found) else found
+        Args:
+            report: takes the row of the log that belongs to a step.
+        """
+        self.model.train()
+        since = time.monotonic()
+        while self.step < self.num_steps:
+            before = random_state()
+            found = self.gradients()
+            if found is None:  # the step is done again from its start when the run goes on
+                restore_random_state(before)
+                self.save()
+                return
+            loss, tokens, is_stopping = found
+            norm = float(clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm or math.inf))
+            if self.guard.is_bad(loss, norm):
+                self.leave_out()
+            rate = self.schedule.get_last_lr()[0]
+            self.optimizer.step()
+            self.schedule.step()
+            self.model.zero_grad()
+            self.step += 1
+            if self.model.device.type == "cpu":  # activations of varying length leave holes in the heap
+                give_back_memory()
+            elapsed_s, since = time.monotonic() - since, time.monotonic()
+            report(self.row(rate, tokens / max(elapsed_s, 1e-9)))
+            if is_stopping or self.step % self.config.save_steps == 0 or self.step == self.num_steps:
+                self.save()
+            if is_stopping:
+                return
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """One micro-batch; its tokens are counted for the log. The last one of a step brings all processes together."""
-        if self.sums is not None and self._tokens == 0 and not parallel.is_main():
-            # dropout of its own, the same after a resumption
-            torch.manual_seed(hash((self.args.seed, self.state.global_step, parallel.process_index())) % 2**63)
-        self._tokens += count_tokens(inputs)
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self._step_loss = self._step_loss + loss
-        if self.sums is None:
-            self.tokens_seen, self._tokens = self.tokens_seen + self._tokens, 0
-        elif self.accelerator.sync_gradients:
-            tokens, self.stop.agreed = self.sums.add_up(self._step_loss, self._tokens, bool(self.stop.asked))
-            self.tokens_seen += tokens
-            self._step_loss, self._tokens = self.sums.loss, 0
-        return loss.nan_to_num(0.0, 0.0, 0.0)  # the Trainer's running sum would stay broken
+    def gradients(self) -> tuple[float, int, bool] | None:
+        """The gradients of the next step, its loss, its tokens, and whether it is the last before a stop.
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log a step, its loss that of all processes."""
-        if self.sums is not None and "loss" in logs:
-            logs["loss"] = self.sums.loss
-        super().log(logs, start_time)
-        self.state.log_history.clear()  # log.jsonl has it all; this list would grow with every step and checkpoint
+        None if this process, being alone, was asked to stop within the step.
+        """
+        processes, rank = parallel.num_processes(), parallel.process_index()
+        batch_size, seed = self.config.batch_size, self.config.seed
+        if sampling.place_in_epoch(self.step, len(self.samples), batch_size)[1] == 0:
+            torch.empty(
+                (), dtype=torch.int64
+            ).random_()  # as torch's DataLoader does, for dropout's bits of earlier runs
+        chosen = sampling.step_samples(self.samples, self.step, batch_size=batch_size, seed=seed)
+        batches = [self.collate([sampling.sample_at(self.samples, index) for index in indices])
+                   for indices in sampling.micro_batches(chosen, self.size, rank, processes)]  # fmt: skip
+        labels = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches)
+        num_labels = parallel.add_up(torch.tensor(float(labels), device=self.model.device))
+        if rank > 0:  # dropout of its own, the same after a resumption
+            torch.manual_seed(hash((seed, self.step, rank)) % 2**63)
+        loss = torch.zeros((), device=self.model.device)
+        for place, batch in enumerate(batches, 1):
+            loss = loss + self.micro_batch(batch, num_labels)
+            if self.stop.asked and processes == 1 and place < len(batches):
+                return None
+        return add_up_step(self.trained, loss, sum(map(count_tokens, batches)), bool(self.stop.asked))
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The loss of a micro-batch, a sum over its tokens divided by those of the whole optimiser step."""
-        if self.loss is None:
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        num_items = kwargs.get("num_items_in_batch")
-        if num_items is None:
-            raise RuntimeError("the Trainer did not count the labels of this step")
-        return self.loss(model, inputs, num_items)
+    def micro_batch(self, batch: dict[str, torch.Tensor], num_labels: torch.Tensor) -> torch.Tensor:
+        """Forward and backward; the loss, summed over the batch's tokens and divided by the labels of the step."""
+        loss = self.loss(self.model, {key: value.to(self.model.device) for key, value in batch.items()}, num_labels)
+        loss.backward()
+        return loss.detach()
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
-        norm = float(super()._get_grad_norm(model, grad_norm))
-        loss, self._step_loss = float(self._step_loss), 0.0
-        if self.guard.is_bad(loss, norm):
-            step = self.state.global_step + 1
-            if self.guard.exceeded:
-                kept = latest_checkpoint(self.checkpoints, self.fingerprint)
-                saved = f"{kept} is kept." if kept else "No checkpoint yet."
-                hint = f"Lower learning_rate, use dtype: float32, or allow more with max_bad_steps. {saved}"
-                raise UsageError(self.guard.broken(step), hint)
-            self.guard.announce(step)
-            model.zero_grad(set_to_none=True)  # without gradients the optimiser touches neither weights nor its state
-        return norm
+    def leave_out(self) -> None:
+        """Make the step just judged one that changes nothing; the end of the run if there are too many of them.
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self.checkpoints / PARTIAL_NAME) if self._is_saving else super()._get_output_dir(trial)
+        Raises:
+            UsageError: so many.
+        """
+        if self.guard.exceeded:
+            kept = checkpoints.latest_checkpoint(self.folder, self.fingerprint)
+            saved = f"{kept} is kept." if kept else "No checkpoint yet."
+            hint = f"Lower learning_rate, use dtype: float32, or allow more with max_bad_steps. {saved}"
+            raise UsageError(self.guard.broken(self.step + 1), hint)
+        self.guard.announce(self.step + 1)
+        self.model.zero_grad()  # without gradients the optimiser touches neither weights nor its state
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if not parallel.is_main():
-            return
-        partial = self.checkpoints / PARTIAL_NAME
-        shutil.rmtree(partial, ignore_errors=True)
-        self._is_saving = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._is_saving = False
-        name = f"checkpoint-{self.state.global_step}"
-        atomic.write_json(partial / name / MARKER_NAME, {"fingerprint": self.fingerprint, "guard": self.guard.state()})
-        for file in (partial / name).iterdir():
-            atomic.sync_file(file)
-        atomic.sync_folder(partial / name)
-        if self.checkpoints / name in whole_checkpoints(self.checkpoints, self.fingerprint):  # of the same step
-            shutil.rmtree(partial)
-            return
-        shutil.rmtree(self.checkpoints / name, ignore_errors=True)
-        os.replace(partial / name, self.checkpoints / name)
-        atomic.sync_folder(self.checkpoints)
-        shutil.rmtree(partial)
-        for old in whole_checkpoints(self.checkpoints, self.fingerprint)[: -self.keep_checkpoints]:
-            shutil.rmtree(old)
+    def row(self, learning_rate: float, tokens_per_s: float) -> dict[str, Any]:
+        """The step just done, for the log; of one that was left out, what is not finite is None."""
+        loss, norm = (value if math.isfinite(value) else None for value in (self.guard.loss, self.guard.norm))
+        row = {"step": self.step, "loss": loss, "learning_rate": learning_rate, "grad_norm": norm,
+               "tokens_per_s": round(tokens_per_s, 1), "epoch": round(self.epoch(), 4)}  # fmt: skip
+        return {**row, "skipped": self.guard.reason} if self.guard.reason else row
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        from safetensors.torch import save
+    def epoch(self) -> float:
+        """Passes over the data so far."""
+        return sampling.epochs_after(self.step, len(self.samples), batch_size=self.config.batch_size,
+                                     turn_size=self.size * parallel.num_processes())  # fmt: skip
 
-        folder = Path(output_dir or str(self.checkpoints))
-        assert self.model is not None
-        atomic.write_bytes(folder / WEIGHTS_NAME, save(adapter_tensors(self.model), metadata={"format": "pt"}))
+    def save(self) -> None:
+        """A checkpoint of the step just done."""
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        target = model or self.model
-        assert target is not None
-        load_tensors(target, Path(resume_from_checkpoint) / WEIGHTS_NAME)
-        marker = atomic.read_json(Path(resume_from_checkpoint) / MARKER_NAME) or {}
+        def write(folder: Path) -> None:
+            from safetensors.torch import save
+
+            weights = save(adapter_tensors(self.model), metadata={"format": "pt"})
+            atomic.write_bytes(folder / WEIGHTS_NAME, weights)
+            torch.save(self.optimizer.state_dict(), folder / checkpoints.OPTIMIZER_NAME)
+            torch.save(self.schedule.state_dict(), folder / checkpoints.SCHEDULE_NAME)
+            torch.save(random_state(), folder / checkpoints.RANDOM_NAME)
+            state = {"global_step": self.step, "max_steps": self.num_steps, "epoch": self.epoch()}
+            atomic.write_json(folder / checkpoints.STATE_NAME, state)
+
+        if parallel.is_main():
+            marker = {"fingerprint": self.fingerprint, "guard": self.guard.state()}
+            checkpoints.write_checkpoint(self.folder, self.step, marker, write, keep=self.config.keep_checkpoints)
+
+    def resume(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint of this stage."""
+        load_tensors(self.model, checkpoint / WEIGHTS_NAME)
+        for part, name in ((self.optimizer, checkpoints.OPTIMIZER_NAME), (self.schedule, checkpoints.SCHEDULE_NAME)):
+            part.load_state_dict(torch.load(checkpoint / name, map_location="cpu", weights_only=True))
+        restore_random_state(read_random_state(checkpoint / checkpoints.RANDOM_NAME))
+        marker = atomic.read_json(checkpoint / checkpoints.MARKER_NAME) or {}
         if "guard" in marker:  # checkpoints of earlier versions have none
             self.guard.restore(marker["guard"])
+        self.step = checkpoints.step_of(checkpoint)
 
 
-def whole_checkpoints(folder: Path, fingerprint: str) -> list[Path]:
-    """The complete checkpoints of this stage in `folder`, oldest first; others are passed over.
-
-    Args:
-        folder: may be missing.
-        fingerprint: of the stage.
-    """
-    needed = (WEIGHTS_NAME, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
-    found = []
-    for path in folder.glob("checkpoint-*") if folder.is_dir() else ():
-        marker = atomic.read_json(path / MARKER_NAME)
-        if not isinstance(marker, dict) or marker.get("fingerprint") != fingerprint:
-            continue
-        if "guard" in marker and not is_state(marker["guard"]):  # earlier versions have none
-            continue
-        step = path.name.removeprefix("checkpoint-")
-        if step.isdecimal() and all((path / name).is_file() for name in needed):
-            found.append((int(step), path))
-    return [path for _, path in sorted(found)]
-
-
-def latest_checkpoint(folder: Path, fingerprint: str) -> Path | None:
-    """The newest complete checkpoint of this stage, or None."""
-    found = whole_checkpoints(folder, fingerprint)
-    return found[-1] if found else None
-
-
-class TrimCallback(TrainerCallback):
-    """After every step on a CPU: activations of varying length leave holes in the heap, which are given back."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Give them back; a GPU's memory is not on this heap."""
-        if args.device.type == "cpu":
-            give_back_memory()
+def num_steps(config: TuneConfig, num_samples: int) -> int:
+    """Optimiser steps of the whole run; the last one of an epoch may have fewer samples."""
+    return config.max_steps or math.ceil(config.epochs * math.ceil(num_samples / config.batch_size))
 
 
 def parameter_groups(model: nn.Module, config: TuneConfig) -> list[dict[str, Any]]:
-    """What the optimiser trains: every lora_A, every lora_B, and the shifts of norms, each at its rate.
-
-    Args:
-        model: with adapters.
-        config: its rates and weight decay; shifts are not decayed.
-    """
+    """What the optimiser trains: every lora_A, every lora_B, and the shifts of norms, not decayed, each at its rate."""
     layers = adapter_layers(model).values()
     rate, decay = config.learning_rate, config.weight_decay
     groups = [
@@ -269,50 +208,3 @@ def parameter_groups(model: nn.Module, config: TuneConfig) -> list[dict[str, Any
     if shifts:
         groups.append({"params": shifts, "lr": config.norms_lr_ratio * rate, "weight_decay": 0.0})
     return groups
-
-
-def training_arguments(config: TuneConfig, checkpoints: Path, device: torch.device) -> TrainingArguments:
-    """The Trainer's settings for a tune config.
-
-    Args:
-        config: the stage's settings.
-        checkpoints: where `checkpoint-N` go.
-        device: of the model.
-    """
-    processes = parallel.num_processes()
-    micro_batch_size = distributed.micro_batch_size(config, processes)
-    if config.tensorboard:
-        os.environ["TENSORBOARD_LOGGING_DIR"] = str(checkpoints.parent / "tensorboard")
-    os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
-    settings: dict[str, Any] = {
-        "output_dir": str(checkpoints),
-        "per_device_train_batch_size": micro_batch_size,
-        "gradient_accumulation_steps": config.batch_size // (micro_batch_size * processes),
-        "num_train_epochs": config.epochs,
-        "max_steps": config.max_steps or -1,
-        "learning_rate": config.learning_rate,
-        "lr_scheduler_type": "cosine_with_min_lr",
-        "lr_scheduler_kwargs": {"min_lr": config.min_learning_rate},
-        "warmup_steps": config.warmup_steps,
-        "weight_decay": config.weight_decay,
-        "max_grad_norm": config.max_grad_norm,
-        "optim": "adamw_torch",
-        "seed": config.seed,
-        "data_seed": config.seed,
-        "save_strategy": "steps",
-        "save_steps": config.save_steps,
-        "logging_strategy": "steps",
-        "logging_steps": 1,
-        "logging_nan_inf_filter": False,
-        "report_to": ["tensorboard"] if config.tensorboard and parallel.is_main() else [],
-        "disable_tqdm": True,
-        "remove_unused_columns": False,
-        "dataloader_pin_memory": device.type == "cuda",
-        "use_cpu": device.type == "cpu",
-    }
-    with parallel.unseen():
-        arguments = TrainingArguments(**settings)
-    # By itself the Trainer takes every GPU it sees (DataParallel), and the first of them.
-    arguments.__dict__["_setup_devices"] = device
-    arguments._n_gpu = int(device.type == "cuda")
-    return arguments

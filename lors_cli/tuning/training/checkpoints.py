@@ -1,0 +1,80 @@
+"""Training checkpoints: adapters and the loop's own state, never the base; they appear whole, by rename."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lors_cli.files import atomic
+from lors_cli.tuning.adapter import WEIGHTS_NAME
+from lors_cli.tuning.training.guards import is_state
+
+MARKER_NAME = "lors.json"
+OPTIMIZER_NAME, SCHEDULE_NAME, RANDOM_NAME, STATE_NAME = (
+    "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json",
+)  # fmt: skip
+PARTIAL_NAME = ".partial"
+
+
+def step_of(checkpoint: Path) -> int:
+    """Optimiser steps done by then."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def whole_checkpoints(folder: Path, fingerprint: str) -> list[Path]:
+    """The complete checkpoints of the stage with this fingerprint, oldest first; others are passed over."""
+    needed = (WEIGHTS_NAME, OPTIMIZER_NAME, SCHEDULE_NAME, RANDOM_NAME, STATE_NAME)
+    found = []
+    for path in folder.glob("checkpoint-*") if folder.is_dir() else ():
+        marker = atomic.read_json(path / MARKER_NAME)
+        if not isinstance(marker, dict) or marker.get("fingerprint") != fingerprint:
+            continue
+        if "guard" in marker and not is_state(marker["guard"]):  # earlier versions have none
+            continue
+        if path.name.removeprefix("checkpoint-").isdecimal() and all((path / name).is_file() for name in needed):
+            found.append(path)
+    return sorted(found, key=step_of)
+
+
+def latest_checkpoint(folder: Path, fingerprint: str) -> Path | None:
+    """The newest complete checkpoint of this stage, or None."""
+    found = whole_checkpoints(folder, fingerprint)
+    return found[-1] if found else None
+
+
+def write_checkpoint(
+    folder: Path, step: int, marker: dict[str, Any], write: Callable[[Path], None], *, keep: int
+) -> None:
+    """Add a checkpoint, unless a whole one of that step lies there, and keep so many of the newest.
+
+    Args:
+        marker: the stage's `fingerprint` and what else is to be known.
+        write: puts the files into a folder.
+    """
+    partial, target = folder / PARTIAL_NAME / f"checkpoint-{step}", folder / f"checkpoint-{step}"
+    if target in whole_checkpoints(folder, marker["fingerprint"]):
+        return
+    shutil.rmtree(partial.parent, ignore_errors=True)
+    partial.mkdir(parents=True)
+    write(partial)
+    atomic.write_json(partial / MARKER_NAME, marker)
+    for file in partial.iterdir():
+        atomic.sync_file(file)
+    atomic.sync_folder(partial)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(partial, target)
+    atomic.sync_folder(folder)
+    shutil.rmtree(partial.parent)
+    for old in whole_checkpoints(folder, marker["fingerprint"])[:-keep]:
+        shutil.rmtree(old)
+
+
+def remove_others(folder: Path, fingerprint: str) -> None:
+    """Remove checkpoints that are half written or belong to other settings."""
+    ours = whole_checkpoints(folder, fingerprint)
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_dir() and path not in ours:
+            shutil.rmtree(path)
