@@ -25,21 +25,22 @@ from lors_cli.tuning.stage import step_log
 
 model, rows, out, steps = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
 leak, leaked, seen = json.loads(sys.argv[5]), [], {}
-original = step_log.LogCallback.on_log
+original = step_log.StepLog.append
 
-def on_log(self, args, state, control, logs=None, **kwargs):
-    original(self, args, state, control, logs, **kwargs)
+def append(self, row):
+    original(self, row)
+    step = row["step"]
     if leak == "tensor":
         leaked.append(torch.zeros(1))
     if leak == "object":
-        leaked.append({"step": state.global_step, "loss": 1.5 * state.global_step})
-    if state.global_step in (steps // 4, steps):
+        leaked.append({"step": step, "loss": 1.5 * step})
+    if step in (steps // 4, steps):
         gc.collect()
         tensors = sum(isinstance(value, torch.Tensor) for value in gc.get_objects())
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        seen[state.global_step] = [tensors, tracemalloc.get_traced_memory()[0], peak * 1024]
+        seen[step] = [tensors, tracemalloc.get_traced_memory()[0], peak * 1024]
 
-step_log.LogCallback.on_log = on_log
+step_log.StepLog.append = append
 console.configure(verbosity=-1)
 config = TuneConfig(
     rank=4, init="kaiming", max_steps=steps, batch_size=1, per_device_batch_size=1, save_steps=steps // 8,

@@ -20,9 +20,10 @@ from lors_cli.models.inspection import inspect
 from lors_cli.recipe.schema import ModelConfig, TuneConfig, TuneDataConfig
 from lors_cli.tuning.adapter import load_adapter
 from lors_cli.tuning.stage import stage_fingerprint, tune
-from lors_cli.tuning.training import trainer as trainer_module
-from lors_cli.tuning.training.step_log import LogCallback
-from lors_cli.tuning.training.trainer import AdapterTrainer, StepSampler, whole_checkpoints
+from lors_cli.tuning.training import sampling
+from lors_cli.tuning.training.checkpoints import whole_checkpoints
+from lors_cli.tuning.training.step_log import StepLog
+from lors_cli.tuning.training.trainer import AdapterTrainer, num_steps
 
 IDS = torch.arange(40).reshape(2, 20)
 
@@ -70,22 +71,22 @@ def test_a_resumed_run_equals_an_unbroken_one(
 ) -> None:
     model = ModelConfig(path=str(sparse_checkpoint))
     tune(config, model, tmp_path / "whole")
-    original = AdapterTrainer.training_step
+    original = AdapterTrainer.micro_batch
     calls = 0
 
-    def dies(self: AdapterTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def dies(self: AdapterTrainer, *args: Any) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        if self.state.global_step == killed_at:
+        if self.step == killed_at:
             raise RuntimeError("killed")
-        return original(self, *args, **kwargs)
+        return original(self, *args)
 
-    monkeypatch.setattr(AdapterTrainer, "training_step", dies)
+    monkeypatch.setattr(AdapterTrainer, "micro_batch", dies)
     with pytest.raises(RuntimeError, match="killed"):
         tune(config, model, tmp_path / "broken")
     assert records.read_record(tmp_path / "broken") is None
     assert not (tmp_path / "broken" / "model.safetensors").exists()
-    monkeypatch.setattr(AdapterTrainer, "training_step", original)
+    monkeypatch.setattr(AdapterTrainer, "micro_batch", original)
     tune(config, model, tmp_path / "broken")
     for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "broken" / name).read_bytes()
@@ -100,15 +101,15 @@ def test_a_run_resumed_near_the_end_of_an_epoch_equals_an_unbroken_one(
 ) -> None:
     model, config = ModelConfig(path=str(sparse_checkpoint)), replace(config, max_steps=12)
     tune(config, model, tmp_path / "whole")
-    original = AdapterTrainer.training_step
+    original = AdapterTrainer.micro_batch
 
-    def dies(self: AdapterTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.state.global_step == killed_at:
+    def dies(self: AdapterTrainer, *args: Any) -> torch.Tensor:
+        if self.step == killed_at:
             raise RuntimeError("killed")
-        return original(self, *args, **kwargs)
+        return original(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(AdapterTrainer, "training_step", dies)
+        patch.setattr(AdapterTrainer, "micro_batch", dies)
         with pytest.raises(RuntimeError, match="killed"):
             tune(config, model, tmp_path / "broken")
     tune(config, model, tmp_path / "broken")
@@ -119,15 +120,19 @@ def test_a_run_resumed_near_the_end_of_an_epoch_equals_an_unbroken_one(
 
 def test_a_steps_samples_come_longest_first_and_an_epoch_holds_every_sample_once() -> None:
     lengths = [(7 * index) % 23 for index in range(50)]
-    sampler = StepSampler(lengths, 8, 3)
+    samples = [{"input_ids": [0] * length} for length in lengths]
+
+    def drawn(epoch: int) -> list[int]:
+        steps = range(7 * epoch, 7 * epoch + 7)
+        return [index for step in steps for index in sampling.step_samples(samples, step, batch_size=8, seed=3)]
+
     epochs = []
     for epoch in range(2):
-        sampler.set_epoch(epoch)
-        order = list(sampler)
+        order = drawn(epoch)
         assert sorted(order) == list(range(50))
         steps = [[lengths[index] for index in order[first : first + 8]] for first in range(0, 50, 8)]
         assert all(step == sorted(step, reverse=True) for step in steps)
-        assert order == list(sampler)
+        assert order == drawn(epoch)
         epochs.append([frozenset(order[first : first + 8]) for first in range(0, 50, 8)])
     assert epochs[0] != epochs[1]
     assert [set(step) for step in epochs[0]] != [set(range(first, first + 8)) for first in range(0, 50, 8)]
@@ -170,13 +175,13 @@ def test_a_run_killed_after_training_merges_without_training_again(
         with pytest.raises(RuntimeError, match="killed"):
             tune(config, model, out)
     steps: list[int] = []
-    original = AdapterTrainer.training_step
+    original = AdapterTrainer.micro_batch
 
-    def counted(self: AdapterTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def counted(self: AdapterTrainer, *args: Any) -> torch.Tensor:
         steps.append(1)
-        return original(self, *args, **kwargs)
+        return original(self, *args)
 
-    monkeypatch.setattr(AdapterTrainer, "training_step", counted)
+    monkeypatch.setattr(AdapterTrainer, "micro_batch", counted)
     tune(config, model, out)
     assert steps == []
     tune(config, model, tmp_path / "whole")
@@ -206,13 +211,13 @@ def test_checkpoints_hold_adapters_and_state_only_and_half_ones_are_passed_over(
 def test_a_broken_loss_stops_with_the_last_checkpoint_kept(
     sparse_checkpoint: Path, config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = AdapterTrainer.compute_loss
+    original = AdapterTrainer.micro_batch
 
-    def breaks(self: AdapterTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = original(self, *args, **kwargs)
-        return loss * float("nan") if self.state.global_step == 4 else loss
+    def breaks(self: AdapterTrainer, *args: Any) -> torch.Tensor:
+        loss = original(self, *args)
+        return loss * float("nan") if self.step == 4 else loss
 
-    monkeypatch.setattr(AdapterTrainer, "compute_loss", breaks)
+    monkeypatch.setattr(AdapterTrainer, "micro_batch", breaks)
     with pytest.raises(UsageError, match="broke at step 5") as caught:
         tune(config, ModelConfig(path=str(sparse_checkpoint)), tmp_path / "tune")
     assert "checkpoint-3 is kept" in str(caught.value)
@@ -227,18 +232,18 @@ def test_an_interrupt_saves_and_the_same_call_goes_on(
     import signal
 
     model = ModelConfig(path=str(sparse_checkpoint))
-    original = LogCallback.on_log
+    original = StepLog.append
 
-    def interrupts(self: Any, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
-        original(self, args, state, *rest, **kwargs)
-        if state.global_step == 4:
+    def interrupts(self: StepLog, row: dict[str, Any]) -> None:
+        original(self, row)
+        if row["step"] == 4:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(LogCallback, "on_log", interrupts)
+    monkeypatch.setattr(StepLog, "append", interrupts)
     with pytest.raises(KeyboardInterrupt):
         tune(config, model, tmp_path / "tune")
     assert (tmp_path / "tune" / "checkpoints" / "checkpoint-4").is_dir()  # step 5 is given up, to be done again
-    monkeypatch.setattr(LogCallback, "on_log", original)
+    monkeypatch.setattr(StepLog, "append", original)
     tune(config, model, tmp_path / "tune")
     tune(config, model, tmp_path / "whole")
     whole, resumed = (tmp_path / name / "model.safetensors" for name in ("whole", "tune"))
@@ -272,11 +277,9 @@ def test_a_merge_that_breaks_the_pattern_publishes_nothing(
 def test_epochs_count_the_steps_that_the_trainer_makes(
     sparse_checkpoint: Path, config: TuneConfig, tmp_path: Path
 ) -> None:
-    from lors_cli.tuning.stage import _num_steps
-
     by_epoch = replace(config, max_steps=None, epochs=1.5, batch_size=6, init="kaiming")
     record = tune(by_epoch, ModelConfig(path=str(sparse_checkpoint)), tmp_path / "tune")
-    assert record.metrics["steps"] == _num_steps(by_epoch, 40) == 11
+    assert record.metrics["steps"] == num_steps(by_epoch, 40) == 11
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(
@@ -310,14 +313,14 @@ def test_a_finished_result_stays_whole_while_another_is_begun_in_its_folder(
 ) -> None:
     model, out = ModelConfig(path=str(sparse_checkpoint)), tmp_path / "tune"
     finished = tune(config, model, out)
-    original = AdapterTrainer.training_step
+    original = AdapterTrainer.micro_batch
 
-    def dies(self: AdapterTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.state.global_step == 2:
+    def dies(self: AdapterTrainer, *args: Any) -> torch.Tensor:
+        if self.step == 2:
             raise RuntimeError("killed")
-        return original(self, *args, **kwargs)
+        return original(self, *args)
 
-    monkeypatch.setattr(AdapterTrainer, "training_step", dies)
+    monkeypatch.setattr(AdapterTrainer, "micro_batch", dies)
     with pytest.raises(RuntimeError, match="killed"):
         tune(replace(config, rank=2), model, out)
     assert records.is_finished(out, finished.fingerprint)
@@ -354,16 +357,6 @@ def test_settings_without_effect_do_not_change_the_fingerprint(sparse_checkpoint
     assert fingerprint(init="kaiming") == fingerprint(init="kaiming", init_samples=2)
     assert fingerprint(init_samples=2) != fingerprint() != fingerprint(rank=8)
     assert fingerprint(max_steps=None) != fingerprint(max_steps=None, epochs=9.0)
-
-
-def test_only_the_models_own_device_is_used(
-    config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    arguments = trainer_module.training_arguments(config, tmp_path, torch.device("cpu"))
-    assert arguments.device == torch.device("cpu")
-    assert arguments.train_batch_size == config.micro_batch_size
-    assert arguments.gradient_accumulation_steps * arguments.train_batch_size == config.batch_size
 
 
 def test_tensorboard_events_are_written_when_asked_for(

@@ -101,22 +101,3 @@ def add_up_step(
     for parameter, gradient, took_part in zip(parameters, found, numbers[3:], strict=True):
         parameter.grad = gradient.view_as(parameter).to(parameter.dtype) if took_part else None
     return numbers[0], round(numbers[1]), numbers[2] > 0
-
-
-def step_positions(step: int, *, batch_size: int, micro_batch_size: int, rank: int, world_size: int) -> list[int]:
-    """The positions that one of several processes trains on in an optimiser step.
-
-    A step takes `batch_size` consecutive positions whatever the number of processes; micro-batches go to the
-    processes in turn, as accelerate deals them.
-
-    Args:
-        step: from 0.
-        batch_size: samples a step, over all processes.
-        micro_batch_size: samples a forward pass of one process; times world_size it divides batch_size.
-    """
-    first, stride = step * batch_size, micro_batch_size * world_size
-    return [
-        start + rank * micro_batch_size + inside
-        for start in range(first, first + batch_size, stride)
-        for inside in range(micro_batch_size)
-    ]

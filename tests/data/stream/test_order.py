@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import chain
-
-import pytest
-
 from lors_cli.data.stream.order import shuffled_block
-from lors_cli.tuning.training.distributed import step_positions
 
 
 def _blocks(count: int, **options: int | None) -> list[int]:
@@ -41,24 +36,3 @@ def test_a_position_needs_no_other_one_before_it() -> None:
     assert [shuffled_block(position, seed=3, buffer=8, num_blocks=21) for position in (60, 5, 33)] == [
         _blocks(63, num_blocks=21)[position] for position in (60, 5, 33)
     ]
-
-
-@pytest.mark.parametrize(("world_size", "micro_batch_size"), [(1, 1), (1, 4), (2, 2), (4, 1), (4, 3), (12, 1)])
-def test_a_step_takes_the_same_positions_on_any_number_of_processes(world_size: int, micro_batch_size: int) -> None:
-    for step in (0, 5):
-        shares = [
-            step_positions(step, batch_size=12, micro_batch_size=micro_batch_size, rank=rank, world_size=world_size)
-            for rank in range(world_size)
-        ]
-        assert sorted(chain.from_iterable(shares)) == list(range(12 * step, 12 * step + 12))
-        assert len({len(share) for share in shares}) == 1
-
-
-def test_processes_share_a_step_as_accelerate_deals_batches() -> None:
-    from accelerate.data_loader import BatchSamplerShard
-    from torch.utils.data import BatchSampler, SequentialSampler
-
-    for rank in range(3):
-        dealt = list(BatchSamplerShard(BatchSampler(SequentialSampler(range(36)), 2, False), 3, rank))  # type: ignore[arg-type]
-        own = [step_positions(step, batch_size=12, micro_batch_size=2, rank=rank, world_size=3) for step in range(3)]
-        assert list(chain.from_iterable(dealt)) == list(chain.from_iterable(own))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,7 +13,6 @@ from unittest import mock
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel
 from two_processes import scores, tune_and_stop, tune_config
 
@@ -22,8 +22,8 @@ from lors_cli.launch import launch
 from lors_cli.recipe.schema import ModelConfig, TuneConfig
 from lors_cli.tuning import head
 from lors_cli.tuning.stage import tune
-from lors_cli.tuning.training.distributed import BLANK, RankSampler, SamplesAndBlank, describe, micro_batch_size
-from lors_cli.tuning.training.trainer import StepSampler
+from lors_cli.tuning.training.distributed import describe, micro_batch_size
+from lors_cli.tuning.training.sampling import BLANK, micro_batches, sample_at, step_samples
 
 STEPS = 22
 STOP = 7
@@ -145,26 +145,40 @@ def test_scores_of_two_processes_are_those_of_one(both: tuple[dict[str, Any], Pa
 
 
 def test_processes_take_every_sample_of_a_step_once_and_blanks_fill_up() -> None:
-    whole = StepSampler([(7 * index) % 23 for index in range(29)], 12, 5)
-    samplers = [RankSampler(whole, step_size=12, micro_batch_size=2, rank=rank, num_processes=3) for rank in range(3)]
-    for epoch in (0, 1):
-        for sampler in samplers:
-            sampler.set_epoch(epoch)
-        taken, order = [list(sampler) for sampler in samplers], list(whole)
-        assert {len(mine) for mine in taken} == {len(sampler) for sampler in samplers} == {4 + 4 + 2}
-        for step, (first, last) in enumerate([(0, 4), (4, 8), (8, 10)]):
-            together = [index for mine in taken for index in mine[first:last] if index != BLANK]
-            assert sorted(together) == sorted(order[12 * step : 12 * step + 12])
-    assert (
-        len(RankSampler(SequentialSampler(range(24)), step_size=12, micro_batch_size=2, rank=0, num_processes=3)) == 8
-    )
+    samples = [{"input_ids": [0] * ((7 * index) % 23)} for index in range(29)]
+    for step in range(6):
+        order = step_samples(samples, step, batch_size=12, seed=5)
+        taken = [list(chain.from_iterable(micro_batches(order, 2, rank, 3))) for rank in range(3)]
+        assert {len(mine) for mine in taken} == {2 if step % 3 == 2 else 4}
+        assert sorted(index for mine in taken for index in mine if index != BLANK) == sorted(order)
+
+
+@pytest.mark.parametrize(("world_size", "micro_batch_size"), [(1, 1), (1, 4), (2, 2), (4, 1), (4, 3), (12, 1)])
+def test_a_step_takes_the_same_positions_on_any_number_of_processes(world_size: int, micro_batch_size: int) -> None:
+    for step in (0, 5):
+        positions = list(range(12 * step, 12 * step + 12))
+        shares = [
+            list(chain.from_iterable(micro_batches(positions, micro_batch_size, rank, world_size)))
+            for rank in range(world_size)
+        ]
+        assert sorted(chain.from_iterable(shares)) == positions
+        assert len({len(share) for share in shares}) == 1
+
+
+def test_processes_share_a_step_as_accelerate_deals_batches() -> None:
+    from accelerate.data_loader import BatchSamplerShard
+    from torch.utils.data import BatchSampler, SequentialSampler
+
+    for rank in range(3):
+        dealt = list(BatchSamplerShard(BatchSampler(SequentialSampler(range(36)), 2, False), 3, rank))  # type: ignore[arg-type]
+        own = [micro_batches(list(range(first, first + 12)), 2, rank, 3) for first in (0, 12, 24)]
+        assert dealt == list(chain.from_iterable(own))
 
 
 def test_a_blank_sample_has_no_label() -> None:
-    samples = SamplesAndBlank([{"input_ids": [4, 5], "labels": [4, 5], "position_ids": [0, 1]}])
-    assert len(samples) == 1
-    assert samples[0]["input_ids"] == [4, 5]
-    assert samples[BLANK] == {"input_ids": [4], "labels": [IGNORED], "position_ids": [0]}
+    samples = [{"input_ids": [4, 5], "labels": [4, 5], "position_ids": [0, 1]}]
+    assert sample_at(samples, 0)["input_ids"] == [4, 5]
+    assert sample_at(samples, BLANK) == {"input_ids": [4], "labels": [IGNORED], "position_ids": [0]}
 
 
 @pytest.mark.parametrize(("batch_size", "per_device", "processes", "expected"), [

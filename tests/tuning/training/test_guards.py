@@ -19,9 +19,10 @@ from lors_cli.files import records
 from lors_cli.models.sources import model_fingerprint
 from lors_cli.recipe.schema import ModelConfig, TuneConfig
 from lors_cli.tuning.stage import stage_fingerprint, tune
-from lors_cli.tuning.training import trainer as trainer_module
+from lors_cli.tuning.training import checkpoints
+from lors_cli.tuning.training.checkpoints import whole_checkpoints
 from lors_cli.tuning.training.guards import WARM_UP, WINDOW, StepGuard
-from lors_cli.tuning.training.trainer import AdapterTrainer, whole_checkpoints
+from lors_cli.tuning.training.trainer import AdapterTrainer
 
 Spoil = Callable[..., None]
 
@@ -29,20 +30,25 @@ Spoil = Callable[..., None]
 @pytest.fixture
 def spoil(monkeypatch: pytest.MonkeyPatch) -> Spoil:
     """Multiplies the loss of some steps (counted from 1) by a factor, in their last micro-batch."""
-    original = AdapterTrainer.compute_loss
+    original = AdapterTrainer.micro_batch
 
     def install(*steps: int, factor: float = float("nan"), dies_at: int = 0) -> None:
         calls: list[int] = []
 
-        def compute_loss(self: AdapterTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
-            step = self.state.global_step + 1
+        def micro_batch(self: AdapterTrainer, *args: Any) -> torch.Tensor:
+            step = self.step + 1
             if step == dies_at:
                 raise RuntimeError("killed")
             calls.append(step)
-            loss = original(self, *args, **kwargs)
-            return loss * factor if step in steps and calls.count(step) == 2 else loss
+            loss = self.loss
+            if step in steps and calls.count(step) == 2:
+                self.loss = lambda *inputs: loss(*inputs) * factor
+            try:
+                return original(self, *args)
+            finally:
+                self.loss = loss
 
-        monkeypatch.setattr(AdapterTrainer, "compute_loss", compute_loss)
+        monkeypatch.setattr(AdapterTrainer, "micro_batch", micro_batch)
 
     return install
 
@@ -203,7 +209,7 @@ def test_only_so_many_checkpoints_lie_there_and_never_none(
 
     original = shutil.rmtree
     with monkeypatch.context() as patch:
-        patch.setattr(trainer_module.shutil, "rmtree", watched)
+        patch.setattr(checkpoints.shutil, "rmtree", watched)
         tune(config, model, out)
     assert seen == [f"checkpoint-{step}" for step in range(1, 13 - keep)]
     assert most == keep + 1
@@ -215,17 +221,17 @@ def test_a_whole_checkpoint_is_not_replaced_by_one_of_the_same_step(
     sparse_checkpoint: Path, config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, kept = tmp_path / "tune", []
-    original = AdapterTrainer._save_checkpoint
+    original = AdapterTrainer.save
 
-    def twice(self: AdapterTrainer, *args: Any) -> None:
-        original(self, *args)
-        folder = self.checkpoints / f"checkpoint-{self.state.global_step}"
+    def twice(self: AdapterTrainer) -> None:
+        original(self)
+        folder = self.folder / f"checkpoint-{self.step}"
         kept.append(folder.stat().st_ino)
-        original(self, *args)
+        original(self)
         assert folder.stat().st_ino == kept[-1]
-        assert not (self.checkpoints / ".partial").exists()
+        assert not (self.folder / ".partial").exists()
 
-    monkeypatch.setattr(AdapterTrainer, "_save_checkpoint", twice)
+    monkeypatch.setattr(AdapterTrainer, "save", twice)
     record = tune(replace(config, keep_checkpoints=1), ModelConfig(path=str(sparse_checkpoint)), out)
     assert len(kept) == 3
     assert records.is_finished(out, record.fingerprint)

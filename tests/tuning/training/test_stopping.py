@@ -34,17 +34,17 @@ def test_a_stop_within_a_step_gives_it_up_and_the_same_weights_come_out(
 ) -> None:  # fmt: skip
     config = replace(config, per_device_batch_size=1, max_steps=6, keep_checkpoints=9)
     tune(config, with_dropout, tmp_path / "whole")
-    original, calls = AdapterTrainer.training_step, []
+    original, calls = AdapterTrainer.micro_batch, []
 
-    def signalled(self: AdapterTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
-        calls.append(self.state.global_step + 1)
+    def signalled(self: AdapterTrainer, *args: Any) -> torch.Tensor:
+        calls.append(self.step + 1)
         if calls.count(step) == 2:  # of its four micro-batches
             os.kill(os.getpid(), number)
             os.kill(os.getpid(), number)  # schedulers repeat themselves
-        return original(self, *args, **kwargs)
+        return original(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(AdapterTrainer, "training_step", signalled)
+        patch.setattr(AdapterTrainer, "micro_batch", signalled)
         with pytest.raises(Stopped) as caught:
             tune(config, with_dropout, tmp_path / "tune")
     assert caught.value.name == number.name

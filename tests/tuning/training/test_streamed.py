@@ -43,15 +43,15 @@ def streamed(config: TuneConfig, tmp_path: Path) -> TuneConfig:
 
 
 def _killed_at(step: int, config: TuneConfig, model: ModelConfig, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = AdapterTrainer.training_step
+    original = AdapterTrainer.micro_batch
 
-    def dies(self: AdapterTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.state.global_step == step:
+    def dies(self: AdapterTrainer, *args: Any) -> torch.Tensor:
+        if self.step == step:
             raise RuntimeError("killed")
-        return original(self, *args, **kwargs)
+        return original(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(AdapterTrainer, "training_step", dies)
+        patch.setattr(AdapterTrainer, "micro_batch", dies)
         with pytest.raises(RuntimeError, match="killed"):
             tune(config, model, out)
 
@@ -100,14 +100,14 @@ def test_a_cached_run_equals_a_first_one_and_starts_no_process(
 def test_exactly_the_budget_of_tokens_is_trained_on(
     sparse_checkpoint: Path, streamed: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = AdapterTrainer.training_step
+    original = AdapterTrainer.micro_batch
     seen: list[int] = []
 
-    def counted(self: AdapterTrainer, model: Any, inputs: Any, *args: Any) -> torch.Tensor:
+    def counted(self: AdapterTrainer, inputs: Any, *args: Any) -> torch.Tensor:
         seen.append(count_tokens(inputs))
-        return original(self, model, inputs, *args)
+        return original(self, inputs, *args)
 
-    monkeypatch.setattr(AdapterTrainer, "training_step", counted)
+    monkeypatch.setattr(AdapterTrainer, "micro_batch", counted)
     budget = 48 * 9 + 20  # two whole steps of four samples; two samples in the last, one of them of 20 tokens
     record = tune(replace(streamed, max_steps=None, max_tokens=budget, init="kaiming"),
                   ModelConfig(path=str(sparse_checkpoint)), tmp_path / "tune")  # fmt: skip
@@ -128,13 +128,13 @@ def test_the_last_steps_loss_is_the_mean_over_its_own_labels(
     budget = 48 * 5 + 20
     config = replace(streamed, max_steps=None, max_tokens=budget, learning_rate=1e-12, init="kaiming")
     batches: list[Any] = []
-    original = AdapterTrainer.training_step
+    original = AdapterTrainer.micro_batch
 
-    def kept(self: AdapterTrainer, model: Any, inputs: Any, *args: Any) -> torch.Tensor:
+    def kept(self: AdapterTrainer, inputs: Any, *args: Any) -> torch.Tensor:
         batches.append({key: value.clone() for key, value in inputs.items()})
-        return original(self, model, inputs, *args)
+        return original(self, inputs, *args)
 
-    monkeypatch.setattr(AdapterTrainer, "training_step", kept)
+    monkeypatch.setattr(AdapterTrainer, "micro_batch", kept)
     model = ModelConfig(path=str(sparse_checkpoint), dtype="float32")
     tune(config, model, tmp_path / "tune")
     rows = [json.loads(line) for line in (tmp_path / "tune/log.jsonl").read_text().splitlines()]

@@ -32,14 +32,14 @@ def tune_config(settings: dict[str, Any]) -> TuneConfig:
 @contextmanager
 def stopped_after(step: int) -> Iterator[None]:
     """The last process, and no other, is interrupted in this step."""
-    original = AdapterTrainer.training_step
+    original = AdapterTrainer.micro_batch
 
-    def interrupted(self: AdapterTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.state.global_step == step - 1 and processes.process_index() == processes.num_processes() - 1:
+    def interrupted(self: AdapterTrainer, *args: Any) -> torch.Tensor:
+        if self.step == step - 1 and processes.process_index() == processes.num_processes() - 1:
             self.stop.asked = True
-        return original(self, *args, **kwargs)
+        return original(self, *args)
 
-    with mock.patch.object(AdapterTrainer, "training_step", interrupted):
+    with mock.patch.object(AdapterTrainer, "micro_batch", interrupted):
         yield
 
 
