@@ -16,7 +16,6 @@ import typer
 from lors_cli import launch as module
 from lors_cli.errors import UsageError
 from lors_cli.launch import launch, together
-from lors_cli.machine import processes
 
 
 def python(*lines: str) -> list[str]:
@@ -144,21 +143,6 @@ def test_what_nproc_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(module.LAUNCHER, "1")
     together(2)  # one of those that were started
     assert started == [2]
-
-
-def test_libraries_do_not_see_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = {
-        "RANK": "1",
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "localhost",
-        "LOCAL_RANK": "1",
-        "ACCELERATE_USE_FSDP": "true",
-    }
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
-    with processes.unseen():
-        assert not {*given} - {"MASTER_ADDR"} & {*os.environ}
-    assert {name: os.environ[name] for name in given} == given
 
 
 def test_a_recipe_runs_in_two_processes(finished_workshop: Path, at_workshop: Path) -> None:

@@ -115,18 +115,6 @@ def first_failure(exit_code: int) -> int | None:
     return None if found == mine else int(found.split()[1])
 
 
-@contextmanager
-def unseen() -> Iterator[None]:
-    """Hide the other processes from libraries that would divide the work themselves, for as long as this lasts."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    hidden = {name: os.environ.pop(name) for name in (*os.environ,)
-              if name in names or name.startswith(("ACCELERATE_USE_", "ACCELERATE_MIXED", "FSDP_"))}  # fmt: skip
-    try:
-        yield
-    finally:
-        os.environ.update(hidden)
-
-
 # ---- what they tell each other
 
 
