@@ -30,11 +30,7 @@ MAX_RANK, MAX_ALPHA = 1 << 20, 1e9
 
 
 def peft_type(method: str) -> str:
-    """`peft_type` on disk of a `tune.method`: checkpointing changes how a layer is computed, not what.
-
-    Args:
-        method: of `LAYERS`.
-    """
+    """`peft_type` on disk of a `tune.method`: checkpointing changes how a layer is computed, not what."""
     return method.removesuffix("-gc").upper()
 
 
@@ -43,13 +39,10 @@ class AdapterConfig:
     """What `adapter_config.json` holds.
 
     Args:
-        method: of `tune.method`.
-        rank: r.
         alpha: numerator of the scale.
         use_rslora: scale alpha/√r, else alpha/r.
         layers: full names of the adapted linears.
         base: the sparse model's path or hub id.
-        base_fingerprint: its fingerprint.
         base_mask: digest of where the adapted weights, and those that no adapter can be put on, are zero.
         norms: full names of the trained parameters of normalisation layers.
         rounding: of merged bfloat16 weights, `nearest` or `stochastic`.
@@ -68,13 +61,7 @@ class AdapterConfig:
 
 
 def save_adapter(model: nn.Module, folder: Path, config: AdapterConfig) -> None:
-    """Write `adapter_model.safetensors` and `adapter_config.json`.
-
-    Args:
-        model: with adapters.
-        folder: made when missing.
-        config: written beside the tensors.
-    """
+    """Write `adapter_model.safetensors` and `adapter_config.json`."""
     from safetensors.torch import save
 
     atomic.write_bytes(folder / WEIGHTS_NAME, save(adapter_tensors(model), metadata={"format": "pt"}))
@@ -175,7 +162,6 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
     Args:
         base: a model with the same zeros as at training; changed in place.
-        folder: written by `save_adapter`.
 
     Returns:
         `base` with adapters.

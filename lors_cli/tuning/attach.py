@@ -42,12 +42,9 @@ def attach(
     """Replace linears by layers with adapters, in place.
 
     Args:
-        model: the sparse model.
         layers: full names of its linears.
-        rank: r.
         alpha: numerator of the scale.
         use_rslora: scale alpha/√r, else alpha/r.
-        method: of `tune.method`.
         compressed: hold the weights, which must be 2:4, as their kept values; for lors alone.
         rounding: of merged bfloat16 weights; stochastic for lors alone.
 
@@ -80,10 +77,6 @@ def adapter_layers(model: nn.Module) -> dict[str, AdapterLinear]:
 def adaptable_layers(model: PreTrainedModel, pruned: Iterable[str]) -> list[str]:
     """Those of the pruned weights that can have an adapter: linears. Experts and Conv1D stay as they are.
 
-    Args:
-        model: the sparse model, without adapters.
-        pruned: full names of its pruned weights.
-
     Raises:
         UsageError: there is none.
     """
@@ -104,7 +97,6 @@ def base_mask(model: PreTrainedModel, layers: dict[str, Any]) -> str:
     """The digest of where a sparse model is zero: in adapted linears, and in what no adapter can be put on.
 
     Args:
-        model: with or without adapters.
         layers: its linears, adapted or not, by full name.
     """
     others = ((name, weight.matrix) for name, weight in prunable_weights(model).items()
@@ -128,8 +120,6 @@ def put_adapters(config: TuneConfig, network: PreTrainedModel, layers: list[str]
     """Put all that is trained on a model, in place; the adapted layers by name.
 
     Args:
-        config: of the stage.
-        network: the sparse model.
         layers: full names of the linears to adapt.
     """
     adapted = attach(network, layers, config.rank, config.alpha, use_rslora=config.use_rslora, method=config.method,

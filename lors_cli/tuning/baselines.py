@@ -161,8 +161,6 @@ def check_rank(method: str, rank: int, out_features: Iterable[int]) -> None:
     """Refuse a rank that a method cannot take, before any layer is made.
 
     Args:
-        method: of `LAYERS`.
-        rank: r.
         out_features: R of every layer to be adapted.
 
     Raises:
@@ -178,7 +176,6 @@ def ranks_that_fit(sizes: Iterable[int], rank: int) -> str:
 
     Args:
         sizes: R of every layer.
-        rank: the one that does not.
     """
     common = reduce(math.gcd, sizes)
     fitting = [str(size) for size in range(1, min(common, 256) + 1) if common % size == 0]

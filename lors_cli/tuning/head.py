@@ -197,8 +197,6 @@ def causal_lm_loss(
     Args:
         model: one that `why_not_chunked` has nothing against.
         inputs: input_ids, labels (samples, tokens) and what else the model takes.
-        num_items: as `chunked_cross_entropy` has it.
-        teacher: as `chunked_cross_entropy` has it.
     """
     inputs = dict(inputs)
     labels = F.pad(inputs.pop("labels"), (0, 1), value=IGNORED)[..., 1:]
@@ -225,10 +223,6 @@ def why_not_chunked(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> 
     """Why the head cannot be chunked: the model's own loss is not that of its head's plain outputs. Empty if it can.
 
     Soft-capped or scaled logits, and losses with further terms, are found by trying, on a few tokens.
-
-    Args:
-        model: causal LM.
-        inputs: a batch with labels.
     """
     head: Any = model.get_output_embeddings()
     if not has_plain_head(model):

@@ -81,7 +81,6 @@ def gradient_directions(
         model: the sparse model; as before afterwards.
         linears: by full name; their weights need no gradient before and after. Adapters on them are passed by.
         batches: collated samples (input_ids, attention_mask, labels).
-        rank: r.
         seed: of the sketches, or the SVD's random start.
         exact: form dW.
 

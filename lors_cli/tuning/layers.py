@@ -14,7 +14,6 @@ class AdapterLinear(nn.Module):
 
     Args:
         linear: (C → R); its weight and bias are taken over, not copied, and frozen.
-        rank: r.
         alpha: numerator of the scale.
         use_rslora: scale s = alpha/√r (rsLoRA, arXiv:2312.03732), else alpha/r.
 

@@ -182,12 +182,7 @@ class CompressedLorsLinear(LorsLinear):
 
 
 def keep_merged(model: nn.Module, keep: Keep) -> None:
-    """Say of every LoRS layer of a model how long its merged weight is kept.
-
-    Args:
-        model: with LoRS layers.
-        keep: `never`, `recompute` or `always`, as `MergedCache` has them.
-    """
+    """Say of every LoRS layer of a model how long its merged weight is kept."""
     for module in model.modules():
         if isinstance(module, LorsLinear):
             module.cache = MergedCache(keep)

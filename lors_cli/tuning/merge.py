@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 def merge_adapters(model: PreTrainedModel) -> int:
     """Replace every layer with an adapter by an ordinary linear with the merged weight, in place; norms likewise.
 
-    Args:
-        model: with adapters.
-
     Returns:
         How many kept weights became exactly zero.
 
@@ -49,13 +46,6 @@ def merge_adapters(model: PreTrainedModel) -> int:
 
 def merge(base_path: str, adapter: Path, out: Path, *, dtype: str = "auto", device: str = "auto") -> dict[str, Any]:
     """`lors merge`: the masked merge of a saved adapter into its sparse base, as a checkpoint.
-
-    Args:
-        base_path: the sparse model.
-        adapter: folder written by tuning.
-        out: stage folder for the merged checkpoint.
-        dtype: of the base, auto for its own.
-        device: where to merge.
 
     Returns:
         Counts for the user: layers, weights that became zero.

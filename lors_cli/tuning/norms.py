@@ -38,9 +38,6 @@ def norm_parameters(model: nn.Module) -> list[str]:
     """Full names of the parameters of a model's normalisation layers.
 
     A normalisation layer is a module that owns a one-dimensional weight, whatever it is called.
-
-    Args:
-        model: without trained norms.
     """
     return [
         f"{name}.{key}"
@@ -55,7 +52,6 @@ def train_norms(model: nn.Module, names: Iterable[str]) -> None:
     """Give parameters of normalisation layers a trained shift, in place; it starts at zero.
 
     Args:
-        model: changed in place.
         names: full names, as `norm_parameters` gives them.
 
     Raises:

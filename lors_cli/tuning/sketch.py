@@ -23,11 +23,8 @@ class GradientSketch:
     """S = dW·Ω and T = Ψ·dW, summed over all tokens as they come.
 
     Args:
-        num_rows: R.
-        num_columns: C.
         rank: r, of the directions asked for later.
         seed: of Ω and Ψ.
-        device: where everything is.
     """
 
     def __init__(self, num_rows: int, num_columns: int, rank: int, *, seed: int, device: torch.device) -> None:
@@ -91,7 +88,6 @@ class SketchedLinear(nn.Module):
 
     Args:
         linear: (C → R); taken over as it is, an adapter on it takes no part.
-        sketch: what is added to.
     """
 
     def __init__(self, linear: nn.Linear | AdapterLinear, sketch: GradientSketch) -> None:

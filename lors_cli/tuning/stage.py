@@ -39,8 +39,6 @@ def stage_fingerprint(config: TuneConfig, model_fingerprint: str, data_dir: Path
 
     Args:
         config: the stage's settings, their teacher filled in (`with_teacher`).
-        model_fingerprint: of the sparse model.
-        data_dir: local datasets.
     """
     from lors_cli.data.sources import fingerprint_source, open_source
     from lors_cli.data.stream.samples import is_streamed
@@ -74,8 +72,6 @@ def tune(config: TuneConfig, model: ModelConfig, out: Path, *, data_dir: Path | 
     """Tune a sparse causal LM and write adapter and merged checkpoint; an interrupted call goes on at its last one.
 
     Args:
-        config: method, data, schedule.
-        model: the sparse model.
         out: stage folder (DESIGN §4), which all processes see.
         data_dir: local datasets, None for the hub.
 
@@ -141,10 +137,6 @@ def sparse_layers(model: PreTrainedModel, folder: Path) -> dict[str, Pattern]:
     """The weights the pruner made sparse.
 
     A folder written by `lors` says which; elsewhere every weight of a decoder block with at least 5 % zeros.
-
-    Args:
-        model: the sparse model.
-        folder: where it was loaded from.
 
     Returns:
         Full names and the pattern each keeps to.

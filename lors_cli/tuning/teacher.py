@@ -21,10 +21,6 @@ if TYPE_CHECKING:
 def with_teacher(config: TuneConfig, model: ModelConfig) -> TuneConfig:
     """The config with `distill.teacher` filled in: by default the model that the sparse one was pruned from.
 
-    Args:
-        config: of the stage.
-        model: the sparse model.
-
     Raises:
         UsageError: none is given, and the sparse model does not say what it was pruned from.
     """
@@ -40,11 +36,7 @@ def with_teacher(config: TuneConfig, model: ModelConfig) -> TuneConfig:
 
 
 def teacher_model(config: DistillConfig) -> ModelConfig:
-    """Where the teacher is loaded from.
-
-    Args:
-        config: with its teacher filled in.
-    """
+    """Where the teacher is loaded from."""
     assert config.teacher is not None
     return ModelConfig(path=config.teacher, revision=config.revision)
 
@@ -55,8 +47,6 @@ def load_teacher(
     """The teacher on the student's device, in its number format.
 
     Args:
-        config: with its teacher filled in.
-        network: the student.
         batch: a batch with labels, to try the teacher's head on.
         obstacle: why the student's head cannot be chunked, if so.
 

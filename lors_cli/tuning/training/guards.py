@@ -46,7 +46,6 @@ class StepGuard:
         """Judge a step.
 
         Args:
-            loss: of the whole step.
             norm: of its gradient, before clipping.
         """
         self.loss, self.norm = loss, norm
@@ -70,19 +69,11 @@ class StepGuard:
         return None
 
     def announce(self, step: int) -> None:
-        """Say that the step just judged is left out.
-
-        Args:
-            step: its number.
-        """
+        """Say that the step just judged is left out."""
         console.warn(f"step {step} is left out ({self.bad_steps} of at most {self.max_bad_steps}): {self.reason}")
 
     def broken(self, step: int) -> str:
-        """The message that ends the run.
-
-        Args:
-            step: the number of the step just judged.
-        """
+        """The message that ends the run."""
         counted = (
             f" It is bad step {self.bad_steps}, max_bad_steps is {self.max_bad_steps}." if self.bad_steps > 1 else ""
         )
@@ -93,22 +84,14 @@ class StepGuard:
         return {"bad_steps": self.bad_steps, "losses": list(self._losses), "norms": list(self._norms)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from an earlier `state`.
-
-        Args:
-            state: of a checkpoint.
-        """
+        """Go on from an earlier `state`."""
         self.bad_steps = state["bad_steps"]
         self._losses = deque(state["losses"], maxlen=WINDOW)
         self._norms = deque(state["norms"], maxlen=WINDOW)
 
 
 def is_state(value: Any) -> bool:
-    """Whether a checkpoint's value is a `StepGuard.state`.
-
-    Args:
-        value: of its JSON.
-    """
+    """Whether a checkpoint's value is a `StepGuard.state`."""
     if not isinstance(value, dict) or not isinstance(value.get("bad_steps"), int):
         return False
     lists = [value.get("losses"), value.get("norms")]

@@ -18,9 +18,6 @@ TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3}
 def refuse_mixing(model: PreTrainedModel) -> None:
     """Refuse isolated packing where the model's texts would see one another.
 
-    Args:
-        model: causal LM in evaluation mode.
-
     Raises:
         UsageError: it is so.
     """
@@ -34,13 +31,10 @@ def refuse_mixing(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def why_mixed(model: PreTrainedModel) -> str:
-    """Why texts of one sequence are not kept apart in this model; empty if they are.
+    """Why texts of one sequence are not kept apart in this model, in evaluation mode; empty if they are.
 
     It is tried, on two rows of random tokens: the second text's logits must be those it has alone, whatever the first
     text is. transformers keeps texts apart by positions that start anew, where there is no attention mask.
-
-    Args:
-        model: causal LM in evaluation mode.
     """
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size

@@ -24,21 +24,12 @@ if TYPE_CHECKING:
 
 
 def is_sharded(config: TuneConfig) -> bool:
-    """Whether weights are held in shards: the settings say so, and there are several processes.
-
-    Args:
-        config: of the stage.
-    """
+    """Whether weights are held in shards: the settings say so, and there are several processes."""
     return config.parallelism == "fsdp" and processes.num_processes() > 1
 
 
 def load_trainable(config: TuneConfig, model: ModelConfig) -> PreTrainedModel:
-    """The sparse model, where it is to be trained; in CPU memory if it is to be sharded.
-
-    Args:
-        config: of the stage.
-        model: what to load.
-    """
+    """The sparse model, where it is to be trained; in CPU memory if it is to be sharded."""
     return load_model(model, device=torch.device("cpu") if is_sharded(config) else None)
 
 
@@ -47,7 +38,6 @@ def shard(network: PreTrainedModel, device: torch.device) -> None:
 
     Args:
         network: with adapters, in CPU memory; changed in place.
-        device: of this process.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -68,9 +58,6 @@ def whole_model(config: TuneConfig, model: ModelConfig, trained: PreTrainedModel
     """The trained model whole: itself, or the sparse model read again with what was trained put on it.
 
     Args:
-        config: of the stage.
-        model: the sparse model.
-        trained: what came out of training.
         layers: full names of the adapted linears.
     """
     if not is_sharded(config):
