@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Gemma2Config, PreTrainedModel
 
 from lors_cli.tuning import head
-from lors_cli.tuning.head import causal_lm_loss, chunked_cross_entropy, why_not_chunked
+from lors_cli.tuning.head import causal_lm_loss, chunked_cross_entropy, model_loss, why_not_chunked
 
 
 def _case(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -102,3 +102,17 @@ def test_a_trained_or_unusual_head_is_left_alone(sparse_llama: Callable[..., Pre
     assert why_not_chunked(model, {"input_ids": ids, "labels": ids}) == "its head is trained"
     model.set_output_embeddings(nn.Sequential(nn.Linear(32, 258)))
     assert "no plain linear" in why_not_chunked(model, {"input_ids": ids, "labels": ids})
+
+
+def test_the_models_own_loss_is_a_share_of_its_step_with_or_without_a_say(
+    sparse_llama: Callable[..., PreTrainedModel],
+) -> None:
+    model = sparse_llama()
+    ids = torch.arange(24).view(2, 12)
+    labels = ids.clone()
+    labels[1, :7] = -100
+    plain = F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum") / 40
+    for takes_number in (True, False):  # of the labels in the step
+        model.accepts_loss_kwargs = takes_number
+        found = model_loss(model, {"input_ids": ids, "labels": labels}, torch.tensor(40.0))
+        torch.testing.assert_close(found, plain)

@@ -97,8 +97,9 @@ class AdapterTrainer:
             self.step += 1
             if self.model.device.type == "cpu":  # activations of varying length leave holes in the heap
                 give_back_memory()
-            elapsed_s, since = time.monotonic() - since, time.monotonic()
-            report(self.row(rate, tokens / max(elapsed_s, 1e-9)))
+            now = time.monotonic()
+            report(self.row(rate, tokens / max(now - since, 1e-9)))
+            since = now
             if is_stopping or self.step % self.config.save_steps == 0 or self.step == self.num_steps:
                 self.save()
             if is_stopping:
@@ -112,9 +113,8 @@ class AdapterTrainer:
         processes, rank = parallel.num_processes(), parallel.process_index()
         batch_size, seed = self.config.batch_size, self.config.seed
         if sampling.place_in_epoch(self.step, len(self.samples), batch_size)[1] == 0:
-            torch.empty(
-                (), dtype=torch.int64
-            ).random_()  # as torch's DataLoader does, for dropout's bits of earlier runs
+            # as torch's DataLoader does, so that dropout draws what it drew in earlier versions
+            torch.empty((), dtype=torch.int64).random_()
         chosen = sampling.step_samples(self.samples, self.step, batch_size=batch_size, seed=seed)
         batches = [self.collate([sampling.sample_at(self.samples, index) for index in indices])
                    for indices in sampling.micro_batches(chosen, self.size, rank, processes)]  # fmt: skip
