@@ -1,4 +1,4 @@
-"""The C library's heap, which keeps what is freed."""
+"""The memory of this process: how much it has, and giving back what it has freed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,19 @@ import gc
 import sys
 from functools import cache
 from typing import Any
+
+
+def memory_in_use() -> int:
+    """Bytes of memory that this process has."""
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
+def gpu_memory_in_use() -> int:
+    """Bytes that torch holds on its GPU; 0 without one."""
+    torch = sys.modules.get("torch")
+    return torch.cuda.memory_reserved() if torch is not None and torch.cuda.is_initialized() else 0
 
 
 def give_back_memory() -> None:
@@ -28,16 +41,3 @@ def collect_garbage() -> None:
 @cache
 def _trim() -> Any | None:
     return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-
-
-def memory_in_use() -> int:
-    """Bytes of memory that this process has."""
-    import psutil
-
-    return psutil.Process().memory_info().rss
-
-
-def gpu_memory_in_use() -> int:
-    """Bytes that torch holds on its GPU; 0 without one."""
-    torch = sys.modules.get("torch")
-    return torch.cuda.memory_reserved() if torch is not None and torch.cuda.is_initialized() else 0

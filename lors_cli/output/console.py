@@ -1,8 +1,6 @@
-"""What a person or a program reads: messages, tables, progress, and the one JSON document.
+"""What a person or a program reads: messages, tables, and the one JSON document; progress is `lors_cli.output.progress`.
 
-Human output: results on stdout, messages and progress on stderr. With --json stdout carries exactly one
-JSON document. On a terminal progress is a live bar; elsewhere it is a line now and then, also while nothing
-advances, so that a log file shows that the work goes on.
+Human output: results on stdout, messages and progress on stderr. With --json stdout carries exactly one JSON document.
 """
 
 from __future__ import annotations
@@ -54,11 +52,9 @@ _state = _State()
 
 
 def configure(*, json_mode: bool = False, verbosity: int = 0) -> None:
-    """Set how this process talks.
+    """Set how this process talks; `json_mode`: stdout is for one JSON document alone.
 
-    Args:
-        json_mode: stdout is for one JSON document alone.
-        verbosity: -1 quiet, 0 usual, 1 with details, 2 with the libraries' own logs.
+    `verbosity`: -1 quiet, 0 usual, 1 with details, 2 with the libraries' own logs.
     """
     global _state
     _state = _State(mode="json" if json_mode else "human", verbosity=verbosity)
@@ -72,6 +68,11 @@ def is_json() -> bool:
 def verbosity() -> int:
     """-1 quiet, 0 usual, 1 or 2 with more details."""
     return _state.verbosity
+
+
+def terminal() -> Console | None:
+    """What a live bar is drawn on; None with -q, or where the log is no terminal."""
+    return _state.log if _state.verbosity >= 0 and _state.log.is_terminal else None
 
 
 def info(message: str) -> None:
@@ -112,39 +113,21 @@ def result(text: str = "") -> None:
 
 
 def path(label: str, where: Path | str, note: str = "") -> None:
-    """A line on stdout that says where a result is; a link where stdout is a terminal (nothing with --json).
-
-    Args:
-        label: what is there (“report”).
-        where: file or folder.
-        note: after it.
-    """
+    """A line on stdout that says where a result is; a link where stdout is a terminal (nothing with --json)."""
     if _state.mode == "human":
         link = Style(link=Path(where).absolute().as_uri() if _state.out.is_terminal else None)
         _state.out.print(Text.assemble(f"{label} ", (str(where), link), note))
 
 
 def facts(rows: list[tuple[str, str]]) -> None:
-    """What a command did, a fact a line on stdout (nothing with --json).
-
-    Args:
-        rows: name and value.
-    """
+    """What a command did, a fact (name, value) a line on stdout (nothing with --json)."""
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         result(f"{name:{width}}  {value}")
 
 
 def check(status: str, style: str, name: str, found: str, advice: str | None) -> None:
-    """A line of a check-up on stdout, what to do below it (nothing with --json).
-
-    Args:
-        status: one word.
-        style: of that word.
-        name: what was looked at.
-        found: what was seen.
-        advice: what to do, or None.
-    """
+    """A line of a check-up on stdout, its one-word status in `style`, what to do below it (nothing with --json)."""
     if _state.mode != "human":
         return
     grid = Table.grid(padding=(0, 2, 0, 0))
@@ -208,7 +191,7 @@ def document(value: Any, *, anyone: bool = False) -> None:
     """The command's JSON document on stdout (nothing without --json).
 
     Args:
-        value: JSON-serialisable; NaN and infinities are written as null by the caller.
+        value: NaN and infinities are written as null by the caller.
         anyone: of several processes on one job this one speaks, though it may not be the first.
     """
     if _state.mode == "json" and (anyone or processes.is_main()):

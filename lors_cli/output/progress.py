@@ -1,4 +1,7 @@
-"""A sign of life from long work whose log is a file: a line now and then, also while nothing advances."""
+"""Long steps: a live bar on a terminal; elsewhere a line now and then, also while nothing advances.
+
+So a log file shows that the work goes on.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,14 @@ from rich.table import Column
 from rich.text import Text
 
 from lors_cli.errors import UsageError
-from lors_cli.machine import memory as machine_memory
+from lors_cli.machine import memory as heap
 from lors_cli.machine import processes
-from lors_cli.output import progress as heartbeat
-from lors_cli.output.console import _state, gib, info
+from lors_cli.output import console
 
 VARIABLE = "LORS_HEARTBEAT_S"
 DEFAULT_S = 60.0
+FIRST_LINE_S = 10.0
+"""After so long a step is worth a line in a file; the next ones come at `interval_s`."""
 
 
 def interval_s() -> float:
@@ -42,32 +46,6 @@ def interval_s() -> float:
     return value
 
 
-@contextmanager
-def beating(beat: Callable[[], float]) -> Iterator[None]:
-    """Call `beat` from a thread of its own for as long as the context lasts.
-
-    Args:
-        beat: returns the seconds until its next call.
-    """
-    stop = threading.Event()
-
-    def run() -> None:
-        while not stop.wait(beat()):
-            pass
-
-    thread = threading.Thread(target=run, name="heartbeat", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-
-
-FIRST_LINE_S = 10.0
-"""After so long a step is worth a line in a file; the next ones come at `heartbeat.interval_s`."""
-
-
 class Task:
     """A step in progress: `advance` it, give it a `note`."""
 
@@ -76,7 +54,7 @@ class Task:
         self.completed = 0
         self.started = self._last_line = time.monotonic()
         self._start_at = 0
-        self._interval_s = heartbeat.interval_s()
+        self._interval_s = interval_s()
         self._due_s = min(FIRST_LINE_S, self._interval_s)
         self._lock = threading.Lock()
         self.bar: tuple[Progress, Any] | None = None
@@ -92,8 +70,8 @@ class Task:
         if note is not None:
             self._note = note
         if self.bar is not None:
-            progress, task_id = self.bar
-            progress.update(task_id, completed=completed, note=self._note)
+            bar, task_id = self.bar
+            bar.update(task_id, completed=completed, note=self._note)
         else:
             self.beat()
 
@@ -121,11 +99,11 @@ class Task:
             parts.append(f"about {duration(elapsed / done * (self.total - self.completed))} left")
         if self._note:
             parts.append(self._note)
-        parts.append(f"memory {gib(machine_memory.memory_in_use())}")
-        on_gpu = machine_memory.gpu_memory_in_use()
+        parts.append(f"memory {console.gib(heap.memory_in_use())}")
+        on_gpu = heap.gpu_memory_in_use()
         if on_gpu:
-            parts.append(f"GPU {gib(on_gpu)}")
-        info(f"  {' · '.join(parts)}")
+            parts.append(f"GPU {console.gib(on_gpu)}")
+        console.info(f"  {' · '.join(parts)}")
 
 
 class _Time(ProgressColumn):
@@ -161,34 +139,49 @@ def progress(description: str, total: int | None = None, unit: str = "") -> Iter
         total: number of units, None when unknown.
         unit: their name in the plural (“blocks”).
     """
-    task = Task(description, total, unit)
-    if _state.verbosity < 0 or not _state.log.is_terminal:
-        with heartbeat.beating(task.beat) if _state.verbosity >= 0 and processes.is_main() else nullcontext():
+    task, terminal = Task(description, total, unit), console.terminal()
+    if terminal is None:
+        with _beating(task.beat) if console.verbosity() >= 0 and processes.is_main() else nullcontext():
             yield task
-        if _state.verbosity >= 0 and time.monotonic() - task.started >= FIRST_LINE_S:
-            info(f"  {description}: done, {task.completed} {unit} in {duration(time.monotonic() - task.started)}")
+        elapsed_s = time.monotonic() - task.started
+        if elapsed_s >= FIRST_LINE_S:
+            console.info(f"  {description}: done, {task.completed} {unit} in {duration(elapsed_s)}")
         return
     columns = (
         TextColumn("  {task.description}"), BarColumn(bar_width=12), MofNCompleteColumn(), TextColumn(unit),
         _Time(), _Note(),
     )  # fmt: skip
-    with Progress(*columns, console=_state.log, transient=False, expand=True) as bar:
+    with Progress(*columns, console=terminal, transient=False, expand=True) as bar:
         task.bar = (bar, bar.add_task(description, total=total, note=""))
         yield task
 
 
 @contextmanager
-def busy(description: str) -> Iterator[None]:
-    """Work of unknown length: on a terminal a line that moves and then goes away, elsewhere nothing.
+def _beating(beat: Callable[[], float]) -> Iterator[None]:
+    """Call `beat`, which returns the seconds until its next call, from a thread for as long as the context lasts."""
+    stop = threading.Event()
 
-    Args:
-        description: what is being done (“reading the model”).
-    """
-    if _state.verbosity < 0 or not _state.log.is_terminal:
+    def run() -> None:
+        while not stop.wait(beat()):
+            pass
+
+    thread = threading.Thread(target=run, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+@contextmanager
+def busy(description: str) -> Iterator[None]:
+    """Work of unknown length: on a terminal a line that moves and then goes away, elsewhere nothing."""
+    terminal = console.terminal()
+    if terminal is None:
         yield
         return
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), _Time())
-    with Progress(*columns, console=_state.log, transient=True) as bar:
+    with Progress(SpinnerColumn(), TextColumn("{task.description}"), _Time(), console=terminal, transient=True) as bar:
         bar.add_task(description, total=None)
         yield
 

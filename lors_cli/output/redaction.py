@@ -13,11 +13,7 @@ MASK = "[hidden]"
 
 
 def redact(text: str) -> str:
-    """`text` without hub tokens, the tokens of this process's environment, and what stands before @ in a URL.
-
-    Args:
-        text: any.
-    """
+    """`text` without hub tokens, the tokens of this process's environment, and what stands before @ in a URL."""
     for name in _VARIABLES:
         value = os.environ.get(name, "").strip()
         if len(value) >= _SHORTEST:
