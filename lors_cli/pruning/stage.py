@@ -1,6 +1,7 @@
 """The pruning stage: `prune` turns a dense checkpoint into a sparse one, block by block.
 
-A file for each method (pure maths), `driver` for the walk through the blocks, `methods` for what joins the two.
+A file for each method (pure maths), `methods` for the dict of them, `driver` for the walk through the blocks, `block`
+for what happens to one.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from lors_cli.models.streaming import BlockwiseModel
     from lors_cli.models.tensor_files import Entry
-    from lors_cli.pruning.walk.driver import BlockPruner
+    from lors_cli.pruning.walk.driver import Outcome
     from lors_cli.recipe.schema import ModelConfig, PruneConfig
 
 __all__ = ["STATISTICS", "prune", "prune_group", "refit_group", "stage_fingerprint", "statistics_kind"]
@@ -77,7 +78,7 @@ def prune(config: PruneConfig, model: ModelConfig, out: Path, *, data_dir: Path 
     from lors_cli.models.sources import model_fingerprint
     from lors_cli.models.streaming import open_blockwise
     from lors_cli.pruning.methods.owl import SPREAD, check_limits
-    from lors_cli.pruning.walk.driver import BlockPruner
+    from lors_cli.pruning.walk.driver import prune_blocks
 
     started = time.monotonic()
     if Path(model.path).expanduser().resolve() == out.resolve():
@@ -105,18 +106,14 @@ def prune(config: PruneConfig, model: ModelConfig, out: Path, *, data_dir: Path 
     if processes.is_main():
         records.work_dir(out, fingerprint)
     processes.wait_for_all()
-    pruner = BlockPruner(config, source, pattern, out / records.WORK_NAME)
-    if batches:
-        pruner.with_calibration(batches)
-    else:
-        pruner.without_data()
-    metrics = _metrics(pruner, batches)
+    outcome = prune_blocks(config, source, pattern, out / records.WORK_NAME, batches)
+    metrics = _metrics(outcome, pattern, source, batches)
     record = records.StageRecord(
         "prune", fingerprint, hashes.plain(config), {"model": base_fingerprint, "path": model.path}, metrics,
         environment.environment(), round(time.monotonic() - started, 2), {},
     )  # fmt: skip
     if processes.is_main():
-        _write_checkpoint(records.staging_dir(out), pruner, tokenizer, model, metrics)
+        _write_checkpoint(out, source, tokenizer, config, model, metrics)
         record = records.publish(out, record)
     if alone:
         processes.stop()
@@ -139,25 +136,25 @@ def _calibration_batches(
     return list(tokens.split(calibration.batch_size))
 
 
-def _metrics(pruner: BlockPruner, batches: list[torch.Tensor]) -> dict[str, Any]:
+def _metrics(outcome: Outcome, pattern: Pattern, source: BlockwiseModel, batches: list[torch.Tensor]) -> dict[str, Any]:
     """What stage.json says of the result, which is checked here."""
-    broken = [layer for layer in pruner.layers if layer.violations]
+    broken = [layer for layer in outcome.layers if layer.violations]
     if broken:
         raise SparsityError(
-            f"{len(broken)} pruned weights break {pruner.pattern}, first {broken[0].name} with "
+            f"{len(broken)} pruned weights break {pattern}, first {broken[0].name} with "
             f"{broken[0].violations} violations; nothing was written.",
             "This is a fault of the pruning method: please report it with the recipe.",
         )
-    network = pruner.model.network
-    metrics = {**summarise(pruner.layers, pruner.pattern), "dtype": str(network.dtype).removeprefix("torch."),
+    network = source.network
+    metrics = {**summarise(outcome.layers, pattern), "dtype": str(network.dtype).removeprefix("torch."),
                "commit": getattr(network.config, "_commit_hash", None)}  # fmt: skip
     if batches:
         num_samples, tokens = sum(len(batch) for batch in batches), sum(batch.numel() for batch in batches)
         metrics["calibration"] = {"num_samples": num_samples, "tokens": tokens}
-        metrics["phases_s"] = pruner.phases.rounded()
-    if pruner.few_tokens:
-        metrics["few_tokens"] = pruner.few_tokens
-        _report_few_tokens(pruner.few_tokens)
+        metrics["phases_s"] = outcome.phases.rounded()
+    if outcome.few_tokens:
+        metrics["few_tokens"] = outcome.few_tokens
+        _report_few_tokens(outcome.few_tokens)
     return metrics
 
 
@@ -172,23 +169,25 @@ def _report_few_tokens(few_tokens: dict[str, int]) -> None:
 
 
 def _write_checkpoint(
-    staging: Path, pruner: BlockPruner, tokenizer: Any, model: ModelConfig, metrics: dict[str, Any]
+    out: Path, source: BlockwiseModel, tokenizer: Any, config: PruneConfig, model: ModelConfig, metrics: dict[str, Any]
 ) -> None:
     from lors_cli.models.card import model_card
     from lors_cli.models.loading import MAX_SHARD_SIZE, save_settings
     from lors_cli.models.tensor_files import write_checkpoint
 
-    save_settings(pruner.model.network, tokenizer, staging)
-    write_checkpoint(staging, _tensors(pruner), max_shard_size=MAX_SHARD_SIZE)
-    card = model_card(base_model=model.path, prune=hashes.plain(pruner.config), tune=None, metrics=metrics,
+    staging = records.staging_dir(out)
+    save_settings(source.network, tokenizer, staging)
+    write_checkpoint(staging, _tensors(source, out / records.WORK_NAME), max_shard_size=MAX_SHARD_SIZE)
+    card = model_card(base_model=model.path, prune=hashes.plain(config), tune=None, metrics=metrics,
                       environment=environment.environment())  # fmt: skip
     atomic.write_text(staging / "README.md", card)
 
 
-def _tensors(pruner: BlockPruner) -> Iterator[tuple[Entry, Callable[[], torch.Tensor]]]:
+def _tensors(source: BlockwiseModel, work: Path) -> Iterator[tuple[Entry, Callable[[], torch.Tensor]]]:
     """Every tensor of the pruned checkpoint: those outside the blocks from the dense model, the rest as pruned."""
     from lors_cli.models.tensor_files import saved_tensors
+    from lors_cli.pruning.walk.driver import block_file
 
-    yield from pruner.model.outer_tensors()
-    for file in pruner.block_files():
-        yield from saved_tensors(file)
+    yield from source.outer_tensors()
+    for index in range(len(source.blocks)):
+        yield from saved_tensors(block_file(work, index))

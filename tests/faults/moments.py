@@ -212,7 +212,7 @@ def _wrap_writes(watch: Watch) -> None:
 def _count_work(watch: Watch) -> None:
     """A line for every block, step and piece that was computed, kept or not."""
     from lors_cli.evaluation import stage
-    from lors_cli.pruning.walk.driver import BlockPruner
+    from lors_cli.pruning.walk import driver
     from lors_cli.tuning import initialization
     from lors_cli.tuning.training.step_log import StepLog
 
@@ -226,7 +226,7 @@ def _count_work(watch: Watch) -> None:
 
         setattr(owner, name, call)
 
-    told(BlockPruner, "_prune_block", lambda self, block, *_: f"block {watch.name(self.work.parent)} {block.index}")
+    told(driver, "prune_block", lambda block, states, *_: f"block {watch.name(states.folder.parent)} {block.index}")
     told(
         StepLog, "append", lambda self, row: f"step {watch.name(self.path.parent).replace('/.work', '')} {row['step']}"
     )

@@ -54,7 +54,7 @@ class HiddenStates:
     """
 
     def __init__(self, folder: Path, place: Place, device: torch.device) -> None:
-        self._folder, self._place, self._device = folder, place, device
+        self.folder, self._place, self._device = folder, place, device
         self._index = -1
         self._kept: dict[int, torch.Tensor] = {}
         self._files: dict[int, Path] = {}
@@ -158,7 +158,7 @@ class HiddenStates:
 
     def _saved(self) -> dict[int, list[Path]]:
         files: dict[int, list[Path]] = {}
-        for file in sorted(self._folder.glob("inputs_*.safetensors")):
+        for file in sorted(self.folder.glob("inputs_*.safetensors")):
             match = FILE_NAME.fullmatch(file.name)
             if match:
                 files.setdefault(int(match[1]), []).append(file)
@@ -166,7 +166,7 @@ class HiddenStates:
 
     def _path(self, index: int) -> Path:
         part = f"{processes.process_index()}of{processes.num_processes()}"
-        return self._folder / f"inputs_{index:04d}.{part}.safetensors"
+        return self.folder / f"inputs_{index:04d}.{part}.safetensors"
 
 
 def _save(weights: Path | None, tensors: dict[str, torch.Tensor], inputs: TensorWriter, old: Path) -> None:

@@ -21,7 +21,9 @@ from lors_cli.pruning import methods
 from lors_cli.pruning import stage as pruning
 from lors_cli.pruning.methods import STATISTICS
 from lors_cli.pruning.stage import prune, stage_fingerprint
-from lors_cli.pruning.walk.driver import Block, BlockPruner
+from lors_cli.pruning.walk import block as walk_block
+from lors_cli.pruning.walk.block import Block
+from lors_cli.pruning.walk.driver import Outcome, prune_blocks
 from lors_cli.pruning.walk.hidden_states import HiddenStates
 from lors_cli.recipe.schema import CalibrationConfig, ModelConfig, PruneConfig
 from lors_cli.sparsity import Pattern
@@ -44,17 +46,10 @@ def groups_with_more_than_two(weight: torch.Tensor) -> int:
                for row in weight.tolist() for start in range(0, len(row), 4))  # fmt: skip
 
 
-def pruned_in_memory(
-    config: PruneConfig, model: PreTrainedModel, batches: list[torch.Tensor], work: Path
-) -> BlockPruner:
+def pruned_in_memory(config: PruneConfig, model: PreTrainedModel, batches: list[torch.Tensor], work: Path) -> Outcome:
     """Prune a model that is in memory whole, in place."""
     source = BlockwiseModel(model.requires_grad_(False), torch.device("cpu"), None)
-    pruner = BlockPruner(config, source, Pattern.of(config), work)
-    if config.method == "magnitude":
-        pruner.without_data()
-    else:
-        pruner.with_calibration(batches)
-    return pruner
+    return prune_blocks(config, source, Pattern.of(config), work, [] if config.method == "magnitude" else batches)
 
 
 def weights_in(folder: Path) -> dict[str, torch.Tensor]:
@@ -232,13 +227,13 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_weights(
     assert not (out / "model.safetensors").exists()
 
     done: list[int] = []
-    prune_block = BlockPruner._prune_block
+    prune_block = walk_block.prune_block
 
-    def counted(self: BlockPruner, block: Block, *args: Any) -> None:
+    def counted(block: Block, *args: Any) -> None:
         done.append(block.index)
-        prune_block(self, block, *args)
+        prune_block(block, *args)
 
-    monkeypatch.setattr(BlockPruner, "_prune_block", counted)
+    monkeypatch.setattr(walk_block, "prune_block", counted)
     record = prune(config, model, out)
     first = block + 1 if moment == "after" else block
     assert done == list(range(first, 3))

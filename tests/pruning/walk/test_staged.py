@@ -23,7 +23,7 @@ from lors_cli.pruning.methods.reconstruct import Reconstruction
 from lors_cli.pruning.stage import prune
 from lors_cli.pruning.walk import hidden_states
 from lors_cli.pruning.walk.calibration import capture
-from lors_cli.pruning.walk.driver import BlockPruner
+from lors_cli.pruning.walk.driver import Outcome, prune_blocks
 from lors_cli.pruning.walk.hidden_states import HiddenStates, choose_place
 from lors_cli.pruning.walk.staged import run_staged, shared_inputs
 from lors_cli.recipe.schema import CalibrationConfig, ModelConfig, PruneConfig
@@ -36,12 +36,10 @@ class Killed(BaseException):
     """Stands for SIGKILL."""
 
 
-def pruned_in_memory(model: PreTrainedModel, batches: list[torch.Tensor], work: Path, **settings: Any) -> BlockPruner:
+def pruned_in_memory(model: PreTrainedModel, batches: list[torch.Tensor], work: Path, **settings: Any) -> Outcome:
     config = PruneConfig(**settings)
     source = BlockwiseModel(model.requires_grad_(False), torch.device("cpu"), None)
-    pruner = BlockPruner(config, source, Pattern.of(config), work)
-    pruner.with_calibration(batches)
-    return pruner
+    return prune_blocks(config, source, Pattern.of(config), work, batches)
 
 
 def test_groups_of_shared_inputs(build: Build, batches: list[torch.Tensor]) -> None:
@@ -128,7 +126,7 @@ def test_reconstruction_brings_a_block_nearer_to_the_dense_one(
     for epochs in (0, 3):
         model = build(architecture)
         (tmp_path / str(epochs)).mkdir()
-        pruner = pruned_in_memory(
+        outcome = pruned_in_memory(
             model,
             batches,
             tmp_path / str(epochs),
@@ -136,7 +134,7 @@ def test_reconstruction_brings_a_block_nearer_to_the_dense_one(
             true_sequential=sequential,
             reconstruct_epochs=epochs,
         )
-        assert all(layer.sparsity == 0.5 and not layer.violations for layer in pruner.layers)
+        assert all(layer.sparsity == 0.5 and not layer.violations for layer in outcome.layers)
         _, pruned_blocks = decoder_blocks(model)
         with torch.no_grad():
             difference = [arguments[0].run(pruned_blocks[0], x) - arguments[0].run(blocks[0], x) for x in hidden]
@@ -251,11 +249,7 @@ def test_channel_permutation_keeps_the_function_before_pruning(
     monkeypatch.setattr(pruning.methods, "prune_group", lambda _method, weights, *_: list(weights))
     config = PruneConfig(method=method, channel_permutation=True)  # type: ignore[arg-type]
     source = BlockwiseModel(model.requires_grad_(False), torch.device("cpu"), None)
-    pruner = BlockPruner(config, source, Pattern.of(config), tmp_path)
-    if method == "magnitude":
-        pruner.without_data()
-    else:
-        pruner.with_calibration(batches)
+    prune_blocks(config, source, Pattern.of(config), tmp_path, [] if method == "magnitude" else batches)
     moved = [name for name, weight in prunable_weights(model).items()
              if not torch.equal(weight.matrix, prunable_weights(dense)[name].matrix)]  # fmt: skip
     assert {name.rpartition(".")[2] for name in moved} == {"v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -340,6 +334,6 @@ def test_owl_with_an_expert_that_no_token_reaches(build: Build, batches: list[to
     for layer in model.model.layers:
         layer.mlp.gate.weight.data[9] = 0  # a router's logit of 0 is never among the two largest of 16
         layer.mlp.gate.weight.data[:2] *= 100
-    pruner = pruned_in_memory(model, [batches[0][:1, :6]], tmp_path, **OWL)
-    assert 0 in pruner.few_tokens.values()
-    assert all(not layer.violations for layer in pruner.layers)
+    outcome = pruned_in_memory(model, [batches[0][:1, :6]], tmp_path, **OWL)
+    assert 0 in outcome.few_tokens.values()
+    assert all(not layer.violations for layer in outcome.layers)

@@ -1,0 +1,206 @@
+"""One decoder block: its weights are pruned group by group, and what it then puts out are the next one's inputs.
+
+There are two ways, each a function that yields the pruned block's outputs, a batch after the other. `at_once` runs the
+dense block, prunes all of its groups and runs it again, as the papers' codes do; `in_stages` (`true_sequential`) stops
+every pass before each group, prunes it there, and goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lors_cli.errors import UsageError
+from lors_cli.machine import processes
+from lors_cli.models.blocks import PrunableWeight, block_weights
+from lors_cli.output import console
+from lors_cli.pruning import methods
+from lors_cli.pruning.methods.permutation import FreeInput, apply_permutation, find_for, free_inputs
+from lors_cli.pruning.methods.reconstruct import Reconstruction
+from lors_cli.pruning.methods.statistics import InputStatistics
+from lors_cli.pruning.walk.calibration import BlockArguments
+from lors_cli.pruning.walk.hidden_states import HiddenStates
+from lors_cli.pruning.walk.phases import Phases
+from lors_cli.pruning.walk.recorder import BlockDone, InputGroup, InputRecorder
+from lors_cli.pruning.walk.staged import Forward, run_staged, shared_inputs
+from lors_cli.sparsity import Pattern
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lors_cli.models.streaming import BlockwiseModel
+    from lors_cli.recipe.schema import PruneConfig
+
+Orders = dict[tuple[Any, ...], list[list[str]] | None]
+"""By kind of block: the groups of weights to stop at, None where passes cannot be stopped."""
+
+
+@dataclass
+class Block:
+    """A decoder block that is being pruned; `weights` and `free` (inputs that may be permuted) are by full name."""
+
+    config: PruneConfig
+    phases: Phases
+    index: int
+    prefix: str
+    module: nn.Module
+    weights: dict[str, PrunableWeight]
+    pattern: Pattern
+    free: dict[str, FreeInput]
+    few_tokens: dict[str, int] = field(default_factory=dict)
+    """Weights that saw fewer tokens than they have inputs (experts that few are routed to), and how many these were."""
+
+
+def open_block(
+    config: PruneConfig, model: BlockwiseModel, index: int, module: nn.Module, pattern: Pattern, phases: Phases
+) -> Block:
+    """Block `index` of a model, whose weights are present in `module`, to be pruned to `pattern`.
+
+    Raises:
+        UsageError: a weight is not finite.
+    """
+    prefix = f"{model.prefix}.{index}"
+    free = free_inputs(module) if config.channel_permutation else []
+    if config.channel_permutation and not free and index == 0:
+        console.warn("channel_permutation: no inputs of this architecture's blocks can be permuted; nothing is.")
+    weights = block_weights(module, prefix)
+    for name, weight in weights.items():
+        if not bool(weight.matrix.isfinite().all()):
+            raise UsageError(f"{name} holds NaN or Inf: the checkpoint is broken, or its dtype too narrow.")
+    by_name = {f"{prefix}.{item.name}": item for item in free}
+    return Block(config, phases, index, prefix, module, weights, pattern, by_name)
+
+
+def without_data(block: Block) -> None:
+    """Prune a block by a method that looks at weights alone."""
+    for number, name in enumerate(block.weights):
+        solve(block, InputGroup([name], InputStatistics("none")), number)
+
+
+def prune_block(block: Block, states: HiddenStates, arguments: BlockArguments, orders: Orders) -> None:
+    """Prune a block on its inputs in `states`, and put the pruned block's outputs there."""
+    forwards = [partial(_pass, block.module, states, arguments, number) for number in states.numbers]
+    with block.phases("forward"):
+        stages = _stages(block, forwards[-1], orders) if block.config.sequential else None
+        outputs = at_once(block, forwards) if stages is None else in_stages(block, stages, forwards)
+        if block.config.reconstruct_epochs:
+            _reconstruct(block, outputs, states, arguments)
+            outputs = (forward() for forward in forwards)
+        for number, output in zip(states.numbers, outputs, strict=True):
+            with block.phases("io"):
+                states.put(number, output)
+
+
+def at_once(block: Block, forwards: Sequence[Forward]) -> Iterator[torch.Tensor]:
+    """Every group is pruned on what the dense block puts out; `forwards` are run twice."""
+    recorder = InputRecorder(
+        block.weights, methods.statistics_kind(block.config), stop_after_last=True, clock=block.phases
+    )
+    with closing(recorder):
+        for forward in forwards:
+            with suppress(BlockDone):
+                forward()
+            recorder.end_batch()
+    for number, group in enumerate(recorder.groups):
+        solve(block, group, number)
+        group.statistics = InputStatistics("none")  # its sums are not needed any more
+    yield from (forward() for forward in forwards)
+
+
+def in_stages(block: Block, stages: list[list[str]], forwards: Sequence[Forward]) -> Iterator[torch.Tensor]:
+    """Every group is pruned on what the pruned groups before it put out; `forwards` are run once."""
+    kind = methods.statistics_kind(block.config)
+    groups = [InputGroup(names, InputStatistics(kind)) for names in stages]
+
+    def observe(stage: int, x: torch.Tensor) -> None:
+        with block.phases("statistics"):
+            groups[stage].statistics.update(x)
+
+    def prune(stage: int) -> torch.Tensor | None:
+        permutation = solve(block, groups[stage], stage)
+        groups[stage].statistics = InputStatistics("none")
+        return permutation
+
+    return run_staged([block.weights[group.names[0]].module for group in groups], forwards, observe, prune)
+
+
+def _reconstruct(
+    block: Block, outputs: Iterator[torch.Tensor], states: HiddenStates, arguments: BlockArguments
+) -> None:
+    """Prune a block, dense as yet, in the way that yields `outputs`, and tune the weights that are kept."""
+    reconstruction = Reconstruction(block.module, [*block.weights.values()], arguments.run)
+    with closing(outputs):  # type: ignore[type-var]
+        next(outputs)  # by then every group is pruned; the other passes need not be run to their ends
+    size = methods.RECONSTRUCTION_SAMPLES
+    with block.phases("reconstruct"):
+        parts = [partial(_part, states, number, slice(first, first + size)) for number in states.numbers
+                 for first in range(0, states.num_samples(number), size)]  # fmt: skip
+        reconstruction.tune(parts, block.config.reconstruct_epochs, seed=block.index)
+
+
+def _pass(module: nn.Module, states: HiddenStates, arguments: BlockArguments, number: int) -> torch.Tensor:
+    return arguments.run(module, states.get(number))
+
+
+def _part(states: HiddenStates, number: int, samples: slice) -> torch.Tensor:
+    return states.get(number)[samples]
+
+
+def _stages(block: Block, forward: Forward, orders: Orders) -> list[list[str]] | None:
+    """The groups of weights to stop at, None for a block where passes cannot be stopped; found once a kind."""
+    local = {name.removeprefix(f"{block.prefix}."): weight for name, weight in block.weights.items()}
+    kind = (type(block.module), tuple((name, weight.shape) for name, weight in local.items()))
+    if kind not in orders:
+        orders[kind] = shared_inputs(local, forward)
+        if orders[kind] is None:
+            console.info(f"  {block.prefix}: has experts or calls a weight twice: all of it is pruned at once")
+    groups = orders[kind]
+    return None if groups is None else [[f"{block.prefix}.{name}" for name in names] for names in groups]
+
+
+def solve(block: Block, group: InputGroup, number: int) -> torch.Tensor | None:
+    """Prune the weights of the block's group `number`; one process does it, and all get the result.
+
+    Returns:
+        The permutation of its input channels, if one was applied.
+    """
+    weights = [block.weights[name] for name in group.names]
+    with block.phases("solve"):
+        matrix = weights[0].matrix
+        group.statistics.add_up(matrix.shape[1], matrix.device)
+        if group.statistics.kind != "none" and group.statistics.num_tokens < matrix.shape[1]:
+            block.few_tokens.update(dict.fromkeys(group.names, group.statistics.num_tokens))
+        permutation = _permute(block, group)
+        solver = number % processes.num_processes()
+        if solver == processes.process_index():
+            new = _pruned(block, group, [weight.matrix for weight in weights])
+        else:
+            new = [torch.empty_like(weight.matrix) for weight in weights]
+        for weight, values in zip(weights, new, strict=True):
+            weight.matrix.copy_(processes.send_to_all(values.contiguous(), solver))
+    return permutation
+
+
+def _pruned(block: Block, group: InputGroup, matrices: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    statistics = group.statistics
+    if statistics.kind != "none" and statistics.num_tokens == 0:
+        return methods.prune_group("magnitude", matrices, InputStatistics("none"), block.pattern)
+    pruned = methods.prune_group(block.config.method, matrices, statistics, block.pattern)
+    return methods.refit_group(matrices, pruned, statistics) if block.config.refit else pruned
+
+
+def _permute(block: Block, group: InputGroup) -> torch.Tensor | None:
+    """Reorder the group's inputs so that N:M costs least, where the block's function allows it."""
+    free = block.free.get(group.names[0])
+    if free is None or len(group.names) > 1:
+        return None
+    scores = methods.scores(block.config.method, block.weights[group.names[0]].matrix, group.statistics)
+    permutation = processes.send_to_all(find_for(free, scores, block.pattern), 0)
+    apply_permutation(free, permutation)
+    group.statistics.permute(permutation)
+    return permutation
