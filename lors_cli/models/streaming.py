@@ -7,7 +7,7 @@ given up afterwards. A .gguf has to be read whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -30,12 +30,9 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class BlockwiseModel:
-    """A network and the means to bring one of its blocks into memory.
+    """A network, perhaps on the meta device, and the means to bring one of its blocks into memory on `device`.
 
-    Args:
-        network: the causal LM; its parameters may be on the meta device.
-        device: where blocks are computed.
-        weights: reads parameters by name; None when the network holds them all.
+    `weights` reads parameters by name; None when the network holds them all.
     """
 
     def __init__(self, network: PreTrainedModel, device: torch.device, weights: _Weights | None) -> None:
@@ -90,11 +87,7 @@ class BlockwiseModel:
         return found
 
     def checkpoint_tensors(self, index: int) -> dict[str, torch.Tensor]:
-        """Block `index`'s tensors under the names, and in the shapes, that its family's checkpoints have.
-
-        Args:
-            index: of a block whose weights are present.
-        """
+        """The tensors of a block that is present, under the names and in the shapes of its family's checkpoints."""
         from transformers.core_model_loading import revert_weight_conversion
 
         prefix = f"{self.prefix}.{index}."
@@ -165,49 +158,32 @@ class _Weights:
             self._files = [safe_open(file, framework="pt") for file in files]
         except SafetensorError as error:
             raise load_error(path, "the checkpoint", error) from error
-        self._sources: dict[str, list[tuple[str, Any]]] = {}
-        self._map(network)
-
-    def _map(self, network: PreTrainedModel) -> None:
-        """Note for every parameter which tensors of the files make it; refuse what is missing or misshapen."""
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-        state = network.state_dict()
-        renamings = [item for item in self._conversions if isinstance(item, WeightRenaming)]
-        converters = [item for item in self._conversions if isinstance(item, WeightConverter)]
-        bad = set()
-        for file in self._files:
-            for key in file.keys():  # noqa: SIM118 - no mapping
-                args = (network.base_model_prefix, state)
-                target, converted = rename_source_key(key, renamings, converters, *args)
-                if target not in state and key in state:
-                    target, converted = rename_source_key(key, [], [], *args)
-                if target not in state:
-                    continue
-                tensor = file.get_slice(key)
-                self._sources.setdefault(target, []).append((key, tensor))
-                if state[target].is_floating_point() and tensor.get_dtype() not in FLOATS:
-                    raise UsageError(
-                        f"{self.path}: {key} holds {tensor.get_dtype()}, which is no number format of weights."
-                    )
-                if converted is None and tuple(tensor.get_shape()) != tuple(state[target].shape):
-                    bad.add(target)
-        tied = network.all_tied_weights_keys
-        for name, source in tied.items():  # a checkpoint may hold either of two tied weights
-            if source not in self._sources and name in self._sources:
-                self._sources[source] = [(source, tensor) for _, tensor in self._sources[name]]
-        bad |= {name for name in state if name not in self._sources and name not in tied}
-        _refuse(self.path, bad)
+        self._sources = self._find(network)
         self._used = [conversion for conversion in self._conversions if conversion.was_used()]
         network._weight_conversions = self._used  # type: ignore[assignment]  # what `revert_weight_conversion` goes by
 
-    def load(self, network: PreTrainedModel, names: set[str], device: torch.device) -> None:
-        """Read parameters into the network.
+    def _find(self, network: PreTrainedModel) -> dict[str, list[tuple[str, Any]]]:
+        """For every parameter the names and tensors that make it; refuse what is missing or misshapen."""
+        state, tied = network.state_dict(), network.all_tied_weights_keys
+        tensors = {key: file.get_slice(key) for file in self._files for key in file.keys()}  # noqa: SIM118 - no mapping
+        matches = match(tensors, state, self._conversions, network.base_model_prefix)
+        bad = set()
+        for name, found in matches.items():
+            for key, is_converted in found:
+                number_format = tensors[key].get_dtype()
+                if state[name].is_floating_point() and number_format not in FLOATS:
+                    raise UsageError(f"{self.path}: {key} holds {number_format}, which is no number format of weights.")
+                if not is_converted and tuple(tensors[key].get_shape()) != tuple(state[name].shape):
+                    bad.add(name)
+        sources = {name: [(key, tensors[key]) for key, _ in found] for name, found in matches.items()}
+        for name, source in tied.items():  # a checkpoint may hold either of two tied weights
+            if source not in sources and name in sources:
+                sources[source] = [(source, tensor) for _, tensor in sources[name]]
+        _refuse(self.path, bad | (state.keys() - sources.keys() - tied.keys()))
+        return sources
 
-        Args:
-            network: keeps its other parameters.
-            names: full names; what the files do not hold (buffers computed by the network) is left out.
-            device: where they go.
+    def load(self, network: PreTrainedModel, names: set[str], device: torch.device) -> None:
+        """Read the named parameters into the network; what the files do not hold (computed buffers) is left out.
 
         Raises:
             UsageError: one of them is not in the files, or of the wrong shape.
@@ -232,16 +208,40 @@ class _Weights:
         network.requires_grad_(False)
 
 
+def match(
+    keys: Iterable[str], state: dict[str, Any], conversions: Sequence[Any], base_prefix: str
+) -> dict[str, list[tuple[str, bool]]]:
+    """For every tensor of a network the checkpoint's keys that make it, each with whether it is converted.
+
+    A key that conversions lead out of the network goes by its own name; one that has no place there is left out.
+
+    Args:
+        keys: of the checkpoint.
+        state: the network's tensors by name.
+        conversions: transformers' renamings and converters for this network; they remember that they were used.
+        base_prefix: what a checkpoint of the network without its head leaves out before names.
+    """
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    renamings = [item for item in conversions if isinstance(item, WeightRenaming)]
+    converters = [item for item in conversions if isinstance(item, WeightConverter)]
+    found: dict[str, list[tuple[str, bool]]] = {}
+    for key in keys:
+        name, converter = rename_source_key(key, renamings, converters, base_prefix, state)
+        if name not in state and key in state:
+            name, converter = rename_source_key(key, [], [], base_prefix, state)
+        if name in state:
+            found.setdefault(name, []).append((key, converter is not None))
+    return found
+
+
 def _refuse(path: str, bad: set[str]) -> None:
     if bad:
         raise UsageError(f"{path}: {len(bad)} weights are missing or of the wrong shape, first: {min(bad)}")
 
 
 def open_blockwise(config: ModelConfig) -> BlockwiseModel:
-    """The causal LM, its blocks to be read one at a time where its format allows.
-
-    Args:
-        config: a folder, a hub id or a .gguf; its device is where blocks are computed.
+    """The causal LM, its blocks to be read one at a time where its format allows, and computed on the config's device.
 
     Raises:
         MissingError: not there or not reachable.

@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 
 from lors_cli.errors import UsageError
 from lors_cli.models.loading import load_model
-from lors_cli.models.streaming import BlockwiseModel, open_blockwise
+from lors_cli.models.streaming import BlockwiseModel, match, open_blockwise
 from lors_cli.models.tensor_files import Entry, TensorWriter, saved_tensors, write_checkpoint, write_tensors
 from lors_cli.recipe.schema import ModelConfig
 
@@ -87,6 +88,46 @@ def test_shards_are_read(build: Build, tmp_path: Path) -> None:
     source = open_blockwise(ModelConfig(path=str(tmp_path), dtype="float32"))
     streamed, expected = checkpoint_of(source), model.state_dict()
     assert all(torch.equal(streamed[name], expected[name]) for name in streamed)
+
+
+class TestMatch:
+    """By names alone: no network, no files; `state` has something for every tensor of the network."""
+
+    state = dict.fromkeys(["model.norm.weight", "model.experts.gate_up_proj", "lm_head.weight"], 1)
+
+    def test_a_key_goes_by_its_own_name(self) -> None:
+        found = match(["lm_head.weight", "model.norm.weight"], self.state, [], "model")
+        assert found == {
+            "lm_head.weight": [("lm_head.weight", False)],
+            "model.norm.weight": [("model.norm.weight", False)],
+        }
+
+    def test_the_base_models_prefix_is_added_and_strangers_are_left_out(self) -> None:
+        assert match(["norm.weight", "rotary.inv_freq"], self.state, [], "model") == {
+            "model.norm.weight": [("norm.weight", False)]
+        }
+
+    def test_renamed_and_joined(self) -> None:
+        conversions = [
+            WeightRenaming("ln_f", "norm"),
+            WeightRenaming("unused", "norm"),
+            WeightConverter(
+                ["experts.*.w1.weight", "experts.*.w3.weight"], "experts.gate_up_proj",
+                [MergeModulelist(dim=0), Concatenate(dim=1)],
+            ),
+        ]  # fmt: skip
+        joined = [f"model.experts.{number}.{key}.weight" for number in (0, 1) for key in ("w1", "w3")]
+        assert match([*joined, "model.ln_f.weight"], self.state, conversions, "model") == {
+            "model.experts.gate_up_proj": [(key, True) for key in joined],
+            "model.norm.weight": [("model.ln_f.weight", False)],
+        }
+        assert [item.was_used() for item in conversions] == [True, False, True]
+
+    def test_a_conversion_that_leads_out_of_the_network_is_not_followed(self) -> None:
+        conversions = [WeightRenaming("lm_head", "head")]
+        assert match(["lm_head.weight"], self.state, conversions, "model") == {
+            "lm_head.weight": [("lm_head.weight", False)]
+        }
 
 
 class TestRefusals:
