@@ -1,12 +1,15 @@
 """One process at a time in a folder: the kernel's lock on `.lock`, and in that file who holds it and since when.
 
-The kernel's lock goes with the process that holds it, however that ended. The file's text says what the kernel cannot:
-whose the folder is, for the one message of a second run, and on a file system shared by several machines whether the
-owner is on another one, of whose end nothing is known here.
+Within one running kernel, its containers too, the lock alone tells the truth: it goes with the process that holds it,
+however that ended. The file's text is for people, and for two cases where the kernel does not know. A file system that
+several machines share may keep locks on each machine alone (Lustre with localflock, NFS with local_lock, BeeGFS, most
+of FUSE): the owner's host and boot say whether it is on another machine, of whose end nothing is known here. And where
+a file system has no locks at all, the owner's process is looked for.
 """
 
 from __future__ import annotations
 
+import calendar
 import errno
 import fcntl
 import json
@@ -15,7 +18,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO
 
@@ -24,24 +27,16 @@ from lors_cli.output import console
 
 LOCK_NAME = ".lock"
 _NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)
-_SAME_START_S = 5.0
-"""Starts of one process are told apart by at most this, since the machine's clock may have been set between."""
+_TIME = "%Y-%m-%d %H:%M:%S UTC"
+_CLOCK_S = 5.0
+"""A process that seems to be so much younger than its hold may still be the owner: the machine's clock may be set."""
 
 
 @dataclass(frozen=True)
 class Owner:
-    """Who holds a folder.
-
-    Args:
-        pid: the process.
-        started: when it started, in seconds since 1970: a number that is used again is another process.
-        host: the machine's name.
-        boot: what names the running kernel, "" where nothing does.
-        since: when the folder was taken, for people.
-    """
+    """Who holds a folder; `boot` names the running kernel, "" where nothing does."""
 
     pid: int
-    started: float
     host: str
     boot: str
     since: str
@@ -49,10 +44,7 @@ class Owner:
     @classmethod
     def this_process(cls) -> Owner:
         """This one, from now on."""
-        import psutil
-
-        since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-        return cls(os.getpid(), psutil.Process().create_time(), socket.gethostname(), _boot(), since)
+        return cls(os.getpid(), socket.gethostname(), _boot(), time.strftime(_TIME, time.gmtime()))
 
     def __str__(self) -> str:
         return f"pid {self.pid} on {self.host} since {self.since}"
@@ -62,23 +54,19 @@ class Owner:
         return self.host != socket.gethostname() and (not self.boot or self.boot != _boot())
 
     def is_running(self) -> bool:
-        """Whether the process, on this machine, has not ended."""
+        """Whether the process, on this machine, has not ended; one that has its number but is younger is another."""
         import psutil
 
-        if self.boot != _boot():
-            return False
         try:
-            return abs(psutil.Process(self.pid).create_time() - self.started) < _SAME_START_S
+            started = psutil.Process(self.pid).create_time()
         except psutil.Error:
             return False
+        return started < calendar.timegm(time.strptime(self.since, _TIME)) + _CLOCK_S
 
 
 @contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process; what a killed one has left of its hold is taken over, with a line in the log.
-
-    Args:
-        folder: made when missing.
+    """Hold a folder, made when missing; what a killed process left of its hold is taken over, with a line in the log.
 
     Raises:
         UsageError: another process holds it, or one of another machine did not give it back.
@@ -142,8 +130,9 @@ def _read(file: IO[str]) -> Owner | None:
     """The owner that the file names; None when it names none, or was being written when its process was killed."""
     file.seek(0)
     try:
-        return Owner(**json.loads(file.read()))
-    except (ValueError, TypeError):
+        known = json.loads(file.read())
+        return Owner(**{field.name: known[field.name] for field in fields(Owner)})
+    except (ValueError, TypeError, KeyError):
         return None
 
 

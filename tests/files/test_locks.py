@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -56,6 +57,10 @@ def leave(folder: Path, **changes: Any) -> Owner:
     return owner
 
 
+def utc(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
+
+
 def another_boot() -> str:
     return "0f9d2b1c-3a53-4c63-b4a5-000000000000"
 
@@ -64,10 +69,8 @@ def test_a_second_process_is_refused_until_the_first_is_killed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with held(tmp_path / "run") as holder:
-        started = psutil.Process(holder.pid).create_time()
         written = json.loads((tmp_path / "run" / LOCK_NAME).read_text())
         assert (written["pid"], written["host"]) == (holder.pid, os.uname().nodename)
-        assert written["started"] == pytest.approx(started, abs=1.0)
         with pytest.raises(UsageError, match=rf"run is in use by pid {holder.pid} on \S+ since 20\d\d-\d\d-\d\d "):
             with hold(tmp_path / "run"):
                 pass
@@ -96,7 +99,7 @@ def test_it_is_free_after_an_error(tmp_path: Path, capsys: pytest.CaptureFixture
     "changes",
     [
         {"pid": 2**22 + 1},  # no such process
-        {"pid": os.getppid(), "started": 1.0},  # a number that was used again
+        {"pid": os.getppid(), "since": "1970-01-01 00:00:01 UTC"},  # a number that was used again
         {"boot": another_boot(), "pid": os.getppid()},  # the machine was started again
         {"host": "container-7f3a"},  # a container of this machine, that is gone
     ],
@@ -110,7 +113,16 @@ def test_what_a_dead_process_left_is_taken_over(
     assert f"taken over from pid {owner.pid} on {owner.host}" in " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.parametrize("torn", ["", '{"pid": 12', "pid 12 on host\n", "[1]"])
+def test_an_earlier_versions_file_is_read(tmp_path: Path) -> None:
+    """It had the process's start too."""
+    owner = Owner(4, "node17", another_boot(), "2026-01-02 03:04:05 UTC")
+    (tmp_path / LOCK_NAME).write_text(json.dumps({**asdict(owner), "started": 1767323045.5}))
+    with pytest.raises(UsageError, match="in use by pid 4 on node17 since 2026-01-02 03:04:05 UTC"):
+        with hold(tmp_path):
+            pass
+
+
+@pytest.mark.parametrize("torn", ["", '{"pid": 12', "pid 12 on host\n", "[1]", '{"pid": 12}'])
 def test_a_torn_file_holds_nothing(tmp_path: Path, torn: str) -> None:
     (tmp_path / LOCK_NAME).write_text(torn)
     with hold(tmp_path):
@@ -144,11 +156,14 @@ def test_where_the_kernel_cannot_lock_the_owners_process_is_looked_for(
 ) -> None:
     monkeypatch.setattr(fcntl, "flock", without_locks(number))
     parent = psutil.Process(os.getppid())
-    leave(tmp_path, pid=parent.pid, started=parent.create_time())
+    leave(tmp_path, pid=parent.pid)
     with pytest.raises(UsageError, match=f"in use by pid {parent.pid} "):
         with hold(tmp_path):
             pass
-    leave(tmp_path, pid=parent.pid, started=parent.create_time() - 3600)
+    leave(tmp_path, pid=parent.pid, since=utc(parent.create_time() - 3600))  # a number that was used again
+    with hold(tmp_path):
+        pass
+    leave(tmp_path, pid=2**22 + 1)
     with hold(tmp_path):
         pass
     assert "no locks" in capsys.readouterr().err
