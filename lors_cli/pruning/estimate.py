@@ -31,12 +31,7 @@ ADMM_ITERATIONS = 20
 
 
 def memory_parts(config: PruneConfig, size: ModelSize, num_processes: int = 1) -> dict[str, int]:
-    """Peak memory of one process while it prunes, by part; libraries are not counted.
-
-    Args:
-        config: the stage's settings.
-        size: of the model.
-        num_processes: that share the calibration samples.
+    """Peak memory of one of `num_processes` that share the calibration samples, by part; libraries are not counted.
 
     Returns:
         Bytes of: weights, activations, statistics, solver, hidden_states.
@@ -45,13 +40,8 @@ def memory_parts(config: PruneConfig, size: ModelSize, num_processes: int = 1) -
     weights = 2 * block if size.streamed else size.num_bytes
     if statistics_kind(config) == "none":
         largest = max(rows * columns for rows, columns, _ in size.block)
-        return {
-            "weights": weights,
-            "activations": 0,
-            "statistics": 0,
-            "solver": 3 * FLOAT * largest,
-            "hidden_states": 0,
-        }
+        return {"weights": weights, "activations": 0, "statistics": 0, "solver": 3 * FLOAT * largest,
+                "hidden_states": 0}  # fmt: skip
     tokens, in_flight = calibration_tokens(config, size)
     mine = -(-tokens // num_processes)
     width = 3 * size.hidden_size + 3 * size.intermediate_size
@@ -109,12 +99,7 @@ def _smaller(config: PruneConfig) -> list[tuple[str, PruneConfig]]:
 
 
 def calibration_tokens(config: PruneConfig, size: ModelSize) -> tuple[int, int]:
-    """Tokens of all calibration samples, and of one batch.
-
-    Args:
-        config: the stage's settings.
-        size: of the model.
-    """
+    """Tokens of all calibration samples, and of one batch."""
     calibration = config.calibration
     samples, length = _stored_tokens(calibration.dataset) or (DEFAULT_SAMPLES, min(DEFAULT_LENGTH, size.max_length))
     samples, length = calibration.num_samples or samples, calibration.sequence_length or length
@@ -139,9 +124,6 @@ def distinct_inputs(size: ModelSize) -> list[int]:
     """The widths of the inputs that the linears of the largest block read, each input once.
 
     Of those that are `hidden_size` wide there are three (attention's, its output's, the MLP's).
-
-    Args:
-        size: of the model.
     """
     experts = [columns for _, columns, expert in size.block if expert]
     narrow = [columns for _, columns, expert in size.block if not expert and columns == size.hidden_size]

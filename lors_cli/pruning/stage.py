@@ -34,13 +34,7 @@ STAGE_VERSION = 2
 
 
 def stage_fingerprint(config: PruneConfig, model_fingerprint: str, data_dir: Path | None) -> str:
-    """The fingerprint of `prune`'s result; cheap, no model is loaded.
-
-    Args:
-        config: the stage's settings.
-        model_fingerprint: of the dense model.
-        data_dir: local datasets.
-    """
+    """The fingerprint of `prune`'s result from that of the dense model; cheap, no model is loaded."""
     settings = {**asdict(config), "sparsity": Pattern.of(config).sparsity, "true_sequential": config.sequential}
     del settings["calibration"]["offload"]
     inputs = {"model": model_fingerprint}
@@ -62,7 +56,7 @@ def prune(config: PruneConfig, model: ModelConfig, out: Path, *, data_dir: Path 
 
     Args:
         config: method, pattern, calibration.
-        model: the dense model.
+        model: dense.
         out: stage folder (DESIGN §4), which all processes see.
         data_dir: local datasets, None for the hub.
 
@@ -77,20 +71,10 @@ def prune(config: PruneConfig, model: ModelConfig, out: Path, *, data_dir: Path 
     from lors_cli.models.loading import load_tokenizer
     from lors_cli.models.sources import model_fingerprint
     from lors_cli.models.streaming import open_blockwise
-    from lors_cli.pruning.methods.owl import SPREAD, check_limits
     from lors_cli.pruning.walk.driver import prune_blocks
 
-    started = time.monotonic()
-    if Path(model.path).expanduser().resolve() == out.resolve():
-        raise UsageError(f"{out} is the model itself and would be overwritten.", "Choose another --out.")
-    if config.reconstruct_epochs and processes.num_processes() > 1:
-        raise UsageError(
-            "reconstruct_epochs runs in one process.",
-            "Prune without --nproc or torchrun (a recipe: lors run RECIPE --until prune), then start several.",
-        )
-    pattern = Pattern.of(config)
-    if config.layer_sparsity == "owl":
-        check_limits(pattern.sparsity, SPREAD)
+    started, pattern = time.monotonic(), Pattern.of(config)
+    _check(config, pattern, model, out)
     base_fingerprint = model_fingerprint(model)
     fingerprint = stage_fingerprint(config, base_fingerprint, data_dir)
     console.info(f"  model: {model.path}")
@@ -118,6 +102,21 @@ def prune(config: PruneConfig, model: ModelConfig, out: Path, *, data_dir: Path 
     if alone:
         processes.stop()
     return record
+
+
+def _check(config: PruneConfig, pattern: Pattern, model: ModelConfig, out: Path) -> None:
+    """Refuse what cannot be, before anything is read."""
+    from lors_cli.pruning.methods.owl import SPREAD, check_limits
+
+    if Path(model.path).expanduser().resolve() == out.resolve():
+        raise UsageError(f"{out} is the model itself and would be overwritten.", "Choose another --out.")
+    if config.reconstruct_epochs and processes.num_processes() > 1:
+        raise UsageError(
+            "reconstruct_epochs runs in one process.",
+            "Prune without --nproc or torchrun (a recipe: lors run RECIPE --until prune), then start several.",
+        )
+    if config.layer_sparsity == "owl":
+        check_limits(pattern.sparsity, SPREAD)
 
 
 def _calibration_batches(

@@ -27,11 +27,7 @@ STATISTICS: dict[str, Kind] = {
 
 
 def each(function: Callable[[torch.Tensor, InputStatistics, Pattern], torch.Tensor]) -> Solver:
-    """A method that takes one weight at a time, as one that takes all that share their input.
-
-    Args:
-        function: (weight, statistics, pattern) -> the pruned weight.
-    """
+    """A method that takes one weight at a time, as one that takes all that share their input."""
     return lambda weights, statistics, pattern: [function(weight, statistics, pattern) for weight in weights]
 
 
@@ -57,30 +53,14 @@ def statistics_kind(config: PruneConfig) -> Kind:
 def prune_group(
     method: str, weights: Sequence[torch.Tensor], statistics: InputStatistics, pattern: Pattern
 ) -> list[torch.Tensor]:
-    """Prune linears that share their input.
-
-    Args:
-        method: a key of `STATISTICS`.
-        weights: (out_features_i, in_features) each.
-        statistics: of the shared input, of the kind the method needs.
-        pattern: how many weights stay.
-
-    Returns:
-        The pruned weights, in the order given.
-    """
+    """Prune linears (out_features_i, in_features) that share their input, whose statistics are of the method's kind."""
     return SOLVERS[method](weights, statistics, pattern)
 
 
 def scores(method: str, weight: torch.Tensor, statistics: InputStatistics) -> torch.Tensor:
-    """How much each weight counts: RIA's relative importance for `ria`, else Wanda's score.
+    """How much each weight counts, in float32: RIA's relative importance for `ria`, else Wanda's score.
 
-    Args:
-        method: a key of `STATISTICS`.
-        weight: (out_features, in_features).
-        statistics: of its inputs; where there are none, a weight's size is its score.
-
-    Returns:
-        (out_features, in_features) float32.
+    Where nothing is known of the inputs, a weight's size is its score.
     """
     from lors_cli.pruning.methods.ria import relative_importance
 
@@ -99,9 +79,6 @@ def refit_group(
         weights: (out_features_i, in_features) each, dense.
         pruned: the same with zeros.
         statistics: Hessian of the shared input.
-
-    Returns:
-        The refitted weights in the dtypes and the order given.
     """
     import torch
 

@@ -14,13 +14,5 @@ if TYPE_CHECKING:
 
 
 def magnitude(W: torch.Tensor, pattern: Pattern) -> torch.Tensor:
-    """The weight with its smallest entries set to zero; unstructured compares over the whole weight.
-
-    Args:
-        W: (R, C).
-        pattern: how many stay.
-
-    Returns:
-        (R, C), kept weights unchanged.
-    """
+    """The weight with its smallest entries set to zero; unstructured compares over the whole weight."""
     return W * keep_largest(W.abs(), pattern, per_row=False)

@@ -51,10 +51,6 @@ def outlier_ratio(
 def check_limits(sparsity: float, spread: float) -> None:
     """Refuse a spread that could prune a block not at all or wholly; nothing need be measured for it.
 
-    Args:
-        sparsity: mean share of zeros.
-        spread: how far a block's own share may be from it.
-
     Raises:
         UsageError: some of [sparsity − spread, sparsity + spread] is outside (0, 1).
     """

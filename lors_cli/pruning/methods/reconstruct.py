@@ -6,7 +6,6 @@ and non-linearities included, so that linears make up for each other.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -31,12 +30,7 @@ Inputs = Callable[[], torch.Tensor]
 
 @dataclass
 class Substituted:
-    """A module that is called with other tensors in place of some of its parameters.
-
-    Args:
-        module: is not changed.
-        tensors: by the parameters' names.
-    """
+    """A module, not changed, that is called with other tensors in place of some of its parameters, by their names."""
 
     module: nn.Module
     tensors: dict[str, torch.Tensor]
@@ -46,76 +40,52 @@ class Substituted:
         return torch.func.functional_call(self.module, self.tensors, args, kwargs)
 
 
-class Reconstruction:
-    """Tunes one block; made while the block is still dense.
+def reconstruct(
+    block: nn.Module, dense: nn.Module, weights: Sequence[PrunableWeight], run: Run, inputs: Sequence[Inputs],
+    *, epochs: int, seed: int,
+) -> tuple[float, float]:  # fmt: skip
+    """Minimise the squared difference to the dense block's outputs, as a share of theirs, by Adam; zeros are kept.
+
+    The kept weights are held in float32 meanwhile and rounded to their dtype in every forward pass. The rate falls
+    linearly to 0.
 
     Args:
-        block: dense; a copy is kept.
-        weights: its prunable weights; the parameters that hold them are what is tuned.
+        block: pruned.
+        dense: a copy of it from before.
+        weights: the block's prunable weights; the parameters that hold them are what is tuned.
         run: (block, X) -> the block's output, X (samples, tokens, hidden_size).
+        inputs: give X of each step, drawn in random order; on what the pruned blocks before this one put out.
+        epochs: passes over all of them.
+        seed: of the order.
+
+    Returns:
+        Mean loss of the first and of the last epoch.
+
+    Raises:
+        UsageError: a loss is not finite.
+
+    Source: EBFT §3 (block-wise reconstruction of sparse models), arXiv:2402.12419; here Adam, with steps in
+    proportion to each parameter's weights.
     """
+    holders = {(weight.module, weight.key) for weight in weights}
+    names = [f"{prefix}.{key}" for prefix, module in block.named_modules()
+             for key, _ in module.named_parameters(recurse=False) if (module, key) in holders]  # fmt: skip
+    stored = dict(block.named_parameters())
+    kept = {name: stored[name] != 0 for name in names}
+    masters = {name: stored[name].detach().float().requires_grad_() for name in names if kept[name].any()}
+    optimizer = torch.optim.Adam(
+        [{"params": [master], "lr": RATE * float(master.detach()[kept[name]].square().mean().sqrt())}
+         for name, master in masters.items()], betas=BETAS, eps=1e-20,  # gradients may be of any size
+    )  # fmt: skip
+    steps = epochs * len(inputs)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
 
-    def __init__(self, block: nn.Module, weights: Sequence[PrunableWeight], run: Run) -> None:
-        holders = {(weight.module, weight.key) for weight in weights}
-        self._block, self._run = block, run
-        self._names = [f"{prefix}.{key}" for prefix, module in block.named_modules()
-                       for key, _ in module.named_parameters(recurse=False) if (module, key) in holders]  # fmt: skip
-        self._dense = copy.deepcopy(block)
-
-    def tune(self, inputs: Sequence[Inputs], epochs: int, seed: int) -> tuple[float, float]:
-        """Minimise the squared difference to the dense block's outputs, as a share of theirs, by Adam; zeros are kept.
-
-        The kept weights are held in float32 meanwhile and rounded to their dtype in every forward pass. The rate
-        falls linearly to 0.
-
-        Args:
-            inputs: give X of each step, drawn in random order; on what the pruned blocks before this one put out.
-            epochs: passes over all of them.
-            seed: of the order.
-
-        Returns:
-            Mean loss of the first and of the last epoch.
-
-        Raises:
-            UsageError: a loss is not finite.
-
-        Source: EBFT §3 (block-wise reconstruction of sparse models), arXiv:2402.12419; here Adam, with steps in
-        proportion to each parameter's weights.
-        """
-        stored = dict(self._block.named_parameters())
-        kept = {name: stored[name] != 0 for name in self._names}
-        masters = {name: stored[name].detach().float().requires_grad_() for name in self._names if kept[name].any()}
-        optimizer = torch.optim.Adam(
-            [{"params": [master], "lr": RATE * float(master.detach()[kept[name]].square().mean().sqrt())}
-             for name, master in masters.items()], betas=BETAS, eps=1e-20,  # gradients may be of any size
-        )  # fmt: skip
-        steps = epochs * len(inputs)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-        generator = torch.Generator().manual_seed(seed)
-        losses: list[float] = []
-        for _ in range(epochs):
-            order = torch.randperm(len(inputs), generator=generator).tolist()
-            total = sum(self._step(inputs[number](), masters, stored, optimizer, schedule, kept) for number in order)
-            losses.append(total / len(inputs))
-        for name, master in masters.items():
-            stored[name].data.copy_(master.detach())
-        console.detail(f"  reconstruction: mean loss {losses[0]:.3g} in the first epoch, {losses[-1]:.3g} in the last")
-        return losses[0], losses[-1]
-
-    def _step(
-        self,
-        x: torch.Tensor,
-        masters: dict[str, torch.Tensor],
-        stored: dict[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-        schedule: torch.optim.lr_scheduler.LRScheduler,
-        kept: dict[str, torch.Tensor],
-    ) -> float:
+    def step(x: torch.Tensor) -> float:
         with torch.no_grad():
-            target = self._run(self._dense, x).float()
+            target = run(dense, x).float()
         with torch.enable_grad():
             cast = {name: master.to(stored[name].dtype) for name, master in masters.items()}
-            output = self._run(Substituted(self._block, cast), x)
+            output = run(Substituted(block, cast), x)
             loss = (output.float() - target).square().sum() / target.square().sum()
             if not bool(loss.isfinite()):
                 raise UsageError(NOT_FINITE)
@@ -127,3 +97,13 @@ class Reconstruction:
             for name, master in masters.items():
                 master.mul_(kept[name])
         return float(loss.detach())
+
+    generator = torch.Generator().manual_seed(seed)
+    losses: list[float] = []
+    for _ in range(epochs):
+        order = torch.randperm(len(inputs), generator=generator).tolist()
+        losses.append(sum(step(inputs[number]()) for number in order) / len(inputs))
+    for name, master in masters.items():
+        stored[name].data.copy_(master.detach())
+    console.detail(f"  reconstruction: mean loss {losses[0]:.3g} in the first epoch, {losses[-1]:.3g} in the last")
+    return losses[0], losses[-1]

@@ -20,14 +20,6 @@ ACTIVATION_POWER = 0.5
 def ria(W: torch.Tensor, statistics: InputStatistics, pattern: Pattern) -> torch.Tensor:
     """The weight with the lowest relative importance set to zero; unstructured compares over the whole weight.
 
-    Args:
-        W: (R, C).
-        statistics: of the layer's inputs.
-        pattern: how many stay.
-
-    Returns:
-        (R, C), kept weights unchanged.
-
     Source: RIA §3, ICLR 2024, “Plug-and-Play: an efficient post-training pruning method for large language models”;
     its channel permutation is `lors_cli.pruning.methods.permutation`.
     """
@@ -35,15 +27,7 @@ def ria(W: torch.Tensor, statistics: InputStatistics, pattern: Pattern) -> torch
 
 
 def relative_importance(W: torch.Tensor, statistics: InputStatistics) -> torch.Tensor:
-    """(|W_ij|/Σ_i|W_ij| + |W_ij|/Σ_j|W_ij|)·‖X_j‖₂^0.5.
-
-    Args:
-        W: (R, C).
-        statistics: of the layer's inputs.
-
-    Returns:
-        (R, C) float32.
-    """
+    """(|W_ij|/Σ_i|W_ij| + |W_ij|/Σ_j|W_ij|)·‖X_j‖₂^0.5, in float32."""
     size = W.abs().float()
     tiny = 1e-12  # a row or column of zeros has importance 0, not 0/0
     relative = size / size.sum(0, keepdim=True).clamp_min(tiny) + size / size.sum(1, keepdim=True).clamp_min(tiny)

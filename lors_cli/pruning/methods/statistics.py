@@ -29,26 +29,18 @@ class InputStatistics:
 
     XᵀX is symmetric: only its upper triangle is summed, in panels of rows, at little more than half the products of
     the whole; `hessian` mirrors it.
-
-    Args:
-        kind: what is summed: nothing, XᵀX's diagonal, or XᵀX; in float32.
-        total: (C,) or (C, C), None before the first input.
-        num_samples: calibration sequences seen.
-        num_tokens: rows of X seen.
     """
 
     kind: Kind
+    """What is summed: nothing, XᵀX's diagonal, or XᵀX; in float32."""
     total: torch.Tensor | None = None
+    """(C,) or (C, C), None before the first input."""
     num_samples: int = 0
     num_tokens: int = 0
     _hessian: torch.Tensor | None = field(default=None, repr=False)
 
     def update(self, x: torch.Tensor) -> None:
-        """Add one batch of inputs.
-
-        Args:
-            x: (samples, tokens, C), or (tokens, C) for one sample, any float dtype.
-        """
+        """Add one batch of inputs (samples, tokens, C), or (tokens, C) of one sample, of any float dtype."""
         assert self._hessian is None, "inputs came after the Hessian was asked for"
         self.num_samples += x.shape[0] if x.dim() > 2 else 1
         rows = x.reshape(-1, x.shape[-1])
@@ -69,9 +61,7 @@ class InputStatistics:
     def add_up(self, width: int, device: torch.device) -> None:
         """Add what all processes have seen; called once, by all of them, after the last input.
 
-        Args:
-            width: C; this process may have seen no input.
-            device: of the sums.
+        `width` is C, `device` that of the sums: this process may have seen no input.
         """
         if processes.num_processes() == 1:
             return
@@ -86,10 +76,7 @@ class InputStatistics:
         self.num_samples, self.num_tokens = counts.tolist()
 
     def input_norms(self) -> torch.Tensor:
-        """‖X_j‖₂ of every input channel.
-
-        Returns:
-            (C,) float32.
+        """‖X_j‖₂ of every input channel, (C,) float32.
 
         Raises:
             UsageError: an input was NaN or infinite.
@@ -124,11 +111,7 @@ class InputStatistics:
         return self._hessian
 
     def permute(self, permutation: torch.Tensor) -> None:
-        """Reorder the input channels, as the weights that read them are reordered.
-
-        Args:
-            permutation: (C,) int64, new channel j is the old channel permutation[j].
-        """
+        """Reorder the input channels, as the weights that read them are: new channel j is old permutation[j]."""
         if self.total is None:
             return
         if self.kind == "hessian":

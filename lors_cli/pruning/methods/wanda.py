@@ -18,14 +18,6 @@ if TYPE_CHECKING:
 def wanda(W: torch.Tensor, statistics: InputStatistics, pattern: Pattern) -> torch.Tensor:
     """The weight with the lowest |W|·‖X_j‖₂ set to zero, compared within each row or each M of a row.
 
-    Args:
-        W: (R, C).
-        statistics: of the layer's inputs.
-        pattern: how many stay.
-
-    Returns:
-        (R, C), kept weights unchanged.
-
     Source: Wanda §3, arXiv:2306.11695.
     """
     scores = W.abs().float() * statistics.input_norms()

@@ -7,6 +7,7 @@ every pass before each group, prunes it there, and goes on.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
@@ -20,10 +21,10 @@ from lors_cli.machine import processes
 from lors_cli.models.blocks import PrunableWeight, block_weights
 from lors_cli.output import console
 from lors_cli.pruning import methods
-from lors_cli.pruning.methods.permutation import FreeInput, apply_permutation, find_for, free_inputs
-from lors_cli.pruning.methods.reconstruct import Reconstruction
+from lors_cli.pruning.methods.reconstruct import reconstruct
 from lors_cli.pruning.methods.statistics import InputStatistics
 from lors_cli.pruning.walk.calibration import BlockArguments
+from lors_cli.pruning.walk.free_inputs import FreeInput, apply_permutation, find_for, free_inputs
 from lors_cli.pruning.walk.hidden_states import HiddenStates
 from lors_cli.pruning.walk.phases import Phases
 from lors_cli.pruning.walk.recorder import BlockDone, InputGroup, InputRecorder
@@ -133,14 +134,15 @@ def _reconstruct(
     block: Block, outputs: Iterator[torch.Tensor], states: HiddenStates, arguments: BlockArguments
 ) -> None:
     """Prune a block, dense as yet, in the way that yields `outputs`, and tune the weights that are kept."""
-    reconstruction = Reconstruction(block.module, [*block.weights.values()], arguments.run)
+    dense = copy.deepcopy(block.module)
     with closing(outputs):  # type: ignore[type-var]
         next(outputs)  # by then every group is pruned; the other passes need not be run to their ends
     size = methods.RECONSTRUCTION_SAMPLES
     with block.phases("reconstruct"):
         parts = [partial(_part, states, number, slice(first, first + size)) for number in states.numbers
                  for first in range(0, states.num_samples(number), size)]  # fmt: skip
-        reconstruction.tune(parts, block.config.reconstruct_epochs, seed=block.index)
+        reconstruct(block.module, dense, [*block.weights.values()], arguments.run, parts,
+                    epochs=block.config.reconstruct_epochs, seed=block.index)  # fmt: skip
 
 
 def _pass(module: nn.Module, states: HiddenStates, arguments: BlockArguments, number: int) -> torch.Tensor:

@@ -25,12 +25,7 @@ class BlockArguments:
     by_batch_size: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
 
     def run(self, block: Callable[..., Any], hidden: torch.Tensor) -> torch.Tensor:
-        """The block's output hidden states.
-
-        Args:
-            block: the module, or what stands for it.
-            hidden: (samples, tokens, hidden_size).
-        """
+        """The output hidden states (samples, tokens, hidden_size) of a block, or of what stands for it."""
         positional, keyword = self.by_batch_size[hidden.shape[0]]
         output = block(hidden, *positional, **keyword)
         return output[0] if isinstance(output, tuple) else output
@@ -58,9 +53,6 @@ def first_inputs(
         batches: (samples, tokens) int64 each.
         device: where to run.
         arguments: one a block, filled here: complete once a batch of each size was run.
-
-    Yields:
-        Hidden states (samples, tokens, hidden_size) a batch.
     """
     for batch in batches:
         yield _first_input(model, blocks, batch.to(device), arguments)
@@ -69,13 +61,7 @@ def first_inputs(
 def capture(
     model: PreTrainedModel, blocks: Sequence[nn.Module], batches: Sequence[torch.Tensor]
 ) -> tuple[list[torch.Tensor], list[BlockArguments]]:
-    """`first_inputs` of all batches, and every block's other arguments, on the model's device.
-
-    Args:
-        model: a causal LM with all its weights.
-        blocks: its decoder blocks.
-        batches: (samples, tokens) int64 each.
-    """
+    """`first_inputs` of all batches and every block's other arguments, on the device of a model that is there whole."""
     arguments = [BlockArguments() for _ in blocks]
     device = next(model.parameters()).device
     return list(first_inputs(model, blocks, batches, device, arguments)), arguments

@@ -25,13 +25,7 @@ FILE_NAME = re.compile(r"inputs_(\d{4})\.(\d+)of(\d+)\.safetensors")
 
 
 def choose_place(wanted: Literal["auto", "device", "cpu", "disk"], num_bytes: int, device: torch.device) -> Place:
-    """Where hidden states are kept between blocks.
-
-    Args:
-        wanted: a place, or auto for the fastest with room.
-        num_bytes: of all hidden states of this process.
-        device: where blocks are computed.
-    """
+    """Where this process's hidden states, of `num_bytes`, are kept between blocks; auto is the fastest with room."""
     if wanted != "auto":
         return "device" if wanted == "cpu" and device.type == "cpu" else wanted
     if device.type == "cuda" and num_bytes <= SHARE_OF_FREE * torch.cuda.mem_get_info(device)[0]:
@@ -47,10 +41,7 @@ def choose_place(wanted: Literal["auto", "device", "cpu", "disk"], num_bytes: in
 class HiddenStates:
     """Hidden states (samples, tokens, hidden_size) by batch number.
 
-    Args:
-        folder: where they are written.
-        place: where they are kept between blocks.
-        device: where `get` puts them.
+    They are written to `folder`, kept in `place` between blocks, and `get` puts them on `device`.
     """
 
     def __init__(self, folder: Path, place: Place, device: torch.device) -> None:
@@ -73,12 +64,7 @@ class HiddenStates:
         return next(entry.shape[0] for entry in self._entries if entry.name == _name(number))
 
     def expect(self, shapes: dict[int, tuple[int, ...]], dtype: torch.dtype) -> None:
-        """Say what is to come, before the first block's inputs are `put`.
-
-        Args:
-            shapes: of every batch of this process, by number.
-            dtype: of all of them.
-        """
+        """Say what is to come, before the first block's inputs are `put`: the shape of every batch, by number."""
         self._entries = [Entry(_name(number), shape, dtype) for number, shape in sorted(shapes.items())]
 
     def get(self, number: int) -> torch.Tensor:

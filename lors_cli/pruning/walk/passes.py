@@ -78,14 +78,9 @@ def _first(model: BlockwiseModel, batches: list[torch.Tensor], arguments: list[B
 def owl_shares(
     model: BlockwiseModel, batches: list[torch.Tensor], config: CalibrationConfig, work: Path, sparsity: float
 ) -> list[float]:
-    """OWL's share of zeros for every block, from one pass through the dense model.
+    """OWL's share of zeros for every block, from one pass of all processes' batches through the dense model.
 
-    Args:
-        model: dense.
-        batches: (samples, tokens) int64 each, of all processes together.
-        config: says where hidden states are kept.
-        work: folder for what an interrupted run goes on from.
-        sparsity: of the model.
+    `work` keeps what an interrupted run goes on from; `sparsity` is the model's.
     """
     found = atomic.read_json(work / "owl.json") or {"ratios": [], "sizes": []}
     if len(found["ratios"]) < len(model.blocks):

@@ -13,9 +13,6 @@ class Phases:
     """A clock for named phases; a phase that starts inside another one stops the other for that while.
 
     On a GPU the device is waited for at every change of phase, so that its work is counted where it was asked for.
-
-    Args:
-        device: where the work is done.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -21,11 +21,7 @@ Solve = Callable[[int], "torch.Tensor | None"]
 
 
 def shared_inputs(weights: dict[str, PrunableWeight], forward: Forward) -> list[list[str]] | None:
-    """Which weights of a block read the same tensor, in the order they are called.
-
-    Args:
-        weights: the block's, by name.
-        forward: one pass of the block.
+    """Which weights of a block read the same tensor, in the order they are called in a pass.
 
     Returns:
         Groups of names; None where passes cannot be stopped group by group, since the block has fused experts, or

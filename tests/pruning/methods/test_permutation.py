@@ -14,16 +14,9 @@ from transformers import PreTrainedModel
 
 from lors_cli.models.blocks import decoder_blocks
 from lors_cli.pruning.methods import permutation as module
-from lors_cli.pruning.methods.permutation import (
-    FreeInput,
-    Producer,
-    apply_permutation,
-    find_for,
-    find_permutation,
-    free_inputs,
-    retained,
-)
+from lors_cli.pruning.methods.permutation import find_permutation, retained
 from lors_cli.pruning.walk.calibration import BlockArguments, capture
+from lors_cli.pruning.walk.free_inputs import FreeInput, Producer, apply_permutation, find_for, free_inputs
 from lors_cli.sparsity import Pattern, keep_largest
 
 TWO_OF_FOUR = Pattern.parse("2:4")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from functools import partial
@@ -19,7 +20,7 @@ from lors_cli.errors import UsageError
 from lors_cli.models.blocks import block_weights, decoder_blocks, prunable_weights
 from lors_cli.models.streaming import BlockwiseModel
 from lors_cli.pruning import stage as pruning
-from lors_cli.pruning.methods.reconstruct import Reconstruction
+from lors_cli.pruning.methods.reconstruct import reconstruct
 from lors_cli.pruning.stage import prune
 from lors_cli.pruning.walk import hidden_states
 from lors_cli.pruning.walk.calibration import capture
@@ -147,11 +148,12 @@ def test_reconstruction_keeps_zeros_and_the_number_format(build: Build, batches:
     hidden, arguments = capture(model, list(model.model.layers), batches)
     block = model.model.layers[0]
     weights = block_weights(block, "b")
-    reconstruction = Reconstruction(block, [*weights.values()], arguments[0].run)
+    dense = copy.deepcopy(block)
     for weight in weights.values():
         weight.matrix[:, ::2] = 0
     norm = block.input_layernorm.weight.clone()
-    first, last = reconstruction.tune([lambda x=x: x for x in hidden], epochs=4, seed=0)
+    inputs = [lambda x=x: x for x in hidden]
+    first, last = reconstruct(block, dense, [*weights.values()], arguments[0].run, inputs, epochs=4, seed=0)
     assert last < first
     for weight in weights.values():
         assert weight.matrix.dtype == torch.bfloat16
@@ -268,10 +270,11 @@ def test_reconstruction_does_not_depend_on_the_size_of_gradients(build: Build, b
         def run(module: Any, x: torch.Tensor, scale: float = scale, arguments: Any = arguments) -> torch.Tensor:
             return scale * arguments[0].run(module, x)
 
-        reconstruction = Reconstruction(block, [*weights.values()], run)
+        dense = copy.deepcopy(block)
         for weight in weights.values():
             weight.matrix[:, ::2] = 0
-        losses.append(reconstruction.tune([lambda x=x: x for x in hidden], epochs=3, seed=0))
+        inputs = [lambda x=x: x for x in hidden]
+        losses.append(reconstruct(block, dense, [*weights.values()], run, inputs, epochs=3, seed=0))
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     assert losses[0][1] < losses[0][0]
 
@@ -281,9 +284,9 @@ def test_reconstruction_leaves_a_weight_of_zeros_alone(build: Build, batches: li
     block = model.model.layers[0]
     block.mlp.down_proj.weight.zero_()
     hidden, arguments = capture(model, list(model.model.layers), batches)
-    reconstruction = Reconstruction(block, [*block_weights(block, "b").values()], arguments[0].run)
+    dense, weights = copy.deepcopy(block), [*block_weights(block, "b").values()]
     block.mlp.up_proj.weight[:, ::2] = 0
-    reconstruction.tune([lambda x=x: x for x in hidden], epochs=1, seed=0)
+    reconstruct(block, dense, weights, arguments[0].run, [lambda x=x: x for x in hidden], epochs=1, seed=0)
     assert all(bool(parameter.isfinite().all()) for parameter in block.parameters())
     assert not block.mlp.down_proj.weight.any()
 
