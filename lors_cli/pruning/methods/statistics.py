@@ -41,6 +41,8 @@ class InputStatistics:
 
     def update(self, x: torch.Tensor) -> None:
         """Add one batch of inputs (samples, tokens, C), or (tokens, C) of one sample, of any float dtype."""
+        import torch
+
         assert self._hessian is None, "inputs came after the Hessian was asked for"
         self.num_samples += x.shape[0] if x.dim() > 2 else 1
         rows = x.reshape(-1, x.shape[-1])
@@ -50,7 +52,7 @@ class InputStatistics:
         if self.total is None:
             width = rows.shape[1]
             size = (width,) if self.kind == "norm" else (width, width)
-            self.total = rows.new_zeros(size, dtype=_float32())
+            self.total = rows.new_zeros(size, dtype=torch.float32)
         for part in rows.split(max(1, CAST_BYTES // (4 * rows.shape[1]))):
             X = part.float()
             if self.kind == "norm":
@@ -119,12 +121,6 @@ class InputStatistics:
             H.copy_(H[permutation][:, permutation])
         else:
             self.total = self.total[permutation]
-
-
-def _float32() -> torch.dtype:
-    import torch
-
-    return torch.float32
 
 
 def _panels(width: int) -> list[slice]:
