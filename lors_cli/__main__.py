@@ -1,6 +1,6 @@
 """`python -m lors_cli`, the same as the `lors` command."""
 
-from lors_cli.cli import main
+from lors_cli.cli.app import main
 
 if __name__ == "__main__":
     main()

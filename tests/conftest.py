@@ -18,7 +18,7 @@ import pytest
 from byte_tokens import byte_tokenizer
 from typer.testing import CliRunner, Result
 
-from lors_cli.cli import app
+from lors_cli.cli.app import app
 
 pytest_plugins = ("tiny_models",)
 

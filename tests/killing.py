@@ -13,7 +13,7 @@ def hook(event, arguments):
     if event == "os.rename" and wanted in str(arguments[1]):
         os.kill(os.getpid(), number)
 sys.addaudithook(hook)
-from lors_cli.cli import app
+from lors_cli.cli.app import app
 app(sys.argv[3:], prog_name="lors")
 """
 

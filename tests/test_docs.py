@@ -82,7 +82,7 @@ def test_commands_name_options_that_there_are(page: Path) -> None:
     """Every `lors COMMAND --option` in a bash block exists."""
     from typer.main import get_command
 
-    from lors_cli.cli import app
+    from lors_cli.cli.app import app
 
     for code in re.findall(r"^```bash[^\n]*\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
         for words in command_lines(code):
@@ -97,5 +97,6 @@ def test_commands_name_options_that_there_are(page: Path) -> None:
                     break
                 assert word in inner or word.startswith("-"), f"{page.name}: {words}"
                 command = inner.get(word, command)
+            command = command.make_context(command.name, [], resilient_parsing=True).command  # with all of its flags
             known = {option for parameter in command.params for option in parameter.opts} | {"--help", "-h"}
             assert {word for word in words if re.match(r"--?[a-z]", word)} <= known, f"{page.name}: {words}"

@@ -17,8 +17,8 @@ from lors_cli.bench import model as bench_model
 from lors_cli.bench.live_memory import LiveBytes
 from lors_cli.bench.measure import BenchConfig, bench
 from lors_cli.bench.model import ARMS, adapted, sparse_model
-from lors_cli.bench_view import parse_flags, table_rows
-from lors_cli.cli import app
+from lors_cli.cli.app import app
+from lors_cli.cli.views.bench import parse_flags, table_rows
 from lors_cli.errors import UsageError
 from lors_cli.models.shapes import SHAPES, Shape
 

@@ -86,7 +86,7 @@ def test_without_torch_it_says_so_and_ends_with_3(tmp_path: Path) -> None:
     code = (
         "import sys\n"
         "for name in ('torch', 'psutil'): sys.modules[name] = None\n"
-        "from lors_cli.cli import app\n"
+        "from lors_cli.cli.app import app\n"
         "app(['doctor', '--json'])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)

@@ -75,7 +75,7 @@ def _become_lors(job: dict[str, Any]) -> None:
         if "memory_mib" in job:
             _limit_memory(job["memory_mib"])
         moments.install(Path(job["folder"]), Path(job["trace"]), job.get("moment"), job.get("faults", {}))
-        from lors_cli.cli import app
+        from lors_cli.cli.app import app
 
         try:
             app(job["arguments"], prog_name="lors")

@@ -39,7 +39,7 @@ from fuzz_models import adapter_case, checkpoint_case, run_folder_case
 from fuzz_text import override_case, recipe_case, sweep_case
 from fuzz_world import World, alone, at
 
-from lors_cli.cli import app
+from lors_cli.cli.app import app
 
 Case = Callable[[Random, Path], list[str]]
 KINDS: dict[str, tuple[Case, float]] = {

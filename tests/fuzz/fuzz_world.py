@@ -17,7 +17,7 @@ from pathlib import Path
 from byte_tokens import byte_tokenizer
 from typer.testing import CliRunner
 
-from lors_cli.cli import app
+from lors_cli.cli.app import app
 
 RECIPE = """\
 name: tiny

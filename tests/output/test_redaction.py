@@ -61,7 +61,7 @@ def test_messages_and_documents(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_traceback_of_a_bug(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import typer
 
-    from lors_cli.command import fail
+    from lors_cli.cli.framework import fail
 
     console.configure()
     with pytest.raises(typer.Exit):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from lors_cli.cli import app
+from lors_cli.cli.app import app
 
 TINY_SWEEP = """\
 # Two pruners, two tuners.

@@ -235,7 +235,7 @@ def test_a_shared_stage_fails_once_for_all_its_cells(
 def test_a_bug_is_told_and_noted(at_start: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from typer.testing import CliRunner
 
-    from lors_cli.cli import app
+    from lors_cli.cli.app import app
 
     def run_stage(plan: StagePlan, data_dir: Path | None) -> None:
         raise ZeroDivisionError("ours")

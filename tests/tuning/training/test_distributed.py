@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 from two_processes import scores, tune_and_stop, tune_config
 
+from lors_cli.cli.launch import launch
 from lors_cli.data.samples import IGNORED
 from lors_cli.errors import UsageError
-from lors_cli.launch import launch
 from lors_cli.recipe.schema import ModelConfig, TuneConfig
 from lors_cli.tuning import head
 from lors_cli.tuning.stage import tune

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from typer.testing import Result
 
-from lors_cli.command import is_override, model_labels, split_list
+from lors_cli.cli.flags import given
+from lors_cli.cli.stages import is_override, model_labels
 from lors_cli.errors import UsageError
 
 Lors = Callable[..., Result]
@@ -40,7 +41,7 @@ def failed(result: Result, exit_code: int, *words: str) -> None:
 
 def test_help_needs_none_of_the_heavy_packages() -> None:
     code = (
-        "import sys; from lors_cli.cli import app\n"
+        "import sys; from lors_cli.cli.app import app\n"
         "try: app(['--help'])\n"
         "except SystemExit as left: assert not left.code\n"
         "print([name for name in ('torch', 'transformers', 'pydantic', 'lm_eval', 'datasets') if name in sys.modules])"
@@ -325,9 +326,10 @@ def test_overrides_are_told_from_models(at_workshop: Path) -> None:
 
 
 def test_lists() -> None:
-    assert split_list(None) is None
-    assert split_list("") == []
-    assert split_list(" a, b ,") == ["a", "b"]
+    others = dict.fromkeys(("perplexity", "limit", "batch_size"))
+    assert given("eval", {**others, "tasks": None}) == {}
+    assert given("eval", {**others, "tasks": ""}) == {"tasks": []}
+    assert given("eval", {**others, "tasks": " a, b ,"}) == {"tasks": ["a", "b"]}
 
 
 def test_a_recipes_choice_of_models_means_nothing_to_eval(at_workshop: Path, lors: Lors) -> None:

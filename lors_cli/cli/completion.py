@@ -4,43 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import typer
 
 BENCH_METHODS = (
     "lors", "lors-cached", "lors-nearest", "lors-compressed", "sqft", "sqft-gc", "spp", "spp-gc", "hira", "lora",
     "lora-float32",
 )  # fmt: skip
+EXAMPLES = {
+    "model.device": ("auto", "cpu", "cuda", "cuda:1", "mps"), "prune.pattern": ("2:4", "4:8", "1:4", "unstructured"),
+}  # fmt: skip
+"""Of settings that are one of many words, some that are likely."""
 Complete = Callable[[str], list[str]]
 
 
-def of(*words: str) -> Complete:
-    """Offers a fixed choice.
-
-    Args:
-        words: of it.
-    """
-
-    def complete(incomplete: str) -> list[str]:
-        return _starting(words, incomplete)
-
-    return complete
-
-
-def setting(stage: str, name: str) -> Complete:
-    """Offers the words that a stage's setting may be.
-
-    Args:
-        stage: prune, tune or eval.
-        name: of the setting; the schema lists its words.
-    """
-
-    def complete(incomplete: str) -> list[str]:
-        from lors_cli.recipe.schema import STAGE_CONFIGS
-
-        return _starting(_words(get_type_hints(STAGE_CONFIGS[stage])[name]), incomplete)
-
-    return complete
+def of(*choice: str) -> Complete:
+    """Offers a fixed choice."""
+    return lambda incomplete: _starting(choice, incomplete)
 
 
 def recipes(incomplete: str) -> list[str]:
@@ -65,11 +48,7 @@ def shipped(incomplete: str) -> list[str]:
 
 
 def configs(stage: str) -> Complete:
-    """Offers a stage's shipped configs, and YAML files.
-
-    Args:
-        stage: prune, tune or eval.
-    """
+    """Offers a stage's shipped configs, and YAML files."""
 
     def complete(incomplete: str) -> list[str]:
         from lors_cli.recipe.shipped import shipped_configs
@@ -114,20 +93,94 @@ def shapes(incomplete: str) -> list[str]:
     return _starting(SHAPES, incomplete)
 
 
-def settings(stage: str | None) -> Complete:
-    """Offers `key=` for every setting.
+# Settings -------------------------------------------------------------------------------------------------------
+
+
+def section(key: str) -> Any:
+    """The schema's class that has a setting.
+
+    Args:
+        key: of a whole recipe, such as tune.data.packing.
+    """
+    from lors_cli.recipe.checking import subsection
+    from lors_cli.recipe.schema import Recipe
+
+    found: Any = Recipe
+    for part in key.split(".")[:-1]:
+        found = subsection(found, part)
+    return found
+
+
+def hint(key: str) -> Any:
+    """The type that the schema gives a setting of a whole recipe."""
+    return _hints(section(key))[key.rpartition(".")[2]]
+
+
+@cache
+def _hints(schema: Any) -> dict[str, Any]:
+    return get_type_hints(schema, include_extras=True)
+
+
+def values(key: str) -> Complete:
+    """Offers what a setting of a whole recipe may be, as its flag takes it."""
+
+    def complete(incomplete: str) -> list[str]:
+        if key in ("prune.calibration.dataset", "tune.data.dataset"):
+            return texts(incomplete)
+        if key in ("eval.tasks", "eval.perplexity"):
+            return (tasks if key == "eval.tasks" else texts_list)(incomplete)
+        kind = hint(key)
+        choice = ("true", "false") if kind is bool else EXAMPLES.get(key) or words(kind)
+        return (_lists if is_list(kind) else _starting)(choice, incomplete)
+
+    return complete
+
+
+def settings(stage: str | None, *, keys: bool = True) -> Callable[[typer.Context, str], list[str]]:
+    """Offers `key=` for every setting, and after it what its value may be.
 
     Args:
         stage: prune, tune or eval, or None for a whole recipe's.
+        keys: offer the keys too; without it the word may as well be a file, which the shell knows.
     """
 
-    def complete(incomplete: str) -> list[str]:
+    def complete(ctx: typer.Context, incomplete: str) -> list[str]:
         from lors_cli.recipe.schema import STAGE_CONFIGS, Recipe
 
-        keys = [f"{key}=" for key in _keys(STAGE_CONFIGS[stage] if stage else Recipe)]
-        return [] if "=" in incomplete else _starting(keys, incomplete)
+        known = _keys(STAGE_CONFIGS[stage] if stage else Recipe)
+        key, before, word = _begun(ctx, incomplete, known)
+        if not key:
+            return _starting((f"{each}=" for each in known), incomplete) if keys else []
+        if key not in known:
+            return []
+        whole = f"{stage}.{key}" if stage else key
+        before += "[" if is_list(hint(whole)) else ""
+        return [f"{before}{value}" for value in values(whole)(word.removeprefix("["))]
 
     return complete
+
+
+def _begun(ctx: typer.Context, incomplete: str, known: list[str]) -> tuple[str, str, str]:
+    """The key whose value is being typed, what of that belongs to the last word, and the value so far.
+
+    To bash `key=value` is three words, and only the last of them is completed.
+    """
+    if "=" in incomplete:
+        key, _, word = incomplete.partition("=")
+        return key, f"{key}=", word
+    given: list[str] = []
+    for param in ctx.command.params:
+        if param.param_type_name == "argument":
+            value = ctx.params.get(param.name or "") or ()
+            given += [value] if isinstance(value, str) else value
+    if given[-1:] == ["="]:
+        return "".join(given[-2:-1]), "", incomplete
+    return (given[-1], "", "") if given and given[-1] in known and not incomplete else ("", "", "")
+
+
+def is_list(kind: Any) -> bool:
+    """Whether a setting of some type is a list."""
+    return get_origin(kind) is tuple or any(is_list(part) for part in get_args(kind))
 
 
 def _keys(schema: Any, prefix: str = "") -> list[str]:
@@ -140,9 +193,11 @@ def _keys(schema: Any, prefix: str = "") -> list[str]:
     return found
 
 
-def _words(kind: Any) -> list[str]:
+def words(kind: Any) -> list[str]:
     """The texts of every Literal in a type."""
-    return [word for part in get_args(kind) for word in ([part] if isinstance(part, str) else _words(part))]
+    if get_origin(kind) is Literal:
+        return list(get_args(kind))
+    return [word for part in get_args(kind) for word in words(part)]
 
 
 def _lists(words: Iterable[str], incomplete: str) -> list[str]:

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import typer
 
-from lors_cli import launch as module
+from lors_cli.cli import launch as module
+from lors_cli.cli.launch import launch, together
 from lors_cli.errors import UsageError
-from lors_cli.launch import launch, together
 
 
 def python(*lines: str) -> list[str]:
@@ -63,7 +63,7 @@ def test_a_killed_process_is_named(capfd: pytest.CaptureFixture[str], monkeypatc
 
 def launcher_of(command: list[str]) -> subprocess.Popen[bytes]:
     """A process of its own that launches a command twice."""
-    code = "import sys, json; from lors_cli.launch import launch; sys.exit(launch(json.loads(sys.argv[1]), 2))"
+    code = "import sys, json; from lors_cli.cli.launch import launch; sys.exit(launch(json.loads(sys.argv[1]), 2))"
     return subprocess.Popen([sys.executable, "-c", code, json.dumps(command)])
 
 
@@ -86,7 +86,7 @@ def test_an_interrupt_reaches_every_process_once(tmp_path: Path, sent: signal.Si
 @pytest.mark.skipif(sys.platform != "linux", reason="a process learns of its parent's death on Linux")
 def test_no_process_outlives_a_killed_launcher(tmp_path: Path) -> None:
     lives = (
-        "from lors_cli.launch import die_with_launcher", "die_with_launcher()",
+        "from lors_cli.cli.launch import die_with_launcher", "die_with_launcher()",
         "open(sys.argv[1] + f'/{rank}', 'w').write(str(os.getpid()))", "time.sleep(600)",
     )  # fmt: skip
     with launcher_of([*python(*lives), str(tmp_path)]) as launcher:
@@ -109,7 +109,7 @@ def test_a_failure_of_one_process_is_the_failure_of_all(capfd: pytest.CaptureFix
     code = """
 import os
 from lors_cli import parallel
-from lors_cli.command import guarded
+from lors_cli.cli.framework import guarded
 from lors_cli.errors import SparsityError
 
 def work():

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import typer
 
-from lors_cli import options as o
-from lors_cli.command import Group, command, guarded
+from lors_cli.cli import options as o
+from lors_cli.cli.framework import Group, command, guarded
 from lors_cli.output import console
 
 COMMANDS = "Commands"

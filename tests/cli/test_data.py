@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from typer.testing import Result
 
+from lors_cli.cli.data import styled_text, texts_of
 from lors_cli.data.prompts import alpaca_prompt
-from lors_cli.data_view import styled_text, texts_of
 
 Lors = Callable[..., Result]
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from lors_cli import options as o
-from lors_cli.command import Group, command
+from lors_cli.cli import options as o
+from lors_cli.cli.framework import Group, command
 from lors_cli.output import console
 
 if TYPE_CHECKING:

@@ -1,24 +1,23 @@
-"""What every command shares: options, the console's mode, and one map from exceptions to exit codes."""
+"""What every command shares: how it is made, the console's mode, and one map from exceptions to exit codes."""
 
 from __future__ import annotations
 
 import functools
+import inspect
 import os
-import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from lors_cli.cli.options import Json, Quiet, Verbose
 from lors_cli.machine import processes
 from lors_cli.machine.signals import Stopped, stopping
-from lors_cli.options import Json, Quiet, Verbose
 from lors_cli.output import console
 
 PIPELINE, STAGES, AROUND, HELP = "Whole pipelines", "One stage", "Look and measure", "Help"
@@ -73,7 +72,7 @@ class Commands(Group):
 
 
 def command(
-    app: typer.Typer, panel: str, *examples: str, name: str | None = None
+    app: typer.Typer, panel: str, *examples: str, name: str | None = None, sections: Sequence[str] = ()
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Makes a function a guarded command.
 
@@ -82,6 +81,7 @@ def command(
         panel: of the help that lists it.
         examples: command lines for the end of its help.
         name: default: the function's.
+        sections: of a recipe, whose flags in `flags.FLAGS` it has; the function takes them as `**flags`.
     """
     from rich.markup import escape
 
@@ -89,14 +89,25 @@ def command(
     epilog = f"[bold]Examples[/bold]\n{lines}" if examples else None
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        class WithFlags(Command):
+            """Its flags are made when it is used: they read the schema, which `lors --help` has no time for."""
+
+            def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+                from lors_cli.cli.flags import parameters
+
+                alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+                alone.command(name=name, cls=Command, epilog=epilog)(guarded(function, parameters(sections)))
+                return typer.main.get_command(alone).make_context(info_name, args, parent, **extra)
+
         wrapped = guarded(function)
-        app.command(name=name, cls=Command, rich_help_panel=panel, epilog=epilog)(wrapped)
+        kind = WithFlags if sections else Command
+        app.command(name=name, cls=kind, rich_help_panel=panel, epilog=epilog)(wrapped)
         return wrapped
 
     return register
 
 
-def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+def guarded(function: Callable[..., Any], flags: Iterable[inspect.Parameter] = ()) -> Callable[..., Any]:
     """Configure the console and turn every exception into one message and its exit code (DESIGN §2)."""
 
     @functools.wraps(function)
@@ -120,19 +131,20 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
         except (KeyboardInterrupt, Exception) as error:
             fail(error)
 
-    command.__signature__ = _with_common_options(function)  # type: ignore[attr-defined]
+    command.__signature__ = _signature(function, flags)  # type: ignore[attr-defined]
     return command
 
 
-def _with_common_options(function: Callable[..., Any]) -> Any:
-    """The command's signature plus --json, -q and -v."""
-    import inspect
-
+def _signature(function: Callable[..., Any], flags: Iterable[inspect.Parameter]) -> inspect.Signature:
+    """The command's signature, with the flags before what is keyword-only in it, and --json, -q and -v at its end."""
     signature = inspect.signature(function, eval_str=True)
-    common = [("json_mode", Json, False), ("quiet", Quiet, False), ("verbose", Verbose, 0)]
-    extra = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=default)
-             for name, kind, default in common]  # fmt: skip
-    return signature.replace(parameters=[*signature.parameters.values(), *extra])
+    own = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+    first = [each for each in own if each.kind is not inspect.Parameter.KEYWORD_ONLY]
+    common = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=default)
+        for name, kind, default in (("json_mode", Json, False), ("quiet", Quiet, False), ("verbose", Verbose, 0))
+    ]
+    return signature.replace(parameters=[*first, *flags, *own[len(first) :], *common])
 
 
 def fail(error: BaseException) -> NoReturn:
@@ -192,30 +204,3 @@ def _print_traceback(error: BaseException) -> None:
 
 def _fail_document(message: str, hint: str | None, exit_code: int) -> None:
     console.document({"error": {"message": message, "hint": hint, "exit_code": exit_code}}, anyone=True)
-
-
-def is_override(argument: str) -> bool:
-    key, equals, _ = argument.partition("=")
-    return bool(equals) and key.replace("_", "").replace(".", "").isalnum() and not Path(argument).exists()
-
-
-def model_labels(paths: list[str]) -> dict[str, str]:
-    """A short name for each model, fit for a file name: the last part of its path, numbered where two are alike."""
-    from lors_cli.errors import UsageError
-
-    if not paths:
-        raise UsageError("no model is named.", "lors eval MODEL … [key=value …]")
-    labels: dict[str, str] = {}
-    for path in paths:
-        name = Path(path).resolve().name if Path(path).exists() else path.rstrip("/").rpartition("/")[2]
-        name = re.sub(r"[^A-Za-z0-9._-]+", "_", name.removesuffix(".gguf")).lstrip("._-")[:90] or "model"
-        label = name = f"{name}-model" if name in ("stage", "samples") else name
-        number = 2
-        while label in labels:
-            label, number = f"{name}-{number}", number + 1
-        labels[label] = path
-    return labels
-
-
-def split_list(text: str | None) -> list[str] | None:
-    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]

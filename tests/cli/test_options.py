@@ -11,20 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from typer.main import get_command
 from typer.testing import Result
 
-from lors_cli import completion
-from lors_cli.cli import app
-from lors_cli.recipe.schema import STAGE_CONFIGS, STAGES
+from lors_cli.cli import completion
+from lors_cli.cli.app import app
+from lors_cli.cli.flags import FLAGS
+from lors_cli.recipe.schema import STAGE_CONFIGS, ModelConfig
 
 Lors = Callable[..., Result]
 
 
 def commands(group: Any = None, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every command and group below `lors`."""
+    """Every command and group below `lors`, with all of its flags."""
     for name, command in (group or get_command(app)).commands.items():
-        yield (*path, name), command
+        yield (*path, name), command.make_context(name, [], resilient_parsing=True).command
         if hasattr(command, "commands"):
             yield from commands(command, (*path, name))
 
@@ -54,6 +56,7 @@ def test_examples_name_options_that_there_are(path: tuple[str, ...]) -> None:
         command = get_command(app)
         for word in words[1:]:
             command = getattr(command, "commands", {}).get(word, command)
+        command = command.make_context(command.name, [], resilient_parsing=True).command
         known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
         assert {word for word in words if word.startswith("-")} <= known, line
         assert len(line) <= 78
@@ -67,31 +70,57 @@ def test_every_command_is_listed_under_a_heading(lors: Lors) -> None:
             assert re.search(rf"│ {name} +{re.escape(str(command.help)[:20])}", shown), name
 
 
-SETTINGS = {
-    "method": "method", "pattern": "pattern", "calibration": "calibration.dataset", "rank": "rank", "alpha": "alpha",
-    "dataset": "data.dataset", "max_length": "data.max_length", "learning_rate": "learning_rate", "epochs": "epochs",
-    "batch_size": "batch_size",
-}  # fmt: skip
+SETTINGS = [
+    (command, flag, section, key)
+    for command, sections in {"prune": ("prune", "model"), "tune": ("tune", "model"), "eval": ("eval", "model"),
+                              "merge": ("model",)}.items()
+    for section in sections
+    for flags in FLAGS[section].values()
+    for flag, key in flags.items()
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_defaults_in_the_help_are_the_schemas(stage: str) -> None:
-    schema = STAGE_CONFIGS[stage]()
-    for parameter in COMMANDS[(stage,)].params:
-        said = re.search(r"([\w.:-]+) \(default\)|default ([\d.e-]+\d)", parameter.help)
-        if said and parameter.name in SETTINGS:
-            value: Any = schema
-            for part in SETTINGS[parameter.name].split("."):
-                value = getattr(value, part)
-            word = said[1] or said[2]
-            assert word == value if said[1] else float(word) == value, parameter.name
+@pytest.mark.parametrize(("command", "flag", "section", "key"), SETTINGS)
+def test_defaults_in_the_help_are_the_schemas(command: str, flag: str, section: str, key: str) -> None:
+    (parameter,) = [parameter for parameter in COMMANDS[(command,)].params if parameter.name == flag]
+    value: Any = ModelConfig(path="x") if section == "model" else STAGE_CONFIGS[section]()
+    for part in key.split("."):
+        value = getattr(value, part)
+    assert parameter.default is None, "a flag that was not given must not outrank the file"
+    said = re.search(r"Default: (\S+)\.$", parameter.help)
+    if value is None or value == ():
+        assert said is None
+    else:
+        assert said is not None
+        word = said[1]
+        assert float(word) == value if isinstance(value, (int, float)) else word.split(",") == [*value] or word == value
+
+
+def test_flags_take_what_the_schema_says(lors: Lors) -> None:
+    kinds = {
+        "prune": {"method": "str", "sparsity": "float", "num-samples": "int"},
+        "tune": {"learning-rate": "float", "max-steps": "int", "max-tokens": "float", "init": "str"},
+        "eval": {"tasks": "str", "batch-size": "int", "device": "str"},
+    }
+    for stage, flags in kinds.items():
+        shown = lors(stage, "--help").stdout
+        assert flags == {flag: found[1] for flag in flags if (found := re.search(rf"--{flag} +<(\w+)>", shown))}
+
+
+def test_help_is_the_settings_own_words() -> None:
+    said = {parameter.opts[0]: parameter.help for parameter in COMMANDS[("tune",)].params}
+    assert said["--epochs"] == "Passes over the data. Default: 3."
+    assert said["--max-steps"] == "Optimiser steps; overrides epochs."
+    assert said["--dataset"] == "alpaca, c4, pydoc, slimpajama, wikitext2, or a file. Default: alpaca."
+    (samples,) = [parameter.help for parameter in COMMANDS[("prune",)].params if parameter.name == "num_samples"]
+    assert samples == "Sequences. Default 128; a pre-tokenised file is used whole."
 
 
 def test_methods_in_the_help_are_the_schemas() -> None:
     for stage in ("prune", "tune"):
         (method,) = [parameter for parameter in COMMANDS[(stage,)].params if parameter.name == "method"]
-        offered = completion.setting(stage, "method")("")
-        assert set(re.findall(r"[a-z]+(?:-gc)?", method.help)) - {"default", "or"} == set(offered)
+        (listed,) = re.findall(r"One of (.*?)\.", method.help)
+        assert listed.split(", ") == completion.values(f"{stage}.method")("")
 
 
 # Completion -----------------------------------------------------------------------------------------------------
@@ -135,14 +164,42 @@ def test_lists_are_completed_at_their_end() -> None:
     assert completion.shapes("llama3") == ["llama3-8b"]
 
 
+def offered(stage: str | None, incomplete: str) -> list[str]:
+    """What KEY=VALUE would be offered where nothing was typed before it."""
+    return completion.settings(stage)(typer.Context(get_command(app)), incomplete)
+
+
 def test_settings_and_their_words() -> None:
-    assert completion.settings(None)("tune.data.") == [
+    assert offered(None, "tune.data.") == [
         "tune.data.dataset=", "tune.data.max_length=", "tune.data.num_samples=", "tune.data.template=",
         "tune.data.train_on_prompt=", "tune.data.packing=", "tune.data.stream=", "tune.data.shuffle_buffer=",
     ]  # fmt: skip
-    assert completion.settings("tune")("rank") == ["rank="]
-    assert completion.settings("tune")("rank=") == []
-    assert completion.setting("tune", "init")("g") == ["gradient", "gradient-exact"]
+    assert offered("tune", "rank") == ["rank="]
+    assert offered("tune", "rank=") == []
+    assert offered("tune", "nothing=") == []
+    assert completion.values("tune.init")("g") == ["gradient", "gradient-exact"]
+
+
+def test_values_are_offered_after_the_equals_sign() -> None:
+    assert offered("tune", "method=sq") == ["method=sqft", "method=sqft-gc"]
+    assert offered(None, "tune.method=h") == ["tune.method=hira"]
+    assert offered(None, "prune.refit=") == ["prune.refit=true", "prune.refit=false"]
+    assert offered(None, "prune.calibration.dataset=w") == ["prune.calibration.dataset=wikitext2"]
+    assert offered("eval", "tasks=[boolq,arc_e") == ["tasks=[boolq,arc_easy"]
+    assert offered(None, "eval.models=[p") == ["eval.models=[pruned"]
+
+
+@pytest.mark.parametrize("before", [["tune"], ["tune", "sparse"], ["tune", "sparse", "rank=8"], ["run", "a.yaml"]])
+def test_values_of_settings_in_the_shell(before: list[str]) -> None:
+    key = "tune.method" if before[0] == "run" else "method"
+    assert completed(*before, f"{key}=lors") == [f"{key}=lors"]  # zsh, fish
+    assert completed(*before, key, "=", "sq") == ["sqft", "sqft-gc"]  # bash
+    assert completed(*before, key, "=") == ["lors", "sqft", "sqft-gc", "spp", "spp-gc", "hira", "lora"]
+
+
+def test_models_are_files_until_a_setting_is_typed() -> None:
+    assert completed("eval", "t") == completed("tune", "r") == []
+    assert completed("eval", "sparse", "tasks=[bo") == ["tasks=[boolq"]
 
 
 def test_the_benchmarks_methods_are_its_own() -> None:

@@ -1,0 +1,105 @@
+"""`lors inspect`, `bench`, `report` and `doctor`: look at what is there, and measure."""
+
+from __future__ import annotations
+
+import typer
+
+from lors_cli.cli import options as o
+from lors_cli.cli.framework import AROUND, HELP, command
+from lors_cli.output import console, progress
+
+look_app = typer.Typer()
+
+
+@command(look_app, AROUND, "lors inspect sparse", "lors inspect tuned --pattern 2:4 --json")
+def inspect(model: o.Model, pattern: o.Against = None) -> None:
+    """Show a checkpoint's sparsity; exit 5 when it breaks its pattern."""
+    from lors_cli.cli.views.runs import show_inspection
+    from lors_cli.models.inspection import inspect as inspect_model
+    from lors_cli.recipe.loading import load_model_config
+    from lors_cli.sparsity import Pattern
+
+    document = inspect_model(load_model_config(model, device="cpu"), Pattern.parse(pattern) if pattern else None)
+    show_inspection(model, document)
+    if document["violations"]:
+        console.error(
+            f"{document['violations']} violations of {document['pattern']} in {model}.",
+            "Something filled zeros after pruning: prune again, or tune and merge with lors.",
+        )
+        raise typer.Exit(5)
+
+
+@command(
+    look_app, AROUND, "lors bench --blocks 2 --lengths 512 --ranks 16", "lors bench --model sparse --out bench",
+    "lors bench --shape llama3-8b --blocks 1 --methods lors,sqft,lora",
+)  # fmt: skip
+def bench(
+    out: o.BenchOut = None,
+    shape: o.Shape = "smollm2-135m",
+    model: o.BenchModel = None,
+    blocks: o.Blocks = None,
+    methods: o.BenchMethods = None,
+    lengths: o.Lengths = "512,1024,2048",
+    ranks: o.Ranks = "16,32,64",
+    batch_size: o.BenchBatch = 1,
+    accumulation: o.Accumulation = 1,
+    checkpointing: o.Checkpointing = "off",
+    rounds: o.Rounds = 5,
+    steps: o.Steps = 3,
+    dtype: o.BenchDtype = "bfloat16",
+    device: o.BenchDevice = "auto",
+) -> None:
+    """Time and memory of a training step of LoRS, SQFT, SPP, HiRA, LoRA."""
+    from lors_cli.cli.views.bench import run_bench
+
+    run_bench(
+        {"shape": None if model else shape, "model": model, "blocks": blocks, "methods": methods, "lengths": lengths,
+         "ranks": ranks, "batch_size": batch_size, "accumulation": accumulation, "checkpointing": checkpointing,
+         "rounds": rounds, "steps": steps, "dtype": dtype, "device": device}, out,
+    )  # fmt: skip
+
+
+@command(look_app, AROUND, "lors report runs/quickstart", "lors report sweeps/table1 --format html")
+def report(folder: o.ReportFolder, formats: o.Formats = None) -> None:
+    """Write the reports of a run or a sweep again."""
+    from lors_cli.data.sources import resolve_data_dir
+    from lors_cli.errors import LorsError, MissingError
+    from lors_cli.pipeline.running import finished_stages
+    from lors_cli.recipe.loading import load_recipe
+    from lors_cli.report import FORMATS, check_formats, write_run_report
+    from lors_cli.report.sweep import write_sweep_report
+
+    chosen = formats or FORMATS
+    check_formats(chosen)
+    if (folder / "sweep.json").is_file():
+        with progress.busy("writing the report"):
+            paths = write_sweep_report(folder, chosen)
+    elif (folder / "recipe.yaml").is_file():
+        settings = load_recipe(folder / "recipe.yaml")
+        try:
+            finished = finished_stages(settings, folder, resolve_data_dir(settings.data_dir))
+        except LorsError as error:
+            console.warn(f"whether the results belong to recipe.yaml cannot be checked: {error.message}")
+            finished = None
+        with progress.busy("writing the report"):
+            paths = write_run_report(folder, finished, chosen)
+    else:
+        raise MissingError(
+            f"{folder} is no run folder and no sweep folder: it has neither recipe.yaml nor sweep.json.",
+            "Give the folder that lors run or lors sweep wrote, such as runs/quickstart.",
+        )
+    for path in paths:
+        console.path("report", path)
+    console.document({"reports": [str(path) for path in paths]})
+
+
+@command(look_app, HELP, "lors doctor", "lors doctor --json")
+def doctor() -> None:
+    """Show what this machine has and lacks; exit 3 if lors cannot work."""
+    from lors_cli.doctor.examine import any_failed, document, examine, show
+
+    findings = examine()
+    show(findings)
+    console.document(document(findings))
+    if any_failed(findings):
+        raise typer.Exit(3)

@@ -1,0 +1,170 @@
+"""Arguments and options with their help, their panel and what the shell completes; flags of the schema: `flags`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lors_cli.cli import completion
+from lors_cli.cli.completion import of
+
+SETTINGS, CALIBRATION, TRAINING, MACHINE, OUTPUT = "Settings", "Calibration", "Training", "Machine", "Output"
+
+
+def option(help: str, *names: str, panel: str | None = None, complete: Any = None, **more: Any) -> Any:
+    """An option of the command line, in a panel of its help."""
+    return typer.Option(*names, help=help, rich_help_panel=panel, autocompletion=complete, **more)
+
+
+def show_version(wanted: bool) -> None:
+    """Print the version and leave, when that is asked for."""
+    if wanted:
+        from lors_cli import __version__
+
+        typer.echo(f"lors {__version__}")
+        raise typer.Exit
+
+
+def _argument(help: str, metavar: str, complete: Any = None) -> Any:
+    return typer.Argument(metavar=metavar, help=help, autocompletion=complete)
+
+
+# Every command
+Json = Annotated[bool, option("Print one JSON document on stdout, nothing else there.", "--json", panel=OUTPUT)]
+Quiet = Annotated[bool, option("Only warnings, errors and the result.", "--quiet", "-q", panel=OUTPUT)]
+Verbose = Annotated[
+    int, option("More details; -vv: the libraries' logs.", "--verbose", "-v", panel=OUTPUT, count=True,
+                show_default=False)
+]  # fmt: skip
+DryRun = Annotated[bool, option("Show the plan and its estimates; nothing is written.", "--dry-run", panel=OUTPUT)]
+DataDir = Annotated[
+    Path | None, option("Folder with local datasets; else $LORS_DATA_DIR, else the hub.", "--data-dir", panel=MACHINE)
+]
+Nproc = Annotated[
+    int | None, option("Processes on this machine that share the work, a GPU each; default 1.", "--nproc",
+                       panel=MACHINE)
+]  # fmt: skip
+Out = Annotated[Path, option("Folder for the results.", "--out")]
+
+
+def _model(stage: str | None = None) -> Any:
+    """The MODEL argument; of a stage's command KEY=VALUE may be typed before it."""
+    help = "Folder, hub id, .gguf file or package://module/file.gguf."
+    return _argument(help, "MODEL", completion.settings(stage, keys=False) if stage else None)
+
+
+def _settings(stage: str | None, example: str) -> Any:
+    """The KEY=VALUE arguments of a stage, or of a recipe."""
+    help = f"Any setting, e.g. {example}; lors recipes reference lists them."
+    return _argument(help, "KEY=VALUE", completion.settings(stage))
+
+
+def _config(stage: str, example: str) -> Any:
+    """The file with a stage's settings."""
+    help = f"YAML file with the stage's settings, or a shipped one: {example}, …"
+    return option(help, "--config", complete=completion.configs(stage))
+
+
+Version = Annotated[bool, option("Show the version and exit.", "--version", "-V", is_eager=True, callback=show_version)]
+
+# lors run
+RunSettings = Annotated[list[str] | None, _settings(None, "tune.rank=32")]
+RecipeName = Annotated[
+    str | None, _argument("A recipe file, or the name of a shipped recipe.", "RECIPE", completion.recipes)
+]
+FromManifest = Annotated[
+    Path | None,
+    option("Repeat this finished run (its folder or manifest.json), without RECIPE.", "--from-manifest",
+           panel="Repeat")
+]  # fmt: skip
+ChangedInputs = Annotated[
+    bool, option("Repeat it though models or texts are no longer the same.", "--allow-changed-inputs",
+                 panel="Repeat")
+]  # fmt: skip
+RunOut = Annotated[Path | None, option("Run folder; default runs/<name>.", "--out")]
+_stages = of("prune", "tune", "eval")
+First = Annotated[str | None, option("Start at this stage.", "--from", panel="Stages", complete=_stages)]
+Last = Annotated[str | None, option("Stop after this stage.", "--until", panel="Stages", complete=_stages)]
+Force = Annotated[
+    list[str] | None,
+    option("Do this stage again, though it is finished; may be repeated.", "--force", panel="Stages",
+           complete=_stages)
+]  # fmt: skip
+
+# lors sweep
+SweepName = Annotated[
+    str, _argument("A sweep's file, or the name of a shipped one.", "SWEEP", completion.sweeps)
+]  # fmt: skip
+SweepOut = Annotated[Path | None, option("The sweep's folder; default sweeps/<name>.", "--out")]
+Only = Annotated[list[str] | None, option("Run this cell; patterns such as 'wanda-*' too; may be repeated.", "--only")]
+Tflops = Annotated[
+    float | None, option("With --dry-run: the device's TFLOP/s for the time; default: this one's.", "--tflops",
+                         panel=OUTPUT)
+]  # fmt: skip
+
+# lors prune, tune, eval; their flags are in `flags`
+PruneModel = Annotated[str, _model("prune")]
+TuneModel = Annotated[str, _model("tune")]
+PruneSettings = Annotated[list[str] | None, _settings("prune", "refit=true")]
+PruneConfig = Annotated[str | None, _config("prune", "prune/wanda-2of4")]
+TuneSettings = Annotated[list[str] | None, _settings("tune", "warmup_steps=10")]
+TuneConfig = Annotated[str | None, _config("tune", "tune/lors-alpaca")]
+EvalArguments = Annotated[
+    list[str], _argument("Models, then any settings, e.g. perplexity_windows=20.", "MODEL|KEY=VALUE",
+                         completion.settings("eval", keys=False))
+]  # fmt: skip
+EvalConfig = Annotated[str | None, _config("eval", "eval/seven-tasks")]
+EvalOut = Annotated[Path | None, option("Folder for results; without it they are only shown.", "--out")]
+
+# lors merge, inspect, report, recipes copy
+Model = Annotated[str, _model()]
+Base = Annotated[str, _argument("The sparse base: a folder or hub id.", "MODEL")]
+Adapter = Annotated[Path, _argument("Folder with adapter_config.json, or of the tune stage.", "ADAPTER")]
+Against = Annotated[str | None, option("Hold it against this N:M.", "--pattern", complete=of("2:4", "4:8", "1:4"))]
+ReportFolder = Annotated[Path, _argument("The folder of a run or of a sweep.", "FOLDER")]
+Formats = Annotated[
+    list[str] | None, option("md, html, csv or tex; may be repeated. Default: all.", "--format",
+                             complete=of("md", "html", "csv", "tex"))
+]  # fmt: skip
+Shipped = Annotated[str, _argument("A shipped recipe's or sweep's name.", "NAME", completion.shipped)]
+Target = Annotated[Path | None, _argument("File or folder; default: here.", "[TARGET]")]
+
+# lors data show
+Tuned = Annotated[
+    str, _argument("A recipe or a tune config: a file, or the name of a shipped one.", "RECIPE", completion.recipes)
+]
+NumShown = Annotated[int, option("Samples to show.", "--num", min=1)]
+Tokenizer = Annotated[str | None, option("Whose tokenizer; a tune config names none.", "--model")]
+
+# lors bench
+Shape = Annotated[
+    str, option("A model's shape with random 2:4 weights: smollm2-135m, llama3-8b, …", "--shape",
+                panel=SETTINGS, complete=completion.shapes)
+]  # fmt: skip
+BenchModel = Annotated[str | None, option("A checkpoint's folder instead of a shape.", "--model", panel=SETTINGS)]
+Blocks = Annotated[int | None, option("Only so many decoder blocks.", "--blocks", panel=SETTINGS)]
+BenchMethods = Annotated[
+    str | None, option("Comma-separated; default: all but lora-float32, lors-nearest and lors-compressed.",
+                       "--methods", panel=SETTINGS, complete=completion.bench_methods)
+]  # fmt: skip
+Lengths = Annotated[str, option("Tokens a sequence, comma-separated.", "--lengths", panel=SETTINGS)]
+Ranks = Annotated[str, option("Comma-separated.", "--ranks", panel=SETTINGS)]
+BenchBatch = Annotated[int, option("Sequences a micro-batch.", "--batch-size", panel=SETTINGS)]
+Accumulation = Annotated[int, option("Micro-batches a step.", "--accumulation", panel=SETTINGS)]
+Checkpointing = Annotated[
+    str, option("Block checkpointing: off, on, or both.", "--checkpointing", panel=SETTINGS,
+                complete=of("off", "on", "both"))
+]  # fmt: skip
+Rounds = Annotated[int, option("Turns of every method.", "--rounds", panel=SETTINGS)]
+Steps = Annotated[int, option("Timed steps a turn.", "--steps", panel=SETTINGS)]
+BenchDevice = Annotated[
+    str, option("auto, cpu, cuda, cuda:1 or mps.", "--device", panel=MACHINE,
+                complete=of("auto", "cpu", "cuda", "mps"))
+]  # fmt: skip
+BenchDtype = Annotated[
+    str, option("bfloat16, float16 or float32.", "--dtype", panel=MACHINE,
+                complete=of("bfloat16", "float16", "float32"))
+]  # fmt: skip
+BenchOut = Annotated[Path | None, option("Folder for bench.json and figures; goes on there.", "--out")]

@@ -1,0 +1,132 @@
+"""`lors run` and `lors sweep`: a whole recipe, and a recipe over a grid of settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from lors_cli.cli import options as o
+from lors_cli.cli.framework import PIPELINE, command
+from lors_cli.cli.launch import together
+from lors_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from lors_cli.recipe.schema import Recipe
+
+pipelines_app = typer.Typer()
+
+
+@command(
+    pipelines_app, PIPELINE, "lors run quickstart", "lors run mine.yaml tune.rank=32 --dry-run",
+    "lors run mine.yaml --until prune", "lors run mine.yaml --force tune", "lors run --from-manifest runs/mine",
+)  # fmt: skip
+def run(
+    recipe: o.RecipeName = None,
+    overrides: o.RunSettings = None,
+    out: o.RunOut = None,
+    first: o.First = None,
+    last: o.Last = None,
+    force: o.Force = None,
+    from_manifest: o.FromManifest = None,
+    allow_changed_inputs: o.ChangedInputs = False,
+    dry_run: o.DryRun = False,
+    nproc: o.Nproc = None,
+) -> None:
+    """Run a recipe: prune, tune, eval; a second call goes on from there."""
+    from lors_cli.recipe.loading import load_recipe
+    from lors_cli.recipe.shipped import find_recipe
+
+    choice = {"first": first, "force": tuple(force or ()), "dry_run": dry_run, "nproc": nproc}
+    if from_manifest is not None:
+        given = [*([recipe] if recipe else []), *(overrides or [])]
+        _repeat(from_manifest, given, out, allow_changed_inputs, last=last, **choice)
+    elif recipe is None:
+        raise UsageError("no recipe is named.", "lors recipes lists those that are shipped.")
+    elif allow_changed_inputs:
+        raise UsageError("--allow-changed-inputs is for --from-manifest.")
+    else:
+        settings = load_recipe(find_recipe(recipe), overrides or [])
+        _show(_run(settings, out or Path("runs") / settings.name, last=last, **choice))
+
+
+def _repeat(
+    manifest: Path, given: list[str], out: Path | None, allow_changed_inputs: bool, *, last: str | None, **choice: Any
+) -> None:
+    """Run again what a manifest tells of, and compare what comes out."""
+    from lors_cli.pipeline.repeat import open_repeat
+
+    repeat = open_repeat(manifest, given)
+    folder = out or Path("runs") / f"{repeat.recipe.name}-repeat"
+    changed = repeat.check(folder, allow_changed_inputs=allow_changed_inputs)
+    summary = _run(repeat.recipe, folder, last=last or repeat.last, **choice)
+    if summary is not None:
+        different = repeat.compare(folder)
+        summary["repeat"] = {"manifest": str(repeat.path), "changed": changed, "different_files": different}
+    _show(summary)
+
+
+def _run(
+    recipe: Recipe, folder: Path, *, first: str | None, last: str | None, force: tuple[str, ...], dry_run: bool,
+    nproc: int | None,
+) -> dict[str, Any] | None:  # fmt: skip
+    """Run a recipe, or show what would be done; the run's summary, None after a dry run."""
+    from lors_cli.data.sources import resolve_data_dir
+    from lors_cli.pipeline.folders import guard_out
+    from lors_cli.pipeline.plans import plan_stages, select
+    from lors_cli.pipeline.resources import check_memory
+    from lors_cli.pipeline.running import run_recipe
+
+    if not dry_run:
+        together(nproc)
+        return run_recipe(recipe, folder, first=first, last=last, force=force)
+    from lors_cli.cli.views import runs
+
+    guard_out(folder, "run")
+    plans = select(plan_stages(recipe, folder, resolve_data_dir(recipe.data_dir)), first, last, force)
+    runs.show_plan(runs.plan_document(recipe.name, folder, plans))
+    for plan in plans:
+        check_memory(plan)
+    return None
+
+
+def _show(summary: dict[str, Any] | None) -> None:
+    from lors_cli.cli.views.runs import show_run
+
+    if summary is not None:
+        show_run(summary)
+
+
+@command(
+    pipelines_app, PIPELINE, "lors sweep smollm2 --dry-run", "lors sweep table1.yaml",
+    "lors sweep table1.yaml --only 'wanda-*'",
+)  # fmt: skip
+def sweep(
+    sweep: o.SweepName,
+    overrides: o.RunSettings = None,
+    out: o.SweepOut = None,
+    only: o.Only = None,
+    dry_run: o.DryRun = False,
+    tflops: o.Tflops = None,
+) -> None:
+    """Run a recipe over a grid of settings; cells share their stages."""
+    from lors_cli.cli.views import sweeps
+    from lors_cli.pipeline.folders import guard_out
+    from lors_cli.recipe.shipped import find_sweep
+    from lors_cli.sweep.cells import load_sweep, select_cells
+    from lors_cli.sweep.running import run_sweep
+
+    if tflops is not None and (not dry_run or tflops <= 0):
+        raise UsageError(f"--tflops {tflops:g}: a rate above 0, for the times that --dry-run shows.")
+    plan = load_sweep(find_sweep(sweep), overrides or [])
+    folder = out or Path("sweeps") / plan.name
+    chosen = select_cells(plan, only or [])
+    if dry_run:
+        guard_out(folder, "sweep")
+        sweeps.show_plan(sweeps.plan_document(plan, folder, chosen, tflops))
+        return
+    summary = run_sweep(plan, folder, chosen)
+    sweeps.show_sweep(summary)
+    if summary["failed"]:
+        raise typer.Exit(next(iter(summary["failed"].values()))["exit_code"])

@@ -1,0 +1,184 @@
+"""`lors prune`, `tune`, `eval` and `merge`: one stage, its settings from a file, key=value and flags."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import typer
+
+from lors_cli.cli import options as o
+from lors_cli.cli.flags import given
+from lors_cli.cli.framework import STAGES, command
+from lors_cli.cli.launch import together
+from lors_cli.machine import processes
+from lors_cli.output import console, progress
+
+stages_app = typer.Typer()
+
+
+@command(
+    stages_app, STAGES, "lors prune HuggingFaceTB/SmolLM2-135M --out sparse",
+    "lors prune MODEL --out sparse --method wanda --pattern 4:8 --calibration pydoc",
+    "lors prune MODEL --out sparse --sparsity 0.6 refit=true --dry-run",
+    sections=("prune", "model"),
+)  # fmt: skip
+def prune(
+    model: o.PruneModel, out: o.Out, overrides: o.PruneSettings = None, config: o.PruneConfig = None, *,
+    data_dir: o.DataDir = None, nproc: o.Nproc = None, dry_run: o.DryRun = False, **flags: Any,
+) -> None:  # fmt: skip
+    """Prune a dense causal LM to a sparse checkpoint."""
+    if flags["sparsity"] is not None and flags["pattern"] is None and config is None:
+        flags["pattern"] = "unstructured"
+    models = {"dense": _model(model, flags)}
+    if _stage("prune", models, out, config, overrides, flags, data_dir, nproc, dry_run):
+        _show_record(out)
+
+
+@command(
+    stages_app, STAGES, "lors tune sparse --out tuned",
+    "lors tune sparse --out tuned --dataset mine.jsonl --rank 32 --epochs 1",
+    "lors tune sparse --out sqft --method sqft gradient_checkpointing=true",
+    sections=("tune", "model"),
+)  # fmt: skip
+def tune(
+    model: o.TuneModel, out: o.Out, overrides: o.TuneSettings = None, config: o.TuneConfig = None, *,
+    data_dir: o.DataDir = None, nproc: o.Nproc = None, dry_run: o.DryRun = False, **flags: Any,
+) -> None:  # fmt: skip
+    """Tune a sparse causal LM with LoRS and merge, zeros kept."""
+    models = {"pruned": _model(model, flags)}
+    if _stage("tune", models, out, config, overrides, flags, data_dir, nproc, dry_run):
+        _show_record(out)
+
+
+@command(
+    stages_app, STAGES, "lors eval MODEL sparse tuned",
+    "lors eval sparse tuned --tasks arc_easy,boolq --limit 200 --out scores",
+    "lors eval tuned --tasks '' --perplexity wikitext2 perplexity_windows=20",
+    name="eval", sections=("eval", "model"),
+)  # fmt: skip
+def evaluate(
+    arguments: o.EvalArguments, out: o.EvalOut = None, config: o.EvalConfig = None, *,
+    data_dir: o.DataDir = None, nproc: o.Nproc = None, dry_run: o.DryRun = False, **flags: Any,
+) -> None:  # fmt: skip
+    """Score models side by side, zero-shot and by perplexity."""
+    import tempfile
+
+    overrides = [argument for argument in arguments if is_override(argument)]
+    paths = [argument for argument in arguments if not is_override(argument)]
+    models = {label: _model(path, flags) for label, path in model_labels(paths).items()}
+    with tempfile.TemporaryDirectory(prefix="lors-eval-") as scratch:
+        folder = out or Path(scratch) / "eval"
+        if _stage("eval", models, folder, config, overrides, flags, data_dir, nproc, dry_run):
+            _show_scores(folder, list(models), out)
+
+
+@command(stages_app, STAGES, "lors merge sparse tuned/adapter --out merged", sections=("model",))
+def merge(model: o.Base, adapter: o.Adapter, out: o.Out, **flags: Any) -> None:
+    """Merge a LoRS adapter into its sparse base, zeros kept."""
+    from lors_cli.pipeline.folders import claim, guard_out
+    from lors_cli.tuning.merge import merge as merge_adapter
+
+    base = _model(model, flags)
+    guard_out(out, "merge", [model])
+    if (adapter / "adapter" / "adapter_config.json").is_file():  # the folder of a tune stage
+        adapter = adapter / "adapter"
+    with claim(out):
+        metrics = merge_adapter(model, adapter, out, dtype=base.dtype, device=base.device)
+    console.result(f"{metrics['layers_merged']} layers merged, {metrics['zeroed']} kept weights became zero")
+    console.path("merged", out)
+    console.document({"out": str(out), **metrics})
+
+
+def _model(path: str, flags: dict[str, Any]) -> Any:
+    """A ModelConfig from an argument and flags, checked as a recipe's would be."""
+    from lors_cli.recipe.loading import load_model_config
+
+    return load_model_config(path, **given("model", flags))
+
+
+def _stage(
+    stage: Literal["prune", "tune", "eval"], models: dict[str, Any], out: Path, config: str | None,
+    overrides: list[str] | None, flags: dict[str, Any], data_dir: Path | None, nproc: int | None, dry_run: bool,
+) -> bool:  # fmt: skip
+    """Plan and run one stage; whether there are results to show, by this process and not after a dry run."""
+    from lors_cli.cli.views.runs import plan_document, show_plan
+    from lors_cli.data.sources import resolve_data_dir
+    from lors_cli.pipeline.folders import guard_out
+    from lors_cli.pipeline.plans import plan_single
+    from lors_cli.pipeline.resources import check_memory
+    from lors_cli.pipeline.running import run_single
+    from lors_cli.recipe.loading import load_stage
+    from lors_cli.recipe.shipped import find_config
+
+    together(None if dry_run else nproc)
+    settings = load_stage(stage, find_config(config) if config else None, overrides or [], given(stage, flags))
+    data = resolve_data_dir(str(data_dir) if data_dir else None)
+
+    def make_plan() -> Any:
+        guard_out(out, stage, [model.path for model in models.values()])
+        with progress.busy("looking at what is done"):
+            return plan_single(stage, settings, models, out, data)
+
+    with processes.joined():
+        plan = processes.from_main(make_plan)
+        if dry_run:
+            show_plan(plan_document(stage, out, [plan]))
+            check_memory(plan)
+            return False
+        run_single(plan, data)
+    return processes.is_main()
+
+
+def _show_record(folder: Path) -> None:
+    """The result of prune or tune: its metrics and where it is."""
+    from lors_cli.cli.views.runs import show_record
+    from lors_cli.files import records
+
+    record = records.read_record(folder)
+    assert record is not None
+    show_record(record, folder)
+
+
+def _show_scores(folder: Path, labels: list[str], kept: Path | None) -> None:
+    """The result of eval: its table, what is sure of it, and where it is kept, if anywhere."""
+    from dataclasses import asdict
+
+    from lors_cli.cli.views.runs import show_results
+    from lors_cli.evaluation.significance import compare_models
+    from lors_cli.files import atomic
+
+    found: dict[str, Any] = {label: atomic.read_json(folder / f"{label}.json") for label in labels}
+    comparisons = compare_models(folder, found)
+    show_results(found, comparisons)
+    if kept:
+        console.path("results", kept)
+    else:
+        console.result("The results are not kept; give --out to keep them.")
+    compared = [asdict(comparison) for comparison in comparisons]
+    console.document({"results": found, "comparisons": compared, "out": str(kept) if kept else None})
+
+
+def is_override(argument: str) -> bool:
+    """Whether an argument of `lors eval` is a setting and no model."""
+    key, equals, _ = argument.partition("=")
+    return bool(equals) and key.replace("_", "").replace(".", "").isalnum() and not Path(argument).exists()
+
+
+def model_labels(paths: list[str]) -> dict[str, str]:
+    """A short name for each model, fit for a file name: the last part of its path, numbered where two are alike."""
+    from lors_cli.errors import UsageError
+
+    if not paths:
+        raise UsageError("no model is named.", "lors eval MODEL … [key=value …]")
+    labels: dict[str, str] = {}
+    for path in paths:
+        name = Path(path).resolve().name if Path(path).exists() else path.rstrip("/").rpartition("/")[2]
+        name = re.sub(r"[^A-Za-z0-9._-]+", "_", name.removesuffix(".gguf")).lstrip("._-")[:90] or "model"
+        label = name = f"{name}-model" if name in ("stage", "samples") else name
+        number = 2
+        while label in labels:
+            label, number = f"{name}-{number}", number + 1
+        labels[label] = path
+    return labels
