@@ -96,12 +96,14 @@ def shapes(incomplete: str) -> list[str]:
 # Settings -------------------------------------------------------------------------------------------------------
 
 
-def section(key: str) -> Any:
-    """The schema's class that has a setting.
+OFFERS: dict[str, Complete] = {
+    "prune.calibration.dataset": texts, "tune.data.dataset": texts, "eval.tasks": tasks, "eval.perplexity": texts_list,
+}  # fmt: skip
+"""What is offered for settings whose words the schema does not list."""
 
-    Args:
-        key: of a whole recipe, such as tune.data.packing.
-    """
+
+def section(key: str) -> Any:
+    """The schema's class that has a setting of a whole recipe, such as tune.data.packing."""
     from lors_cli.recipe.checking import subsection
     from lors_cli.recipe.schema import Recipe
 
@@ -125,10 +127,8 @@ def values(key: str) -> Complete:
     """Offers what a setting of a whole recipe may be, as its flag takes it."""
 
     def complete(incomplete: str) -> list[str]:
-        if key in ("prune.calibration.dataset", "tune.data.dataset"):
-            return texts(incomplete)
-        if key in ("eval.tasks", "eval.perplexity"):
-            return (tasks if key == "eval.tasks" else texts_list)(incomplete)
+        if key in OFFERS:
+            return OFFERS[key](incomplete)
         kind = hint(key)
         choice = ("true", "false") if kind is bool else EXAMPLES.get(key) or words(kind)
         return (_lists if is_list(kind) else _starting)(choice, incomplete)

@@ -64,12 +64,7 @@ def show(
 
 
 def load_settings(name: str, overrides: list[str], model: str | None) -> tuple[TuneConfig, ModelConfig, str | None]:
-    """The tuning settings that a name stands for, the model whose tokenizer they are for, and the folder of its data.
-
-    Args:
-        name: of a recipe or a tune config, a file or shipped.
-        overrides: of the recipe (`tune.data.template=chat`) or the config (`data.template=chat`).
-        model: of the command line.
+    """The tuning settings of a recipe or a tune config, the model whose tokenizer they are for, and its data's folder.
 
     Raises:
         UsageError: neither is there, the recipe tunes nothing, or no model is named.
@@ -112,12 +107,7 @@ def _is_config(name: str) -> bool:
 
 
 def figures(found: TuneData, shown: list[Sample]) -> dict[str, Any]:
-    """How many samples and labels there are, and how long samples are.
-
-    Args:
-        found: the whole data; of a stream the samples are not counted, but those shown.
-        shown: samples of it.
-    """
+    """How many samples and labels there are, and how long samples are; of a stream, in those that are shown."""
     from lors_cli.data.samples import IGNORED
 
     counted = shown if found.num_steps is not None else found.samples
@@ -132,11 +122,7 @@ def figures(found: TuneData, shown: list[Sample]) -> dict[str, Any]:
 
 
 def texts_of(sample: Sample) -> list[Sample]:
-    """The texts that share a sample: of an isolated one those whose positions start anew, else it alone.
-
-    Args:
-        sample: of any packing.
-    """
+    """The texts that share a sample: of an isolated one those whose positions start anew, else it alone."""
     if "position_ids" not in sample:
         return [sample]
     starts = [place for place, position in enumerate(sample["position_ids"]) if position == 0]
@@ -145,12 +131,7 @@ def texts_of(sample: Sample) -> list[Sample]:
 
 
 def decoded(ids: list[int], tokenizer: Any) -> str:
-    """Tokens as text, special ones too.
-
-    Args:
-        ids: of tokens.
-        tokenizer: of the model.
-    """
+    """Tokens as text, special ones too."""
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
@@ -158,8 +139,6 @@ def styled_text(sample: Sample, tokenizer: Any, *, marks: bool) -> Text:
     """A text with what has no label dimmed and special tokens coloured.
 
     Args:
-        sample: with input_ids and labels.
-        tokenizer: of the model.
         marks: put ⟦ ⟧ around what has no label, for where there are no styles.
     """
     from rich.text import Text

@@ -33,17 +33,14 @@ FLAGS: dict[str, dict[str, dict[str, str]]] = {
 }  # fmt: skip
 """By section of a recipe and panel of the help: flag → setting. A flag of two words, a_b, is --a-b."""
 
+LONGEST = 130
+"""Characters of a description that fits into the help of a flag."""
 NOTES = {"prune.sparsity": "Alone it means unstructured."}
 """What a flag does that its setting does not."""
 
 
 def given(name: str, flags: dict[str, Any]) -> dict[str, Any]:
-    """The settings that flags were given for.
-
-    Args:
-        name: of the section that they are of, and that their keys are relative to.
-        flags: the command's; None where one was not given.
-    """
+    """The settings of a section that flags were given for, by key in it; a flag that was not given is None."""
     found = {key: flags[flag] for panel in FLAGS[name].values() for flag, key in panel.items()}
     return {key: split_list(value) if is_list(hint(f"{name}.{key}")) else value
             for key, value in found.items() if value is not None}  # fmt: skip
@@ -84,11 +81,12 @@ def _kind(kind: Any) -> type:
 
 
 def _help(key: str) -> str:
-    """The first sentence of a setting's description without asides, its words, and its default."""
+    """A setting's description, of a long one the first sentence without asides; its words; its default."""
     from rich.markup import escape
 
-    said = re.split(r"(?<=[.]) (?=[A-Z])", _descriptions(section(key))[key.rpartition(".")[2]])
-    parts = [re.sub(r" \([^()]*\)", "", said[0])]
+    sentences = re.split(r"(?<=[.]) (?=[A-Z])", _descriptions(section(key))[key.rpartition(".")[2]])
+    said = [sentence for sentence in sentences if not sentence.startswith("Default")]
+    parts = said if len(" ".join(said)) <= LONGEST else [re.sub(r" \([^()]*\)", "", said[0])]
     kind = hint(key)
     if choice := words(kind):
         parts.append(f"One of {', '.join(choice)}.")
@@ -100,7 +98,7 @@ def _help(key: str) -> str:
         parts.append(NOTES[key])
     default = {entry.name: entry.default for entry in dataclasses.fields(section(key))}[key.rpartition(".")[2]]
     if default is None:
-        parts += [sentence for sentence in said[1:] if sentence.startswith("Default")]
+        parts += [sentence for sentence in sentences if sentence.startswith("Default")]
     elif default != ():
         parts.append(f"Default: {_shown(default)}.")
     return escape(" ".join(parts))

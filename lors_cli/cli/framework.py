@@ -24,26 +24,23 @@ PIPELINE, STAGES, AROUND, HELP = "Whole pipelines", "One stage", "Look and measu
 """Panels of `lors --help`."""
 
 
-def _without_types(params: list[Any]) -> list[Any]:
+class _FlagsWithoutType:
     """Flags say no type in the help: `--json <bool>` looks as if it took a value."""
-    for param in params:
-        if getattr(param, "is_flag", False) or getattr(param, "count", False):
-            param.display_type_rich = lambda ctx: None
-    return params
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        params: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for param in params:
+            if getattr(param, "is_flag", False) or getattr(param, "count", False):
+                param.display_type_rich = lambda ctx: None
+        return params
 
 
-class Command(TyperCommand):
+class Command(_FlagsWithoutType, TyperCommand):
     """One command of `lors`."""
 
-    def get_params(self, ctx: Any) -> list[Any]:
-        return _without_types(super().get_params(ctx))
 
-
-class Group(TyperGroup):
+class Group(_FlagsWithoutType, TyperGroup):
     """Commands under a name."""
-
-    def get_params(self, ctx: Any) -> list[Any]:
-        return _without_types(super().get_params(ctx))
 
 
 class Commands(Group):
@@ -74,12 +71,9 @@ class Commands(Group):
 def command(
     app: typer.Typer, panel: str, *examples: str, name: str | None = None, sections: Sequence[str] = ()
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Makes a function a guarded command.
+    """Makes a function a guarded command of a panel, with examples at the end of its help.
 
     Args:
-        app: of which.
-        panel: of the help that lists it.
-        examples: command lines for the end of its help.
         name: default: the function's.
         sections: of a recipe, whose flags in `flags.FLAGS` it has; the function takes them as `**flags`.
     """

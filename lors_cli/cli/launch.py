@@ -46,10 +46,7 @@ def die_with_launcher() -> None:
 
 
 def together(num_processes: int | None) -> None:
-    """Do this command in several processes, where that is asked for and they are not started yet.
-
-    Args:
-        num_processes: N of `--nproc N`.
+    """Do this command in several processes, where `--nproc N` asks for that and they are not started yet.
 
     Raises:
         UsageError: N is below 1, or torchrun has started several.
@@ -68,12 +65,7 @@ def together(num_processes: int | None) -> None:
 
 
 def launch(command: list[str], num_processes: int) -> int:
-    """Run a command in several processes, and the exit code of the first that failed (0: none).
-
-    Args:
-        command: of each; it is told apart by its environment.
-        num_processes: how many.
-    """
+    """Run a command in several processes, and the exit code of the first that failed (0: none)."""
     port = _free_port()
     with tempfile.TemporaryDirectory(prefix="lors-launch-") as scratch, contextlib.ExitStack() as files:
         processes: list[subprocess.Popen[Any]] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,64 +39,63 @@ def run(
     from lors_cli.recipe.loading import load_recipe
     from lors_cli.recipe.shipped import find_recipe
 
-    choice = {"first": first, "force": tuple(force or ()), "dry_run": dry_run, "nproc": nproc}
+    choice: dict[str, Any] = {
+        "first": first,
+        "last": last,
+        "force": tuple(force or ()),
+        "dry_run": dry_run,
+        "nproc": nproc,
+    }
     if from_manifest is not None:
         given = [*([recipe] if recipe else []), *(overrides or [])]
-        _repeat(from_manifest, given, out, allow_changed_inputs, last=last, **choice)
+        _repeat(from_manifest, given, out, allow_changed_inputs, choice)
     elif recipe is None:
         raise UsageError("no recipe is named.", "lors recipes lists those that are shipped.")
     elif allow_changed_inputs:
         raise UsageError("--allow-changed-inputs is for --from-manifest.")
     else:
         settings = load_recipe(find_recipe(recipe), overrides or [])
-        _show(_run(settings, out or Path("runs") / settings.name, last=last, **choice))
+        _run(settings, out or Path("runs") / settings.name, **choice)
 
 
-def _repeat(
-    manifest: Path, given: list[str], out: Path | None, allow_changed_inputs: bool, *, last: str | None, **choice: Any
-) -> None:
+def _repeat(manifest: Path, given: list[str], out: Path | None, allow_changed: bool, choice: dict[str, Any]) -> None:
     """Run again what a manifest tells of, and compare what comes out."""
     from lors_cli.pipeline.repeat import open_repeat
 
     repeat = open_repeat(manifest, given)
     folder = out or Path("runs") / f"{repeat.recipe.name}-repeat"
-    changed = repeat.check(folder, allow_changed_inputs=allow_changed_inputs)
-    summary = _run(repeat.recipe, folder, last=last or repeat.last, **choice)
-    if summary is not None:
-        different = repeat.compare(folder)
-        summary["repeat"] = {"manifest": str(repeat.path), "changed": changed, "different_files": different}
-    _show(summary)
+    changed = repeat.check(folder, allow_changed_inputs=allow_changed)
+
+    def compared() -> dict[str, Any]:
+        return {"manifest": str(repeat.path), "changed": changed, "different_files": repeat.compare(folder)}
+
+    _run(repeat.recipe, folder, **{**choice, "last": choice["last"] or repeat.last}, compared=compared)
 
 
 def _run(
     recipe: Recipe, folder: Path, *, first: str | None, last: str | None, force: tuple[str, ...], dry_run: bool,
-    nproc: int | None,
-) -> dict[str, Any] | None:  # fmt: skip
-    """Run a recipe, or show what would be done; the run's summary, None after a dry run."""
+    nproc: int | None, compared: Callable[[], dict[str, Any]] | None = None,
+) -> None:  # fmt: skip
+    """Run a recipe and show what came out, a comparison too, or show what would be done."""
+    from lors_cli.cli.views import runs
     from lors_cli.data.sources import resolve_data_dir
     from lors_cli.pipeline.folders import guard_out
     from lors_cli.pipeline.plans import plan_stages, select
     from lors_cli.pipeline.resources import check_memory
     from lors_cli.pipeline.running import run_recipe
 
-    if not dry_run:
-        together(nproc)
-        return run_recipe(recipe, folder, first=first, last=last, force=force)
-    from lors_cli.cli.views import runs
-
-    guard_out(folder, "run")
-    plans = select(plan_stages(recipe, folder, resolve_data_dir(recipe.data_dir)), first, last, force)
-    runs.show_plan(runs.plan_document(recipe.name, folder, plans))
-    for plan in plans:
-        check_memory(plan)
-    return None
-
-
-def _show(summary: dict[str, Any] | None) -> None:
-    from lors_cli.cli.views.runs import show_run
-
-    if summary is not None:
-        show_run(summary)
+    if dry_run:
+        guard_out(folder, "run")
+        plans = select(plan_stages(recipe, folder, resolve_data_dir(recipe.data_dir)), first, last, force)
+        runs.show_plan(runs.plan_document(recipe.name, folder, plans))
+        for plan in plans:
+            check_memory(plan)
+        return
+    together(nproc)
+    summary = run_recipe(recipe, folder, first=first, last=last, force=force)
+    if compared is not None:
+        summary["repeat"] = compared()
+    runs.show_run(summary)
 
 
 @command(

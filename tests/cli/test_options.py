@@ -111,6 +111,8 @@ def test_help_is_the_settings_own_words() -> None:
     said = {parameter.opts[0]: parameter.help for parameter in COMMANDS[("tune",)].params}
     assert said["--epochs"] == "Passes over the data. Default: 3."
     assert said["--max-steps"] == "Optimiser steps; overrides epochs."
+    assert said["--init"].startswith("Start lora_A from the loss gradient's right singular vectors, or from a Kaiming")
+    assert said["--init"].endswith(" Default: gradient for lors, kaiming for the others, as their authors have it.")
     assert said["--dataset"] == "alpaca, c4, pydoc, slimpajama, wikitext2, or a file. Default: alpaca."
     (samples,) = [parameter.help for parameter in COMMANDS[("prune",)].params if parameter.name == "num_samples"]
     assert samples == "Sequences. Default 128; a pre-tokenised file is used whole."

@@ -14,15 +14,7 @@ COLUMNS = ["method", "tokens/s", "step ÷ LoRA", "step ÷ LoRS", "saved", "peak"
 
 
 def run_bench(flags: dict[str, Any], out: Path | None) -> None:
-    """Measure, print a table a cell, and write bench.json and the figures.
-
-    Args:
-        flags: of the command line; lists as comma-separated text.
-        out: folder, None to print only.
-
-    Raises:
-        UsageError: a flag that cannot be.
-    """
+    """Measure, print a table a cell, and write bench.json and the figures where there is a folder for them."""
     document = bench(parse_flags(flags), out)
     for name, cell in document["cells"].items():
         console.table(COLUMNS, table_rows(cell), title=name)
@@ -36,14 +28,7 @@ def run_bench(flags: dict[str, Any], out: Path | None) -> None:
 
 
 def parse_flags(flags: dict[str, Any]) -> BenchConfig:
-    """A BenchConfig from the command line's flags.
-
-    Args:
-        flags: by setting; None takes the default.
-
-    Raises:
-        UsageError: a flag that cannot be.
-    """
+    """A BenchConfig from the command line's flags; a UsageError on one that cannot be."""
     given = {name: value for name, value in flags.items() if value is not None or name == "shape"}
     for name in ("lengths", "ranks"):
         parts = given[name].split(",")
@@ -62,11 +47,7 @@ def parse_flags(flags: dict[str, Any]) -> BenchConfig:
 
 
 def table_rows(cell: dict[str, Any]) -> list[list[str]]:
-    """A cell's figures for people, a row a method.
-
-    Args:
-        cell: of `bench`'s document.
-    """
+    """A cell's figures for people, a row a method."""
     rows = []
     for name, figures in cell.items():
         if "failed" in figures:

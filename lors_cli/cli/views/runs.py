@@ -18,13 +18,7 @@ if TYPE_CHECKING:
 
 
 def plan_document(name: str, out: Path, plans: list[StagePlan]) -> dict[str, Any]:
-    """A dry run's JSON document.
-
-    Args:
-        name: of the run or stage.
-        out: its folder.
-        plans: the stages in order.
-    """
+    """A dry run's JSON document."""
     stages = []
     for plan in plans:
         needs, why = try_estimate(plan)
@@ -49,14 +43,8 @@ def show_plan(document: dict[str, Any]) -> None:
     console.document(document)
 
 
-def show_results(results: dict[str, Any], comparisons: Sequence[Comparison] = (), *, title: str | None = None) -> None:
-    """The table of an evaluation, narrow enough for 80 columns with three models.
-
-    Args:
-        results: label → content of its JSON file.
-        comparisons: from `compare_models`, a line each.
-        title: above the table.
-    """
+def show_results(results: dict[str, Any], comparisons: Sequence[Comparison] = ()) -> None:
+    """The table of an evaluation, by label, narrow enough for 80 columns with three models; a line a comparison."""
     from lors_cli.evaluation.summary import recovered
     from lors_cli.report.scores import by_task
 
@@ -67,7 +55,7 @@ def show_results(results: dict[str, Any], comparisons: Sequence[Comparison] = ()
     if shares:  # the last column, said in words below
         columns, rows = columns[:-1], [row[:-1] for row in rows]
     columns = ["Δ" if name.startswith("Δ") else name for name in columns]
-    console.table(columns, [[_shorter_error(cell) for cell in row] for row in rows], title=title)
+    console.table(columns, [[_shorter_error(cell) for cell in row] for row in rows])
     for name, share in shares.items():
         what = "average accuracy" if name == "accuracy" else name.replace("perplexity", "log-perplexity on", 1)
         console.result(f"Tuning won back {100 * share:.1f} % of what pruning lost in {what}.")
@@ -81,12 +69,7 @@ def _shorter_error(cell: str) -> str:
 
 
 def show_record(record: records.StageRecord, folder: Path) -> None:
-    """What pruning or tuning made, and where it is.
-
-    Args:
-        record: of the stage.
-        folder: its results.
-    """
+    """What pruning or tuning made, and where it is."""
     metrics = record.metrics
     console.facts([*_facts(record), ("pattern", _zeros(metrics)), ("time", progress.duration(record.elapsed_s))])
     console.path(record.stage, folder)

@@ -18,14 +18,7 @@ from lors_cli.sweep.stages import CellPlan, distinct, plan_cells
 
 
 def plan_document(sweep: Sweep, out: Path, chosen: Sequence[Cell], tflops: float | None = None) -> dict[str, Any]:
-    """A dry run's JSON document.
-
-    Args:
-        sweep: all cells.
-        out: its folder.
-        chosen: the cells that are to run.
-        tflops: as for `costs`.
-    """
+    """A dry run's JSON document; `chosen` are the cells that are to run."""
     plans = plan_cells(sweep.cells, out)
     names = {cell.name for cell in chosen}
     mine = [plan for plan in plans if plan.cell.name in names]
