@@ -40,12 +40,8 @@ def run(
     from lors_cli.recipe.shipped import find_recipe
 
     choice: dict[str, Any] = {
-        "first": first,
-        "last": last,
-        "force": tuple(force or ()),
-        "dry_run": dry_run,
-        "nproc": nproc,
-    }
+        "first": first, "last": last, "force": tuple(force or ()), "dry_run": dry_run, "nproc": nproc,
+    }  # fmt: skip
     if from_manifest is not None:
         given = [*([recipe] if recipe else []), *(overrides or [])]
         _repeat(from_manifest, given, out, allow_changed_inputs, choice)
