@@ -26,37 +26,25 @@ def of(*choice: str) -> Complete:
     return lambda incomplete: _starting(choice, incomplete)
 
 
-def recipes(incomplete: str) -> list[str]:
-    """Shipped recipes, and YAML files."""
-    from lors_cli.recipe.shipped import shipped_recipes
+def _shipped(names: Callable[[Any], Iterable[str]], *, files: bool = True) -> Complete:
+    """Offers names that the module `shipped` gives, and YAML files."""
 
-    return _starting(shipped_recipes(), incomplete) + _files(incomplete, (".yaml", ".yml"))
+    def complete(incomplete: str) -> list[str]:
+        from lors_cli.recipe import shipped
 
+        return _starting(names(shipped), incomplete) + (_files(incomplete, (".yaml", ".yml")) if files else [])
 
-def sweeps(incomplete: str) -> list[str]:
-    """Shipped sweeps, and YAML files."""
-    from lors_cli.recipe.shipped import shipped_sweeps
-
-    return _starting(shipped_sweeps(), incomplete) + _files(incomplete, (".yaml", ".yml"))
+    return complete
 
 
-def shipped(incomplete: str) -> list[str]:
-    """Shipped recipes and sweeps."""
-    from lors_cli.recipe.shipped import shipped_recipes, shipped_sweeps
-
-    return _starting([*shipped_recipes(), *shipped_sweeps()], incomplete)
+recipes = _shipped(lambda module: module.shipped_recipes())
+sweeps = _shipped(lambda module: module.shipped_sweeps())
+shipped = _shipped(lambda module: [*module.shipped_recipes(), *module.shipped_sweeps()], files=False)
 
 
 def configs(stage: str) -> Complete:
     """Offers a stage's shipped configs, and YAML files."""
-
-    def complete(incomplete: str) -> list[str]:
-        from lors_cli.recipe.shipped import shipped_configs
-
-        ours = [name for name in shipped_configs() if name.startswith(f"{stage}/")]
-        return _starting(ours, incomplete) + _files(incomplete, (".yaml", ".yml"))
-
-    return complete
+    return _shipped(lambda module: [name for name in module.shipped_configs() if name.startswith(f"{stage}/")])
 
 
 def texts(incomplete: str) -> list[str]:

@@ -34,21 +34,11 @@ def inspect(model: o.Model, pattern: o.Against = None) -> None:
     "lors bench --shape llama3-8b --blocks 1 --methods lors,sqft,lora",
 )  # fmt: skip
 def bench(
-    out: o.BenchOut = None,
-    shape: o.Shape = "smollm2-135m",
-    model: o.BenchModel = None,
-    blocks: o.Blocks = None,
-    methods: o.BenchMethods = None,
-    lengths: o.Lengths = "512,1024,2048",
-    ranks: o.Ranks = "16,32,64",
-    batch_size: o.BenchBatch = 1,
-    accumulation: o.Accumulation = 1,
-    checkpointing: o.Checkpointing = "off",
-    rounds: o.Rounds = 5,
-    steps: o.Steps = 3,
-    dtype: o.BenchDtype = "bfloat16",
-    device: o.BenchDevice = "auto",
-) -> None:
+    out: o.BenchOut = None, shape: o.Shape = "smollm2-135m", model: o.BenchModel = None, blocks: o.Blocks = None,
+    methods: o.BenchMethods = None, lengths: o.Lengths = "512,1024,2048", ranks: o.Ranks = "16,32,64",
+    batch_size: o.BenchBatch = 1, accumulation: o.Accumulation = 1, checkpointing: o.Checkpointing = "off",
+    rounds: o.Rounds = 5, steps: o.Steps = 3, dtype: o.BenchDtype = "bfloat16", device: o.BenchDevice = "auto",
+) -> None:  # fmt: skip
     """Time and memory of a training step of LoRS, SQFT, SPP, HiRA, LoRA."""
     from lors_cli.cli.views.bench import run_bench
 

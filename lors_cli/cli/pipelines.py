@@ -24,17 +24,10 @@ pipelines_app = typer.Typer()
     "lors run mine.yaml --until prune", "lors run mine.yaml --force tune", "lors run --from-manifest runs/mine",
 )  # fmt: skip
 def run(
-    recipe: o.RecipeName = None,
-    overrides: o.RunSettings = None,
-    out: o.RunOut = None,
-    first: o.First = None,
-    last: o.Last = None,
-    force: o.Force = None,
-    from_manifest: o.FromManifest = None,
-    allow_changed_inputs: o.ChangedInputs = False,
-    dry_run: o.DryRun = False,
-    nproc: o.Nproc = None,
-) -> None:
+    recipe: o.RecipeName = None, overrides: o.RunSettings = None, out: o.RunOut = None, first: o.First = None,
+    last: o.Last = None, force: o.Force = None, from_manifest: o.FromManifest = None,
+    allow_changed_inputs: o.ChangedInputs = False, dry_run: o.DryRun = False, nproc: o.Nproc = None,
+) -> None:  # fmt: skip
     """Run a recipe: prune, tune, eval; a second call goes on from there."""
     from lors_cli.recipe.loading import load_recipe
     from lors_cli.recipe.shipped import find_recipe
@@ -99,13 +92,9 @@ def _run(
     "lors sweep table1.yaml --only 'wanda-*'",
 )  # fmt: skip
 def sweep(
-    sweep: o.SweepName,
-    overrides: o.RunSettings = None,
-    out: o.SweepOut = None,
-    only: o.Only = None,
-    dry_run: o.DryRun = False,
-    tflops: o.Tflops = None,
-) -> None:
+    sweep: o.SweepName, overrides: o.RunSettings = None, out: o.SweepOut = None, only: o.Only = None,
+    dry_run: o.DryRun = False, tflops: o.Tflops = None,
+) -> None:  # fmt: skip
     """Run a recipe over a grid of settings; cells share their stages."""
     from lors_cli.cli.views import sweeps
     from lors_cli.pipeline.folders import guard_out
