@@ -19,7 +19,8 @@ class Compressed24:
 
     Args:
         values: (R, 2·G) in W's dtype, two of each group in their order.
-        positions: (R, ⌈G/2⌉) uint8, a group's two 2-bit positions in four bits, the first group in the lower ones.
+        positions: (R, 4·⌈G/8⌉) uint8, a group's two 2-bit positions in four bits, the first group in the lower ones;
+            rows are filled up to whole 32-bit words, which the CUDA kernel reads.
         shape: (R, C).
     """
 
@@ -61,7 +62,7 @@ def compress(weight: torch.Tensor) -> Compressed24:
         raise ValueError(f"its {num_columns} inputs are no multiple of 4")
     num_groups = num_columns // 4
     values = weight.new_empty(num_rows, 2 * num_groups)
-    positions = torch.empty(num_rows, (num_groups + 1) // 2, dtype=torch.uint8, device=weight.device)
+    positions = torch.empty(num_rows, (num_groups + 7) // 8 * 4, dtype=torch.uint8, device=weight.device)
     for rows in _row_tiles(num_rows, num_columns):
         groups = weight[rows].view(-1, num_groups, 4)
         kept = groups != 0

@@ -1,9 +1,13 @@
 """The masked merge as one Triton kernel: W is read once, W_t written once, and no mask or delta is ever stored.
 
+A program walks down a strip of columns; its part of A and its thresholds are made once and serve every tile there.
+
 Legend: W (R, C) sparse weight, A = lora_A (r, C), B = lora_B (R, r), s scale, W_t = (W + s·B·A) ⊙ (W ≠ 0).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -13,7 +17,10 @@ from lors_cli.tuning.kernels import rounding as thresholds
 from lors_cli.tuning.kernels.compressed import Compressed24
 from lors_cli.tuning.kernels.rounding import Rounding
 
-BLOCK_ROWS, BLOCK_COLUMNS = 64, 128
+BLOCK = {"ROWS": 64, "COLUMNS": 64, "num_warps": 8, "num_stages": 1}
+"""Of a tile; ROWS is a multiple of the thresholds' period. 80 registers a thread or fewer, so that 24 warps fit."""
+MAX_TILES, MIN_PROGRAMS = 8, 1024
+"""A program walks over at most so many tiles, and fewer where that leaves too few programs for a large GPU."""
 PERIOD = tl.constexpr(thresholds.PERIOD)
 ROW_FACTOR, COLUMN_FACTOR = tl.constexpr(thresholds.ROW_FACTOR), tl.constexpr(thresholds.COLUMN_FACTOR)
 MIX_FIRST, MIX_SECOND = (tl.constexpr(factor) for factor in thresholds.MIX_FACTORS)
@@ -22,83 +29,129 @@ SMALLEST_DOT = 16
 
 
 @triton.jit
+def _thresholds(columns, ROWS: tl.constexpr):
+    """Those of `rounding.py`, (ROWS, columns)."""
+    rows = tl.arange(0, ROWS)[:, None] % PERIOD
+    mixed = rows.to(tl.uint32) * ROW_FACTOR + columns[None, :].to(tl.uint32) * COLUMN_FACTOR
+    mixed ^= mixed >> 15
+    mixed *= MIX_FIRST
+    mixed ^= mixed >> 12
+    mixed *= MIX_SECOND
+    mixed ^= mixed >> 15
+    return mixed & 0xFFFF
+
+
+@triton.jit
+def _restored(
+    values, positions, row_starts, inside_rows, num_columns, stride_values, stride_positions,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A tile of a compressed weight: values are read as vectors, positions as words of eight groups."""
+    halves = tl.program_id(1) * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)[None, :]
+    kept = tl.load(values + row_starts * stride_values + halves, mask=inside_rows & (halves < num_columns // 2),
+                   other=0.0)  # fmt: skip
+    first, second = tl.split(kept.reshape(ROWS, COLUMNS // 4, 2))
+    words = tl.program_id(1) * (COLUMNS // 32) + tl.arange(0, COLUMNS // 32)[None, :]
+    packed = tl.load(positions + row_starts * stride_positions + words, mask=inside_rows & (words * 32 < num_columns),
+                     other=0)  # fmt: skip
+    nibble = (packed[:, :, None] >> (tl.arange(0, 8) * 4)[None, None, :]).reshape(ROWS, COLUMNS // 4)
+    low, high = nibble & 3, nibble >> 2 & 3  # low < high: slots of the first and of the second value
+    slot_0 = tl.where(low == 0, first, 0.0)
+    slot_1 = tl.where(low == 1, first, tl.where(high == 1, second, 0.0))
+    slot_2 = tl.where(low == 2, first, tl.where(high == 2, second, 0.0))
+    slot_3 = tl.where(high == 3, second, 0.0)
+    return tl.join(tl.join(slot_0, slot_2), tl.join(slot_1, slot_3)).reshape(ROWS, COLUMNS)
+
+
+@triton.jit
+def _factor(factor, rows, columns, num_rows, num_columns, stride, dtype, DOT: tl.constexpr):
+    """A tile of an adapter, cast to the weight's dtype and from there to the product's."""
+    tile = tl.load(factor + rows[:, None] * stride + columns[None, :],
+                   mask=(rows[:, None] < num_rows) & (columns[None, :] < num_columns), other=0.0)  # fmt: skip
+    return tile.to(dtype).to(DOT)
+
+
+@triton.jit
 def _merge(
     weight, positions, lora_A, lora_B, merged, num_rows, num_columns, scale,
-    stride_weight, stride_positions, stride_merged, COMPRESSED: tl.constexpr,
-    RANK: tl.constexpr, RANK_PADDED: tl.constexpr, RANK_STEP: tl.constexpr,
-    PRECISION: tl.constexpr, STOCHASTIC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    stride_weight, stride_positions, stride_merged, COMPRESSED: tl.constexpr, RANK: tl.constexpr,
+    RANK_STEP: tl.constexpr, DOT: tl.constexpr, STOCHASTIC: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    dtype: tl.constexpr = weight.dtype.element_ty
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside_rows, inside_columns = rows[:, None] < num_rows, columns[None, :] < num_columns
-    inside = inside_rows & inside_columns
-    row_starts = rows[:, None].to(tl.int64)
-    if COMPRESSED:
-        packed = tl.load(positions + row_starts * stride_positions + columns[None, :] // 8, mask=inside, other=0)
-        nibble = (packed.to(tl.int32) >> (columns[None, :] // 4 % 2 * 4)) & 15
-        slot = columns[None, :] % 4
-        is_second = slot == nibble >> 2
-        kept = inside & (is_second | (slot == nibble & 3))
-        W = tl.load(weight + row_starts * stride_weight + columns[None, :] // 4 * 2 + is_second.to(tl.int32),
-                    mask=kept, other=0.0)  # fmt: skip
+    ranks = tl.arange(0, RANK_STEP)
+    A = _factor(lora_A, ranks, columns, RANK, num_columns, num_columns, dtype, DOT)
+    if STOCHASTIC:
+        threshold = _thresholds(columns, ROWS)
+    for tile in range(TILES):
+        rows = (tl.program_id(0) * TILES + tile) * ROWS + tl.arange(0, ROWS)
+        row_starts, inside_rows = rows[:, None].to(tl.int64), rows[:, None] < num_rows
+        inside = inside_rows & (columns[None, :] < num_columns)
+        if COMPRESSED:
+            W = _restored(weight, positions, row_starts, inside_rows, num_columns, stride_weight, stride_positions,
+                          ROWS, COLUMNS)  # fmt: skip
+        else:
+            W = tl.load(weight + row_starts * stride_weight + columns[None, :], mask=inside, other=0.0)
+        delta = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+        for first in range(0, RANK, RANK_STEP):
+            if RANK > RANK_STEP:
+                A = _factor(lora_A, first + ranks, columns, RANK, num_columns, num_columns, dtype, DOT)
+            B = _factor(lora_B, rows, first + ranks, num_rows, RANK, RANK, dtype, DOT)
+            delta += tl.dot(B, A, input_precision="ieee")
+        total = tl.where(W != 0, W.to(tl.float32) + scale * delta, 0.0)
+        if STOCHASTIC:
+            bits = (total.to(tl.uint32, bitcast=True) + threshold) & 0xFFFF0000
+            total = tl.where(total == total, bits.to(tl.float32, bitcast=True), total)
+        place = merged + row_starts * stride_merged + columns[None, :]
+        tl.store(place, total.to(merged.dtype.element_ty), mask=inside)  # to nearest, ties to even
+
+
+INTERPRETED = not isinstance(_merge, triton.JITFunction)
+"""By Triton's interpreter, which cannot multiply bfloat16: float32 holds it, and the products, without rounding."""
+DOTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def launch(
+    weight: torch.Tensor | Compressed24, lora_A: torch.Tensor, lora_B: torch.Tensor, scale: float,
+    merged: torch.Tensor, rounding: Rounding, block: dict[str, int] = BLOCK,
+) -> tuple[tuple[int, int], dict[str, Any]]:  # fmt: skip
+    """The grid and the arguments by name with which the kernel is called."""
+    num_rows, num_columns = weight.shape
+    rank, is_float32 = lora_A.shape[0], weight.dtype == torch.float32
+    if isinstance(weight, Compressed24):
+        base, positions = weight.values, weight.positions.view(torch.int32)
     else:
-        W = tl.load(weight + row_starts * stride_weight + columns[None, :], mask=inside, other=0.0)
-    delta = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    for first in range(0, RANK_PADDED, RANK_STEP):
-        ranks = first + tl.arange(0, RANK_STEP)
-        B = tl.load(lora_B + rows[:, None] * RANK + ranks[None, :],
-                    mask=inside_rows & (ranks[None, :] < RANK), other=0.0)  # fmt: skip
-        A = tl.load(lora_A + ranks[:, None] * num_columns + columns[None, :],
-                    mask=(ranks[:, None] < RANK) & inside_columns, other=0.0)  # fmt: skip
-        A, B = A.to(W.dtype).to(tl.float32), B.to(W.dtype).to(tl.float32)
-        delta += tl.dot(B, A, input_precision=PRECISION)
-    total = tl.where(W != 0, W.to(tl.float32) + scale * delta, 0.0)
-    if STOCHASTIC:  # thresholds of `rounding.py`
-        mixed = (rows[:, None] % PERIOD).to(tl.uint32) * ROW_FACTOR + columns[None, :].to(tl.uint32) * COLUMN_FACTOR
-        mixed ^= mixed >> 15
-        mixed *= MIX_FIRST
-        mixed ^= mixed >> 12
-        mixed *= MIX_SECOND
-        mixed ^= mixed >> 15
-        bits = (total.to(tl.uint32, bitcast=True) + (mixed & 0xFFFF)) & 0xFFFF0000
-        total = tl.where(total == total, bits.to(tl.float32, bitcast=True), total)
-    place = merged + row_starts * stride_merged + columns[None, :]
-    tl.store(place, total.to(merged.dtype.element_ty), mask=inside)  # to nearest, ties to even
+        base = positions = weight
+    assert base.stride(1) == positions.stride(1) == merged.stride(1) == 1
+    down, across = triton.cdiv(num_rows, block["ROWS"]), triton.cdiv(num_columns, block["COLUMNS"])
+    num_tiles = min(MAX_TILES, 2 ** (max(1, down * across // MIN_PROGRAMS).bit_length() - 1))
+    return (triton.cdiv(down, num_tiles), across), {
+        "weight": base, "positions": positions, "lora_A": lora_A.contiguous(), "lora_B": lora_B.contiguous(),
+        "merged": merged, "num_rows": num_rows, "num_columns": num_columns, "scale": float(scale),
+        "stride_weight": base.stride(0), "stride_positions": positions.stride(0),
+        "stride_merged": merged.stride(0), "COMPRESSED": isinstance(weight, Compressed24), "RANK": rank,
+        "RANK_STEP": SMALLEST_DOT if is_float32 else min(64, max(SMALLEST_DOT, triton.next_power_of_2(rank))),
+        "DOT": tl.float32 if is_float32 or INTERPRETED else DOTS[weight.dtype],
+        "STOCHASTIC": thresholds.is_stochastic(rounding, merged.dtype), "TILES": num_tiles, **block,
+    }  # fmt: skip
 
 
 def masked_merge_kernel(
     weight: torch.Tensor | Compressed24, lora_A: torch.Tensor, lora_B: torch.Tensor, scale: float,
     merged: torch.Tensor, *, rounding: Rounding = "nearest",
 ) -> torch.Tensor:  # fmt: skip
-    """W_t = (W + s·B·A) ⊙ (W ≠ 0), rounded once from float32.
+    """W_t = (W + s·B·A) ⊙ (W ≠ 0), rounded once from float32 (as `rounding` says where that is to bfloat16).
 
     Args:
         weight: (R, C) bfloat16, float16 or float32, rows contiguous, or compressed.
-        lora_A: (r, C) contiguous, any float dtype; read as it is and cast to the weight's dtype.
-        lora_B: (R, r) contiguous, likewise.
-        scale: s.
+        lora_A: (r, C), any float dtype; read as it is and cast to the weight's dtype.
+        lora_B: (R, r), likewise.
         merged: (R, C), rows contiguous: where the result goes.
-        rounding: where that is bfloat16.
 
     Returns:
         `merged`.
     """
-    num_rows, num_columns = weight.shape
-    rank = lora_A.shape[0]
-    if isinstance(weight, Compressed24):
-        base, positions = weight.values, weight.positions
-    else:
-        base = positions = weight
-    assert base.stride(1) == positions.stride(1) == merged.stride(1) == 1
-    # The adapters count in the weight's dtype. What bfloat16 and float16 hold, TF32 multiplies without rounding.
-    precision = "ieee" if weight.dtype == torch.float32 else "tf32"
-    step = min(64, max(SMALLEST_DOT, triton.next_power_of_2(rank)))
-    grid = (triton.cdiv(num_rows, BLOCK_ROWS), triton.cdiv(num_columns, BLOCK_COLUMNS))
-    _merge[grid](
-        base, positions, lora_A.contiguous(), lora_B.contiguous(), merged, num_rows, num_columns, float(scale),
-        base.stride(0), positions.stride(0), merged.stride(0), COMPRESSED=isinstance(weight, Compressed24),
-        RANK=rank, RANK_PADDED=step * triton.cdiv(rank, step), RANK_STEP=step,
-        PRECISION=precision,
-        STOCHASTIC=thresholds.is_stochastic(rounding, merged.dtype), ROWS=BLOCK_ROWS, COLUMNS=BLOCK_COLUMNS,
-    )  # fmt: skip
+    grid, arguments = launch(weight, lora_A, lora_B, scale, merged, rounding)
+    _merge[grid](**arguments)
     return merged

@@ -1,12 +1,20 @@
-"""The Triton kernel in Triton's interpreter, in a process of its own: the variable is read when it is compiled."""
+"""The Triton kernel: its numbers in Triton's interpreter (in a process of its own: the variable is read when it is
+compiled), and what it takes of a GPU, compiled for GPUs that are not here."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+
+from lors_cli.tuning.kernels.rounding import PERIOD
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks" / "gpu"))
 
 CHECK = """
 import torch
@@ -55,13 +63,96 @@ torch.testing.assert_close(buffer[:, 100:300].float(), weight + B @ A, rtol=1e-2
 assert bool((buffer[:, :100] == 0).all()) and bool((buffer[:, 300:] == 0).all())
 print("equal")
 """
+EXACT = """
+import torch
+from lors_cli.tuning.kernels.compressed import compress
+from lors_cli.tuning.kernels.triton_merge import masked_merge_kernel
+from lors_cli.tuning.kernels.masked_merge import masked_merge_formula
+
+generator = torch.Generator().manual_seed(6)
+def whole(limit, *shape):
+    return torch.randint(-limit, limit + 1, shape, generator=generator).float()
+
+for rows, columns, rank in ((64, 64, 16), (70, 4, 5), (130, 68, 80), (200, 224, 33)):
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for rounding in ("nearest", "stochastic"):
+            # every product and sum is exact in float32; in what they are rounded to too where the interpreter cuts
+            fine = 1 if dtype == torch.bfloat16 and rounding == "nearest" else 64
+            weight = whole(8, rows, columns // 4, 4) / 8
+            places = torch.rand(weight.shape, generator=generator).argsort(-1)
+            weight = torch.where(places < 2, weight, 0).view(rows, columns).to(dtype)
+            A, B = whole(1, rank, columns) / 8, whole(fine, rows, rank) / fine
+            B[whole(8, rows, rank) < 8] = 0
+            expected = masked_merge_formula(weight, A, B, 0.5, dtype, rounding) + 0.0
+            for base in (weight, compress(weight)):
+                found = masked_merge_kernel(base, A, B, 0.5, torch.full_like(weight, float("nan")), rounding=rounding)
+                same = (found + 0.0).view(torch.uint8) == expected.view(torch.uint8)
+                assert bool(same.all()), (rows, columns, rank, dtype, rounding, type(base), int((~same).sum()))
+print("equal")
+"""
 
 
-def test_the_kernel_gives_the_exact_sum_rounded_once() -> None:
+@pytest.mark.parametrize("check", [CHECK, EXACT], ids=["rounded-once", "bits-of-the-formula"])
+def test_the_kernel_gives_the_exact_sum_rounded_once(check: str) -> None:
     pytest.importorskip("triton", reason="Triton has no wheel for this system")
     done = subprocess.run(
-        [sys.executable, "-c", CHECK], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
+        [sys.executable, "-c", check], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
         timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "equal"
+
+
+@pytest.fixture(scope="module")
+def ahead() -> Any:
+    """benchmarks/gpu/ahead.py, which compiles for GPUs that are not here."""
+    pytest.importorskip("triton", reason="Triton has no wheel for this system")
+    import ahead
+
+    if not ahead.TOOL.is_file():
+        pytest.skip(f"this wheel of Triton has no {ahead.TOOL.name}: registers and spills cannot be read")
+    return ahead
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_it_compiles_without_spills_and_with_wide_accesses(ahead: Any, capability: int) -> None:
+    for case in [*ahead.cases(), *(ahead.cases(64) if capability == 90 else [])]:
+        found = ahead.resources(ahead.compiled(case, capability))
+        print(ahead.show(case, capability, found))
+        assert found["spilled_bytes"] == 0, case
+        limit = 128 if case.dtype == torch.float32 else 128 if case.rank > 16 else 84
+        assert found["registers"] <= limit, case  # 84: three blocks of 256 threads, 128: two
+        widths = set(found["accesses"])
+        assert widths <= ({"LDG.E.128", "STG.E.128", "LDG.E"} if case.compressed else {"LDG.E.128", "STG.E.128"}), case
+        assert found["accesses"].get("LDG.E", 0) <= 2, case  # words of positions
+
+
+def test_no_shape_spills(ahead: Any) -> None:
+    """Nor where rows begin anywhere, and narrow accesses are all that there is."""
+    for case in (ahead.Case(torch.bfloat16, False, "stochastic", 5, (70, 1001)),
+                 ahead.Case(torch.bfloat16, True, "stochastic", 80, (70, 1004)),
+                 ahead.Case(torch.float32, False, "nearest", 80, (70, 1001))):  # fmt: skip
+        found = ahead.resources(ahead.compiled(case, 90))
+        print(ahead.show(case, 90, found))
+        assert found["spilled_bytes"] == 0, case
+
+
+def test_models_in_use_get_the_hints(ahead: Any) -> None:
+    """Every number and pointer that decides about wide accesses is divisible by 16 at these shapes."""
+    for rows, columns in ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (576, 1536), (576, 576)):
+        for case in (ahead.Case(torch.bfloat16, form, "stochastic", 16, (rows, columns)) for form in (False, True)):
+            call = case.call()
+            assert all(call[name] % 16 == 0 for name in ("num_columns", "stride_weight", "stride_merged", "RANK"))
+
+
+def test_tiles_are_whole_periods_and_cover_the_weight(ahead: Any) -> None:
+    from lors_cli.tuning.kernels.triton_merge import BLOCK, MAX_TILES, launch
+
+    assert BLOCK["ROWS"] % PERIOD == 0
+    for rows, columns in ((1, 1), (64, 64), (1024, 4096), (4097, 4096), (14336, 4096)):
+        weight, A, B = (torch.empty(shape, device="meta") for shape in ((rows, columns), (4, columns), (rows, 4)))
+        (down, across), call = launch(weight, A, B, 1.0, weight, "nearest")
+        assert down * call["TILES"] * BLOCK["ROWS"] >= rows > (down - 1) * call["TILES"] * BLOCK["ROWS"]
+        assert across * BLOCK["COLUMNS"] >= columns
+        assert call["TILES"] in (1, 2, 4, MAX_TILES)
+        assert call["TILES"] == 1 or down * across >= 1024
