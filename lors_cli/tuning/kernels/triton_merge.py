@@ -125,15 +125,15 @@ def launch(
         base = positions = weight
     assert base.stride(1) == positions.stride(1) == merged.stride(1) == 1
     down, across = triton.cdiv(num_rows, block["ROWS"]), triton.cdiv(num_columns, block["COLUMNS"])
-    num_tiles = min(MAX_TILES, 2 ** (max(1, down * across // MIN_PROGRAMS).bit_length() - 1))
-    return (triton.cdiv(down, num_tiles), across), {
+    block = {"TILES": min(MAX_TILES, 2 ** (max(1, down * across // MIN_PROGRAMS).bit_length() - 1)), **block}
+    return (triton.cdiv(down, block["TILES"]), across), {
         "weight": base, "positions": positions, "lora_A": lora_A.contiguous(), "lora_B": lora_B.contiguous(),
         "merged": merged, "num_rows": num_rows, "num_columns": num_columns, "scale": float(scale),
         "stride_weight": base.stride(0), "stride_positions": positions.stride(0),
         "stride_merged": merged.stride(0), "COMPRESSED": isinstance(weight, Compressed24), "RANK": rank,
         "RANK_STEP": SMALLEST_DOT if is_float32 else min(64, max(SMALLEST_DOT, triton.next_power_of_2(rank))),
         "DOT": tl.float32 if is_float32 or INTERPRETED else DOTS[weight.dtype],
-        "STOCHASTIC": thresholds.is_stochastic(rounding, merged.dtype), "TILES": num_tiles, **block,
+        "STOCHASTIC": thresholds.is_stochastic(rounding, merged.dtype), **block,
     }  # fmt: skip
 
 

@@ -1,0 +1,102 @@
+"""Step 3: the merge kernel alone: bytes a second against a copy's, and which block shape is fastest.
+
+Timed over several weights in turns, so that none is found in the cache. A merge reads W and writes W_t; adapters are
+left out of the bytes, as they stay in the cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from gpu.box import Box, Figures, seconds_of
+
+from lors_cli.bench.model import _make_two_of_four
+from lors_cli.tuning.kernels import triton_merge
+from lors_cli.tuning.kernels.compressed import Compressed24, compress
+from lors_cli.tuning.kernels.rounding import Rounding
+
+SHAPE, RANK, COPIES, REPEATS = (4096, 14336), 16, 4, 40
+TINY_SHAPE = (64, 64)
+WAYS: tuple[tuple[str, Rounding], ...] = (
+    ("plain", "stochastic"), ("plain", "nearest"), ("compressed", "stochastic"), ("compressed", "nearest"),
+)  # fmt: skip
+
+
+def block(rows: int, columns: int, warps: int, tiles: int | None = None, stages: int = 1) -> dict[str, int]:
+    """A tile's shape; `tiles`: that one program walks over."""
+    made = {"ROWS": rows, "COLUMNS": columns, "num_warps": warps, "num_stages": stages}
+    return made if tiles is None else {**made, "TILES": tiles}
+
+
+BLOCKS = (
+    block(64, 64, 8, 1), block(64, 64, 8, 4), block(64, 64, 8, 16), block(64, 64, 4, 8), block(64, 64, 8, 8, 2),
+    block(64, 128, 8, 1), block(64, 128, 8, 4), block(64, 128, 16, 8), block(64, 128, 4, 1), block(64, 256, 16, 4),
+    block(128, 64, 8, 4), block(128, 64, 16, 4),
+)  # fmt: skip
+"""Tried besides the one in use."""
+
+
+def copied(box: Box, shape: tuple[int, int]) -> Figures:
+    """A copy of such weights: the ceiling."""
+    sources = [torch.randn(shape, device=box.device).bfloat16() for _ in range(COPIES)]
+    targets = [torch.empty_like(source) for source in sources]
+    taken = seconds_of(lambda number: targets[number % COPIES].copy_(sources[number % COPIES]), box.device,
+                       REPEATS if not box.rehearse else 1)  # fmt: skip
+    return {"seconds": taken, "gb_per_s": 2 * sources[0].nbytes / taken / 1e9}
+
+
+class Weights:
+    """Several weights, plain and compressed, with adapters and room for results."""
+
+    def __init__(self, device: torch.device, shape: tuple[int, int], rank: int) -> None:
+        torch.manual_seed(0)
+        plain = [torch.randn(shape, device=device).bfloat16() for _ in range(COPIES)]
+        for weight in plain:
+            _make_two_of_four(weight)
+        self.bases: dict[str, list[Any]] = {"plain": plain, "compressed": [compress(weight) for weight in plain]}
+        self.A, self.B = torch.randn(rank, shape[1], device=device), torch.randn(shape[0], rank, device=device) / 100
+        self.merged = [torch.empty_like(weight) for weight in plain]
+
+    def timed(self, kind: str, rounding: Rounding, shape: dict[str, int], repeats: int) -> Figures:
+        """Seconds and bytes a second of one way, and what the compiled kernel takes."""
+        bases = self.bases[kind]
+        calls = [triton_merge.launch(base, self.A, self.B, 0.5, merged, rounding, shape)
+                 for base, merged in zip(bases, self.merged, strict=True)]  # fmt: skip
+        compiled = [triton_merge._merge[grid](**arguments) for grid, arguments in calls[:1]]
+
+        def merge(number: int) -> None:
+            grid, arguments = calls[number % COPIES]
+            triton_merge._merge[grid](**arguments)
+
+        device = self.merged[0].device
+        taken = seconds_of(merge, device, repeats)
+        read = bases[0].num_bytes if isinstance(bases[0], Compressed24) else bases[0].nbytes
+        figures = {"seconds": taken, "gb_per_s": (read + self.merged[0].nbytes) / taken / 1e9}
+        if device.type == "cuda":
+            figures |= {"registers": compiled[0].n_regs, "spills": compiled[0].n_spills}
+        return figures
+
+
+def run(box: Box) -> None:
+    """The copy, every way with the block in use, other ranks, then the other blocks for what training uses most."""
+    shape, repeats = (SHAPE, REPEATS) if not box.rehearse else (TINY_SHAPE, 1)
+    copy = box.item("copy", lambda: copied(box, shape))
+    weights = Weights(box.device, shape, RANK)
+
+    def timed(name: str, of: Weights, kind: str, rounding: Rounding, tile: dict[str, int]) -> None:
+        def measure() -> Figures:
+            figures = of.timed(kind, rounding, tile, repeats)
+            return {**figures, "of_copy": figures["gb_per_s"] / copy["gb_per_s"] if copy else None}
+
+        box.item(name, measure, needs_s=3 if not box.rehearse else 0.1)
+
+    for kind, rounding in WAYS:
+        timed(f"{kind} {rounding}", weights, kind, rounding, triton_merge.BLOCK)
+    for kind, rounding in (("plain", "stochastic"), ("compressed", "stochastic")):
+        for tile in BLOCKS if not box.rehearse else BLOCKS[:1]:
+            timed(f"{kind} {rounding} {'x'.join(map(str, tile.values()))}", weights, kind, rounding, tile)  # type: ignore[arg-type]
+    if not box.rehearse:
+        wide = Weights(box.device, shape, 64)
+        for kind, rounding in WAYS[:1] + WAYS[2:3]:
+            timed(f"{kind} {rounding} rank 64", wide, kind, rounding, triton_merge.BLOCK)
