@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import sys
 from dataclasses import asdict, replace
@@ -18,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import data_throughput
 import eval_speed
-import gpu_blocks
 import memory
 import prune as prune_benchmark
 import reference
@@ -28,6 +28,8 @@ from common import (
     first_block_masks,
     linears_of,
 )
+from gpu import pruning as gpu_pruning
+from gpu.box import Box
 
 from lors_cli.bench.measure import rotated
 from lors_cli.models import size as models_size
@@ -169,7 +171,7 @@ def test_reference_and_lors_agree_on_the_first_block(
     ours, theirs = (load_model(settings.model_config()) for _ in range(2))
     dense = first_block(ours)
     phases = reference.prune_reference(theirs, batches, method, pattern)
-    gpu_blocks.prune_lors(ours, batches, method, pattern)
+    gpu_pruning.prune_lors(ours, batches, method, pattern)
     assert set(phases) == {"inputs", "forward", "statistics", "solve"}
     # 128 columns of theirs lose one weight more than their share when unstructured; else only near ties may differ.
     assert min(equal_share(first_block_masks(ours), first_block_masks(theirs)).values()) >= 0.99
@@ -236,22 +238,21 @@ def test_an_arm_runs_in_a_process_of_its_own(settings: prune_benchmark.Settings,
 
 
 def test_gpu_blocks_on_a_processor(tmp_path: Path) -> None:
-    tiny = gpu_blocks.Settings(
+    tiny = gpu_pruning.Settings(
         hidden_size=64, intermediate_size=160, num_heads=4, num_key_value_heads=2, blocks=2, num_samples=6,
         sequence_length=24, batch_size=4, dtype="float32", device="cpu",
     )  # fmt: skip
-    out = tmp_path / "blocks.json"
-    gpu_blocks.benchmark(tiny, 2, out, silent())
+    out = tmp_path / "pruning.json"
+    gpu_pruning.run(Box(out, math.inf, rehearse=True), tiny)
     results = json.loads(out.read_text())
-    assert results["device"] == "cpu"
-    assert set(results["summary"]["arms"]) == {
-        "floor", "reference sparsegpt", "lors sparsegpt", "reference wanda", "lors wanda",
+    assert set(results) == {
+        "floor", "reference sparsegpt", "lors sparsegpt", "reference wanda", "lors wanda", "lors admm", "compared",
     }  # fmt: skip
     for method in ("sparsegpt", "wanda"):
-        assert min(results["summary"]["masks"][method].values()) >= 0.99
-        assert results["summary"]["ratios"][method]["lors/reference"]["median"] > 0
-    assert results["rounds"][0]["arms"]["lors wanda"]["peak_gib"] is None  # no CUDA
-    assert set(results["summary"]["arms"]["lors wanda"]["phases_s"]) == {"inputs", "forward", "statistics", "solve"}
+        assert min(results["compared"][method]["equal_masks"].values()) >= 0.99
+        assert results["compared"][method]["lors/reference"] > 0
+    assert results["lors wanda"]["peak_gib"] is None  # no CUDA
+    assert set(results["lors wanda"]["phases_s"]) == {"inputs", "forward", "statistics", "solve"}
 
 
 def test_an_inner_phase_stops_the_outer_clock(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,7 +80,7 @@ def _kernel(items: Figures) -> list[str]:
 
 
 def _pruning(items: Figures) -> list[str]:
-    lines = ["  ".join(f"{arm} {found['pruning_s']:.2f} s" + (f" {found['peak_gib']:.1f} GiB" if found["peak_gib"] else "")
+    lines = ["  ".join(f"{arm} {found['pruning_s']:.2f} s {found['peak_gib'] or 0:.1f} GiB"
                        for arm, found in items.items() if "pruning_s" in found)]  # fmt: skip
     for method, row in items.get("compared", {}).items():
         equal = f", equal masks ≥ {min(row['equal_masks'].values()):.4f}" if "equal_masks" in row else ""

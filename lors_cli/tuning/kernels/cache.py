@@ -50,17 +50,7 @@ class MergedCache:
         last_use: bool,
         rounding: Rounding = "nearest",
     ) -> torch.Tensor:
-        """W_t in `dtype`, to be used before any other layer's is asked for.
-
-        Args:
-            weight: (R, C), plain or compressed.
-            lora_A: (r, C).
-            lora_B: (R, r).
-            scale: s.
-            dtype: of the result.
-            last_use: this is the backward pass.
-            rounding: to bfloat16.
-        """
+        """W_t in `dtype`, to be used before any other layer's is asked for; `last_use`: this is the backward pass."""
         base = weight.values if isinstance(weight, Compressed24) else weight
         key = (dtype, scale, rounding, *((part.data_ptr(), part._version) for part in (base, lora_A, lora_B)))
         if self._merged is not None and self._key == key:
@@ -85,17 +75,19 @@ def cache_policy(
 
     Args:
         num_bytes: of all merged weights.
-        device: of the weights.
         wanted: `tune.merged_cache`.
         checkpointing: whether blocks are computed again in backward.
     """
-    import psutil
-
     if wanted == "off":
         return "never", "built anew for every use (merged_cache: off)"
     if wanted == "on":
         return "always", f"kept until the adapters change, {console.gib(num_bytes)} (merged_cache: on)"
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        import psutil
+
+        free = psutil.virtual_memory().available
     sizes = f"{console.gib(num_bytes)} of {console.gib(free)} free"
     if num_bytes <= SHARE_OF_FREE * free:
         return "always", f"kept until the adapters change ({sizes})"

@@ -46,13 +46,7 @@ class Compressed24:
 
 @torch.no_grad()
 def compress(weight: torch.Tensor) -> Compressed24:
-    """Keep of a 2:4 weight its values and their positions.
-
-    Args:
-        weight: (R, C).
-
-    Returns:
-        From which `decompress` restores every value and every zero.
+    """Keep of a 2:4 weight (R, C) its values and their positions.
 
     Raises:
         ValueError: the weight is not 2:4.
@@ -79,15 +73,7 @@ def compress(weight: torch.Tensor) -> Compressed24:
 
 @torch.no_grad()
 def decompress(weight: Compressed24, out: torch.Tensor | None = None) -> torch.Tensor:
-    """The weight that was compressed, bit for bit (a zero's sign excepted).
-
-    Args:
-        weight: compressed.
-        out: (R, C) contiguous in its dtype, where to put it; default: a new tensor.
-
-    Returns:
-        (R, C).
-    """
+    """The weight (R, C) that was compressed, bit for bit (a zero's sign excepted), in `out` or a new tensor."""
     num_rows, num_columns = weight.shape
     restored = weight.values.new_empty(weight.shape) if out is None else out
     zero = weight.values.new_zeros(())

@@ -45,12 +45,7 @@ def masked_merge(
         weight: (R, C), plain or compressed: the result has the same bits.
         lora_A: (r, C), any float dtype.
         lora_B: (R, r), any float dtype.
-        scale: s.
-        rounding: to bfloat16.
         out: (R, C), where to put the result; its dtype may be another than the weight's. Default: a new tensor.
-
-    Returns:
-        (R, C), `out` or a tensor in the weight's dtype.
     """
     merged = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if out is None else out
     if weight.device.type == "cuda" and not why_no_kernel(weight.device, weight.dtype):
@@ -87,16 +82,7 @@ def masked_merge_formula(
     weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scale: float, dtype: torch.dtype,
     rounding: Rounding = "nearest",
 ) -> torch.Tensor:  # fmt: skip
-    """`masked_merge` as one plain expression, for torch.compile to fuse.
-
-    Args:
-        weight: (R, C).
-        lora_A: (r, C).
-        lora_B: (R, r).
-        scale: s.
-        dtype: of the result.
-        rounding: to bfloat16.
-    """
+    """`masked_merge` to `dtype` as one plain expression, for torch.compile to fuse."""
     exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
     A, B = lora_A.to(weight.dtype).to(exact), lora_B.to(weight.dtype).to(exact)
     total = torch.addmm(weight.to(exact), B, A, alpha=scale)
@@ -125,12 +111,7 @@ def _addmm_rounds_once(device: torch.device, dtype: torch.dtype) -> bool:
 
 @cache
 def why_no_kernel(device: torch.device, dtype: torch.dtype) -> str:
-    """Why the fused kernel cannot be used, empty when it can.
-
-    Args:
-        device: of the weights.
-        dtype: of the weights.
-    """
+    """Why the fused kernel cannot be used for such weights, empty when it can."""
     if device.type != "cuda":
         return f"it is for CUDA, not {device.type}"
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
@@ -145,13 +126,7 @@ def why_no_kernel(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def how_merged(device: torch.device, dtype: torch.dtype, rounding: Rounding = "nearest") -> str:
-    """In words: by what `masked_merge` builds a merged weight, and why not by something faster.
-
-    Args:
-        device: of the weights.
-        dtype: of the weights.
-        rounding: to bfloat16.
-    """
+    """In words: by what `masked_merge` builds a merged weight, and why not by something faster."""
     missing = why_no_kernel(device, dtype)
     if not missing:
         return "one CUDA kernel"

@@ -29,10 +29,6 @@ LOW_BITS = 0xFFFF
 def thresholds(num_columns: int, device: torch.device) -> torch.Tensor:
     """What is added to the bits of a float32 before its low half is cut off: an integer hash of row and column.
 
-    Args:
-        num_columns: C.
-        device: of the weights.
-
     Returns:
         (T, C) int32 from 0 to 65535.
     """
@@ -48,12 +44,7 @@ def thresholds(num_columns: int, device: torch.device) -> torch.Tensor:
 
 
 def is_stochastic(rounding: Rounding, dtype: torch.dtype) -> bool:
-    """Whether results of this dtype are rounded by thresholds: of `rounding: stochastic` those in bfloat16 alone.
-
-    Args:
-        rounding: as asked for.
-        dtype: of the result.
-    """
+    """Whether results of this dtype are rounded by thresholds: of `rounding: stochastic` those in bfloat16 alone."""
     return rounding == "stochastic" and dtype == torch.bfloat16
 
 
@@ -75,9 +66,6 @@ def round_stochastically(exact: torch.Tensor, out: torch.Tensor) -> torch.Tensor
     Args:
         exact: (rows, C) float32, contiguous, its first row one of 0, T, 2T, … of the whole matrix; overwritten.
         out: (rows, C) bfloat16, where the result goes.
-
-    Returns:
-        `out`.
     """
     table = _thresholds(exact.shape[1], exact.device)
     bits = exact.view(torch.int32)
@@ -91,14 +79,7 @@ def round_stochastically(exact: torch.Tensor, out: torch.Tensor) -> torch.Tensor
 
 
 def round_stochastically_formula(exact: torch.Tensor) -> torch.Tensor:
-    """`round_stochastically` as one plain expression, for torch.compile to fuse.
-
-    Args:
-        exact: (R, C) float32.
-
-    Returns:
-        (R, C) float32.
-    """
+    """`round_stochastically` of a whole matrix, to float32, as one plain expression for torch.compile to fuse."""
     table = thresholds(exact.shape[1], exact.device)
     rows = torch.arange(exact.shape[0], device=exact.device) % PERIOD
     return ((exact.view(torch.int32) + table[rows]) & ~LOW_BITS).view(torch.float32)

@@ -14,13 +14,7 @@ def scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device, *, use:
     """A tensor of memory that all layers share; whatever it held is overwritten by the next one that asks.
 
     The buffer grows to the largest layer and stays. Work on a CUDA stream is in order, so each stream has one
-    buffer; elsewhere each thread has.
-
-    Args:
-        shape: of the tensor.
-        dtype: of the tensor.
-        device: of the tensor.
-        use: each has a buffer of its own.
+    buffer, elsewhere each thread has; and each `use` has its own.
     """
     owner: Any = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else threading.get_ident()
     key = (device, dtype, owner, use)

@@ -1,0 +1,160 @@
+"""benchmarks/gpu: its rehearsal on a CPU with nothing but the packages it may need, and its checks on a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton has no wheel for this system")
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from gpu import carried, right, steps
+from gpu.box import Box
+from gpu.summary import LINES, summary
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+ABSENT = ("gguf", "datasets", "lm_eval", "scipy", "matplotlib", "sklearn", "pandas", "tensorboard", "greenlet")
+"""What a bare CUDA image may lack, and neither a step nor a stage of the chain needs."""
+HIDING = """
+import sys
+from importlib.machinery import PathFinder
+
+class Hiding:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        return None if name.partition(".")[0] in {absent!r} else PathFinder.find_spec(name, path, target)
+
+    find_distributions, invalidate_caches = PathFinder.find_distributions, PathFinder.invalidate_caches
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Hiding
+"""
+
+
+def rehearsed(tmp_path: Path, absent: tuple[str, ...], *only: str) -> dict[str, Any]:
+    """All items by step of a rehearsal in which some packages cannot be imported, and its `run` and `text`."""
+    hooks = tmp_path / "hooks"
+    hooks.mkdir()
+    (hooks / "sitecustomize.py").write_text(HIDING.format(absent=absent))
+    command = [
+        sys.executable,
+        str(FOLDER / "gpu/run.py"),
+        "--out",
+        str(tmp_path / "out"),
+        "--rehearse",
+        "--minutes",
+        "60",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(hooks), "TRITON_INTERPRET": "1"}
+    done = subprocess.run([*command, *(["--only", *only] if only else [])], env=environment, capture_output=True,
+                          text=True, timeout=1200)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json")}
+    return {**found, "text": done.stdout}
+
+
+def without_figures(items: dict[str, Any]) -> dict[str, Any]:
+    return {name: found for name, found in items.items() if {"failed", "left_out"} & set(found)}
+
+
+def test_the_rehearsal_runs_everything_with_few_packages(tmp_path: Path) -> None:
+    found = rehearsed(tmp_path, ABSENT)
+    assert {name: step["ended"] for name, step in found["run"]["steps"].items()} == dict.fromkeys(
+        ("right", "steps", "kernel", "pruning", "chain"), "finished"
+    )
+    for name in found["run"]["steps"]:
+        assert without_figures(found[name]) == {}, name
+    assert set(found["right"]) == set(right.CHECKS)
+    assert set(found["chain"]) == {"model", "dense", "pruned", "tuned 10", "tuned 300"}
+    assert "11 of 11 checks are right" in found["text"]
+    assert len(found["text"].splitlines()) <= LINES + len(found["run"]["steps"])
+
+
+def test_what_needs_no_stage_runs_without_their_packages_too(tmp_path: Path) -> None:
+    """Steps 2 to 4 and all of 1 but the resumed run."""
+    found = rehearsed(tmp_path, (*ABSENT, "accelerate", "psutil"), "right", "kernel", "pruning")
+    assert set(without_figures(found["right"])) <= {"resumed"}
+    assert without_figures(found["kernel"]) == without_figures(found["pruning"]) == {}
+
+
+def test_a_failure_loses_only_itself_and_no_item_begins_late(tmp_path: Path) -> None:
+    def broken() -> dict[str, Any]:
+        raise ValueError("no such thing")
+
+    box = Box(tmp_path / "step.json", time.monotonic() + 100, rehearse=True)
+    assert box.item("first", broken) is None
+    assert box.item("second", lambda: {"value": 1}) is not None
+    assert box.item("third", lambda: {"value": 2}, needs_s=1000) is None
+    written = json.loads((tmp_path / "step.json").read_text())
+    assert written["first"]["failed"] == "ValueError: no such thing"
+    assert written["second"]["value"] == 1
+    assert written["third"]["left_out"].endswith("were left of about 1000")
+
+
+def test_the_summary_fits_and_says_which_goal_was_missed() -> None:
+    items: dict[str, Any] = {}
+    for cell in steps.CELLS:
+        for method in cell.methods:
+            for number in (1, 2):
+                items[f"{cell} · {method} · round {number}"] = {
+                    "step_s": {"lora": 0.2, "lors": 0.21, "lors-cached": 0.19, "spp-gc": 0.4}.get(method, 0.3),
+                    "peak_gib": 50.0 if method == "sqft" else 20.0, "saved_gib": 1.0,
+                }  # fmt: skip
+    items["compared"] = steps.compared(items)
+    lost = {f"item {number}": {"failed": "broke"} for number in range(100)}
+    document = {"device": "a GPU", "torch": "2", "transformers": "5",
+                "steps": {name: {"ended": "finished", "elapsed_s": 1.0, "box_s": 2.0}
+                          for name in ("right", "steps", "kernel", "pruning", "chain")}}  # fmt: skip
+    text = summary(document, {"right": lost, "steps": items, "kernel": lost, "pruning": lost, "chain": lost})
+    assert len(text.splitlines()) <= LINES
+    assert "step, LoRS / LoRA 1.050 (goal ≤ 1: MISSED)" in text
+    assert "step, LoRS kept / LoRA 0.950 (goal ≤ 1: met)" in text
+    assert "throughput, LoRS / SPP-gc 1.905 (goal ≥ 1.6: met)" in text
+    assert "peak, LoRS / SQFT 0.400 (goal ≤ 0.6: met)" in text
+    assert "LoRS about" in text
+
+
+def test_a_carried_model_is_the_one_that_was_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (8, 2, 32), generator=generator)
+    codes[..., 0], codes[..., 1] = 0, 15
+    low, step = -torch.rand(8, 2, 1, generator=generator).half(), (torch.rand(8, 2, 1, generator=generator) / 8).half()
+    signed = torch.randint(-127, 128, (8, 64), generator=generator)
+    signed[:, ::32] = 127
+    tensors = {
+        "four": (codes * step.float() + low.float()).flatten(1),
+        "eight": signed * 0.25,
+        "odd": torch.randn(8, 40, generator=generator),
+        "any": torch.randn(8, 64, generator=generator),
+        "norm": torch.randn(64, generator=generator),
+    }
+    forms = {name: set(carried.pack(weight)) for name, weight in tensors.items()}
+    assert forms["four"] == {"codes4", "step", "low"}
+    assert forms["eight"] == {"codes8", "step"}
+    assert forms["odd"] == forms["any"] == forms["norm"] == {"plain"}
+    monkeypatch.setattr(carried, "PART_BYTES", 700)
+    folders = carried.write_parts(tensors, tmp_path / "carried")
+    (folders[0] / "tensors.json").write_text(json.dumps(sorted(tensors)))
+    assert len(folders) > 1
+    assert max(sum(path.stat().st_size for path in folder.iterdir()) for folder in folders) < 2000
+    whole = carried.put_together(tmp_path / "carried", tmp_path / "model")
+    found = carried.load_file(whole / "model.safetensors")
+    assert all(torch.equal(found[name], weight.bfloat16()) for name, weight in tensors.items())
+    (folders[-1] / "weights.safetensors").rename(tmp_path / "lost")
+    folders[-1].rmdir()
+    with pytest.raises(FileNotFoundError, match="a part is missing"):
+        carried.put_together(tmp_path / "carried", tmp_path / "model")
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
+@pytest.mark.parametrize("name", right.CHECKS)
+def test_right_on_a_gpu(name: str) -> None:
+    right.CHECKS[name](torch.device("cuda"))
