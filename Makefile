@@ -1,12 +1,13 @@
 # make demo: SmolLM2-135M pruned, tuned and scored.   make test: the whole test suite.   All make .venv first.
 # make faults: runs and sweeps killed again and again, KILLS times, at moments drawn by SEED.
+# make gpu: everything that only a GPU can show, in nine minutes (rehearsed on a CPU where there is none); results in OUT.
 # make fuzz: broken inputs by the thousand.   make audit: known vulnerabilities of the installed packages.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: install demo test check faults fuzz audit clean
+.PHONY: install demo test check faults gpu fuzz audit clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed $(VENV)/.demo-model
@@ -35,6 +36,10 @@ SEED ?= 0
 KILLS ?= 80
 faults: install
 	LORS_KILLS=$(KILLS) LORS_KILLS_SEED=$(SEED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/faults/test_kills.py
+
+OUT ?= runs/gpu
+gpu: install
+	$(BIN)/python benchmarks/gpu/run.py --out $(OUT) --minutes 9
 
 check: install
 	$(BIN)/ruff check .
