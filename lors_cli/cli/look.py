@@ -56,7 +56,8 @@ def report(folder: o.ReportFolder, formats: o.Formats = None) -> None:
     from lors_cli.errors import LorsError, MissingError
     from lors_cli.pipeline.running import finished_stages
     from lors_cli.recipe.loading import load_recipe
-    from lors_cli.report import FORMATS, check_formats, write_run_report
+    from lors_cli.report.output import FORMATS, check_formats
+    from lors_cli.report.run import write_run_report
     from lors_cli.report.sweep import write_sweep_report
 
     chosen = formats or FORMATS

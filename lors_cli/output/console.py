@@ -1,4 +1,4 @@
-"""What a person or a program reads: messages, tables, and the one JSON document; progress is `lors_cli.output.progress`.
+"""What a person or a program reads: messages, tables, and the one JSON document; progress has a module of its own.
 
 Human output: results on stdout, messages and progress on stderr. With --json stdout carries exactly one JSON document.
 """

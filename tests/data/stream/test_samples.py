@@ -208,7 +208,7 @@ def test_a_cache_that_is_there_is_read_and_no_process_is_started(
 ) -> None:
     first = _ids(opened(max_steps=20))
     before = _cache_files(cache_root)
-    monkeypatch.setattr("lors_cli.data.stream.worker.Worker", None)
+    monkeypatch.setattr("lors_cli.data.stream.samples.Worker", None)
     assert _ids(opened(max_steps=20)) == first
     assert _cache_files(cache_root) == before
 

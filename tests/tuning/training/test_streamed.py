@@ -92,7 +92,7 @@ def test_a_cached_run_equals_a_first_one_and_starts_no_process(
 ) -> None:
     model = ModelConfig(path=str(sparse_checkpoint))
     tune(streamed, model, tmp_path / "first")
-    monkeypatch.setattr("lors_cli.data.stream.worker.Worker", None)
+    monkeypatch.setattr("lors_cli.data.stream.samples.Worker", None)
     tune(streamed, model, tmp_path / "second")
     assert (tmp_path / "first" / MODELS[0]).read_bytes() == (tmp_path / "second" / MODELS[0]).read_bytes()
 
