@@ -135,7 +135,7 @@ def test_a_second_call_goes_on_where_the_first_stopped(tmp_path: Path, monkeypat
     assert list(found["cells"]) == ["16 tokens, rank 2", "16 tokens, rank 4"]
     assert found["cells"]["16 tokens, rank 2"] == first["16 tokens, rank 2"]
     assert json.loads((tmp_path / "bench.json").read_text()) == found
-    monkeypatch.setattr(bench_model, "sparse_model", None)  # nothing is made or measured again
+    monkeypatch.setattr(benchmark, "sparse_model", None)  # nothing is made or measured again
     assert bench(config, tmp_path) == found
     with pytest.raises(UsageError, match="other settings"):
         bench(_config(methods=("sqft",), rounds=1), tmp_path)
@@ -149,7 +149,7 @@ def test_a_method_that_does_not_fit_is_reported_and_the_others_go_on(monkeypatch
             raise torch.OutOfMemoryError
         return plain(model, linears, arm, rank)
 
-    monkeypatch.setattr(bench_model, "adapted", full)
+    monkeypatch.setattr(benchmark, "adapted", full)
     (cell,) = bench(_config(methods=("lors", "sqft")))["cells"].values()
     assert cell["sqft"] == {"failed": "out of memory"}
     assert cell["lors"]["tokens_per_s"]["median"] > 0

@@ -20,7 +20,7 @@ from lors_cli.models.loading import load_model
 from lors_cli.recipe.schema import ModelConfig, TuneConfig, TuneDataConfig
 from lors_cli.tuning import attach, head
 from lors_cli.tuning.stage import tune
-from lors_cli.tuning.training import sharding
+from lors_cli.tuning.training import preparation
 from lors_cli.tuning.training.trainer import AdapterTrainer
 
 
@@ -56,7 +56,7 @@ def tune_and_stop(settings: dict[str, Any], model: str, out: Path, step: int) ->
 def shard_shares(settings: dict[str, Any], model: str, out: Path) -> list[float]:
     """Tune with sharded weights; of a block's frozen matrices, what share of the numbers this process held."""
     found: list[float] = []
-    original = sharding.shard
+    original = preparation.shard
 
     def observed(network: Any, device: torch.device) -> None:
         original(network, device)
@@ -64,7 +64,7 @@ def shard_shares(settings: dict[str, Any], model: str, out: Path) -> list[float]
             found.append(layer.weight.to_local().numel() / layer.weight.numel())  # type: ignore[attr-defined]
             assert layer.lora_A.dtype == torch.float32
 
-    with mock.patch.object(sharding, "shard", observed):
+    with mock.patch.object(preparation, "shard", observed):
         tune(tune_config(settings), ModelConfig(path=model), out)
     return found
 
