@@ -207,7 +207,7 @@ def _read_accuracies(folder: Path, label: str, result: Mapping[str, Any]) -> dic
         found = {row["doc_id"]: row.get("acc") for row in rows if "filter" not in row}
         if not found or None in found.values():
             return {}
-        if not math.isclose(fmean(found.values()), result["tasks"][task]["acc"] or 0, abs_tol=1e-6):
+        if not math.isclose(fmean(found.values()), result["tasks"].get(task, {}).get("acc") or 0, abs_tol=1e-6):
             return {}
         accuracies[task] = found
     return accuracies
