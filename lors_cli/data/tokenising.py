@@ -11,13 +11,8 @@ from lors_cli.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
-
 DEFAULT_SAMPLES, DEFAULT_LENGTH = 128, 2048
-
-
 BATCH_DOCUMENTS = 256
-
-
 BATCH_CHARS = 1_000_000
 
 

@@ -28,7 +28,7 @@ from typing import IO, Any
 import numpy as np
 
 from lors_cli.errors import ResourceError, UsageError
-from lors_cli.files import atomic, hashes
+from lors_cli.files import atomic, hashes, locks
 from lors_cli.output.console import gib
 
 CACHE_VERSION = 1
@@ -119,10 +119,6 @@ class TokenCache:
             place += taken
         return tokens, starts
 
-    def num_bytes(self) -> int:
-        """What it takes on disk."""
-        return _folder_bytes(self.folder)
-
     # ---- writing
 
     def write_shard(self, number: int, tokens: np.ndarray, starts: np.ndarray, after: dict[str, Any]) -> None:
@@ -181,9 +177,7 @@ def _opened(path: Path) -> tuple[Any, np.ndarray]:
 def open_cache(root: Path, manifest: dict[str, Any], tokenizer: str) -> TokenCache:
     """The cache of a text, made when it is not there, and held.
 
-    Args:
-        manifest: what the stream is made of; its hash is the key.
-        tokenizer: its JSON.
+    `manifest` says what the stream is made of, its hash is the key; `tokenizer` is JSON.
     """
     settings = {"version": CACHE_VERSION, "shard_tokens": SHARD_TOKENS, **manifest}
     settings["tokenizer"] = hashlib.sha256(tokenizer.encode()).hexdigest()
@@ -210,14 +204,10 @@ def _locked(folder: Path) -> IO[str] | None:
     except FileNotFoundError:
         return None
     fcntl.flock(file, fcntl.LOCK_SH)
-    try:
-        same = os.stat(folder / ".lock").st_ino == os.fstat(file.fileno()).st_ino
-    except FileNotFoundError:
-        same = False
-    if not same:
-        file.close()
-        return None
-    return file
+    if locks.is_there(folder / ".lock", file):
+        return file
+    file.close()
+    return None
 
 
 def make_room(cache: TokenCache, num_bytes: int) -> None:
@@ -230,7 +220,7 @@ def make_room(cache: TokenCache, num_bytes: int) -> None:
     root = cache.folder.parent
     for remains in root.glob(".removed-*"):
         shutil.rmtree(remains, ignore_errors=True)
-    sizes = {folder: _folder_bytes(folder) for folder in root.iterdir() if folder.is_dir()}
+    sizes = {folder: folder_bytes(folder) for folder in root.iterdir() if folder.is_dir()}
     total = sum(sizes.values()) + num_bytes
     for folder in sorted(sizes, key=_last_used):
         if total <= limit:
@@ -264,7 +254,8 @@ def _remove(folder: Path) -> bool:
     return True
 
 
-def _folder_bytes(folder: Path) -> int:
+def folder_bytes(folder: Path) -> int:
+    """What a cache takes on disk."""
     total = 0
     for path in folder.glob("*"):
         try:
