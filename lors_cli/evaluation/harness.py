@@ -36,14 +36,10 @@ def score_task(
     folder: Path,
     label: str = "",
 ) -> TaskResult:
-    """Score a causal LM on one task, zero-shot.
+    """Score a causal LM, in evaluation mode, on one task, zero-shot.
 
     Args:
-        model: causal LM in evaluation mode, on its device.
-        tokenizer: its own.
-        task: one of the seven tasks, pydoc_choice, or any task of lm-eval.
         limit: at most so many documents, the first ones.
-        batch_size: see `score_choices`.
         data_dir: folder with local copies of the seven tasks' documents, None for the hub.
         folder: for generated files; may be deleted afterwards.
         label: the model's name, for the progress display.

@@ -76,10 +76,6 @@ def p_text(p_value: float) -> str:
 def mcnemar(better: int, worse: int) -> float:
     """Exact two-sided p-value of McNemar's test: of equal models, a coin's toss tells which has a document right.
 
-    Args:
-        better: documents that only the first model has right.
-        worse: documents that only the second model has right.
-
     Source: McNemar 1947, doi:10.1007/BF02295996; the exact form is the sign test.
     """
     from scipy.stats import binomtest
@@ -87,9 +83,7 @@ def mcnemar(better: int, worse: int) -> float:
     return float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
 
 
-def bootstrap_interval(
-    differences: Sequence[Sequence[float]], *, rounds: int = ROUNDS, seed: int = SEED
-) -> tuple[float, float]:
+def bootstrap_interval(differences: Sequence[Sequence[float]]) -> tuple[float, float]:
     """Percentile interval (95 %) of the mean over tasks of the mean difference, documents drawn anew within each task.
 
     Args:
@@ -99,12 +93,12 @@ def bootstrap_interval(
     """
     import numpy as np
 
-    generator = np.random.default_rng(seed)
-    means = np.zeros(rounds)
+    generator = np.random.default_rng(SEED)
+    means = np.zeros(ROUNDS)
     for task in differences:
         # Documents with the same difference are alike: only how many of each kind are drawn matters.
         values, counts = np.unique(np.asarray(task, dtype=np.float64), return_counts=True)
-        for part in _parts(rounds, len(values)):
+        for part in _parts(len(values)):
             drawn = generator.multinomial(len(task), counts / len(task), size=len(means[part]))
             means[part] += drawn @ values / len(task) / len(differences)
     tail = (1 - CONFIDENCE) / 2
@@ -112,7 +106,7 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def permutation_test(differences: Sequence[Sequence[float]], *, rounds: int = ROUNDS, seed: int = SEED) -> float:
+def permutation_test(differences: Sequence[Sequence[float]]) -> float:
     """Two-sided p-value of the mean over tasks of the mean difference: of equal models, either has the larger score.
 
     For scores of 0 and 1 in one task it is McNemar's test, up to chance.
@@ -124,22 +118,22 @@ def permutation_test(differences: Sequence[Sequence[float]], *, rounds: int = RO
     """
     import numpy as np
 
-    generator = np.random.default_rng(seed)
-    found, means = 0.0, np.zeros(rounds)
+    generator = np.random.default_rng(SEED)
+    found, means = 0.0, np.zeros(ROUNDS)
     for task in differences:
         sizes, counts = np.unique(np.abs(np.asarray(task, dtype=np.float64)), return_counts=True)
         found += float(np.sum(task)) / len(task)
-        for part in _parts(rounds, len(sizes)):
+        for part in _parts(len(sizes)):
             positive = generator.binomial(counts, 0.5, size=(len(means[part]), len(sizes)))
             means[part] += (2 * positive - counts) @ sizes / len(task)
     as_far = np.abs(means) >= abs(found) - 1e-9  # the same mean in another order of summation
-    return float((1 + np.count_nonzero(as_far)) / (rounds + 1))
+    return float((1 + np.count_nonzero(as_far)) / (ROUNDS + 1))
 
 
-def _parts(rounds: int, width: int) -> Iterator[slice]:
-    """All rounds, as many at a time as draw no more than `_MAX_DRAWN` numbers."""
+def _parts(width: int) -> Iterator[slice]:
+    """All rounds, as many at a time as draw no more than `_MAX_DRAWN` numbers of `width` a round."""
     step = max(1, _MAX_DRAWN // width)
-    return (slice(first, min(first + step, rounds)) for first in range(0, rounds, step))
+    return (slice(first, min(first + step, ROUNDS)) for first in range(0, ROUNDS, step))
 
 
 def compare(
@@ -159,26 +153,23 @@ def compare(
         apart = [found[document] - other[task][document] for document in sorted(found)]
         better, worse = sum(value > 0 for value in apart), sum(value < 0 for value in apart)
         whole = {*found.values(), *other[task].values()} <= {0, 1}
-        p_value = mcnemar(better, worse) if whole else permutation_test([apart])
-        test = "McNemar" if whole else "permutation"
-        tasks[task] = TaskComparison(len(apart), sum(apart) / len(apart), better, worse, p_value, test)
+        tested = _test(better, worse, [apart], whole)
+        tasks[task] = TaskComparison(len(apart), sum(apart) / len(apart), better, worse, *tested)
         differences.append(apart)
     low, high = bootstrap_interval(differences)
-    if all(task.test == "McNemar" for task in tasks.values()):
-        better, worse = (sum(getattr(task, side) for task in tasks.values()) for side in ("better", "worse"))
-        p_value, test = mcnemar(better, worse), "McNemar"
-    else:
-        p_value, test = permutation_test(differences), "permutation"
+    better, worse = sum(task.better for task in tasks.values()), sum(task.worse for task in tasks.values())
+    tested = _test(better, worse, differences, all(task.test == "McNemar" for task in tasks.values()))
     difference = sum(task.difference for task in tasks.values()) / len(tasks)
-    return Comparison(first, second, difference, low, high, p_value, test, tasks)
+    return Comparison(first, second, difference, low, high, *tested, tasks)
+
+
+def _test(better: int, worse: int, differences: Sequence[Sequence[float]], whole: bool) -> tuple[float, str]:
+    """The p-value and the test's name; `whole` scores are 0 or 1."""
+    return (mcnemar(better, worse), "McNemar") if whole else (permutation_test(differences), "permutation")
 
 
 def compare_models(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> list[Comparison]:
-    """The models of an evaluation two by two, on the tasks that their averages are of.
-
-    Args:
-        folder: of the eval stage, with `samples/`.
-        results: as `evaluate` returns them.
+    """The models of an evaluation, whose stage's folder it is, two by two, on the tasks that their averages are of.
 
     Returns:
         Tuned against pruned, pruned against dense, tuned against dense, as far as they are there; models of other
