@@ -11,6 +11,8 @@ from lors_cli.files import atomic, hashes, records
 from lors_cli.machine import environment
 from lors_cli.recipe.schema import Recipe
 
+MANIFEST_NAME = "manifest.json"
+
 
 def inputs(recipe: Recipe, data_dir: Path | None) -> list[dict[str, Any]]:
     """Every model and text that a recipe reads, in a fixed order.
@@ -80,8 +82,8 @@ def hub_commit(fingerprint: str) -> str | None:
     return snapshots[0].name if len(snapshots) == 1 else None
 
 
-def _write_manifest(recipe: Recipe, out: Path, done: list[dict[str, Any]], data_dir: Path | None) -> None:
-
+def write_manifest(recipe: Recipe, out: Path, done: list[dict[str, Any]], data_dir: Path | None) -> None:
+    """Write where the results in `out` come from; `done` is what this call did."""
     seeds = {"recipe": recipe.seed}
     if recipe.prune:
         seeds["calibration"] = recipe.prune.calibration.seed
@@ -92,7 +94,7 @@ def _write_manifest(recipe: Recipe, out: Path, done: list[dict[str, Any]], data_
         "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "seeds": seeds,
         "environment": environment.environment(), **manifest_content(recipe, out, data_dir), "last_call": done,
     }  # fmt: skip
-    atomic.write_json(out / "manifest.json", content)
+    atomic.write_json(out / MANIFEST_NAME, content)
 
 
 def _origin(recipe: Recipe) -> dict[str, Any]:
@@ -105,9 +107,6 @@ def _origin(recipe: Recipe) -> dict[str, Any]:
         return {"path": recipe.model.path}
     revision = recipe.model.revision
     return {"path": recipe.model.path, "revision": revision, "commit": commit_of(repo, revision)}
-
-
-MANIFEST_NAME = "manifest.json"
 
 
 def manifest_content(recipe: Recipe, out: Path, data_dir: Path | None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from lors_cli.machine import processes
 from lors_cli.machine.determinism import determinism
 from lors_cli.output import console, progress
 from lors_cli.pipeline.folders import claim, forget, guard_out, tidy
-from lors_cli.pipeline.manifest import _write_manifest
+from lors_cli.pipeline.manifest import write_manifest
 from lors_cli.pipeline.plans import StagePlan, announce, plan_stages, select
 from lors_cli.pipeline.resources import check_disk, check_memory
 from lors_cli.pipeline.stages import STAGES
@@ -23,12 +23,7 @@ from lors_cli.recipe.schema import Recipe
 
 
 def run_single(plan: StagePlan, data_dir: Path | None) -> bool:
-    """Do a stage on its own, unless it is done; whether anything was done.
-
-    Args:
-        plan: from `plan_single`.
-        data_dir: local datasets.
-    """
+    """Do a stage on its own, unless it is done; whether anything was done."""
     with claim(plan.folder):
         if plan.status == "done":
             if processes.is_main():
@@ -41,12 +36,7 @@ def run_single(plan: StagePlan, data_dir: Path | None) -> bool:
 
 
 def run_stage(plan: StagePlan, data_dir: Path | None) -> None:
-    """Do one stage's work.
-
-    Args:
-        plan: from `plan_stages`.
-        data_dir: local datasets.
-    """
+    """Do one stage's work."""
     check_disk(plan)
     check_memory(plan)
     with _told_when_gone(plan):
@@ -82,8 +72,6 @@ def run_recipe(
     """Run a recipe's stages in order; finished ones are skipped, begun ones go on.
 
     Args:
-        recipe: the whole pipeline.
-        out: run folder.
         first: start here; what comes before must be finished.
         last: stop after this stage.
         force: stages to do again though they are finished.
@@ -112,7 +100,7 @@ def _finish(recipe: Recipe, out: Path, data_dir: Path | None, done: list[dict[st
     from lors_cli.evaluation.significance import compare_models
     from lors_cli.report.run import write_report
 
-    _write_manifest(recipe, out, done, data_dir)
+    write_manifest(recipe, out, done, data_dir)
     with progress.busy("writing the report"):
         finished = finished_stages(recipe, out, data_dir)
         report = write_report(out, finished)
@@ -162,13 +150,7 @@ def _write_recipe(recipe: Recipe, out: Path) -> None:
 
 
 def finished_stages(recipe: Recipe, out: Path, data_dir: Path | None) -> set[str]:
-    """The stages whose results in `out` are those of this recipe.
-
-    Args:
-        recipe: the whole pipeline.
-        out: run folder.
-        data_dir: local datasets.
-    """
+    """The stages whose results in `out` are those of this recipe."""
     return {plan.stage for plan in plan_stages(recipe, out, data_dir) if plan.status == "done"}
 
 
