@@ -66,8 +66,6 @@ _HUB_ERRORS = (
     "DatasetNotFoundError", "DataFilesNotFoundError", "ConnectionError", "ConnectError", "ConnectTimeout",
     "ReadTimeout", "ProxyError", "MaxRetryError", "NameResolutionError",
 )  # fmt: skip
-
-
 _SCRIPT = re.compile(r"Dataset scripts are no longer supported, but found (\S+)")
 """What datasets 4 and 5 say."""
 

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from lors_cli.recipe.schema import ModelConfig
 
-
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 

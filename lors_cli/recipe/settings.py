@@ -9,8 +9,6 @@ from typing import Any
 from lors_cli.errors import UsageError, shorten
 
 KeyPath = tuple[str | int, ...]
-
-
 MAX_SHOWN = 40
 
 

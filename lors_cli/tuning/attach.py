@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from lors_cli.recipe.schema import TuneConfig
 
-
 PREFIX = "base_model.model."
 
 

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 Kind = Literal["none", "norm", "hessian"]
 NOT_FINITE = "the calibration inputs of a layer hold NaN or Inf; the model or its dtype is broken."
-
-
 PANEL_COLUMNS = 128
 CAST_BYTES = 256 << 20
 """At most so many bytes of inputs are held in float32 at a time."""

@@ -12,11 +12,9 @@ from lors_cli.tuning.kernels.masked_merge import masked_merge
 from lors_cli.tuning.kernels.rounding import Rounding
 from lors_cli.tuning.kernels.scratch import scratch
 
+Keep = Literal["never", "recompute", "always"]
 SHARE_OF_FREE = 0.25
 """All merged weights are kept where they take at most this share of the free memory; activations need the rest."""
-
-
-Keep = Literal["never", "recompute", "always"]
 
 
 class MergedCache:
