@@ -1,5 +1,6 @@
 """The eval stage: zero-shot tasks and perplexities of several models, side by side, and whether they differ."""
 
+from lors_cli.evaluation.significance import compare_models
 from lors_cli.evaluation.stage import evaluate
 
-__all__ = ["evaluate"]
+__all__ = ["compare_models", "evaluate"]

@@ -76,6 +76,8 @@ def p_text(p_value: float) -> str:
 def mcnemar(better: int, worse: int) -> float:
     """Exact two-sided p-value of McNemar's test: of equal models, a coin's toss tells which has a document right.
 
+    `better` counts the documents that only the first model has right, `worse` those that only the second has.
+
     Source: McNemar 1947, doi:10.1007/BF02295996; the exact form is the sign test.
     """
     from scipy.stats import binomtest
@@ -83,7 +85,9 @@ def mcnemar(better: int, worse: int) -> float:
     return float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
 
 
-def bootstrap_interval(differences: Sequence[Sequence[float]]) -> tuple[float, float]:
+def bootstrap_interval(
+    differences: Sequence[Sequence[float]], *, rounds: int = ROUNDS, seed: int = SEED
+) -> tuple[float, float]:
     """Percentile interval (95 %) of the mean over tasks of the mean difference, documents drawn anew within each task.
 
     Args:
@@ -93,12 +97,12 @@ def bootstrap_interval(differences: Sequence[Sequence[float]]) -> tuple[float, f
     """
     import numpy as np
 
-    generator = np.random.default_rng(SEED)
-    means = np.zeros(ROUNDS)
+    generator = np.random.default_rng(seed)
+    means = np.zeros(rounds)
     for task in differences:
         # Documents with the same difference are alike: only how many of each kind are drawn matters.
         values, counts = np.unique(np.asarray(task, dtype=np.float64), return_counts=True)
-        for part in _parts(len(values)):
+        for part in _parts(rounds, len(values)):
             drawn = generator.multinomial(len(task), counts / len(task), size=len(means[part]))
             means[part] += drawn @ values / len(task) / len(differences)
     tail = (1 - CONFIDENCE) / 2
@@ -106,7 +110,7 @@ def bootstrap_interval(differences: Sequence[Sequence[float]]) -> tuple[float, f
     return float(low), float(high)
 
 
-def permutation_test(differences: Sequence[Sequence[float]]) -> float:
+def permutation_test(differences: Sequence[Sequence[float]], *, rounds: int = ROUNDS, seed: int = SEED) -> float:
     """Two-sided p-value of the mean over tasks of the mean difference: of equal models, either has the larger score.
 
     For scores of 0 and 1 in one task it is McNemar's test, up to chance.
@@ -118,22 +122,22 @@ def permutation_test(differences: Sequence[Sequence[float]]) -> float:
     """
     import numpy as np
 
-    generator = np.random.default_rng(SEED)
-    found, means = 0.0, np.zeros(ROUNDS)
+    generator = np.random.default_rng(seed)
+    found, means = 0.0, np.zeros(rounds)
     for task in differences:
         sizes, counts = np.unique(np.abs(np.asarray(task, dtype=np.float64)), return_counts=True)
         found += float(np.sum(task)) / len(task)
-        for part in _parts(len(sizes)):
+        for part in _parts(rounds, len(sizes)):
             positive = generator.binomial(counts, 0.5, size=(len(means[part]), len(sizes)))
             means[part] += (2 * positive - counts) @ sizes / len(task)
     as_far = np.abs(means) >= abs(found) - 1e-9  # the same mean in another order of summation
-    return float((1 + np.count_nonzero(as_far)) / (ROUNDS + 1))
+    return float((1 + np.count_nonzero(as_far)) / (rounds + 1))
 
 
-def _parts(width: int) -> Iterator[slice]:
+def _parts(rounds: int, width: int) -> Iterator[slice]:
     """All rounds, as many at a time as draw no more than `_MAX_DRAWN` numbers of `width` a round."""
     step = max(1, _MAX_DRAWN // width)
-    return (slice(first, min(first + step, ROUNDS)) for first in range(0, ROUNDS, step))
+    return (slice(first, min(first + step, rounds)) for first in range(0, rounds, step))
 
 
 def compare(
@@ -169,7 +173,9 @@ def _test(better: int, worse: int, differences: Sequence[Sequence[float]], whole
 
 
 def compare_models(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> list[Comparison]:
-    """The models of an evaluation, whose stage's folder it is, two by two, on the tasks that their averages are of.
+    """The models of an evaluation two by two, on the tasks that their averages are of.
+
+    `folder` is the stage's, with `samples/`; `results` are as `evaluate` returns them.
 
     Returns:
         Tuned against pruned, pruned against dense, tuned against dense, as far as they are there; models of other

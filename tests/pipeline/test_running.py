@@ -307,6 +307,7 @@ def test_a_disk_that_fills_within_a_training_checkpoint(
     flags = ("--dataset", "rows.jsonl", "--rank", "4", "--max-steps", "2", "--max-length", "256")
     result = lors("tune", RUN / "prune", "--out", small_disk / "t", *flags, "save_steps=1")
     assert result.exit_code == 4
+    assert "disk is full" in result.stderr
 
 
 def test_a_read_only_folder_is_a_usage_error(at_workshop: Path, small_disk: Path, lors: Lors) -> None:
