@@ -67,13 +67,12 @@ def size_limit() -> int:
 class TokenCache:
     """One text with one tokenizer, in a folder `tokens/<key>` that is there already."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, lock: IO[str] | None = None) -> None:
+        self.folder, self._lock = folder, lock
         self.manifest: dict[str, Any] = atomic.read_json(folder / MANIFEST_NAME) or {}
         self.shard_tokens: int = self.manifest["shard_tokens"]
         self._known_shards = 0
         self._end: int | None = None
-        self._lock: IO[str] | None = None
 
     # ---- reading
 
@@ -192,9 +191,7 @@ def open_cache(root: Path, manifest: dict[str, Any], tokenizer: str) -> TokenCac
             atomic.write_text(folder / TOKENIZER_NAME, tokenizer)
             atomic.write_json(folder / MANIFEST_NAME, settings)
         os.utime(folder / MANIFEST_NAME)  # the least recently used goes first
-        cache = TokenCache(folder)
-        cache._lock = lock
-        return cache
+        return TokenCache(folder, lock)
 
 
 def _locked(folder: Path) -> IO[str] | None:
