@@ -7,14 +7,11 @@ the weight, D (R, C) the scaled dual, R out_features, C in_features.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+import torch
+
+from lors_cli.pruning.methods.statistics import InputStatistics
 from lors_cli.sparsity import Pattern, keep_largest
-
-if TYPE_CHECKING:
-    import torch
-
-    from lors_cli.pruning.methods.statistics import InputStatistics
 
 ITERATIONS = 20
 MASK_ITERATIONS = 15
@@ -53,8 +50,6 @@ def admm(
 
     Source: Boža, Algorithms 1 and 2, arXiv:2401.02938.
     """
-    import torch
-
     norms = statistics.hessian().diagonal().sqrt()
     dead = norms == 0
     norms[dead] = 1
@@ -84,8 +79,6 @@ def admm(
 
 def _mask(scores: torch.Tensor, pattern: Pattern, rows: list[int]) -> torch.Tensor:
     """The mask of each stacked weight on its own."""
-    import torch
-
     if pattern.structured:
         return keep_largest(scores, pattern, per_row=True)
     return torch.cat([keep_largest(part, pattern, per_row=False) for part in scores.split(rows)])

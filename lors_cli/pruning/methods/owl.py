@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+import torch
 
 from lors_cli.errors import UsageError
-
-if TYPE_CHECKING:
-    import torch
 
 THRESHOLD = 5.0
 SPREAD = 0.08

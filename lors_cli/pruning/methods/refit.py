@@ -6,10 +6,7 @@ R out_features, C in_features.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import torch
+import torch
 
 DAMPING = 0.01
 ITERATIONS = 32
@@ -32,8 +29,6 @@ def refit(W0: torch.Tensor, W: torch.Tensor, H: torch.Tensor, *, iterations: int
 
     Source: ALPS §3.2 (preconditioned conjugate gradients on a fixed support), arXiv:2406.07831.
     """
-    import torch
-
     damped = H.clone()
     damped.diagonal().add_(DAMPING * H.diagonal().mean())
     inverse_diagonal = 1 / damped.diagonal().clamp_min(torch.finfo(torch.float32).tiny)

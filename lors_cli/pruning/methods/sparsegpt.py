@@ -7,17 +7,13 @@ R out_features, C in_features. The sweep works on Wᵀ, so that a column of W is
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+import torch
 
 from lors_cli.errors import UsageError
 from lors_cli.output import console
-from lors_cli.pruning.methods.statistics import NOT_FINITE
+from lors_cli.pruning.methods.statistics import NOT_FINITE, InputStatistics
 from lors_cli.sparsity import Pattern, keep_largest, keep_of_group
-
-if TYPE_CHECKING:
-    import torch
-
-    from lors_cli.pruning.methods.statistics import InputStatistics
 
 BLOCK_COLUMNS = 128
 STRIP_COLUMNS = 16
@@ -40,8 +36,6 @@ def sparsegpt(weights: Sequence[torch.Tensor], statistics: InputStatistics, patt
 
     Source: SparseGPT §3 and Algorithm 1, arXiv:2301.00774.
     """
-    import torch
-
     H = statistics.hessian()
     Wt = torch.cat([weight.T.float() for weight in weights], dim=1)
     Wt[H.diagonal() == 0] = 0
@@ -66,8 +60,6 @@ def inverse_factor(H: torch.Tensor) -> torch.Tensor:
     Raises:
         UsageError: H holds NaN or infinities.
     """
-    import torch
-
     diagonal = torch.where(H.diagonal() == 0, 1, H.diagonal())
     mean = diagonal.double().mean()
     damping = DAMPING
@@ -91,8 +83,6 @@ def inverse_factor(H: torch.Tensor) -> torch.Tensor:
 
 def _factor_of_inverse(H: torch.Tensor) -> tuple[torch.Tensor, bool]:
     """The upper Cholesky factor of H⁻¹, and whether it failed; at most two matrices of H's size beside H."""
-    import torch
-
     L, failed = torch.linalg.cholesky_ex(H)
     if failed:
         return L, True
@@ -119,8 +109,6 @@ def _sweep_block(block: torch.Tensor, U: torch.Tensor, pattern: Pattern, rows: l
     Within the block the same is done once more with narrow strips: columns of a strip are updated one by one, the
     rest of the block by one product a strip.
     """
-    import torch
-
     errors = torch.empty_like(block)
     masks: Sequence[torch.Tensor] = [] if pattern.structured else _block_mask(block, U, pattern, rows).unbind()
     width = _multiple(STRIP_COLUMNS, pattern)
@@ -151,8 +139,6 @@ def _group_mask(columns: torch.Tensor, diagonal: torch.Tensor, pattern: Pattern)
 
 def _block_mask(block: torch.Tensor, block_U: torch.Tensor, pattern: Pattern, rows: list[int]) -> torch.Tensor:
     """Unstructured: the (columns, R) mask that keeps the highest saliencies of each weight's part of the block."""
-    import torch
-
     saliency = (block / block_U.diagonal()[:, None]).square()
     parts = [keep_largest(part.T.contiguous(), pattern, per_row=False) for part in saliency.split(rows, dim=1)]
     return torch.cat(parts).T.contiguous()

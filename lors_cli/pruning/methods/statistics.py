@@ -6,15 +6,13 @@ Legend: X (tokens, C) inputs of a linear, C in_features, H (C, C) the layer-wise
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+
+import torch
 
 from lors_cli.errors import UsageError
 from lors_cli.machine import processes
+from lors_cli.pruning.facts import Kind
 
-if TYPE_CHECKING:
-    import torch
-
-Kind = Literal["none", "norm", "hessian"]
 NOT_FINITE = "the calibration inputs of a layer hold NaN or Inf; the model or its dtype is broken."
 
 
@@ -41,8 +39,6 @@ class InputStatistics:
 
     def update(self, x: torch.Tensor) -> None:
         """Add one batch of inputs (samples, tokens, C), or (tokens, C) of one sample, of any float dtype."""
-        import torch
-
         assert self._hessian is None, "inputs came after the Hessian was asked for"
         self.num_samples += x.shape[0] if x.dim() > 2 else 1
         rows = x.reshape(-1, x.shape[-1])
@@ -67,8 +63,6 @@ class InputStatistics:
         """
         if processes.num_processes() == 1:
             return
-        import torch
-
         if self.total is None and self.kind != "none":
             size = (width,) if self.kind == "norm" else (width, width)
             self.total = torch.zeros(size, dtype=torch.float32, device=device)
