@@ -28,25 +28,14 @@ def admm(
     mask_iterations: int = MASK_ITERATIONS,
     penalty: float = PENALTY,
 ) -> list[torch.Tensor]:
-    """Prune linears that share their input, by alternating between the least-squares weight and its sparse copy.
+    """Prune linears (R_i, C) that share their input, alternating between the least-squares weight and its sparse copy.
 
-    Inputs are scaled to unit norm, so that a weight's size is Wanda's score. The mask is chosen anew in the first
-    iterations and then kept while the weights converge to its least-squares solution. One factorisation serves all
-    the weights and all the iterations.
+    Inputs are scaled to unit norm, so that a weight's size is Wanda's score. One factorisation serves all the weights,
+    each of which has its own share of zeros, and all the iterations. Kept entries are updated.
 
     Args:
-        weights: (R_i, C) each; every weight keeps its own share of zeros.
-        statistics: Hessian of the shared input.
-        pattern: N:M within each group; unstructured over each whole weight.
-        iterations: of the alternation.
-        mask_iterations: in how many of them the mask is chosen anew.
+        mask_iterations: the first ones, in which the mask is chosen anew; then it is kept while the weights converge.
         penalty: ρ, weight of the two copies' difference.
-
-    Returns:
-        The pruned weights, (R_i, C) each, in their own dtypes; kept entries are updated.
-
-    Raises:
-        UsageError: the Hessian is not finite.
 
     Source: Boža, Algorithms 1 and 2, arXiv:2401.02938.
     """

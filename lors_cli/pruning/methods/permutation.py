@@ -22,12 +22,9 @@ MAX_GROUPS = 512
 
 
 def retained(scores: torch.Tensor, pattern: Pattern, permutation: torch.Tensor | None = None) -> float:
-    """The sum, in float64, of the scores that stay when the N highest of every M consecutive inputs of a row are kept.
+    """The sum, in float64, of the scores (R, C) that stay when the N highest of every M inputs of a row are kept.
 
-    Args:
-        scores: (R, C), not negative.
-        pattern: N:M.
-        permutation: (C,) int64, input j is taken from input permutation[j]; None for the order as it is.
+    `permutation` (C,): input j is taken from input permutation[j]; None for the order as it is.
     """
     assert pattern.m is not None
     order = torch.arange(scores.shape[1], device=scores.device) if permutation is None else permutation
@@ -39,13 +36,11 @@ def find_permutation(scores: torch.Tensor, pattern: Pattern) -> torch.Tensor:
     """An order of the inputs with a high retained score, found by dealing and then by linear sum assignments.
 
     Channels are sorted by their total score and dealt to the groups in turn, to and fro. Then, over and over, every
-    group gives up one channel and the best assignment of these channels to the groups is solved exactly. At most
-    `MAX_GROUPS` groups, drawn anew each round, exchange channels at a time, which bounds time (C·R·MAX_GROUPS a round)
-    and memory (a copy of the scores). The draws are seeded: the result depends on the arguments alone.
+    group gives up one channel and the best assignment of these channels to the groups is solved exactly, among at most
+    `MAX_GROUPS` groups drawn anew each round: time is C·R·MAX_GROUPS a round. The draws are seeded.
 
     Args:
         scores: (R, C), not negative, C a multiple of M.
-        pattern: N:M.
 
     Returns:
         (C,) int64 on the scores' device: new input j is old input permutation[j]. The identity, unless another order

@@ -19,10 +19,7 @@ def refit(W0: torch.Tensor, W: torch.Tensor, H: torch.Tensor, *, iterations: int
     damped by 0.01 × its mean diagonal as in SparseGPT.
 
     Args:
-        W0: (R, C) the dense weight.
-        W: (R, C) the pruned weight: its zeros are the mask, its values the start.
-        H: (C, C) the Hessian of the inputs, float32.
-        iterations: of conjugate gradients.
+        W: its zeros are the mask, its values the start.
 
     Returns:
         (R, C) float32, zero where W is.

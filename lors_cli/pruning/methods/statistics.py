@@ -25,8 +25,7 @@ CAST_BYTES = 256 << 20
 class InputStatistics:
     """Sums over the calibration inputs that one group of linears shares.
 
-    XᵀX is symmetric: only its upper triangle is summed, in panels of rows, at little more than half the products of
-    the whole; `hessian` mirrors it.
+    Of the symmetric XᵀX only the upper triangle is summed, in panels of rows; `hessian` mirrors it.
     """
 
     kind: Kind
@@ -46,15 +45,16 @@ class InputStatistics:
         if self.kind == "none":
             return
         if self.total is None:
-            width = rows.shape[1]
-            size = (width,) if self.kind == "norm" else (width, width)
-            self.total = rows.new_zeros(size, dtype=torch.float32)
+            self.total = self._zeros(rows.shape[1], rows.device)
         for part in rows.split(max(1, CAST_BYTES // (4 * rows.shape[1]))):
             X = part.float()
             if self.kind == "norm":
                 self.total.add_((X.square_() if X is not part else X.square()).sum(0))
             else:
                 _add_upper(self.total, X)
+
+    def _zeros(self, width: int, device: torch.device) -> torch.Tensor:
+        return torch.zeros((width,) if self.kind == "norm" else (width, width), device=device)
 
     def add_up(self, width: int, device: torch.device) -> None:
         """Add what all processes have seen; called once, by all of them, after the last input.
@@ -64,8 +64,7 @@ class InputStatistics:
         if processes.num_processes() == 1:
             return
         if self.total is None and self.kind != "none":
-            size = (width,) if self.kind == "norm" else (width, width)
-            self.total = torch.zeros(size, dtype=torch.float32, device=device)
+            self.total = self._zeros(width, device)
         if self.total is not None:
             processes.add_up(self.total)
         counts = processes.add_up(torch.tensor([self.num_samples, self.num_tokens], device=device))
@@ -86,11 +85,7 @@ class InputStatistics:
         return squares.sqrt()
 
     def hessian(self) -> torch.Tensor:
-        """H = 2·XᵀX / n.
-
-        Returns:
-            (C, C) float32. It is made in place of the sums and kept: every call returns the same tensor, which is
-            not to be written to, and no more inputs can be added.
+        """H = 2·XᵀX / n, (C, C) float32, made in place of the sums: not to be written to, and no input comes after it.
 
         Raises:
             UsageError: an input was NaN or infinite.
@@ -118,7 +113,7 @@ class InputStatistics:
 
 
 def _panels(width: int) -> list[slice]:
-    """Slices of the rows of an upper triangle: at most 16 of them, of at least `PANEL_COLUMNS`."""
+    """Slices of the rows of an upper triangle: at most 16, of at least `PANEL_COLUMNS`."""
     step = max(PANEL_COLUMNS, -(-width // 16))
     return [slice(first, min(first + step, width)) for first in range(0, width, step)]
 
