@@ -28,7 +28,7 @@ def inputs(recipe: Recipe, data_dir: Path | None) -> list[dict[str, Any]]:
     from lors_cli.data.sources import Split, fingerprint_source
     from lors_cli.evaluation.tasks import task_fingerprint
     from lors_cli.models.sources import model_fingerprint
-    from lors_cli.pruning.methods import statistics_kind
+    from lors_cli.pruning.facts import statistics_kind
     from lors_cli.tuning.teacher import teacher_model
 
     found: list[dict[str, Any]] = []

@@ -16,7 +16,7 @@ from lors_cli.errors import SparsityError, UsageError
 from lors_cli.files import atomic, hashes, records
 from lors_cli.machine import environment, processes
 from lors_cli.output import console, progress
-from lors_cli.pruning.methods import STATISTICS, prune_group, refit_group, statistics_kind
+from lors_cli.pruning.facts import statistics_kind
 from lors_cli.sparsity import Pattern, summarise
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from lors_cli.models.tensor_files import Entry
     from lors_cli.pruning.walk.driver import Outcome
     from lors_cli.recipe.schema import ModelConfig, PruneConfig
-
-__all__ = ["STATISTICS", "prune", "prune_group", "refit_group", "stage_fingerprint", "statistics_kind"]
 
 STAGE_VERSION = 2
 

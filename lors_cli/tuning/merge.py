@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from lors_cli.errors import MissingError, SparsityError, UsageError
 from lors_cli.files import hashes, records
 from lors_cli.machine import environment
+from lors_cli.models.loading import load_model, load_tokenizer, save_checkpoint
+from lors_cli.models.sources import model_fingerprint
 from lors_cli.output import console, progress
+from lors_cli.recipe.schema import ModelConfig
 from lors_cli.tuning.adapter import WEIGHTS_NAME, load_adapter, read_adapter_config
 from lors_cli.tuning.attach import adapter_layers
 from lors_cli.tuning.norms import merge_norms
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 
 def merge_adapters(model: PreTrainedModel) -> int:
-    """Replace every layer with an adapter by an ordinary linear with the merged weight, in place; norms likewise.
-
-    Returns:
-        How many kept weights became exactly zero.
+    """Make every layer with an adapter an ordinary linear, in place, norms likewise; how many kept weights became zero.
 
     Raises:
         SparsityError: a zero of the base became non-zero, by a method that keeps zeros.
@@ -45,17 +44,7 @@ def merge_adapters(model: PreTrainedModel) -> int:
 
 
 def merge(base_path: str, adapter: Path, out: Path, *, dtype: str = "auto", device: str = "auto") -> dict[str, Any]:
-    """`lors merge`: the masked merge of a saved adapter into its sparse base, as a checkpoint.
-
-    Returns:
-        Counts for the user: layers, weights that became zero.
-    """
-    import time
-
-    from lors_cli.models.loading import load_model, load_tokenizer, save_checkpoint
-    from lors_cli.models.sources import model_fingerprint
-    from lors_cli.recipe.schema import ModelConfig
-
+    """`lors merge`: the masked merge of a saved adapter into its sparse base, as a checkpoint; counts for the user."""
     started = time.monotonic()
     if not adapter.is_dir():
         raise MissingError(f"No adapter folder at {adapter}.")

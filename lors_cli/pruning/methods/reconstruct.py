@@ -50,13 +50,10 @@ def reconstruct(
     linearly to 0.
 
     Args:
-        block: pruned.
-        dense: a copy of it from before.
+        dense: a copy of the block from before it was pruned.
         weights: the block's prunable weights; the parameters that hold them are what is tuned.
         run: (block, X) -> the block's output, X (samples, tokens, hidden_size).
         inputs: give X of each step, drawn in random order; on what the pruned blocks before this one put out.
-        epochs: passes over all of them.
-        seed: of the order.
 
     Returns:
         Mean loss of the first and of the last epoch.
