@@ -37,14 +37,14 @@ def _shipped(names: Callable[[Any], Iterable[str]], *, files: bool = True) -> Co
     return complete
 
 
-recipes = _shipped(lambda module: module.shipped_recipes())
-sweeps = _shipped(lambda module: module.shipped_sweeps())
-shipped = _shipped(lambda module: [*module.shipped_recipes(), *module.shipped_sweeps()], files=False)
+recipes = _shipped(lambda module: module.shipped_files("recipe"))
+sweeps = _shipped(lambda module: module.shipped_files("sweep"))
+shipped = _shipped(lambda module: [*module.shipped_files("recipe"), *module.shipped_files("sweep")], files=False)
 
 
 def configs(stage: str) -> Complete:
     """Offers a stage's shipped configs, and YAML files."""
-    return _shipped(lambda module: [name for name in module.shipped_configs() if name.startswith(f"{stage}/")])
+    return _shipped(lambda module: [name for name in module.shipped_files("config") if name.startswith(f"{stage}/")])
 
 
 def texts(incomplete: str) -> list[str]:

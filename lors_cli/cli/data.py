@@ -71,18 +71,18 @@ def load_settings(name: str, overrides: list[str], model: str | None) -> tuple[T
     """
     from lors_cli.errors import UsageError
     from lors_cli.recipe.loading import load_model_config, load_recipe, load_stage
-    from lors_cli.recipe.shipped import find_config, find_recipe, shipped_configs
+    from lors_cli.recipe.shipped import find, shipped_files
 
     if _is_config(name):
         if model is None:
             raise UsageError(f"{name} is a tune config and names no model.", "Say whose tokenizer: --model MODEL.")
-        config: Any = load_stage("tune", find_config(name), overrides)
+        config: Any = load_stage("tune", find("config", name), overrides)
         return config, load_model_config(model), None
     try:
-        recipe = load_recipe(find_recipe(name), overrides)
+        recipe = load_recipe(find("recipe", name), overrides)
     except UsageError as error:
         if "There is no recipe" in error.message:
-            tunes = [config for config in shipped_configs() if config.startswith("tune/")]
+            tunes = [config for config in shipped_files("config") if config.startswith("tune/")]
             raise UsageError(error.message, f"{error.hint} Tune configs: {', '.join(tunes)}.") from None
         raise
     if recipe.tune is None:
@@ -92,13 +92,13 @@ def load_settings(name: str, overrides: list[str], model: str | None) -> tuple[T
 
 def _is_config(name: str) -> bool:
     """Whether `name` means the config of a single stage: a shipped one, or a file without the keys of a recipe."""
-    from lors_cli.recipe.shipped import shipped_configs, shipped_recipes
+    from lors_cli.recipe.shipped import shipped_files
     from lors_cli.recipe.yaml12 import YamlError, read
 
     path = Path(name).expanduser()
     if not path.is_file():
         stem = name.removeprefix("configs/").removesuffix(".yaml")
-        return stem in shipped_configs() and stem not in shipped_recipes()
+        return stem in shipped_files("config") and stem not in shipped_files("recipe")
     try:
         keys = read(path.read_text(encoding="utf-8-sig")).data
     except (YamlError, UnicodeDecodeError, OSError):

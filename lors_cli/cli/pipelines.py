@@ -30,7 +30,7 @@ def run(
 ) -> None:  # fmt: skip
     """Run a recipe: prune, tune, eval; a second call goes on from there."""
     from lors_cli.recipe.loading import load_recipe
-    from lors_cli.recipe.shipped import find_recipe
+    from lors_cli.recipe.shipped import find
 
     choice: dict[str, Any] = {
         "first": first, "last": last, "force": tuple(force or ()), "dry_run": dry_run, "nproc": nproc,
@@ -43,7 +43,7 @@ def run(
     elif allow_changed_inputs:
         raise UsageError("--allow-changed-inputs is for --from-manifest.")
     else:
-        settings = load_recipe(find_recipe(recipe), overrides or [])
+        settings = load_recipe(find("recipe", recipe), overrides or [])
         _run(settings, out or Path("runs") / settings.name, **choice)
 
 
@@ -98,13 +98,13 @@ def sweep(
     """Run a recipe over a grid of settings; cells share their stages."""
     from lors_cli.cli.views import sweeps
     from lors_cli.pipeline.folders import guard_out
-    from lors_cli.recipe.shipped import find_sweep
+    from lors_cli.recipe.shipped import find
     from lors_cli.sweep.cells import load_sweep, select_cells
     from lors_cli.sweep.running import run_sweep
 
     if tflops is not None and (not dry_run or tflops <= 0):
         raise UsageError(f"--tflops {tflops:g}: a rate above 0, for the times that --dry-run shows.")
-    plan = load_sweep(find_sweep(sweep), overrides or [])
+    plan = load_sweep(find("sweep", sweep), overrides or [])
     folder = out or Path("sweeps") / plan.name
     chosen = select_cells(plan, only or [])
     if dry_run:

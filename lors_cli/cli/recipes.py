@@ -24,10 +24,10 @@ def recipes(context: typer.Context, json_mode: o.Json = False) -> None:
 @guarded
 def list_shipped() -> None:
     """Names and first comment lines of the shipped recipes and sweeps."""
-    from lors_cli.recipe.shipped import recipe_summary, shipped_recipes, shipped_sweeps
+    from lors_cli.recipe.shipped import recipe_summary, shipped_files
 
     found = []
-    for kind, files in (("recipe", shipped_recipes()), ("sweep", shipped_sweeps())):
+    for kind, files in (("recipe", shipped_files("recipe")), ("sweep", shipped_files("sweep"))):
         mine = [{"name": name, "kind": kind, "summary": recipe_summary(path)} for name, path in files.items()]
         console.table([kind, "what it does"], [[item["name"], item["summary"]] for item in mine], prose=True)
         console.result()
@@ -41,7 +41,7 @@ def copy(name: o.Shipped, target: o.Target = None) -> None:
     """Write a shipped recipe or sweep here, to edit and run."""
     from lors_cli.errors import UsageError
     from lors_cli.files import atomic
-    from lors_cli.recipe.shipped import find_shipped_recipe, shipped_sweeps
+    from lors_cli.recipe.shipped import find_shipped_recipe, shipped_files
 
     source = find_shipped_recipe(name)
     path = target or Path(source.name)
@@ -49,7 +49,7 @@ def copy(name: o.Shipped, target: o.Target = None) -> None:
     if path.exists():
         raise UsageError(f"{path} is there already; it is not overwritten.", "Name another file.")
     atomic.write_bytes(path, source.read_bytes())
-    runner = "sweep" if source in shipped_sweeps().values() else "run"
+    runner = "sweep" if source in shipped_files("sweep").values() else "run"
     console.result(f"wrote {path}; run it with: lors {runner} {path}")
     console.document({"wrote": str(path)})
 

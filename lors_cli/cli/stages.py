@@ -110,10 +110,10 @@ def _stage(
     from lors_cli.pipeline.resources import check_memory
     from lors_cli.pipeline.running import run_single
     from lors_cli.recipe.loading import load_stage
-    from lors_cli.recipe.shipped import find_config
+    from lors_cli.recipe.shipped import find
 
     together(None if dry_run else nproc)
-    settings = load_stage(stage, find_config(config) if config else None, overrides or [], given(stage, flags))
+    settings = load_stage(stage, find("config", config) if config else None, overrides or [], given(stage, flags))
     data = resolve_data_dir(str(data_dir) if data_dir else None)
 
     def make_plan() -> Any:

@@ -14,7 +14,7 @@ from lors_cli.errors import UsageError, nearest, shorten
 from lors_cli.recipe.loading import apply_overrides, read_settings, unknown_setting
 from lors_cli.recipe.schema import Recipe
 from lors_cli.recipe.settings import KeyPath, Place, Settings, dotted
-from lors_cli.recipe.shipped import find_recipe
+from lors_cli.recipe.shipped import find
 from lors_cli.sweep.axes import read_grids, read_per
 from lors_cli.sweep.draft import Draft, Setting, part, settings_below, unique
 
@@ -79,7 +79,7 @@ def _read_bases(sheet: Settings, folder: Path, draft: Draft) -> None:
         elif isinstance(entry, str) and entry:
             beside = folder / entry
             try:
-                settings = read_settings(beside if beside.is_file() else find_recipe(entry))
+                settings = read_settings(beside if beside.is_file() else find("recipe", entry))
             except UsageError as error:
                 sheet.add(at, " ".join(filter(None, (error.message, error.hint))))
                 continue
