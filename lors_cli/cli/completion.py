@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -90,20 +89,19 @@ OFFERS: dict[str, Complete] = {
 """What is offered for settings whose words the schema does not list."""
 
 
-def section(key: str) -> Any:
-    """The schema's class that has a setting of a whole recipe, such as tune.data.packing."""
-    from lors_cli.recipe.checking import subsection
+def located(key: str) -> tuple[Any, str]:
+    """The schema's class that has a setting of a whole recipe, such as tune.data.packing, and its name there."""
+    from lors_cli.recipe.checking import owner
     from lors_cli.recipe.schema import Recipe
 
-    found: Any = Recipe
-    for part in key.split(".")[:-1]:
-        found = subsection(found, part)
-    return found
+    *sections, name = key.split(".")
+    return owner(Recipe, sections), name
 
 
 def hint(key: str) -> Any:
     """The type that the schema gives a setting of a whole recipe."""
-    return _hints(section(key))[key.rpartition(".")[2]]
+    section, name = located(key)
+    return _hints(section)[name]
 
 
 @cache
@@ -171,13 +169,14 @@ def is_list(kind: Any) -> bool:
     return get_origin(kind) is tuple or any(is_list(part) for part in get_args(kind))
 
 
-def _keys(schema: Any, prefix: str = "") -> list[str]:
+def _keys(schema: type, prefix: str = "") -> list[str]:
     """The dotted names of a schema's settings."""
+    from lors_cli.recipe.checking import field_names, subsection
+
     found = []
-    hints = get_type_hints(schema)
-    for entry in fields(schema):
-        inner = next((kind for kind in (hints[entry.name], *get_args(hints[entry.name])) if is_dataclass(kind)), None)
-        found += _keys(inner, f"{prefix}{entry.name}.") if inner else [f"{prefix}{entry.name}"]
+    for name in field_names(schema):
+        inner = subsection(schema, name)
+        found += _keys(inner, f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
     return found
 
 

@@ -6,10 +6,8 @@ together, and all problems are reported in one UsageError, one line each.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal
 
 from pydantic import TypeAdapter
@@ -23,7 +21,7 @@ from lors_cli.recipe.yaml12 import MAX_BYTES, YamlError, read, write
 
 Stage = Literal["prune", "tune", "eval"]
 
-_FLAG_NAMES = {"calibration.dataset": "--calibration"}
+_FLAG_NAMES = {"calibration.dataset": "--calibration", "path": "MODEL"}
 _SEEDED: tuple[KeyPath, ...] = (("prune", "calibration", "seed"), ("tune", "seed"))
 
 
@@ -54,15 +52,11 @@ def resolve_recipe(settings: Settings, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def load_stage(
-    stage: Stage,
-    path: Path | None,
-    overrides: Sequence[str],
-    flags: dict[str, Any] | MappingProxyType[str, Any] = MappingProxyType({}),
+    stage: Stage, path: Path | None, overrides: Sequence[str], flags: Mapping[str, Any] | None = None
 ) -> PruneConfig | TuneConfig | EvalConfig:
     """The config of a single stage; keys are relative to the stage.
 
     Args:
-        stage: which.
         path: a YAML file, or None for the defaults.
         overrides: `rank=32` and the like.
         flags: values of command-line flags by dotted key; None means that the flag was not given.
@@ -73,12 +67,7 @@ def load_stage(
     schema = STAGE_CONFIGS[stage]
     settings = read_settings(path) if path else Settings({}, {(): Place(f"{stage} settings", (0, 0))})
     apply_overrides(schema, settings, overrides)
-    for index, (key, value) in enumerate(flags.items()):
-        if value is None:
-            continue
-        keys = tuple(key.split("."))
-        flag = _FLAG_NAMES.get(key, "--" + str(keys[-1]).replace("_", "-"))
-        settings.set(keys, plain(value), Place(flag, (2, index), keys), {})
+    _apply_flags(settings, flags or {})
     config: PruneConfig | TuneConfig | EvalConfig = check(schema, settings)
     return config
 
@@ -90,12 +79,17 @@ def load_model_config(path: str, *, dtype: str = "auto", device: str = "auto") -
         UsageError: a value is none that the schema allows.
     """
     settings = Settings({}, {(): Place("MODEL", (0, 0))})
-    for index, (key, place, value) in enumerate(
-        (("path", "MODEL", path), ("dtype", "--dtype", dtype), ("device", "--device", device))
-    ):
-        settings.set((key,), value, Place(place, (2, index), (key,)), {})
+    _apply_flags(settings, {"path": path, "dtype": dtype, "device": device})
     config: ModelConfig = check(ModelConfig, settings)
     return config
+
+
+def _apply_flags(settings: Settings, flags: Mapping[str, Any]) -> None:
+    for index, (key, value) in enumerate(flags.items()):
+        if value is not None:
+            keys = tuple(key.split("."))
+            flag = _FLAG_NAMES.get(key, "--" + keys[-1].replace("_", "-"))
+            settings.set(keys, plain(value), Place(flag, (2, index), keys), {})
 
 
 def dump_recipe(recipe: Recipe | PruneConfig | TuneConfig | EvalConfig) -> str:
@@ -173,10 +167,7 @@ def unknown_setting(schema: type, keys: tuple[str, ...]) -> str | None:
     """What is wrong with a key path, or None when the schema has it."""
     for depth, key in enumerate(keys):
         if key not in field_names(schema):
-            prefix = f"{'.'.join(keys[:depth])}." if depth else ""
-            message = unknown_key(schema, key, keys[:depth])
-            close = re.search(r"did you mean (\w+)\?", message)
-            return message.replace(close.group(1) + "?", f"{prefix}{close.group(1)}?") if close else message
+            return unknown_key(schema, key, keys[:depth], "".join(f"{part}." for part in keys[:depth]))
         inner = subsection(schema, key)
         if inner is None and depth + 1 < len(keys):
             return f"{'.'.join(keys[: depth + 1])} is a single value and has no keys of its own"

@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any, get_args, get_origin, get_type_hints
 
+from lors_cli.recipe.checking import field_names, subsection
 from lors_cli.recipe.loading import recipe_schema
-from lors_cli.recipe.schema import (
-    SEVEN_TASKS,
-    CalibrationConfig,
-    DistillConfig,
-    EvalConfig,
-    ModelConfig,
-    PruneConfig,
-    Recipe,
-    TuneConfig,
-    TuneDataConfig,
-)
+from lors_cli.recipe.schema import Recipe
 
-SECTIONS: dict[str, Any] = {
-    "": Recipe,
-    "model": ModelConfig,
-    "prune": PruneConfig,
-    "prune.calibration": CalibrationConfig,
-    "tune": TuneConfig,
-    "tune.data": TuneDataConfig,
-    "tune.distill": DistillConfig,
-    "eval": EvalConfig,
-}
+
+def _sections(kind: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+    yield ".".join(path), kind
+    for name in field_names(kind):
+        if inner := subsection(kind, name):
+            yield from _sections(inner, (*path, name))
+
+
+SECTIONS = dict(_sections(Recipe))
 RULES: dict[str, list[str]] = {
     "": [
         "At least one of `prune`, `tune` and `eval` is there. A stage without settings is `prune: {}`.",
@@ -109,7 +100,8 @@ def settings() -> list[Setting]:
             key = f"{section}.{entry.name}" if section else entry.name
             description = properties[entry.name].get("description", "")
             words = KINDS.get(key) or _kind(hints[entry.name], properties[entry.name])
-            found.append(Setting(key, words, _default(key, entry), _is_required(entry), description))
+            required = entry.default is MISSING and entry.default_factory is MISSING
+            found.append(Setting(key, words, _default(key, entry), required, description))
     return found
 
 
@@ -129,11 +121,7 @@ def _section(section: str, found: list[Setting]) -> str:
     for setting in found:
         default = "required" if setting.required else "—" if setting.default is None else f"`{setting.default}`"
         name = setting.key.rpartition(".")[2]
-        if setting.key in SECTIONS:
-            name = f"[{name}](#{setting.key.replace('.', '')})"
-            default = "required" if setting.required else "—"
-        else:
-            name = f"`{name}`"
+        name = f"[{name}](#{setting.key.replace('.', '')})" if setting.key in SECTIONS else f"`{name}`"
         description = re.sub(r"\$[A-Z_]+", r"`\g<0>`", setting.description)  # no formula
         cells = (name, setting.kind, default, description)
         lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells) + " |")
@@ -142,17 +130,11 @@ def _section(section: str, found: list[Setting]) -> str:
     return "\n".join([*lines, ""])
 
 
-def _is_required(entry: Field[Any]) -> bool:
-    return entry.default is MISSING and entry.default_factory is MISSING
-
-
 def _default(key: str, entry: Field[Any]) -> str | None:
     """The default in YAML; None where there is none, or it is said in the description."""
     value = entry.default
     if key in SECTIONS or value is MISSING or value is None:
         return None
-    if value == SEVEN_TASKS:
-        return f"[{', '.join(SEVEN_TASKS)}]"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):

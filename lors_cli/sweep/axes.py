@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any
 
 from lors_cli.errors import nearest, shorten
-from lors_cli.recipe.checking import subsection
+from lors_cli.recipe.checking import field_names, owner, subsection
 from lors_cli.recipe.loading import unknown_setting
 from lors_cli.recipe.schema import Recipe
 from lors_cli.recipe.settings import KeyPath, Settings
@@ -54,10 +53,9 @@ def _axis(sheet: Settings, at: KeyPath, axis: str, values: Any) -> list[Setting]
     if unknown or keys == ("name",):
         sheet.add(at, unknown or "a cell's name is made from its values")
         return []
-    section = _section(keys)
+    section = subsection(owner(Recipe, keys[:-1]), keys[-1])
     if section:
-        first = dataclasses.fields(section)[0].name
-        sheet.add(at, f"is a section; an axis is a single setting, such as {axis}.{first}")
+        sheet.add(at, f"is a section; an axis is a single setting, such as {axis}.{field_names(section)[0]}")
         return []
     if not isinstance(values, list) or not values:
         shown = sheet.raws.get(at) or ("value" if isinstance(values, (dict, list)) else str(values))
@@ -78,14 +76,6 @@ def _axis_values(sheet: Settings, at: KeyPath, keys: tuple[str, ...], values: li
             seen.add(value_key(value))
             raws: dict[KeyPath, str] = {} if raw is None else {(): raw}
             yield Setting(keys, value, later(sheet.place((*at, index))), raws)
-
-
-def _section(keys: tuple[str, ...]) -> Any:
-    """The dataclass of a section, None for a single setting."""
-    schema: type | None = Recipe
-    for key in keys:
-        schema = subsection(schema, key) if schema else None
-    return schema
 
 
 # What goes with a value -----------------------------------------------------------------------------------------
