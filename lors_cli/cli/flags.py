@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Annotated, Any, get_args, get_origin
 
-from lors_cli.cli.completion import EXAMPLES, hint, is_list, section, values, words
-from lors_cli.cli.options import CALIBRATION, MACHINE, SETTINGS, TRAINING, option
+from lors_cli.cli.completion import EXAMPLES, hint, is_list, located, values, words
+from lors_cli.cli.options import CALIBRATION, MACHINE, SETTINGS, TRAINING, flag
 
 FLAGS: dict[str, dict[str, dict[str, str]]] = {
     "model": {MACHINE: {"device": "device", "dtype": "dtype"}},
@@ -53,18 +53,13 @@ def split_list(text: str) -> list[str]:
 
 def parameters(sections: Iterable[str]) -> list[inspect.Parameter]:
     """The flags of some sections, as a command's parameters."""
-    return [
-        _parameter(flag, f"{name}.{key}", panel)
-        for name in sections
-        for panel, flags in FLAGS[name].items()
-        for flag, key in flags.items()
-    ]
-
-
-def _parameter(flag: str, key: str, panel: str) -> inspect.Parameter:
-    shown = option(_help(key), f"--{flag.replace('_', '-')}", panel=panel, complete=values(key))
-    kind = Annotated[_kind(hint(key)) | None, shown]  # type: ignore[valid-type]
-    return inspect.Parameter(flag, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+    found = []
+    for section in sections:
+        for panel, flags in FLAGS[section].items():
+            for name, setting in flags.items():
+                key = f"{section}.{setting}"
+                found.append(flag(name, _kind(hint(key)) | None, None, _help(key), panel, values(key)))
+    return found
 
 
 def _kind(kind: Any) -> type:
@@ -84,7 +79,8 @@ def _help(key: str) -> str:
     """A setting's description, of a long one the first sentence without asides; its words; its default."""
     from rich.markup import escape
 
-    sentences = re.split(r"(?<=[.]) (?=[A-Z])", _descriptions(section(key))[key.rpartition(".")[2]])
+    section, name = located(key)
+    sentences = re.split(r"(?<=[.]) (?=[A-Z])", _descriptions(section)[name])
     said = [sentence for sentence in sentences if not sentence.startswith("Default")]
     parts = said if len(" ".join(said)) <= LONGEST else [re.sub(r" \([^()]*\)", "", said[0])]
     kind = hint(key)
@@ -96,7 +92,7 @@ def _help(key: str) -> str:
         parts.append("Several with commas, '' for none.")
     if key in NOTES:
         parts.append(NOTES[key])
-    default = {entry.name: entry.default for entry in dataclasses.fields(section(key))}[key.rpartition(".")[2]]
+    default = next(entry.default for entry in dataclasses.fields(section) if entry.name == name)
     if default is None:
         parts += [sentence for sentence in sentences if sentence.startswith("Default")]
     elif default != ():

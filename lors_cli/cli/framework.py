@@ -69,13 +69,15 @@ class Commands(Group):
 
 
 def command(
-    app: typer.Typer, panel: str, *examples: str, name: str | None = None, sections: Sequence[str] = ()
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    app: typer.Typer, panel: str, *examples: str, name: str | None = None, sections: Sequence[str] = (),
+    flags: Sequence[inspect.Parameter] = (),
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:  # fmt: skip
     """Makes a function a guarded command of a panel, with examples at the end of its help.
 
     Args:
         name: default: the function's.
         sections: of a recipe, whose flags in `flags.FLAGS` it has; the function takes them as `**flags`.
+        flags: others that it takes so.
     """
     from rich.markup import escape
 
@@ -93,7 +95,7 @@ def command(
                 alone.command(name=name, cls=Command, epilog=epilog)(guarded(function, parameters(sections)))
                 return typer.main.get_command(alone).make_context(info_name, args, parent, **extra)
 
-        wrapped = guarded(function)
+        wrapped = guarded(function, flags)
         kind = WithFlags if sections else Command
         app.command(name=name, cls=kind, rich_help_panel=panel, epilog=epilog)(wrapped)
         return wrapped

@@ -29,7 +29,9 @@ def run_bench(flags: dict[str, Any], out: Path | None) -> None:
 
 def parse_flags(flags: dict[str, Any]) -> BenchConfig:
     """A BenchConfig from the command line's flags; a UsageError on one that cannot be."""
-    given = {name: value for name, value in flags.items() if value is not None or name == "shape"}
+    given = {name: value for name, value in flags.items() if value is not None}
+    if "model" in given:
+        given["shape"] = None
     for name in ("lengths", "ranks"):
         parts = given[name].split(",")
         if not all(part.strip().isdecimal() for part in parts):
