@@ -17,7 +17,7 @@ from lors_cli.output.redaction import redact
 from lors_cli.recipe.rules import broken
 from lors_cli.recipe.settings import KeyPath, Place, Settings, dotted
 
-_SHAPES = {
+SHAPES = {
     "name": "must start with a letter or digit and hold only letters, digits, `.`, `_` and `-` (100 at most)",
     "device": "must be auto, cpu, mps, cuda or cuda:N",
     "pattern": "must be N:M, for example 2:4, or unstructured",
@@ -125,8 +125,7 @@ def _report(schema: type, settings: Settings, entry: Any) -> None:
 def _check_rules(schema: type, data: dict[str, Any], settings: Settings, wrong: set[str], path: KeyPath = ()) -> Any:
     """Report the rules that are broken between keys of which none is wrong itself.
 
-    Returns:
-        An unchecked instance of `schema` from what is right in `data`, the rest as if it were not given.
+    Gives an unchecked instance of `schema` from what is right in `data`, the rest as if it were not given.
     """
     made: Any = object.__new__(schema)
     for entry in dataclasses.fields(schema):
@@ -176,7 +175,7 @@ def describe(path: KeyPath, entry: Any, raw: str | None) -> str:
         scalar = isinstance(value, (int, float))
         if kind == "string_type" and scalar and path[-1] not in ("device", "pattern"):
             return f"must be text; put it in quotes: '{raw or value}'"
-        return f"{_SHAPES.get(str(path[-1]), 'must be text')}, not {got}"
+        return f"{SHAPES.get(str(path[-1]), 'must be text')}, not {got}"
     if kind == "tuple_type" and isinstance(value, str):
         return f"must be a list, for example [{got}]"
     if kind in _MUST_BE:

@@ -18,12 +18,7 @@ MAX_CELLS = 1000
 
 
 def read_grids(sheet: Settings, draft: Draft) -> None:
-    """Read `grid`: one mapping of axes to values, or a list of them.
-
-    Args:
-        sheet: the whole file.
-        draft: with its base recipes; the grids are added.
-    """
+    """Read `grid`, one mapping of axes to values or a list of them, into a draft that has its base recipes."""
     given = sheet.data.get("grid")
     if "grid" not in sheet.data:
         if not draft.varies:
@@ -82,12 +77,7 @@ def _axis_values(sheet: Settings, at: KeyPath, keys: tuple[str, ...], values: li
 
 
 def read_per(sheet: Settings, draft: Draft) -> None:
-    """Read `per`: axis, value, settings.
-
-    Args:
-        sheet: the whole file.
-        draft: with its base recipes and grids.
-    """
+    """Read `per` (axis, value, settings) into a draft that has its base recipes and grids."""
     given = sheet.data.get("per", {})
     axes = {RECIPE_AXIS: list(draft.bases), **draft.axes()}
     if not isinstance(given, dict) or (not given and "per" in sheet.data):
