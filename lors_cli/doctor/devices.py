@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lors_cli.doctor.checkups import Finding
-from lors_cli.machine.devices import cpu_has_bfloat16, processor, resolve_device, usable_cores
+from lors_cli.machine.devices import cpu_has_bfloat16, free_memory, processor, resolve_device, usable_cores
 from lors_cli.output.console import gib
 
 if TYPE_CHECKING:
@@ -126,14 +126,10 @@ def _compressed(device: torch.device, dtype: torch.dtype) -> Finding:
 
 
 def _cache(device: torch.device) -> Finding:
-    import psutil
-    import torch
-
     from lors_cli.tuning.kernels.cache import SHARE_OF_FREE
 
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    share = f"{SHARE_OF_FREE:.0%} of what is free"
-    text = f"all merged weights are kept where they take at most {gib(SHARE_OF_FREE * free)}, {share}"
+    most, share = gib(SHARE_OF_FREE * free_memory(str(device))), f"{SHARE_OF_FREE:.0%} of what is free"
+    text = f"all merged weights are kept where they take at most {most}, {share}"
     return Finding("merged cache", "ok", text)
 
 

@@ -128,9 +128,7 @@ def png(figure: Figure) -> bytes:
 def svg(figure: Figure, name: str) -> str:
     """An `<svg>` element to stand in a page: no date, no outside names, colours of `THEMED`.
 
-    Args:
-        figure: drawn under `style`.
-        name: unique in the page, of letters and digits; every id begins with it.
+    Every id in it begins with `name`, which is unique in the page.
     """
     import matplotlib as mpl
 
