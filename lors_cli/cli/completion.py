@@ -9,6 +9,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
+from lors_cli.models.shapes import SHAPES
+from lors_cli.recipe.shipped import Kind, shipped_files
+
 BENCH_METHODS = (
     "lors", "lors-cached", "lors-nearest", "lors-compressed", "sqft", "sqft-gc", "spp", "spp-gc", "hira", "lora",
     "lora-float32",
@@ -25,25 +28,27 @@ def of(*choice: str) -> Complete:
     return lambda incomplete: _starting(choice, incomplete)
 
 
-def _shipped(names: Callable[[Any], Iterable[str]], *, files: bool = True) -> Complete:
-    """Offers names that the module `shipped` gives, and YAML files."""
+def _shipped(kind: Kind, start: str = "") -> Complete:
+    """Offers shipped names, those that begin with `start`, and YAML files."""
 
     def complete(incomplete: str) -> list[str]:
-        from lors_cli.recipe import shipped
-
-        return _starting(names(shipped), incomplete) + (_files(incomplete, (".yaml", ".yml")) if files else [])
+        names = (name for name in shipped_files(kind) if name.startswith(start))
+        return _starting(names, incomplete) + _files(incomplete, (".yaml", ".yml"))
 
     return complete
 
 
-recipes = _shipped(lambda module: module.shipped_files("recipe"))
-sweeps = _shipped(lambda module: module.shipped_files("sweep"))
-shipped = _shipped(lambda module: [*module.shipped_files("recipe"), *module.shipped_files("sweep")], files=False)
+recipes, sweeps = _shipped("recipe"), _shipped("sweep")
+
+
+def shipped(incomplete: str) -> list[str]:
+    """Shipped recipes and sweeps."""
+    return _starting((*shipped_files("recipe"), *shipped_files("sweep")), incomplete)
 
 
 def configs(stage: str) -> Complete:
     """Offers a stage's shipped configs, and YAML files."""
-    return _shipped(lambda module: [name for name in module.shipped_files("config") if name.startswith(f"{stage}/")])
+    return _shipped("config", f"{stage}/")
 
 
 def texts(incomplete: str) -> list[str]:
@@ -75,8 +80,6 @@ def bench_methods(incomplete: str) -> list[str]:
 
 def shapes(incomplete: str) -> list[str]:
     """Models whose shape `lors bench` knows."""
-    from lors_cli.models.shapes import SHAPES
-
     return _starting(SHAPES, incomplete)
 
 
@@ -123,11 +126,9 @@ def values(key: str) -> Complete:
 
 
 def settings(stage: str | None, *, keys: bool = True) -> Callable[[typer.Context, str], list[str]]:
-    """Offers `key=` for every setting, and after it what its value may be.
+    """Offers `key=` for every setting of a stage (None: of a whole recipe), and after it what its value may be.
 
-    Args:
-        stage: prune, tune or eval, or None for a whole recipe's.
-        keys: offer the keys too; without it the word may as well be a file, which the shell knows.
+    Without `keys` only the latter: the word may as well be a file, which the shell knows.
     """
 
     def complete(ctx: typer.Context, incomplete: str) -> list[str]:

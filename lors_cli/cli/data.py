@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,18 +92,19 @@ def load_settings(name: str, overrides: list[str], model: str | None) -> tuple[T
 
 def _is_config(name: str) -> bool:
     """Whether `name` means the config of a single stage: a shipped one, or a file without the keys of a recipe."""
+    from lors_cli.errors import UsageError
+    from lors_cli.recipe.loading import read_settings
     from lors_cli.recipe.shipped import shipped_files
-    from lors_cli.recipe.yaml12 import YamlError, read
 
     path = Path(name).expanduser()
     if not path.is_file():
         stem = name.removeprefix("configs/").removesuffix(".yaml")
         return stem in shipped_files("config") and stem not in shipped_files("recipe")
     try:
-        keys = read(path.read_text(encoding="utf-8-sig")).data
-    except (YamlError, UnicodeDecodeError, OSError):
+        keys = read_settings(path).data
+    except UsageError:
         return False  # reading it as a recipe says what is wrong
-    return isinstance(keys, dict) and bool(keys) and not {"name", "model", "tune", "prune", "eval"} & set(keys)
+    return bool(keys) and not {"name", "model", "tune", "prune", "eval"} & set(keys)
 
 
 def figures(found: TuneData, shown: list[Sample]) -> dict[str, Any]:
@@ -136,17 +137,17 @@ def decoded(ids: list[int], tokenizer: Any) -> str:
 
 
 def styled_text(sample: Sample, tokenizer: Any, *, marks: bool) -> Text:
-    """A text with what has no label dimmed and special tokens coloured.
-
-    Args:
-        marks: put ⟦ ⟧ around what has no label, for where there are no styles.
-    """
+    """A text with special tokens coloured and what has no label dimmed, or with `marks` (without styles) in ⟦ ⟧."""
     from rich.text import Text
 
-    text = Text()
-    before = ""
-    was_masked = False
-    for last, masked, special in _runs(sample, set(tokenizer.all_special_ids)):
+    from lors_cli.data.samples import IGNORED
+
+    special_ids = set(tokenizer.all_special_ids)
+    kinds = [(label == IGNORED, token in special_ids)
+             for token, label in zip(sample["input_ids"], sample["labels"], strict=True)]  # fmt: skip
+    text, before, last, was_masked = Text(), "", 0, False
+    for (masked, special), run in itertools.groupby(kinds):
+        last += len(list(run))
         if marks and masked != was_masked:
             text.append(MASKED_MARKS[0] if masked else MASKED_MARKS[1])
         was_masked = masked
@@ -159,27 +160,17 @@ def styled_text(sample: Sample, tokenizer: Any, *, marks: bool) -> Text:
     return text
 
 
-def _runs(sample: Sample, special_ids: set[int]) -> Iterator[tuple[int, bool, bool]]:
-    """(end, without labels, special) of the longest runs of tokens alike in both."""
-    from lors_cli.data.samples import IGNORED
-
-    kinds = [(label == IGNORED, token in special_ids)
-             for token, label in zip(sample["input_ids"], sample["labels"], strict=True)]  # fmt: skip
-    for place, kind in enumerate(kinds, 1):
-        if place == len(kinds) or kinds[place] != kind:
-            yield place, *kind
-
-
 def _show_sample(index: int, sample: Sample, tokenizer: Any) -> None:
+    from rich.text import Text
+
     from lors_cli.data.samples import IGNORED
 
     length = len(sample["input_ids"])
     num_labels = sum(label != IGNORED for label in sample["labels"][1:])
     texts = texts_of(sample)
     several = f" · {len(texts)} texts" if len(texts) > 1 else ""
-    console.title(
-        f"sample {index} · {length} tokens{several} · {num_labels} labels ({100 * num_labels / length:.1f} %)"
-    )
+    title = f"sample {index} · {length} tokens{several} · {num_labels} labels ({100 * num_labels / length:.1f} %)"
+    console.styled(Text(title, style="bold"))
     for text in texts:
         console.styled(styled_text(text, tokenizer, marks=not console.shows_styles()))
     console.result()

@@ -74,10 +74,7 @@ def command(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:  # fmt: skip
     """Makes a function a guarded command of a panel, with examples at the end of its help.
 
-    Args:
-        name: default: the function's.
-        sections: of a recipe, whose flags in `flags.FLAGS` it has; the function takes them as `**flags`.
-        flags: others that it takes so.
+    As `**flags` it takes `flags`, or those of some sections of a recipe (`flags.FLAGS`).
     """
     from rich.markup import escape
 

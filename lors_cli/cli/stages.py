@@ -29,11 +29,13 @@ def prune(
     data_dir: o.DataDir = None, nproc: o.Nproc = None, dry_run: o.DryRun = False, **flags: Any,
 ) -> None:  # fmt: skip
     """Prune a dense causal LM to a sparse checkpoint."""
+    from lors_cli.cli.views.runs import show_record
+
     if flags["sparsity"] is not None and flags["pattern"] is None and config is None:
         flags["pattern"] = "unstructured"
     models = {"dense": _model(model, flags)}
     if _stage("prune", models, out, config, overrides, flags, data_dir, nproc, dry_run):
-        _show_record(out)
+        show_record(out)
 
 
 @command(
@@ -47,9 +49,11 @@ def tune(
     data_dir: o.DataDir = None, nproc: o.Nproc = None, dry_run: o.DryRun = False, **flags: Any,
 ) -> None:  # fmt: skip
     """Tune a sparse causal LM with LoRS and merge, zeros kept."""
+    from lors_cli.cli.views.runs import show_record
+
     models = {"pruned": _model(model, flags)}
     if _stage("tune", models, out, config, overrides, flags, data_dir, nproc, dry_run):
-        _show_record(out)
+        show_record(out)
 
 
 @command(
@@ -129,16 +133,6 @@ def _stage(
             return False
         run_single(plan, data)
     return processes.is_main()
-
-
-def _show_record(folder: Path) -> None:
-    """The result of prune or tune: its metrics and where it is."""
-    from lors_cli.cli.views.runs import show_record
-    from lors_cli.files import records
-
-    record = records.read_record(folder)
-    assert record is not None
-    show_record(record, folder)
 
 
 def _show_scores(folder: Path, labels: list[str], kept: Path | None) -> None:
