@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+from rich.text import Text
 
 from lors_cli.cli import options as o
 from lors_cli.cli.framework import Group, command
+from lors_cli.data.samples import IGNORED, Sample, TuneData
+from lors_cli.errors import UsageError
 from lors_cli.output import console
+from lors_cli.recipe.shipped import find, shipped_files
 
 if TYPE_CHECKING:
-    from rich.text import Text
-
-    from lors_cli.data.samples import Sample, TuneData
     from lors_cli.recipe.schema import ModelConfig, TuneConfig
 
 MASKED_STYLE = "dim"
@@ -69,9 +70,7 @@ def load_settings(name: str, overrides: list[str], model: str | None) -> tuple[T
     Raises:
         UsageError: neither is there, the recipe tunes nothing, or no model is named.
     """
-    from lors_cli.errors import UsageError
     from lors_cli.recipe.loading import load_model_config, load_recipe, load_stage
-    from lors_cli.recipe.shipped import find, shipped_files
 
     if _is_config(name):
         if model is None:
@@ -92,9 +91,7 @@ def load_settings(name: str, overrides: list[str], model: str | None) -> tuple[T
 
 def _is_config(name: str) -> bool:
     """Whether `name` means the config of a single stage: a shipped one, or a file without the keys of a recipe."""
-    from lors_cli.errors import UsageError
     from lors_cli.recipe.loading import read_settings
-    from lors_cli.recipe.shipped import shipped_files
 
     path = Path(name).expanduser()
     if not path.is_file():
@@ -109,8 +106,6 @@ def _is_config(name: str) -> bool:
 
 def figures(found: TuneData, shown: list[Sample]) -> dict[str, Any]:
     """How many samples and labels there are, and how long samples are; of a stream, in those that are shown."""
-    from lors_cli.data.samples import IGNORED
-
     counted = shown if found.num_steps is not None else found.samples
     lengths = [len(sample["input_ids"]) for sample in counted]
     num_labels = sum(label != IGNORED for sample in counted for label in sample["labels"][1:])
@@ -138,10 +133,6 @@ def decoded(ids: list[int], tokenizer: Any) -> str:
 
 def styled_text(sample: Sample, tokenizer: Any, *, marks: bool) -> Text:
     """A text with special tokens coloured and what has no label dimmed, or with `marks` (without styles) in ⟦ ⟧."""
-    from rich.text import Text
-
-    from lors_cli.data.samples import IGNORED
-
     special_ids = set(tokenizer.all_special_ids)
     kinds = [(label == IGNORED, token in special_ids)
              for token, label in zip(sample["input_ids"], sample["labels"], strict=True)]  # fmt: skip
@@ -161,10 +152,6 @@ def styled_text(sample: Sample, tokenizer: Any, *, marks: bool) -> Text:
 
 
 def _show_sample(index: int, sample: Sample, tokenizer: Any) -> None:
-    from rich.text import Text
-
-    from lors_cli.data.samples import IGNORED
-
     length = len(sample["input_ids"])
     num_labels = sum(label != IGNORED for label in sample["labels"][1:])
     texts = texts_of(sample)

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Annotated, Any, get_args, get_origin
 
+from rich.markup import escape
+
 from lors_cli.cli.completion import EXAMPLES, hint, is_list, located, values, words
 from lors_cli.cli.options import CALIBRATION, MACHINE, SETTINGS, TRAINING, flag
 from lors_cli.recipe.settings import flag_name
@@ -73,8 +75,6 @@ def _kind(kind: Any) -> type:
 
 def _help(key: str) -> str:
     """A setting's description, of a long one the first sentence without asides; its words; its default."""
-    from rich.markup import escape
-
     section, name = located(key)
     sentences = re.split(r"(?<=[.]) (?=[A-Z])", _descriptions(section)[name])
     said = [sentence for sentence in sentences if not sentence.startswith("Default")]

@@ -8,6 +8,7 @@ import typer
 
 from lors_cli.cli import options as o
 from lors_cli.cli.framework import AROUND, HELP, command
+from lors_cli.errors import LorsError, MissingError
 from lors_cli.output import console, progress
 
 look_app = typer.Typer()
@@ -46,7 +47,6 @@ def bench(out: o.BenchOut = None, **flags: Any) -> None:
 def report(folder: o.ReportFolder, formats: o.Formats = None) -> None:
     """Write the reports of a run or a sweep again."""
     from lors_cli.data.sources import resolve_data_dir
-    from lors_cli.errors import LorsError, MissingError
     from lors_cli.pipeline.running import finished_stages
     from lors_cli.recipe.loading import load_recipe
     from lors_cli.report.output import FORMATS, check_formats

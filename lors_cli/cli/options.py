@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lors_cli import __version__
 from lors_cli.cli import completion
 from lors_cli.cli.completion import of
 
@@ -28,8 +29,6 @@ def flag(name: str, kind: Any, default: Any, help: str, panel: str, complete: An
 def show_version(wanted: bool) -> None:
     """Print the version and leave, when that is asked for."""
     if wanted:
-        from lors_cli import __version__
-
         typer.echo(f"lors {__version__}")
         raise typer.Exit
 

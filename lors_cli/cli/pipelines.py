@@ -11,6 +11,7 @@ from lors_cli.cli import options as o
 from lors_cli.cli.framework import PIPELINE, command
 from lors_cli.cli.launch import together
 from lors_cli.errors import UsageError
+from lors_cli.recipe.shipped import find
 
 if TYPE_CHECKING:
     from lors_cli.recipe.schema import Recipe
@@ -32,7 +33,6 @@ def run(
     from lors_cli.pipeline.repeat import open_repeat
     from lors_cli.pipeline.running import run_recipe
     from lors_cli.recipe.loading import load_recipe
-    from lors_cli.recipe.shipped import find
 
     repeat, changed = None, None
     if from_manifest is not None:
@@ -85,7 +85,6 @@ def sweep(
     """Run a recipe over a grid of settings; cells share their stages."""
     from lors_cli.cli.views import sweeps
     from lors_cli.pipeline.folders import guard_out
-    from lors_cli.recipe.shipped import find
     from lors_cli.sweep.cells import load_sweep, select_cells
     from lors_cli.sweep.running import run_sweep
 

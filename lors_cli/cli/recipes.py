@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import typer
 
 from lors_cli.cli import options as o
 from lors_cli.cli.framework import Group, command, guarded
+from lors_cli.errors import UsageError
+from lors_cli.files import atomic
 from lors_cli.output import console
+from lors_cli.recipe.shipped import find_shipped_recipe, recipe_summary, shipped_files
 
 COMMANDS = "Commands"
 recipes_app = typer.Typer(cls=Group, pretty_exceptions_enable=False)
@@ -24,8 +28,6 @@ def recipes(context: typer.Context, json_mode: o.Json = False) -> None:
 @guarded
 def list_shipped() -> None:
     """Names and first comment lines of the shipped recipes and sweeps."""
-    from lors_cli.recipe.shipped import recipe_summary, shipped_files
-
     found = []
     for kind, files in (("recipe", shipped_files("recipe")), ("sweep", shipped_files("sweep"))):
         mine = [{"name": name, "kind": kind, "summary": recipe_summary(path)} for name, path in files.items()]
@@ -39,10 +41,6 @@ def list_shipped() -> None:
 @command(recipes_app, COMMANDS, "lors recipes copy quickstart", "lors recipes copy llama3-8b-2of4 mine.yaml")
 def copy(name: o.Shipped, target: o.Target = None) -> None:
     """Write a shipped recipe or sweep here, to edit and run."""
-    from lors_cli.errors import UsageError
-    from lors_cli.files import atomic
-    from lors_cli.recipe.shipped import find_shipped_recipe, shipped_files
-
     source = find_shipped_recipe(name)
     path = target or Path(source.name)
     path = path / source.name if path.is_dir() else path
@@ -70,8 +68,6 @@ def schema() -> None:
 @command(recipes_app, COMMANDS, "lors recipes reference | less", "lors recipes reference --json")
 def reference() -> None:
     """Print every setting with its values and default, as Markdown."""
-    from dataclasses import asdict
-
     from lors_cli.recipe.reference import markdown, settings
 
     if console.is_json():

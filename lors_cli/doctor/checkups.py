@@ -14,6 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
+from lors_cli import __version__
+from lors_cli.errors import LorsError
 from lors_cli.output.console import gib
 
 GIB = 1 << 30
@@ -64,8 +66,6 @@ class Finding:
 
 def packages() -> Iterator[Finding]:
     """Python and every package: there, importable, of a version that is known to work."""
-    from lors_cli import __version__
-
     yield Finding("lors", "ok", f"{__version__}, from {Path(__file__).parents[1]}")
     numbers = ".".join(map(str, sys.version_info[:3]))
     yield Finding("python", "ok", f"{numbers}, {sys.executable}")
@@ -207,7 +207,6 @@ def _token() -> Finding:
 def data() -> Iterator[Finding]:
     """Which of the named texts and tasks $LORS_DATA_DIR holds."""
     from lors_cli.data.sources import DATA_DIR_VARIABLE, SOURCES, resolve_data_dir
-    from lors_cli.errors import LorsError
     from lors_cli.recipe.schema import SEVEN_TASKS
 
     try:
@@ -228,8 +227,6 @@ def data() -> Iterator[Finding]:
 
 def _there(what: str, names: Iterable[str], look: Callable[[str], object], more: str) -> Iterator[Finding]:
     """Which of these names `look` finds, and why the others are missing."""
-    from lors_cli.errors import LorsError
-
     there, missing = [], []
     for name in names:
         try:
