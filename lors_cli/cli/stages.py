@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,8 +13,11 @@ from lors_cli.cli import options as o
 from lors_cli.cli.flags import given
 from lors_cli.cli.framework import STAGES, command
 from lors_cli.cli.launch import together
+from lors_cli.errors import UsageError
+from lors_cli.files import atomic
 from lors_cli.machine import processes
 from lors_cli.output import console, progress
+from lors_cli.recipe.shipped import find
 
 stages_app = typer.Typer()
 
@@ -29,11 +33,13 @@ def prune(
     data_dir: o.DataDir = None, nproc: o.Nproc = None, dry_run: o.DryRun = False, **flags: Any,
 ) -> None:  # fmt: skip
     """Prune a dense causal LM to a sparse checkpoint."""
+    from lors_cli.cli.views.runs import show_record
+
     if flags["sparsity"] is not None and flags["pattern"] is None and config is None:
         flags["pattern"] = "unstructured"
     models = {"dense": _model(model, flags)}
     if _stage("prune", models, out, config, overrides, flags, data_dir, nproc, dry_run):
-        _show_record(out)
+        show_record(out)
 
 
 @command(
@@ -47,9 +53,11 @@ def tune(
     data_dir: o.DataDir = None, nproc: o.Nproc = None, dry_run: o.DryRun = False, **flags: Any,
 ) -> None:  # fmt: skip
     """Tune a sparse causal LM with LoRS and merge, zeros kept."""
+    from lors_cli.cli.views.runs import show_record
+
     models = {"pruned": _model(model, flags)}
     if _stage("tune", models, out, config, overrides, flags, data_dir, nproc, dry_run):
-        _show_record(out)
+        show_record(out)
 
 
 @command(
@@ -110,10 +118,9 @@ def _stage(
     from lors_cli.pipeline.resources import check_memory
     from lors_cli.pipeline.running import run_single
     from lors_cli.recipe.loading import load_stage
-    from lors_cli.recipe.shipped import find_config
 
     together(None if dry_run else nproc)
-    settings = load_stage(stage, find_config(config) if config else None, overrides or [], given(stage, flags))
+    settings = load_stage(stage, find("config", config) if config else None, overrides or [], given(stage, flags))
     data = resolve_data_dir(str(data_dir) if data_dir else None)
 
     def make_plan() -> Any:
@@ -131,23 +138,10 @@ def _stage(
     return processes.is_main()
 
 
-def _show_record(folder: Path) -> None:
-    """The result of prune or tune: its metrics and where it is."""
-    from lors_cli.cli.views.runs import show_record
-    from lors_cli.files import records
-
-    record = records.read_record(folder)
-    assert record is not None
-    show_record(record, folder)
-
-
 def _show_scores(folder: Path, labels: list[str], kept: Path | None) -> None:
     """The result of eval: its table, what is sure of it, and where it is kept, if anywhere."""
-    from dataclasses import asdict
-
     from lors_cli.cli.views.runs import show_results
     from lors_cli.evaluation.significance import compare_models
-    from lors_cli.files import atomic
 
     found: dict[str, Any] = {label: atomic.read_json(folder / f"{label}.json") for label in labels}
     comparisons = compare_models(folder, found)
@@ -168,8 +162,6 @@ def is_override(argument: str) -> bool:
 
 def model_labels(paths: list[str]) -> dict[str, str]:
     """A short name for each model, fit for a file name: the last part of its path, numbered where two are alike."""
-    from lors_cli.errors import UsageError
-
     if not paths:
         raise UsageError("no model is named.", "lors eval MODEL … [key=value …]")
     labels: dict[str, str] = {}

@@ -170,12 +170,6 @@ def _wrapped(line: str, width: int) -> list[str]:
     )
 
 
-def title(text: str) -> None:
-    """A line above a part of a command's result on stdout (nothing with --json)."""
-    if _state.mode == "human":
-        _state.out.print(f"[bold]{escape(text)}[/bold]")
-
-
 def styled(text: Text) -> None:
     """A text with styles of its own on stdout (nothing with --json)."""
     if _state.mode == "human":
@@ -188,11 +182,9 @@ def shows_styles() -> bool:
 
 
 def document(value: Any, *, anyone: bool = False) -> None:
-    """The command's JSON document on stdout (nothing without --json).
+    """The command's JSON document on stdout, without NaN and infinities (nothing without --json).
 
-    Args:
-        value: NaN and infinities are written as null by the caller.
-        anyone: of several processes on one job this one speaks, though it may not be the first.
+    `anyone`: of several processes on one job this one speaks, though it may not be the first.
     """
     if _state.mode == "json" and (anyone or processes.is_main()):
         text = redact(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
@@ -204,12 +196,9 @@ def table(
     columns: list[str], rows: list[list[str]], *, title: str | None = None, prose: bool = False,
     bold: Collection[tuple[int, int]] = (),
 ) -> None:  # fmt: skip
-    """A table on stdout (nothing with --json).
+    """A table on stdout, columns but the first right-aligned (nothing with --json).
 
     Args:
-        columns: names; the first column is left-aligned, the others are right-aligned.
-        rows: cells of each row.
-        title: above the table.
         prose: the last column is running text, which may take several lines.
         bold: (row, column) of the cells that stand out.
     """

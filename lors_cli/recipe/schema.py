@@ -24,6 +24,7 @@ ModelRole = Literal["dense", "pruned", "tuned"]
 TuneMethod = Literal["lors", "sqft", "sqft-gc", "spp", "spp-gc", "hira", "lora"]
 Name = Annotated[str, Field(min_length=1)]
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 SEVEN_TASKS = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "openbookqa", "rte", "winogrande")
 
 
@@ -275,7 +276,7 @@ class EvalConfig(Section):
 class Recipe(Section):
     """A whole pipeline; a stage that is left out is not run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+    name: Annotated[str, Field(pattern=NAME)]
     """Name of the run folder, runs/<name>, unless --out is given."""
     model: ModelConfig
     """What is pruned; without `prune`, what is tuned or scored."""

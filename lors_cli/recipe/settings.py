@@ -74,6 +74,11 @@ class Settings:
         raise UsageError("\n".join(lines))
 
 
+def flag_name(key: str) -> str:
+    """The flag of a stage's setting, as a parameter: a_b is --a-b."""
+    return "calibration" if key == "calibration.dataset" else key.rpartition(".")[2]
+
+
 def dotted(path: Iterable[str | int]) -> str:
     """A key path as people write it; places in a list are left out."""
     return ".".join(shorten(key) for key in path if isinstance(key, str))

@@ -8,8 +8,7 @@ from typing import Any, TypeVar
 from lors_cli.evaluation.summary import recovered
 from lors_cli.output.markdown import NONE, Cell, Row, Table, escape
 from lors_cli.report.measures import Group, Measure, ScoredModel, measures
-from lors_cli.report.names import METHODS
-from lors_cli.report.paper import SOURCE, paper_rows
+from lors_cli.report.paper import METHODS, SOURCE, paper_rows
 from lors_cli.report.results import ROLES
 
 Key = TypeVar("Key", bound=Hashable)
@@ -38,9 +37,6 @@ def by_task(results: Mapping[str, dict[str, Any]]) -> tuple[list[str], list[list
 
     Behind each model but the first stands its difference to `dense` (or, where there is none, to the first), and
     last the share that tuning recovered. A task with acc_norm has it in the row below its acc.
-
-    Args:
-        results: as `evaluate` returns them, one model or more.
 
     Returns:
         Column titles and rows of text, for `console.table`.
@@ -86,10 +82,7 @@ def _gap(item: Measure, model: ScoredModel, base: ScoredModel) -> str:
 
 
 def by_cell(cells: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]], set[tuple[int, int]]]:
-    """A row a cell: the average, perplexities and recovered shares of its last model.
-
-    Args:
-        cells: entries of `sweep.json` with their `results`.
+    """A row a cell (as in `sweep.json`, with its `results`): average, perplexities, recovered shares of its last model.
 
     Returns:
         Column titles, rows of text, and (row, column) of each column's best values.

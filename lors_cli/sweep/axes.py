@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any
 
 from lors_cli.errors import nearest, shorten
-from lors_cli.recipe.checking import subsection
+from lors_cli.recipe.checking import field_names, owner, subsection
 from lors_cli.recipe.loading import unknown_setting
 from lors_cli.recipe.schema import Recipe
 from lors_cli.recipe.settings import KeyPath, Settings
@@ -19,12 +18,7 @@ MAX_CELLS = 1000
 
 
 def read_grids(sheet: Settings, draft: Draft) -> None:
-    """Read `grid`: one mapping of axes to values, or a list of them.
-
-    Args:
-        sheet: the whole file.
-        draft: with its base recipes; the grids are added.
-    """
+    """Read `grid`, one mapping of axes to values or a list of them, into a draft that has its base recipes."""
     given = sheet.data.get("grid")
     if "grid" not in sheet.data:
         if not draft.varies:
@@ -54,10 +48,9 @@ def _axis(sheet: Settings, at: KeyPath, axis: str, values: Any) -> list[Setting]
     if unknown or keys == ("name",):
         sheet.add(at, unknown or "a cell's name is made from its values")
         return []
-    section = _section(keys)
+    section = subsection(owner(Recipe, keys[:-1]), keys[-1])
     if section:
-        first = dataclasses.fields(section)[0].name
-        sheet.add(at, f"is a section; an axis is a single setting, such as {axis}.{first}")
+        sheet.add(at, f"is a section; an axis is a single setting, such as {axis}.{field_names(section)[0]}")
         return []
     if not isinstance(values, list) or not values:
         shown = sheet.raws.get(at) or ("value" if isinstance(values, (dict, list)) else str(values))
@@ -80,24 +73,11 @@ def _axis_values(sheet: Settings, at: KeyPath, keys: tuple[str, ...], values: li
             yield Setting(keys, value, later(sheet.place((*at, index))), raws)
 
 
-def _section(keys: tuple[str, ...]) -> Any:
-    """The dataclass of a section, None for a single setting."""
-    schema: type | None = Recipe
-    for key in keys:
-        schema = subsection(schema, key) if schema else None
-    return schema
-
-
 # What goes with a value -----------------------------------------------------------------------------------------
 
 
 def read_per(sheet: Settings, draft: Draft) -> None:
-    """Read `per`: axis, value, settings.
-
-    Args:
-        sheet: the whole file.
-        draft: with its base recipes and grids.
-    """
+    """Read `per` (axis, value, settings) into a draft that has its base recipes and grids."""
     given = sheet.data.get("per", {})
     axes = {RECIPE_AXIS: list(draft.bases), **draft.axes()}
     if not isinstance(given, dict) or (not given and "per" in sheet.data):

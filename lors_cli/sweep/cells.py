@@ -78,11 +78,7 @@ def in_cells(names: Sequence[str]) -> str:
 
 
 def select_cells(sweep: Sweep, only: Sequence[str]) -> tuple[Cell, ...]:
-    """The cells that are asked for by name or pattern (`sparsegpt-*`), in the sweep's order; all when `only` is empty.
-
-    Raises:
-        UsageError: a name or pattern fits no cell.
-    """
+    """The cells that `only` asks for by name or pattern (`sparsegpt-*`), in the sweep's order; all when it is empty."""
     names = [cell.name for cell in sweep.cells]
     chosen: set[str] = set()
     for pattern in only:
@@ -102,11 +98,7 @@ _Combination = tuple[str, dict[str, Any], list[Setting]]
 
 
 def _combinations(draft: Draft) -> Iterator[tuple[str, str, dict[str, Any], list[Setting]]]:
-    """Every cell's name, base recipe, values, and settings from the weakest to the strongest.
-
-    Raises:
-        UsageError: two cells have the same values, or two settings contradict each other.
-    """
+    """Every cell's name, base recipe, values, and settings from the weakest to the strongest."""
     found: list[_Combination] = []
     for grid in draft.grids:
         for base in draft.bases:

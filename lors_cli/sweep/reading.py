@@ -11,15 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lors_cli.errors import UsageError, nearest, shorten
+from lors_cli.recipe.checking import SHAPES
 from lors_cli.recipe.loading import apply_overrides, read_settings, unknown_setting
-from lors_cli.recipe.schema import Recipe
+from lors_cli.recipe.schema import NAME, Recipe
 from lors_cli.recipe.settings import KeyPath, Place, Settings, dotted
-from lors_cli.recipe.shipped import find_recipe
+from lors_cli.recipe.shipped import find
 from lors_cli.sweep.axes import read_grids, read_per
 from lors_cli.sweep.draft import Draft, Setting, part, settings_below, unique
 
 KEYS = ("name", "recipe", "set", "grid", "per")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 def read_sweep(path: Path, overrides: Sequence[str] = ()) -> Draft:
@@ -53,10 +53,8 @@ def _name(sheet: Settings) -> str:
     name = sheet.data.get("name")
     if "name" not in sheet.data:
         sheet.add(("name",), "this key is missing")
-    elif not isinstance(name, str) or not _NAME.fullmatch(name):
-        sheet.add(
-            ("name",), "must start with a letter or digit and hold only letters, digits, `.`, `_` and `-` (100 at most)"
-        )
+    elif not isinstance(name, str) or not re.fullmatch(NAME, name):
+        sheet.add(("name",), SHAPES["name"])
     return str(name)
 
 
@@ -79,7 +77,7 @@ def _read_bases(sheet: Settings, folder: Path, draft: Draft) -> None:
         elif isinstance(entry, str) and entry:
             beside = folder / entry
             try:
-                settings = read_settings(beside if beside.is_file() else find_recipe(entry))
+                settings = read_settings(beside if beside.is_file() else find("recipe", entry))
             except UsageError as error:
                 sheet.add(at, " ".join(filter(None, (error.message, error.hint))))
                 continue

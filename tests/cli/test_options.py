@@ -19,6 +19,7 @@ from lors_cli.cli import completion
 from lors_cli.cli.app import app
 from lors_cli.cli.flags import FLAGS, parameters
 from lors_cli.recipe.schema import STAGE_CONFIGS, ModelConfig
+from lors_cli.recipe.settings import flag_name
 
 Lors = Callable[..., Result]
 
@@ -71,12 +72,12 @@ def test_every_command_is_listed_under_a_heading(lors: Lors) -> None:
 
 
 SETTINGS = [
-    (command, flag, section, key)
+    (command, flag_name(key), section, key)
     for command, sections in {"prune": ("prune", "model"), "tune": ("tune", "model"), "eval": ("eval", "model"),
                               "merge": ("model",)}.items()
     for section in sections
-    for flags in FLAGS[section].values()
-    for flag, key in flags.items()
+    for keys in FLAGS[section].values()
+    for key in keys
 ]  # fmt: skip
 
 

@@ -68,8 +68,10 @@ def _shorter_error(cell: str) -> str:
     return re.sub(r" ± (\d+\.\d+)$", lambda match: f" ±{float(match[1]):.1f}", cell)
 
 
-def show_record(record: records.StageRecord, folder: Path) -> None:
+def show_record(folder: Path) -> None:
     """What pruning or tuning made, and where it is."""
+    record = records.read_record(folder)
+    assert record is not None
     metrics = record.metrics
     console.facts([*_facts(record), ("pattern", _zeros(metrics)), ("time", progress.duration(record.elapsed_s))])
     console.path(record.stage, folder)
