@@ -110,6 +110,7 @@ def load_model(config: ModelConfig, *, device: torch.device | None = None) -> Pr
     settle_ties(model, config.path)
     if quantised is not None:
         _cast(model, dtype)
+        model._weight_conversions = None  # saved under the names of its family's plain checkpoints
     model.requires_grad_(False)
     forget_own_code(model.config)
     if hasattr(model.config, "_model_name_or_path"):  # a .gguf's general.name, which is no setting

@@ -76,9 +76,9 @@ def _measured(config: ModelConfig) -> ModelSize | None:
 
     from lors_cli.models.blocks import block_weights, decoder_blocks, model_max_length
     from lors_cli.models.checks import load_error
+    from lors_cli.models.quantised import Quantised
     from lors_cli.models.quiet import quiet_libraries
     from lors_cli.models.sources import locate
-    from lors_cli.models.stored import Quantised
 
     try:
         with quiet_libraries(), torch.device("meta"):

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lors_cli.errors import MissingError, UsageError
-from lors_cli.models.checks import is_installed, load_error, loading, safetensors_files
+from lors_cli.errors import UsageError
+from lors_cli.models.checks import load_error, loading, safetensors_files
+from lors_cli.models.quantised import DENSE_HINT, FLOATS, LEFT_BY_QUANTISING, Quantised
 from lors_cli.output import console
 
 if TYPE_CHECKING:
@@ -22,15 +22,6 @@ if TYPE_CHECKING:
 
     from lors_cli.recipe.schema import ModelConfig
 
-FLOATS = ("F64", "F32", "F16", "BF16")
-DEQUANTISED = {"fp8": (), "mxfp4": (), "compressed-tensors": ("compressed_tensors",)}
-"""What transformers turns back into plain weights while it loads: `quant_method` and the packages that it needs."""
-DENSE_HINT = "Give the checkpoint in bfloat16, float16 or float32 that it was made from."
-
-_LEFT_BY_QUANTISING = re.compile(
-    r"(scales?|scale_inv|scale_2|amax|zero_point|zeros|qweight|g_idx|weight_packed|bitmask|compressed|absmax|quant_map"
-    r"|SCB|weight_format)$|\.quant_state\."
-)
 _WRAPPERS = re.compile(
     r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^(module|base_model\.model)\."
 )
@@ -38,40 +29,6 @@ _WRAPPED_BY = {"module.": "DataParallel", "_orig_mod.": "torch.compile", "base_m
 
 Sources = dict[str, list[tuple[str, Any]]]
 """For every parameter of a network the names and slices of files that make it."""
-
-
-@dataclass(frozen=True)
-class Quantised:
-    """How config.json says that the weights are stored."""
-
-    method: str
-    settings: dict[str, Any]
-
-    @classmethod
-    def of(cls, settings: Any) -> Quantised | None:
-        """From a transformers configuration; None where it says nothing of the kind."""
-        found = getattr(settings, "quantization_config", None) or getattr(settings, "compression_config", None)
-        if found is None:
-            return None
-        values = found if isinstance(found, dict) else found.to_dict()
-        return cls(str(values.get("quant_method", "unknown")), values)
-
-    def check(self, path: str) -> None:
-        """Refuse what transformers cannot turn back into plain weights.
-
-        Raises:
-            UsageError: it has no way to.
-            MissingError: a package that it needs for that is not installed.
-        """
-        if self.method not in DEQUANTISED:
-            raise UsageError(f"{path} is quantised ({self.method}); lors needs the weights themselves.", DENSE_HINT)
-        lacking = [name.replace("_", "-") for name in DEQUANTISED[self.method] if not is_installed(name)]
-        if lacking:
-            raise MissingError(
-                f"{path} is quantised ({self.method}); {' and '.join(lacking)}, which turns it back into plain "
-                "weights, is not installed.",
-                f"pip install {' '.join(lacking)}, or give the checkpoint that it was made from.",
-            )
 
 
 def weight_files(config: ModelConfig) -> list[Path]:
@@ -111,39 +68,14 @@ def check_files(settings: Any, config: ModelConfig) -> Quantised | None:
 
     from lors_cli.models.quiet import quiet_libraries
 
-    quantised, files = Quantised.of(settings), weight_files(config)
+    quantised, tensors = Quantised.of(settings), open_tensors(weight_files(config), config.path)
     if quantised is not None:
-        quantised.check(config.path)
-        tensors = open_tensors(files, config.path)
-        if all(tensor.get_dtype() in FLOATS and not _LEFT_BY_QUANTISING.search(key) for key, tensor in tensors.items()):
-            raise UsageError(
-                f"{config.path}: config.json says that the weights are quantised ({quantised.method}), and its files "
-                "hold plain ones.",
-                "Take quantization_config out of config.json.",
-            )
-        _check_blocks(tensors, quantised, config.path)
+        quantised.check(tensors, config.path)
         return quantised
     with loading(config.path, "the checkpoint"), quiet_libraries(), torch.device("meta"):
         network = AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
-    find_sources(network, open_tensors(files, config.path), conversions_of(network), config.path)
+    find_sources(network, tensors, conversions_of(network), config.path)
     return None
-
-
-def _check_blocks(tensors: dict[str, Any], quantised: Quantised, path: str) -> None:
-    """Refuse FP8 blocks that do not fill their weight: transformers would take them for smaller ones without a word."""
-    sides = quantised.settings.get("weight_block_size") or ()
-    for key, scale in tensors.items():
-        weight = tensors.get(key.removesuffix("_scale_inv"))
-        if weight is None or weight is scale or len(scale.get_shape()) != 2 or len(sides) != 2:
-            continue
-        shape = weight.get_shape()
-        if any(size % n or (n > 1 and size // n != side)
-               for size, n, side in zip(shape, scale.get_shape(), sides, strict=True)):  # fmt: skip
-            raise UsageError(
-                f"{path}: {key.removesuffix('_scale_inv')} ({shape[0]} × {shape[1]}) is in FP8 blocks of {sides[0]} × "
-                f"{sides[1]} that do not fill it, which transformers cannot turn back into plain weights.",
-                DENSE_HINT,
-            )
 
 
 def open_tensors(files: Iterable[Path], path: str) -> dict[str, Any]:
@@ -233,7 +165,7 @@ def _refuse_quantised(path: str, network: PreTrainedModel, tensors: dict[str, An
     """Refuse scales, zero points and packed weights beside the network's own: without them its weights are wrong."""
     modules = {key.rpartition(".")[0] for key in taken} | {name for name, _ in network.named_modules()}
     for key in sorted(set(tensors) - taken):
-        if _LEFT_BY_QUANTISING.search(key) and key.partition(".quant_state.")[0].rpartition(".")[0] in modules:
+        if LEFT_BY_QUANTISING.search(key) and key.partition(".quant_state.")[0].rpartition(".")[0] in modules:
             raise UsageError(
                 f"{path} holds {key}, as quantised checkpoints do, and its config.json has no quantization_config "
                 "that says how to undo it.",

@@ -190,8 +190,9 @@ def open_blockwise(config: ModelConfig) -> BlockwiseModel:
 
     from lors_cli.machine.devices import resolve_device
     from lors_cli.models.loading import load_config, load_model, resolve_dtype
+    from lors_cli.models.quantised import Quantised
     from lors_cli.models.sources import locate
-    from lors_cli.models.stored import Quantised, settle_ties, weight_files
+    from lors_cli.models.stored import settle_ties, weight_files
 
     device = resolve_device(config.device)
     if locate(config.path).gguf_file is not None:
