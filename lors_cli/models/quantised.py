@@ -11,7 +11,7 @@ from lors_cli.models.checks import is_installed
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """safetensors' names of the number formats that plain weights are in."""
-DEQUANTISED = {"fp8": (), "mxfp4": (), "compressed-tensors": ("compressed_tensors",)}
+DEQUANTISED: dict[str, tuple[str, ...]] = {"fp8": (), "mxfp4": (), "compressed-tensors": ("compressed_tensors",)}
 """What transformers turns back into plain weights while it loads: `quant_method` and the packages that it needs."""
 DENSE_HINT = "Give the checkpoint in bfloat16, float16 or float32 that it was made from."
 
@@ -72,7 +72,7 @@ class Quantised:
 
         It knows some names of scales, and takes blocks that do not fill a weight for smaller ones.
         """
-        sides = self.settings.get("weight_block_size") or ()
+        sides: list[int] = self.settings.get("weight_block_size") or []
         for key, tensor in tensors.items():
             if not (key.endswith("weight") and tensor.get_dtype().startswith("F8_")):
                 continue
