@@ -65,10 +65,12 @@ def sparse_model(
 
     Raises:
         MissingError: no such folder.
+        UsageError: it holds no checkpoint that can be loaded.
     """
     from transformers import AutoModelForCausalLM
 
-    from lors_cli.models.checks import loading
+    from lors_cli.models.loading import load_model
+    from lors_cli.recipe.schema import ModelConfig
 
     if path is None:
         assert shape is not None
@@ -81,10 +83,8 @@ def sparse_model(
     else:
         if not Path(path).is_dir():
             raise MissingError(f"No checkpoint folder at {path}.")
-        with loading(path, "the checkpoint"):
-            model = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, device_map=device, use_safetensors=True, trust_remote_code=False
-            )
+        source = ModelConfig(path=path, dtype=str(dtype).removeprefix("torch."), device=str(device))  # type: ignore[arg-type]
+        model = load_model(source)
         layers = model.get_decoder().layers
         del layers[blocks or len(layers) :]
     model.requires_grad_(False)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from lors_cli.errors import UsageError
+from lors_cli.errors import UsageError, innermost
 
 CHAT_DATE = datetime(2024, 7, 26)
 """What a chat template that writes today's date is told, so that samples do not change with the day."""
@@ -98,14 +98,13 @@ def chat_prompts(tokenizer: Any, rows: Sequence[dict[str, str]]) -> list[tuple[s
 
 
 def _rendered(tokenizer: Any, talks: list[list[dict[str, str]]]) -> list[str]:
-    from jinja2 import TemplateError
-
-    template = tokenizer.get_chat_template()
-    if "strftime_now" in template:
-        template = _DATE_MACRO + template
     try:
+        template = tokenizer.get_chat_template()
+        if "strftime_now" in template:
+            template = _DATE_MACRO + template
         return tokenizer.apply_chat_template(talks, chat_template=template, tokenize=False)
-    except TemplateError as error:
+    except Exception as error:  # a template is code of the model's, and fails in every way that code does
         raise UsageError(
-            f"The tokenizer's chat template refuses a question and its answer: {error}", "Choose another data.template."
+            f"The tokenizer's chat template refuses a question and its answer: {innermost(error)}",
+            "Choose another data.template, or mend chat_template in tokenizer_config.json.",
         ) from error

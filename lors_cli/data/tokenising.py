@@ -41,7 +41,24 @@ def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
         return_token_type_ids=False,
         verbose=False,
     )
+    for ids in encoded["input_ids"]:
+        check_known(ids, tokenizer)
     return encoded["input_ids"]
+
+
+def check_known(ids: Iterable[int], tokenizer: Any) -> None:
+    """Refuse tokens that the tokenizer has and the model has no embedding for.
+
+    Raises:
+        UsageError: naming one.
+    """
+    beyond = getattr(tokenizer, "beyond_embedding", None)  # set by models.loading, where there are any
+    if beyond and (found := beyond.keys() & set(ids)):
+        raise UsageError(
+            f"A text holds {beyond[min(found)]!r}, token {min(found)}, which the tokenizer has and the model has no "
+            "embedding for.",
+            "Take it out of the text (and the chat template), or give the model the tokenizer that it was made with.",
+        )
 
 
 def eos_token_id(tokenizer: Any) -> int:
@@ -139,4 +156,5 @@ def read_tokens(
             f"of {len(tokenizer)}.",
             "The file was made with another model's tokenizer.",
         )
+    check_known(tokens.unique().tolist(), tokenizer)
     return tokens.contiguous()

@@ -63,6 +63,7 @@ def _measured(config: ModelConfig) -> ModelSize | None:
 
     from lors_cli.models.blocks import block_weights, decoder_blocks, model_max_length
     from lors_cli.models.checks import load_error
+    from lors_cli.models.quantised import Quantised
     from lors_cli.models.quiet import quiet_libraries
     from lors_cli.models.sources import locate
 
@@ -93,7 +94,7 @@ def _measured(config: ModelConfig) -> ModelSize | None:
         vocab_size=text.vocab_size,
         max_length=model_max_length(settings),
         bytes_a_weight=_bytes_a_weight(config, getattr(settings, "dtype", None)),
-        streamed=locate(config.path).gguf_file is None,
+        streamed=locate(config.path).gguf_file is None and Quantised.of(settings) is None,
     )
 
 

@@ -16,7 +16,7 @@ from lors_cli.data.sources import TextSource
 from lors_cli.data.stream.cache import TokenCache, cache_dir, folder_bytes, open_cache
 from lors_cli.data.stream.order import shuffled_block
 from lors_cli.data.stream.worker import Worker
-from lors_cli.data.tokenising import begin_tokens, check_length, eos_token_id
+from lors_cli.data.tokenising import begin_tokens, check_known, check_length, eos_token_id
 from lors_cli.errors import UsageError
 from lors_cli.output import console, progress
 from lors_cli.recipe.schema import TuneConfig, TuneDataConfig
@@ -35,8 +35,10 @@ class TokenStream(Sequence[Sample]):
     so far; the next window of blocks is tokenised meanwhile.
     """
 
-    def __init__(self, cache: TokenCache, job: dict[str, Any], config: TuneDataConfig, seed: int) -> None:
-        self.cache, self.config, self.seed = cache, config, seed
+    def __init__(
+        self, cache: TokenCache, job: dict[str, Any], config: TuneDataConfig, seed: int, tokenizer: Any = None
+    ) -> None:
+        self.cache, self.config, self.seed, self.tokenizer = cache, config, seed, tokenizer
         self._job = job
         self._worker: Worker | None = None
         self._ready = 0
@@ -62,6 +64,7 @@ class TokenStream(Sequence[Sample]):
         length = self._last_length if position == len(self) - 1 else self.config.max_length
         first = block * self.config.max_length
         tokens, starts = self.cache.read(first, first + length)
+        check_known(tokens.tolist(), self.tokenizer)
         return block_sample(tokens, starts if self.config.packing == "isolated" else None)
 
     def num_blocks(self) -> int | None:
@@ -199,7 +202,7 @@ def _open_stream(config: TuneConfig, source: TextSource, tokenizer: Any, data_di
     console.info(f"  token cache: {cache.folder}, {console.gib(folder_bytes(cache.folder))}, {there}")
     job = {"folder": str(cache.folder), "dataset": data.dataset, "data_dir": str(data_dir) if data_dir else None,
            "fingerprint": source.fingerprint, **stream}  # fmt: skip
-    return TokenStream(cache, job, data, config.seed)
+    return TokenStream(cache, job, data, config.seed, tokenizer)
 
 
 def _tokenizer_json(tokenizer: Any) -> str:
