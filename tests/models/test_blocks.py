@@ -29,12 +29,28 @@ EXPECTED = {
     "Qwen2-MoE": [[*ATTENTION, *EXPERTS, *SHARED], [*ATTENTION, *DENSE]],
     "Qwen3-MoE": [[*ATTENTION, *EXPERTS]] * 2,
     "GPT-OSS": [[*ATTENTION, *EXPERTS]] * 2,
+    "Falcon": [
+        [f"self_attention.{part}" for part in ("query_key_value", "dense")] + ["mlp.dense_h_to_4h", "mlp.dense_4h_to_h"]
+    ]
+    * 2,
+    "Gemma4": [[*ATTENTION, *DENSE, "per_layer_input_gate", "per_layer_projection"]] * 2,
+    "Gemma3n": [
+        [
+            *ATTENTION,
+            *DENSE,
+            "laurel.linear_left",
+            "laurel.linear_right",
+            "per_layer_input_gate",
+            "per_layer_projection",
+        ]
+    ]
+    * 2,
 }
 
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_names_in_the_blocks_order_without_routers(name: str, build: Build) -> None:
-    prefix = "transformer.h" if name == "GPT-2" else "model.layers"
+    prefix = "transformer.h" if name in ("GPT-2", "Falcon") else "model.layers"
     expected = [f"{prefix}.{index}.{part}" for index, parts in enumerate(EXPECTED[name]) for part in parts]
     weights = prunable_weights(build(name))
     assert list(weights) == expected
@@ -60,7 +76,11 @@ def test_what_is_copied_into_a_matrix_is_stored(architecture: str, build: Build)
         stored = getattr(weight.module, weight.key)
         assert bool(((stored if weight.expert is None else stored[weight.expert]) == 1000 + number).all())
     for name, tensor in model.state_dict().items():
-        if name.endswith(("_bias", ".bias")) or "norm" in name or "router" in name or "gate." in name:
+        if (
+            name.endswith(("_bias", ".bias"))
+            or "norm" in name
+            or any(f".{part}" in name for part in ("router", "gate.", "shared_expert_gate", "altup"))
+        ):
             assert torch.equal(tensor, before[name]), name
 
 
