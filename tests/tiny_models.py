@@ -23,6 +23,8 @@ FOUR_EXPERTS = {**GATED, "moe_intermediate_size": 48, "num_experts": 4, "num_exp
 TWO_WINDOWS = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
 PER_LAYER = {**GATED, **TWO_WINDOWS, "head_dim": 8, "hidden_size_per_layer_input": 8,
              "vocab_size_per_layer_input": VOCABULARY, "num_kv_shared_layers": 0}  # fmt: skip
+VISION = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+          "image_size": 16, "patch_size": 4}  # fmt: skip
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama": ("LlamaConfig", GATED),
     "Mistral": ("MistralConfig", {**GATED, "sliding_window": 6}),
@@ -46,7 +48,10 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "GPT-J": ("GPTJConfig", {**SIZES, "rotary_dim": 4}),
     "CodeGen": ("CodeGenConfig", {**SIZES, "rotary_dim": 4}),
     "Gemma3n": ("Gemma3nTextConfig", {**PER_LAYER, "laurel_rank": 8}),
-    "Gemma4": ("Gemma4TextConfig", PER_LAYER),
+    "Gemma4": ("Gemma4TextConfig", {**PER_LAYER, "global_head_dim": 16}),
+    "Gemma3-vision": ("Gemma3Config", {"text_config": {**GATED, "head_dim": 8, **TWO_WINDOWS}, "vision_config": VISION,
+                                       "mm_tokens_per_image": 4, "image_token_id": 62, "boi_token_id": 61,
+                                       "eoi_token_id": 60}),
     "GPT-OSS": ("GptOssConfig", {**GATED, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2,
                                  "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, **TWO_WINDOWS}),
 }  # fmt: skip
@@ -66,6 +71,7 @@ def build() -> Callable[..., PreTrainedModel]:
         config_class, settings = ARCHITECTURES[name]
         torch.manual_seed(0)
         config = getattr(transformers, config_class)(**{**settings, **changes})
+        config.pad_token_id, config.eos_token_id = SIZES["pad_token_id"], SIZES["eos_token_id"]  # of a wrapper too
         model = transformers.AutoModelForCausalLM.from_config(config).eval()
         if (
             name == "Gemma3n"

@@ -54,7 +54,7 @@ def reconstruct(
         dense: a copy of it from before.
         weights: the block's prunable weights; the parameters that hold them are what is tuned.
         run: (block, X, number of the batch) -> the block's output, X (samples, tokens, hidden_size).
-        inputs: give X and number of each step, drawn in random order; on what the pruned blocks before this one put out.
+        inputs: give X and number of each step, drawn in random order; on what the pruned blocks before put out.
         epochs: passes over all of them.
         seed: of the order.
 

@@ -104,8 +104,8 @@ def capture(
 class _Recorders:
     """Stand in for a model's blocks while it is called, note what they are given, and return what blocks return.
 
-    Whether that is a tensor, or a tuple that starts with it, is found by trial: the next block has to be given the very
-    tensor that the one before returned.
+    Whether that is a tensor, or a tuple that starts with it, is found by trial: the next block has to be given what the
+    one before returned, unchanged.
     """
 
     def __init__(
@@ -115,6 +115,7 @@ class _Recorders:
         self._model, self._blocks, self._arguments, self._aside = model, blocks, arguments, aside
         self._ways = [False, True]  # whether blocks return tuples
         self._first = self._copy = torch.empty(0)
+        self._state: tuple[Any, ...] = ()
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self._known: dict[tuple[Any, ...], torch.Tensor] = {}
 
@@ -156,10 +157,10 @@ class _Recorders:
             if index != len(self._calls):
                 raise _Misread("it calls its blocks more than once, or in another order than they are listed in")
             if index == 0:
-                self._first, self._copy = hidden_states, hidden_states.clone()
+                self._first, self._copy, self._state = hidden_states, hidden_states.clone(), _state(hidden_states)
             elif any(value is _SECOND for value in (*positional, *keyword.values())):
                 raise _Misread("its blocks hand more than hidden states on to the next one")
-            elif hidden_states is not self._first:
+            elif _state(hidden_states) != self._state:
                 raise _Misread(CHANGED)
             self._calls.append((positional, keyword))
             return (hidden_states, _SECOND) if as_tuple else hidden_states
@@ -184,6 +185,11 @@ class _Recorders:
             named = {key: _map(kept, (index, key), value) for key, value in keyword.items()}
             noted.by_batch[number] = _map(kept, (index,), positional), named
         self._calls = []
+
+
+def _state(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """What stays the same as long as a tensor, or a view of all of it, is not changed."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor._version
 
 
 def _map(change: Callable[[Place, torch.Tensor], torch.Tensor], place: Place, value: Any) -> Any:

@@ -21,7 +21,7 @@ from lors_cli.pruning import methods
 from lors_cli.pruning import stage as pruning
 from lors_cli.pruning.methods import STATISTICS
 from lors_cli.pruning.stage import prune, stage_fingerprint
-from lors_cli.pruning.walk import block as walk_block
+from lors_cli.pruning.walk import driver
 from lors_cli.pruning.walk.block import Block
 from lors_cli.pruning.walk.driver import Outcome, prune_blocks
 from lors_cli.pruning.walk.hidden_states import HiddenStates
@@ -228,13 +228,13 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_weights(
     assert not (out / "model.safetensors").exists()
 
     done: list[int] = []
-    prune_block = walk_block.prune_block
+    prune_block = driver.prune_block
 
     def counted(block: Block, *args: Any) -> None:
         done.append(block.index)
         prune_block(block, *args)
 
-    monkeypatch.setattr(walk_block, "prune_block", counted)
+    monkeypatch.setattr(driver, "prune_block", counted)
     record = prune(config, model, out)
     first = block + 1 if moment == "after" else block
     assert done == list(range(first, 3))
