@@ -13,7 +13,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lors_cli.errors import UsageError
-from lors_cli.models.blocks import block_weights, expert_keys, prunable_weights
+from lors_cli.models.blocks import (
+    block_weights,
+    decoder_blocks,
+    expert_keys,
+    left_out,
+    model_max_length,
+    prunable_weights,
+)
 from lors_cli.models.inspection import detect_pattern
 from lors_cli.sparsity import Pattern, mask_digest, num_violations
 
@@ -100,6 +107,26 @@ def test_the_parameter_is_looked_up_at_access(build: Build) -> None:
     weight = prunable_weights(model)["model.layers.0.mlp.experts.1.down_proj"]
     experts.down_proj = nn.Parameter(torch.arange(4.0).view(4, 1, 1).expand(4, 32, 64).clone())
     assert bool((weight.matrix == 1).all())
+
+
+@pytest.mark.parametrize(("name", "changes", "expected"), [
+    ("Llama", {}, 64), ("MPT", {"max_seq_len": 48}, 48), ("GPT-J", {"max_position_embeddings": 40}, 40), ("BLOOM", {}, 64),
+    ("Gemma3-vision", {}, 64),
+])  # fmt: skip
+def test_the_longest_sequence(name: str, changes: dict[str, int], expected: int, build: Build) -> None:
+    assert model_max_length(build(name, **changes)) == expected
+
+
+def test_parts_for_images_are_left_out(build: Build) -> None:
+    model = build("Gemma3-vision")
+    assert len(model.model.vision_tower.encoder.layers) == len(model.model.language_model.layers)
+    assert decoder_blocks(model)[0] == "model.language_model.layers"
+    assert left_out(model) == ["model.vision_tower", "model.multi_modal_projector"]
+
+
+def test_nothing_else_is_left_out(architecture: str, build: Build) -> None:
+    assert left_out(build(architecture)) == (["model.vision_tower", "model.multi_modal_projector"]
+                                             if architecture == "Gemma3-vision" else [])  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["Llama", "GPT-2", "Qwen2-MoE", "GPT-OSS"])
