@@ -23,6 +23,7 @@ from lors_cli import __version__
 from lors_cli.bench.model import ARMS, adapted, checkpoint_blocks, memory_of_step, sparse_model, tidy
 from lors_cli.errors import UsageError
 from lors_cli.machine.devices import resolve_device
+from lors_cli.models.blocks import model_max_length
 from lors_cli.models.shapes import SHAPES
 from lors_cli.output import console, progress
 from lors_cli.tuning.baselines import check_rank
@@ -126,7 +127,7 @@ def bench(config: BenchConfig, out: Path | None = None) -> Figures:
     model, linears = sparse_model(
         config.shape, config.model, config.blocks, getattr(torch, config.dtype), resolve_device(config.device)
     )
-    longest = model.config.max_position_embeddings
+    longest = model_max_length(model)
     if max(config.lengths) > longest:
         raise UsageError(f"--lengths: {max(config.lengths)} is above the model's {longest} tokens.")
     for rank in config.ranks:
@@ -173,7 +174,9 @@ def _measure(
     model.train()
     generator = torch.Generator().manual_seed(cell.length)
     shape = (config.accumulation, config.batch_size, cell.length)
-    batches = list(torch.randint(model.config.vocab_size, shape, generator=generator).to(model.device))
+    batches = list(
+        torch.randint(model.config.get_text_config().vocab_size, shape, generator=generator).to(model.device)
+    )
     seconds: dict[str, list[float]] = {name: [] for name in config.methods}
     memory: dict[str, Figures] = {}
     for number in range(config.rounds):

@@ -84,12 +84,13 @@ def _measured(config: ModelConfig) -> ModelSize | None:
     if not linears:
         raise UsageError(f"{config.path}: its decoder blocks hold no linear that could be pruned.")
     text = settings.get_text_config()
+    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     return ModelSize(
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         linears=linears,
         block=tuple(max(blocks, key=lambda block: sum(rows * columns for rows, columns, _ in block))),
         hidden_size=text.hidden_size,
-        intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        intermediate_size=max(inner) if isinstance(inner, list) else inner,  # Gemma 3n has one for each block
         num_blocks=text.num_hidden_layers,
         vocab_size=text.vocab_size,
         max_length=model_max_length(settings),

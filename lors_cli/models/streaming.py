@@ -221,6 +221,11 @@ def _without_weights(settings: Any, dtype: torch.dtype, config: ModelConfig) -> 
     with loading(config.path, "the checkpoint"), quiet_libraries(), init_empty_weights(include_buffers=False):
         network = AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=False)
         network.tie_weights()
+        for (
+            module
+        ) in network.modules():  # buffers are computed in float32, as `from_pretrained` does; weights are empty
+            module._is_hf_initialized = False
+        network.initialize_weights()
     if network.can_generate():
         options: dict[str, Any] = {**revision_of(config)}
         with loading(config.path, "its generation_config.json"), quiet_libraries():

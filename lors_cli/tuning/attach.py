@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lors_cli.errors import UsageError
-from lors_cli.models.blocks import prunable_weights
+from lors_cli.models.blocks import left_out, prunable_weights
 from lors_cli.output import console
 from lors_cli.recipe.schema import TuneConfig
 from lors_cli.sparsity import mask_digest
@@ -105,5 +105,6 @@ def put_adapters(config: TuneConfig, network: PreTrainedModel, layers: list[str]
     adapted = attach(network, layers, config.rank, config.alpha, use_rslora=config.use_rslora, method=config.method,
                      compressed=config.base == "compressed", rounding=config.weight_rounding)  # fmt: skip
     if config.train_norms:
-        train_norms(network, norm_parameters(network))
+        apart = tuple(f"{part}." for part in left_out(network))
+        train_norms(network, [name for name in norm_parameters(network) if not name.startswith(apart)])
     return adapted

@@ -112,7 +112,13 @@ def lors_linear(
     holder = None if torch.compiler.is_compiling() else cache or _NO_CACHE
     with torch.autocast(kind, enabled=False):
         bias = None if bias is None else bias.to(dtype)
-        return _LorsFunction.apply(x.to(dtype), weight, bias, lora_A, lora_B, scale, holder, rounding)
+        Y = _LorsFunction.apply(rows_of(x.to(dtype)), weight, bias, lora_A, lora_B, scale, holder, rounding)
+    return Y.view(*x.shape[:-1], Y.shape[-1])
+
+
+def rows_of(x: torch.Tensor) -> torch.Tensor:
+    """X (tokens, C) where that costs no copy: its product is no view, and blocks may add to it in place (Falcon's)."""
+    return x.view(-1, x.shape[-1]) if x.is_contiguous() else x
 
 
 class LorsLinear(AdapterLinear):

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lors_cli.tuning.layers import AdapterLinear
+from lors_cli.tuning.lors import rows_of
 
 
 class GradientSketch:
@@ -77,5 +78,5 @@ class SketchedLinear(nn.Module):
         """(…, C) → (…, R)."""
         if not x.requires_grad:  # the first layer of a frozen model: its gradient is wanted all the same
             x = x.detach().requires_grad_()
-        result: torch.Tensor = _Tap.apply(x, self.linear.weight, self.linear.bias, self.sketch)
-        return result
+        Y: torch.Tensor = _Tap.apply(rows_of(x), self.linear.weight, self.linear.bias, self.sketch)
+        return Y.view(*x.shape[:-1], Y.shape[-1])
