@@ -13,7 +13,7 @@ from lors_cli.cli.completion import EXAMPLES, hint, is_list, section, values, wo
 from lors_cli.cli.options import CALIBRATION, MACHINE, SETTINGS, TRAINING, option
 
 FLAGS: dict[str, dict[str, dict[str, str]]] = {
-    "model": {MACHINE: {"device": "device", "dtype": "dtype"}},
+    "model": {MACHINE: {"device": "device", "dtype": "dtype", "revision": "revision"}},
     "prune": {
         SETTINGS: {"method": "method", "pattern": "pattern", "sparsity": "sparsity"},
         CALIBRATION: {

@@ -257,6 +257,7 @@ def open_blockwise(config: ModelConfig) -> BlockwiseModel:
     if locate(config.path).gguf_file is not None:
         console.detail("  a .gguf is read whole: blocks are not streamed")
         return BlockwiseModel(load_model(config, device=torch.device("cpu")), device, None)
+    files = _weight_files(config)
     settings = load_config(config)
     if getattr(settings, "quantization_config", None):
         raise UsageError(
@@ -265,7 +266,7 @@ def open_blockwise(config: ModelConfig) -> BlockwiseModel:
         )
     dtype = resolve_dtype(config, getattr(settings, "dtype", None), device)
     network = _without_weights(settings, dtype, config)
-    return BlockwiseModel(network, device, _Weights(network, _weight_files(config), dtype, config.path))
+    return BlockwiseModel(network, device, _Weights(network, files, dtype, config.path))
 
 
 def _without_weights(settings: Any, dtype: torch.dtype, config: ModelConfig) -> PreTrainedModel:
@@ -274,17 +275,15 @@ def _without_weights(settings: Any, dtype: torch.dtype, config: ModelConfig) -> 
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     from lors_cli.models.checks import loading
-    from lors_cli.models.loading import revision_of
     from lors_cli.models.quiet import quiet_libraries
 
     with loading(config.path, "the checkpoint"), quiet_libraries(), init_empty_weights(include_buffers=False):
         network = AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=False)
         network.tie_weights()
     if network.can_generate():
-        options: dict[str, Any] = {**revision_of(config)}
         with loading(config.path, "its generation_config.json"), quiet_libraries():
             try:
-                found = GenerationConfig.from_pretrained(settings.name_or_path, **options)
+                found = GenerationConfig.from_pretrained(settings.name_or_path)
                 network.generation_config = found
             except OSError:
                 console.detail(f"  {config.path} has no generation_config.json")
@@ -297,17 +296,9 @@ def _weight_files(config: ModelConfig) -> list[Path]:
     Raises:
         UsageError: there are none, or the index names one outside the checkpoint's folder.
     """
-    from lors_cli.models.checks import loading, safetensors_files
-    from lors_cli.models.revisions import pinned_revision
-    from lors_cli.models.sources import locate
+    from lors_cli.models.checks import safetensors_files
+    from lors_cli.models.hub import here
 
-    source = locate(config.path)
-    folder = source.folder
-    if folder is None:
-        from huggingface_hub import snapshot_download
-
-        patterns = ["model*.safetensors", "model.safetensors.index.json", "*config.json"]
-        with loading(config.path, "the checkpoint"):
-            revision = pinned_revision(str(source.repo), config.revision)
-            folder = Path(snapshot_download(str(source.repo), revision=revision, allow_patterns=patterns))
+    folder = here(config, weights=True).folder
+    assert folder is not None
     return safetensors_files(folder, config.path)

@@ -83,16 +83,15 @@ def load_stage(
     return config
 
 
-def load_model_config(path: str, *, dtype: str = "auto", device: str = "auto") -> ModelConfig:
-    """The model named on a command line by MODEL, `--dtype` and `--device`.
+def load_model_config(path: str, **flags: str) -> ModelConfig:
+    """The model named on a command line by MODEL and its flags, such as `--dtype`.
 
     Raises:
         UsageError: a value is none that the schema allows.
     """
     settings = Settings({}, {(): Place("MODEL", (0, 0))})
-    for index, (key, place, value) in enumerate(
-        (("path", "MODEL", path), ("dtype", "--dtype", dtype), ("device", "--device", device))
-    ):
+    given = [("path", "MODEL", path), *((key, f"--{key}", value) for key, value in flags.items())]
+    for index, (key, place, value) in enumerate(given):
         settings.set((key,), value, Place(place, (2, index), (key,)), {})
     config: ModelConfig = check(ModelConfig, settings)
     return config
