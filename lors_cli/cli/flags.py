@@ -16,7 +16,7 @@ from lors_cli.cli.options import CALIBRATION, MACHINE, SETTINGS, TRAINING, flag
 from lors_cli.recipe.settings import flag_name
 
 FLAGS: dict[str, dict[str, tuple[str, ...]]] = {
-    "model": {MACHINE: ("device", "dtype")},
+    "model": {MACHINE: ("device", "dtype", "revision")},
     "prune": {
         SETTINGS: ("method", "pattern", "sparsity"),
         CALIBRATION: ("calibration.dataset", "calibration.num_samples", "calibration.sequence_length",

@@ -1,4 +1,4 @@
-"""Text sources: alpaca, slimpajama, c4, wikitext2, pydoc, and the user's own files.
+"""Text sources: alpaca, slimpajama, slimpajama-6b, c4, wikitext2, pydoc, and the user's own files.
 
 A source is read from the hub, or, when `data_dir` (or $LORS_DATA_DIR) is given, from the files there; a file that
 is missing there is an error, never a step to the hub. Opening a source reads its first row at most.
@@ -82,6 +82,9 @@ _KNOWN = {
     ),
     "slimpajama": _Known(
         "text", _SLIMPAJAMA_FILES, "cerebras/SlimPajama-627B", None, _BOTH_SPLITS, streamed=True
+    ),
+    "slimpajama-6b": _Known(
+        "text", _SLIMPAJAMA_FILES, "DKYoon/SlimPajama-6B", None, _BOTH_SPLITS, streamed=True
     ),
     "wikitext2": _Known(
         "text", {"validation": "wikitext2/test.txt.gz"}, "Salesforce/wikitext", "wikitext-2-raw-v1",
@@ -225,10 +228,18 @@ def _hub_dataset(known: _Known, hub_split: str) -> Any:
     try:
         return load_dataset(known.repo, known.config, split=hub_split, streaming=known.streamed)
     except Exception as error:
-        if isinstance(translate(error), MissingError):
-            hint = "Use data_dir=FOLDER with a local copy, or name a local file (README, Data)."
-            raise MissingError(f"The dataset {known.repo} cannot be reached on the hub.", hint) from error
+        reason = translate(error)
+        if isinstance(reason, MissingError):
+            what = f"The dataset {known.repo} cannot be had: {reason.message}"
+            raise MissingError(what, _instead(known, reason)) from error
         raise
+
+
+def _instead(known: _Known, reason: MissingError) -> str:
+    """What to do where a dataset cannot be had."""
+    subset = known is _KNOWN["slimpajama"]
+    other = "The dataset slimpajama-6b is a part of it from another place; or use" if subset else "Or use"
+    return f"{reason.hint} {other} data_dir=FOLDER with a local copy, or name a local file (README, Data)."
 
 
 def _hub_rows(known: _Known, hub_split: str) -> Iterator[Row]:

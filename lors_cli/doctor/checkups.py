@@ -39,6 +39,7 @@ NEEDED = {
     "pyyaml": ("yaml", "6.0"),
     "rich": ("rich", "13.8"),
     "typer": ("typer", "0.16"),
+    "zstandard": ("zstandard", "0.22"),
 }
 """Distribution to the name it is imported by and the oldest version that will do."""
 BELOW = {"transformers": "6", "lm-eval": "0.4.14"}

@@ -61,10 +61,10 @@ def load_stage(
     return config
 
 
-def load_model_config(path: str, *, dtype: str = "auto", device: str = "auto") -> ModelConfig:
-    """The model named on a command line by MODEL, `--dtype` and `--device`."""
+def load_model_config(path: str, **flags: str) -> ModelConfig:
+    """The model named on a command line by MODEL and its flags, such as `--dtype`."""
     settings = Settings({}, {(): Place("MODEL", (0, 0))})
-    _apply_flags(settings, {"path": path, "dtype": dtype, "device": device})
+    _apply_flags(settings, {"path": path, **flags})
     config: ModelConfig = check(ModelConfig, settings)
     return config
 

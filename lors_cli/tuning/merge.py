@@ -43,13 +43,15 @@ def merge_adapters(model: PreTrainedModel) -> int:
     return num_lost
 
 
-def merge(base_path: str, adapter: Path, out: Path, *, dtype: str = "auto", device: str = "auto") -> dict[str, Any]:
+def merge(
+    base_path: str, adapter: Path, out: Path, *, dtype: str = "auto", device: str = "auto", revision: str = "main"
+) -> dict[str, Any]:  # fmt: skip
     """`lors merge`: the masked merge of a saved adapter into its sparse base, as a checkpoint; counts for the user."""
     started = time.monotonic()
     if not adapter.is_dir():
         raise MissingError(f"No adapter folder at {adapter}.")
     config = read_adapter_config(adapter)
-    source = ModelConfig(path=base_path, dtype=dtype, device=device)  # type: ignore[arg-type]
+    source = ModelConfig(path=base_path, dtype=dtype, device=device, revision=revision)  # type: ignore[arg-type]
     fingerprint = model_fingerprint(source)
     if fingerprint != config.base_fingerprint:
         console.detail("  the base's fingerprint differs from training time; its zeros are compared instead")
