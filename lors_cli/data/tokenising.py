@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +47,31 @@ def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
         verbose=False,
     )
     return encoded["input_ids"]
+
+
+def offset_encoder(tokenizer: Any) -> Callable[[list[str]], list[tuple[list[int], list[tuple[int, int]]]]]:
+    """Encodes texts as `encode` does, and says of which characters of its text each token is made.
+
+    Raises:
+        UsageError: the tokenizer is not one of `tokenizers`.
+    """
+    from tokenizers import Tokenizer
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UsageError(
+            f"Instructions need a fast tokenizer, and {type(tokenizer).__name__} is not one.",
+            "Save the tokenizer with a tokenizer.json, or tune on text or on a pre-tokenised file.",
+        )
+    encoder: Any = Tokenizer.from_str(backend.to_str())
+    encoder.post_processor = None  # it adds special tokens, and leaves spaces out of the places of tokens
+    encoder.no_padding()
+    encoder.no_truncation()
+
+    def encode_with_offsets(texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        return [(found.ids, found.offsets) for found in encoder.encode_batch(texts, add_special_tokens=False)]
+
+    return encode_with_offsets
 
 
 def eos_token_id(tokenizer: Any) -> int:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from lors_cli.tuning.training.trainer import AdapterTrainer
 
 STAGE_VERSION = 3
+INSTRUCTIONS_VERSION = 4
+"""The same for instructions: 4 since their text is tokenised whole."""
 WITHOUT_EFFECT = (
     "save_steps", "keep_checkpoints", "max_bad_steps", "tensorboard", "gradient_checkpointing", "merged_cache", "base",
     "parallelism",
@@ -65,7 +67,8 @@ def stage_fingerprint(config: TuneConfig, model_fingerprint: str, data_dir: Path
     if config.distill is not None:
         inputs["teacher"] = fingerprint_model(teacher_model(config.distill))
         settings["distill"] = {"weight": config.distill.weight, "temperature": float(config.distill.temperature)}
-    return hashes.fingerprint("tune", STAGE_VERSION, settings, inputs)
+    version = INSTRUCTIONS_VERSION if source.kind == "instructions" else STAGE_VERSION
+    return hashes.fingerprint("tune", version, settings, inputs)
 
 
 def tune(config: TuneConfig, model: ModelConfig, out: Path, *, data_dir: Path | None = None) -> records.StageRecord:
