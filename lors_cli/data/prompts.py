@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from os.path import commonprefix
 from typing import Any
 
 from lors_cli.errors import UsageError
@@ -124,6 +123,14 @@ def template_text(name: str, row: dict[str, Any]) -> tuple[str, int]:
     return prompt + TEMPLATES[name].before_response + row["output"], len(prompt)
 
 
+def whole_text(row: dict[str, Any]) -> str:
+    """A row as text for calibration: Alpaca's prompt and the response, longer conversations turn by turn."""
+    turns = turns_of(row)
+    if [turn.role for turn in turns] == ["user", "assistant"]:
+        return template_text("alpaca", row)[0]
+    return "\n\n".join(turn.content for turn in turns)
+
+
 class ChatTemplate:
     """A tokenizer's own chat template, and what it makes of conversations.
 
@@ -171,8 +178,8 @@ class ChatTemplate:
         """Where in the whole text the answer `number` is."""
         marker = _MARKER.format("answer")
         before, found, after = self._whole(_with_contents(turns, {number: marker})).partition(marker)
-        first = len(commonprefix([before, whole]))
-        stop = len(whole) - len(commonprefix([after[::-1], whole[first:][::-1]]))
+        first = _shared(before, whole)
+        stop = len(whole) - _shared(after[::-1], whole[first:][::-1])
         if not found or (stop == first and turns[number].content.strip()):
             raise _left_out("assistant")
         return first, stop
@@ -216,4 +223,11 @@ def _length_of_end(whole: str, first: int, stop: int, ending: str) -> int:
     """Characters after an answer that end it, as `ending` ends the last one; none where it brings its own end."""
     if ending and whole[first:stop].endswith(ending):
         return 0
-    return len(commonprefix([whole[stop:], ending]))
+    return _shared(ending, whole[stop:])
+
+
+def _shared(some: str, other: str) -> int:
+    """Characters that two texts have in common from their start."""
+    if other.startswith(some):
+        return len(some)
+    return next((number for number, (a, b) in enumerate(zip(some, other, strict=False)) if a != b), len(other))

@@ -6,6 +6,7 @@ is missing there is an error, never a step to the hub. Opening a source reads it
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -13,15 +14,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lors_cli.data import pydoc_text
-from lors_cli.data.prompts import alpaca_prompt
-from lors_cli.data.text_files import FORMATS, file_format, read_rows, read_text, row_kind
+from lors_cli.data.layouts import TEXT, Row
+from lors_cli.data.prompts import whole_text
+from lors_cli.data.text_files import FORMATS, Columns, file_format, read_rows, read_text, row_layout
 from lors_cli.errors import MissingError, UsageError, nearest, translate
 from lors_cli.files.hashes import cached_sha256
+from lors_cli.recipe.schema import ColumnsConfig
 
 Split = Literal["train", "validation"]
 Kind = Literal["text", "instructions", "tokens"]
 Want = Literal["text", "instructions"]
-Row = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,11 @@ class TextSource:
     """Opens streamed text on the hub as a `datasets.IterableDataset`."""
     num_bytes: int = 0
     """Of the local file, where there is one."""
+    layout: str | None = None
+    """Of the rows of a user's file."""
 
     def rows(self) -> Iterator[Row]:
-        """The rows in their order: {"text"}, or {"instruction", "input", "output"}.
+        """The rows in their order: {"text"}, {"instruction", "input", "output"} or {"messages": turns}.
 
         Raises:
             UsageError: a row of a local file is broken; the message names file and row.
@@ -92,7 +96,9 @@ SOURCES = tuple(sorted([*_KNOWN, "pydoc"]))
 DATA_DIR_VARIABLE = "LORS_DATA_DIR"
 
 
-def open_source(name: str, *, split: Split, data_dir: Path | None, want: Want = "text") -> TextSource:
+def open_source(
+    name: str, *, split: Split, data_dir: Path | None, want: Want = "text", columns: ColumnsConfig | None = None
+) -> TextSource:
     """The source that a user named; nothing is downloaded before its rows are asked for.
 
     WikiText-2 is one document: its lines that are not blank, joined by a newline, for local and hub rows alike,
@@ -101,11 +107,12 @@ def open_source(name: str, *, split: Split, data_dir: Path | None, want: Want = 
     compare such figures within one convention.
 
     Args:
-        name: one of `SOURCES`, or a file: .jsonl .json .txt (each also .gz), .parquet, or .safetensors with
+        name: one of `SOURCES`, or a file: .jsonl .json .csv .tsv .txt (each also .gz), .parquet, or .safetensors with
             `input_ids` (num_samples, sequence_length).
         split: "validation" is what perplexity is measured on: held-out rows; of wikitext2 the test split. A file
             has no splits and gives all its rows.
         data_dir: folder with local copies of the named sources; default $LORS_DATA_DIR, else the hub.
+        columns: our names to those of a file's columns, where they are not known.
         want: "text" turns instruction rows into prompt and response as one text. "instructions" lets pydoc give
             pairs; a source of plain text stays one.
 
@@ -113,14 +120,14 @@ def open_source(name: str, *, split: Split, data_dir: Path | None, want: Want = 
         UsageError: no such source or split, or a broken file.
         MissingError: a file is not there.
     """
-    source = _open(name, split, data_dir, want)
+    source = _open(name, split, data_dir, want, columns)
     if want == "text" and source.kind == "instructions":
         read = source.rows
         return replace(source, kind="text", _read=lambda: _as_text(read()))
     return source
 
 
-def fingerprint_source(name: str, *, split: Split, data_dir: Path | None) -> str:
+def fingerprint_source(name: str, *, split: Split, data_dir: Path | None, columns: ColumnsConfig | None = None) -> str:
     """What identifies the content of `open_source`'s source, without a network and without reading more than needed.
 
     Returns:
@@ -131,12 +138,15 @@ def fingerprint_source(name: str, *, split: Split, data_dir: Path | None) -> str
         UsageError: no such source or split.
         MissingError: a file is not there.
     """
+    if columns is not None and (name in SOURCES or file_format(Path(name)) in ("txt", "safetensors")):
+        raise UsageError(f"columns is for files of rows, and {name} is none.", "Leave columns out.")
     if name == "pydoc":
         return f"pydoc:{pydoc_text.fingerprint()}/{split}"
     known = _KNOWN.get(name)
     if known is None:
         path = _user_file(name)
-        return f"{file_format(path)}:{cached_sha256(path)}"
+        mapping = json.dumps(columns.names, sort_keys=True) if columns is not None else ""
+        return f"{file_format(path)}:{cached_sha256(path)}{mapping}"
     folder = resolve_data_dir(data_dir)
     if folder is None:
         return f"hub:{known.repo}/{known.config or 'default'}/{_hub_split(name, known, split)}"
@@ -144,13 +154,13 @@ def fingerprint_source(name: str, *, split: Split, data_dir: Path | None) -> str
     return f"{known.subset or name}:{cached_sha256(path)}"
 
 
-def _open(name: str, split: Split, data_dir: Path | None, want: Want) -> TextSource:
-    fingerprint = fingerprint_source(name, split=split, data_dir=data_dir)
+def _open(name: str, split: Split, data_dir: Path | None, want: Want, columns: ColumnsConfig | None) -> TextSource:
+    fingerprint = fingerprint_source(name, split=split, data_dir=data_dir, columns=columns)
     if name == "pydoc":
         return _open_pydoc(split, want, fingerprint)
     known = _KNOWN.get(name)
     if known is None:
-        return _open_file(name, _user_file(name), fingerprint)
+        return _open_file(name, _user_file(name), fingerprint, columns.names if columns else None)
     folder = resolve_data_dir(data_dir)
     if folder is None:
         hub_split = _hub_split(name, known, split)
@@ -178,24 +188,25 @@ def _open_pydoc(split: Split, want: Want, fingerprint: str) -> TextSource:
     )
 
 
-def _open_file(name: str, path: Path, fingerprint: str) -> TextSource:
+def _open_file(name: str, path: Path, fingerprint: str, columns: Columns = None) -> TextSource:
     form = file_format(path)
     if form == "safetensors":
         return TextSource(name, "tokens", fingerprint, path, False, lambda: _no_rows(path))
     if form == "txt":
         return TextSource(name, "text", fingerprint, None, False, lambda: iter([{"text": read_text(path)}]))
-    kind, size = row_kind(path), path.stat().st_size
-    return TextSource(name, kind, fingerprint, None, False, lambda: read_rows(path, kind), num_bytes=size)
+    layout, size = row_layout(path, columns), path.stat().st_size
+    return TextSource(name, layout.kind, fingerprint, None, False, lambda: read_rows(path, layout, columns),
+                      num_bytes=size, layout=layout.name)  # fmt: skip
 
 
 def _no_rows(path: Path) -> Iterator[Row]:
-    raise UsageError(f"{path} holds tokens, not text.", "Give a .jsonl, .json, .parquet or .txt file.")
+    raise UsageError(f"{path} holds tokens, not text.", "Give a file of text or rows.")
 
 
 def _as_text(rows: Iterator[Row]) -> Iterator[Row]:
-    """Instruction rows as the whole text that tuning would see."""
+    """Instruction rows as whole texts."""
     for row in rows:
-        yield {"text": alpaca_prompt(row["instruction"], row["input"]) + row["output"]}
+        yield {"text": whole_text(row)}
 
 
 def _one_text(lines: Iterator[str] | list[str]) -> Iterator[Row]:
@@ -206,7 +217,7 @@ def _one_text(lines: Iterator[str] | list[str]) -> Iterator[Row]:
 def _subset_rows(path: Path, subset: str) -> Iterator[Row]:
     """Rows of one part of a file in SlimPajama's schema."""
     found = False
-    for row in read_rows(path, "text", only=lambda value: _set_name(value) == subset):
+    for row in read_rows(path, TEXT, only=lambda value: _set_name(value) == subset):
         found = True
         yield row
     if not found:

@@ -10,6 +10,7 @@ from lors_cli.recipe.loading import recipe_schema
 from lors_cli.recipe.schema import (
     SEVEN_TASKS,
     CalibrationConfig,
+    ColumnsConfig,
     DistillConfig,
     EvalConfig,
     ModelConfig,
@@ -24,8 +25,10 @@ SECTIONS: dict[str, Any] = {
     "model": ModelConfig,
     "prune": PruneConfig,
     "prune.calibration": CalibrationConfig,
+    "prune.calibration.columns": ColumnsConfig,
     "tune": TuneConfig,
     "tune.data": TuneDataConfig,
+    "tune.data.columns": ColumnsConfig,
     "tune.distill": DistillConfig,
     "eval": EvalConfig,
 }
@@ -42,6 +45,9 @@ RULES: dict[str, list[str]] = {
         "`pattern: unstructured` needs `sparsity`.",
         "N:M needs 0 < N < M, and M divides the inputs of every pruned weight.",
         "`sparsity` beside N:M is 1 − N/M, or left out.",
+    ],
+    "tune.data.columns": [
+        "`text`, or `messages` (and `system`), or `instruction` and `output` (and `input`, `system`, `history`).",
     ],
     "tune": [
         "`init` other than `kaiming` is for additive updates: not for `spp`, `spp-gc` and `hira`.",

@@ -174,7 +174,8 @@ def offered(stage: str | None, incomplete: str) -> list[str]:
 
 def test_settings_and_their_words() -> None:
     assert offered(None, "tune.data.") == [
-        "tune.data.dataset=", "tune.data.max_length=", "tune.data.num_samples=", "tune.data.template=",
+        "tune.data.dataset=", *(f"tune.data.columns.{name}=" for name in (
+            "text", "messages", "instruction", "input", "output", "system", "history")), "tune.data.max_length=", "tune.data.num_samples=", "tune.data.template=",
         "tune.data.train_on_prompt=", "tune.data.packing=", "tune.data.stream=", "tune.data.shuffle_buffer=",
     ]  # fmt: skip
     assert offered("tune", "rank") == ["rank="]

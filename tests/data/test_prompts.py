@@ -17,8 +17,10 @@ from lors_cli.errors import UsageError
 from lors_cli.recipe.schema import TuneDataConfig
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
-TRAINING = ["Lily went to the park. Once upon a time, Lily said: hello!", "### Response:\nTell a story. USER: [INST] [/INST]",
-            "<|user|>\n<|assistant|>\nassistant\nuser\nsystem\n", "日本語 ASSISTANT: Lily"] * 3  # fmt: skip
+TRAINING = [
+    "Lily went to the park. Once upon a time, Lily said: hello!", "### Response:\nTell a story. USER: [INST] [/INST]",
+    "<|user|>\n<|assistant|>\nassistant\nuser\nsystem\n", "日本語 ASSISTANT: Lily",
+] * 3  # fmt: skip
 TEMPLATES = {
     "llama2": "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'] | trim + "
     "' [/INST]' }}{% else %}{{ ' ' + m['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}",
@@ -52,8 +54,10 @@ def _trained(kind: str) -> PreTrainedTokenizerFast:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=how)
         tokenizer.decoder = decoders.Metaspace(prepend_scheme=how)
     if name == "unigram":
-        tokenizer.train_from_iterator(TRAINING, trainers.UnigramTrainer(vocab_size=120, special_tokens=SPECIAL,
-                                                                        unk_token="<unk>", show_progress=False))  # fmt: skip
+        trainer = trainers.UnigramTrainer(
+            vocab_size=120, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False
+        )
+        tokenizer.train_from_iterator(TRAINING, trainer)
     else:
         special = SPECIAL + (alphabet if name == "legacy" else [])
         tokenizer.train_from_iterator(TRAINING, trainers.BpeTrainer(
@@ -146,6 +150,20 @@ def test_a_token_that_spans_the_boundary_is_learnt(tmp_path: Path) -> None:
     (sample,) = _samples(tmp_path, tokenizer, [{"instruction": "b", "output": "ab"}], template="chat")
     assert tokenizer.convert_ids_to_tokens(sample["input_ids"]) == ["b", ":a", "b", ":"]
     assert [label != -100 for label in sample["labels"]] == [False, True, True, True]
+
+
+def test_only_the_assistants_turns_are_learnt(tmp_path: Path, tokenizer: Any) -> None:
+    talk = [
+        {"role": "user", "content": "Tell a story."}, {"role": "assistant", "content": "Lily went."},
+        {"role": "user", "content": "Once more: Lily went."}, {"role": "assistant", "content": "hello!"},
+    ]  # fmt: skip
+    for name, template in TEMPLATES.items():
+        tokenizer.chat_template = template
+        (sample,) = _samples(tmp_path, tokenizer, [{"messages": talk}], template="chat")
+        whole = tokenizer.apply_chat_template(talk, tokenize=True)["input_ids"]
+        assert sample["input_ids"] == whole[: len(sample["input_ids"])]
+        learnt = [text.replace(" ", "").strip() for is_learnt, text in _parts(sample, tokenizer) if is_learnt]
+        assert learnt == [f"Lilywent.{ENDS[name]}", f"hello!{ENDS[name]}"]
 
 
 def _render(template: str, *turns: Turn) -> Any:

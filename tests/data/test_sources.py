@@ -93,7 +93,7 @@ def test_row_with_text_and_instruction_is_an_instruction(tmp_path: Path) -> None
 def test_text_file_is_one_document(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("ä\r\n\n b \n".encode())
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"x\n\ny"))
-    assert list(_open(tmp_path / "a.txt").rows()) == [{"text": "ä\r\n\n b \n"}]
+    assert list(_open(tmp_path / "a.txt").rows()) == [{"text": "ä\n\n b \n"}]
     assert list(_open(tmp_path / "b.txt.gz").rows()) == [{"text": "x\n\ny"}]
 
 
@@ -102,7 +102,7 @@ def test_text_file_is_one_document(tmp_path: Path) -> None:
     [
         (b'{"text": "a"', "a.jsonl:3: broken JSON"),
         (b'["a"]', r"a.jsonl:3: not an object but \[\"a\"\]"),
-        (b'{"txt": "a"}', "a.jsonl:3: the row has no 'text'. It has 'txt'"),
+        (b'{"txt": "a"}', "a.jsonl:3: the row has no 'text'; it has 'txt'"),
         (b'{"text": null}', "a.jsonl:3: 'text' must be text, not null"),
         (b'{"text": 5}', "a.jsonl:3: 'text' must be text, not 5"),
         (b'{"text": "\xff"}', "a.jsonl:3: not UTF-8"),
@@ -141,7 +141,7 @@ def test_broken_instruction_rows_are_named(tmp_path: Path) -> None:
         ("a.jsonl.gz", b"not packed", "a.jsonl.gz is not a whole gzip file"),
         ("a.txt.gz", gzip.compress(b"abc" * 999, mtime=0)[:-9], "a.txt.gz is not a whole gzip file"),
         ("a.parquet", b"PAR1 nonsense", "a.parquet:1: not a sound Parquet file"),
-        ("a.csv", b"text\na", "a.csv is of no known format"),
+        ("a.xlsx", b"text\na", "a.xlsx is of no known format"),
     ],
 )
 def test_broken_file_is_named(tmp_path: Path, name: str, data: bytes, message: str) -> None:
