@@ -1,4 +1,4 @@
-"""Text sources: alpaca, slimpajama, c4, wikitext2, pydoc, and the user's own files.
+"""Text sources: alpaca, slimpajama, c4, wikitext2 (also wikitext2-lines), pydoc, and the user's own files.
 
 A source is read from the hub, or, when `data_dir` (or $LORS_DATA_DIR) is given, from the files there; a file that
 is missing there is an error, never a step to the hub. Opening a source reads its first row at most.
@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from lors_cli.data import pydoc_text
-from lors_cli.data.layouts import TEXT, Row
+from lors_cli.data.corpora import joined_lines, joined_rows, local_rows, subset_rows
+from lors_cli.data.layouts import Row
 from lors_cli.data.prompts import whole_text
 from lors_cli.data.text_files import FORMATS, Columns, file_format, read_rows, read_text, row_layout
 from lors_cli.errors import MissingError, UsageError, nearest, translate
@@ -70,6 +72,10 @@ class _Known:
     streamed: bool = False
     subset: str | None = None
     """Only rows with this meta.redpajama_set_name, in local files."""
+    join: Callable[[Iterable[str]], str] | None = None
+    """What makes one document of WikiText's rows."""
+    mark: str = ""
+    """In fingerprints, after those of another join."""
 
 
 _SLIMPAJAMA_FILES = {
@@ -77,6 +83,10 @@ _SLIMPAJAMA_FILES = {
     "validation": "slimpajama_like/validation.jsonl.gz",
 }
 _BOTH_SPLITS = {"train": "train", "validation": "validation"}
+_WIKITEXT = (
+    {"validation": "wikitext2/test.txt.gz"}, "Salesforce/wikitext", "wikitext-2-raw-v1",
+    {"train": "train", "validation": "test"},
+)  # fmt: skip
 _KNOWN = {
     "alpaca": _Known(
         "instructions", {"train": "alpaca/train.jsonl.gz"}, "tatsu-lab/alpaca", None, {"train": "train"}
@@ -87,10 +97,8 @@ _KNOWN = {
     "slimpajama": _Known(
         "text", _SLIMPAJAMA_FILES, "cerebras/SlimPajama-627B", None, _BOTH_SPLITS, streamed=True
     ),
-    "wikitext2": _Known(
-        "text", {"validation": "wikitext2/test.txt.gz"}, "Salesforce/wikitext", "wikitext-2-raw-v1",
-        {"train": "train", "validation": "test"},
-    ),
+    "wikitext2": _Known("text", *_WIKITEXT, join=joined_rows, mark="/rows"),
+    "wikitext2-lines": _Known("text", *_WIKITEXT, join=joined_lines),
 }  # fmt: skip
 SOURCES = tuple(sorted([*_KNOWN, "pydoc"]))
 DATA_DIR_VARIABLE = "LORS_DATA_DIR"
@@ -100,11 +108,6 @@ def open_source(
     name: str, *, split: Split, data_dir: Path | None, want: Want = "text", columns: ColumnsConfig | None = None
 ) -> TextSource:
     """The source that a user named; nothing is downloaded before its rows are asked for.
-
-    WikiText-2 is one document: its lines that are not blank, joined by a newline, for local and hub rows alike,
-    so both give the same tokens (and those of lors' reference figures). The join usual elsewhere, two newlines
-    between all rows of the hub's table, keeps the blank rows and so gives other tokens and other perplexities:
-    compare such figures within one convention.
 
     Args:
         name: one of `SOURCES`, or a file: .jsonl .json .csv .tsv .txt (each also .gz), .parquet, or .safetensors with
@@ -149,9 +152,9 @@ def fingerprint_source(name: str, *, split: Split, data_dir: Path | None, column
         return f"{file_format(path)}:{cached_sha256(path)}{mapping}"
     folder = resolve_data_dir(data_dir)
     if folder is None:
-        return f"hub:{known.repo}/{known.config or 'default'}/{_hub_split(name, known, split)}"
+        return f"hub:{known.repo}/{known.config or 'default'}/{_hub_split(name, known, split)}{known.mark}"
     path = _data_file(name, known, split, folder)
-    return f"{known.subset or name}:{cached_sha256(path)}"
+    return f"{known.subset or name.removesuffix('-lines')}{known.mark}:{cached_sha256(path)}"
 
 
 def _open(name: str, split: Split, data_dir: Path | None, want: Want, columns: ColumnsConfig | None) -> TextSource:
@@ -169,14 +172,13 @@ def _open(name: str, split: Split, data_dir: Path | None, want: Want, columns: C
             name, known.kind, fingerprint, None, known.streamed, lambda: _hub_rows(known, hub_split), opens
         )
     path = _data_file(name, known, split, folder)
-    if name == "wikitext2":
-        return TextSource(name, "text", fingerprint, None, False, lambda: _one_text(read_text(path).split("\n")))
+    if (join := known.join) is not None:
+        rows = partial(local_rows, path, blank_count=join is joined_rows)
+        return TextSource(name, "text", fingerprint, None, False, lambda: iter([{"text": join(rows())}]))
     if known.subset is not None:
         subset = known.subset
         size = path.stat().st_size
-        return TextSource(
-            name, known.kind, fingerprint, None, False, lambda: _subset_rows(path, subset), num_bytes=size
-        )
+        return TextSource(name, known.kind, fingerprint, None, False, lambda: subset_rows(path, subset), num_bytes=size)
     return _open_file(name, path, fingerprint)
 
 
@@ -209,26 +211,6 @@ def _as_text(rows: Iterator[Row]) -> Iterator[Row]:
         yield {"text": whole_text(row)}
 
 
-def _one_text(lines: Iterator[str] | list[str]) -> Iterator[Row]:
-    """WikiText's lines as one document."""
-    yield {"text": "\n".join(line.rstrip("\n") for line in lines if line.strip())}
-
-
-def _subset_rows(path: Path, subset: str) -> Iterator[Row]:
-    """Rows of one part of a file in SlimPajama's schema."""
-    found = False
-    for row in read_rows(path, TEXT, only=lambda value: _set_name(value) == subset):
-        found = True
-        yield row
-    if not found:
-        raise UsageError(f"{path} has no row whose meta.redpajama_set_name is {subset}.")
-
-
-def _set_name(value: dict[str, Any]) -> Any:
-    meta = value.get("meta")
-    return meta.get("redpajama_set_name") if isinstance(meta, dict) else None
-
-
 def _hub_dataset(known: _Known, hub_split: str) -> Any:
     """A dataset on the hub, or a MissingError where it cannot be reached."""
     from datasets import load_dataset
@@ -245,8 +227,8 @@ def _hub_dataset(known: _Known, hub_split: str) -> Any:
 def _hub_rows(known: _Known, hub_split: str) -> Iterator[Row]:
     """Its rows."""
     rows = _hub_dataset(known, hub_split)
-    if known.repo == "Salesforce/wikitext":
-        yield from _one_text(row["text"] for row in rows)
+    if known.join is not None:
+        yield {"text": known.join(row["text"] for row in rows)}
         return
     keys = ("text",) if known.kind == "text" else ("instruction", "input", "output")
     for row in rows:
