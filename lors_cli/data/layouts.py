@@ -92,7 +92,7 @@ def layout_of(row: Row, place: str) -> Layout:
     if len(found) > 1:
         raise UsageError(
             f"{place}: this row is both {' and '.join(layout.name for layout in found)}.",
-            f"Say which is meant: {_mapping(dict.fromkeys(found[0].keys))}",
+            f"Say which is meant. {_mapping(dict.fromkeys(found[0].keys))}",
         )
     if found:
         return found[0]
@@ -111,7 +111,7 @@ def read_row(row: Row, layout: Layout, place: str) -> Row:
     if others and layout.fits(row):
         raise UsageError(
             f"{place}: this row is {others[0].name}, while rows before it were read as {layout.name}.",
-            f"Say which is meant: {_mapping(dict.fromkeys(layout.keys))}",
+            f"Say which is meant. {_mapping(dict.fromkeys(layout.keys))}",
         )
     return layout.read(row, place)
 
