@@ -64,14 +64,14 @@ DATA = TuneDataConfig(dataset="rows.jsonl")
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        (TuneConfig(data=DATA), "15a782efb75cd6a78d8a92cc2906a9e0"),
+        (TuneConfig(data=DATA), "7eb8fad4ad6ce465e8356e343e90f705"),
         (
             TuneConfig(data=DATA, method="sqft", rank=8, alpha=4, learning_rate=1e-3, max_steps=6),
-            "62336ef2ce8bd47cac4af53d47e08de8",
+            "cc6d6ea560465d63264681fcd9320b79",
         ),
         (
             TuneConfig(data=DATA, init="kaiming", rounding="nearest", epochs=0.5, batch_size=4),
-            "c371fa745eefcb8653c9bcafbda21b13",
+            "ccc3b0c3ed0df8c352181f5039447757",
         ),
         (
             TuneConfig(data=TuneDataConfig(dataset="text.txt", max_length=64), max_tokens=4096, spike_factor=3.0),
@@ -79,7 +79,7 @@ DATA = TuneDataConfig(dataset="rows.jsonl")
         ),
         (
             TuneConfig(data=DATA, train_norms=True, distill=DistillConfig(teacher="teacher.gguf", weight=0.5)),
-            "b26790ab56c6ddc31c76766240326ab0",
+            "a4bea9d6014f55b39dc5d9e4b8c9b955",
         ),
     ],
 )

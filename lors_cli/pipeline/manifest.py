@@ -9,7 +9,7 @@ from typing import Any
 
 from lors_cli.files import atomic, hashes, records
 from lors_cli.machine import environment
-from lors_cli.recipe.schema import Recipe
+from lors_cli.recipe.schema import ColumnsConfig, Recipe
 
 MANIFEST_NAME = "manifest.json"
 
@@ -38,14 +38,14 @@ def inputs(recipe: Recipe, data_dir: Path | None) -> list[dict[str, Any]]:
             {"used_by": used_by, "name": name, "fingerprint": fingerprint, "revision": hub_commit(fingerprint)}
         )
 
-    def text(used_by: str, name: str, split: Split) -> None:
-        add(used_by, name, fingerprint_source(name, split=split, data_dir=data_dir))
+    def text(used_by: str, name: str, split: Split, columns: ColumnsConfig | None = None) -> None:
+        add(used_by, name, fingerprint_source(name, split=split, data_dir=data_dir, columns=columns))
 
     add("model", recipe.model.path, model_fingerprint(recipe.model))
     if recipe.prune and statistics_kind(recipe.prune) != "none":
-        text("prune", recipe.prune.calibration.dataset, "train")
+        text("prune", recipe.prune.calibration.dataset, "train", recipe.prune.calibration.columns)
     if recipe.tune:
-        text("tune", recipe.tune.data.dataset, "train")
+        text("tune", recipe.tune.data.dataset, "train", recipe.tune.data.columns)
         if recipe.tune.distill and recipe.tune.distill.teacher:
             add("tune.distill", recipe.tune.distill.teacher, model_fingerprint(teacher_model(recipe.tune.distill)))
     if recipe.eval:

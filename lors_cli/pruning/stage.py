@@ -42,7 +42,9 @@ def stage_fingerprint(config: PruneConfig, model_fingerprint: str, data_dir: Pat
         from lors_cli.data.sources import fingerprint_source
 
         dataset = settings["calibration"].pop("dataset")
-        inputs["calibration"] = fingerprint_source(dataset, split="train", data_dir=data_dir)
+        del settings["calibration"]["columns"]  # in the text's fingerprint
+        inputs["calibration"] = fingerprint_source(dataset, split="train", data_dir=data_dir,
+                                                   columns=config.calibration.columns)  # fmt: skip
     return hashes.fingerprint("prune", STAGE_VERSION, settings, inputs)
 
 

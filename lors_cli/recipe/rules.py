@@ -73,6 +73,14 @@ def _not_made(c: Any) -> str | None:
     return f"{', '.join(missing)} is not made by this recipe, which has {', '.join(c.roles())}"
 
 
+def _no_row(c: Any) -> bool:
+    """Whether columns make no kind of row, or several."""
+    given = set(c.names)
+    kinds = ("text",), ("messages", "system"), ("instruction", "output", "input", "system", "history")
+    needed = {"text"}, {"messages"}, {"instruction", "output"}
+    return not any(least <= given <= set(most) for least, most in zip(needed, kinds, strict=True))
+
+
 RULES: dict[str, tuple[Rule, ...]] = {
     "Recipe": (
         ("", lambda c: not (c.prune or c.tune or c.eval),
@@ -80,6 +88,11 @@ RULES: dict[str, tuple[Rule, ...]] = {
          "At least one of `prune`, `tune` and `eval` is there. A stage without settings is `prune: {}`."),
         ("eval.models", _not_made, "{found}",
          "`eval.models` names only models that the recipe makes."),
+    ),
+    "ColumnsConfig": (
+        ("", _no_row, "columns must be text, or messages (and system), or instruction and output (and input, system, "
+         "history)",
+         "`text`, or `messages` (and `system`), or `instruction` and `output` (and `input`, `system`, `history`)."),
     ),
     "PruneConfig": (
         ("true_sequential", lambda c: c.true_sequential and _blind(c),

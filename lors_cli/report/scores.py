@@ -11,6 +11,13 @@ from lors_cli.report.measures import Group, Measure, ScoredModel, measures
 from lors_cli.report.paper import METHODS, SOURCE, paper_rows
 from lors_cli.report.results import ROLES
 
+JOINS = {
+    "wikitext2": "Perplexity of wikitext2 is of all rows of the hub's table joined by two newlines, as in papers "
+    "(a copy in a data folder may lack blank rows, and then differs).",
+    "wikitext2-lines": "Perplexity of wikitext2-lines is of WikiText-2's non-blank lines joined by one newline, not of "
+    "the papers' text.",
+}
+"""What text WikiText-2's perplexity is of, by name."""
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -186,6 +193,7 @@ def notes(groups: Sequence[Group]) -> list[str]:
             "“Recovered” is the share of the loss through pruning that tuning won back, (tuned − pruned) / (dense − "
             "pruned); of a perplexity the logarithm counts."
         )
+    texts += [JOINS[column.name] for column in columns if column.kind == "perplexity" and column.name in JOINS]
     parts = [" ".join(texts)] if texts else []
     return parts + ([_paper_note(scored)] if any(model.paper for model in scored) else [])
 

@@ -201,7 +201,7 @@ def _open_stream(config: TuneConfig, source: TextSource, tokenizer: Any, data_di
     there = "all there" if cache.end() is not None else f"{cache.available():,} tokens there"
     console.info(f"  token cache: {cache.folder}, {console.gib(folder_bytes(cache.folder))}, {there}")
     job = {"folder": str(cache.folder), "dataset": data.dataset, "data_dir": str(data_dir) if data_dir else None,
-           "fingerprint": source.fingerprint, **stream}  # fmt: skip
+           "columns": data.columns and data.columns.names, "fingerprint": source.fingerprint, **stream}  # fmt: skip
     return TokenStream(cache, job, data, config.seed, tokenizer)
 
 

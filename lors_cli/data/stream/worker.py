@@ -25,6 +25,7 @@ from lors_cli.data.stream.cache import TOKENIZER_NAME, TokenCache, make_room
 from lors_cli.data.stream.documents import START, read_documents
 from lors_cli.errors import LorsError, ResourceError, UsageError, translate
 from lors_cli.machine.devices import usable_processors
+from lors_cli.recipe.schema import ColumnsConfig
 
 Shard = tuple[np.ndarray, np.ndarray, dict[str, Any], int]
 """Tokens, where documents start in them, where the source is to be read on from, and documents read until there."""
@@ -102,7 +103,7 @@ class Filler:
 
 
 def make_filler(job: dict[str, Any]) -> Filler:
-    """The filler of a job: folder of the cache, dataset, data_dir, fingerprint, begin, end, dtype.
+    """The filler of a job: folder of the cache, dataset, data_dir, columns, fingerprint, begin, end, dtype.
 
     Raises:
         UsageError: the text is another one by now.
@@ -112,7 +113,8 @@ def make_filler(job: dict[str, Any]) -> Filler:
     cache = TokenCache(Path(job["folder"]))
     cache.hold()
     data_dir = Path(job["data_dir"]) if job["data_dir"] else None
-    source = open_source(job["dataset"], split="train", data_dir=data_dir, want="text")
+    columns = ColumnsConfig(**job["columns"]) if job.get("columns") else None
+    source = open_source(job["dataset"], split="train", data_dir=data_dir, want="text", columns=columns)
     if source.fingerprint != job["fingerprint"]:
         raise UsageError(f"{job['dataset']} changed while it was read.", "Run the same command again.")
     tokenizer = Tokenizer.from_file(str(cache.folder / TOKENIZER_NAME))
