@@ -83,6 +83,18 @@ def load_stage(
     return config
 
 
+def stage_config(stage: str, values: dict[str, Any]) -> PruneConfig | TuneConfig | EvalConfig:
+    """The config of a stage from the plain values that its record has.
+
+    Raises:
+        UsageError: this version knows no such settings.
+    """
+    config: PruneConfig | TuneConfig | EvalConfig = check(
+        STAGE_CONFIGS[stage], Settings(_without_none(values), {(): Place(f"{stage}/stage.json", (0, 0))})
+    )
+    return config
+
+
 def load_model_config(path: str, *, dtype: str = "auto", device: str = "auto") -> ModelConfig:
     """The model named on a command line by MODEL, `--dtype` and `--device`.
 
