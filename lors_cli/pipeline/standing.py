@@ -97,6 +97,6 @@ def standing_recipe(asked: Recipe, out: Path, *, has_new: bool, begins: bool) ->
             except UsageError as error:
                 console.warn(f"{out / stage} was made with settings that this version cannot read: {error.message}")
     try:
-        return replace(head, **sections).with_defaults()
+        return replace(head, **sections).resolved()
     except ValueError:  # scores of a model that was removed, and of which no recipe is left
-        return asked.with_defaults()
+        return asked.resolved()

@@ -93,7 +93,7 @@ def prune(config: PruneConfig, model: ModelConfig, out: Path, *, data_dir: Path 
     outcome = prune_blocks(config, source, pattern, out / records.WORK_NAME, batches)
     metrics = _metrics(outcome, pattern, source, batches)
     record = records.StageRecord(
-        "prune", fingerprint, hashes.plain(config), {"model": base_fingerprint, "path": model.path}, metrics,
+        "prune", fingerprint, hashes.plain(config.resolved()), {"model": base_fingerprint, "path": model.path}, metrics,
         environment.environment(), round(time.monotonic() - started, 2), {},
     )  # fmt: skip
     if processes.is_main():
@@ -149,7 +149,7 @@ def _metrics(outcome: Outcome, pattern: Pattern, source: BlockwiseModel, batches
                "commit": getattr(network.config, "_commit_hash", None)}  # fmt: skip
     if batches:
         num_samples, tokens = sum(len(batch) for batch in batches), sum(batch.numel() for batch in batches)
-        metrics["calibration"] = {"num_samples": num_samples, "tokens": tokens}
+        metrics["calibration"] = {"num_samples": num_samples, "tokens": tokens, "sequence_length": batches[0].shape[1]}
         metrics["phases_s"] = outcome.phases.rounded()
     if outcome.few_tokens:
         metrics["few_tokens"] = outcome.few_tokens
@@ -177,7 +177,7 @@ def _write_checkpoint(
     staging = records.staging_dir(out)
     save_settings(source.network, tokenizer, staging)
     write_checkpoint(staging, _tensors(source, out / records.WORK_NAME), max_shard_size=MAX_SHARD_SIZE)
-    card = model_card(base_model=model.path, prune=hashes.plain(config), tune=None, metrics=metrics,
+    card = model_card(base_model=model.path, prune=hashes.plain(config.resolved()), tune=None, metrics=metrics,
                       environment=environment.environment())  # fmt: skip
     atomic.write_text(staging / "README.md", card)
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from lors_cli.recipe.rules import Section
+from lors_cli.recipe.rules import Section, implied_sparsity
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -94,6 +94,11 @@ class PruneConfig(Section):
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     """Which text, and how much of it."""
 
+    def resolved(self) -> PruneConfig:
+        """The same settings with what follows from other settings said: what is stored and shown."""
+        sparsity = implied_sparsity(self.pattern) if self.sparsity is None else self.sparsity
+        return replace(self, sparsity=sparsity, true_sequential=self.sequential)
+
     @property
     def sequential(self) -> bool:
         """Whether groups are pruned one after the other (`true_sequential`, or what the method implies)."""
@@ -117,10 +122,10 @@ class TuneDataConfig(Section):
     tokenizer's own chat template."""
     train_on_prompt: bool = False
     """Instructions: learn the prompt's tokens too, not the response alone."""
-    packing: Literal["concatenated", "isolated"] | None = None
+    packing: Literal["concatenated", "isolated", "separate"] | None = None
     """How texts share a sample. concatenated: one after the other, each seeing those before it. isolated: positions
     start anew with each text and none sees another; instructions can be packed so too, whole, several a sample.
-    Default: text concatenated, instructions one a sample."""
+    separate: one a sample, instructions alone. Default: text concatenated, instructions separate."""
     stream: Literal["auto", "on", "off"] = "auto"
     """Tokenise text in the background while it is trained on, with a cache on disk, instead of all of it before.
     auto: on for text from the hub, local files above 64 MiB, and max_tokens."""
@@ -227,6 +232,10 @@ class TuneConfig(Section):
     seed: Seed = 0
     """Of the samples' order and of the adapters' start. Default: the recipe's."""
 
+    def resolved(self) -> TuneConfig:
+        """The same settings with what follows from other settings said: what is stored and shown."""
+        return replace(self, init=self.start, rounding=self.weight_rounding)
+
     @property
     def start(self) -> Literal["gradient", "gradient-exact", "kaiming"]:
         """How lora_A starts: `init`, or what the method implies."""
@@ -302,8 +311,13 @@ class Recipe(Section):
             made.append("tuned")
         return tuple(made)
 
+    def resolved(self) -> Recipe:
+        """`with_defaults`, and what each stage's settings imply said: what is stored and shown."""
+        found = self.with_defaults()
+        return replace(found, prune=found.prune and found.prune.resolved(), tune=found.tune and found.tune.resolved())
+
     def with_defaults(self) -> Recipe:
-        """The recipe with what follows from other settings filled in: what is stored and hashed."""
+        """The recipe with what follows between its stages filled in: what is run and hashed."""
         tune, evaluation = self.tune, self.eval
         if tune and tune.distill and tune.distill.teacher is None and self.prune:
             distill = replace(tune.distill, teacher=self.model.path, revision=self.model.revision)

@@ -8,7 +8,7 @@ from typing import Any
 
 from lors_cli.errors import UsageError
 from lors_cli.evaluation.significance import FRACTIONS_NOTE, compare_models, p_text
-from lors_cli.evaluation.summary import recovered
+from lors_cli.evaluation.summary import LOST_IN_ERROR, recovered
 from lors_cli.models.card import versions
 from lors_cli.output.markdown import Block, Code, escape, table
 from lors_cli.output.progress import duration
@@ -17,7 +17,7 @@ from lors_cli.report.measures import Group
 from lors_cli.report.output import FORMATS, assemble, pictures, table_of, write_files
 from lors_cli.report.results import Cell, Results, read_run
 from lors_cli.report.score_figures import accuracy_bars, perplexity_bars
-from lors_cli.report.scores import by_model, by_task, notes
+from lors_cli.report.scores import by_model, by_task, notes, share_text
 from lors_cli.report.stage_figures import loss_of_run, sparsity_by_kind
 
 _OF_SCORES = {
@@ -102,8 +102,10 @@ def _scores(cell: Cell) -> list[Block]:
         return []
     columns, rows = by_task(scores)
     rows = [[cells[0].replace("  ", "↳ ", 1), *cells[1:]] for cells in rows]  # Markdown drops leading spaces
-    shares = [f"{escape(name)} {share:.1%}" for name, share in recovered(scores).items()]
+    found = recovered(scores)
+    shares = [f"{escape(name)} {share_text(share)}" for name, share in found.items()]
     said = f"Share of the loss through pruning that tuning won back: {', '.join(shares)}."
+    said += f" {LOST_IN_ERROR}" if None in found.values() else ""
     return [table(columns, rows), *([said] if shares else [])]
 
 

@@ -42,6 +42,7 @@ def stage_fingerprint(config: TuneConfig, model_fingerprint: str, data_dir: Path
     """
     from lors_cli.data.sources import fingerprint_source, open_source
     from lors_cli.data.stream.samples import is_streamed
+    from lors_cli.data.tokens import usual_packing
     from lors_cli.models.sources import model_fingerprint as fingerprint_model
 
     settings = {key: value for key, value in asdict(config).items() if key not in WITHOUT_EFFECT}
@@ -55,6 +56,8 @@ def stage_fingerprint(config: TuneConfig, model_fingerprint: str, data_dir: Path
         del settings["spike_factor"]
     dataset = settings["data"].pop("dataset")
     source = open_source(dataset, split="train", data_dir=data_dir, want="instructions")
+    if config.data.packing == usual_packing(source):
+        settings["data"]["packing"] = None
     settings["data"]["stream"] = is_streamed(config, source)
     if not settings["data"]["stream"]:
         del settings["data"]["shuffle_buffer"]
@@ -122,15 +125,26 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
         staging = records.staging_dir(out)
         metrics = {**training, **_data_metrics(data),
                    **_write_results(staging, tuned, tokenizer, adapter, patterns)}  # fmt: skip
-        _write_card(staging, config, model, metrics)
+        stored = _with_packing(config.resolved(), data_dir)
+        _write_card(staging, stored, model, metrics)
         atomic.write_bytes(staging / LOG_NAME, log.path.read_bytes())
         record = records.StageRecord(
-            "tune", fingerprint, hashes.plain(config), {"model": base_fingerprint, "path": model.path}, metrics,
+            "tune", fingerprint, hashes.plain(stored), {"model": base_fingerprint, "path": model.path}, metrics,
             environment.environment(), round(time.monotonic() - started, 2), {},
         )  # fmt: skip
         return records.publish(out, record)
 
     return processes.from_main(write)
+
+
+def _with_packing(config: TuneConfig, data_dir: Path | None) -> TuneConfig:
+    """The config with how texts shared a sample said."""
+    from lors_cli.data.sources import open_source
+    from lors_cli.data.tokens import usual_packing
+
+    source = open_source(config.data.dataset, split="train", data_dir=data_dir, want="instructions")
+    packing = config.data.packing or usual_packing(source)
+    return replace(config, data=replace(config.data, packing=packing))
 
 
 def sparse_layers(model: PreTrainedModel, folder: Path) -> dict[str, Pattern]:

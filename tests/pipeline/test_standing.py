@@ -143,3 +143,28 @@ def test_stages_that_stand_are_made_from_one_another(at_finished: Path) -> None:
     assert list(standing_stages(RUN)) == ["prune", "eval"]
     (RUN / "prune" / "model.safetensors").write_bytes(b"")
     assert list(standing_stages(RUN)) == ["eval"]
+
+
+def test_every_default_is_filled_in_wherever_settings_are_said(at_finished: Path, lors: Lors) -> None:
+    implied = {
+        "prune": {"true_sequential": False, "sparsity": 0.5},
+        "tune": {"init": "gradient", "rounding": "stochastic", "data": {"packing": "separate"}},
+    }
+    stored = yaml.safe_load((RUN / "recipe.yaml").read_text())
+    manifest = json.loads((RUN / "manifest.json").read_text())["recipe"]
+    report, card = (RUN / "report.md").read_text(), (RUN / "tune" / "README.md").read_text()
+    for stage, settings in implied.items():
+        record = json.loads((RUN / stage / "stage.json").read_text())["config"]
+        for key, value in settings.items():
+            if isinstance(value, dict):
+                assert all(place["data"]["packing"] == "separate" for place in (stored[stage], manifest[stage], record))
+                assert "packing: separate" in report
+                assert "| tune.data.packing | separate |" in card
+                continue
+            assert stored[stage][key] == manifest[stage][key] == record[key] == value
+            assert f"{key}: {str(value).lower()}" in report
+            assert f"| {stage}.{key} | {value} |" in card
+    calibrated = json.loads((RUN / "prune" / "stage.json").read_text())["metrics"]["calibration"]
+    assert calibrated == {"num_samples": 8, "tokens": 256, "sequence_length": 32}
+    result = json.loads(lors("run", RUN / "recipe.yaml", "--json").stdout)  # what is filled in changes no fingerprint
+    assert [stage["status"] for stage in result["stages"]] == ["skipped"] * 3
