@@ -12,6 +12,7 @@ from lors_cli.files import records
 from lors_cli.files.records import StageRecord
 from lors_cli.output import console
 from lors_cli.recipe.loading import load_recipe, stage_config
+from lors_cli.recipe.resolved import resolved_recipe
 from lors_cli.recipe.schema import STAGES, Recipe
 
 RECIPE_NAME = "recipe.yaml"
@@ -97,6 +98,6 @@ def standing_recipe(asked: Recipe, out: Path, *, has_new: bool, begins: bool) ->
             except UsageError as error:
                 console.warn(f"{out / stage} was made with settings that this version cannot read: {error.message}")
     try:
-        return replace(head, **sections).resolved()
+        return resolved_recipe(replace(head, **sections))
     except ValueError:  # scores of a model that was removed, and of which no recipe is left
-        return asked.resolved()
+        return resolved_recipe(asked)

@@ -17,6 +17,7 @@ from lors_cli.files import atomic, hashes, records
 from lors_cli.machine import environment, processes
 from lors_cli.output import console, progress
 from lors_cli.pruning.methods import STATISTICS, prune_group, refit_group, statistics_kind
+from lors_cli.recipe.resolved import resolved_prune
 from lors_cli.sparsity import Pattern, summarise
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def prune(config: PruneConfig, model: ModelConfig, out: Path, *, data_dir: Path 
     outcome = prune_blocks(config, source, pattern, out / records.WORK_NAME, batches)
     metrics = _metrics(outcome, pattern, source, batches)
     record = records.StageRecord(
-        "prune", fingerprint, hashes.plain(config.resolved()), {"model": base_fingerprint, "path": model.path}, metrics,
+        "prune", fingerprint, hashes.plain(resolved_prune(config)), {"model": base_fingerprint, "path": model.path}, metrics,
         environment.environment(), round(time.monotonic() - started, 2), {},
     )  # fmt: skip
     if processes.is_main():
@@ -177,7 +178,7 @@ def _write_checkpoint(
     staging = records.staging_dir(out)
     save_settings(source.network, tokenizer, staging)
     write_checkpoint(staging, _tensors(source, out / records.WORK_NAME), max_shard_size=MAX_SHARD_SIZE)
-    card = model_card(base_model=model.path, prune=hashes.plain(config.resolved()), tune=None, metrics=metrics,
+    card = model_card(base_model=model.path, prune=hashes.plain(resolved_prune(config)), tune=None, metrics=metrics,
                       environment=environment.environment())  # fmt: skip
     atomic.write_text(staging / "README.md", card)
 

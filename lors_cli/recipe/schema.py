@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from lors_cli.recipe.rules import Section, implied_sparsity
+from lors_cli.recipe.rules import Section
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -93,11 +93,6 @@ class PruneConfig(Section):
     """Unstructured only: the same sparsity for every block, or less for blocks with many outliers (OWL)."""
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     """Which text, and how much of it."""
-
-    def resolved(self) -> PruneConfig:
-        """The same settings with what follows from other settings said: what is stored and shown."""
-        sparsity = implied_sparsity(self.pattern) if self.sparsity is None else self.sparsity
-        return replace(self, sparsity=sparsity, true_sequential=self.sequential)
 
     @property
     def sequential(self) -> bool:
@@ -232,10 +227,6 @@ class TuneConfig(Section):
     seed: Seed = 0
     """Of the samples' order and of the adapters' start. Default: the recipe's."""
 
-    def resolved(self) -> TuneConfig:
-        """The same settings with what follows from other settings said: what is stored and shown."""
-        return replace(self, init=self.start, rounding=self.weight_rounding)
-
     @property
     def start(self) -> Literal["gradient", "gradient-exact", "kaiming"]:
         """How lora_A starts: `init`, or what the method implies."""
@@ -310,11 +301,6 @@ class Recipe(Section):
         if self.tune:
             made.append("tuned")
         return tuple(made)
-
-    def resolved(self) -> Recipe:
-        """`with_defaults`, and what each stage's settings imply said: what is stored and shown."""
-        found = self.with_defaults()
-        return replace(found, prune=found.prune and found.prune.resolved(), tune=found.tune and found.tune.resolved())
 
     def with_defaults(self) -> Recipe:
         """The recipe with what follows between its stages filled in: what is run and hashed."""

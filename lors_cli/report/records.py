@@ -16,6 +16,7 @@ HEADER = (
 )  # fmt: skip
 _MADE = {
     "sparsity": "share", "violations": "weights", "first_loss": "nats per token", "last_loss": "nats per token",
+    "loss_before": "nats per token", "loss_after": "nats per token", "moved": "share",
     "steps": "steps", "tokens_per_s": "tokens/s", "trainable_parameters": "parameters", "peak_bytes": "bytes",
 }  # fmt: skip
 """Numbers of a stage's record, with their units."""

@@ -19,6 +19,7 @@ from lors_cli.report.results import Cell, Results, read_run
 from lors_cli.report.score_figures import accuracy_bars, perplexity_bars
 from lors_cli.report.scores import by_model, by_task, notes, share_text
 from lors_cli.report.stage_figures import loss_of_run, sparsity_by_kind
+from lors_cli.tuning.training.step_log import loss_text
 
 _OF_SCORES = {
     "accuracy": "Zero-shot accuracy by task and model; lines are standard errors.",
@@ -141,10 +142,14 @@ def _training(cell: Cell) -> list[Block]:
     first, last = metrics.get("first_loss"), metrics.get("last_loss")
     if first is None and cell.log:
         first, last = cell.log[0]["loss"], cell.log[-1]["loss"]
-    if first is not None and last is not None:
-        steps = metrics.get("steps", cell.log[-1]["step"] if cell.log else None)
+    steps = metrics.get("steps", cell.log[-1]["step"] if cell.log else None)
+    if "loss_before" in metrics:
+        parts.append(f"Loss {loss_text(metrics)}; {steps} optimiser steps.")
+    elif first is not None and last is not None:
         end = " (mean of the last tenth of the steps)" if "last_loss" in metrics else ""
         parts.append(f"Loss {first:.4f} at the first step, {last:.4f} at the end{end}; {steps} optimiser steps.")
+    if "moved" in metrics:
+        parts.append(f"{100 * metrics['moved']:.2f} % of the kept weights moved.")
     if metrics.get("tokens_per_s"):
         parts.append(f"{metrics['tokens_per_s']:,.0f} tokens per second (median).")
     return parts if record else [*parts, "The tuning is not finished."]

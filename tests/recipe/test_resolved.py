@@ -10,6 +10,7 @@ import pytest
 
 from lors_cli.recipe.checking import subsection
 from lors_cli.recipe.loading import dump_recipe, load_recipe, recipe_values
+from lors_cli.recipe.resolved import resolved_recipe
 from lors_cli.recipe.schema import (
     DistillConfig,
     EvalConfig,
@@ -55,7 +56,7 @@ def recipe(**changes: object) -> Recipe:
 
 
 def test_every_setting_of_the_schema_is_said() -> None:
-    values = recipe_values(recipe().resolved())
+    values = recipe_values(resolved_recipe(recipe()))
     absent = {path for path in leaves(Recipe) if not has(values, path)}
     assert absent == OFF | FROM_THE_INPUTS.keys()
 
@@ -75,11 +76,11 @@ def test_every_setting_of_the_schema_is_said() -> None:
 def test_what_follows_from_the_method_is_said(
     prune: PruneConfig, tune: TuneConfig, expected: tuple[object, ...]
 ) -> None:
-    found = recipe(prune=prune, tune=tune).resolved()
+    found = resolved_recipe(recipe(prune=prune, tune=tune))
     assert found.prune is not None
     assert found.tune is not None
     assert (found.prune.sparsity, found.prune.true_sequential, found.tune.init, found.tune.rounding) == expected
-    assert found.resolved() == found
+    assert resolved_recipe(found) == found
 
 
 def test_a_resolved_recipe_is_read_back(tmp_path: Path) -> None:
@@ -87,6 +88,7 @@ def test_a_resolved_recipe_is_read_back(tmp_path: Path) -> None:
     for method in ("lors", "sqft", "spp", "hira", "lora"):
         for pruner in ("magnitude", "wanda", "admm"):
             data = TuneDataConfig(packing="separate")
-            found = recipe(prune=PruneConfig(method=pruner), tune=TuneConfig(method=method, data=data)).resolved()  # type: ignore[arg-type]
+            made = recipe(prune=PruneConfig(method=pruner), tune=TuneConfig(method=method, data=data))  # type: ignore[arg-type]
+            found = resolved_recipe(made)
             path.write_text(dump_recipe(found))
             assert load_recipe(path) == found

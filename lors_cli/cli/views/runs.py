@@ -89,6 +89,8 @@ def _zeros(metrics: dict[str, Any]) -> str:
 
 def _facts(record: records.StageRecord) -> list[tuple[str, str]]:
     """What is particular to a stage."""
+    from lors_cli.tuning.training.step_log import loss_text
+
     config, metrics = record.config, record.metrics
     if record.stage == "prune":
         seen = metrics.get("calibration")
@@ -96,7 +98,7 @@ def _facts(record: records.StageRecord) -> list[tuple[str, str]]:
         return [("method", f"{config['method']}{data}")]
     return [
         ("method", f"{config['method']} rank {config['rank']}, {metrics['trainable_parameters']:,} parameters trained"),
-        ("loss", f"{metrics['first_loss']:.4f} → {metrics['last_loss']:.4f} in {metrics['steps']} steps"),
+        ("loss", f"{loss_text(metrics)}; {metrics['steps']} steps"),
     ]
 
 
