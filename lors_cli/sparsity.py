@@ -182,7 +182,7 @@ def measure(name: str, weight: torch.Tensor, pattern: Pattern | None) -> LayerSp
 
 
 def summarise(layers: list[LayerSparsity], pattern: Pattern | None) -> dict[str, Any]:
-    """The `lors inspect` document of DESIGN §4.
+    """The document of `lors inspect --json`.
 
     Args:
         layers: every pruned linear.

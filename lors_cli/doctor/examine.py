@@ -54,9 +54,11 @@ def any_failed(findings: list[Finding]) -> bool:
 
 
 def show(findings: list[Finding]) -> None:
-    """A line a finding, with what to do below it."""
+    """A line a finding, with what to do below it; with -q only what is missing."""
     group = None
     for finding in findings:
+        if finding.status == "ok" and console.verbosity() < 0:
+            continue
         if finding.group != group:
             console.result(f"\n{finding.group}" if group else finding.group)
             group = finding.group

@@ -58,7 +58,7 @@ def prune(config: PruneConfig, model: ModelConfig, out: Path, *, data_dir: Path 
     Args:
         config: method, pattern, calibration.
         model: dense.
-        out: stage folder (DESIGN §4), which all processes see.
+        out: stage folder, which all processes see.
         data_dir: local datasets, None for the hub.
 
     Returns:
@@ -94,7 +94,8 @@ def prune(config: PruneConfig, model: ModelConfig, out: Path, *, data_dir: Path 
     outcome = prune_blocks(config, source, pattern, out / records.WORK_NAME, batches)
     metrics = _metrics(outcome, pattern, source, batches)
     record = records.StageRecord(
-        "prune", fingerprint, hashes.plain(resolved_prune(config)), {"model": base_fingerprint, "path": model.path}, metrics,
+        "prune", fingerprint, hashes.plain(resolved_prune(config)), {"model": base_fingerprint, "path": model.path},
+        metrics,
         environment.environment(), round(time.monotonic() - started, 2), {},
     )  # fmt: skip
     if processes.is_main():

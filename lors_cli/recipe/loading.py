@@ -33,7 +33,10 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UsageError: the file cannot be read, or with everything that is wrong in file and overrides.
     """
-    return resolve_recipe(read_settings(path), overrides)
+    settings = read_settings(path)
+    if "recipe" in settings.data and "model" not in settings.data:
+        raise UsageError(f"{path} is a sweep, not a recipe.", f"For it there is: lors sweep {path}")
+    return resolve_recipe(settings, overrides)
 
 
 def resolve_recipe(settings: Settings, overrides: Sequence[str] = ()) -> Recipe:

@@ -38,7 +38,7 @@ def write_run_report(
     """Write a run's reports and `figures/*.png`; the same results give the same bytes.
 
     Args:
-        run: a run folder (DESIGN §4); any stage may be missing.
+        run: a run folder; any stage may be missing.
         finished: the stages whose results belong to the recipe; what others left from earlier settings is not
             shown. None for all that are there.
         formats: of `FORMATS`, those to write.

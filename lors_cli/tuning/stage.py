@@ -78,7 +78,7 @@ def tune(config: TuneConfig, model: ModelConfig, out: Path, *, data_dir: Path | 
     """Tune a sparse causal LM and write adapter and merged checkpoint; an interrupted call goes on at its last one.
 
     Args:
-        out: stage folder (DESIGN §4), which all processes see.
+        out: stage folder, which all processes see.
         data_dir: local datasets, None for the hub.
 
     Returns:
@@ -182,8 +182,10 @@ def _load_data(config: TuneConfig, network: PreTrainedModel, tokenizer: Any, dat
     steps = ""
     if data.num_steps is not None:
         in_last = len(data.samples) - (data.num_steps - 1) * config.batch_size
-        steps = f" in {data.num_steps} steps" + (f", {in_last} in the last" if in_last < config.batch_size else "")
-    console.info(f"  data: {config.data.dataset}, {len(data.samples)} samples, {data.num_tokens} tokens{steps}"
+        steps = f" in {console.counted(data.num_steps, 'step')}" + (
+            f", {in_last} in the last" if in_last < config.batch_size else ""
+        )
+    console.info(f"  data: {config.data.dataset}, {console.counted(len(data.samples), 'sample')}, {data.num_tokens} tokens{steps}"
                  + (f" (skipped: {skipped})" if skipped else ""))  # fmt: skip
     return data
 

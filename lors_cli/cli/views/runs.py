@@ -98,7 +98,7 @@ def _facts(record: records.StageRecord) -> list[tuple[str, str]]:
         return [("method", f"{config['method']}{data}")]
     return [
         ("method", f"{config['method']} rank {config['rank']}, {metrics['trainable_parameters']:,} parameters trained"),
-        ("loss", f"{loss_text(metrics)}; {metrics['steps']} steps"),
+        ("loss", f"{loss_text(metrics)}; {console.counted(metrics['steps'], 'step')}"),
     ]
 
 

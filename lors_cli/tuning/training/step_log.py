@@ -10,6 +10,7 @@ from typing import Any
 
 from lors_cli.errors import MissingError
 from lors_cli.files import atomic
+from lors_cli.output.console import counted
 
 
 @dataclass
@@ -54,7 +55,8 @@ def _is_row(value: Any) -> bool:
 def loss_text(metrics: dict[str, Any]) -> str:
     """`4.2104 → 3.9915 on 16 samples …`, of a stage's metrics."""
     kind = "that training did not see" if metrics["loss_held_out"] else "of the training data"
-    return f"{metrics['loss_before']:.4f} → {metrics['loss_after']:.4f} on {metrics['loss_samples']} samples {kind}"
+    samples = counted(metrics["loss_samples"], "sample")
+    return f"{metrics['loss_before']:.4f} → {metrics['loss_after']:.4f} on {samples} {kind}"
 
 
 def step_metrics(rows: list[dict[str, Any]]) -> dict[str, Any]:

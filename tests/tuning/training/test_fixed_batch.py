@@ -52,9 +52,8 @@ def test_losses_are_those_of_the_models_on_disk(
     assert metrics["loss_samples"] == len(picked) == min(16, len(samples))
     for name, folder in (("loss_before", sparse_checkpoint), ("loss_after", tmp_path / "tune")):
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
-        assert metrics[name] == pytest.approx(
-            mean_loss(model, picked), rel=1e-4 if method == "lors" else 2e-3
-        )  # bfloat16
+        rounding = 1e-4 if method == "lors" else 2e-3  # the others' outputs are summed in bfloat16
+        assert metrics[name] == pytest.approx(mean_loss(model, picked), rel=rounding)
     assert metrics["loss_after"] < metrics["loss_before"]
     assert metrics["moved"] > 0.5
 
