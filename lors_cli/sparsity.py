@@ -155,7 +155,7 @@ def measure(name: str, weight: torch.Tensor, pattern: Pattern | None) -> LayerSp
 
 
 def summarise(layers: list[LayerSparsity], pattern: Pattern | None) -> dict[str, Any]:
-    """The `lors inspect` document of DESIGN §4, of every pruned linear; `pattern` is None for a dense model."""
+    """The document of `lors inspect --json`, of every pruned linear; `pattern` is None for a dense model."""
     total = sum(layer.shape[0] * layer.shape[1] for layer in layers)
     zeros = sum(layer.num_zeros for layer in layers)
     return {

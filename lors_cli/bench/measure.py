@@ -130,16 +130,35 @@ def bench(config: BenchConfig, out: Path | None = None) -> Figures:
     longest = model_max_length(model)
     if max(config.lengths) > longest:
         raise UsageError(f"--lengths: {max(config.lengths)} is above the model's {longest} tokens.")
-    for rank in config.ranks:
-        for name in config.methods:
-            check_rank(ARMS[name].method, rank, (linear.out_features for linear in linears.values()))
+    fitting = {rank: _fitting(config.methods, rank, linears) for rank in config.ranks}
     document["environment"] = _environment(model)
-    with progress.progress("bench", len(missing) * config.rounds * len(config.methods), "turns") as task:
+    turns = config.rounds * sum(len(fitting[cell.rank]) for cell in missing)
+    with progress.progress("bench", turns, "turns") as task:
         for cell in missing:
-            document["cells"][str(cell)] = _measure(config, cell, model, linears, task)
+            chosen = replace(config, methods=fitting[cell.rank])
+            document["cells"][str(cell)] = _measure(chosen, cell, model, linears, task)
             if out is not None:
                 write_json(out / "bench.json", document)
     return document
+
+
+def _fitting(methods: tuple[str, ...], rank: int, linears: dict[str, nn.Linear]) -> tuple[str, ...]:
+    """The methods that can take a rank; the others are left out with a word.
+
+    Raises:
+        UsageError: none can.
+    """
+    found: list[str] = []
+    for name in methods:
+        try:
+            check_rank(ARMS[name].method, rank, (linear.out_features for linear in linears.values()))
+        except UsageError as error:
+            if not found and name == methods[-1]:
+                raise
+            console.warn(f"no row for {name} at rank {rank}: {error.message}")
+        else:
+            found.append(name)
+    return tuple(found)
 
 
 def _document(config: BenchConfig, out: Path | None) -> Figures:

@@ -102,7 +102,7 @@ def command(
 
 
 def guarded(function: Callable[..., Any], flags: Iterable[inspect.Parameter] = ()) -> Callable[..., Any]:
-    """Configure the console and turn every exception into one message and its exit code (DESIGN §2)."""
+    """Configure the console and turn every exception into one message and its exit code."""
 
     @functools.wraps(function)
     def command(*args: Any, **kwargs: Any) -> Any:

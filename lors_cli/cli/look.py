@@ -8,7 +8,7 @@ import typer
 
 from lors_cli.cli import options as o
 from lors_cli.cli.framework import AROUND, HELP, command
-from lors_cli.errors import LorsError, MissingError
+from lors_cli.errors import MissingError
 from lors_cli.output import console, progress
 
 look_app = typer.Typer()
@@ -46,9 +46,7 @@ def bench(out: o.BenchOut = None, **flags: Any) -> None:
 @command(look_app, AROUND, "lors report runs/quickstart", "lors report sweeps/table1 --format html")
 def report(folder: o.ReportFolder, formats: o.Formats = None) -> None:
     """Write the reports of a run or a sweep again."""
-    from lors_cli.data.sources import resolve_data_dir
-    from lors_cli.pipeline.running import finished_stages
-    from lors_cli.recipe.loading import load_recipe
+    from lors_cli.pipeline.standing import standing_stages
     from lors_cli.report.output import FORMATS, check_formats
     from lors_cli.report.run import write_run_report
     from lors_cli.report.sweep import write_sweep_report
@@ -59,14 +57,8 @@ def report(folder: o.ReportFolder, formats: o.Formats = None) -> None:
         with progress.busy("writing the report"):
             paths = write_sweep_report(folder, chosen)
     elif (folder / "recipe.yaml").is_file():
-        settings = load_recipe(folder / "recipe.yaml")
-        try:
-            finished = finished_stages(settings, folder, resolve_data_dir(settings.data_dir))
-        except LorsError as error:
-            console.warn(f"whether the results belong to recipe.yaml cannot be checked: {error.message}")
-            finished = None
         with progress.busy("writing the report"):
-            paths = write_run_report(folder, finished, chosen)
+            paths = write_run_report(folder, standing_stages(folder), chosen)
     else:
         raise MissingError(
             f"{folder} is no run folder and no sweep folder: it has neither recipe.yaml nor sweep.json.",

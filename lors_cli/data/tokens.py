@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lors_cli.data.instructions import instruction_samples
 from lors_cli.data.packing import block_sample, packed_blocks, too_little_text
@@ -188,6 +188,13 @@ def say_layout(source: TextSource) -> None:
         console.info(f"  {source.name}: its rows are read as {source.layout}.")
 
 
+def usual_packing(source: TextSource) -> Literal["concatenated", "separate"] | None:
+    """`packing` where none is given; None of a pre-tokenised file, which is packed already."""
+    if source.kind == "instructions":
+        return "separate"
+    return "concatenated" if source.path is None else None
+
+
 def refuse_for_text(config: TuneDataConfig, source: TextSource) -> None:
     """Refuse settings that are for instructions where the source is text or tokens.
 
@@ -195,7 +202,8 @@ def refuse_for_text(config: TuneDataConfig, source: TextSource) -> None:
         UsageError: one of them is given.
     """
     given = [name for name, is_given in (("template", config.template != "alpaca"),
-                                         ("train_on_prompt", config.train_on_prompt)) if is_given]  # fmt: skip
+                                         ("train_on_prompt", config.train_on_prompt),
+                                         ("packing", config.packing == "separate")) if is_given]  # fmt: skip
     if given:
         raise UsageError(
             f"data.{given[0]} is for instructions, and {source.name} is {source.kind}.", f"Leave {given[0]} out."

@@ -48,10 +48,13 @@ def document(findings: dict[str, list[Finding]]) -> dict[str, Any]:
 
 
 def show(findings: dict[str, list[Finding]]) -> None:
-    """A line a finding, with what to do below it."""
-    for number, (group, found) in enumerate(findings.items()):
+    """A line a finding, with what to do below it; with -q only what is missing."""
+    quiet = console.verbosity() < 0
+    shown = {group: [finding for finding in found if not quiet or finding.status != "ok"]
+             for group, found in findings.items()}  # fmt: skip
+    for number, group in enumerate(name for name, found in shown.items() if found):
         console.result(f"\n{group}" if number else group)
-        for finding in found:
+        for finding in shown[group]:
             console.check(finding.status, STYLES[finding.status], finding.name, finding.text, finding.advice)
     counts = Counter(finding.status for found in findings.values() for finding in found)
     if counts["fail"]:

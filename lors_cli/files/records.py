@@ -1,6 +1,6 @@
 """Records of finished stages, and how a stage's results are put into place.
 
-Layout of a run: DESIGN §4. A stage's results are prepared in `<stage>/.staging`, its resumable state in
+A stage's results are prepared in `<stage>/.staging`, its resumable state in
 `<stage>/.work`; `publish` renames the results into place and writes `stage.json` last.
 """
 

@@ -104,7 +104,10 @@ def _settings(prune: dict[str, Any] | None, tune: dict[str, Any] | None, metrics
     rows = []
     for stage, config in (("prune", prune), ("tune", tune)):
         rows += [[f"{stage}.{key}", value] for key, value in _flat(config or {})]
-    shown = ("first_loss", "last_loss", "steps", "num_samples", "violations", "trainable_parameters")
+    shown = (
+        "loss_before", "loss_after", "loss_samples", "loss_held_out", "moved", "steps", "num_samples", "violations",
+        "trainable_parameters",
+    )  # fmt: skip
     rows += [[f"result: {key}", str(metrics[key])] for key in shown if key in metrics]
     return rows
 

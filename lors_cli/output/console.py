@@ -217,6 +217,11 @@ def table(
     _state.out.print(grid)
 
 
+def counted(number: float, noun: str) -> str:
+    """`1 epoch`, `2.5 epochs`, `300 steps`."""
+    return f"{number if isinstance(number, int) else format(number, 'g')} {noun}{'' if number == 1 else 's'}"
+
+
 def gib(num_bytes: float) -> str:
     """`num_bytes` for people, in binary units."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):

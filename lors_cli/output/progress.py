@@ -23,6 +23,7 @@ from lors_cli.output import console
 
 VARIABLE = "LORS_HEARTBEAT_S"
 DEFAULT_S = 60.0
+WIDTH = 80
 FIRST_LINE_S = 10.0
 """After so long a step is worth a line in a file; the next ones come at `interval_s`."""
 
@@ -98,7 +99,16 @@ class Task:
         on_gpu = heap.gpu_memory_in_use()
         if on_gpu:
             parts.append(f"GPU {console.gib(on_gpu)}")
-        console.info(f"  {' · '.join(parts)}")
+        console.info("\n".join(_lines(parts)))
+
+
+def _lines(parts: list[str]) -> list[str]:
+    """Parts with dots between them on lines of at most `WIDTH` characters, the second one further in."""
+    lines = [f"  {parts[0]}"]
+    for part in parts[1:]:
+        joined = f"{lines[-1]} · {part}"
+        lines = [*lines[:-1], joined] if len(joined) <= WIDTH else [*lines, f"    {part}"]
+    return lines
 
 
 class _Time(ProgressColumn):
@@ -130,7 +140,8 @@ def progress(description: str, total: int | None = None, unit: str = "") -> Iter
         return
     rest = Column(no_wrap=True, overflow="ellipsis", ratio=1)
     columns = (
-        TextColumn("  {task.description}"), BarColumn(bar_width=12), MofNCompleteColumn(), TextColumn(unit),
+        TextColumn("  {task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", max_width=30)),
+        BarColumn(bar_width=12), MofNCompleteColumn(), TextColumn(unit),
         _Time(Column(no_wrap=True)), TextColumn("{task.fields[note]}", "dim", markup=False, table_column=rest),
     )  # fmt: skip
     with Progress(*columns, console=terminal, transient=False, expand=True) as bar:

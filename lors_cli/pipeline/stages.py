@@ -10,6 +10,7 @@ from typing import Any
 from lors_cli.evaluation import estimate as evaluation_estimate
 from lors_cli.models.needs import RECORDS, Estimate
 from lors_cli.models.size import ModelSize
+from lors_cli.output.console import counted
 from lors_cli.pruning import estimate as pruning_estimate
 from lors_cli.pruning import stage as pruning
 from lors_cli.recipe.schema import EvalConfig, ModelConfig, PruneConfig, TuneConfig
@@ -66,7 +67,7 @@ def _tune(config: TuneConfig, models: dict[str, ModelConfig], out: Path, data_di
 
 
 def _tuning(config: TuneConfig, models: dict[str, ModelConfig]) -> str:
-    length = f"{config.max_steps} steps" if config.max_steps else f"{config.epochs:g} epochs"
+    length = counted(config.max_steps, "step") if config.max_steps else counted(config.epochs, "epoch")
     length = f"{config.max_tokens:,} tokens" if config.max_tokens else length
     return f"{config.method} rank {config.rank} on {config.data.dataset}, {length}"
 

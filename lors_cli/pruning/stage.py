@@ -17,6 +17,7 @@ from lors_cli.files import atomic, hashes, records
 from lors_cli.machine import environment, processes
 from lors_cli.output import console, progress
 from lors_cli.pruning.facts import RECONSTRUCTION_SAMPLES, statistics_kind
+from lors_cli.recipe.resolved import resolved_prune
 from lors_cli.sparsity import Pattern, summarise
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def prune(config: PruneConfig, model: ModelConfig, out: Path, *, data_dir: Path 
     Args:
         config: method, pattern, calibration.
         model: dense.
-        out: stage folder (DESIGN §4), which all processes see.
+        out: stage folder, which all processes see.
         data_dir: local datasets, None for the hub.
 
     Returns:
@@ -96,7 +97,8 @@ def prune(config: PruneConfig, model: ModelConfig, out: Path, *, data_dir: Path 
     outcome = prune_blocks(config, source, pattern, out / records.WORK_NAME, batches)
     metrics = _metrics(outcome, pattern, source, batches) | ({"left_out": parts} if parts else {})
     record = records.StageRecord(
-        "prune", fingerprint, hashes.plain(config), {"model": base_fingerprint, "path": model.path}, metrics,
+        "prune", fingerprint, hashes.plain(resolved_prune(config)), {"model": base_fingerprint, "path": model.path},
+        metrics,
         environment.environment(), round(time.monotonic() - started, 2), {},
     )  # fmt: skip
     if processes.is_main():
@@ -153,7 +155,7 @@ def _metrics(outcome: Outcome, pattern: Pattern, source: BlockwiseModel, batches
                "commit": getattr(network.config, "_commit_hash", None)}  # fmt: skip
     if batches:
         num_samples, tokens = sum(len(batch) for batch in batches), sum(batch.numel() for batch in batches)
-        metrics["calibration"] = {"num_samples": num_samples, "tokens": tokens}
+        metrics["calibration"] = {"num_samples": num_samples, "tokens": tokens, "sequence_length": batches[0].shape[1]}
         metrics["phases_s"] = outcome.phases.rounded()
     if outcome.few_tokens:
         metrics["few_tokens"] = outcome.few_tokens
@@ -181,7 +183,7 @@ def _write_checkpoint(
     staging = records.staging_dir(out)
     save_settings(source.network, tokenizer, staging)
     write_checkpoint(staging, _tensors(source, out / records.WORK_NAME), max_shard_size=MAX_SHARD_SIZE)
-    card = model_card(base_model=model.path, prune=hashes.plain(config), tune=None, metrics=metrics,
+    card = model_card(base_model=model.path, prune=hashes.plain(resolved_prune(config)), tune=None, metrics=metrics,
                       environment=environment.environment())  # fmt: skip
     atomic.write_text(staging / "README.md", card)
 

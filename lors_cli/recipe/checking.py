@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import re
 import typing
@@ -17,6 +18,16 @@ from lors_cli.output.redaction import redact
 from lors_cli.recipe.rules import broken
 from lors_cli.recipe.settings import KeyPath, Place, Settings, dotted
 
+MAX_LISTED = 12
+"""Keys of a section that a message names all of."""
+_ELSEWHERE = {
+    "lr": "learning_rate", "lora_r": "rank", "r": "rank", "lora_alpha": "alpha", "num_epochs": "epochs",
+    "num_train_epochs": "epochs", "cutoff_len": "max_length", "max_seq_length": "max_length", "bs": "batch_size",
+    "train_batch_size": "batch_size", "micro_batch_size": "per_device_batch_size",
+    "per_device_train_batch_size": "per_device_batch_size", "nsamples": "num_samples", "seqlen": "sequence_length",
+    "sparsity_ratio": "sparsity",
+}  # fmt: skip
+"""What other trainers and pruners call our settings."""
 SHAPES = {
     "name": "must start with a letter or digit and hold only letters, digits, `.`, `_` and `-` (100 at most)",
     "device": "must be auto, cpu, mps, cuda or cuda:N",
@@ -61,13 +72,19 @@ def field_names(schema: type) -> list[str]:
 def unknown_key(schema: type, key: str, parent: KeyPath, prefix: str = "") -> str:
     """The message for a key that `schema` does not have, with the likely one meant (`prefix` goes before it)."""
     plain = key.lower().replace("-", "_")
-    inner = [path for path in _inner_keys(schema) if path[-1] == plain]
+    if plain in ("target_modules", "lora_target_modules"):
+        return "unknown key; every pruned linear gets an adapter, there is no choice to make"
+    plain = _ELSEWHERE.get(plain, plain)
+    inner = sorted((path for path in _inner_keys(schema) if path[-1] == plain), key=len)
     if inner:
         return f"unknown key; did you mean {dotted((*parent, *inner[0]))}?"
     close = nearest(plain, field_names(schema))
     if close:
         return f"unknown key; did you mean {prefix}{close}?"
-    return f"unknown key; known here: {', '.join(field_names(schema))}"
+    if len(field_names(schema)) <= MAX_LISTED:
+        return f"unknown key; known here: {', '.join(field_names(schema))}"
+    likely = difflib.get_close_matches(plain[:100], field_names(schema), n=3, cutoff=0.0)
+    return f"unknown key; the nearest here are {', '.join(likely)} (all: lors recipes reference)"
 
 
 def _inner_keys(schema: type) -> Iterator[tuple[str, ...]]:

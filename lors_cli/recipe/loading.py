@@ -29,7 +29,10 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UsageError: the file cannot be read, or with everything that is wrong in file and overrides.
     """
-    return resolve_recipe(read_settings(path), overrides)
+    settings = read_settings(path)
+    if "recipe" in settings.data and "model" not in settings.data:
+        raise UsageError(f"{path} is a sweep, not a recipe.", f"For it there is: lors sweep {path}")
+    return resolve_recipe(settings, overrides)
 
 
 def resolve_recipe(settings: Settings, overrides: Sequence[str] = ()) -> Recipe:
@@ -58,6 +61,18 @@ def load_stage(
     apply_overrides(schema, settings, overrides)
     _apply_flags(settings, flags or {})
     config: PruneConfig | TuneConfig | EvalConfig = check(schema, settings)
+    return config
+
+
+def stage_config(stage: str, values: dict[str, Any]) -> PruneConfig | TuneConfig | EvalConfig:
+    """The config of a stage from the plain values that its record has.
+
+    Raises:
+        UsageError: this version knows no such settings.
+    """
+    config: PruneConfig | TuneConfig | EvalConfig = check(
+        STAGE_CONFIGS[stage], Settings(_without_none(values), {(): Place(f"{stage}/stage.json", (0, 0))})
+    )
     return config
 
 

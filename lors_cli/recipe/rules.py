@@ -39,7 +39,7 @@ def _blind(c: Any) -> bool:
     return bool(c.method == "magnitude" and not c.refit)
 
 
-def _implied_sparsity(pattern: str) -> float | None:
+def implied_sparsity(pattern: str) -> float | None:
     """The sparsity that N:M has; None when it keeps nothing or prunes nothing, and for unstructured."""
     if pattern == "unstructured":
         return None
@@ -49,7 +49,7 @@ def _implied_sparsity(pattern: str) -> float | None:
 
 def _contradicted_sparsity(c: Any) -> float | None:
     """The sparsity that the pattern has, when another is given."""
-    implied = _implied_sparsity(c.pattern)
+    implied = implied_sparsity(c.pattern)
     agrees = implied is None or c.sparsity is None or math.isclose(c.sparsity, implied, abs_tol=1e-9)
     return None if agrees else implied
 
@@ -111,7 +111,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         ("pattern", lambda c: c.pattern == "unstructured" and c.sparsity is None,
          "unstructured needs a sparsity, for example sparsity: 0.5",
          "`pattern: unstructured` needs `sparsity`."),
-        ("pattern", lambda c: c.pattern != "unstructured" and _implied_sparsity(c.pattern) is None,
+        ("pattern", lambda c: c.pattern != "unstructured" and implied_sparsity(c.pattern) is None,
          "{c.pattern} keeps nothing or prunes nothing; N:M needs 0 < N < M",
          "N:M needs 0 < N < M, and M divides the inputs of every pruned weight."),
         ("sparsity", _contradicted_sparsity,

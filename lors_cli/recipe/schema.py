@@ -8,10 +8,11 @@ paths, never the whole recipe, so each works alone.
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from lors_cli.recipe.columns import ColumnsConfig, Name, NotNegative, Positive, Rate, Seed
 from lors_cli.recipe.rules import Section
@@ -19,6 +20,7 @@ from lors_cli.recipe.rules import Section
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 ModelRole = Literal["dense", "pruned", "tuned"]
 TuneMethod = Literal["lors", "sqft", "sqft-gc", "spp", "spp-gc", "hira", "lora"]
+Place = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 SEVEN_TASKS = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "openbookqa", "rte", "winogrande")
@@ -33,7 +35,7 @@ def _whole(value: Any) -> Any:
 class ModelConfig(Section):
     """The model that the pipeline starts from."""
 
-    path: Name
+    path: Place
     """Hub id, folder, .gguf file, or package://module/file.gguf."""
     dtype: Dtype = "auto"
     """Number format of the weights. auto: the checkpoint's own (bfloat16 for a .gguf), float32 on a CPU that has
@@ -48,7 +50,7 @@ class ModelConfig(Section):
 class CalibrationConfig(Section):
     """The text that shows the pruner what the inputs of each layer look like."""
 
-    dataset: Name = "c4"
+    dataset: Place = "c4"
     """alpaca, c4, pydoc, slimpajama, wikitext2, or a file (.jsonl .json .csv .parquet .txt …; tokens: .safetensors)."""
     columns: ColumnsConfig | None = None
     """What a file's columns are called, where they are not found or several would do; others are not looked at."""
@@ -105,7 +107,7 @@ class PruneConfig(Section):
 class TuneDataConfig(Section):
     """The text to tune on."""
 
-    dataset: Name = "alpaca"
+    dataset: Place = "alpaca"
     """alpaca, c4, pydoc, slimpajama, wikitext2, or a file."""
     columns: ColumnsConfig | None = None
     """What a file's columns are called, where they are not found or several would do; others are not looked at."""
@@ -118,10 +120,10 @@ class TuneDataConfig(Section):
     tokenizer's own chat template."""
     train_on_prompt: bool = False
     """Instructions: learn the prompt's tokens too, not the response alone."""
-    packing: Literal["concatenated", "isolated"] | None = None
+    packing: Literal["concatenated", "isolated", "separate"] | None = None
     """How texts share a sample. concatenated: one after the other, each seeing those before it. isolated: positions
     start anew with each text and none sees another; instructions can be packed so too, whole, several a sample.
-    Default: text concatenated, instructions one a sample."""
+    separate: one a sample, instructions alone. Default: text concatenated, instructions separate."""
     stream: Literal["auto", "on", "off"] = "auto"
     """Tokenise text in the background while it is trained on, with a cache on disk, instead of all of it before.
     auto: on for text from the hub, local files above 64 MiB, and max_tokens."""
@@ -133,7 +135,7 @@ class TuneDataConfig(Section):
 class DistillConfig(Section):
     """Learning from the dense model's predictions beside the labels; it is held in memory too."""
 
-    teacher: Name | None = None
+    teacher: Place | None = None
     """The dense model, with the same vocabulary. Default: the one that the sparse model was pruned from."""
     revision: Name = "main"
     """Branch, tag or commit of the teacher on the hub."""
@@ -286,7 +288,7 @@ class Recipe(Section):
     """Sparse to recovered, zeros kept."""
     eval: EvalConfig | None = None
     """Scores of the models there are."""
-    data_dir: Name | None = None
+    data_dir: Place | None = None
     """Folder with local copies of the datasets; default $LORS_DATA_DIR, else the hub."""
     seed: Seed = 0
     """Seed of every stage that does not set its own."""
@@ -304,7 +306,7 @@ class Recipe(Section):
         return tuple(made)
 
     def with_defaults(self) -> Recipe:
-        """The recipe with what follows from other settings filled in: what is stored and hashed."""
+        """The recipe with what follows between its stages filled in: what is run and hashed."""
         tune, evaluation = self.tune, self.eval
         if tune and tune.distill and tune.distill.teacher is None and self.prune:
             distill = replace(tune.distill, teacher=self.model.path, revision=self.model.revision)

@@ -32,9 +32,9 @@ class ScoredModel:
     status: str = "done"
     error: str | None = None
     scores: dict[str, Any] | None = None
-    """As in DESIGN §4, None when it has not been evaluated."""
-    shares: dict[str, float] = field(default_factory=dict)
-    """Of `evaluation.recovered`, for a tuned model."""
+    """As in eval/*.json, None when it has not been evaluated."""
+    shares: dict[str, float | None] = field(default_factory=dict)
+    """Of `evaluation.recovered`, for a tuned model; None where the loss is inside its own error."""
     limit: int | None = None
     """Documents a task that it was scored on at most."""
     made: StageRecord | None = None

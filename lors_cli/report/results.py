@@ -23,7 +23,7 @@ INDEX_NAME = "sweep.json"
 
 @dataclass(frozen=True)
 class Scores:
-    """One model's scores, `content` as in DESIGN §4; None while it is not evaluated."""
+    """One model's scores, `content` as in its eval/*.json; None while it is not evaluated."""
 
     folder: str
     content: dict[str, Any] | None = None

@@ -29,6 +29,8 @@ def read_sweep(path: Path, overrides: Sequence[str] = ()) -> Draft:
         UsageError: the file cannot be read, or with everything that is wrong with it as a sweep.
     """
     sheet = read_settings(path)
+    if "recipe" not in sheet.data and "model" in sheet.data:
+        raise UsageError(f"{path} is a recipe, not a sweep.", f"For it there is: lors run {path}")
     draft = Draft()
     for key in sheet.data:
         if key not in KEYS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +22,44 @@ from lors_cli.tuning.attach import adapter_layers
 from lors_cli.tuning.norms import merge_norms
 
 
+@dataclass
+class MergeCounts:
+    """What a merge did to the weights that the base keeps."""
+
+    kept: int = 0
+    moved: int = 0
+    zeroed: int = 0
+
+
 def merge_adapters(model: PreTrainedModel) -> int:
-    """Make every layer with an adapter an ordinary linear, in place, norms likewise; how many kept weights became zero.
+    """`merge_counted`; how many kept weights became exactly zero."""
+    return merge_counted(model).zeroed
+
+
+def merge_counted(model: PreTrainedModel) -> MergeCounts:
+    """Replace every layer with an adapter by an ordinary linear with the merged weight, in place; norms likewise.
 
     Raises:
         SparsityError: a zero of the base became non-zero, by a method that keeps zeros.
     """
-    num_lost = 0
+    counts = MergeCounts()
     layers = adapter_layers(model)
     with progress.progress("merge", len(layers), "layers") as task:
         for name, layer in layers.items():
             linear = layer.to_linear()
             if not bool(torch.isfinite(linear.weight).all()):
                 raise UsageError(f"the merged weight of {name} holds NaN or Inf; the adapter is broken.")
-            if layer.keeps_zeros and bool(((linear.weight != 0) & (layer.weight == 0)).any()):
+            base = layer.weight
+            kept = base != 0
+            if layer.keeps_zeros and bool(((linear.weight != 0) & ~kept).any()):
                 raise SparsityError(f"merging would fill zeros of {name}; nothing was written.")
-            num_lost += int(((linear.weight == 0) & (layer.weight != 0)).sum())
+            counts.kept += int(kept.sum())
+            counts.moved += int(((linear.weight != base) & kept).sum())
+            counts.zeroed += int(((linear.weight == 0) & kept).sum())
             model.set_submodule(name, linear)
             task.advance()
     merge_norms(model)
-    return num_lost
+    return counts
 
 
 def merge(

@@ -45,8 +45,8 @@ def show_plan(document: dict[str, Any]) -> None:
 
 def show_results(results: dict[str, Any], comparisons: Sequence[Comparison] = ()) -> None:
     """The table of an evaluation, by label, narrow enough for 80 columns with three models; a line a comparison."""
-    from lors_cli.evaluation.summary import recovered
-    from lors_cli.report.scores import by_task
+    from lors_cli.evaluation.summary import LOST_IN_ERROR, recovered
+    from lors_cli.report.scores import INSIDE_ERROR, by_task
 
     if not results:
         return
@@ -58,7 +58,10 @@ def show_results(results: dict[str, Any], comparisons: Sequence[Comparison] = ()
     console.table(columns, [[_shorter_error(cell) for cell in row] for row in rows])
     for name, share in shares.items():
         what = "average accuracy" if name == "accuracy" else name.replace("perplexity", "log-perplexity on", 1)
-        console.result(f"Tuning won back {100 * share:.1f} % of what pruning lost in {what}.")
+        won = INSIDE_ERROR if share is None else f"{100 * share:.1f} %"
+        console.result(f"Tuning won back {won} of what pruning lost in {what}.")
+    if None in shares.values():
+        console.result(LOST_IN_ERROR)
     for comparison in comparisons:
         console.result(str(comparison))
 
@@ -88,6 +91,8 @@ def _zeros(metrics: dict[str, Any]) -> str:
 
 def _facts(record: records.StageRecord) -> list[tuple[str, str]]:
     """What is particular to a stage."""
+    from lors_cli.tuning.training.step_log import loss_text
+
     config, metrics = record.config, record.metrics
     if record.stage == "prune":
         seen = metrics.get("calibration")
@@ -95,7 +100,7 @@ def _facts(record: records.StageRecord) -> list[tuple[str, str]]:
         return [("method", f"{config['method']}{data}")]
     return [
         ("method", f"{config['method']} rank {config['rank']}, {metrics['trainable_parameters']:,} parameters trained"),
-        ("loss", f"{metrics['first_loss']:.4f} → {metrics['last_loss']:.4f} in {metrics['steps']} steps"),
+        ("loss", f"{loss_text(metrics)}; {console.counted(metrics['steps'], 'step')}"),
     ]
 
 

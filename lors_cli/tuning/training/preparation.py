@@ -11,7 +11,6 @@ import torch
 from transformers import PreTrainedModel
 
 from lors_cli.data.samples import PadCollator, TuneData
-from lors_cli.errors import UsageError
 from lors_cli.machine import processes
 from lors_cli.machine.devices import set_seed
 from lors_cli.output import console
@@ -40,7 +39,7 @@ def prepare_trainer(
         fingerprint: of the stage.
         device: of this process; a model that is to be sharded is not on it yet.
     """
-    _check_rounding(config, network.dtype)
+    _say_rounding(config, network.dtype)
     collator = PadCollator(tokenizer.pad_token_id)
     sharded, adapted = is_sharded(config), None
     if sharded:  # the start is computed past the adapters
@@ -103,10 +102,8 @@ def _keep_merged(network: PreTrainedModel, config: TuneConfig, *, sharded: bool)
     console.detail(f"  merged by {how_merged(device, dtype, config.weight_rounding)}")
 
 
-def _check_rounding(config: TuneConfig, dtype: torch.dtype) -> None:
-    """Refuse or mention a way of rounding that is asked for and that weights of this dtype do not know."""
-    if config.rounding == "stochastic" and dtype == torch.float16:
-        raise UsageError("rounding: stochastic is for bfloat16 weights, and these are float16.", "Use dtype: bfloat16.")
+def _say_rounding(config: TuneConfig, dtype: torch.dtype) -> None:
+    """Mention a way of rounding that is asked for, as a stored recipe does, and that weights of this dtype lack."""
     if config.rounding == "stochastic" and dtype != torch.bfloat16:
         name = str(dtype).removeprefix("torch.")
         console.info(f"  rounding: stochastic has nothing to do, merged weights are {name}")
