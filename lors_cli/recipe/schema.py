@@ -8,19 +8,17 @@ paths, never the whole recipe, so each works alone.
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import BeforeValidator, Field
 
-from lors_cli.recipe.columns import ColumnsConfig, Name, NotNegative, Positive, Rate, Seed
+from lors_cli.recipe.columns import ColumnsConfig, Name, NotNegative, Place, Positive, Rate, Seed
 from lors_cli.recipe.rules import Section
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 ModelRole = Literal["dense", "pruned", "tuned"]
 TuneMethod = Literal["lors", "sqft", "sqft-gc", "spp", "spp-gc", "hira", "lora"]
-Place = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 SEVEN_TASKS = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "openbookqa", "rte", "winogrande")
