@@ -13,7 +13,6 @@ from torch import nn
 from typer.testing import CliRunner
 
 from lors_cli.bench import measure as benchmark
-from lors_cli.bench import model as bench_model
 from lors_cli.bench.live_memory import LiveBytes
 from lors_cli.bench.measure import BenchConfig, bench
 from lors_cli.bench.model import ARMS, adapted, sparse_model
@@ -142,7 +141,7 @@ def test_a_second_call_goes_on_where_the_first_stopped(tmp_path: Path, monkeypat
 
 
 def test_a_method_that_does_not_fit_is_reported_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = bench_model.adapted
+    plain = benchmark.adapted
 
     def full(model: object, linears: dict[str, nn.Linear], arm: object, rank: int) -> object:
         if arm is ARMS["sqft"]:
