@@ -156,11 +156,6 @@ def _say(out: Console, message: str, style: str = "", label: tuple[str, str] | N
     out.print(text)
 
 
-def _escaped(character: re.Match[str]) -> str:
-    """A character that may not stand in a JSON document as JSON writes it."""
-    return f"\\u{ord(character[0]):04x}"
-
-
 def _wrapped(line: str, width: int) -> list[str]:
     indent = " " * (len(line) - len(line.lstrip()))
     if len(line) <= width or not line.strip():
@@ -188,7 +183,7 @@ def document(value: Any, *, anyone: bool = False) -> None:
     """
     if _state.mode == "json" and (anyone or processes.is_main()):
         text = redact(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
-        sys.stdout.write(_CONTROL.sub(_escaped, text) + "\n")
+        sys.stdout.write(_CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n")  # as JSON writes it
         sys.stdout.flush()
 
 

@@ -131,12 +131,9 @@ def apply_overrides(schema: type, settings: Settings, overrides: Sequence[str]) 
         key, equals, text = override.partition("=")
         keys = tuple(key.strip().split("."))
         place = Place(f"override {shorten(override)}", (1, index), keys)
-        if not equals or not all(keys):
-            settings.add(keys, "must be key=value", place)
-            continue
-        unknown = unknown_setting(schema, keys)
-        if unknown:
-            settings.add(keys, unknown, place)
+        problem = unknown_setting(schema, keys) if equals and all(keys) else "must be key=value"
+        if problem:
+            settings.add(keys, problem, place)
             continue
         try:
             document = read(text)

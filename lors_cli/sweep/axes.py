@@ -85,18 +85,14 @@ def read_per(sheet: Settings, draft: Draft) -> None:
         return
     for axis, table in given.items():
         if axis not in axes:
-            sheet.add(("per", axis), _no_axis(axis, axes))
+            close = nearest(axis, axes)
+            ending = f"did you mean {close}?" if close else f"there are: {', '.join(axes)}"
+            sheet.add(("per", axis), f"is no axis of the grid; {ending}")
         elif not isinstance(table, dict) or not table:
             sheet.add(("per", axis), "must hold values of this axis and the settings that go with each")
         else:
             for text in table:
                 _read_per_value(sheet, draft, axis, text, axes)
-
-
-def _no_axis(axis: str, axes: dict[str, list[Any]]) -> str:
-    close = nearest(axis, axes)
-    ending = f"did you mean {close}?" if close else f"there are: {', '.join(axes)}"
-    return f"is no axis of the grid; {ending}"
 
 
 def _read_per_value(sheet: Settings, draft: Draft, axis: str, text: str, axes: dict[str, list[Any]]) -> None:
