@@ -55,23 +55,20 @@ def report(folder: o.ReportFolder, formats: o.Formats = None) -> None:
 
     chosen = formats or FORMATS
     check_formats(chosen)
-    if (folder / "sweep.json").is_file():
-        with progress.busy("writing the report"):
-            paths = write_sweep_report(folder, chosen)
-    elif (folder / "recipe.yaml").is_file():
+    is_sweep, finished = (folder / "sweep.json").is_file(), None
+    if not is_sweep:
+        if not (folder / "recipe.yaml").is_file():
+            raise MissingError(
+                f"{folder} is no run folder and no sweep folder: it has neither recipe.yaml nor sweep.json.",
+                "Give the folder that lors run or lors sweep wrote, such as runs/quickstart.",
+            )
         settings = load_recipe(folder / "recipe.yaml")
         try:
             finished = finished_stages(settings, folder, resolve_data_dir(settings.data_dir))
         except LorsError as error:
             console.warn(f"whether the results belong to recipe.yaml cannot be checked: {error.message}")
-            finished = None
-        with progress.busy("writing the report"):
-            paths = write_run_report(folder, finished, chosen)
-    else:
-        raise MissingError(
-            f"{folder} is no run folder and no sweep folder: it has neither recipe.yaml nor sweep.json.",
-            "Give the folder that lors run or lors sweep wrote, such as runs/quickstart.",
-        )
+    with progress.busy("writing the report"):
+        paths = write_sweep_report(folder, chosen) if is_sweep else write_run_report(folder, finished, chosen)
     for path in paths:
         console.path("report", path)
     console.document({"reports": [str(path) for path in paths]})
