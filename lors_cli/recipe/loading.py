@@ -33,7 +33,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def resolve_recipe(settings: Settings, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe with its seed handed to the stages that set none and all defaults filled in; `settings` are changed."""
+    """The recipe with its seed handed to the stages that set none and all defaults filled in (in place)."""
     apply_overrides(Recipe, settings, overrides)
     _refuse_empty_stages(settings)
     _hand_down_seed(settings)
