@@ -65,11 +65,7 @@ def show(
 
 
 def load_settings(name: str, overrides: list[str], model: str | None) -> tuple[TuneConfig, ModelConfig, str | None]:
-    """The tuning settings of a recipe or a tune config, the model whose tokenizer they are for, and its data's folder.
-
-    Raises:
-        UsageError: neither is there, the recipe tunes nothing, or no model is named.
-    """
+    """The tuning settings of a recipe or a tune config, the model whose tokenizer they are for, its data's folder."""
     from lors_cli.recipe.loading import load_model_config, load_recipe, load_stage
 
     if _is_config(name):

@@ -106,11 +106,8 @@ def guarded(function: Callable[..., Any], flags: Iterable[inspect.Parameter] = (
 
     @functools.wraps(function)
     def command(*args: Any, **kwargs: Any) -> Any:
-        console.configure(
-            json_mode=kwargs.pop("json_mode", False),
-            verbosity=-1 if kwargs.pop("quiet", False) else kwargs.pop("verbose", 0),
-        )
-        kwargs.pop("verbose", None)
+        quiet, verbose = kwargs.pop("quiet", False), kwargs.pop("verbose", 0)
+        console.configure(json_mode=kwargs.pop("json_mode", False), verbosity=-1 if quiet else verbose)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         if console.verbosity() < 2:  # the libraries' own bars; downloads keep theirs
             if processes.num_processes() > 1:  # torch's words on connections that another process has closed

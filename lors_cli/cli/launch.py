@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from lors_cli.errors import UsageError
 from lors_cli.machine import processes as parallel
 from lors_cli.machine.devices import usable_processors
@@ -33,16 +35,13 @@ INTERRUPTED = 130
 
 def die_with_launcher() -> None:
     """See to it that this process ends when the one that started it does; for a process that `--nproc` started."""
-    launcher = os.environ.get(LAUNCHER)
-    if launcher is None:
-        return
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if sys.platform == "linux":
         import ctypes
 
         set_death_signal = 1  # PR_SET_PDEATHSIG
         ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
-    if os.getppid() != int(launcher):  # it is gone already
+    if os.getppid() != int(os.environ[LAUNCHER]):  # it is gone already
         os._exit(1)
 
 
@@ -55,8 +54,6 @@ def together(num_processes: int | None) -> None:
     """
     if num_processes is None or LAUNCHER in os.environ:
         return
-    import typer
-
     if num_processes < 1:
         raise UsageError(f"--nproc {num_processes}: give 1 or more.")
     if parallel.num_processes() > 1:

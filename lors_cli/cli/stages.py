@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -71,8 +72,6 @@ def evaluate(
     data_dir: o.DataDir = None, nproc: o.Nproc = None, dry_run: o.DryRun = False, **flags: Any,
 ) -> None:  # fmt: skip
     """Score models side by side, zero-shot and by perplexity."""
-    import tempfile
-
     overrides = [argument for argument in arguments if is_override(argument)]
     paths = [argument for argument in arguments if not is_override(argument)]
     models = {label: _model(path, flags) for label, path in model_labels(paths).items()}

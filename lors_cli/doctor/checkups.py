@@ -73,7 +73,10 @@ def packages() -> Iterator[Finding]:
     for name in NEEDED:
         yield _needed(name)
     for name, purpose in OPTIONAL.items():
-        yield _optional(name, purpose)
+        try:
+            yield Finding(name, "ok", version(name))
+        except PackageNotFoundError:
+            yield Finding(name, "ok", f"not installed; only for {purpose}")
 
 
 def _needed(name: str) -> Finding:
@@ -96,13 +99,6 @@ def _needed(name: str) -> Finding:
         text = f"{found} is newer than what lors was tested with"
         return Finding(name, "warn", text, f"If something fails: pip install {requirement}")
     return Finding(name, "ok", found)
-
-
-def _optional(name: str, purpose: str) -> Finding:
-    try:
-        return Finding(name, "ok", version(name))
-    except PackageNotFoundError:
-        return Finding(name, "ok", f"not installed; only for {purpose}")
 
 
 def _numbers(text: str) -> tuple[int, ...]:

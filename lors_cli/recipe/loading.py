@@ -36,11 +36,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def resolve_recipe(settings: Settings, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe with its seed handed to the stages that set none and all defaults filled in; `settings` are changed.
-
-    Raises:
-        UsageError: with everything that is wrong.
-    """
+    """The recipe with its seed handed to the stages that set none and all defaults filled in (in place)."""
     apply_overrides(Recipe, settings, overrides)
     _refuse_empty_stages(settings)
     _hand_down_seed(settings)
@@ -146,12 +142,9 @@ def apply_overrides(schema: type, settings: Settings, overrides: Sequence[str]) 
         key, equals, text = override.partition("=")
         keys = tuple(key.strip().split("."))
         place = Place(f"override {shorten(override)}", (1, index), keys)
-        if not equals or not all(keys):
-            settings.add(keys, "must be key=value", place)
-            continue
-        unknown = unknown_setting(schema, keys)
-        if unknown:
-            settings.add(keys, unknown, place)
+        problem = unknown_setting(schema, keys) if equals and all(keys) else "must be key=value"
+        if problem:
+            settings.add(keys, problem, place)
             continue
         try:
             document = read(text)

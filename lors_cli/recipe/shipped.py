@@ -60,11 +60,7 @@ def find(kind: Kind, name: str) -> Path:
 
 
 def find_shipped_recipe(name: str) -> Path:
-    """A shipped recipe's or sweep's file, whatever lies in the current folder.
-
-    Raises:
-        UsageError: there is none, with the nearest shipped name.
-    """
+    """A shipped recipe's or sweep's file, whatever lies in the current folder."""
     shipped, stem = {**shipped_files("sweep"), **shipped_files("recipe")}, _stem(name)
     if stem in shipped:
         return shipped[stem]

@@ -94,12 +94,9 @@ def select_cells(sweep: Sweep, only: Sequence[str]) -> tuple[Cell, ...]:
 # Making them ----------------------------------------------------------------------------------------------------
 
 
-_Combination = tuple[str, dict[str, Any], list[Setting]]
-
-
 def _combinations(draft: Draft) -> Iterator[tuple[str, str, dict[str, Any], list[Setting]]]:
     """Every cell's name, base recipe, values, and settings from the weakest to the strongest."""
-    found: list[_Combination] = []
+    found: list[tuple[str, dict[str, Any], list[Setting]]] = []
     for grid in draft.grids:
         for base in draft.bases:
             for chosen in itertools.product(*grid.values()):
