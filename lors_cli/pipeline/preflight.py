@@ -1,0 +1,185 @@
+"""What would stop a run after hours, looked for before its first stage: models, texts, tasks, memory and disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from lors_cli.data.sources import Split, Want, open_source
+from lors_cli.errors import LorsError, ResourceError, UsageError, translate
+from lors_cli.machine import processes
+from lors_cli.machine.devices import free_memory
+from lors_cli.models.size import ModelSize, try_size
+from lors_cli.output import progress
+from lors_cli.output.console import gib
+from lors_cli.pipeline import resources
+from lors_cli.pipeline.plans import StagePlan
+from lors_cli.pipeline.stages import STAGES
+from lors_cli.recipe.schema import EvalConfig, ModelConfig, PruneConfig, TuneConfig
+
+ROWS = 20
+"""Rows of a text that are read; what is wrong with a source shows in the first."""
+ERROR = 0.2
+"""Of an estimate of memory: what is short by less may still run."""
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """What is in a stage's way."""
+
+    stage: str
+    error: LorsError
+
+
+def troubles(plans: Sequence[StagePlan], data_dir: Path | None) -> list[Trouble]:
+    """All that is in the way of the stages that are still to be done; weights are neither loaded nor downloaded."""
+    found: list[Trouble] = []
+    seen: set[tuple[str, str]] = set()
+    pending = [plan for plan in plans if plan.status != "done"]
+    to_come = {str(plan.folder) for plan in pending}
+    with progress.busy("looking ahead"):
+        for plan in pending:
+            there = [model for model in plan.models.values() if model.path not in to_come]
+            for look in _looks(plan, there, data_dir):
+                error = _met(look)
+                if error is not None and (type(error).__name__, error.message) not in seen:
+                    seen.add((type(error).__name__, error.message))
+                    found.append(Trouble(plan.stage, error))
+        error = _met(lambda: _check_disk(pending))
+    return [*found, Trouble("all", error)] if error is not None else found
+
+
+def refuse(found: Sequence[Trouble]) -> None:
+    """Raise what was found, in one error with the exit code of the first.
+
+    Raises:
+        LorsError: there is something.
+    """
+    if not found:
+        return
+    first, *others = [trouble.error for trouble in found]
+    if not others:
+        raise first
+    lines = "\n".join(f"And {trouble.stage}: {trouble.error}" for trouble in found[1:])
+    error = LorsError(f"{first}\n{lines}")
+    error.exit_code = first.exit_code
+    raise error
+
+
+def _met(look: Callable[[], Any]) -> LorsError | None:
+    """What a look ends in, where that is the user's to mend."""
+    try:
+        look()
+    except Exception as error:
+        known = translate(error)
+        if known is None:
+            raise
+        return known
+    return None
+
+
+def _looks(plan: StagePlan, models: Sequence[ModelConfig], data_dir: Path | None) -> Iterator[Callable[[], Any]]:
+    """Everything to look at before one stage."""
+    config = plan.config
+    for model in models:
+        yield lambda model=model: _check_model(model, config)
+    if isinstance(config, PruneConfig):
+        from lors_cli.pruning.methods import statistics_kind
+
+        if statistics_kind(config) != "none":
+            yield lambda: _check_text(config.calibration.dataset, "train", "text", data_dir)
+    elif isinstance(config, TuneConfig):
+        if config.distill is not None:
+            from lors_cli.tuning.teacher import teacher_model
+
+            teacher = teacher_model(config.distill)
+            yield lambda: _check_model(teacher, None)
+        yield lambda: _check_text(config.data.dataset, "train", "instructions", data_dir)
+    else:
+        for text in config.perplexity:
+            yield lambda text=text: _check_text(text, "validation", "text", data_dir)
+        for task in config.tasks:
+            yield lambda task=task: _check_task(task, data_dir)
+    yield lambda: check_shapes(try_size(plan.origin), config)
+    yield lambda: resources.check_memory(plan)
+    yield lambda: _check_memory(plan)
+
+
+def _check_model(model: ModelConfig, config: Any) -> None:
+    """Its configuration and tokenizer, downloaded from the hub if it is there; a chat template that is needed."""
+    from lors_cli.data.prompts import chat_prompts
+    from lors_cli.models.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    if isinstance(config, TuneConfig) and config.data.template == "chat":
+        chat_prompts(tokenizer, [{"instruction": "Say it.", "input": "", "output": ""}])
+
+
+def _check_text(name: str, split: Split, want: Want, data_dir: Path | None) -> None:
+    """A source's first rows."""
+    source = open_source(name, split=split, data_dir=data_dir, want=want)
+    if source.path is None and not any(any(row.values()) for row in islice(source.rows(), ROWS)):
+        raise UsageError(f"The first {ROWS} rows of {name} are empty.")
+
+
+def _check_task(name: str, data_dir: Path | None) -> None:
+    """The builder of a task's dataset, where that comes from the hub."""
+    from lors_cli.evaluation.tasks import open_dataset
+
+    open_dataset(name, data_dir)
+
+
+def check_shapes(size: ModelSize | None, config: PruneConfig | TuneConfig | EvalConfig | None) -> None:
+    """Refuse a pattern or rank that the model's linears cannot take, where its shape is known.
+
+    Raises:
+        UsageError: with the shape.
+    """
+    from lors_cli.sparsity import Pattern
+    from lors_cli.tuning.baselines import check_rank
+
+    if size is None:
+        return
+    if isinstance(config, PruneConfig):
+        for shape in dict.fromkeys(size.linears):
+            Pattern.of(config).check_shape("a linear", shape)
+    elif isinstance(config, TuneConfig):
+        check_rank(config.method, config.rank, [rows for rows, _, expert in size.block if not expert])
+
+
+def _check_memory(plan: StagePlan) -> None:
+    """Refuse what is far from fitting, for stages that cannot tell better themselves."""
+    needed, _ = resources.try_estimate(plan)
+    if needed is None or processes.num_processes() > 1:  # which may share a model
+        return
+    free = free_memory(plan.origin.device)
+    if needed.memory * (1 - ERROR) > free:
+        raise ResourceError(
+            f"{plan.stage} needs about {gib(needed.memory)} of memory, {gib(free)} are free.",
+            "Use a larger machine or a smaller model; docs/scaling.md says what else takes less.",
+        )
+
+
+def _check_disk(plans: Sequence[StagePlan]) -> None:
+    """Refuse stages whose results, and what each needs while it runs, do not fit on the disk together."""
+    before = 0
+    for plan in plans:
+        there = next(folder for folder in (plan.folder.absolute(), *plan.folder.absolute().parents) if folder.exists())
+        if not os.access(there, os.W_OK):
+            raise UsageError(f"{there} cannot be written to.", "Choose another --out.")
+        needed, _ = resources.try_estimate(plan)
+        size = try_size(plan.origin)
+        if needed is None or size is None:
+            continue
+        free = resources.free_disk(plan.folder)
+        if before + needed.disk > free:
+            raise ResourceError(
+                f"{plan.stage} needs about {gib(before + needed.disk)} of disk in {plan.folder.parent}, with the "
+                f"stages before it; {gib(free)} are free.",
+                "Free some space or choose another --out.",
+            )
+        before += STAGES[plan.stage].leaves(plan.config, size)
