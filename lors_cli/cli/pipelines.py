@@ -65,13 +65,12 @@ def _show_plan(recipe: Recipe, folder: Path, first: str | None, last: str | None
     from lors_cli.data.sources import resolve_data_dir
     from lors_cli.pipeline.folders import guard_out
     from lors_cli.pipeline.plans import plan_stages, select
-    from lors_cli.pipeline.resources import check_memory
+    from lors_cli.pipeline.preflight import troubles
 
     guard_out(folder, "run")
-    plans = select(plan_stages(recipe, folder, resolve_data_dir(recipe.data_dir)), first, last, force)
-    runs.show_plan(runs.plan_document(recipe.name, folder, plans))
-    for plan in plans:
-        check_memory(plan)
+    data_dir = resolve_data_dir(recipe.data_dir)
+    plans = select(plan_stages(recipe, folder, data_dir), first, last, force)
+    runs.show_plan(runs.plan_document(recipe.name, folder, plans, troubles(plans, data_dir)))
 
 
 @command(

@@ -114,7 +114,7 @@ def _stage(
     from lors_cli.data.sources import resolve_data_dir
     from lors_cli.pipeline.folders import guard_out
     from lors_cli.pipeline.plans import plan_single
-    from lors_cli.pipeline.resources import check_memory
+    from lors_cli.pipeline.preflight import refuse, troubles
     from lors_cli.pipeline.running import run_single
     from lors_cli.recipe.loading import load_stage
 
@@ -129,10 +129,11 @@ def _stage(
 
     with processes.joined():
         plan = processes.from_main(make_plan)
+        found = processes.from_main(lambda: troubles([plan], data))
         if dry_run:
-            show_plan(plan_document(stage, out, [plan]))
-            check_memory(plan)
+            show_plan(plan_document(stage, out, [plan], found))
             return False
+        refuse(found)
         run_single(plan, data)
     return processes.is_main()
 

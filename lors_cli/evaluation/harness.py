@@ -14,10 +14,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lors_cli.errors import MissingError, UsageError, innermost, translate
+from lors_cli.errors import UsageError, innermost, translate
 from lors_cli.evaluation.documents import check_documents
 from lors_cli.evaluation.plain_results import TaskResult, plain_result
-from lors_cli.evaluation.tasks import documents_file, task_definition
+from lors_cli.evaluation.tasks import dataset_error, documents_file, task_definition
 from lors_cli.output import console, progress
 
 _SEED = 1234
@@ -95,14 +95,7 @@ def _load_task(name: str, definition: Path, local: Path | None) -> Any:
         known = translate(error)
         if local is not None and (known is None or isinstance(known, UsageError)):
             raise UsageError(f"{local}: not the documents of {name}: {innermost(error)}") from error
-        if known is None and isinstance(error, FileNotFoundError):  # a metric or script that is fetched by name
-            known = MissingError(str(error).splitlines()[0])
-        if not isinstance(known, MissingError):
-            raise
-        hint = "Connect, or give a folder of local copies as data_dir (or $LORS_DATA_DIR)."
-        if "loading script" in known.message:
-            hint = "Score another task, maybe one of the same documents: `lm-eval ls tasks` names them all."
-        raise MissingError(f"The task {name} cannot be loaded: {known.message}", hint) from error
+        raise dataset_error(name, error) from error
     task = loaded[name]
     task.set_config(key="num_fewshot", value=0)
     task.set_fewshot_seed(seed=_SEED)

@@ -17,6 +17,7 @@ from lors_cli.output import console, progress
 from lors_cli.pipeline.folders import claim, forget, guard_out, tidy
 from lors_cli.pipeline.manifest import has_new, write_manifest
 from lors_cli.pipeline.plans import StagePlan, announce, plan_stages, select
+from lors_cli.pipeline.preflight import refuse, troubles
 from lors_cli.pipeline.resources import check_disk, check_memory
 from lors_cli.pipeline.stages import STAGES
 from lors_cli.pipeline.standing import RECIPE_NAME, standing_recipe, standing_stages
@@ -85,7 +86,9 @@ def run_recipe(
     def stages_to_do() -> list[str]:
         guard_out(out, "run")
         with progress.busy("looking at what is done"):
-            return [plan.stage for plan in select(plan_stages(recipe, out, data_dir), first, last, force)]
+            plans = select(plan_stages(recipe, out, data_dir), first, last, force)
+        refuse(troubles(plans, data_dir))
+        return [plan.stage for plan in plans]
 
     with processes.joined():
         stages = processes.from_main(stages_to_do)

@@ -199,7 +199,8 @@ def test_a_data_folder_with_some_of_the_files(tmp_path: Path, monkeypatch: pytes
     assert only(iter(found), "texts").text.startswith("alpaca (")
     assert only(iter(found), "tasks").text == "boolq of 7"
     assert {finding.name for finding in found if finding.status == "warn"} == {
-        "c4", "slimpajama", "wikitext2", "arc_challenge", "arc_easy", "hellaswag", "openbookqa", "rte", "winogrande",
+        "c4", "slimpajama", "slimpajama-6b", "wikitext2", "arc_challenge", "arc_easy", "hellaswag", "openbookqa", "rte",
+        "winogrande",
     }  # fmt: skip
     monkeypatch.setenv("LORS_DATA_DIR", str(tmp_path / "gone"))
     assert only(checkups.data(), "folder").status == "warn"

@@ -277,3 +277,43 @@ def test_task_with_a_loading_script_is_exit_3(hub: Hub, lors: Lors, shared_dir: 
     assert found.code == 3, found.output
     assert "needs a loading script, which datasets ≥ 4 does not run: logiqa.py" in said(found)
     assert "Score another task" in said(found)
+
+
+# ---- before the first stage
+
+
+def test_a_dry_run_says_all_that_is_in_the_way(hub: Hub, lors: Lors, model: str, place: Path) -> None:
+    """A gated model, a task that is a script, data that is not there: known before anything is pruned."""
+    hub.repos["model", model].gated = True
+    hub.repos["dataset", "EleutherAI/logiqa"] = Repo({"README.md": b"", "logiqa.py": b"import datasets\n"})
+    hub.repos.pop(("dataset", "allenai/c4"), None)
+    (place / "mine.yaml").write_text(
+        f"name: mine\nmodel: {{path: {model}, device: cpu}}\n"
+        "prune: {method: wanda, pattern: 3:7, calibration: {dataset: c4, num_samples: 4, sequence_length: 64}}\n"
+        "eval: {tasks: [logiqa]}\n"
+    )
+    for arguments in (("--dry-run",), ()):
+        found = lors("run", "mine.yaml", *arguments)
+        assert found.code == 3, found.output
+        for what in (f"{model} is gated", "allenai/c4 cannot be had", "needs a loading script"):
+            assert what in said(found), found.output
+    assert not (place / "runs" / "mine" / "prune" / "stage.json").exists()
+    ready = lors("run", "mine.yaml", "--dry-run", "eval.tasks=[pydoc_choice]", "prune.method=magnitude",
+                 "prune.pattern=2:4", token=TOKEN)  # fmt: skip
+    assert ready.code == 0, ready.output
+    assert "Nothing is in its way." in ready.output
+    odd = lors("run", "mine.yaml", "--dry-run", "eval.tasks=[pydoc_choice]", "prune.method=magnitude", token=TOKEN)
+    assert odd.code == 2, odd.output
+    assert "no multiple of 7" in said(odd)
+
+
+def test_more_than_the_machine_has_is_exit_4(lors: Lors, hub: Hub, model: str, place: Path) -> None:
+    files = hub.repos["model", model].files
+    large = {**json.loads(files["config.json"]), "num_hidden_layers": 1500, "hidden_size": 16384}
+    files["config.json"] = json.dumps(large).encode()
+    (place / "mine.yaml").write_text(
+        f"name: mine\nmodel: {{path: {model}, device: cpu}}\nprune: {{method: magnitude}}\neval: {{tasks: [pydoc_choice]}}\n"
+    )
+    found = lors("run", "mine.yaml", "--dry-run")
+    assert found.code == 4, found.output
+    assert "of disk" in said(found)
