@@ -8,11 +8,10 @@ paths, never the whole recipe, so each works alone.
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import BeforeValidator, Field
 
 from lors_cli.recipe.rules import Section
 
@@ -24,7 +23,6 @@ Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 ModelRole = Literal["dense", "pruned", "tuned"]
 TuneMethod = Literal["lors", "sqft", "sqft-gc", "spp", "spp-gc", "hira", "lora"]
 Name = Annotated[str, Field(min_length=1)]
-Place = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 
 SEVEN_TASKS = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "openbookqa", "rte", "winogrande")
 
@@ -38,7 +36,7 @@ def _whole(value: Any) -> Any:
 class ModelConfig(Section):
     """The model that the pipeline starts from."""
 
-    path: Place
+    path: Name
     """Hub id, folder, .gguf file, or package://module/file.gguf."""
     dtype: Dtype = "auto"
     """Number format of the weights. auto: the checkpoint's own (bfloat16 for a .gguf), float32 on a CPU that has
@@ -53,7 +51,7 @@ class ModelConfig(Section):
 class CalibrationConfig(Section):
     """The text that shows the pruner what the inputs of each layer look like."""
 
-    dataset: Place = "c4"
+    dataset: Name = "c4"
     """alpaca, c4, pydoc, slimpajama, wikitext2, or a file (.jsonl .json .parquet .txt, .gz; tokens: .safetensors)."""
     num_samples: Positive | None = None
     """Sequences. Default 128; a pre-tokenised file is used whole."""
@@ -108,7 +106,7 @@ class PruneConfig(Section):
 class TuneDataConfig(Section):
     """The text to tune on."""
 
-    dataset: Place = "alpaca"
+    dataset: Name = "alpaca"
     """alpaca, c4, pydoc, slimpajama, wikitext2, or a file."""
     max_length: Positive = 512
     """Tokens a sample: instructions are cut there, text is packed to it."""
@@ -134,7 +132,7 @@ class TuneDataConfig(Section):
 class DistillConfig(Section):
     """Learning from the dense model's predictions beside the labels; it is held in memory too."""
 
-    teacher: Place | None = None
+    teacher: Name | None = None
     """The dense model, with the same vocabulary. Default: the one that the sparse model was pruned from."""
     revision: Name = "main"
     """Branch, tag or commit of the teacher on the hub."""
@@ -287,7 +285,7 @@ class Recipe(Section):
     """Sparse to recovered, zeros kept."""
     eval: EvalConfig | None = None
     """Scores of the models there are."""
-    data_dir: Place | None = None
+    data_dir: Name | None = None
     """Folder with local copies of the datasets; default $LORS_DATA_DIR, else the hub."""
     seed: Seed = 0
     """Seed of every stage that does not set its own."""
