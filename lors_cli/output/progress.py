@@ -23,7 +23,6 @@ from lors_cli.output import console
 
 VARIABLE = "LORS_HEARTBEAT_S"
 DEFAULT_S = 60.0
-WIDTH = 80
 FIRST_LINE_S = 10.0
 """After so long a step is worth a line in a file; the next ones come at `interval_s`."""
 
@@ -99,16 +98,7 @@ class Task:
         on_gpu = heap.gpu_memory_in_use()
         if on_gpu:
             parts.append(f"GPU {console.gib(on_gpu)}")
-        console.info("\n".join(_lines(parts)))
-
-
-def _lines(parts: list[str]) -> list[str]:
-    """Parts with dots between them on lines of at most `WIDTH` characters, the second one further in."""
-    lines = [f"  {parts[0]}"]
-    for part in parts[1:]:
-        joined = f"{lines[-1]} · {part}"
-        lines = [*lines[:-1], joined] if len(joined) <= WIDTH else [*lines, f"    {part}"]
-    return lines
+        console.info(f"  {' · '.join(parts)}")
 
 
 class _Time(ProgressColumn):

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from lors_cli.recipe.columns import ColumnsConfig, Name, NotNegative, Place, Positive, Rate, Seed
+from lors_cli.recipe.columns import ColumnsConfig, Name, NotNegative, Positive, Rate, Seed
 from lors_cli.recipe.rules import Section
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
@@ -33,7 +33,7 @@ def _whole(value: Any) -> Any:
 class ModelConfig(Section):
     """The model that the pipeline starts from."""
 
-    path: Place
+    path: Name
     """Hub id, folder, .gguf file, or package://module/file.gguf."""
     dtype: Dtype = "auto"
     """Number format of the weights. auto: the checkpoint's own (bfloat16 for a .gguf), float32 on a CPU that has
@@ -48,7 +48,7 @@ class ModelConfig(Section):
 class CalibrationConfig(Section):
     """The text that shows the pruner what the inputs of each layer look like."""
 
-    dataset: Place = "c4"
+    dataset: Name = "c4"
     """alpaca, c4, pydoc, slimpajama, wikitext2, or a file (.jsonl .json .csv .parquet .txt …; tokens: .safetensors)."""
     columns: ColumnsConfig | None = None
     """What a file's columns are called, where they are not found or several would do; others are not looked at."""
@@ -105,7 +105,7 @@ class PruneConfig(Section):
 class TuneDataConfig(Section):
     """The text to tune on."""
 
-    dataset: Place = "alpaca"
+    dataset: Name = "alpaca"
     """alpaca, c4, pydoc, slimpajama, wikitext2, or a file."""
     columns: ColumnsConfig | None = None
     """What a file's columns are called, where they are not found or several would do; others are not looked at."""
@@ -133,7 +133,7 @@ class TuneDataConfig(Section):
 class DistillConfig(Section):
     """Learning from the dense model's predictions beside the labels; it is held in memory too."""
 
-    teacher: Place | None = None
+    teacher: Name | None = None
     """The dense model, with the same vocabulary. Default: the one that the sparse model was pruned from."""
     revision: Name = "main"
     """Branch, tag or commit of the teacher on the hub."""
@@ -286,7 +286,7 @@ class Recipe(Section):
     """Sparse to recovered, zeros kept."""
     eval: EvalConfig | None = None
     """Scores of the models there are."""
-    data_dir: Place | None = None
+    data_dir: Name | None = None
     """Folder with local copies of the datasets; default $LORS_DATA_DIR, else the hub."""
     seed: Seed = 0
     """Seed of every stage that does not set its own."""

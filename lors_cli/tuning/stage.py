@@ -12,6 +12,7 @@ from lors_cli.files import atomic, hashes, records
 from lors_cli.machine import environment, processes
 from lors_cli.models.blocks import prunable_weights
 from lors_cli.output import console, progress
+from lors_cli.output.console import counted
 from lors_cli.recipe.resolved import resolved_tune
 from lors_cli.sparsity import Pattern, measure, summarise
 from lors_cli.tuning.teacher import teacher_model, with_teacher
@@ -187,10 +188,9 @@ def _load_data(config: TuneConfig, network: PreTrainedModel, tokenizer: Any, dat
     steps = ""
     if data.num_steps is not None:
         in_last = len(data.samples) - (data.num_steps - 1) * config.batch_size
-        steps = f" in {console.counted(data.num_steps, 'step')}" + (
-            f", {in_last} in the last" if in_last < config.batch_size else ""
-        )
-    samples = console.counted(len(data.samples), "sample")
+        steps = f" in {counted(data.num_steps, 'step')}"
+        steps += f", {in_last} in the last" if in_last < config.batch_size else ""
+    samples = counted(len(data.samples), "sample")
     skips = f" (skipped: {skipped})" if skipped else ""
     console.info(f"  data: {config.data.dataset}, {samples}, {data.num_tokens} tokens{steps}{skips}")
     return data

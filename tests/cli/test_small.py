@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from typer.testing import Result
@@ -55,16 +54,15 @@ def test_a_recipe_and_a_sweep_are_told_apart(at_workshop: Path, lors: Lors) -> N
 
 
 def test_home_is_expanded_in_a_models_path(at_finished: Path, lors: Lors, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lors_cli.recipe.loading import load_recipe, load_stage
+    from lors_cli.recipe.loading import load_model_config, load_recipe
 
     monkeypatch.setenv("HOME", str(Path.cwd()))
-    recipe = load_recipe(Path("tiny.yaml"), ["model.path=~/dense", "tune.distill.teacher=~/dense", "data_dir=~/d"])
+    recipe = load_recipe(Path("tiny.yaml"), ["model.path=~/dense", "tune.distill.teacher=~/dense"])
     assert recipe.model.path == f"{Path.cwd()}/dense"
     assert recipe.tune is not None
     assert recipe.tune.distill is not None
-    assert (recipe.tune.distill.teacher, recipe.data_dir) == (f"{Path.cwd()}/dense", f"{Path.cwd()}/d")
-    config: Any = load_stage("prune", None, ["calibration.dataset=~/text.jsonl"])
-    assert config.calibration.dataset == f"{Path.cwd()}/text.jsonl"
+    assert recipe.tune.distill.teacher == f"{Path.cwd()}/dense"
+    assert load_model_config("~/dense").path == f"{Path.cwd()}/dense"
     shown = lors("inspect", "~/runs/tiny/prune", "--json")
     assert '"pattern": "2:4"' in shown.stdout
 
@@ -101,3 +99,22 @@ def test_a_quiet_doctor_names_only_what_is_missing(capsys: pytest.CaptureFixture
     shown = capsys.readouterr().out
     assert "torch" not in shown
     assert "Free some." in shown
+
+
+def test_a_bar_fits_a_terminal_of_80_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import re
+
+    from lors_cli.output import console, progress
+
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    console.configure()
+    with progress.progress("tuned perplexity a-text-with-a-long-name.jsonl", 1000, "windows") as task:
+        task.update(1000, "loss 2.000 · 12345 tokens/s, and more that there is no room for")
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
+    lines = [line for line in re.split(r"[\r\n]+", plain) if line.strip()]
+    assert max(map(len, lines)) <= 80
+    assert "1000/1000 windows" in lines[-1]

@@ -312,7 +312,8 @@ def test_more_than_the_machine_has_is_exit_4(lors: Lors, hub: Hub, model: str, p
     large = {**json.loads(files["config.json"]), "num_hidden_layers": 1500, "hidden_size": 16384}
     files["config.json"] = json.dumps(large).encode()
     (place / "mine.yaml").write_text(
-        f"name: mine\nmodel: {{path: {model}, device: cpu}}\nprune: {{method: magnitude}}\neval: {{tasks: [pydoc_choice]}}\n"
+        f"name: mine\nmodel: {{path: {model}, device: cpu}}\nprune: {{method: magnitude}}\n"
+        "eval: {tasks: [pydoc_choice]}\n"
     )
     found = lors("run", "mine.yaml", "--dry-run")
     assert found.code == 4, found.output

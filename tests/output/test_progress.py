@@ -141,13 +141,3 @@ def test_busy_is_silent_in_a_file(capsys: Capture) -> None:
     with progress.busy("reading"):
         pass
     assert capsys.readouterr().err == ""
-
-
-def test_lines_fit_80_columns(capsys: Capture, clock: list[float]) -> None:
-    with progress.progress("tuned perplexity wikitext2", 1000, "windows") as task:
-        clock[0] = 4000.0
-        task.advance(7, "loss 2.000 · 12345 tokens/s")
-    first, second, *_ = lines = capsys.readouterr().err.splitlines()
-    assert all(len(line) <= 80 for line in lines)
-    assert first.startswith("  tuned perplexity wikitext2: 7/1000 windows · 1 h 06 min elapsed · about ")
-    assert second == "    loss 2.000 · 12345 tokens/s · memory 1.5 GiB"

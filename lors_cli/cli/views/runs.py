@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from lors_cli.errors import shorten
 from lors_cli.files import records
 from lors_cli.output import console, progress
 from lors_cli.pipeline.plans import StagePlan, describe
@@ -59,7 +60,7 @@ def show_plan(document: dict[str, Any]) -> None:
 
 
 def show_results(results: dict[str, Any], comparisons: Sequence[Comparison] = ()) -> None:
-    """The table of an evaluation, by label, narrow enough for 80 columns with three models; a line a comparison."""
+    """The table of an evaluation, by label, in parts of at most 80 columns; a line a comparison."""
     from lors_cli.evaluation.summary import LOST_IN_ERROR, recovered
     from lors_cli.report.scores import INSIDE_ERROR, by_task
 
@@ -69,8 +70,12 @@ def show_results(results: dict[str, Any], comparisons: Sequence[Comparison] = ()
     shares = recovered(results)
     if shares:  # the last column, said in words below
         columns, rows = columns[:-1], [row[:-1] for row in rows]
-    columns = ["Δ" if name.startswith("Δ") else name for name in columns]
-    console.table(columns, [[_shorter_error(cell) for cell in row] for row in rows])
+    columns = ["Δ" if name.startswith("Δ") else shorten(name, 40) for name in columns]
+    rows = [[_shorter_error(cell) for cell in row] for row in rows]
+    for number, part in enumerate(_parts(columns, rows)):
+        if number:
+            console.result()
+        console.table([columns[place] for place in part], [[row[place] for place in part] for row in rows])
     for name, share in shares.items():
         what = "average accuracy" if name == "accuracy" else name.replace("perplexity", "log-perplexity on", 1)
         won = INSIDE_ERROR if share is None else f"{100 * share:.1f} %"
@@ -79,6 +84,25 @@ def show_results(results: dict[str, Any], comparisons: Sequence[Comparison] = ()
         console.result(LOST_IN_ERROR)
     for comparison in comparisons:
         console.result(str(comparison))
+
+
+def _parts(columns: list[str], rows: list[list[str]], width: int = 80) -> list[list[int]]:
+    """Columns for each of several tables that fit: the first in all of them, a difference beside its model."""
+    sizes = [max(len(row[place]) for row in [columns, *rows]) for place in range(len(columns))]
+    groups: list[list[int]] = []
+    for place in range(1, len(columns)):
+        if columns[place] == "Δ":
+            groups[-1].append(place)
+        else:
+            groups.append([place])
+    parts = [[0]]
+    for group in groups:
+        joined = [*parts[-1], *group]
+        if parts[-1] == [0] or sum(sizes[place] + 2 for place in joined) - 2 <= width:
+            parts[-1] = joined
+        else:
+            parts.append([0, *group])
+    return parts
 
 
 def _shorter_error(cell: str) -> str:
