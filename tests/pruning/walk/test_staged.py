@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from lors_cli.errors import UsageError
 from lors_cli.models.blocks import block_weights, decoder_blocks, prunable_weights
 from lors_cli.models.streaming import BlockwiseModel
-from lors_cli.pruning import stage as pruning
+from lors_cli.pruning import methods
 from lors_cli.pruning.methods.reconstruct import reconstruct
 from lors_cli.pruning.stage import prune
 from lors_cli.pruning.walk import hidden_states
@@ -248,7 +248,7 @@ def test_channel_permutation_keeps_the_function_before_pruning(
 ) -> None:
     """With a method that removes nothing, what is left is the permutation alone."""
     dense, model = build().double(), build().double()
-    monkeypatch.setattr(pruning.methods, "prune_group", lambda _method, weights, *_: list(weights))
+    monkeypatch.setattr(methods, "prune_group", lambda _method, weights, *_: list(weights))
     config = PruneConfig(method=method, channel_permutation=True)  # type: ignore[arg-type]
     source = BlockwiseModel(model.requires_grad_(False), torch.device("cpu"), None)
     prune_blocks(config, source, Pattern.of(config), tmp_path, [] if method == "magnitude" else batches)
