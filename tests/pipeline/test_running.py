@@ -18,6 +18,7 @@ from typer.testing import Result
 
 from lors_cli.errors import UsageError
 from lors_cli.files import locks
+from lors_cli.pipeline import resources
 from lors_cli.pipeline.folders import guard_out
 
 Lors = Callable[..., Result]
