@@ -22,6 +22,8 @@ from lors_cli.models.blocks import (
     prunable_weights,
 )
 from lors_cli.models.inspection import detect_pattern
+from lors_cli.models.size import model_size
+from lors_cli.recipe.schema import ModelConfig
 from lors_cli.sparsity import Pattern, mask_digest, num_violations
 
 Build = Callable[..., PreTrainedModel]
@@ -122,6 +124,13 @@ def test_parts_for_images_are_left_out(build: Build) -> None:
     assert len(model.model.vision_tower.encoder.layers) == len(model.model.language_model.layers)
     assert decoder_blocks(model)[0] == "model.language_model.layers"
     assert left_out(model) == ["model.vision_tower", "model.multi_modal_projector"]
+
+
+def test_sizes_of_a_model_with_a_width_for_each_block(build: Build, tmp_path: Path) -> None:
+    build("Gemma3n", intermediate_size=[64, 96]).save_pretrained(tmp_path)
+    size = model_size(ModelConfig(path=str(tmp_path)))
+    assert size is not None
+    assert size.intermediate_size == 96
 
 
 def test_nothing_else_is_left_out(architecture: str, build: Build) -> None:

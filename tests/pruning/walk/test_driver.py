@@ -119,6 +119,7 @@ def block_matrices(model: PreTrainedModel) -> dict[str, list[torch.Tensor]]:
     found = {}
     for name, module in model.named_modules():
         in_block = ".layers." in name or ".h." in name or ".blocks." in name
+        in_block = in_block and ".vision_tower." not in name
         router = name.endswith(("mlp.gate", "shared_expert_gate")) or ".altup." in name
         if in_block and not router and isinstance(module, (torch.nn.Linear, Conv1D)):
             weight = module.weight.detach()
