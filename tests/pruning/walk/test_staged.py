@@ -314,7 +314,7 @@ class TestRefusals:
         settings = json.loads((checkpoint / "config.json").read_text())
         settings["quantization_config"] = {"quant_method": "fp8"}
         (checkpoint / "config.json").write_text(json.dumps(settings))
-        self.refused(checkpoint, token_file, tmp_path / "out", "is quantised", method="wanda")
+        self.refused(checkpoint, token_file, tmp_path / "out", "says that the weights are quantised", method="wanda")
 
     def test_whole_numbers_for_weights(self, checkpoint: Path, token_file: Path, tmp_path: Path) -> None:
         tensors = load_file(checkpoint / "model.safetensors")
