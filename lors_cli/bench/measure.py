@@ -147,7 +147,7 @@ def _fitting(methods: tuple[str, ...], rank: int, linears: dict[str, nn.Linear])
     Raises:
         UsageError: none can.
     """
-    found = []
+    found: list[str] = []
     for name in methods:
         try:
             check_rank(ARMS[name].method, rank, (linear.out_features for linear in linears.values()))

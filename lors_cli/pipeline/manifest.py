@@ -135,8 +135,8 @@ def has_new(out: Path) -> bool:
 
 def _stored(out: Path) -> Entry:
     """The manifest that is there, if it is whole."""
-    found = atomic.read_json(out / MANIFEST_NAME)
-    return found if is_whole(found) else {}
+    found: Any = atomic.read_json(out / MANIFEST_NAME)
+    return dict(found) if is_whole(found) else {}
 
 
 def _inputs(recipe: Recipe, data_dir: Path | None, old: Entry, kept: list[str], first: str) -> list[Entry]:
