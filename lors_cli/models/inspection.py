@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from lors_cli.errors import UsageError
 from lors_cli.files import records
 from lors_cli.models.blocks import PrunableWeight, prunable_weights
+from lors_cli.models.checks import safetensors_files
+from lors_cli.models.sources import locate
 from lors_cli.sparsity import DENSE_BELOW, Pattern, measure, num_violations, summarise
 
 if TYPE_CHECKING:
@@ -31,11 +33,48 @@ def inspect(model: ModelConfig, pattern: Pattern | None = None) -> dict[str, Any
 
     folder = Path(model.path)
     record = records.read_record(folder) if folder.is_dir() else None
+    if record is not None and pattern is None:
+        locate(model.path)
+        layers = _measure_recorded(folder, record)
+        if layers is not None:
+            return summarise(layers, _held_to(record, [layer.name for layer in layers])[layers[0].name])
     weights = prunable_weights(load_model(model))
     held_to = {} if pattern else layer_patterns(weights, record)
     patterns: dict[str, Pattern | None] = {**held_to} if held_to else dict.fromkeys(weights, pattern)
     layers = [measure(name, weights[name].matrix, held) for name, held in patterns.items()]
     return summarise(layers, next(iter(patterns.values()), None))
+
+
+def _measure_recorded(folder: Path, record: records.StageRecord) -> list[Any] | None:
+    """What a stage here has made sparse, straight from its file: making the model takes longer than all the rest.
+
+    Returns:
+        None where the record names no pattern, or the weights do not lie there one by one as it says.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    shapes = {layer["name"]: layer["shape"] for layer in record.metrics.get("layers", ())}
+    if record.metrics.get("pattern") in (None, "dense") or not shapes:
+        return None
+    patterns, layers = _held_to(record, list(shapes)), dict[str, Any]()
+    try:
+        for path in safetensors_files(folder, str(folder)):
+            with safe_open(path, "pt") as file:
+                for key in file.keys():  # noqa: SIM118 - it is no mapping
+                    name = key.removesuffix(".weight")
+                    if name != key and list(file.get_slice(key).get_shape()) == shapes.get(name):
+                        layers[name] = measure(name, file.get_tensor(key), patterns[name])
+    except SafetensorError:  # loading the model says what is wrong with it
+        return None
+    return [layers[name] for name in shapes] if layers.keys() == shapes.keys() else None
+
+
+def _held_to(record: records.StageRecord, names: list[str]) -> dict[str, Pattern]:
+    """What a record says that its weights keep to; unstructured, each to its own sparsity."""
+    pattern = record.metrics["pattern"]
+    if pattern != "unstructured":
+        return dict.fromkeys(names, Pattern.parse(pattern))
+    return {layer["name"]: Pattern(None, None, layer["sparsity"]) for layer in record.metrics["layers"]}
 
 
 def layer_patterns(weights: dict[str, PrunableWeight], record: records.StageRecord | None) -> dict[str, Pattern]:
@@ -52,9 +91,7 @@ def layer_patterns(weights: dict[str, PrunableWeight], record: records.StageReco
         missing = [layer for layer in shares if layer not in weights]
         if missing:
             raise UsageError(f"stage.json names {missing[0]}, which the checkpoint does not have.")
-        if name != "unstructured":
-            return dict.fromkeys(shares, Pattern.parse(name))
-        return {layer: Pattern(None, None, share) for layer, share in shares.items()}
+        return _held_to(record, list(shares))
     found = detect_pattern(weights)
     if found is None:
         return {}

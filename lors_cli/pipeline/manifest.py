@@ -132,7 +132,7 @@ def has_new(out: Path) -> bool:
 def _stored(out: Path) -> Entry:
     """The manifest that is there, if it is whole."""
     found: Any = atomic.read_json(out / MANIFEST_NAME)
-    return found if is_whole(found) else {}
+    return dict(found) if is_whole(found) else {}
 
 
 def _inputs(recipe: Recipe, data_dir: Path | None, old: Entry, kept: list[str], first: str) -> list[Entry]:
