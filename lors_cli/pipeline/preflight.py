@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def _looks(plan: StagePlan, models: Sequence[ModelConfig], data_dir: Path | None
     """Everything to look at before one stage."""
     config = plan.config
     for model in models:
-        yield lambda model=model: _check_model(model, config)
+        yield partial(_check_model, model, config)
     if isinstance(config, PruneConfig):
         from lors_cli.pruning.methods import statistics_kind
 
@@ -101,9 +102,9 @@ def _looks(plan: StagePlan, models: Sequence[ModelConfig], data_dir: Path | None
         yield lambda: _check_text(config.data.dataset, "train", "instructions", data_dir)
     else:
         for text in config.perplexity:
-            yield lambda text=text: _check_text(text, "validation", "text", data_dir)
+            yield partial(_check_text, text, "validation", "text", data_dir)
         for task in config.tasks:
-            yield lambda task=task: _check_task(task, data_dir)
+            yield partial(_check_task, task, data_dir)
     yield lambda: check_shapes(try_size(plan.origin), config)
     yield lambda: resources.check_memory(plan)
     yield lambda: _check_memory(plan)

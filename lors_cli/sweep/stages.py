@@ -63,8 +63,8 @@ def _plan_cell(cell: Cell, out: Path) -> CellPlan:
     recipe = cell.recipe
     data_dir = resolve_data_dir(recipe.data_dir)
     size = try_size(recipe.model)
-    for config in (recipe.prune, recipe.tune):
-        check_shapes(size, config)
+    for made_by in (recipe.prune, recipe.tune):
+        check_shapes(size, made_by)
 
     def place(stage: str, fingerprint: str) -> Path:
         return out / STAGES_NAME / f"{stage}-{fingerprint[:FINGERPRINT_DIGITS]}"
