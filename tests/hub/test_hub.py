@@ -298,11 +298,11 @@ def test_a_dry_run_says_all_that_is_in_the_way(hub: Hub, lors: Lors, model: str,
         for what in (f"{model} is gated", "allenai/c4 cannot be had", "needs a loading script"):
             assert what in said(found), found.output
     assert not (place / "runs" / "mine" / "prune" / "stage.json").exists()
-    ready = lors("run", "mine.yaml", "--dry-run", "eval.tasks=[pydoc_choice]", "prune.method=magnitude", "prune.pattern=2:4",
-                 token=TOKEN)  # fmt: skip
+    alone = ("run", "mine.yaml", "--dry-run", "eval.tasks=[pydoc_choice]", "prune.method=magnitude")
+    ready = lors(*alone, "prune.pattern=2:4", token=TOKEN)
     assert ready.code == 0, ready.output
     assert "Nothing is in its way." in ready.output
-    odd = lors("run", "mine.yaml", "--dry-run", "eval.tasks=[pydoc_choice]", "prune.method=magnitude", token=TOKEN)
+    odd = lors(*alone, token=TOKEN)
     assert odd.code == 2, odd.output
     assert "no multiple of 7" in said(odd)
 
@@ -312,7 +312,8 @@ def test_more_than_the_machine_has_is_exit_4(lors: Lors, hub: Hub, model: str, p
     large = {**json.loads(files["config.json"]), "num_hidden_layers": 1500, "hidden_size": 16384}
     files["config.json"] = json.dumps(large).encode()
     (place / "mine.yaml").write_text(
-        f"name: mine\nmodel: {{path: {model}, device: cpu}}\nprune: {{method: magnitude}}\neval: {{tasks: [pydoc_choice]}}\n"
+        f"name: mine\nmodel: {{path: {model}, device: cpu}}\n"
+        "prune: {method: magnitude}\neval: {tasks: [pydoc_choice]}\n"
     )
     found = lors("run", "mine.yaml", "--dry-run")
     assert found.code == 4, found.output
