@@ -51,7 +51,7 @@ CASES ?= 10000
 fuzz: install
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzz_run.py --cases $(CASES) --seed $(SEED)
 
-# Known vulnerabilities of what is installed in $(VENV), from an environment of its own. Asks pypi.org, and fails where a
+# Known vulnerabilities of what is installed in $(VENV), from an environment of its own. Asks the package index, and fails where a
 # package cannot be looked up. Local build tags such as +cpu are not known there.
 audit: install
 	$(PYTHON) -m venv $(VENV)/audit

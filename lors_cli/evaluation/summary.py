@@ -28,29 +28,38 @@ def average_stderr(tasks: dict[str, dict[str, Any]]) -> float | None:
     return math.sqrt(math.fsum(error**2 for error in errors)) / len(errors)
 
 
-def recovered(results: dict[str, dict[str, Any]]) -> dict[str, float]:
+LOST_IN_ERROR = (
+    "Where “—” stands for the share won back, pruning lost no more than the standard error of that difference, so a "
+    "share of it would be chance."
+)
+
+
+def recovered(results: dict[str, dict[str, Any]]) -> dict[str, float | None]:
     """The share of what pruning lost that tuning won back; 1 is all of it.
 
     It is (tuned − pruned) / (dense − pruned), of the average accuracy and of the logarithm of each perplexity.
 
     Returns:
         “accuracy” and “perplexity <text>” to the share; only those where dense, pruned and tuned have a value, of
-        the same tasks, and pruning lost something.
+        the same tasks, and pruning lost something. None where the loss is inside its own error (`LOST_IN_ERROR`).
     """
     if not {"dense", "pruned", "tuned"} <= results.keys():
         return {}
     trio = [results[label] for label in ("dense", "pruned", "tuned")]
-    shares = {}
+    found: dict[str, tuple[list[float | None], float]] = {}
     if trio[0]["average"]["tasks"] == trio[1]["average"]["tasks"] == trio[2]["average"]["tasks"]:
-        shares["accuracy"] = _share(*(result["average"]["value"] for result in trio))
+        found["accuracy"] = [result["average"]["value"] for result in trio], _error_of_loss(*trio[:2])
     for text in trio[0]["perplexity"]:
         values = [result["perplexity"].get(text, {}).get("value") for result in trio]
-        shares[f"perplexity {text}"] = _share(*(-math.log(value) if value else None for value in values))
-    return {name: share for name, share in shares.items() if share is not None}
+        found[f"perplexity {text}"] = [-math.log(value) if value else None for value in values], 0.0
+    shares: dict[str, float | None] = {}
+    for name, ((dense, pruned, tuned), error) in found.items():
+        if dense is not None and pruned is not None and tuned is not None and dense > pruned:
+            shares[name] = (tuned - pruned) / (dense - pruned) if dense - pruned > error else None
+    return shares
 
 
-def _share(dense: float | None, pruned: float | None, tuned: float | None) -> float | None:
-    """Of quantities that are better when larger."""
-    if dense is None or pruned is None or tuned is None or dense <= pruned:
-        return None
-    return (tuned - pruned) / (dense - pruned)
+def _error_of_loss(dense: dict[str, Any], pruned: dict[str, Any]) -> float:
+    """The standard error of the difference of two averages, taken as independent; 0 where it is not known."""
+    errors = [average_stderr(result.get("tasks", {})) for result in (dense, pruned)]
+    return math.hypot(*(error for error in errors if error is not None)) if None not in errors else 0.0

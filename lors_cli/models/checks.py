@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lors_cli.errors import MissingError, UsageError, offline_hint, translate
+from lors_cli.errors import MissingError, UsageError, translate
 
 PICKLE_HINT = (
     "Only safetensors are read, since unpickling runs code. Where you trust the file: AutoModelForCausalLM"
@@ -153,5 +153,5 @@ def load_error(path: str, what: str, error: Exception) -> Exception:
     if isinstance(known, MissingError) and Path(path).expanduser().exists():
         return MissingError(f"{path}: {what} cannot be loaded: {known.message}", known.hint)
     if isinstance(known, MissingError):
-        return MissingError(f"{path}: no such folder, and not to be had from the hub: {first_line}", offline_hint())
+        return MissingError(f"{path}: {known.message}", known.hint)
     return known or UsageError(f"{path}: {what} cannot be loaded: {first_line}")

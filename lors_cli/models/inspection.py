@@ -25,7 +25,7 @@ def inspect(model: ModelConfig, pattern: Pattern | None = None) -> dict[str, Any
         pattern: what to hold it against; by default what its stage.json says, else what its zeros look like.
 
     Returns:
-        The document of DESIGN §4: pattern, sparsity, violations, layers.
+        The document of `lors inspect --json`: pattern, sparsity, violations, layers.
     """
     from lors_cli.models.loading import load_model
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from lors_cli.errors import UsageError
 from lors_cli.machine.devices import cpu_has_bfloat16, resolve_device
 from lors_cli.models.checks import check_size, check_vocabulary, forget_own_code, loading
+from lors_cli.models.hub import here, is_whole
 from lors_cli.models.quiet import library_bars, quiet_libraries
-from lors_cli.models.revisions import pinned_revision
+from lors_cli.models.revisions import known_commit
 from lors_cli.models.sources import ModelSource, locate
 from lors_cli.models.stored import check_files, refuse, settle_ties
 from lors_cli.output import console, progress
@@ -56,12 +57,14 @@ def load_config(config: ModelConfig) -> Any:
     """
     from transformers import AutoConfig
 
-    source = locate(config.path)
+    source, repo = here(config), locate(config.path).repo
     with quiet_libraries():
         with loading(config.path, "its configuration"):
-            settings = AutoConfig.from_pretrained(source.name_or_path, **_where(config, source))
+            settings = AutoConfig.from_pretrained(source.name_or_path, **_where(source))
             forget_own_code(settings)
-            if source.folder is not None and source.gguf_file is None:
+            if repo is not None:
+                settings._commit_hash = known_commit(repo, config.revision)
+            if source.folder is not None and source.gguf_file is None and (repo is None or is_whole(source.folder)):
                 check_size(settings, source.folder, config.path)
             return settings
 
@@ -79,9 +82,9 @@ def load_model(config: ModelConfig, *, device: torch.device | None = None) -> Pr
     """
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    source = locate(config.path)
+    source = here(config, weights=True)
     computing = resolve_device(config.device)
-    options, quantised = _where(config, source), None
+    options, quantised = _where(source), None
     if source.gguf_file is not None:
         options["quantization_config"] = GgufConfig(dequantize=True)
         dtype = resolve_dtype(config, None, computing)
@@ -137,10 +140,12 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    source = locate(config.path)
+    source = here(config)
     with quiet_libraries():
         with loading(config.path, "its tokenizer"):
-            tokenizer = AutoTokenizer.from_pretrained(source.name_or_path, **_where(config, source))
+            tokenizer = AutoTokenizer.from_pretrained(source.name_or_path, **_where(source))
+    for how_it_was_found in ("is_local", "local_files_only"):  # transformers would save it with results
+        tokenizer.init_kwargs.pop(how_it_was_found, None)
     if tokenizer.eos_token_id is None:
         raise UsageError(f"{config.path}: its tokenizer has no EOS token, which separates documents.")
     if tokenizer.pad_token_id is None:
@@ -150,17 +155,11 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _where(config: ModelConfig, source: ModelSource) -> dict[str, Any]:
+def _where(source: ModelSource) -> dict[str, Any]:
     options: dict[str, Any] = {"trust_remote_code": False}  # None would ask on the terminal
     if source.gguf_file is not None:
         options["gguf_file"] = source.gguf_file
-    return {**options, **revision_of(config)}
-
-
-def revision_of(config: ModelConfig) -> dict[str, str]:
-    """The option with the commit of a model on the hub; none for other models."""
-    repo = locate(config.path).repo
-    return {"revision": pinned_revision(repo, config.revision)} if repo is not None else {}
+    return options
 
 
 def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -8,31 +8,19 @@ from typing import Any
 from lors_cli.errors import LorsError, MissingError, UsageError
 from lors_cli.recipe.schema import ModelConfig
 
+_known_sizes: dict[str, ModelSize | None] = {}
+"""By fingerprint."""
+
 
 @dataclass(frozen=True)
 class ModelSize:
-    """A model's sizes.
-
-    Args:
-        num_parameters: in all.
-        num_prunable: weights of the linears in decoder blocks.
-        largest_input: widest input of these linears.
-        linears: (out_features, in_features) of each.
-        block: the largest block's: (out_features, in_features, whether it is one of several experts).
-        hidden_size: width of the residual stream.
-        intermediate_size: width of the MLP.
-        num_blocks: decoder blocks.
-        vocab_size: tokens.
-        max_length: longest sequence.
-        bytes_a_weight: of the number format.
-        streamed: whether blocks can be read one at a time.
-    """
+    """A model's sizes."""
 
     num_parameters: int
-    num_prunable: int
-    largest_input: int
     linears: tuple[tuple[int, int], ...]
+    """(out_features, in_features) of each linear in the decoder blocks."""
     block: tuple[tuple[int, int, bool], ...]
+    """Those of the largest block, and whether each is one of several experts."""
     hidden_size: int
     intermediate_size: int
     num_blocks: int
@@ -40,6 +28,12 @@ class ModelSize:
     max_length: int
     bytes_a_weight: int
     streamed: bool = True
+    """Whether blocks can be read one at a time."""
+
+    @property
+    def num_prunable(self) -> int:
+        """Weights of the linears."""
+        return sum(rows * columns for rows, columns in self.linears)
 
     @property
     def num_bytes(self) -> int:
@@ -50,21 +44,14 @@ class ModelSize:
 def model_size(config: ModelConfig) -> ModelSize | None:
     """The model's sizes, without its weights and without a network; None when its shape is not known here.
 
-    Args:
-        config: a local model, or a hub id that is cached or in the table of shapes.
+    It is known of a local model, and of a hub id that is cached or in the table of shapes.
     """
     from lors_cli.models.sources import model_fingerprint
 
     fingerprint = model_fingerprint(config)
-    if fingerprint not in _known_sizes:  # a .gguf takes seconds to read
-        size = _measured(config)
-        if size is None:
-            return None
-        _known_sizes[fingerprint] = size
+    if _known_sizes.get(fingerprint) is None:  # a .gguf takes seconds to read
+        _known_sizes[fingerprint] = _measured(config)
     return _known_sizes[fingerprint]
-
-
-_known_sizes: dict[str, ModelSize] = {}
 
 
 def _measured(config: ModelConfig) -> ModelSize | None:
@@ -97,14 +84,13 @@ def _measured(config: ModelConfig) -> ModelSize | None:
     if not linears:
         raise UsageError(f"{config.path}: its decoder blocks hold no linear that could be pruned.")
     text = settings.get_text_config()
+    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     return ModelSize(
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        num_prunable=sum(rows * columns for rows, columns in linears),
-        largest_input=max(columns for _, columns in linears),
         linears=linears,
         block=tuple(max(blocks, key=lambda block: sum(rows * columns for rows, columns, _ in block))),
         hidden_size=text.hidden_size,
-        intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        intermediate_size=max(inner) if isinstance(inner, list) else inner,  # Gemma 3n has one for each block
         num_blocks=text.num_hidden_layers,
         vocab_size=text.vocab_size,
         max_length=model_max_length(settings),
@@ -131,7 +117,7 @@ def _local_settings(config: ModelConfig) -> Any | None:
     from lors_cli.models.checks import loading
     from lors_cli.models.loading import load_config
     from lors_cli.models.revisions import pinned_revision
-    from lors_cli.models.shapes import shape_of_hub_id
+    from lors_cli.models.shapes import SHAPES
     from lors_cli.models.sources import locate
 
     repo = locate(config.path).repo
@@ -142,8 +128,7 @@ def _local_settings(config: ModelConfig) -> Any | None:
             revision = pinned_revision(repo, config.revision)
             return AutoConfig.from_pretrained(repo, revision=revision, local_files_only=True, trust_remote_code=False)
     except MissingError:
-        shape = shape_of_hub_id(repo)
-        return shape.config() if shape else None
+        return next((shape.config() for shape in SHAPES.values() if repo in shape.hub_ids), None)
 
 
 def try_size(model: ModelConfig) -> ModelSize | None:

@@ -54,9 +54,7 @@ def locate(path: str) -> ModelSource:
         _refuse_part(local, path)
         return ModelSource(folder=local.parent, gguf_file=local.name)
     if local.is_dir():
-        if not (local / "config.json").is_file():
-            raise MissingError(f"{path} is not a checkpoint folder: it has no config.json.", _folder_hint(local))
-        _check_files(local, path)
+        check_folder(local, path)
         if (local / records.JOURNAL_NAME).is_file() and records.read_record(local) is None:
             hint = "Run the command that writes it again; it takes a moment."
             raise MissingError(f"{path} is half written: the stage that makes it was stopped at its end.", hint)
@@ -79,10 +77,16 @@ def _refuse_part(file: Path, path: str) -> None:
         )
 
 
-def _check_files(folder: Path, path: str) -> None:
+def check_folder(folder: Path, path: str) -> None:
     """Refuse what transformers would wait for, or be led elsewhere by: a pipe, device or broken link under a checkpoint
     file's name, an adapter beside the weights.
+
+    Raises:
+        MissingError: no config.json.
+        UsageError: one of these.
     """
+    if not (folder / "config.json").is_file():
+        raise MissingError(f"{path} is not a checkpoint folder: it has no config.json.", _folder_hint(folder))
     for name in _checkpoint_files(folder):
         if not (folder / name).is_file():
             raise UsageError(f"{path}: {name} is no file that can be read.")

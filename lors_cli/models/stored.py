@@ -37,20 +37,10 @@ def weight_files(config: ModelConfig) -> list[Path]:
     Raises:
         UsageError: there are none, or the index names one outside the checkpoint's folder.
     """
-    from lors_cli.models.revisions import pinned_revision
-    from lors_cli.models.sources import locate
+    from lors_cli.models.hub import here
 
-    source = locate(config.path)
-    folder = source.folder
-    if folder is None:
-        from huggingface_hub import snapshot_download
-
-        patterns = ["model*.safetensors", "model.safetensors.index.json", "*config.json"]
-        with loading(config.path, "the checkpoint"):
-            revision = pinned_revision(str(source.repo), config.revision)
-            folder = Path(snapshot_download(str(source.repo), revision=revision, allow_patterns=patterns))
-        if (folder / "model.safetensors").is_file():  # beside it there may be shards, which transformers passes over
-            return [folder / "model.safetensors"]
+    folder = here(config, weights=True).folder
+    assert folder is not None, config.path
     return safetensors_files(folder, config.path)
 
 

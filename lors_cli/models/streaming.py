@@ -198,13 +198,14 @@ def open_blockwise(config: ModelConfig) -> BlockwiseModel:
     if locate(config.path).gguf_file is not None:
         console.detail("  a .gguf is read whole: blocks are not streamed")
         return BlockwiseModel(load_model(config, device=torch.device("cpu")), device, None)
+    files = weight_files(config)
     settings = load_config(config)
     if Quantised.of(settings) is not None:
         console.detail("  a quantised checkpoint is read whole: blocks are not streamed")
         return BlockwiseModel(load_model(config, device=torch.device("cpu")), device, None)
     dtype = resolve_dtype(config, getattr(settings, "dtype", None), device)
     network = _without_weights(settings, dtype, config)
-    weights = _Weights(network, weight_files(config), dtype, config.path)
+    weights = _Weights(network, files, dtype, config.path)
     settle_ties(network, config.path)
     return BlockwiseModel(network, device, weights)
 
@@ -215,17 +216,18 @@ def _without_weights(settings: Any, dtype: torch.dtype, config: ModelConfig) -> 
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     from lors_cli.models.checks import loading
-    from lors_cli.models.loading import revision_of
     from lors_cli.models.quiet import quiet_libraries
 
     with loading(config.path, "the checkpoint"), quiet_libraries(), init_empty_weights(include_buffers=False):
         network = AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=False)
         network.tie_weights()
+        for module in network.modules():  # buffers are computed in float32, as `from_pretrained` does
+            module._is_hf_initialized = False
+        network.initialize_weights()
     if network.can_generate():
-        options: dict[str, Any] = {**revision_of(config)}
         with loading(config.path, "its generation_config.json"), quiet_libraries():
             try:
-                found = GenerationConfig.from_pretrained(settings.name_or_path, **options)
+                found = GenerationConfig.from_pretrained(settings.name_or_path)
                 network.generation_config = found
             except OSError:
                 console.detail(f"  {config.path} has no generation_config.json")

@@ -13,10 +13,11 @@ from lors_cli.errors import MissingError, UsageError
 from lors_cli.files import atomic, records
 from lors_cli.machine import environment
 from lors_cli.output import console, progress
-from lors_cli.pipeline.manifest import MANIFEST_NAME, results
+from lors_cli.pipeline.manifest import MANIFEST_NAME, is_whole, results
 
 if TYPE_CHECKING:
     from lors_cli.recipe.schema import Recipe
+
 MAY_DIFFER = (
     "name", "data_dir", "model.path", "model.device", "prune.calibration.dataset", "tune.data.dataset",
     "tune.distill.teacher",
@@ -132,23 +133,6 @@ def differences(then: dict[str, Any], now: dict[str, Any], prefix: str = "") -> 
     return sorted(lines)
 
 
-def _is_whole(content: Any) -> bool:
-    """Whether a manifest has all that a repeat needs."""
-    parts: dict[str, dict[str, Any]] = {
-        "inputs": {"used_by": str, "name": str, "fingerprint": str, "revision": (str, type(None))},
-        "stages": {"stage": str, "environment": dict, "results": dict},
-    }  # fmt: skip
-    if not isinstance(content, dict) or not isinstance(content.get("recipe"), dict):
-        return False
-    return all(
-        isinstance(content.get(part), list)
-        and content[part]
-        and all(isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in keys.items())
-                for entry in content[part])
-        for part, keys in parts.items()
-    )  # fmt: skip
-
-
 def open_repeat(path: Path, overrides: Sequence[str]) -> Repeat:
     """The repeat of a run.
 
@@ -167,7 +151,7 @@ def open_repeat(path: Path, overrides: Sequence[str]) -> Repeat:
     if not file.is_file():
         raise MissingError(f"No manifest at {file}.", "Give a finished run's folder, or its manifest.json.")
     content: Any = atomic.read_json(file)
-    if not _is_whole(content):
+    if not is_whole(content):
         raise UsageError(
             f"{file} does not say enough to repeat the run.",
             "Run its recipe.yaml once more: that notes what is missing.",

@@ -15,20 +15,17 @@ from lors_cli.machine import processes
 from lors_cli.machine.determinism import determinism
 from lors_cli.output import console, progress
 from lors_cli.pipeline.folders import claim, forget, guard_out, tidy
-from lors_cli.pipeline.manifest import _write_manifest
+from lors_cli.pipeline.manifest import has_new, write_manifest
 from lors_cli.pipeline.plans import StagePlan, announce, plan_stages, select
+from lors_cli.pipeline.preflight import refuse, troubles
 from lors_cli.pipeline.resources import check_disk, check_memory
 from lors_cli.pipeline.stages import STAGES
+from lors_cli.pipeline.standing import RECIPE_NAME, standing_recipe, standing_stages
 from lors_cli.recipe.schema import Recipe
 
 
 def run_single(plan: StagePlan, data_dir: Path | None) -> bool:
-    """Do a stage on its own, unless it is done; whether anything was done.
-
-    Args:
-        plan: from `plan_single`.
-        data_dir: local datasets.
-    """
+    """Do a stage on its own, unless it is done; whether anything was done."""
     with claim(plan.folder):
         if plan.status == "done":
             if processes.is_main():
@@ -41,12 +38,7 @@ def run_single(plan: StagePlan, data_dir: Path | None) -> bool:
 
 
 def run_stage(plan: StagePlan, data_dir: Path | None) -> None:
-    """Do one stage's work.
-
-    Args:
-        plan: from `plan_stages`.
-        data_dir: local datasets.
-    """
+    """Do one stage's work."""
     check_disk(plan)
     check_memory(plan)
     with _told_when_gone(plan):
@@ -82,8 +74,6 @@ def run_recipe(
     """Run a recipe's stages in order; finished ones are skipped, begun ones go on.
 
     Args:
-        recipe: the whole pipeline.
-        out: run folder.
         first: start here; what comes before must be finished.
         last: stop after this stage.
         force: stages to do again though they are finished.
@@ -96,34 +86,54 @@ def run_recipe(
     def stages_to_do() -> list[str]:
         guard_out(out, "run")
         with progress.busy("looking at what is done"):
-            return [plan.stage for plan in select(plan_stages(recipe, out, data_dir), first, last, force)]
+            plans = select(plan_stages(recipe, out, data_dir), first, last, force)
+        refuse(troubles(plans, data_dir))
+        return [plan.stage for plan in plans]
 
     with processes.joined():
         stages = processes.from_main(stages_to_do)
         with claim(out):
-            processes.from_main(lambda: _write_recipe(recipe, out))
             with determinism(recipe.deterministic):
-                done = list(_run_plans(recipe, out, stages, data_dir, force))
+                done = _run_plans(recipe, out, stages, data_dir, force)
             return processes.from_main(lambda: _finish(recipe, out, data_dir, done))
 
 
 def _finish(recipe: Recipe, out: Path, data_dir: Path | None, done: list[dict[str, Any]]) -> dict[str, Any]:
     """Write manifest and report; the run's summary."""
     from lors_cli.evaluation.significance import compare_models
+
+    _note(recipe, out, data_dir, done, len(done))
+    asked = any(entry["stage"] == "eval" for entry in done)
+    scores = results(out, recipe) if asked and "eval" in standing_stages(out) else {}
+    comparisons = compare_models(out / "eval", scores)
+    report = str(out / "report.md")
+    return {"run": str(out), "stages": done, "results": scores, "comparisons": comparisons, "report": report}
+
+
+def _note(recipe: Recipe, out: Path, data_dir: Path | None, done: list[dict[str, Any]], num_stages: int) -> None:
+    """Have recipe.yaml, manifest.json and the report speak of the stages that lie in the run folder.
+
+    Args:
+        recipe: what this call is to do.
+        out: the run folder.
+        data_dir: local datasets.
+        done: what it has done, a stage an entry.
+        num_stages: of the call; a report that is not there yet is written after the last one.
+    """
     from lors_cli.report.run import write_report
 
-    _write_manifest(recipe, out, done, data_dir)
+    write_manifest(_write_recipe(recipe, out, begins=False), out, done, data_dir)
+    if len(done) < num_stages and not (out / "report.md").is_file():
+        return
     with progress.busy("writing the report"):
-        finished = finished_stages(recipe, out, data_dir)
-        report = write_report(out, finished)
-    scores = results(out, recipe) if "eval" in finished else {}
-    comparisons = compare_models(out / "eval", scores)
-    return {"run": str(out), "stages": done, "results": scores, "comparisons": comparisons, "report": str(report)}
+        write_report(out, standing_stages(out))
 
 
 def _run_plans(
     recipe: Recipe, out: Path, stages: list[str], data_dir: Path | None, force: tuple[str, ...]
-) -> Iterator[dict[str, Any]]:
+) -> list[dict[str, Any]]:
+    """Do the stages one after the other; what is written of an earlier result is brought up to date with each."""
+    done: list[dict[str, Any]] = []
     for number, stage in enumerate(stages, 1):
         plan = processes.from_main(lambda: _find(recipe, out, stage, data_dir, stage in force))  # noqa: B023
         started = time.monotonic()
@@ -133,13 +143,17 @@ def _run_plans(
             console.heading(f"{label}: {plan.detail}")
         else:
             console.heading(f"{label}: {announce(plan)}")
+            processes.from_main(lambda: _write_recipe(recipe, out))
             with claim(plan.folder):  # against the same stage run on its own
                 run_stage(plan, data_dir)
             console.info(f"  {stage} took {progress.duration(time.monotonic() - started)}")
-        yield {
+        done.append({
             "stage": stage, "status": "skipped" if plan.status == "done" else "done", "folder": str(plan.folder),
             "fingerprint": plan.fingerprint, "elapsed_s": round(time.monotonic() - started, 2),
-        }  # fmt: skip
+        })  # fmt: skip
+        if plan.status != "done" and number < len(stages):  # the next one may fail
+            processes.from_main(lambda: _note(recipe, out, data_dir, done, len(stages)))
+    return done
 
 
 def _find(recipe: Recipe, out: Path, stage: str, data_dir: Path | None, again: bool) -> StagePlan:
@@ -152,24 +166,15 @@ def _find(recipe: Recipe, out: Path, stage: str, data_dir: Path | None, again: b
     return _find(recipe, out, stage, data_dir, False)
 
 
-def _write_recipe(recipe: Recipe, out: Path) -> None:
+def _write_recipe(recipe: Recipe, out: Path, *, begins: bool = True) -> Recipe:
+    """Write `recipe.yaml` where it would change: the settings of what lies there, and of what is yet to be done."""
     from lors_cli.recipe.loading import dump_recipe
 
-    text = dump_recipe(recipe)
-    path = out / "recipe.yaml"
+    found = standing_recipe(recipe, out, has_new=has_new(out), begins=begins)
+    text, path = dump_recipe(found), out / RECIPE_NAME
     if not path.is_file() or path.read_bytes() != text.encode():
         atomic.write_text(path, text)
-
-
-def finished_stages(recipe: Recipe, out: Path, data_dir: Path | None) -> set[str]:
-    """The stages whose results in `out` are those of this recipe.
-
-    Args:
-        recipe: the whole pipeline.
-        out: run folder.
-        data_dir: local datasets.
-    """
-    return {plan.stage for plan in plan_stages(recipe, out, data_dir) if plan.status == "done"}
+    return found
 
 
 def results(out: Path, recipe: Recipe) -> dict[str, Any]:

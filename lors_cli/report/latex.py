@@ -11,7 +11,8 @@ _SPECIAL = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
     "|": r"\textbar{}", '"': "{''}", "`": r"\textasciigrave{}", "[": "{[}", "*": "{*}",
-    "±": r"$\pm$", "Δ": r"$\Delta$", "−": "$-$", "–": r"\textendash{}", "→": r"$\to$", "×": r"$\times$",
+    "±": r"$\pm$", "Δ": r"$\Delta$", "−": "$-$", "–": r"\textendash{}", "—": r"\textemdash{}",
+    "→": r"$\to$", "×": r"$\times$",
 }  # fmt: skip
 _HEAD = r"% Needs \usepackage{booktabs} and, before TeX Live 2020, \usepackage{textcomp}."
 

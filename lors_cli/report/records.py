@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 
+from lors_cli.evaluation.summary import LOST_IN_ERROR
 from lors_cli.report.measures import Group, Measure, ScoredModel, measures
 
 HEADER = (
@@ -15,6 +16,7 @@ HEADER = (
 )  # fmt: skip
 _MADE = {
     "sparsity": "share", "violations": "weights", "first_loss": "nats per token", "last_loss": "nats per token",
+    "loss_before": "nats per token", "loss_after": "nats per token", "moved": "share",
     "steps": "steps", "tokens_per_s": "tokens/s", "trainable_parameters": "parameters", "peak_bytes": "bytes",
 }  # fmt: skip
 """Numbers of a stage's record, with their units."""
@@ -51,6 +53,8 @@ def _lines(model: ScoredModel, columns: list[Measure]) -> Iterator[Line]:
     for column in columns:
         value = column.value(model)
         if value is None:
+            if column.kind == "recovered" and column.name in model.shares:
+                yield {"measure": column.kind, "name": column.name, "unit": "percent", "error": LOST_IN_ERROR}
             continue
         empty = False
         paper = column.paper(model)

@@ -8,7 +8,7 @@ from typing import Any
 
 from lors_cli.errors import UsageError
 from lors_cli.evaluation.significance import FRACTIONS_NOTE, compare_models, p_text
-from lors_cli.evaluation.summary import recovered
+from lors_cli.evaluation.summary import LOST_IN_ERROR, recovered
 from lors_cli.models.card import versions
 from lors_cli.output.markdown import Block, Code, escape, table
 from lors_cli.output.progress import duration
@@ -17,8 +17,9 @@ from lors_cli.report.measures import Group
 from lors_cli.report.output import FORMATS, assemble, pictures, table_of, write_files
 from lors_cli.report.results import Cell, Results, read_run
 from lors_cli.report.score_figures import accuracy_bars, perplexity_bars
-from lors_cli.report.scores import by_model, by_task, notes
+from lors_cli.report.scores import by_model, by_task, notes, share_text
 from lors_cli.report.stage_figures import loss_of_run, sparsity_by_kind
+from lors_cli.tuning.training.step_log import loss_text
 
 _OF_SCORES = {
     "accuracy": "Zero-shot accuracy by task and model; lines are standard errors.",
@@ -37,13 +38,9 @@ def write_run_report(
     """Write a run's reports and `figures/*.png`; the same results give the same bytes.
 
     Args:
-        run: a run folder (DESIGN §4); any stage may be missing.
+        run: a run folder; any stage may be missing.
         finished: the stages whose results belong to the recipe; what others left from earlier settings is not
             shown. None for all that are there.
-        formats: of `FORMATS`, those to write.
-
-    Returns:
-        The reports' paths, in the order of `FORMATS`.
 
     Raises:
         UsageError: the folder holds no run.
@@ -102,8 +99,10 @@ def _scores(cell: Cell) -> list[Block]:
         return []
     columns, rows = by_task(scores)
     rows = [[cells[0].replace("  ", "↳ ", 1), *cells[1:]] for cells in rows]  # Markdown drops leading spaces
-    shares = [f"{escape(name)} {share:.1%}" for name, share in recovered(scores).items()]
+    found = recovered(scores)
+    shares = [f"{escape(name)} {share_text(share)}" for name, share in found.items()]
     said = f"Share of the loss through pruning that tuning won back: {', '.join(shares)}."
+    said += f" {LOST_IN_ERROR}" if None in found.values() else ""
     return [table(columns, rows), *([said] if shares else [])]
 
 
@@ -139,10 +138,14 @@ def _training(cell: Cell) -> list[Block]:
     first, last = metrics.get("first_loss"), metrics.get("last_loss")
     if first is None and cell.log:
         first, last = cell.log[0]["loss"], cell.log[-1]["loss"]
-    if first is not None and last is not None:
-        steps = metrics.get("steps", cell.log[-1]["step"] if cell.log else None)
+    steps = metrics.get("steps", cell.log[-1]["step"] if cell.log else None)
+    if "loss_before" in metrics:
+        parts.append(f"Loss {loss_text(metrics)}; {steps} optimiser steps.")
+    elif first is not None and last is not None:
         end = " (mean of the last tenth of the steps)" if "last_loss" in metrics else ""
         parts.append(f"Loss {first:.4f} at the first step, {last:.4f} at the end{end}; {steps} optimiser steps.")
+    if "moved" in metrics:
+        parts.append(f"{100 * metrics['moved']:.2f} % of the kept weights moved.")
     if metrics.get("tokens_per_s"):
         parts.append(f"{metrics['tokens_per_s']:,.0f} tokens per second (median).")
     return parts if record else [*parts, "The tuning is not finished."]

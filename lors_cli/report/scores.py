@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from lors_cli.evaluation.summary import recovered
+from lors_cli.evaluation.summary import LOST_IN_ERROR, recovered
 from lors_cli.output.markdown import NONE, Cell, Row, Table, escape
 from lors_cli.report.measures import Group, Measure, ScoredModel, measures
-from lors_cli.report.names import METHODS
-from lors_cli.report.paper import SOURCE, paper_rows
+from lors_cli.report.paper import METHODS, SOURCE, paper_rows
 from lors_cli.report.results import ROLES
 
+JOINS = {
+    "wikitext2": "Perplexity of wikitext2 is of all rows of the hub's table joined by two newlines, as in papers "
+    "(a copy in a data folder may lack blank rows, and then differs).",
+    "wikitext2-lines": "Perplexity of wikitext2-lines is of WikiText-2's non-blank lines joined by one newline, not of "
+    "the papers' text.",
+}
+"""What text WikiText-2's perplexity is of, by name."""
+INSIDE_ERROR = "—"
+"""In place of a share of what was lost, where the loss is no larger than its own error."""
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -39,9 +47,6 @@ def by_task(results: Mapping[str, dict[str, Any]]) -> tuple[list[str], list[list
     Behind each model but the first stands its difference to `dense` (or, where there is none, to the first), and
     last the share that tuning recovered. A task with acc_norm has it in the row below its acc.
 
-    Args:
-        results: as `evaluate` returns them, one model or more.
-
     Returns:
         Column titles and rows of text, for `console.table`.
     """
@@ -57,10 +62,15 @@ def by_task(results: Mapping[str, dict[str, Any]]) -> tuple[list[str], list[list
         for model in models:
             row += [_with_error(item, model)] if model is base else [_with_error(item, model), _gap(item, model, base)]
         if shares:
-            share = None if item.kind == "task" else shares.get("accuracy" if item.kind == "average" else row[0])
-            row.append("" if share is None else f"{share:.1%}")
+            name = "accuracy" if item.kind == "average" else row[0]
+            row.append(share_text(shares[name]) if item.kind != "task" and name in shares else "")
         rows.append(row)
     return [*columns, "recovered"] if shares else columns, rows
+
+
+def share_text(share: float | None) -> str:
+    """`66.7%`, or “—” for a share of a loss inside its own error."""
+    return INSIDE_ERROR if share is None else f"{share:.1%}"
 
 
 def _row_title(item: Measure) -> str:
@@ -86,10 +96,7 @@ def _gap(item: Measure, model: ScoredModel, base: ScoredModel) -> str:
 
 
 def by_cell(cells: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]], set[tuple[int, int]]]:
-    """A row a cell: the average, perplexities and recovered shares of its last model.
-
-    Args:
-        cells: entries of `sweep.json` with their `results`.
+    """A row a cell (as in `sweep.json`, with its `results`): average, perplexities, recovered shares of its last model.
 
     Returns:
         Column titles, rows of text, and (row, column) of each column's best values.
@@ -112,8 +119,12 @@ def by_cell(cells: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]
 def _cell_text(item: Measure, model: ScoredModel) -> str:
     value, error = item.value(model), item.stderr(model)
     if value is None:
-        return NONE
+        return _without_value(item, model)
     return number(item, value, 3).replace("%", " %") + (f" ±{error:.1f}" if error is not None else "")
+
+
+def _without_value(item: Measure, model: ScoredModel) -> str:
+    return INSIDE_ERROR if item.kind == "recovered" and item.name in model.shares else NONE
 
 
 def _last(cell: dict[str, Any]) -> ScoredModel:
@@ -165,7 +176,7 @@ def _best_of(group: Group, columns: Sequence[Measure]) -> dict[Measure, set[str]
 def _cell(column: Measure, model: ScoredModel, is_best: bool) -> Cell:
     value, error = column.value(model), column.stderr(model)
     if value is None:
-        return Cell("" if column.kind == "recovered" and model.role != "tuned" else NONE)
+        return Cell("" if column.kind == "recovered" and model.role != "tuned" else _without_value(column, model))
     return Cell(number(column, value), f"± {error:.2f}" if error is not None else "", is_best)
 
 
@@ -193,6 +204,9 @@ def notes(groups: Sequence[Group]) -> list[str]:
             "“Recovered” is the share of the loss through pruning that tuning won back, (tuned − pruned) / (dense − "
             "pruned); of a perplexity the logarithm counts."
         )
+    texts += [JOINS[column.name] for column in columns if column.kind == "perplexity" and column.name in JOINS]
+    if any(None in model.shares.values() for model in models):
+        texts.append(LOST_IN_ERROR)
     parts = [" ".join(texts)] if texts else []
     return parts + ([_paper_note(scored)] if any(model.paper for model in scored) else [])
 
@@ -221,4 +235,6 @@ def _paper_note(models: Sequence[ScoredModel]) -> str:
 def _beyond_the_paper(prune: dict[str, Any]) -> list[str]:
     usual = {"refit": False, "reconstruct_epochs": 0, "true_sequential": None, "channel_permutation": False,
              "layer_sparsity": "uniform"}  # fmt: skip
+    if prune.get("true_sequential") is (prune.get("method") == "admm"):  # what the method implies
+        prune = {**prune, "true_sequential": None}
     return [f"{name} {prune[name]}" for name, value in usual.items() if name in prune and prune[name] != value]

@@ -28,14 +28,7 @@ _OF_COST = {
 
 
 def write_sweep_report(sweep_folder: Path, formats: Collection[str] = FORMATS) -> list[Path]:
-    """Write a sweep's reports and `figures/*.png`; the same results give the same bytes.
-
-    Args:
-        sweep_folder: with `sweep.json`; cells may be pending or failed.
-        formats: of `FORMATS`, those to write.
-
-    Returns:
-        The reports' paths, in the order of `FORMATS`.
+    """Write a sweep's reports and `figures/*.png`; the same results give the same bytes; cells may be unfinished.
 
     Raises:
         UsageError: the folder holds no sweep.
@@ -84,7 +77,8 @@ def _cost(sweep: Results) -> list[Block]:
     rows = [[cell.name, *_cost_cells(cell)] for cell in sweep.cells if cell.records]
     if not rows:
         return []
-    columns = ["cell", "prune", "tune", "eval", "tokens/s", "steps", "loss, first", "loss, last",
+    columns = ["cell", "prune", "tune", "eval", "tokens/s", "steps", "loss before", "loss after",
+               "loss, first", "loss, last",
                "trainable parameters", "pattern", "sparsity", "violations", "peak memory"]  # fmt: skip
     kept = [index for index in range(len(columns)) if any(row[index] != NONE for row in rows)]
     seconds = {}  # of every stage folder, each once
@@ -107,7 +101,11 @@ def _cost_cells(cell: Cell) -> list[str]:
         *(duration(seconds[stage]) if stage in seconds else NONE for stage in ("prune", "tune", "eval")),
         f"{tune['tokens_per_s']:,.0f}" if tune.get("tokens_per_s") else NONE,
         str(tune.get("steps", NONE)),
-        *(f"{tune[name]:.4f}" if tune.get(name) is not None else NONE for name in ("first_loss", "last_loss")),
+        *(f"{tune[name]:.4f}" if tune.get(name) is not None else NONE for name in ("loss_before", "loss_after")),
+        *(
+            f"{tune[name]:.4f}" if tune.get(name) is not None and "loss_before" not in tune else NONE
+            for name in ("first_loss", "last_loss")
+        ),
         f"{tune['trainable_parameters']:,}" if tune.get("trainable_parameters") else NONE,
         str(last.get("pattern", NONE)),
         f"{last['sparsity']:.4f}" if "sparsity" in last else NONE,

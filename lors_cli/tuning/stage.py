@@ -7,11 +7,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lors_cli.errors import MissingError, SparsityError, UsageError
+from lors_cli.errors import SparsityError, UsageError
 from lors_cli.files import atomic, hashes, records
 from lors_cli.machine import environment, processes
 from lors_cli.models.blocks import prunable_weights
 from lors_cli.output import console, progress
+from lors_cli.output.console import counted
+from lors_cli.recipe.resolved import resolved_tune
 from lors_cli.sparsity import Pattern, measure, summarise
 from lors_cli.tuning.teacher import teacher_model, with_teacher
 
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from lors_cli.tuning.training.trainer import AdapterTrainer
 
 STAGE_VERSION = 3
+INSTRUCTIONS_VERSION = 4
+"""The same for instructions: 4 since their text is tokenised whole."""
 WITHOUT_EFFECT = (
     "save_steps", "keep_checkpoints", "max_bad_steps", "tensorboard", "gradient_checkpointing", "merged_cache", "base",
     "parallelism",
@@ -32,6 +36,8 @@ WITHOUT_EFFECT = (
 CHECKPOINTS_NAME = "checkpoints"
 LOG_NAME = "log.jsonl"
 ADAPTER_NAME = "adapter"
+ALMOST_NONE = 0.001
+"""Share of the kept weights: where fewer move, training has done nothing."""
 
 
 def stage_fingerprint(config: TuneConfig, model_fingerprint: str, data_dir: Path | None) -> str:
@@ -40,8 +46,9 @@ def stage_fingerprint(config: TuneConfig, model_fingerprint: str, data_dir: Path
     Args:
         config: the stage's settings, their teacher filled in (`with_teacher`).
     """
-    from lors_cli.data.sources import fingerprint_source, open_source
+    from lors_cli.data.sources import open_source
     from lors_cli.data.stream.samples import is_streamed
+    from lors_cli.data.tokens import usual_packing
     from lors_cli.models.sources import model_fingerprint as fingerprint_model
 
     settings = {key: value for key, value in asdict(config).items() if key not in WITHOUT_EFFECT}
@@ -54,25 +61,30 @@ def stage_fingerprint(config: TuneConfig, model_fingerprint: str, data_dir: Path
     if config.spike_factor is None:
         del settings["spike_factor"]
     dataset = settings["data"].pop("dataset")
-    source = open_source(dataset, split="train", data_dir=data_dir, want="instructions")
+    del settings["data"]["columns"]  # in the data's fingerprint
+    columns = config.data.columns
+    source = open_source(dataset, split="train", data_dir=data_dir, want="instructions", columns=columns)
+    if config.data.packing == usual_packing(source):
+        settings["data"]["packing"] = None
     settings["data"]["stream"] = is_streamed(config, source)
     if not settings["data"]["stream"]:
         del settings["data"]["shuffle_buffer"]
     inputs = {
         "model": model_fingerprint,
-        "data": fingerprint_source(dataset, split="train", data_dir=data_dir),
+        "data": source.fingerprint,
     }
     if config.distill is not None:
         inputs["teacher"] = fingerprint_model(teacher_model(config.distill))
         settings["distill"] = {"weight": config.distill.weight, "temperature": float(config.distill.temperature)}
-    return hashes.fingerprint("tune", STAGE_VERSION, settings, inputs)
+    version = INSTRUCTIONS_VERSION if source.kind == "instructions" else STAGE_VERSION
+    return hashes.fingerprint("tune", version, settings, inputs)
 
 
 def tune(config: TuneConfig, model: ModelConfig, out: Path, *, data_dir: Path | None = None) -> records.StageRecord:
     """Tune a sparse causal LM and write adapter and merged checkpoint; an interrupted call goes on at its last one.
 
     Args:
-        out: stage folder (DESIGN §4), which all processes see.
+        out: stage folder, which all processes see.
         data_dir: local datasets, None for the hub.
 
     Returns:
@@ -113,7 +125,7 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
     schedule = config if data.num_steps is None else replace(config, max_steps=data.num_steps, max_tokens=None)
     trainer = prepare_trainer(schedule, network, layers, data, tokenizer, out / CHECKPOINTS_NAME, fingerprint,
                               device=resolve_device(model.device))  # fmt: skip
-    training = _train(trainer, out, log)
+    training = _train(trainer, data, out, log)
     data.close()
 
     def write() -> records.StageRecord:
@@ -122,15 +134,26 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
         staging = records.staging_dir(out)
         metrics = {**training, **_data_metrics(data),
                    **_write_results(staging, tuned, tokenizer, adapter, patterns)}  # fmt: skip
-        _write_card(staging, config, model, metrics)
+        stored = _with_packing(resolved_tune(config), data_dir)
+        _write_card(staging, stored, model, metrics)
         atomic.write_bytes(staging / LOG_NAME, log.path.read_bytes())
         record = records.StageRecord(
-            "tune", fingerprint, hashes.plain(config), {"model": base_fingerprint, "path": model.path}, metrics,
+            "tune", fingerprint, hashes.plain(stored), {"model": base_fingerprint, "path": model.path}, metrics,
             environment.environment(), round(time.monotonic() - started, 2), {},
         )  # fmt: skip
         return records.publish(out, record)
 
     return processes.from_main(write)
+
+
+def _with_packing(config: TuneConfig, data_dir: Path | None) -> TuneConfig:
+    """The config with how texts shared a sample said."""
+    from lors_cli.data.sources import open_source
+    from lors_cli.data.tokens import usual_packing
+
+    source = open_source(config.data.dataset, split="train", data_dir=data_dir, want="instructions")
+    packing = config.data.packing or usual_packing(source)
+    return replace(config, data=replace(config.data, packing=packing))
 
 
 def sparse_layers(model: PreTrainedModel, folder: Path) -> dict[str, Pattern]:
@@ -165,9 +188,11 @@ def _load_data(config: TuneConfig, network: PreTrainedModel, tokenizer: Any, dat
     steps = ""
     if data.num_steps is not None:
         in_last = len(data.samples) - (data.num_steps - 1) * config.batch_size
-        steps = f" in {data.num_steps} steps" + (f", {in_last} in the last" if in_last < config.batch_size else "")
-    console.info(f"  data: {config.data.dataset}, {len(data.samples)} samples, {data.num_tokens} tokens{steps}"
-                 + (f" (skipped: {skipped})" if skipped else ""))  # fmt: skip
+        steps = f" in {counted(data.num_steps, 'step')}"
+        steps += f", {in_last} in the last" if in_last < config.batch_size else ""
+    samples = counted(len(data.samples), "sample")
+    skips = f" (skipped: {skipped})" if skipped else ""
+    console.info(f"  data: {config.data.dataset}, {samples}, {data.num_tokens} tokens{steps}{skips}")
     return data
 
 
@@ -180,10 +205,12 @@ def _running_log(out: Path, work: Path) -> Path:
     return (work if begun or records.read_record(out) is not None else out) / LOG_NAME
 
 
-def _train(trainer: AdapterTrainer, out: Path, log: StepLog) -> dict[str, Any]:
+def _train(trainer: AdapterTrainer, data: TuneData, out: Path, log: StepLog) -> dict[str, Any]:
     """Run the trainer to its end, from the last checkpoint where there is one; the losses' metrics."""
     from lors_cli.models.quiet import quiet_libraries
+    from lors_cli.tuning.training import fixed_batch
     from lors_cli.tuning.training.checkpoints import latest_checkpoint, remove_others
+    from lors_cli.tuning.training.step_log import loss_text, step_metrics
     from lors_cli.tuning.training.stopping import stopping_gently
     from lors_cli.tuning.training.trackers import tracking
 
@@ -194,6 +221,8 @@ def _train(trainer: AdapterTrainer, out: Path, log: StepLog) -> dict[str, Any]:
     if processes.is_main():
         remove_others(trainer.folder, trainer.fingerprint)
         log.cut_after(trainer.step)
+    batch = fixed_batch.choose(trainer, data)
+    before = fixed_batch.measure(trainer, batch, untrained=True)
     with (
         progress.progress("tune", trainer.num_steps, "steps") as task, tracking(trainer.config, out) as trackers,
         quiet_libraries(), stopping_gently(trainer.stop),
@@ -207,22 +236,12 @@ def _train(trainer: AdapterTrainer, out: Path, log: StepLog) -> dict[str, Any]:
 
         trainer.run(report if processes.is_main() else lambda row: None)
     trainer.model.eval()
-    return _loss_metrics(log.rows()) if processes.is_main() else {}
-
-
-def _loss_metrics(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    good = [row for row in rows if "skipped" not in row]
-    if not good:
-        raise MissingError("the training log is empty: no optimiser step was made.")
-    tail = good[-max(1, len(good) // 10) :]
-    rates = sorted(row["tokens_per_s"] for row in rows)
-    return {
-        "steps": rows[-1]["step"],
-        "bad_steps": len(rows) - len(good),
-        "first_loss": round(good[0]["loss"], 6),
-        "last_loss": round(sum(row["loss"] for row in tail) / len(tail), 6),
-        "tokens_per_s": rates[len(rates) // 2],
-    }
+    losses = {
+        "loss_before": round(before, 6), "loss_after": round(fixed_batch.measure(trainer, batch), 6),
+        "loss_samples": len(batch.indices), "loss_held_out": batch.held_out,
+    }  # fmt: skip
+    console.info(f"  loss {loss_text(losses)}")
+    return {**step_metrics(log.rows()), **losses} if processes.is_main() else {}
 
 
 def _data_metrics(data: TuneData) -> dict[str, Any]:
@@ -253,13 +272,16 @@ def _write_results(
     from lors_cli.tuning.adapter import save_adapter
     from lors_cli.tuning.attach import adapter_tensors
     from lors_cli.tuning.baselines import LAYERS
-    from lors_cli.tuning.merge import merge_adapters
+    from lors_cli.tuning.merge import merge_counted
 
     trainable = sum(tensor.numel() for tensor in adapter_tensors(network).values())
     save_adapter(network, staging / ADAPTER_NAME, adapter)
-    num_zeroed = merge_adapters(network)
-    if num_zeroed:
-        console.info(f"  {num_zeroed} kept weights became exactly zero in the merge")
+    counts = merge_counted(network)
+    moved = counts.moved / counts.kept
+    if moved < ALMOST_NONE:
+        console.warn(f"{100 * moved:.2g} % of the weights moved: learning_rate is too low for {adapter.method}.")
+    if counts.zeroed:
+        console.info(f"  {counts.zeroed} kept weights became exactly zero in the merge")
     weights = prunable_weights(network)
     held: dict[str, Pattern | None] = {**patterns}
     if not LAYERS[adapter.method].keeps_zeros:
@@ -273,7 +295,8 @@ def _write_results(
             f"the merged model breaks {pattern} at {summary['violations']} places; nothing was written."
         )
     save_checkpoint(network, tokenizer, staging)
-    return {**summary, "trainable_parameters": trainable, "zeroed": num_zeroed, "base_mask": adapter.base_mask}
+    return {**summary, "trainable_parameters": trainable, "zeroed": counts.zeroed, "moved": round(moved, 6),
+            "base_mask": adapter.base_mask}  # fmt: skip
 
 
 def _write_card(staging: Path, config: TuneConfig, model: ModelConfig, metrics: dict[str, Any]) -> None:

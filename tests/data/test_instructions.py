@@ -142,7 +142,7 @@ def test_chat_template_that_writes_the_date_does_not_change_with_the_day(rows: s
     ("template", "message"),
     [
         (None, "needs the tokenizer's chat template, and this one has none"),
-        ("{{ raise_exception('no assistant') }}", "refuses a question and its answer: no assistant"),
+        ("{{ raise_exception('no assistant') }}", "refuses a conversation of user, assistant: no assistant"),
         ("{{ messages[0]['content'] }}", "leaves the answer out"),
         ("{{ messages[0] + 1 }}", "refuses a question and its answer: unsupported operand"),
         ("{{ 1 // 0 }}", "refuses a question and its answer: integer division"),

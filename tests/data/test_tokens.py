@@ -346,7 +346,7 @@ def test_wikitext2_gives_the_reference_tokens(shared_dir: Path) -> None:
     folder = Path(spec.origin).parent
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
     windows = perplexity_windows(
-        "wikitext2",
+        "wikitext2-lines",
         tokenizer,
         sequence_length=512,
         model_max_length=8192,

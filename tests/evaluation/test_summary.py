@@ -44,3 +44,21 @@ def test_the_averages_standard_error() -> None:
     assert average_stderr(tasks) == pytest.approx(0.05 / 2)
     assert average_stderr({**tasks, "d": {"acc": 0.2, "acc_stderr": None}}) is None
     assert average_stderr({"c": {"bleu": 3.0}}) is None
+
+
+@pytest.mark.parametrize(("lost", "expected"), [(0.0117, None), (0.0119, 2.0), (-0.1, "absent")])
+def test_no_share_of_a_loss_inside_its_own_error(trio: dict[str, Any], lost: float, expected: Any) -> None:
+    """Dense BoolQ below chance once gave “Recovered 600 %”: of a loss that the scores cannot tell from none."""
+    # Of each average √(0.0123² + 0.02²)/2 = 0.01174, so of their difference √2 times that, 0.0166: here of one task
+    # with 0.0084 each, √2 · 0.0084 = 0.0118797.
+    for label, acc in (("dense", 0.5), ("pruned", 0.5 - lost), ("tuned", 0.5 + lost)):
+        trio[label]["tasks"] = {"boolq": {"acc": acc, "acc_stderr": 0.0084, "num_samples": 9}}
+        trio[label]["average"] = average(trio[label]["tasks"])
+    found = recovered(trio).get("accuracy", "absent")
+    assert found == (pytest.approx(expected) if isinstance(expected, float) else expected)
+
+
+def test_a_loss_whose_error_is_not_known_has_a_share(trio: dict[str, Any]) -> None:
+    for content in trio.values():
+        del content["tasks"]
+    assert recovered(trio)["accuracy"] == pytest.approx(0.75)

@@ -1,6 +1,6 @@
 """A disk that fills, fails or is read-only, memory that ends, folders that vanish: at every stage of a run.
 
-Each is one message with the exit code of DESIGN §2, keeps what was finished, and the same command then goes on.
+Each is one message with its exit code, keeps what was finished, and the same command then goes on.
 """
 
 from __future__ import annotations

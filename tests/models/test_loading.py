@@ -16,8 +16,8 @@ from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausa
 
 from lors_cli.errors import LorsError, MissingError, ResourceError, UsageError, translate
 from lors_cli.files.records import StageRecord, publish, staging_dir
-from lors_cli.machine import devices
 from lors_cli.machine.devices import resolve_device, set_seed
+from lors_cli.models import loading
 from lors_cli.models.blocks import decoder_blocks, model_max_length
 from lors_cli.models.checks import load_error
 from lors_cli.models.loading import load_config, load_model, load_tokenizer, resolve_dtype, save_checkpoint
@@ -220,7 +220,7 @@ class TestDtypeAndDevice:
         expected: torch.dtype,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr(devices, "cpu_has_bfloat16", lambda: fast)
+        monkeypatch.setattr(loading, "cpu_has_bfloat16", lambda: fast)
         assert resolve_dtype(at("x"), stored, torch.device(device)) == expected
 
     def test_a_device_that_is_not_here(self, monkeypatch: pytest.MonkeyPatch) -> None:

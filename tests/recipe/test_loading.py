@@ -384,7 +384,7 @@ def test_a_budget_of_tokens_may_be_written_as_a_float(written: str) -> None:
         (["max_tokens=1"], "must be above 1, not 1"),
         (["max_tokens=9", "max_steps=3"], "max_steps says how long to train too"),
         (["max_tokens=9", "data.stream=off"], "it counts streamed text, and data.stream is off"),
-        (["data.packing=none"], "must be one of concatenated, isolated, not none"),
+        (["data.packing=none"], "must be one of concatenated, isolated, separate, not none"),
         (["data.template=vicunna"], "did you mean vicuna?"),
     ],
 )

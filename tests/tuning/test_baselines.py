@@ -42,7 +42,7 @@ def _layer(method: str, linear: nn.Linear) -> nn.Module:
 
 
 def _formula(method: str, x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor, A: torch.Tensor, B: torch.Tensor):
-    """Y as DESIGN §5 writes it, element by element where that is clearer."""
+    """Y as its paper writes it, element by element where that is clearer."""
     if method.startswith("sqft"):
         update = torch.where(W == 0, torch.zeros_like(W), B @ A)
     elif method.startswith("spp"):

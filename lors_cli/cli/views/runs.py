@@ -8,6 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
+from lors_cli.errors import shorten
 from lors_cli.files import records
 from lors_cli.output import console, progress
 from lors_cli.pipeline.plans import StagePlan, describe
@@ -15,10 +18,11 @@ from lors_cli.pipeline.resources import try_estimate
 
 if TYPE_CHECKING:
     from lors_cli.evaluation.significance import Comparison
+    from lors_cli.pipeline.preflight import Trouble
 
 
-def plan_document(name: str, out: Path, plans: list[StagePlan]) -> dict[str, Any]:
-    """A dry run's JSON document."""
+def plan_document(name: str, out: Path, plans: list[StagePlan], found: Sequence[Trouble]) -> dict[str, Any]:
+    """A dry run's JSON document: the plan, what is in its way, and the exit code that it would end with."""
     stages = []
     for plan in plans:
         needs, why = try_estimate(plan)
@@ -29,24 +33,36 @@ def plan_document(name: str, out: Path, plans: list[StagePlan]) -> dict[str, Any
             "peak_memory_bytes": needs.memory if needs else None, "disk_bytes": needs.disk if needs else None,
             "estimate": str(needs) if needs else why,
         })  # fmt: skip
-    return {"name": name, "run": str(out), "dry_run": True, "stages": stages}
+    in_the_way = [{"stage": trouble.stage, "message": trouble.error.message, "hint": trouble.error.hint,
+                   "exit_code": trouble.error.exit_code} for trouble in found]  # fmt: skip
+    return {"name": name, "run": str(out), "dry_run": True, "stages": stages, "in_the_way": in_the_way,
+            "exit_code": in_the_way[0]["exit_code"] if in_the_way else 0}  # fmt: skip
 
 
 def show_plan(document: dict[str, Any]) -> None:
-    """A dry run on the terminal, and as JSON with --json."""
+    """A dry run on the terminal, and as JSON with --json.
+
+    Raises:
+        typer.Exit: with the code that the run would end with, where something is in its way.
+    """
     console.result(f"{document['name']} → {document['run']} (dry run: nothing is written)")
     for number, stage in enumerate(document["stages"], 1):
         console.result(f"\n{number}. {stage['stage']}: {stage['what']}")
         console.result(f"   reads   {', '.join(stage['models'].values())}")
         console.result(f"   writes  {stage['folder']}")
         console.result(f"   needs   {stage['estimate']}")
+    console.result("\nNothing is in its way." if not document["in_the_way"] else "")
+    for trouble in document["in_the_way"]:
+        console.error(f"{trouble['stage']}: {trouble['message']}", trouble["hint"])
     console.document(document)
+    if document["exit_code"]:
+        raise typer.Exit(document["exit_code"])
 
 
 def show_results(results: dict[str, Any], comparisons: Sequence[Comparison] = ()) -> None:
-    """The table of an evaluation, by label, narrow enough for 80 columns with three models; a line a comparison."""
-    from lors_cli.evaluation.summary import recovered
-    from lors_cli.report.scores import by_task
+    """The table of an evaluation, by label, in parts of at most 80 columns; a line a comparison."""
+    from lors_cli.evaluation.summary import LOST_IN_ERROR, recovered
+    from lors_cli.report.scores import INSIDE_ERROR, by_task
 
     if not results:
         return
@@ -54,13 +70,39 @@ def show_results(results: dict[str, Any], comparisons: Sequence[Comparison] = ()
     shares = recovered(results)
     if shares:  # the last column, said in words below
         columns, rows = columns[:-1], [row[:-1] for row in rows]
-    columns = ["Δ" if name.startswith("Δ") else name for name in columns]
-    console.table(columns, [[_shorter_error(cell) for cell in row] for row in rows])
+    columns = ["Δ" if name.startswith("Δ") else shorten(name, 40) for name in columns]
+    rows = [[_shorter_error(cell) for cell in row] for row in rows]
+    for number, part in enumerate(_parts(columns, rows)):
+        if number:
+            console.result()
+        console.table([columns[place] for place in part], [[row[place] for place in part] for row in rows])
     for name, share in shares.items():
         what = "average accuracy" if name == "accuracy" else name.replace("perplexity", "log-perplexity on", 1)
-        console.result(f"Tuning won back {100 * share:.1f} % of what pruning lost in {what}.")
+        won = INSIDE_ERROR if share is None else f"{100 * share:.1f} %"
+        console.result(f"Tuning won back {won} of what pruning lost in {what}.")
+    if None in shares.values():
+        console.result(LOST_IN_ERROR)
     for comparison in comparisons:
         console.result(str(comparison))
+
+
+def _parts(columns: list[str], rows: list[list[str]], width: int = 80) -> list[list[int]]:
+    """Columns for each of several tables that fit: the first in all of them, a difference beside its model."""
+    sizes = [max(len(row[place]) for row in [columns, *rows]) for place in range(len(columns))]
+    groups: list[list[int]] = []
+    for place in range(1, len(columns)):
+        if columns[place] == "Δ":
+            groups[-1].append(place)
+        else:
+            groups.append([place])
+    parts = [[0]]
+    for group in groups:
+        joined = [*parts[-1], *group]
+        if parts[-1] == [0] or sum(sizes[place] + 2 for place in joined) - 2 <= width:
+            parts[-1] = joined
+        else:
+            parts.append([0, *group])
+    return parts
 
 
 def _shorter_error(cell: str) -> str:
@@ -68,8 +110,10 @@ def _shorter_error(cell: str) -> str:
     return re.sub(r" ± (\d+\.\d+)$", lambda match: f" ±{float(match[1]):.1f}", cell)
 
 
-def show_record(record: records.StageRecord, folder: Path) -> None:
+def show_record(folder: Path) -> None:
     """What pruning or tuning made, and where it is."""
+    record = records.read_record(folder)
+    assert record is not None
     metrics = record.metrics
     console.facts([*_facts(record), ("pattern", _zeros(metrics)), ("time", progress.duration(record.elapsed_s))])
     console.path(record.stage, folder)
@@ -86,6 +130,8 @@ def _zeros(metrics: dict[str, Any]) -> str:
 
 def _facts(record: records.StageRecord) -> list[tuple[str, str]]:
     """What is particular to a stage."""
+    from lors_cli.tuning.training.step_log import loss_text
+
     config, metrics = record.config, record.metrics
     if record.stage == "prune":
         seen = metrics.get("calibration")
@@ -93,7 +139,7 @@ def _facts(record: records.StageRecord) -> list[tuple[str, str]]:
         return [("method", f"{config['method']}{data}")]
     return [
         ("method", f"{config['method']} rank {config['rank']}, {metrics['trainable_parameters']:,} parameters trained"),
-        ("loss", f"{metrics['first_loss']:.4f} → {metrics['last_loss']:.4f} in {metrics['steps']} steps"),
+        ("loss", f"{loss_text(metrics)}; {console.counted(metrics['steps'], 'step')}"),
     ]
 
 

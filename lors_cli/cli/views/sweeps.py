@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lors_cli.evaluation.summary import LOST_IN_ERROR
 from lors_cli.files import hashes
 from lors_cli.output import console, progress
 from lors_cli.pipeline.plans import StagePlan, describe
 from lors_cli.pipeline.resources import free_disk
-from lors_cli.report.scores import by_cell
+from lors_cli.report.scores import INSIDE_ERROR, by_cell
 from lors_cli.sweep.cells import Cell, Sweep
 from lors_cli.sweep.costs import assumption, costs, disk_needed
 from lors_cli.sweep.running import index
@@ -116,6 +117,8 @@ def show_sweep(summary: dict[str, Any]) -> None:
     """What `lors sweep` did: a row a cell, and where everything is."""
     columns, rows, bold = by_cell(summary["cells"])
     console.table(columns, rows, bold=bold)
+    if any(INSIDE_ERROR in row for row in rows):
+        console.result(LOST_IN_ERROR)
     console.result()
     states = [cell["status"] for cell in summary["cells"]]
     counts = ", ".join(f"{states.count(state)} {state}" for state in ("done", "failed", "pending") if state in states)

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lors_cli.errors import MissingError
 from lors_cli.files import atomic
+from lors_cli.output.console import counted
 
 
 @dataclass
@@ -48,3 +50,26 @@ def _is_row(value: Any) -> bool:
     if not isinstance(value.get("tokens_per_s"), numbers) or "loss" not in value:
         return False
     return isinstance(value["loss"], numbers) or (value["loss"] is None and "skipped" in value)
+
+
+def loss_text(metrics: dict[str, Any]) -> str:
+    """`4.2104 → 3.9915 on 16 samples …`, of a stage's metrics."""
+    kind = "that training did not see" if metrics["loss_held_out"] else "of the training data"
+    samples = counted(metrics["loss_samples"], "sample")
+    return f"{metrics['loss_before']:.4f} → {metrics['loss_after']:.4f} on {samples} {kind}"
+
+
+def step_metrics(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of all steps of a run, for its record; the last loss is the mean of the last tenth."""
+    good = [row for row in rows if "skipped" not in row]
+    if not good:
+        raise MissingError("the training log is empty: no optimiser step was made.")
+    tail = good[-max(1, len(good) // 10) :]
+    rates = sorted(row["tokens_per_s"] for row in rows)
+    return {
+        "steps": rows[-1]["step"],
+        "bad_steps": len(rows) - len(good),
+        "first_loss": round(good[0]["loss"], 6),
+        "last_loss": round(sum(row["loss"] for row in tail) / len(tail), 6),
+        "tokens_per_s": rates[len(rates) // 2],
+    }

@@ -1,0 +1,90 @@
+"""The loss of the same few samples before and after training: losses of single steps are of different samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from lors_cli.data.samples import IGNORED
+from lors_cli.tuning.attach import adapter_layers
+from lors_cli.tuning.norms import norm_shifts
+from lors_cli.tuning.training.randomness import random_state, restore_random_state
+from lors_cli.tuning.training.sampling import step_samples
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lors_cli.data.samples import TuneData
+    from lors_cli.tuning.training.trainer import AdapterTrainer
+
+NUM_SAMPLES = 16
+
+
+@dataclass(frozen=True)
+class FixedBatch:
+    """Indices of samples, and whether training does without them."""
+
+    indices: list[int]
+    held_out: bool
+
+
+def choose(trainer: AdapterTrainer, data: TuneData) -> FixedBatch:
+    """The last samples that the run never takes, where there are enough of those; else the first that it takes.
+
+    Training takes what it would take anyway: nothing is kept from it.
+    """
+    config, number = trainer.config, len(data.samples)
+    if data.num_steps is None and trainer.num_steps * config.batch_size + NUM_SAMPLES <= number:
+        taken: set[int] = set()
+        for step in range(trainer.num_steps):
+            taken.update(step_samples(data.samples, step, batch_size=config.batch_size, seed=config.seed))
+        if config.start != "kaiming":
+            taken.update(data.first_drawn(config.init_samples, config.seed))
+        left = [index for index in range(number) if index not in taken][-NUM_SAMPLES:]
+        if len(left) == NUM_SAMPLES:
+            return FixedBatch(left, held_out=True)
+    return FixedBatch(data.first_drawn(NUM_SAMPLES, config.seed), held_out=False)
+
+
+@torch.no_grad()
+def measure(trainer: AdapterTrainer, batch: FixedBatch, *, untrained: bool = False) -> float:
+    """The mean loss of the batch's labels, without dropout; weights and random generators are left as they were.
+
+    It costs the forward pass of `NUM_SAMPLES` samples.
+
+    Args:
+        untrained: of the sparse model as it was before the first step, also in a run that goes on from a checkpoint.
+    """
+    model, size, state = trainer.model, trainer.size, random_state()
+    samples = [trainer.samples[index] for index in batch.indices]
+    batches = [trainer.collate(samples[first : first + size]) for first in range(0, len(samples), size)]
+    num_labels = torch.tensor(float(sum(int((each["labels"][:, 1:] != IGNORED).sum()) for each in batches)))
+    was_training = model.training
+    model.eval()
+    try:
+        with _without_updates(model, untrained):
+            device = model.device
+            losses = [trainer.loss(model, {key: value.to(device) for key, value in each.items()}, num_labels.to(device))
+                      for each in batches]  # fmt: skip
+            return float(sum(map(float, losses)))
+    finally:
+        model.train(was_training)
+        restore_random_state(state)
+
+
+@contextmanager
+def _without_updates(model: nn.Module, untrained: bool) -> Iterator[None]:
+    """What is trained as it starts: every update is zero where lora_B, and a norm's shift, is."""
+    trained = [layer.lora_B for layer in adapter_layers(model).values()] + list(norm_shifts(model).values())
+    kept = [parameter.clone() for parameter in trained] if untrained else []
+    for parameter in trained if untrained else ():
+        parameter.zero_()
+    try:
+        yield
+    finally:
+        for parameter, values in zip(trained, kept, strict=False):
+            parameter.copy_(values)
