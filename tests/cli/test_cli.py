@@ -219,7 +219,7 @@ MISTAKES: list[tuple[list[str], int, list[str]]] = [
     (["sweep", "tabel1"], 2, ["Did you mean table1?"]),
     (["sweep", "table1", "--tflops", "0", "--dry-run"], 2, ["--tflops 0"]),
     (["sweep", "table1", "--tflops", "9"], 2, ["--dry-run"]),
-    (["sweep", "tiny.yaml"], 2, ["tiny.yaml:2: model: unknown key", "grid: this key is missing"]),
+    (["sweep", "tiny.yaml"], 2, ["tiny.yaml is a recipe, not a sweep", "lors run tiny.yaml"]),
     (["run", "typo.yaml"], 2, ["typo.yaml:4:", "did you mean method?"]),
     (["run", "tiny.yaml", "tune.rnak=3"], 2, ["tune.rnak=3", "did you mean tune.rank?"]),
     (["run", "tiny.yaml", "tune.rank=many"], 2, ["tune.rank=many", "whole number"]),
