@@ -154,6 +154,11 @@ class ChatTemplate:
                 f"The tokenizer's chat template cannot be chosen: {innermost(error)}",
                 "Choose another data.template, or mend chat_template in tokenizer_config.json.",
             ) from error
+        if not isinstance(template, str):
+            raise UsageError(
+                f"The tokenizer's chat template is no text but a {type(template).__name__}.",
+                "Choose another data.template, or mend chat_template in tokenizer_config.json.",
+            )
         self._template = _DATE_MACRO + template if "strftime_now" in template else template
         self._tokenizer, self._eos = tokenizer, eos
         self._tried: set[tuple[str, ...]] = set()
