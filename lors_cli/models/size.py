@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from lors_cli.errors import LorsError, MissingError, UsageError
+from lors_cli.files import atomic
+from lors_cli.files.hashes import user_cache
+from lors_cli.output import console
 from lors_cli.recipe.schema import ModelConfig
+
+MEMORY_VERSION = 1
+"""Raised when the same configuration gives other sizes."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ def model_size(config: ModelConfig) -> ModelSize | None:
 
     fingerprint = model_fingerprint(config)
     if fingerprint not in _known_sizes:  # a .gguf takes seconds to read
-        size = _measured(config)
+        size = _remembered(fingerprint, config) or _measured(config, fingerprint)
         if size is None:
             return None
         _known_sizes[fingerprint] = size
@@ -67,7 +74,41 @@ def model_size(config: ModelConfig) -> ModelSize | None:
 _known_sizes: dict[str, ModelSize] = {}
 
 
-def _measured(config: ModelConfig) -> ModelSize | None:
+def _memory(fingerprint: str) -> tuple[Path, str]:
+    """The user's file of sizes, and a model's key in it; making a model only to measure it takes most of a dry run."""
+    from importlib.metadata import version
+
+    return user_cache("sizes.json"), f"{MEMORY_VERSION}|{version('transformers')}|{fingerprint}"
+
+
+def _remembered(fingerprint: str, config: ModelConfig) -> ModelSize | None:
+    path, key = _memory(fingerprint)
+    known = _read(path).get(key)
+    if not isinstance(known, dict):
+        return None
+    linears = tuple((rows, columns) for rows, columns in known["linears"])
+    block = tuple((rows, columns, expert) for rows, columns, expert in known["block"])
+    stored = known.pop("stored")
+    return ModelSize(**{**known, "linears": linears, "block": block, "bytes_a_weight": _bytes_a_weight(config, stored)})
+
+
+def _remember(fingerprint: str, size: ModelSize, stored: str) -> None:
+    path, key = _memory(fingerprint)
+    try:
+        atomic.write_json(path, {**dict(list(_read(path).items())[-100:]), key: {**asdict(size), "stored": stored}})
+    except OSError as error:
+        console.detail(f"sizes of models are not remembered: {error}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found: Any = atomic.read_json(path)
+    except OSError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _measured(config: ModelConfig, fingerprint: str) -> ModelSize | None:
     settings = _local_settings(config)
     if settings is None:
         return None
@@ -96,7 +137,8 @@ def _measured(config: ModelConfig) -> ModelSize | None:
     if not linears:
         raise UsageError(f"{config.path}: its decoder blocks hold no linear that could be pruned.")
     text = settings.get_text_config()
-    return ModelSize(
+    stored = str(getattr(settings, "dtype", None)).removeprefix("torch.")
+    size = ModelSize(
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         num_prunable=sum(rows * columns for rows, columns in linears),
         largest_input=max(columns for _, columns in linears),
@@ -107,13 +149,15 @@ def _measured(config: ModelConfig) -> ModelSize | None:
         num_blocks=text.num_hidden_layers,
         vocab_size=text.vocab_size,
         max_length=model_max_length(settings),
-        bytes_a_weight=_bytes_a_weight(config, getattr(settings, "dtype", None)),
+        bytes_a_weight=_bytes_a_weight(config, stored),
         streamed=locate(config.path).gguf_file is None,
     )
+    _remember(fingerprint, size, stored)
+    return size
 
 
-def _bytes_a_weight(config: ModelConfig, stored: Any) -> int:
-    """Of the number format that `models.resolve_dtype` will choose."""
+def _bytes_a_weight(config: ModelConfig, stored: str) -> int:
+    """Of the number format that `models.resolve_dtype` will choose; `stored`: float32 and the like."""
     import torch
 
     from lors_cli.machine.devices import cpu_has_bfloat16
@@ -121,7 +165,7 @@ def _bytes_a_weight(config: ModelConfig, stored: Any) -> int:
     if config.dtype != "auto":
         return getattr(torch, config.dtype).itemsize
     on_cpu = config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
-    return 4 if stored == torch.float32 or (on_cpu and not cpu_has_bfloat16()) else 2
+    return 4 if stored == "float32" or (on_cpu and not cpu_has_bfloat16()) else 2
 
 
 def _local_settings(config: ModelConfig) -> Any | None:
