@@ -71,10 +71,10 @@ def forward_floor(model: Any, batches: Sequence[torch.Tensor]) -> dict[str, floa
         hidden, arguments = capture(model, list(blocks), batches)
     with timer.phase("forward"):
         for block, own_arguments in zip(blocks, arguments, strict=True):
-            for batch in hidden:
-                own_arguments.run(block, batch)
             for index, batch in enumerate(hidden):
-                hidden[index] = own_arguments.run(block, batch)
+                own_arguments.run(block, batch, index)
+            for index, batch in enumerate(hidden):
+                hidden[index] = own_arguments.run(block, batch, index)
     return timer.seconds
 
 

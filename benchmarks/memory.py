@@ -103,8 +103,6 @@ def size_of(shape: Shape) -> ModelSize:
     norms = (2 * shape.num_layers + 1) * hidden
     return ModelSize(
         num_parameters=prunable + norms + shape.vocab_size * hidden * (1 if shape.tied else 2),
-        num_prunable=prunable,
-        largest_input=max(hidden, wide),
         linears=linears * shape.num_layers,
         block=tuple((rows, columns, False) for rows, columns in linears),
         hidden_size=hidden,

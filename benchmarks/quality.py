@@ -7,7 +7,7 @@ python benchmarks/quality.py --out results.json --table                         
 2. Search: on the SparseGPT model with seed 0, every method is tuned at the learning rates of `GRID`, the middle ones
    first, outwards for as long as the best is at the edge. The best has the lowest loss on held-out instructions.
 3. Comparison: at these rates, seeds 0 and 1 on SparseGPT's model and seed 0 on Wanda's: held-out loss, perplexity of
-   WikiText-2, accuracy on the seven tasks.
+   WikiText-2 (wikitext2-lines), accuracy on the seven tasks.
 
 A cell is one run; those that `--out` holds already are not measured again, and a killed run goes on from its last
 training checkpoint in `--work`. `--budget MINUTES` starts no cell after so long, `--cells` measures the named ones
@@ -158,12 +158,12 @@ class Sweep:
     def score(self, checkpoint: Path, name: str, *, tasks: bool) -> Figures:
         """Held-out loss and perplexity of a model, and its accuracies where asked for."""
         figures: Figures = {"held_out_loss": round(held_out_loss(checkpoint, self.held_out), 5)}
-        config = EvalConfig(tasks=EvalConfig().tasks if tasks else (), perplexity=("wikitext2",),
+        config = EvalConfig(tasks=EvalConfig().tasks if tasks else (), perplexity=("wikitext2-lines",),
                             limit=self.options.limit, perplexity_windows=self.options.windows,
                             perplexity_length=512)  # fmt: skip
         folder = self.work / "eval" / name.replace("/", "-").replace(" ", "-")
         found = evaluate(config, {"model": ModelConfig(path=str(checkpoint))}, folder, data_dir=self.options.data_dir)
-        figures["wikitext2"] = round(found["model"]["perplexity"]["wikitext2"]["value"], 3)
+        figures["wikitext2"] = round(found["model"]["perplexity"]["wikitext2-lines"]["value"], 3)
         if tasks:
             figures["tasks"] = {task: scores["acc"] for task, scores in found["model"]["tasks"].items()}
             figures["mean_acc"] = round(found["model"]["average"]["value"], 5)

@@ -190,15 +190,15 @@ def prune_block(
 
     handles = [linear.register_forward_hook(hook(name)) for name, linear in linears.items()]
     with timer.phase("forward"):
-        for sequence in hidden:
-            arguments.run(block, sequence)
+        for number, sequence in enumerate(hidden):
+            arguments.run(block, sequence, number)
     for handle in handles:
         handle.remove()
     with timer.phase("solve"):
         for name, linear in linears.items():
             linear.weight.data = _PRUNERS[method](linear.weight.data, statistics.pop(name), pattern)
     with timer.phase("forward"):
-        return [arguments.run(block, sequence) for sequence in hidden]
+        return [arguments.run(block, sequence, number) for number, sequence in enumerate(hidden)]
 
 
 def prune_reference(model: Any, batches: Sequence[torch.Tensor], method: str, pattern: Pattern) -> dict[str, float]:

@@ -60,12 +60,29 @@ _OFFLINE_HINT = (
     "Check the name and the network, or use a local folder. For gated repositories accept the licence on "
     "the hub and run `hf auth login`."
 )
-_HUB_ERRORS = (
-    "RepositoryNotFoundError", "GatedRepoError", "RevisionNotFoundError", "EntryNotFoundError",
-    "LocalEntryNotFoundError", "OfflineModeIsEnabled", "HfHubHTTPError", "HFValidationError",
-    "DatasetNotFoundError", "DataFilesNotFoundError", "ConnectionError", "ConnectError", "ConnectTimeout",
-    "ReadTimeout", "ProxyError", "MaxRetryError", "NameResolutionError",
-)  # fmt: skip
+_NETWORK_HINT = "Check the network; the same command goes on from what is there. Or use a local folder."
+_HUB_ERRORS = {
+    "HfHubHTTPError", "EntryNotFoundError", "OfflineModeIsEnabled", "HFValidationError", "DatasetNotFoundError",
+    "DataFilesNotFoundError", "EmptyDatasetError",
+}  # fmt: skip
+_CONNECTION_ERRORS = {
+    ("builtins", "ConnectionError"), ("socket", "gaierror"), ("httpx", "TransportError"), ("httpx2", "TransportError"),
+    ("requests", "RequestException"), ("urllib3", "HTTPError"), ("aiohttp", "ClientError"), ("http", "IncompleteRead"),
+    ("huggingface_hub", "XetDownloadError"), ("hf_xet", "XetAuthenticationError"), ("hf_xet", "XetObjectNotFoundError"),
+}  # fmt: skip
+"""Package and class whose children mean that a connection failed or broke."""
+_XET = re.compile(r"\b(CAS (service|client)|[Rr]eqwest|xet)\b")
+"""What hf_xet says, whose errors are RuntimeErrors."""
+_REASONS = {
+    "GatedRepoError": ("is gated", "Accept its licence on the hub's page of it, then log in: hf auth login"),
+    "DisabledRepoError": ("is disabled on the hub", "Look for another copy of it."),
+    "RevisionNotFoundError": ("has no such branch, tag or commit", "Look at its page on the hub."),
+    "RepositoryNotFoundError": (
+        "is not on the hub, or not shown without a token", "Check the name; for a private one: hf auth login"
+    ),
+    "RemoteEntryNotFoundError": ("has no such file", "Look at its page on the hub."),
+}  # fmt: skip
+"""Of huggingface_hub's errors: what is so of the repository, and what to do."""
 
 
 _SCRIPT = re.compile(r"Dataset scripts are no longer supported, but found (\S+)")
@@ -81,12 +98,56 @@ def offline_hint() -> str:
 
 def translate(error: BaseException) -> LorsError | None:
     """The user's error behind an exception that reached the command line, or None when it is a bug of ours."""
-    for link in _causes(error):
+    chain = _causes(error)
+    for place, link in enumerate(chain):
         if isinstance(link, LorsError):
             return link
         found = _translate_one(link)
+        if isinstance(found, MissingError):  # the libraries wrap: the reason is farther in
+            return next((reason for inner in reversed(chain[place:]) if (reason := _hub_reason(inner))), found)
         if found is not None:
             return found
+    return None
+
+
+def is_connection_failure(error: BaseException) -> bool:
+    """Whether a connection failed or broke, or none is to be made; an answer of the hub is none, whatever it says."""
+    return any(
+        (kind.__module__.partition(".")[0], kind.__name__) in _CONNECTION_ERRORS for kind in type(error).__mro__
+    ) or (isinstance(error, (RuntimeError, OSError)) and _XET.search(str(error)) is not None)
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether the hub answers that it is busy (429) or not well (5xx)."""
+    status = getattr(getattr(error, "response", None), "status_code", 0)
+    return status == 429 or status >= 500
+
+
+def _hub_reason(error: BaseException) -> MissingError | None:
+    """Why something cannot be had from the hub, where this exception tells."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    text = str(error).strip() or type(error).__name__
+    line = text.splitlines()[0]
+    name = next((name for name in _REASONS if name in kinds), None)
+    repo = getattr(error, "repo_id", None)
+    if name is not None:
+        what, hint = _REASONS[name]
+        if name == "GatedRepoError" and getattr(getattr(error, "response", None), "status_code", 0) == 403:
+            what, hint = "is gated, and this token has no access to it", "Ask for access on the hub's page of it."
+        return MissingError(f"{repo or 'The repository'} {what}: {line}", hint)
+    if "Invalid credentials" in text:
+        return MissingError(
+            "The hub refuses the token: it is wrong or has expired.",
+            "`hf auth login` writes a new one; $HF_TOKEN, where it is set, goes before that.",
+        )
+    if "HfHubHTTPError" in kinds and is_passing(error):
+        return MissingError(
+            f"The hub cannot answer now: {line}", "Wait a little; the same command goes on from what is there."
+        )
+    if "OfflineModeIsEnabled" in kinds:
+        return MissingError(f"It is not in the cache here, and the hub is not asked: {line}", offline_hint())
+    if is_connection_failure(error) and not isinstance(error, BrokenPipeError):
+        return MissingError(f"The connection to the hub failed: {line}", _NETWORK_HINT)
     return None
 
 
@@ -124,8 +185,8 @@ def _translate_one(error: BaseException) -> LorsError | None:
         return UsageError(f"No such file: {first_line[:200]}", "Check the path that was given.")
     if isinstance(error, BrokenPipeError):  # a ConnectionError, but of our own output
         return None
-    if name in _HUB_ERRORS or any(base.__name__ in _HUB_ERRORS for base in type(error).__mro__):
-        return MissingError(f"Not reachable: {first_line}", offline_hint())
+    if is_connection_failure(error) or any(base.__name__ in _HUB_ERRORS for base in type(error).__mro__):
+        return _hub_reason(error) or MissingError(f"Not to be had from the hub: {first_line}", offline_hint())
     script = _SCRIPT.search(text)
     if script:
         return MissingError(
@@ -134,6 +195,8 @@ def _translate_one(error: BaseException) -> LorsError | None:
         )
     if isinstance(error, OSError) and "is not a local folder" in text:
         return MissingError(first_line, offline_hint())
+    if isinstance(error, FileNotFoundError) and "on the Hugging Face Hub either: " in text:  # what datasets says
+        return MissingError(first_line.partition("either: ")[2], offline_hint())
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("lors_cli"):
         return MissingError(f"The package {error.name!r} is not installed.", f"pip install {error.name}")
     if isinstance(error, (NotADirectoryError, IsADirectoryError, FileExistsError)):

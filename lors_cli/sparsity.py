@@ -20,13 +20,7 @@ DENSE_BELOW = 0.05
 
 @dataclass(frozen=True)
 class Pattern:
-    """Which weights may stay: at most `n` of every `m` consecutive inputs of a row, or a share of all.
-
-    Args:
-        n: kept weights a group; None for unstructured.
-        m: weights a group; None for unstructured.
-        sparsity: share of zeros.
-    """
+    """Which weights may stay: `n` of every `m` consecutive inputs of a row or, where these are None, a share of all."""
 
     n: int | None
     m: int | None
@@ -82,10 +76,7 @@ class Pattern:
 def keep_largest(scores: torch.Tensor, pattern: Pattern, *, per_row: bool) -> torch.Tensor:
     """The mask that keeps the highest scores.
 
-    Args:
-        scores: (out_features, in_features), higher is more important.
-        pattern: N:M compares within each group; unstructured within a row or over the whole weight.
-        per_row: unstructured only: compare within each row instead of over the whole weight.
+    N:M compares within each group, unstructured over the whole weight, or with `per_row` within each row.
 
     Returns:
         (out_features, in_features) bool, True where the weight stays. Exactly the share asked for is removed,
@@ -113,14 +104,7 @@ def keep_largest(scores: torch.Tensor, pattern: Pattern, *, per_row: bool) -> to
 def keep_of_group(scores: Sequence[torch.Tensor], pattern: Pattern) -> list[torch.Tensor]:
     """The mask of M competing scores, which may be vectors or matrices; a score stays if fewer than N beat it.
 
-    Counting is several times quicker than sorting groups of four.
-
-    Args:
-        scores: M tensors of one shape.
-        pattern: N:M.
-
-    Returns:
-        M bool tensors of that shape; among equal scores the earlier stay.
+    Among equal scores the earlier stay. Counting is several times quicker than sorting groups of four.
     """
     import torch
 
@@ -136,12 +120,7 @@ def keep_of_group(scores: Sequence[torch.Tensor], pattern: Pattern) -> list[torc
 
 
 def num_violations(weight: torch.Tensor, pattern: Pattern) -> int:
-    """How many groups keep more than N weights; for unstructured, how many zeros are missing.
-
-    Args:
-        weight: (out_features, in_features).
-        pattern: what was promised.
-    """
+    """How many groups keep more than N weights; for unstructured, how many zeros are missing."""
     if pattern.m is not None:
         if weight.shape[1] % pattern.m:
             return weight.numel()
@@ -170,24 +149,13 @@ class LayerSparsity:
 
 
 def measure(name: str, weight: torch.Tensor, pattern: Pattern | None) -> LayerSparsity:
-    """Count a weight's zeros and its violations of `pattern` (none without one).
-
-    Args:
-        name: the linear's full name.
-        weight: (out_features, in_features).
-        pattern: what it should keep to.
-    """
+    """Count a weight's zeros and its violations of `pattern` (none without one)."""
     violations = num_violations(weight, pattern) if pattern else 0
     return LayerSparsity(name, tuple(weight.shape), int((weight == 0).sum()), violations)
 
 
 def summarise(layers: list[LayerSparsity], pattern: Pattern | None) -> dict[str, Any]:
-    """The document of `lors inspect --json`.
-
-    Args:
-        layers: every pruned linear.
-        pattern: what they should keep to, None for a dense model.
-    """
+    """The document of `lors inspect --json`, of every pruned linear; `pattern` is None for a dense model."""
     total = sum(layer.shape[0] * layer.shape[1] for layer in layers)
     zeros = sum(layer.num_zeros for layer in layers)
     return {
@@ -200,24 +168,11 @@ def summarise(layers: list[LayerSparsity], pattern: Pattern | None) -> dict[str,
 
 
 def mask_digest(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """A hash of where the given weights are zero, to tie an adapter to its base.
-
-    Args:
-        weights: (name, (out_features, in_features)) pairs; their order does not matter.
-
-    Returns:
-        64 hexadecimal digits.
-    """
-    import torch
+    """A hash of where the given weights are zero, to tie an adapter to its base; their order does not matter."""
+    import numpy as np
 
     parts = []
     for name, weight in weights:
-        bits = (weight != 0).to("cpu", torch.uint8).numpy()
-        parts.append((name, tuple(weight.shape), hashlib.sha256(_pack(bits)).hexdigest()))
+        bits = np.packbits((weight != 0).cpu().numpy())
+        parts.append((name, tuple(weight.shape), hashlib.sha256(bits.tobytes()).hexdigest()))
     return hashlib.sha256(repr(sorted(parts)).encode()).hexdigest()
-
-
-def _pack(bits: Any) -> bytes:
-    import numpy
-
-    return numpy.packbits(bits).tobytes()

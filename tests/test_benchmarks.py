@@ -35,8 +35,8 @@ from lors_cli.bench.measure import rotated
 from lors_cli.models import size as models_size
 from lors_cli.models.blocks import decoder_blocks
 from lors_cli.models.loading import load_model
+from lors_cli.models.needs import RUNTIME
 from lors_cli.models.shapes import Shape
-from lors_cli.pipeline import resources
 from lors_cli.recipe.schema import ModelConfig, TuneConfig, TuneDataConfig
 from lors_cli.sparsity import Pattern
 
@@ -286,7 +286,7 @@ def test_memory_of_a_run_is_watched_and_kept(tmp_path: Path, monkeypatch: pytest
     assert row["beyond_hidden"] == row["peak_anon"] - row["hidden_states"]
     assert 0 < row["peak_anon_at_s"] <= row["elapsed_s"]
     assert row["checkpoint"] > 2 * memory.size_of(case.sizes).num_parameters
-    assert row["estimate"] == sum(row["parts"].values()) + resources.RUNTIME
+    assert row["estimate"] == sum(row["parts"].values()) + RUNTIME
     assert str(tmp_path) not in out.read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["memory.json"]
 

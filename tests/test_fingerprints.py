@@ -31,8 +31,8 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        (PruneConfig(method="magnitude"), "880e74d1c9159ac5187b51a27856cf3a"),
-        (PruneConfig(calibration=CalibrationConfig(dataset="text.txt")), "dc512e6dcd561e581341fc5735e52d8e"),
+        (PruneConfig(method="magnitude"), "8374dc3af0a56308405181043525e581"),
+        (PruneConfig(calibration=CalibrationConfig(dataset="text.txt")), "fc39272dca3304b77152c24228769954"),
         (
             PruneConfig(
                 method="wanda",
@@ -41,7 +41,7 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                 refit=True,
                 calibration=CalibrationConfig(dataset="text.txt", num_samples=8, sequence_length=64),
             ),
-            "df6bfc9ce04199cf1aa5e805ff08fd7a",
+            "3e89947f97c1d336db829266637ba06b",
         ),
         (
             PruneConfig(
@@ -50,7 +50,7 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                 reconstruct_epochs=2,
                 calibration=CalibrationConfig(dataset="text.txt", seed=3),
             ),
-            "aaca1367a48aa64a38418ff4bac42a29",
+            "bb287b8820777e0050a87a0fb35a7a43",
         ),
     ],
 )
@@ -64,14 +64,14 @@ DATA = TuneDataConfig(dataset="rows.jsonl")
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        (TuneConfig(data=DATA), "15a782efb75cd6a78d8a92cc2906a9e0"),
+        (TuneConfig(data=DATA), "7eb8fad4ad6ce465e8356e343e90f705"),
         (
             TuneConfig(data=DATA, method="sqft", rank=8, alpha=4, learning_rate=1e-3, max_steps=6),
-            "62336ef2ce8bd47cac4af53d47e08de8",
+            "cc6d6ea560465d63264681fcd9320b79",
         ),
         (
             TuneConfig(data=DATA, init="kaiming", rounding="nearest", epochs=0.5, batch_size=4),
-            "c371fa745eefcb8653c9bcafbda21b13",
+            "ccc3b0c3ed0df8c352181f5039447757",
         ),
         (
             TuneConfig(data=TuneDataConfig(dataset="text.txt", max_length=64), max_tokens=4096, spike_factor=3.0),
@@ -79,7 +79,7 @@ DATA = TuneDataConfig(dataset="rows.jsonl")
         ),
         (
             TuneConfig(data=DATA, train_norms=True, distill=DistillConfig(teacher="teacher.gguf", weight=0.5)),
-            "b26790ab56c6ddc31c76766240326ab0",
+            "a4bea9d6014f55b39dc5d9e4b8c9b955",
         ),
     ],
 )

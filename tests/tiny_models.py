@@ -1,4 +1,4 @@
-"""Tiny random models of fifteen architectures, and a checkpoint with its tokenizer on disk."""
+"""Tiny random models of many architectures, and a checkpoint with its tokenizer on disk."""
 
 from __future__ import annotations
 
@@ -21,6 +21,10 @@ SIZES = {
 GATED = {**SIZES, "intermediate_size": 64, "num_key_value_heads": 2}
 FOUR_EXPERTS = {**GATED, "moe_intermediate_size": 48, "num_experts": 4, "num_experts_per_tok": 2}
 TWO_WINDOWS = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
+PER_LAYER = {**GATED, **TWO_WINDOWS, "head_dim": 8, "hidden_size_per_layer_input": 8,
+             "vocab_size_per_layer_input": VOCABULARY, "num_kv_shared_layers": 0}  # fmt: skip
+VISION = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+          "image_size": 16, "patch_size": 4}  # fmt: skip
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama": ("LlamaConfig", GATED),
     "Mistral": ("MistralConfig", {**GATED, "sliding_window": 6}),
@@ -36,6 +40,19 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "Mixtral": ("MixtralConfig", {**GATED, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "Qwen2-MoE": ("Qwen2MoeConfig", {**FOUR_EXPERTS, "shared_expert_intermediate_size": 40, "mlp_only_layers": [1]}),
     "Qwen3-MoE": ("Qwen3MoeConfig", {**FOUR_EXPERTS, "head_dim": 8}),
+    "BLOOM": ("BloomConfig", SIZES),
+    "Falcon": ("FalconConfig", SIZES),
+    "Falcon-40B": ("FalconConfig", {**SIZES, "new_decoder_architecture": True, "num_kv_heads": 2, "bias": True}),
+    "Falcon-RW": ("FalconConfig", {**SIZES, "alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}),
+    "MPT": ("MptConfig", {**{key: size for key, size in SIZES.items() if key != "max_position_embeddings"},
+                          "max_seq_len": 64}),
+    "GPT-J": ("GPTJConfig", {**SIZES, "rotary_dim": 4}),
+    "CodeGen": ("CodeGenConfig", {**SIZES, "rotary_dim": 4}),
+    "Gemma3n": ("Gemma3nTextConfig", {**PER_LAYER, "laurel_rank": 8}),
+    "Gemma4": ("Gemma4TextConfig", {**PER_LAYER, "global_head_dim": 16}),
+    "Gemma3-vision": ("Gemma3Config", {"text_config": {**GATED, "head_dim": 8, **TWO_WINDOWS}, "vision_config": VISION,
+                                       "mm_tokens_per_image": 4, "image_token_id": 62, "boi_token_id": 61,
+                                       "eoi_token_id": 60}),
     "GPT-OSS": ("GptOssConfig", {**GATED, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2,
                                  "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, **TWO_WINDOWS}),
 }  # fmt: skip
@@ -55,7 +72,15 @@ def build() -> Callable[..., PreTrainedModel]:
         config_class, settings = ARCHITECTURES[name]
         torch.manual_seed(0)
         config = getattr(transformers, config_class)(**{**settings, **changes})
-        return transformers.AutoModelForCausalLM.from_config(config).eval()
+        config.pad_token_id, config.eos_token_id = SIZES["pad_token_id"], SIZES["eos_token_id"]  # of a wrapper too
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        if (
+            name == "Gemma3n"
+        ):  # it is made with zeros, where its gradients are not finite, and its last inputs are zeros
+            model.get_input_embeddings().weight.data[0] = 0.1
+            for block in model.model.layers:
+                block.altup.correct_output_scale.data.fill_(1.0)
+        return model
 
     return make
 

@@ -126,8 +126,8 @@ def _prune_block(
 
     handles = [linears[names[0]].register_forward_pre_hook(hook(statistics)) for names, statistics in groups]
     with timer.phase("forward"):
-        for batch in hidden:
-            arguments.run(block, batch)
+        for index, batch in enumerate(hidden):
+            arguments.run(block, batch, index)
     for handle in handles:
         handle.remove()
     with timer.phase("solve"):
@@ -137,7 +137,7 @@ def _prune_block(
                 weight.copy_(pruned)
     with timer.phase("forward"):
         for index, batch in enumerate(hidden):
-            hidden[index] = arguments.run(block, batch)
+            hidden[index] = arguments.run(block, batch, index)
 
 
 def measure(model: Any, weights: dict[str, torch.Tensor], batches: Sequence[torch.Tensor], run: Pruner) -> Figures:

@@ -30,8 +30,7 @@ def draw(document: Document) -> dict[str, bytes]:
 
 
 def _cell(document: Document, length: int, rank: int, checkpointing: bool) -> dict[str, Any]:
-    cell: dict[str, Any] = document["cells"][str(Cell(length, rank, checkpointing))]
-    return cell
+    return document["cells"][str(Cell(length, rank, checkpointing))]
 
 
 def _speed(figures: dict[str, Any]) -> float:

@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -22,7 +23,9 @@ from torch import nn
 from lors_cli import __version__
 from lors_cli.bench.model import ARMS, adapted, checkpoint_blocks, memory_of_step, sparse_model, tidy
 from lors_cli.errors import UsageError
+from lors_cli.files.atomic import write_json
 from lors_cli.machine.devices import resolve_device
+from lors_cli.models.blocks import model_max_length
 from lors_cli.models.shapes import SHAPES
 from lors_cli.output import console, progress
 from lors_cli.tuning.baselines import check_rank
@@ -48,12 +51,9 @@ class BenchConfig:
         blocks: only so many decoder blocks; None for all.
         methods: of `ARMS`.
         lengths: tokens a sequence.
-        ranks: of the adapters.
         batch_size: sequences a micro-batch.
         accumulation: micro-batches a step.
         checkpointing: whether decoder blocks are computed again in backward; one or both.
-        dtype: of the weights.
-        device: auto, cpu, cuda, cuda:N.
         rounds: times that every method has its turn.
         steps: timed steps a turn, after one that is not.
     """
@@ -104,7 +104,6 @@ def bench(config: BenchConfig, out: Path | None = None) -> Figures:
     """Measure every method at every length and rank.
 
     Args:
-        config: what to measure.
         out: folder for bench.json, written after each cell; a second call goes on from there.
 
     Returns:
@@ -112,10 +111,7 @@ def bench(config: BenchConfig, out: Path | None = None) -> Figures:
 
     Raises:
         UsageError: a rank or length that the model cannot take, or a folder that holds another benchmark.
-        MissingError: no such device or checkpoint.
     """
-    from lors_cli.files.atomic import write_json
-
     document = _document(config, out)
     settings = product(config.checkpointing, config.lengths, config.ranks)
     cells = [Cell(length, rank, checkpointing) for checkpointing, length, rank in settings]
@@ -126,7 +122,7 @@ def bench(config: BenchConfig, out: Path | None = None) -> Figures:
     model, linears = sparse_model(
         config.shape, config.model, config.blocks, getattr(torch, config.dtype), resolve_device(config.device)
     )
-    longest = model.config.max_position_embeddings
+    longest = model_max_length(model)
     if max(config.lengths) > longest:
         raise UsageError(f"--lengths: {max(config.lengths)} is above the model's {longest} tokens.")
     fitting = {rank: _fitting(config.methods, rank, linears) for rank in config.ranks}
@@ -162,14 +158,13 @@ def _fitting(methods: tuple[str, ...], rank: int, linears: dict[str, nn.Linear])
 
 def _document(config: BenchConfig, out: Path | None) -> Figures:
     settings = json.loads(json.dumps(asdict(config)))
-    document: Figures = {"settings": settings, "environment": {}, "cells": {}}
     path = out / "bench.json" if out else None
-    if path and path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found["settings"] != settings:
-            raise UsageError(f"{path} holds a benchmark with other settings.", "Name another folder with --out.")
-        document = found
-    return document
+    if path is None or not path.is_file():
+        return {"settings": settings, "environment": {}, "cells": {}}
+    found: Figures = json.loads(path.read_text(encoding="utf-8"))
+    if found["settings"] != settings:
+        raise UsageError(f"{path} holds a benchmark with other settings.", "Name another folder with --out.")
+    return found
 
 
 def _installed(methods: tuple[str, ...]) -> tuple[str, ...]:
@@ -192,7 +187,9 @@ def _measure(
     model.train()
     generator = torch.Generator().manual_seed(cell.length)
     shape = (config.accumulation, config.batch_size, cell.length)
-    batches = list(torch.randint(model.config.vocab_size, shape, generator=generator).to(model.device))
+    batches = list(
+        torch.randint(model.config.get_text_config().vocab_size, shape, generator=generator).to(model.device)
+    )
     seconds: dict[str, list[float]] = {name: [] for name in config.methods}
     memory: dict[str, Figures] = {}
     for number in range(config.rounds):
@@ -200,7 +197,7 @@ def _measure(
             if "failed" not in memory.get(name, {}):
                 try:
                     with adapted(model, linears, ARMS[name], cell.rank) as optimizer:
-                        step = _stepper(model, batches, optimizer)
+                        step = partial(_step, model, batches, optimizer)
                         step()
                         seconds[name].append(_median_seconds(step, config.steps, model.device))
                         if name not in memory:
@@ -213,14 +210,11 @@ def _measure(
     return {name: {**memory[name], **_summary(name, seconds, shape)} for name in config.methods}
 
 
-def _stepper(model: Any, batches: Sequence[torch.Tensor], optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    def step() -> None:
-        for ids in batches:
-            causal_lm_loss(model, {"input_ids": ids, "labels": ids}).div(len(batches)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+def _step(model: Any, batches: Sequence[torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
+    for ids in batches:
+        causal_lm_loss(model, {"input_ids": ids, "labels": ids}).div(len(batches)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def _median_seconds(step: Callable[[], None], count: int, device: torch.device) -> float:

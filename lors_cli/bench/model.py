@@ -35,7 +35,6 @@ class Arm:
         keep: lors: how long merged weights are kept.
         float32_adapters: lora: PEFT's default; without it its adapters have the weights' dtype, which is faster.
         compressed: lors: the 2:4 weights are held as kept values and positions.
-        rounding: lors: of merged bfloat16 weights.
     """
 
     method: str
@@ -62,13 +61,11 @@ def sparse_model(
     """A frozen sparse model and the linears in its decoder blocks, by name.
 
     It has random 2:4 weights in a `shape` of `SHAPES`, or those of the folder `path`; `blocks` None is all of them.
-
-    Raises:
-        MissingError: no such folder.
     """
     from transformers import AutoModelForCausalLM
 
-    from lors_cli.models.checks import loading
+    from lors_cli.models.loading import load_model
+    from lors_cli.recipe.schema import ModelConfig
 
     if path is None:
         assert shape is not None
@@ -81,10 +78,8 @@ def sparse_model(
     else:
         if not Path(path).is_dir():
             raise MissingError(f"No checkpoint folder at {path}.")
-        with loading(path, "the checkpoint"):
-            model = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, device_map=device, use_safetensors=True, trust_remote_code=False
-            )
+        source = ModelConfig(path=path, dtype=str(dtype).removeprefix("torch."), device=str(device))  # type: ignore[arg-type]
+        model = load_model(source)
         layers = model.get_decoder().layers
         del layers[blocks or len(layers) :]
     model.requires_grad_(False)
@@ -118,11 +113,7 @@ def checkpoint_blocks(model: Any, wanted: bool) -> None:
 
 @contextmanager
 def adapted(model: Any, linears: dict[str, nn.Linear], arm: Arm, rank: int) -> Iterator[torch.optim.Optimizer]:
-    """The model with an arm's adapters on it (lora_B no longer zero) and afterwards as before; gives their optimiser.
-
-    Raises:
-        UsageError: the arm is for 2:4 weights, and these are not.
-    """
+    """The model with an arm's adapters on it (lora_B no longer zero) and afterwards as before; their optimiser."""
     adapters: list[nn.Parameter] = []
     device = model.device
     try:

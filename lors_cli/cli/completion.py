@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
+
+from lors_cli.models.shapes import SHAPES
+from lors_cli.recipe.shipped import Kind, shipped_files
 
 BENCH_METHODS = (
     "lors", "lors-cached", "lors-nearest", "lors-compressed", "sqft", "sqft-gc", "spp", "spp-gc", "hira", "lora",
@@ -26,25 +28,27 @@ def of(*choice: str) -> Complete:
     return lambda incomplete: _starting(choice, incomplete)
 
 
-def _shipped(names: Callable[[Any], Iterable[str]], *, files: bool = True) -> Complete:
-    """Offers names that the module `shipped` gives, and YAML files."""
+def _shipped(kind: Kind, start: str = "") -> Complete:
+    """Offers shipped names, those that begin with `start`, and YAML files."""
 
     def complete(incomplete: str) -> list[str]:
-        from lors_cli.recipe import shipped
-
-        return _starting(names(shipped), incomplete) + (_files(incomplete, (".yaml", ".yml")) if files else [])
+        names = (name for name in shipped_files(kind) if name.startswith(start))
+        return _starting(names, incomplete) + _files(incomplete, (".yaml", ".yml"))
 
     return complete
 
 
-recipes = _shipped(lambda module: module.shipped_recipes())
-sweeps = _shipped(lambda module: module.shipped_sweeps())
-shipped = _shipped(lambda module: [*module.shipped_recipes(), *module.shipped_sweeps()], files=False)
+recipes, sweeps = _shipped("recipe"), _shipped("sweep")
+
+
+def shipped(incomplete: str) -> list[str]:
+    """Shipped recipes and sweeps."""
+    return _starting((*shipped_files("recipe"), *shipped_files("sweep")), incomplete)
 
 
 def configs(stage: str) -> Complete:
     """Offers a stage's shipped configs, and YAML files."""
-    return _shipped(lambda module: [name for name in module.shipped_configs() if name.startswith(f"{stage}/")])
+    return _shipped("config", f"{stage}/")
 
 
 def texts(incomplete: str) -> list[str]:
@@ -76,8 +80,6 @@ def bench_methods(incomplete: str) -> list[str]:
 
 def shapes(incomplete: str) -> list[str]:
     """Models whose shape `lors bench` knows."""
-    from lors_cli.models.shapes import SHAPES
-
     return _starting(SHAPES, incomplete)
 
 
@@ -90,20 +92,19 @@ OFFERS: dict[str, Complete] = {
 """What is offered for settings whose words the schema does not list."""
 
 
-def section(key: str) -> Any:
-    """The schema's class that has a setting of a whole recipe, such as tune.data.packing."""
-    from lors_cli.recipe.checking import subsection
+def located(key: str) -> tuple[Any, str]:
+    """The schema's class that has a setting of a whole recipe, such as tune.data.packing, and its name there."""
+    from lors_cli.recipe.checking import owner
     from lors_cli.recipe.schema import Recipe
 
-    found: Any = Recipe
-    for part in key.split(".")[:-1]:
-        found = subsection(found, part)
-    return found
+    *sections, name = key.split(".")
+    return owner(Recipe, sections), name
 
 
 def hint(key: str) -> Any:
     """The type that the schema gives a setting of a whole recipe."""
-    return _hints(section(key))[key.rpartition(".")[2]]
+    section, name = located(key)
+    return _hints(section)[name]
 
 
 @cache
@@ -125,11 +126,9 @@ def values(key: str) -> Complete:
 
 
 def settings(stage: str | None, *, keys: bool = True) -> Callable[[typer.Context, str], list[str]]:
-    """Offers `key=` for every setting, and after it what its value may be.
+    """Offers `key=` for every setting of a stage (None: of a whole recipe), and after it what its value may be.
 
-    Args:
-        stage: prune, tune or eval, or None for a whole recipe's.
-        keys: offer the keys too; without it the word may as well be a file, which the shell knows.
+    Without `keys` only the latter: the word may as well be a file, which the shell knows.
     """
 
     def complete(ctx: typer.Context, incomplete: str) -> list[str]:
@@ -171,13 +170,14 @@ def is_list(kind: Any) -> bool:
     return get_origin(kind) is tuple or any(is_list(part) for part in get_args(kind))
 
 
-def _keys(schema: Any, prefix: str = "") -> list[str]:
+def _keys(schema: type, prefix: str = "") -> list[str]:
     """The dotted names of a schema's settings."""
+    from lors_cli.recipe.checking import field_names, subsection
+
     found = []
-    hints = get_type_hints(schema)
-    for entry in fields(schema):
-        inner = next((kind for kind in (hints[entry.name], *get_args(hints[entry.name])) if is_dataclass(kind)), None)
-        found += _keys(inner, f"{prefix}{entry.name}.") if inner else [f"{prefix}{entry.name}"]
+    for name in field_names(schema):
+        inner = subsection(schema, name)
+        found += _keys(inner, f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
     return found
 
 

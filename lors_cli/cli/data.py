@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+from rich.text import Text
 
 from lors_cli.cli import options as o
 from lors_cli.cli.framework import Group, command
+from lors_cli.data.samples import IGNORED, Sample, TuneData
+from lors_cli.errors import UsageError
 from lors_cli.output import console
+from lors_cli.recipe.shipped import find, shipped_files
 
 if TYPE_CHECKING:
-    from rich.text import Text
-
-    from lors_cli.data.samples import Sample, TuneData
     from lors_cli.recipe.schema import ModelConfig, TuneConfig
 
 MASKED_STYLE = "dim"
@@ -64,25 +65,19 @@ def show(
 
 
 def load_settings(name: str, overrides: list[str], model: str | None) -> tuple[TuneConfig, ModelConfig, str | None]:
-    """The tuning settings of a recipe or a tune config, the model whose tokenizer they are for, and its data's folder.
-
-    Raises:
-        UsageError: neither is there, the recipe tunes nothing, or no model is named.
-    """
-    from lors_cli.errors import UsageError
+    """The tuning settings of a recipe or a tune config, the model whose tokenizer they are for, its data's folder."""
     from lors_cli.recipe.loading import load_model_config, load_recipe, load_stage
-    from lors_cli.recipe.shipped import find_config, find_recipe, shipped_configs
 
     if _is_config(name):
         if model is None:
             raise UsageError(f"{name} is a tune config and names no model.", "Say whose tokenizer: --model MODEL.")
-        config: Any = load_stage("tune", find_config(name), overrides)
+        config: Any = load_stage("tune", find("config", name), overrides)
         return config, load_model_config(model), None
     try:
-        recipe = load_recipe(find_recipe(name), overrides)
+        recipe = load_recipe(find("recipe", name), overrides)
     except UsageError as error:
         if "There is no recipe" in error.message:
-            tunes = [config for config in shipped_configs() if config.startswith("tune/")]
+            tunes = [config for config in shipped_files("config") if config.startswith("tune/")]
             raise UsageError(error.message, f"{error.hint} Tune configs: {', '.join(tunes)}.") from None
         raise
     if recipe.tune is None:
@@ -92,24 +87,21 @@ def load_settings(name: str, overrides: list[str], model: str | None) -> tuple[T
 
 def _is_config(name: str) -> bool:
     """Whether `name` means the config of a single stage: a shipped one, or a file without the keys of a recipe."""
-    from lors_cli.recipe.shipped import shipped_configs, shipped_recipes
-    from lors_cli.recipe.yaml12 import YamlError, read
+    from lors_cli.recipe.loading import read_settings
 
     path = Path(name).expanduser()
     if not path.is_file():
         stem = name.removeprefix("configs/").removesuffix(".yaml")
-        return stem in shipped_configs() and stem not in shipped_recipes()
+        return stem in shipped_files("config") and stem not in shipped_files("recipe")
     try:
-        keys = read(path.read_text(encoding="utf-8-sig")).data
-    except (YamlError, UnicodeDecodeError, OSError):
+        keys = read_settings(path).data
+    except UsageError:
         return False  # reading it as a recipe says what is wrong
-    return isinstance(keys, dict) and bool(keys) and not {"name", "model", "tune", "prune", "eval"} & set(keys)
+    return bool(keys) and not {"name", "model", "tune", "prune", "eval"} & set(keys)
 
 
 def figures(found: TuneData, shown: list[Sample]) -> dict[str, Any]:
     """How many samples and labels there are, and how long samples are; of a stream, in those that are shown."""
-    from lors_cli.data.samples import IGNORED
-
     counted = shown if found.num_steps is not None else found.samples
     lengths = [len(sample["input_ids"]) for sample in counted]
     num_labels = sum(label != IGNORED for sample in counted for label in sample["labels"][1:])
@@ -136,17 +128,13 @@ def decoded(ids: list[int], tokenizer: Any) -> str:
 
 
 def styled_text(sample: Sample, tokenizer: Any, *, marks: bool) -> Text:
-    """A text with what has no label dimmed and special tokens coloured.
-
-    Args:
-        marks: put ⟦ ⟧ around what has no label, for where there are no styles.
-    """
-    from rich.text import Text
-
-    text = Text()
-    before = ""
-    was_masked = False
-    for last, masked, special in _runs(sample, set(tokenizer.all_special_ids)):
+    """A text with special tokens coloured and what has no label dimmed, or with `marks` (without styles) in ⟦ ⟧."""
+    special_ids = set(tokenizer.all_special_ids)
+    kinds = [(label == IGNORED, token in special_ids)
+             for token, label in zip(sample["input_ids"], sample["labels"], strict=True)]  # fmt: skip
+    text, before, last, was_masked = Text(), "", 0, False
+    for (masked, special), run in itertools.groupby(kinds):
+        last += len(list(run))
         if marks and masked != was_masked:
             text.append(MASKED_MARKS[0] if masked else MASKED_MARKS[1])
         was_masked = masked
@@ -159,27 +147,13 @@ def styled_text(sample: Sample, tokenizer: Any, *, marks: bool) -> Text:
     return text
 
 
-def _runs(sample: Sample, special_ids: set[int]) -> Iterator[tuple[int, bool, bool]]:
-    """(end, without labels, special) of the longest runs of tokens alike in both."""
-    from lors_cli.data.samples import IGNORED
-
-    kinds = [(label == IGNORED, token in special_ids)
-             for token, label in zip(sample["input_ids"], sample["labels"], strict=True)]  # fmt: skip
-    for place, kind in enumerate(kinds, 1):
-        if place == len(kinds) or kinds[place] != kind:
-            yield place, *kind
-
-
 def _show_sample(index: int, sample: Sample, tokenizer: Any) -> None:
-    from lors_cli.data.samples import IGNORED
-
     length = len(sample["input_ids"])
     num_labels = sum(label != IGNORED for label in sample["labels"][1:])
     texts = texts_of(sample)
     several = f" · {len(texts)} texts" if len(texts) > 1 else ""
-    console.title(
-        f"sample {index} · {length} tokens{several} · {num_labels} labels ({100 * num_labels / length:.1f} %)"
-    )
+    title = f"sample {index} · {length} tokens{several} · {num_labels} labels ({100 * num_labels / length:.1f} %)"
+    console.styled(Text(title, style="bold"))
     for text in texts:
         console.styled(styled_text(text, tokenizer, marks=not console.shows_styles()))
     console.result()

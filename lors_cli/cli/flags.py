@@ -9,29 +9,27 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Annotated, Any, get_args, get_origin
 
-from lors_cli.cli.completion import EXAMPLES, hint, is_list, section, values, words
-from lors_cli.cli.options import CALIBRATION, MACHINE, SETTINGS, TRAINING, option
+from rich.markup import escape
 
-FLAGS: dict[str, dict[str, dict[str, str]]] = {
-    "model": {MACHINE: {"device": "device", "dtype": "dtype"}},
+from lors_cli.cli.completion import EXAMPLES, hint, is_list, located, values, words
+from lors_cli.cli.options import CALIBRATION, MACHINE, SETTINGS, TRAINING, flag
+from lors_cli.recipe.settings import flag_name
+
+FLAGS: dict[str, dict[str, tuple[str, ...]]] = {
+    "model": {MACHINE: ("device", "dtype", "revision")},
     "prune": {
-        SETTINGS: {"method": "method", "pattern": "pattern", "sparsity": "sparsity"},
-        CALIBRATION: {
-            "calibration": "calibration.dataset", "num_samples": "calibration.num_samples",
-            "sequence_length": "calibration.sequence_length", "seed": "calibration.seed",
-        },
+        SETTINGS: ("method", "pattern", "sparsity"),
+        CALIBRATION: ("calibration.dataset", "calibration.num_samples", "calibration.sequence_length",
+                      "calibration.seed"),
     },
     "tune": {
-        SETTINGS: {"method": "method", "rank": "rank", "alpha": "alpha", "init": "init"},
-        TRAINING: {
-            "dataset": "data.dataset", "max_length": "data.max_length", "learning_rate": "learning_rate",
-            "epochs": "epochs", "max_steps": "max_steps", "max_tokens": "max_tokens", "batch_size": "batch_size",
-            "seed": "seed",
-        },
+        SETTINGS: ("method", "rank", "alpha", "init"),
+        TRAINING: ("data.dataset", "data.max_length", "learning_rate", "epochs", "max_steps", "max_tokens",
+                   "batch_size", "seed"),
     },
-    "eval": {SETTINGS: {"tasks": "tasks", "perplexity": "perplexity", "limit": "limit", "batch_size": "batch_size"}},
+    "eval": {SETTINGS: ("tasks", "perplexity", "limit", "batch_size")},
 }  # fmt: skip
-"""By section of a recipe and panel of the help: flag → setting. A flag of two words, a_b, is --a-b."""
+"""By section of a recipe and panel of the help, the settings that have a flag, `flag_name`."""
 
 LONGEST = 130
 """Characters of a description that fits into the help of a flag."""
@@ -41,7 +39,7 @@ NOTES = {"prune.sparsity": "Alone it means unstructured."}
 
 def given(name: str, flags: dict[str, Any]) -> dict[str, Any]:
     """The settings of a section that flags were given for, by key in it; a flag that was not given is None."""
-    found = {key: flags[flag] for panel in FLAGS[name].values() for flag, key in panel.items()}
+    found = {key: flags[flag_name(key)] for keys in FLAGS[name].values() for key in keys}
     return {key: split_list(value) if is_list(hint(f"{name}.{key}")) else value
             for key, value in found.items() if value is not None}  # fmt: skip
 
@@ -53,18 +51,13 @@ def split_list(text: str) -> list[str]:
 
 def parameters(sections: Iterable[str]) -> list[inspect.Parameter]:
     """The flags of some sections, as a command's parameters."""
-    return [
-        _parameter(flag, f"{name}.{key}", panel)
-        for name in sections
-        for panel, flags in FLAGS[name].items()
-        for flag, key in flags.items()
-    ]
-
-
-def _parameter(flag: str, key: str, panel: str) -> inspect.Parameter:
-    shown = option(_help(key), f"--{flag.replace('_', '-')}", panel=panel, complete=values(key))
-    kind = Annotated[_kind(hint(key)) | None, shown]  # type: ignore[valid-type]
-    return inspect.Parameter(flag, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+    found = []
+    for section in sections:
+        for panel, names in FLAGS[section].items():
+            for name in names:
+                key = f"{section}.{name}"
+                found.append(flag(flag_name(name), _kind(hint(key)) | None, None, _help(key), panel, values(key)))
+    return found
 
 
 def _kind(kind: Any) -> type:
@@ -82,9 +75,8 @@ def _kind(kind: Any) -> type:
 
 def _help(key: str) -> str:
     """A setting's description, of a long one the first sentence without asides; its words; its default."""
-    from rich.markup import escape
-
-    sentences = re.split(r"(?<=[.]) (?=[A-Z])", _descriptions(section(key))[key.rpartition(".")[2]])
+    section, name = located(key)
+    sentences = re.split(r"(?<=[.]) (?=[A-Z])", _descriptions(section)[name])
     said = [sentence for sentence in sentences if not sentence.startswith("Default")]
     parts = said if len(" ".join(said)) <= LONGEST else [re.sub(r" \([^()]*\)", "", said[0])]
     kind = hint(key)
@@ -96,7 +88,7 @@ def _help(key: str) -> str:
         parts.append("Several with commas, '' for none.")
     if key in NOTES:
         parts.append(NOTES[key])
-    default = {entry.name: entry.default for entry in dataclasses.fields(section(key))}[key.rpartition(".")[2]]
+    default = next(entry.default for entry in dataclasses.fields(section) if entry.name == name)
     if default is None:
         parts += [sentence for sentence in sentences if sentence.startswith("Default")]
     elif default != ():

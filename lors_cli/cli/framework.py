@@ -13,12 +13,15 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import typer
+from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 
 from lors_cli.cli.options import Json, Quiet, Verbose
+from lors_cli.errors import PeerError, translate
 from lors_cli.machine import processes
 from lors_cli.machine.signals import Stopped, stopping
 from lors_cli.output import console
+from lors_cli.output.redaction import redact
 
 PIPELINE, STAGES, AROUND, HELP = "Whole pipelines", "One stage", "Look and measure", "Help"
 """Panels of `lors --help`."""
@@ -69,16 +72,13 @@ class Commands(Group):
 
 
 def command(
-    app: typer.Typer, panel: str, *examples: str, name: str | None = None, sections: Sequence[str] = ()
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    app: typer.Typer, panel: str, *examples: str, name: str | None = None, sections: Sequence[str] = (),
+    flags: Sequence[inspect.Parameter] = (),
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:  # fmt: skip
     """Makes a function a guarded command of a panel, with examples at the end of its help.
 
-    Args:
-        name: default: the function's.
-        sections: of a recipe, whose flags in `flags.FLAGS` it has; the function takes them as `**flags`.
+    As `**flags` it takes `flags`, or those of some sections of a recipe (`flags.FLAGS`).
     """
-    from rich.markup import escape
-
     lines = "\n".join(escape(example) for example in examples)
     epilog = f"[bold]Examples[/bold]\n{lines}" if examples else None
 
@@ -93,7 +93,7 @@ def command(
                 alone.command(name=name, cls=Command, epilog=epilog)(guarded(function, parameters(sections)))
                 return typer.main.get_command(alone).make_context(info_name, args, parent, **extra)
 
-        wrapped = guarded(function)
+        wrapped = guarded(function, flags)
         kind = WithFlags if sections else Command
         app.command(name=name, cls=kind, rich_help_panel=panel, epilog=epilog)(wrapped)
         return wrapped
@@ -106,11 +106,8 @@ def guarded(function: Callable[..., Any], flags: Iterable[inspect.Parameter] = (
 
     @functools.wraps(function)
     def command(*args: Any, **kwargs: Any) -> Any:
-        console.configure(
-            json_mode=kwargs.pop("json_mode", False),
-            verbosity=-1 if kwargs.pop("quiet", False) else kwargs.pop("verbose", 0),
-        )
-        kwargs.pop("verbose", None)
+        quiet, verbose = kwargs.pop("quiet", False), kwargs.pop("verbose", 0)
+        console.configure(json_mode=kwargs.pop("json_mode", False), verbosity=-1 if quiet else verbose)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         if console.verbosity() < 2:  # the libraries' own bars; downloads keep theirs
             if processes.num_processes() > 1:  # torch's words on connections that another process has closed
@@ -143,8 +140,6 @@ def _signature(function: Callable[..., Any], flags: Iterable[inspect.Parameter])
 
 def fail(error: BaseException) -> NoReturn:
     """Say what went wrong and leave with the right exit code."""
-    from lors_cli.errors import PeerError, translate
-
     if isinstance(error, typer.Exit):
         raise error
     if isinstance(error, KeyboardInterrupt):
@@ -191,8 +186,6 @@ def _leave(exit_code: int) -> NoReturn:
 
 
 def _print_traceback(error: BaseException) -> None:
-    from lors_cli.output.redaction import redact
-
     sys.stderr.write(redact("".join(traceback.format_exception(error))))
 
 

@@ -17,10 +17,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+import typer
 
 from lors_cli.errors import UsageError
 from lors_cli.machine import processes as parallel
+from lors_cli.machine.devices import usable_processors
 from lors_cli.machine.processes import LAUNCHER
 from lors_cli.output import console
 
@@ -32,16 +35,13 @@ INTERRUPTED = 130
 
 def die_with_launcher() -> None:
     """See to it that this process ends when the one that started it does; for a process that `--nproc` started."""
-    launcher = os.environ.get(LAUNCHER)
-    if launcher is None:
-        return
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if sys.platform == "linux":
         import ctypes
 
         set_death_signal = 1  # PR_SET_PDEATHSIG
         ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
-    if os.getppid() != int(launcher):  # it is gone already
+    if os.getppid() != int(os.environ[LAUNCHER]):  # it is gone already
         os._exit(1)
 
 
@@ -54,8 +54,6 @@ def together(num_processes: int | None) -> None:
     """
     if num_processes is None or LAUNCHER in os.environ:
         return
-    import typer
-
     if num_processes < 1:
         raise UsageError(f"--nproc {num_processes}: give 1 or more.")
     if parallel.num_processes() > 1:
@@ -71,7 +69,10 @@ def launch(command: list[str], num_processes: int) -> int:
         processes: list[subprocess.Popen[Any]] = []
         with _passing_on(processes):
             for rank in range(num_processes):
-                outputs: dict[str, Any] = {} if rank == 0 else _outputs(files, Path(scratch), rank)
+                outputs: dict[str, Any] = {
+                    name: files.enter_context(open(Path(scratch, f"{name}-{rank}"), "wb"))
+                    for name in (("stdout", "stderr") if rank else ())  # the first one speaks for itself
+                }
                 processes.append(
                     subprocess.Popen(
                         [*command], env=_environment(rank, num_processes, port), stdin=subprocess.DEVNULL,
@@ -92,8 +93,7 @@ def _free_port() -> int:
 
 def _environment(rank: int, num_processes: int, port: int) -> dict[str, str]:
     """What torchrun would set, and threads so that all processes together have the machine's cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    usual = {"OMP_NUM_THREADS": str(max(1, cores // num_processes))}
+    usual = {"OMP_NUM_THREADS": str(max(1, usable_processors() // num_processes))}
     if sys.platform == "linux":
         usual["GLOO_SOCKET_IFNAME"] = "lo"
     return {
@@ -101,11 +101,6 @@ def _environment(rank: int, num_processes: int, port: int) -> dict[str, str]:
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes),
         "LOCAL_WORLD_SIZE": str(num_processes),
     }  # fmt: skip
-
-
-def _outputs(files: contextlib.ExitStack, scratch: Path, rank: int) -> dict[str, IO[bytes]]:
-    """Files for what a process says that is not the first."""
-    return {name: files.enter_context(open(scratch / f"{name}-{rank}", "wb")) for name in ("stdout", "stderr")}
 
 
 @contextlib.contextmanager

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import typer
 
 from lors_cli.cli import options as o
 from lors_cli.cli.framework import AROUND, HELP, command
+from lors_cli.errors import MissingError
 from lors_cli.output import console, progress
 
 look_app = typer.Typer()
@@ -31,28 +34,18 @@ def inspect(model: o.Model, pattern: o.Against = None) -> None:
 
 @command(
     look_app, AROUND, "lors bench --blocks 2 --lengths 512 --ranks 16", "lors bench --model sparse --out bench",
-    "lors bench --shape llama3-8b --blocks 1 --methods lors,sqft,lora",
+    "lors bench --shape llama3-8b --blocks 1 --methods lors,sqft,lora", flags=o.BENCH,
 )  # fmt: skip
-def bench(
-    out: o.BenchOut = None, shape: o.Shape = "smollm2-135m", model: o.BenchModel = None, blocks: o.Blocks = None,
-    methods: o.BenchMethods = None, lengths: o.Lengths = "512,1024,2048", ranks: o.Ranks = "16,32,64",
-    batch_size: o.BenchBatch = 1, accumulation: o.Accumulation = 1, checkpointing: o.Checkpointing = "off",
-    rounds: o.Rounds = 5, steps: o.Steps = 3, dtype: o.BenchDtype = "bfloat16", device: o.BenchDevice = "auto",
-) -> None:  # fmt: skip
+def bench(out: o.BenchOut = None, **flags: Any) -> None:
     """Time and memory of a training step of LoRS, SQFT, SPP, HiRA, LoRA."""
     from lors_cli.cli.views.bench import run_bench
 
-    run_bench(
-        {"shape": None if model else shape, "model": model, "blocks": blocks, "methods": methods, "lengths": lengths,
-         "ranks": ranks, "batch_size": batch_size, "accumulation": accumulation, "checkpointing": checkpointing,
-         "rounds": rounds, "steps": steps, "dtype": dtype, "device": device}, out,
-    )  # fmt: skip
+    run_bench(flags, out)
 
 
 @command(look_app, AROUND, "lors report runs/quickstart", "lors report sweeps/table1 --format html")
 def report(folder: o.ReportFolder, formats: o.Formats = None) -> None:
     """Write the reports of a run or a sweep again."""
-    from lors_cli.errors import MissingError
     from lors_cli.pipeline.standing import standing_stages
     from lors_cli.report.output import FORMATS, check_formats
     from lors_cli.report.run import write_run_report
@@ -79,10 +72,11 @@ def report(folder: o.ReportFolder, formats: o.Formats = None) -> None:
 @command(look_app, HELP, "lors doctor", "lors doctor --json")
 def doctor() -> None:
     """Show what this machine has and lacks; exit 3 if lors cannot work."""
-    from lors_cli.doctor.examine import any_failed, document, examine, show
+    from lors_cli.doctor.examine import document, examine, show
 
     findings = examine()
+    found = document(findings)
     show(findings)
-    console.document(document(findings))
-    if any_failed(findings):
+    console.document(found)
+    if not found["ok"]:
         raise typer.Exit(3)

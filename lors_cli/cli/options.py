@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from lors_cli import __version__
 from lors_cli.cli import completion
 from lors_cli.cli.completion import of
 
@@ -18,11 +20,15 @@ def option(help: str, *names: str, panel: str | None = None, complete: Any = Non
     return typer.Option(*names, help=help, rich_help_panel=panel, autocompletion=complete, **more)
 
 
+def flag(name: str, kind: Any, default: Any, help: str, panel: str, complete: Any = None) -> inspect.Parameter:
+    """An option as a command's parameter; a name of two words, a_b, is --a-b."""
+    annotation: Any = Annotated[kind, option(help, panel=panel, complete=complete)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
 def show_version(wanted: bool) -> None:
     """Print the version and leave, when that is asked for."""
     if wanted:
-        from lors_cli import __version__
-
         typer.echo(f"lors {__version__}")
         raise typer.Exit
 
@@ -40,13 +46,12 @@ Verbose = Annotated[
 ]  # fmt: skip
 DryRun = Annotated[bool, option("Show the plan and its estimates; nothing is written.", "--dry-run", panel=OUTPUT)]
 DataDir = Annotated[
-    Path | None, option("Folder with local datasets; else $LORS_DATA_DIR, else the hub.", "--data-dir", panel=MACHINE)
+    Path | None, option("Folder with local datasets; else $LORS_DATA_DIR, else the hub.", panel=MACHINE)
 ]
 Nproc = Annotated[
-    int | None, option("Processes on this machine that share the work, a GPU each; default 1.", "--nproc",
-                       panel=MACHINE)
-]  # fmt: skip
-Out = Annotated[Path, option("Folder for the results.", "--out")]
+    int | None, option("Processes on this machine that share the work, a GPU each; default 1.", panel=MACHINE)
+]
+Out = Annotated[Path, option("Folder for the results.")]
 
 
 def _model(stage: str | None = None) -> Any:
@@ -64,7 +69,7 @@ def _settings(stage: str | None, example: str) -> Any:
 def _config(stage: str, example: str) -> Any:
     """The file with a stage's settings."""
     help = f"YAML file with the stage's settings, or a shipped one: {example}, …"
-    return option(help, "--config", complete=completion.configs(stage))
+    return option(help, complete=completion.configs(stage))
 
 
 Version = Annotated[bool, option("Show the version and exit.", "--version", "-V", is_eager=True, callback=show_version)]
@@ -75,34 +80,27 @@ RecipeName = Annotated[
     str | None, _argument("A recipe file, or the name of a shipped recipe.", "RECIPE", completion.recipes)
 ]
 FromManifest = Annotated[
-    Path | None,
-    option("Repeat this finished run (its folder or manifest.json), without RECIPE.", "--from-manifest",
-           panel="Repeat")
-]  # fmt: skip
+    Path | None, option("Repeat this finished run (its folder or manifest.json), without RECIPE.", panel="Repeat")
+]
 ChangedInputs = Annotated[
-    bool, option("Repeat it though models or texts are no longer the same.", "--allow-changed-inputs",
-                 panel="Repeat")
-]  # fmt: skip
-RunOut = Annotated[Path | None, option("Run folder; default runs/<name>.", "--out")]
+    bool, option("Repeat it though models or texts are no longer the same.", "--allow-changed-inputs", panel="Repeat")
+]
+RunOut = Annotated[Path | None, option("Run folder; default runs/<name>.")]
 _stages = of("prune", "tune", "eval")
 First = Annotated[str | None, option("Start at this stage.", "--from", panel="Stages", complete=_stages)]
 Last = Annotated[str | None, option("Stop after this stage.", "--until", panel="Stages", complete=_stages)]
 Force = Annotated[
     list[str] | None,
-    option("Do this stage again, though it is finished; may be repeated.", "--force", panel="Stages",
-           complete=_stages)
-]  # fmt: skip
+    option("Do this stage again, though it is finished; may be repeated.", panel="Stages", complete=_stages),
+]
 
 # lors sweep
-SweepName = Annotated[
-    str, _argument("A sweep's file, or the name of a shipped one.", "SWEEP", completion.sweeps)
-]  # fmt: skip
-SweepOut = Annotated[Path | None, option("The sweep's folder; default sweeps/<name>.", "--out")]
-Only = Annotated[list[str] | None, option("Run this cell; patterns such as 'wanda-*' too; may be repeated.", "--only")]
+SweepName = Annotated[str, _argument("A sweep's file, or the name of a shipped one.", "SWEEP", completion.sweeps)]
+SweepOut = Annotated[Path | None, option("The sweep's folder; default sweeps/<name>.")]
+Only = Annotated[list[str] | None, option("Run this cell; patterns such as 'wanda-*' too; may be repeated.")]
 Tflops = Annotated[
-    float | None, option("With --dry-run: the device's TFLOP/s for the time; default: this one's.", "--tflops",
-                         panel=OUTPUT)
-]  # fmt: skip
+    float | None, option("With --dry-run: the device's TFLOP/s for the time; default: this one's.", panel=OUTPUT)
+]
 
 # lors prune, tune, eval; their flags are in `flags`
 PruneModel = Annotated[str, _model("prune")]
@@ -116,13 +114,13 @@ EvalArguments = Annotated[
                          completion.settings("eval", keys=False))
 ]  # fmt: skip
 EvalConfig = Annotated[str | None, _config("eval", "eval/seven-tasks")]
-EvalOut = Annotated[Path | None, option("Folder for results; without it they are only shown.", "--out")]
+EvalOut = Annotated[Path | None, option("Folder for results; without it they are only shown.")]
 
 # lors merge, inspect, report, recipes copy
 Model = Annotated[str, _model()]
 Base = Annotated[str, _argument("The sparse base: a folder or hub id.", "MODEL")]
 Adapter = Annotated[Path, _argument("Folder with adapter_config.json, or of the tune stage.", "ADAPTER")]
-Against = Annotated[str | None, option("Hold it against this N:M.", "--pattern", complete=of("2:4", "4:8", "1:4"))]
+Against = Annotated[str | None, option("Hold it against this N:M.", complete=of("2:4", "4:8", "1:4"))]
 ReportFolder = Annotated[Path, _argument("The folder of a run or of a sweep.", "FOLDER")]
 Formats = Annotated[
     list[str] | None, option("md, html, csv or tex; may be repeated. Default: all.", "--format",
@@ -135,36 +133,26 @@ Target = Annotated[Path | None, _argument("File or folder; default: here.", "[TA
 Tuned = Annotated[
     str, _argument("A recipe or a tune config: a file, or the name of a shipped one.", "RECIPE", completion.recipes)
 ]
-NumShown = Annotated[int, option("Samples to show.", "--num", min=1)]
-Tokenizer = Annotated[str | None, option("Whose tokenizer; a tune config names none.", "--model")]
+NumShown = Annotated[int, option("Samples to show.", min=1)]
+Tokenizer = Annotated[str | None, option("Whose tokenizer; a tune config names none.")]
 
 # lors bench
-Shape = Annotated[
-    str, option("A model's shape with random 2:4 weights: smollm2-135m, llama3-8b, …", "--shape",
-                panel=SETTINGS, complete=completion.shapes)
-]  # fmt: skip
-BenchModel = Annotated[str | None, option("A checkpoint's folder instead of a shape.", "--model", panel=SETTINGS)]
-Blocks = Annotated[int | None, option("Only so many decoder blocks.", "--blocks", panel=SETTINGS)]
-BenchMethods = Annotated[
-    str | None, option("Comma-separated; default: all but lora-float32, lors-nearest and lors-compressed.",
-                       "--methods", panel=SETTINGS, complete=completion.bench_methods)
-]  # fmt: skip
-Lengths = Annotated[str, option("Tokens a sequence, comma-separated.", "--lengths", panel=SETTINGS)]
-Ranks = Annotated[str, option("Comma-separated.", "--ranks", panel=SETTINGS)]
-BenchBatch = Annotated[int, option("Sequences a micro-batch.", "--batch-size", panel=SETTINGS)]
-Accumulation = Annotated[int, option("Micro-batches a step.", "--accumulation", panel=SETTINGS)]
-Checkpointing = Annotated[
-    str, option("Block checkpointing: off, on, or both.", "--checkpointing", panel=SETTINGS,
-                complete=of("off", "on", "both"))
-]  # fmt: skip
-Rounds = Annotated[int, option("Turns of every method.", "--rounds", panel=SETTINGS)]
-Steps = Annotated[int, option("Timed steps a turn.", "--steps", panel=SETTINGS)]
-BenchDevice = Annotated[
-    str, option("auto, cpu, cuda, cuda:1 or mps.", "--device", panel=MACHINE,
-                complete=of("auto", "cpu", "cuda", "mps"))
-]  # fmt: skip
-BenchDtype = Annotated[
-    str, option("bfloat16, float16 or float32.", "--dtype", panel=MACHINE,
-                complete=of("bfloat16", "float16", "float32"))
-]  # fmt: skip
-BenchOut = Annotated[Path | None, option("Folder for bench.json and figures; goes on there.", "--out")]
+BenchOut = Annotated[Path | None, option("Folder for bench.json and figures; goes on there.")]
+BENCH = (
+    flag("shape", str, "smollm2-135m", "A model's shape with random 2:4 weights: smollm2-135m, llama3-8b, …", SETTINGS,
+         completion.shapes),
+    flag("model", str | None, None, "A checkpoint's folder instead of a shape.", SETTINGS),
+    flag("blocks", int | None, None, "Only so many decoder blocks.", SETTINGS),
+    flag("methods", str | None, None,
+         "Comma-separated; default: all but lora-float32, lors-nearest and lors-compressed.", SETTINGS,
+         completion.bench_methods),
+    flag("lengths", str, "512,1024,2048", "Tokens a sequence, comma-separated.", SETTINGS),
+    flag("ranks", str, "16,32,64", "Comma-separated.", SETTINGS),
+    flag("batch_size", int, 1, "Sequences a micro-batch.", SETTINGS),
+    flag("accumulation", int, 1, "Micro-batches a step.", SETTINGS),
+    flag("checkpointing", str, "off", "Block checkpointing: off, on, or both.", SETTINGS, of("off", "on", "both")),
+    flag("rounds", int, 5, "Turns of every method.", SETTINGS),
+    flag("steps", int, 3, "Timed steps a turn.", SETTINGS),
+    flag("dtype", str, "bfloat16", "bfloat16, float16 or float32.", MACHINE, of("bfloat16", "float16", "float32")),
+    flag("device", str, "auto", "auto, cpu, cuda, cuda:1 or mps.", MACHINE, of("auto", "cpu", "cuda", "mps")),
+)  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from lors_cli.cli import options as o
 from lors_cli.cli.framework import PIPELINE, command
 from lors_cli.cli.launch import together
 from lors_cli.errors import UsageError
+from lors_cli.recipe.shipped import find
 
 if TYPE_CHECKING:
     from lors_cli.recipe.schema import Recipe
@@ -29,62 +29,48 @@ def run(
     allow_changed_inputs: o.ChangedInputs = False, dry_run: o.DryRun = False, nproc: o.Nproc = None,
 ) -> None:  # fmt: skip
     """Run a recipe: prune, tune, eval; a second call goes on from there."""
+    from lors_cli.cli.views.runs import show_run
+    from lors_cli.pipeline.repeat import open_repeat
+    from lors_cli.pipeline.running import run_recipe
     from lors_cli.recipe.loading import load_recipe
-    from lors_cli.recipe.shipped import find_recipe
 
-    choice: dict[str, Any] = {
-        "first": first, "last": last, "force": tuple(force or ()), "dry_run": dry_run, "nproc": nproc,
-    }  # fmt: skip
+    repeat, changed = None, None
     if from_manifest is not None:
-        given = [*([recipe] if recipe else []), *(overrides or [])]
-        _repeat(from_manifest, given, out, allow_changed_inputs, choice)
+        repeat = open_repeat(from_manifest, [*([recipe] if recipe else []), *(overrides or [])])
+        settings, last = repeat.recipe, last or repeat.last
+        folder = out or Path("runs") / f"{settings.name}-repeat"
+        changed = repeat.check(folder, allow_changed_inputs=allow_changed_inputs)
     elif recipe is None:
         raise UsageError("no recipe is named.", "lors recipes lists those that are shipped.")
     elif allow_changed_inputs:
         raise UsageError("--allow-changed-inputs is for --from-manifest.")
     else:
-        settings = load_recipe(find_recipe(recipe), overrides or [])
-        _run(settings, out or Path("runs") / settings.name, **choice)
+        settings = load_recipe(find("recipe", recipe), overrides or [])
+        folder = out or Path("runs") / settings.name
+    choice: dict[str, Any] = {"first": first, "last": last, "force": tuple(force or ())}
+    if dry_run:
+        _show_plan(settings, folder, **choice)
+        return
+    together(nproc)
+    summary = run_recipe(settings, folder, **choice)
+    if repeat is not None:
+        files = repeat.compare(folder)
+        summary["repeat"] = {"manifest": str(repeat.path), "changed": changed, "different_files": files}
+    show_run(summary)
 
 
-def _repeat(manifest: Path, given: list[str], out: Path | None, allow_changed: bool, choice: dict[str, Any]) -> None:
-    """Run again what a manifest tells of, and compare what comes out."""
-    from lors_cli.pipeline.repeat import open_repeat
-
-    repeat = open_repeat(manifest, given)
-    folder = out or Path("runs") / f"{repeat.recipe.name}-repeat"
-    changed = repeat.check(folder, allow_changed_inputs=allow_changed)
-
-    def compared() -> dict[str, Any]:
-        return {"manifest": str(repeat.path), "changed": changed, "different_files": repeat.compare(folder)}
-
-    _run(repeat.recipe, folder, **{**choice, "last": choice["last"] or repeat.last}, compared=compared)
-
-
-def _run(
-    recipe: Recipe, folder: Path, *, first: str | None, last: str | None, force: tuple[str, ...], dry_run: bool,
-    nproc: int | None, compared: Callable[[], dict[str, Any]] | None = None,
-) -> None:  # fmt: skip
-    """Run a recipe and show what came out, a comparison too, or show what would be done."""
+def _show_plan(recipe: Recipe, folder: Path, first: str | None, last: str | None, force: tuple[str, ...]) -> None:
+    """Show what a run would do, and whether it fits into the memory."""
     from lors_cli.cli.views import runs
     from lors_cli.data.sources import resolve_data_dir
     from lors_cli.pipeline.folders import guard_out
     from lors_cli.pipeline.plans import plan_stages, select
-    from lors_cli.pipeline.resources import check_memory
-    from lors_cli.pipeline.running import run_recipe
+    from lors_cli.pipeline.preflight import troubles
 
-    if dry_run:
-        guard_out(folder, "run")
-        plans = select(plan_stages(recipe, folder, resolve_data_dir(recipe.data_dir)), first, last, force)
-        runs.show_plan(runs.plan_document(recipe.name, folder, plans))
-        for plan in plans:
-            check_memory(plan)
-        return
-    together(nproc)
-    summary = run_recipe(recipe, folder, first=first, last=last, force=force)
-    if compared is not None:
-        summary["repeat"] = compared()
-    runs.show_run(summary)
+    guard_out(folder, "run")
+    data_dir = resolve_data_dir(recipe.data_dir)
+    plans = select(plan_stages(recipe, folder, data_dir), first, last, force)
+    runs.show_plan(runs.plan_document(recipe.name, folder, plans, troubles(plans, data_dir)))
 
 
 @command(
@@ -98,13 +84,12 @@ def sweep(
     """Run a recipe over a grid of settings; cells share their stages."""
     from lors_cli.cli.views import sweeps
     from lors_cli.pipeline.folders import guard_out
-    from lors_cli.recipe.shipped import find_sweep
     from lors_cli.sweep.cells import load_sweep, select_cells
     from lors_cli.sweep.running import run_sweep
 
     if tflops is not None and (not dry_run or tflops <= 0):
         raise UsageError(f"--tflops {tflops:g}: a rate above 0, for the times that --dry-run shows.")
-    plan = load_sweep(find_sweep(sweep), overrides or [])
+    plan = load_sweep(find("sweep", sweep), overrides or [])
     folder = out or Path("sweeps") / plan.name
     chosen = select_cells(plan, only or [])
     if dry_run:

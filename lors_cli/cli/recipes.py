@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import typer
 
 from lors_cli.cli import options as o
 from lors_cli.cli.framework import Group, command, guarded
+from lors_cli.errors import UsageError
+from lors_cli.files import atomic
 from lors_cli.output import console
+from lors_cli.recipe.shipped import find_shipped_recipe, recipe_summary, shipped_files
 
 COMMANDS = "Commands"
 recipes_app = typer.Typer(cls=Group, pretty_exceptions_enable=False)
@@ -24,10 +28,8 @@ def recipes(context: typer.Context, json_mode: o.Json = False) -> None:
 @guarded
 def list_shipped() -> None:
     """Names and first comment lines of the shipped recipes and sweeps."""
-    from lors_cli.recipe.shipped import recipe_summary, shipped_recipes, shipped_sweeps
-
     found = []
-    for kind, files in (("recipe", shipped_recipes()), ("sweep", shipped_sweeps())):
+    for kind, files in (("recipe", shipped_files("recipe")), ("sweep", shipped_files("sweep"))):
         mine = [{"name": name, "kind": kind, "summary": recipe_summary(path)} for name, path in files.items()]
         console.table([kind, "what it does"], [[item["name"], item["summary"]] for item in mine], prose=True)
         console.result()
@@ -39,17 +41,13 @@ def list_shipped() -> None:
 @command(recipes_app, COMMANDS, "lors recipes copy quickstart", "lors recipes copy llama3-8b-2of4 mine.yaml")
 def copy(name: o.Shipped, target: o.Target = None) -> None:
     """Write a shipped recipe or sweep here, to edit and run."""
-    from lors_cli.errors import UsageError
-    from lors_cli.files import atomic
-    from lors_cli.recipe.shipped import find_shipped_recipe, shipped_sweeps
-
     source = find_shipped_recipe(name)
     path = target or Path(source.name)
     path = path / source.name if path.is_dir() else path
     if path.exists():
         raise UsageError(f"{path} is there already; it is not overwritten.", "Name another file.")
     atomic.write_bytes(path, source.read_bytes())
-    runner = "sweep" if source in shipped_sweeps().values() else "run"
+    runner = "sweep" if source in shipped_files("sweep").values() else "run"
     console.result(f"wrote {path}; run it with: lors {runner} {path}")
     console.document({"wrote": str(path)})
 
@@ -70,8 +68,6 @@ def schema() -> None:
 @command(recipes_app, COMMANDS, "lors recipes reference | less", "lors recipes reference --json")
 def reference() -> None:
     """Print every setting with its values and default, as Markdown."""
-    from dataclasses import asdict
-
     from lors_cli.recipe.reference import markdown, settings
 
     if console.is_json():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,8 +14,11 @@ from lors_cli.cli import options as o
 from lors_cli.cli.flags import given
 from lors_cli.cli.framework import STAGES, command
 from lors_cli.cli.launch import together
+from lors_cli.errors import UsageError
+from lors_cli.files import atomic
 from lors_cli.machine import processes
 from lors_cli.output import console, progress
+from lors_cli.recipe.shipped import find
 
 stages_app = typer.Typer()
 
@@ -29,11 +34,13 @@ def prune(
     data_dir: o.DataDir = None, nproc: o.Nproc = None, dry_run: o.DryRun = False, **flags: Any,
 ) -> None:  # fmt: skip
     """Prune a dense causal LM to a sparse checkpoint."""
+    from lors_cli.cli.views.runs import show_record
+
     if flags["sparsity"] is not None and flags["pattern"] is None and config is None:
         flags["pattern"] = "unstructured"
     models = {"dense": _model(model, flags)}
     if _stage("prune", models, out, config, overrides, flags, data_dir, nproc, dry_run):
-        _show_record(out)
+        show_record(out)
 
 
 @command(
@@ -47,9 +54,11 @@ def tune(
     data_dir: o.DataDir = None, nproc: o.Nproc = None, dry_run: o.DryRun = False, **flags: Any,
 ) -> None:  # fmt: skip
     """Tune a sparse causal LM with LoRS and merge, zeros kept."""
+    from lors_cli.cli.views.runs import show_record
+
     models = {"pruned": _model(model, flags)}
     if _stage("tune", models, out, config, overrides, flags, data_dir, nproc, dry_run):
-        _show_record(out)
+        show_record(out)
 
 
 @command(
@@ -63,8 +72,6 @@ def evaluate(
     data_dir: o.DataDir = None, nproc: o.Nproc = None, dry_run: o.DryRun = False, **flags: Any,
 ) -> None:  # fmt: skip
     """Score models side by side, zero-shot and by perplexity."""
-    import tempfile
-
     overrides = [argument for argument in arguments if is_override(argument)]
     paths = [argument for argument in arguments if not is_override(argument)]
     models = {label: _model(path, flags) for label, path in model_labels(paths).items()}
@@ -85,7 +92,7 @@ def merge(model: o.Base, adapter: o.Adapter, out: o.Out, **flags: Any) -> None:
     if (adapter / "adapter" / "adapter_config.json").is_file():  # the folder of a tune stage
         adapter = adapter / "adapter"
     with claim(out):
-        metrics = merge_adapter(model, adapter, out, dtype=base.dtype, device=base.device)
+        metrics = merge_adapter(model, adapter, out, dtype=base.dtype, device=base.device, revision=base.revision)
     console.result(f"{metrics['layers_merged']} layers merged, {metrics['zeroed']} kept weights became zero")
     console.path("merged", out)
     console.document({"out": str(out), **metrics})
@@ -107,13 +114,12 @@ def _stage(
     from lors_cli.data.sources import resolve_data_dir
     from lors_cli.pipeline.folders import guard_out
     from lors_cli.pipeline.plans import plan_single
-    from lors_cli.pipeline.resources import check_memory
+    from lors_cli.pipeline.preflight import refuse, troubles
     from lors_cli.pipeline.running import run_single
     from lors_cli.recipe.loading import load_stage
-    from lors_cli.recipe.shipped import find_config
 
     together(None if dry_run else nproc)
-    settings = load_stage(stage, find_config(config) if config else None, overrides or [], given(stage, flags))
+    settings = load_stage(stage, find("config", config) if config else None, overrides or [], given(stage, flags))
     data = resolve_data_dir(str(data_dir) if data_dir else None)
 
     def make_plan() -> Any:
@@ -123,31 +129,19 @@ def _stage(
 
     with processes.joined():
         plan = processes.from_main(make_plan)
+        found = processes.from_main(lambda: troubles([plan], data))
         if dry_run:
-            show_plan(plan_document(stage, out, [plan]))
-            check_memory(plan)
+            show_plan(plan_document(stage, out, [plan], found))
             return False
+        refuse(found)
         run_single(plan, data)
     return processes.is_main()
 
 
-def _show_record(folder: Path) -> None:
-    """The result of prune or tune: its metrics and where it is."""
-    from lors_cli.cli.views.runs import show_record
-    from lors_cli.files import records
-
-    record = records.read_record(folder)
-    assert record is not None
-    show_record(record, folder)
-
-
 def _show_scores(folder: Path, labels: list[str], kept: Path | None) -> None:
     """The result of eval: its table, what is sure of it, and where it is kept, if anywhere."""
-    from dataclasses import asdict
-
     from lors_cli.cli.views.runs import show_results
     from lors_cli.evaluation.significance import compare_models
-    from lors_cli.files import atomic
 
     found: dict[str, Any] = {label: atomic.read_json(folder / f"{label}.json") for label in labels}
     comparisons = compare_models(folder, found)
@@ -168,8 +162,6 @@ def is_override(argument: str) -> bool:
 
 def model_labels(paths: list[str]) -> dict[str, str]:
     """A short name for each model, fit for a file name: the last part of its path, numbered where two are alike."""
-    from lors_cli.errors import UsageError
-
     if not paths:
         raise UsageError("no model is named.", "lors eval MODEL … [key=value …]")
     labels: dict[str, str] = {}

@@ -6,48 +6,47 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
 
-from lors_cli.data.prompts import TEMPLATES, Template, chat_prompts
+from lors_cli.data.prompts import ChatTemplate, Rendered, template_text, turns_of
 from lors_cli.data.samples import EMPTY_OUTPUT, IGNORED, NO_LABEL, Sample, TuneData, isolated_sample
 from lors_cli.data.sources import TextSource
-from lors_cli.data.tokenising import BATCH_DOCUMENTS, begin_tokens, encode, eos_token_id
+from lors_cli.data.tokenising import BATCH_DOCUMENTS, begin_tokens, eos_token_id, offset_encoder
 from lors_cli.errors import UsageError
 from lors_cli.recipe.schema import TuneDataConfig
-
-Rows = list[dict[str, str]]
-Parts = tuple[list[int], list[int], list[int]]
-"""Tokens of the prompt, of the response, and those that end it."""
 
 
 def instruction_samples(source: TextSource, config: TuneDataConfig, tokenizer: Any) -> TuneData:
     """Prompt and response of each row, in the source's order.
 
-    Both are tokenised apart and then joined, so that no token spans the boundary and a prompt's tokens are the
-    same whatever follows it. What ends the response is joined by its ids.
+    The whole text is tokenised at once and cut at the boundaries; a token with any character of an answer is learnt,
+    so one that spans prompt and answer is too.
 
     Raises:
-        UsageError: no usable row, or no such template or packing for it.
+        UsageError: no usable row, one that does not fit the template, or no such packing for it.
     """
     if config.packing == "concatenated":
         raise UsageError(
             f"data.packing: concatenated would let the instructions of {source.name} see one another.",
             "Choose isolated, or leave packing out.",
         )
-    parts = (
-        _chat_parts(tokenizer) if config.template == "chat" else _template_parts(TEMPLATES[config.template], tokenizer)
-    )
+    render = _renderer(config.template, tokenizer)
+    encoder = offset_encoder(tokenizer)
     skipped = {EMPTY_OUTPUT: 0, NO_LABEL: 0}
     samples: list[Sample] = []
     num_rows = 0
     rows = source.rows()
     while len(samples) != config.num_samples and (batch := list(islice(rows, BATCH_DOCUMENTS))):
-        for row, (prompt, response, end) in zip(batch, parts(batch), strict=True):
+        texts = [
+            _rendered(row, render, f"{source.name}, row {number}") for number, row in enumerate(batch, num_rows + 1)
+        ]
+        encodings = iter(encoder([text.text for text in texts if text is not None]))
+        for text in texts:
             if len(samples) == config.num_samples:
                 break
             num_rows += 1
-            if not row["output"].strip():
+            if text is None:
                 skipped[EMPTY_OUTPUT] += 1
                 continue
-            sample = _sample(prompt, response, end, config)
+            sample = _sample(text, *next(encodings), config)
             if any(label != IGNORED for label in sample["labels"][1:]):
                 samples.append(sample)
             else:
@@ -91,40 +90,37 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def _sample(prompt: list[int], response: list[int], end: list[int], config: TuneDataConfig) -> Sample:
+def _rendered(row: dict[str, Any], render: Callable[[dict[str, Any]], Rendered], place: str) -> Rendered | None:
+    """A row as one text, None when all its answers are empty."""
+    if not any(turn.learnt and turn.content.strip() for turn in turns_of(row)):
+        return None
+    try:
+        return render(row)
+    except UsageError as error:
+        raise UsageError(f"{place}: {error.message}", error.hint) from error
+
+
+def _renderer(template: str, tokenizer: Any) -> Callable[[dict[str, Any]], Rendered]:
+    eos = eos_token_id(tokenizer)
+    if template == "chat":
+        chat = ChatTemplate(tokenizer, eos)
+        return lambda row: chat.render(turns_of(row))
+    begin = begin_tokens(tokenizer)
+
+    def render(row: dict[str, Any]) -> Rendered:
+        text, boundary = template_text(template, row)
+        return Rendered(text, [(boundary, len(text))], begin, [eos])
+
+    return render
+
+
+def _sample(text: Rendered, ids: list[int], offsets: list[tuple[int, int]], config: TuneDataConfig) -> Sample:
     """One sample, cut on the right; a response that was cut has no end."""
-    ended = response if response[-len(end) :] == end else response + end
-    labels = prompt if config.train_on_prompt else [IGNORED] * len(prompt)
-    return {
-        "input_ids": (prompt + ended)[: config.max_length],
-        "labels": (labels + ended)[: config.max_length],
-    }
-
-
-def _template_parts(template: Template, tokenizer: Any) -> Callable[[Rows], list[Parts]]:
-    begin, end = begin_tokens(tokenizer), [eos_token_id(tokenizer)]
-    before = "" if template.before_response == " " and _puts_space_first(tokenizer) else template.before_response
-
-    def parts(rows: Rows) -> list[Parts]:
-        prompts = encode(tokenizer, [template.prompt(row["instruction"], row["input"]) for row in rows])
-        responses = encode(tokenizer, [before + row["output"] for row in rows])
-        return [(begin + prompt, response, end) for prompt, response in zip(prompts, responses, strict=True)]
-
-    return parts
-
-
-def _chat_parts(tokenizer: Any) -> Callable[[Rows], list[Parts]]:
-    def parts(rows: Rows) -> list[Parts]:
-        texts = chat_prompts(tokenizer, rows)
-        prompts = encode(tokenizer, [before for before, _ in texts])
-        responses = encode(tokenizer, [row["output"] for row in rows])
-        ends = [ids or [eos_token_id(tokenizer)] for ids in encode(tokenizer, [after for _, after in texts])]
-        return list(zip(prompts, responses, ends, strict=True))
-
-    return parts
-
-
-def _puts_space_first(tokenizer: Any) -> bool:
-    """Whether the tokenizer puts a space before every text by itself, as Llama 2's does."""
-    (ids,) = encode(tokenizer, ["a"])
-    return " " in tokenizer.decode(ids + ids)
+    is_learnt = [
+        any(start < stop and (end > first or start >= first) for first, stop in text.spans) for start, end in offsets
+    ]
+    end = [] if ids[-len(text.end) :] == text.end else text.end
+    tokens = [*text.begin, *ids, *end]
+    learnt = [*(False for _ in text.begin), *is_learnt, *(True for _ in end)]
+    labels = [token if keep or config.train_on_prompt else IGNORED for token, keep in zip(tokens, learnt, strict=True)]
+    return {"input_ids": tokens[: config.max_length], "labels": labels[: config.max_length]}

@@ -1,4 +1,4 @@
-"""From text to token ids: tokenising in batches, packing into blocks, reading pre-tokenised files.
+"""Tokenised documents packed into blocks.
 
 No special token is added here but the end-of-sequence token after each document, and what the caller puts before it.
 """
@@ -16,9 +16,8 @@ from lors_cli.recipe.schema import TuneDataConfig
 
 if TYPE_CHECKING:
     import torch
-_POOL_FACTOR = 16
-_POOL_MIN = 1_000
-_POOL_MAX = 10_000
+
+_POOL_FACTOR, _POOL_MIN, _POOL_MAX = 16, 1_000, 10_000
 
 
 def packed_blocks(
@@ -86,9 +85,7 @@ def packed_blocks(
 def block_sample(tokens: Any, starts: Any | None) -> Sample:
     """A block as a sample: every token is a label; of isolated documents every one but each document's first.
 
-    Args:
-        tokens: (sequence_length,), an array.
-        starts: (sequence_length,) bool, an array: where documents start; None when they are not isolated.
+    `tokens` and `starts`, which says where isolated documents start, are arrays (sequence_length,).
     """
     ids: list[int] = tokens.tolist()
     if starts is None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +31,8 @@ class TuneData:
     num_tokens: int
     num_steps: int | None = None
     """Optimiser steps that the samples are for, where they are those of the whole run, in order."""
+    close: Callable[[], None] = lambda: None
+    """Ends what goes on in the background."""
 
     def first_drawn(self, number: int, seed: int) -> list[int]:
         """Samples to look at before training: drawn at random, or the first of samples that are in order."""
@@ -39,19 +41,6 @@ class TuneData:
         if self.num_steps is not None:
             return list(range(min(number, len(self.samples))))
         return torch.randperm(len(self.samples), generator=torch.Generator().manual_seed(seed))[:number].tolist()
-
-    def close(self) -> None:
-        """End what goes on in the background."""
-        if isinstance(self.samples, Closing):
-            self.samples.close()
-
-
-@runtime_checkable
-class Closing(Protocol):
-    """Samples with something going on in the background."""
-
-    def close(self) -> None:
-        """End it."""
 
 
 class PadCollator:

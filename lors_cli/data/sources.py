@@ -1,4 +1,4 @@
-"""Text sources: alpaca, slimpajama, c4, wikitext2, pydoc, and the user's own files.
+"""Text sources: alpaca, slimpajama, slimpajama-6b, c4, wikitext2, wikitext2-lines, pydoc, and the user's own files.
 
 A source is read from the hub, or, when `data_dir` (or $LORS_DATA_DIR) is given, from the files there; a file that
 is missing there is an error, never a step to the hub. Opening a source reads its first row at most.
@@ -6,22 +6,26 @@ is missing there is an error, never a step to the hub. Opening a source reads it
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from lors_cli.data import pydoc_text
-from lors_cli.data.prompts import alpaca_prompt
-from lors_cli.data.text_files import FORMATS, file_format, read_rows, read_text, row_kind
+from lors_cli.data.corpora import joined_lines, joined_rows, local_rows, subset_rows
+from lors_cli.data.layouts import Row
+from lors_cli.data.prompts import whole_text
+from lors_cli.data.text_files import FORMATS, Columns, file_format, read_rows, read_text, row_layout
 from lors_cli.errors import MissingError, UsageError, nearest, translate
 from lors_cli.files.hashes import cached_sha256
+from lors_cli.recipe.schema import ColumnsConfig
 
 Split = Literal["train", "validation"]
 Kind = Literal["text", "instructions", "tokens"]
 Want = Literal["text", "instructions"]
-Row = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -42,9 +46,11 @@ class TextSource:
     """Opens streamed text on the hub as a `datasets.IterableDataset`."""
     num_bytes: int = 0
     """Of the local file, where there is one."""
+    layout: str | None = None
+    """Of the rows of a user's file."""
 
     def rows(self) -> Iterator[Row]:
-        """The rows in their order: {"text"}, or {"instruction", "input", "output"}.
+        """The rows in their order: {"text"}, {"instruction", "input", "output"} or {"messages": turns}.
 
         Raises:
             UsageError: a row of a local file is broken; the message names file and row.
@@ -66,6 +72,10 @@ class _Known:
     streamed: bool = False
     subset: str | None = None
     """Only rows with this meta.redpajama_set_name, in local files."""
+    join: Callable[[Iterable[str]], str] | None = None
+    """What makes one document of WikiText's rows."""
+    mark: str = ""
+    """In fingerprints, after those of another join."""
 
 
 _SLIMPAJAMA_FILES = {
@@ -73,6 +83,10 @@ _SLIMPAJAMA_FILES = {
     "validation": "slimpajama_like/validation.jsonl.gz",
 }
 _BOTH_SPLITS = {"train": "train", "validation": "validation"}
+_WIKITEXT = (
+    {"validation": "wikitext2/test.txt.gz"}, "Salesforce/wikitext", "wikitext-2-raw-v1",
+    {"train": "train", "validation": "test"},
+)  # fmt: skip
 _KNOWN = {
     "alpaca": _Known(
         "instructions", {"train": "alpaca/train.jsonl.gz"}, "tatsu-lab/alpaca", None, {"train": "train"}
@@ -83,29 +97,28 @@ _KNOWN = {
     "slimpajama": _Known(
         "text", _SLIMPAJAMA_FILES, "cerebras/SlimPajama-627B", None, _BOTH_SPLITS, streamed=True
     ),
-    "wikitext2": _Known(
-        "text", {"validation": "wikitext2/test.txt.gz"}, "Salesforce/wikitext", "wikitext-2-raw-v1",
-        {"train": "train", "validation": "test"},
+    "slimpajama-6b": _Known(
+        "text", _SLIMPAJAMA_FILES, "DKYoon/SlimPajama-6B", None, _BOTH_SPLITS, streamed=True
     ),
+    "wikitext2": _Known("text", *_WIKITEXT, join=joined_rows, mark="/rows"),
+    "wikitext2-lines": _Known("text", *_WIKITEXT, join=joined_lines),
 }  # fmt: skip
 SOURCES = tuple(sorted([*_KNOWN, "pydoc"]))
 DATA_DIR_VARIABLE = "LORS_DATA_DIR"
 
 
-def open_source(name: str, *, split: Split, data_dir: Path | None, want: Want = "text") -> TextSource:
+def open_source(
+    name: str, *, split: Split, data_dir: Path | None, want: Want = "text", columns: ColumnsConfig | None = None
+) -> TextSource:
     """The source that a user named; nothing is downloaded before its rows are asked for.
 
-    WikiText-2 is one document: its lines that are not blank, joined by a newline, for local and hub rows alike,
-    so both give the same tokens (and those of lors' reference figures). The join usual elsewhere, two newlines
-    between all rows of the hub's table, keeps the blank rows and so gives other tokens and other perplexities:
-    compare such figures within one convention.
-
     Args:
-        name: one of `SOURCES`, or a file: .jsonl .json .txt (each also .gz), .parquet, or .safetensors with
+        name: one of `SOURCES`, or a file: .jsonl .json .csv .tsv .txt (each also .gz), .parquet, or .safetensors with
             `input_ids` (num_samples, sequence_length).
         split: "validation" is what perplexity is measured on: held-out rows; of wikitext2 the test split. A file
             has no splits and gives all its rows.
         data_dir: folder with local copies of the named sources; default $LORS_DATA_DIR, else the hub.
+        columns: our names to those of a file's columns, where they are not known.
         want: "text" turns instruction rows into prompt and response as one text. "instructions" lets pydoc give
             pairs; a source of plain text stays one.
 
@@ -113,14 +126,14 @@ def open_source(name: str, *, split: Split, data_dir: Path | None, want: Want = 
         UsageError: no such source or split, or a broken file.
         MissingError: a file is not there.
     """
-    source = _open(name, split, data_dir, want)
+    source = _open(name, split, data_dir, want, columns)
     if want == "text" and source.kind == "instructions":
         read = source.rows
         return replace(source, kind="text", _read=lambda: _as_text(read()))
     return source
 
 
-def fingerprint_source(name: str, *, split: Split, data_dir: Path | None) -> str:
+def fingerprint_source(name: str, *, split: Split, data_dir: Path | None, columns: ColumnsConfig | None = None) -> str:
     """What identifies the content of `open_source`'s source, without a network and without reading more than needed.
 
     Returns:
@@ -131,26 +144,29 @@ def fingerprint_source(name: str, *, split: Split, data_dir: Path | None) -> str
         UsageError: no such source or split.
         MissingError: a file is not there.
     """
+    if columns is not None and (name in SOURCES or file_format(Path(name)) in ("txt", "safetensors")):
+        raise UsageError(f"columns is for files of rows, and {name} is none.", "Leave columns out.")
     if name == "pydoc":
         return f"pydoc:{pydoc_text.fingerprint()}/{split}"
     known = _KNOWN.get(name)
     if known is None:
         path = _user_file(name)
-        return f"{file_format(path)}:{cached_sha256(path)}"
+        mapping = json.dumps(columns.names, sort_keys=True) if columns is not None else ""
+        return f"{file_format(path)}:{cached_sha256(path)}{mapping}"
     folder = resolve_data_dir(data_dir)
     if folder is None:
-        return f"hub:{known.repo}/{known.config or 'default'}/{_hub_split(name, known, split)}"
+        return f"hub:{known.repo}/{known.config or 'default'}/{_hub_split(name, known, split)}{known.mark}"
     path = _data_file(name, known, split, folder)
-    return f"{known.subset or name}:{cached_sha256(path)}"
+    return f"{known.subset or name.removesuffix('-lines')}{known.mark}:{cached_sha256(path)}"
 
 
-def _open(name: str, split: Split, data_dir: Path | None, want: Want) -> TextSource:
-    fingerprint = fingerprint_source(name, split=split, data_dir=data_dir)
+def _open(name: str, split: Split, data_dir: Path | None, want: Want, columns: ColumnsConfig | None) -> TextSource:
+    fingerprint = fingerprint_source(name, split=split, data_dir=data_dir, columns=columns)
     if name == "pydoc":
         return _open_pydoc(split, want, fingerprint)
     known = _KNOWN.get(name)
     if known is None:
-        return _open_file(name, _user_file(name), fingerprint)
+        return _open_file(name, _user_file(name), fingerprint, columns.names if columns else None)
     folder = resolve_data_dir(data_dir)
     if folder is None:
         hub_split = _hub_split(name, known, split)
@@ -159,14 +175,13 @@ def _open(name: str, split: Split, data_dir: Path | None, want: Want) -> TextSou
             name, known.kind, fingerprint, None, known.streamed, lambda: _hub_rows(known, hub_split), opens
         )
     path = _data_file(name, known, split, folder)
-    if name == "wikitext2":
-        return TextSource(name, "text", fingerprint, None, False, lambda: _one_text(read_text(path).split("\n")))
+    if (join := known.join) is not None:
+        rows = partial(local_rows, path, blank_count=join is joined_rows)
+        return TextSource(name, "text", fingerprint, None, False, lambda: iter([{"text": join(rows())}]))
     if known.subset is not None:
         subset = known.subset
         size = path.stat().st_size
-        return TextSource(
-            name, known.kind, fingerprint, None, False, lambda: _subset_rows(path, subset), num_bytes=size
-        )
+        return TextSource(name, known.kind, fingerprint, None, False, lambda: subset_rows(path, subset), num_bytes=size)
     return _open_file(name, path, fingerprint)
 
 
@@ -178,44 +193,25 @@ def _open_pydoc(split: Split, want: Want, fingerprint: str) -> TextSource:
     )
 
 
-def _open_file(name: str, path: Path, fingerprint: str) -> TextSource:
+def _open_file(name: str, path: Path, fingerprint: str, columns: Columns = None) -> TextSource:
     form = file_format(path)
     if form == "safetensors":
         return TextSource(name, "tokens", fingerprint, path, False, lambda: _no_rows(path))
     if form == "txt":
         return TextSource(name, "text", fingerprint, None, False, lambda: iter([{"text": read_text(path)}]))
-    kind, size = row_kind(path), path.stat().st_size
-    return TextSource(name, kind, fingerprint, None, False, lambda: read_rows(path, kind), num_bytes=size)
+    layout, size = row_layout(path, columns), path.stat().st_size
+    return TextSource(name, layout.kind, fingerprint, None, False, lambda: read_rows(path, layout, columns),
+                      num_bytes=size, layout=layout.name)  # fmt: skip
 
 
 def _no_rows(path: Path) -> Iterator[Row]:
-    raise UsageError(f"{path} holds tokens, not text.", "Give a .jsonl, .json, .parquet or .txt file.")
+    raise UsageError(f"{path} holds tokens, not text.", "Give a file of text or rows.")
 
 
 def _as_text(rows: Iterator[Row]) -> Iterator[Row]:
-    """Instruction rows as the whole text that tuning would see."""
+    """Instruction rows as whole texts."""
     for row in rows:
-        yield {"text": alpaca_prompt(row["instruction"], row["input"]) + row["output"]}
-
-
-def _one_text(lines: Iterator[str] | list[str]) -> Iterator[Row]:
-    """WikiText's lines as one document."""
-    yield {"text": "\n".join(line.rstrip("\n") for line in lines if line.strip())}
-
-
-def _subset_rows(path: Path, subset: str) -> Iterator[Row]:
-    """Rows of one part of a file in SlimPajama's schema."""
-    found = False
-    for row in read_rows(path, "text", only=lambda value: _set_name(value) == subset):
-        found = True
-        yield row
-    if not found:
-        raise UsageError(f"{path} has no row whose meta.redpajama_set_name is {subset}.")
-
-
-def _set_name(value: dict[str, Any]) -> Any:
-    meta = value.get("meta")
-    return meta.get("redpajama_set_name") if isinstance(meta, dict) else None
+        yield {"text": whole_text(row)}
 
 
 def _hub_dataset(known: _Known, hub_split: str) -> Any:
@@ -225,17 +221,25 @@ def _hub_dataset(known: _Known, hub_split: str) -> Any:
     try:
         return load_dataset(known.repo, known.config, split=hub_split, streaming=known.streamed)
     except Exception as error:
-        if isinstance(translate(error), MissingError):
-            hint = "Use data_dir=FOLDER with a local copy, or name a local file (README, Data)."
-            raise MissingError(f"The dataset {known.repo} cannot be reached on the hub.", hint) from error
+        reason = translate(error)
+        if isinstance(reason, MissingError):
+            what = f"The dataset {known.repo} cannot be had: {reason.message}"
+            raise MissingError(what, _instead(known, reason)) from error
         raise
+
+
+def _instead(known: _Known, reason: MissingError) -> str:
+    """What to do where a dataset cannot be had."""
+    subset = known is _KNOWN["slimpajama"]
+    other = "The dataset slimpajama-6b is a part of it from another place; or use" if subset else "Or use"
+    return f"{reason.hint} {other} data_dir=FOLDER with a local copy, or name a local file (README, Data)."
 
 
 def _hub_rows(known: _Known, hub_split: str) -> Iterator[Row]:
     """Its rows."""
     rows = _hub_dataset(known, hub_split)
-    if known.repo == "Salesforce/wikitext":
-        yield from _one_text(row["text"] for row in rows)
+    if known.join is not None:
+        yield {"text": known.join(row["text"] for row in rows)}
         return
     keys = ("text",) if known.kind == "text" else ("instruction", "input", "output")
     for row in rows:

@@ -1,84 +1,84 @@
-"""Rows of local files: JSON lines, JSON, Parquet and plain text; every mistake with its file and row."""
+"""Rows of local files: JSON lines, JSON, Parquet, CSV and plain text; every mistake with its file and row."""
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
-import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
-from lors_cli.errors import UsageError, shorten
+from lors_cli.data.layouts import KEYS, Layout, Row, layout_of, mapped, read_row, shown_value, with_newlines
+from lors_cli.errors import UsageError
 
-FORMATS = (".jsonl", ".json", ".parquet", ".txt", ".safetensors")
+FORMATS = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt", ".safetensors")
+GZIPPED = (".jsonl", ".json", ".csv", ".tsv", ".txt")
+Columns = Mapping[str, str] | None
+"""Our names of columns to those of a file."""
 MAX_ROW_BYTES = 64 << 20
 """Of a line in JSON lines."""
 MAX_FILE_BYTES = 1 << 30
 """Of a .txt, or of a .json that is one list, which are read whole; unpacked."""
-_HINT = 'A row is {"text": …} or {"instruction": …, "output": …} with an optional "input".'
-SURROGATE = re.compile("[\ud800-\udfff]")
-_KEYS = {"text": ("text",), "instructions": ("instruction", "input", "output")}
+_HINT = 'A row is an object: {"text": …}, {"instruction": …, "output": …}, {"messages": […]} (docs/data.md).'
 
 
 def file_format(path: Path) -> str:
-    """How a file is to be read, by the end of its name: "jsonl", "json", "parquet", "txt" or "safetensors".
+    """How a file is to be read, by the end of its name: "jsonl", "json", "parquet", "csv", "tsv", "txt" or
+    "safetensors".
 
     Raises:
         UsageError: its name ends otherwise.
     """
     name = path.name.lower()
     for suffix in FORMATS:
-        gzipped = suffix in (".jsonl", ".json", ".txt") and name.endswith(f"{suffix}.gz")
+        gzipped = suffix in GZIPPED and name.endswith(f"{suffix}.gz")
         if name.endswith(suffix) or gzipped:
             return suffix[1:]
     raise UsageError(
         f"{path} is of no known format.",
-        f"The name must end in {', '.join(FORMATS)}; .jsonl, .json and .txt also with .gz.",
+        f"The name must end in {', '.join(FORMATS)}; {', '.join(GZIPPED)} also with .gz.",
     )
 
 
-def row_kind(path: Path) -> Literal["text", "instructions"]:
-    """Whether a file holds texts or instructions, judged by its first row.
-
-    A row with both (the hub's table of Alpaca has both) counts as an instruction.
+def row_layout(path: Path, columns: Columns = None) -> Layout:
+    """What rows a file holds, judged by all keys of its first one; later rows must be alike.
 
     Raises:
-        UsageError: the file is empty or its first row is neither.
+        UsageError: the file is empty, or its first row is of no layout or of several.
     """
-    for number, value in islice(json_values(path), 1):
+    for number, value in islice(json_values(path, columns), 1):
         if isinstance(value, dict):
-            if "instruction" in value and "output" in value:
-                return "instructions"
-            if "text" in value:
-                return "text"
-        raise UsageError(f"{path}:{number}: this row is neither text nor an instruction.", _HINT)
+            return layout_of(mapped(value, columns, f"{path}:{number}"), f"{path}:{number}")
+        raise UsageError(f"{path}:{number}: not an object but {shown_value(value)}.", _HINT)
     raise UsageError(f"{path} is empty.", _HINT)
 
 
 def read_rows(
-    path: Path, kind: Literal["text", "instructions"], only: Callable[[dict[str, Any]], bool] = lambda _: True
-) -> Iterator[dict[str, str]]:
-    """The rows of a .jsonl, .json (a list, or JSON lines) or .parquet file; blank lines are passed over.
+    path: Path, layout: Layout, columns: Columns = None, only: Callable[[Row], bool] = lambda _: True
+) -> Iterator[Row]:
+    """The rows of a file of them, as their layout reads them; blank lines are passed over.
 
-    Returns:
-        {"text"} or {"instruction", "input", "output"}, other keys left out.
+    Args:
+        only: rows that are not meant are passed over.
 
     Raises:
         UsageError: a row is broken; the message says `file:row`, rows counted from 1 (lines in JSON lines).
     """
-    for number, value in json_values(path):
+    for number, value in json_values(path, columns):
+        place = f"{path}:{number}"
         if not isinstance(value, dict):
-            raise UsageError(f"{path}:{number}: not an object but {shown_value(value)}.", _HINT)
+            raise UsageError(f"{place}: not an object but {shown_value(value)}.", _HINT)
         if only(value):
-            yield {key: _text_of(path, number, value, key) for key in _KEYS[kind]}
+            yield read_row(mapped(value, columns, place), layout, place)
 
 
 def read_text(path: Path) -> str:
-    """The whole of a .txt or .txt.gz file, with newlines as they are.
+    """The whole of a .txt or .txt.gz file, its line ends a newline each.
 
     Raises:
         UsageError: it is empty, or not UTF-8; the message names the line.
@@ -88,31 +88,10 @@ def read_text(path: Path) -> str:
     text = _decode(path, 1, data).removeprefix("\ufeff")
     if not text.strip():
         raise UsageError(f"{path} is empty.")
-    return text
+    return with_newlines(text, str(path))
 
 
-def _text_of(path: Path, number: int, value: dict[str, Any], key: str) -> str:
-    """One value of a row, checked."""
-    found = value.get(key)
-    if key == "input" and found is None:
-        return ""
-    if key not in value:
-        near = f" It has {', '.join(map(repr, value))}." if value else " It is empty."
-        raise UsageError(f"{path}:{number}: the row has no {key!r}.{near}", _HINT)
-    if not isinstance(found, str):
-        raise UsageError(f"{path}:{number}: {key!r} must be text, not {shown_value(found)}.", _HINT)
-    if SURROGATE.search(found):
-        raise UsageError(f"{path}:{number}: {key!r} holds half a surrogate pair, which is no character.")
-    return found
-
-
-def shown_value(value: Any) -> str:
-    """A JSON value for a message."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return shorten(text, 41)
-
-
-def json_values(path: Path) -> Iterator[tuple[int, Any]]:
+def json_values(path: Path, columns: Columns = None) -> Iterator[tuple[int, Any]]:
     """(row number, value) of a file of rows, not yet checked.
 
     Raises:
@@ -120,15 +99,17 @@ def json_values(path: Path) -> Iterator[tuple[int, Any]]:
     """
     form = file_format(path)
     if form == "parquet":
-        yield from _parquet_values(path)
+        yield from _parquet_values(path, KEYS | set((columns or {}).values()))
         return
-    if form == "json":
-        with _opened(path) as file:
-            while (head := file.read(1)).isspace() or head in (b"\xef", b"\xbb", b"\xbf"):
-                continue
-        if head == b"[":
-            yield from _array_values(path)
-            return
+    if form in ("csv", "tsv"):
+        yield from _table_values(path, "," if form == "csv" else "\t")
+        return
+    with _opened(path) as file:
+        while (head := file.read(1)).isspace() or head in (b"\xef", b"\xbb", b"\xbf"):
+            continue
+    if head == b"[":  # a list, whatever the file is called
+        yield from _array_values(path)
+        return
     with _opened(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_ROW_BYTES + 1), b""), 1):
             if len(line) > MAX_ROW_BYTES:
@@ -155,18 +136,38 @@ def _array_values(path: Path) -> Iterator[tuple[int, Any]]:
     yield from enumerate(_parse(path, 1, text), 1)
 
 
-def _parquet_values(path: Path) -> Iterator[tuple[int, Any]]:
-    """The rows of a Parquet file."""
+def _table_values(path: Path, delimiter: str) -> Iterator[tuple[int, Any]]:
+    """The rows of a .csv or .tsv file, whose first line names its columns; numbers are those of a row's last line."""
+    csv.field_size_limit(MAX_ROW_BYTES)
+    with _opened(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+        reader = csv.DictReader(text, delimiter=delimiter, strict=True)
+        try:
+            for row in reader:
+                if None in row or None in row.values():
+                    width = len(reader.fieldnames or ())
+                    raise UsageError(
+                        f"{path}:{reader.line_num}: more or fewer than the {width} cells of the first line.",
+                        "Put cells with a comma or a line end in double quotes.",
+                    )
+                yield reader.line_num, row
+        except csv.Error as error:
+            raise UsageError(f"{path}:{reader.line_num}: broken table: {error}.") from error
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{path}: not UTF-8 ({error.reason}).", "Save the file as UTF-8.") from error
+
+
+def _parquet_values(path: Path, wanted: set[str] | frozenset[str]) -> Iterator[tuple[int, Any]]:
+    """The rows of a Parquet file; columns that are not wanted are null."""
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
     number = 0
     try:
         for batch in ParquetFile(path).iter_batches(batch_size=1024):
-            columns = [name for name in batch.schema.names if name in ("text", *_KEYS["instructions"])]
-            for value in batch.select(columns).to_pylist():
+            names = batch.schema.names
+            for value in batch.select([name for name in names if name in wanted]).to_pylist():
                 number += 1
-                yield number, value
+                yield number, dict.fromkeys(names) | value
     except (ArrowException, UnicodeDecodeError, OSError) as error:
         if getattr(error, "errno", None) is not None:  # the machine's; pyarrow's own OSErrors have no number
             raise

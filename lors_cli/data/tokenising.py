@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +12,8 @@ from lors_cli.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
-
 DEFAULT_SAMPLES, DEFAULT_LENGTH = 128, 2048
-
-
 BATCH_DOCUMENTS = 256
-
-
 BATCH_CHARS = 1_000_000
 
 
@@ -46,7 +42,51 @@ def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
         return_token_type_ids=False,
         verbose=False,
     )
+    for ids in encoded["input_ids"]:
+        check_known(ids, tokenizer)
     return encoded["input_ids"]
+
+
+def check_known(ids: Iterable[int], tokenizer: Any) -> None:
+    """Refuse tokens that the tokenizer has and the model has no embedding for.
+
+    Raises:
+        UsageError: naming one.
+    """
+    beyond = getattr(tokenizer, "beyond_embedding", None)  # set by models.loading, where there are any
+    if beyond and (found := beyond.keys() & set(ids)):
+        raise UsageError(
+            f"A text holds {beyond[min(found)]!r}, token {min(found)}, which the tokenizer has and the model has no "
+            "embedding for.",
+            "Take it out of the text (and the chat template), or give the model the tokenizer that it was made with.",
+        )
+
+
+def offset_encoder(tokenizer: Any) -> Callable[[list[str]], list[tuple[list[int], list[tuple[int, int]]]]]:
+    """Encodes texts as `encode` does, and says of which characters of its text each token is made.
+
+    Raises:
+        UsageError: the tokenizer is not one of `tokenizers`.
+    """
+    from tokenizers import Tokenizer
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UsageError(
+            f"Instructions need a fast tokenizer, and {type(tokenizer).__name__} is not one.",
+            "Save the tokenizer with a tokenizer.json, or tune on text or on a pre-tokenised file.",
+        )
+    encoder: Any = Tokenizer.from_str(backend.to_str())
+    encoder.post_processor = None  # it adds special tokens, and leaves spaces out of the places of tokens
+    encoder.no_padding()
+    encoder.no_truncation()
+
+    def encode_with_offsets(texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        encodings = encoder.encode_batch(texts, add_special_tokens=False)
+        check_known(chain.from_iterable(found.ids for found in encodings), tokenizer)
+        return [(found.ids, found.offsets) for found in encodings]
+
+    return encode_with_offsets
 
 
 def eos_token_id(tokenizer: Any) -> int:
@@ -144,4 +184,5 @@ def read_tokens(
             f"of {len(tokenizer)}.",
             "The file was made with another model's tokenizer.",
         )
+    check_known(tokens.unique().tolist(), tokenizer)
     return tokens.contiguous()

@@ -53,7 +53,8 @@ def calibration_tokens(
         UsageError: too little text, or a length that the model cannot take.
         MissingError: a file is not there.
     """
-    source = open_source(config.dataset, split="train", data_dir=data_dir)
+    source = open_source(config.dataset, split="train", data_dir=data_dir, columns=config.columns)
+    say_layout(source)
     length = window_length(config.sequence_length, model_max_length)
     if source.path is not None:
         return read_tokens(source.path, tokenizer, config.num_samples, config.sequence_length, model_max_length)
@@ -120,7 +121,8 @@ def tuning_data(config: TuneConfig, tokenizer: Any, *, model_max_length: int, da
     """
     from lors_cli.data.stream.samples import is_streamed, stream_samples
 
-    source = open_source(config.data.dataset, split="train", data_dir=data_dir, want="instructions")
+    source = open_source(config.data.dataset, split="train", data_dir=data_dir, want="instructions",
+                         columns=config.data.columns)  # fmt: skip
     if is_streamed(config, source):
         refuse_for_text(config.data, source)
         return stream_samples(config, source, tokenizer, model_max_length=model_max_length, data_dir=data_dir)
@@ -153,7 +155,8 @@ def tuning_samples(
         MissingError: a file is not there.
     """
     check_length(config.max_length, model_max_length, "max_length")
-    source = open_source(config.dataset, split="train", data_dir=data_dir, want="instructions")
+    source = open_source(config.dataset, split="train", data_dir=data_dir, want="instructions", columns=config.columns)
+    say_layout(source)
     if source.kind == "instructions":
         return instruction_samples(source, config, tokenizer)
     refuse_for_text(config, source)
@@ -177,6 +180,12 @@ def tuning_samples(
     marks = [None] * len(rows) if starts is None else starts.numpy()
     samples = [block_sample(row, mark) for row, mark in zip(rows, marks, strict=True)]
     return TuneData(samples, len(samples), {EMPTY_OUTPUT: 0, NO_LABEL: 0}, blocks.numel())
+
+
+def say_layout(source: TextSource) -> None:
+    """Say what a file's rows were read as, where it could be doubted."""
+    if source.layout not in (None, "text", "instruction/output"):
+        console.info(f"  {source.name}: its rows are read as {source.layout}.")
 
 
 def usual_packing(source: TextSource) -> Literal["concatenated", "separate"] | None:

@@ -8,12 +8,14 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
+from lors_cli import __version__
+from lors_cli.errors import LorsError
 from lors_cli.output.console import gib
 
 GIB = 1 << 30
@@ -37,6 +39,7 @@ NEEDED = {
     "pyyaml": ("yaml", "6.0"),
     "rich": ("rich", "13.8"),
     "typer": ("typer", "0.16"),
+    "zstandard": ("zstandard", "0.22"),
 }
 """Distribution to the name it is imported by and the oldest version that will do."""
 BELOW = {"transformers": "6", "lm-eval": "0.4.14"}
@@ -56,7 +59,6 @@ class Finding:
     warn: it works, but something could be better; fail: lors cannot work so.
     """
 
-    group: str
     name: str
     status: Status
     text: str
@@ -65,48 +67,38 @@ class Finding:
 
 def packages() -> Iterator[Finding]:
     """Python and every package: there, importable, of a version that is known to work."""
-    from lors_cli import __version__
-
-    yield Finding("packages", "lors", "ok", f"{__version__}, from {Path(__file__).parents[1]}")
+    yield Finding("lors", "ok", f"{__version__}, from {Path(__file__).parents[1]}")
     numbers = ".".join(map(str, sys.version_info[:3]))
-    yield Finding("packages", "python", "ok", f"{numbers}, {sys.executable}")
+    yield Finding("python", "ok", f"{numbers}, {sys.executable}")
     for name in NEEDED:
         yield _needed(name)
     for name, purpose in OPTIONAL.items():
-        yield _optional(name, purpose)
+        try:
+            yield Finding(name, "ok", version(name))
+        except PackageNotFoundError:
+            yield Finding(name, "ok", f"not installed; only for {purpose}")
 
 
 def _needed(name: str) -> Finding:
     module, oldest = NEEDED[name]
+    limit = BELOW.get(name)
+    requirement = f"'{name}>={oldest}{f',<{limit}' if limit else ''}'"
     try:
         found = version(name)
     except PackageNotFoundError:
-        return Finding("packages", name, "fail", "not installed", f"pip install '{_requirement(name)}'")
+        return Finding(name, "fail", "not installed", f"pip install {requirement}")
     if _numbers(found) < _numbers(oldest):
-        return Finding("packages", name, "fail", f"{found} is too old", f"pip install '{_requirement(name)}'")
+        return Finding(name, "fail", f"{found} is too old", f"pip install {requirement}")
     try:
         importlib.import_module(module)
     except Exception as error:  # whatever a broken package raises
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        advice = f"pip install --force-reinstall '{_requirement(name)}'"
-        return Finding("packages", name, "fail", f"{found} is broken: {type(error).__name__}: {reason}", advice)
-    limit = BELOW.get(name)
+        text = f"{found} is broken: {type(error).__name__}: {reason}"
+        return Finding(name, "fail", text, f"pip install --force-reinstall {requirement}")
     if limit and _numbers(found) >= _numbers(limit):
-        return Finding("packages", name, "warn", f"{found} is newer than what lors was tested with",
-                       f"If something fails: pip install '{_requirement(name)}'")  # fmt: skip
-    return Finding("packages", name, "ok", found)
-
-
-def _optional(name: str, purpose: str) -> Finding:
-    try:
-        return Finding("packages", name, "ok", version(name))
-    except PackageNotFoundError:
-        return Finding("packages", name, "ok", f"not installed; only for {purpose}")
-
-
-def _requirement(name: str) -> str:
-    limit = BELOW.get(name)
-    return f"{name}>={NEEDED[name][1]}" + (f",<{limit}" if limit else "")
+        text = f"{found} is newer than what lors was tested with"
+        return Finding(name, "warn", text, f"If something fails: pip install {requirement}")
+    return Finding(name, "ok", found)
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -128,9 +120,9 @@ def memory() -> Iterator[Finding]:
         free = min(free, limit - used)
         text += f"; this container may take {gib(limit)} and has taken {gib(used)}"
     if free < 2 * GIB:
-        yield Finding("memory", "memory", "warn", text, "End other programs: the libraries alone take half a GiB.")
+        yield Finding("memory", "warn", text, "End other programs: the libraries alone take half a GiB.")
     else:
-        yield Finding("memory", "memory", "ok", text)
+        yield Finding("memory", "ok", text)
 
 
 def _cgroup_number(name: str) -> int | None:
@@ -151,11 +143,11 @@ def disk() -> Iterator[Finding]:
         free = shutil.disk_usage(there).free
         text = f"{gib(free)} free at {place}"
         if not os.access(there, os.W_OK):
-            yield Finding("disk", name, "warn", f"{place} cannot be written", _OTHER_PLACE[name])
+            yield Finding(name, "warn", f"{place} cannot be written", _OTHER_PLACE[name])
         elif free < 5 * GIB:
-            yield Finding("disk", name, "warn", text, f"Free some space. {_OTHER_PLACE[name]}")
+            yield Finding(name, "warn", text, f"Free some space. {_OTHER_PLACE[name]}")
         else:
-            yield Finding("disk", name, "ok", text)
+            yield Finding(name, "ok", text)
 
 
 _OTHER_PLACE = {
@@ -176,7 +168,7 @@ def hub() -> Iterator[Finding]:
     set_here = [f"{name}={os.environ[name]}" for name in OFFLINE_VARIABLES
                 if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")]  # fmt: skip
     if set_here:
-        yield Finding("hub", "access", "warn", f"off by {', '.join(set_here)}: only what is local or cached is used",
+        yield Finding("access", "warn", f"off by {', '.join(set_here)}: only what is local or cached is used",
                       f"To download: unset {' '.join(part.partition('=')[0] for part in set_here)}")  # fmt: skip
     else:
         yield _reach(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
@@ -191,64 +183,59 @@ def _reach(endpoint: str) -> Finding:
         urlopen(Request(endpoint, method="HEAD"), timeout=HUB_TIMEOUT_S).close()
     except HTTPError as error:
         if error.code >= 500:
-            return Finding("hub", "access", "warn", f"{endpoint} answers with {error.code}", "Try again later.")
+            return Finding("access", "warn", f"{endpoint} answers with {error.code}", "Try again later.")
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", None) or error
-        return Finding("hub", "access", "warn", f"{endpoint} cannot be reached: {reason}",
+        return Finding("access", "warn", f"{endpoint} cannot be reached: {reason}",
                        "Check network and proxy (HTTPS_PROXY), or work from local folders (README, Data).")  # fmt: skip
-    return Finding("hub", "access", "ok", f"{endpoint} can be reached")
+    return Finding("access", "ok", f"{endpoint} can be reached")
 
 
 def _token() -> Finding:
     try:
         from huggingface_hub import get_token
     except ImportError:
-        return Finding("hub", "token", "warn", "not known: huggingface_hub is missing", "pip install huggingface_hub")
+        return Finding("token", "warn", "not known: huggingface_hub is missing", "pip install huggingface_hub")
     if get_token():
-        return Finding("hub", "token", "ok", "there is one (it is not shown, and not checked)")
-    return Finding("hub", "token", "ok", "none; gated models such as Llama need one: hf auth login")
+        return Finding("token", "ok", "there is one (it is not shown, and not checked)")
+    return Finding("token", "ok", "none; gated models such as Llama need one: hf auth login")
 
 
 def data() -> Iterator[Finding]:
     """Which of the named texts and tasks $LORS_DATA_DIR holds."""
-    from lors_cli.data.sources import DATA_DIR_VARIABLE, resolve_data_dir
-    from lors_cli.errors import LorsError
+    from lors_cli.data.sources import DATA_DIR_VARIABLE, SOURCES, resolve_data_dir
     from lors_cli.recipe.schema import SEVEN_TASKS
 
     try:
         folder = resolve_data_dir(None)
     except LorsError as error:
-        yield Finding("data", "folder", "warn", error.message, f"Correct ${DATA_DIR_VARIABLE} or unset it.")
+        yield Finding("folder", "warn", error.message, f"Correct ${DATA_DIR_VARIABLE} or unset it.")
         return
     if folder is None:
-        yield Finding("data", "folder", "ok", f"${DATA_DIR_VARIABLE} is not set: datasets come from the hub")
+        yield Finding("folder", "ok", f"${DATA_DIR_VARIABLE} is not set: datasets come from the hub")
         return
-    yield Finding("data", "folder", "ok", f"{folder} (${DATA_DIR_VARIABLE}); what is missing there is not downloaded")
-    yield from _text_files(folder)
+    yield Finding("folder", "ok", f"{folder} (${DATA_DIR_VARIABLE}); what is missing there is not downloaded")
     from lors_cli.evaluation.tasks import check_tasks
 
+    texts = [name for name in SOURCES if name not in ("pydoc", "wikitext2-lines")]  # which are no files of their own
+    yield from _there("texts", texts, lambda name: _open_text(name, folder), "(pydoc needs no file)")
+    yield from _there("tasks", SEVEN_TASKS, lambda task: check_tasks([task], folder), f"of {len(SEVEN_TASKS)}")
+
+
+def _there(what: str, names: Iterable[str], look: Callable[[str], object], more: str) -> Iterator[Finding]:
+    """Which of these names `look` finds, and why the others are missing."""
     there, missing = [], []
-    for task in SEVEN_TASKS:
+    for name in names:
         try:
-            check_tasks([task], folder)
-            there.append(task)
-        except LorsError as error:
-            missing.append(Finding("data", task, "warn", error.message, error.hint))
-    yield Finding("data", "tasks", "ok", f"{', '.join(there) or 'none'} of {len(SEVEN_TASKS)}")
-    yield from missing
-
-
-def _text_files(folder: Path) -> Iterator[Finding]:
-    from lors_cli.data.sources import SOURCES, open_source
-    from lors_cli.errors import LorsError
-
-    there, missing = [], []
-    for name in (source for source in SOURCES if source != "pydoc"):
-        split: Literal["train", "validation"] = "validation" if name == "wikitext2" else "train"
-        try:
-            open_source(name, split=split, data_dir=folder)
+            look(name)
             there.append(name)
         except LorsError as error:
-            missing.append(Finding("data", name, "warn", error.message, error.hint))
-    yield Finding("data", "texts", "ok", f"{', '.join(there) or 'none'} (pydoc needs no file)")
+            missing.append(Finding(name, "warn", error.message, error.hint))
+    yield Finding(what, "ok", f"{', '.join(there) or 'none'} {more}")
     yield from missing
+
+
+def _open_text(name: str, folder: Path) -> None:
+    from lors_cli.data.sources import open_source
+
+    open_source(name, split="validation" if name == "wikitext2" else "train", data_dir=folder)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lors_cli.doctor.checkups import Finding
-from lors_cli.machine.devices import processor, usable_cores
+from lors_cli.machine.devices import cpu_has_bfloat16, free_memory, processor, resolve_device, usable_cores
 from lors_cli.output.console import gib
 
 if TYPE_CHECKING:
@@ -22,11 +22,11 @@ def devices() -> Iterator[Finding]:
     """The processor with its cores and threads, and each GPU."""
     import torch
 
-    yield Finding("devices", "processor", "ok", f"{processor()}, {_cores()}")
+    yield Finding("processor", "ok", f"{processor()}, {_cores()}")
     yield _threads()
     yield _bfloat16()
     if torch.backends.mps.is_available():
-        yield Finding("devices", "gpu", "ok", "Apple GPU (--device mps); pruning and tuning are tested on CPU and CUDA")
+        yield Finding("gpu", "ok", "Apple GPU (--device mps); pruning and tuning are tested on CPU and CUDA")
     elif not torch.cuda.is_available():
         yield _no_gpu()
     for index in range(torch.cuda.device_count()):
@@ -49,23 +49,21 @@ def _threads() -> Finding:
     setting = os.environ.get("OMP_NUM_THREADS")
     if threads < cores:
         reason = f" (OMP_NUM_THREADS={setting})" if setting else ""
-        return Finding("devices", "threads", "warn", text + reason, f"For all cores: export OMP_NUM_THREADS={cores}")
+        return Finding("threads", "warn", text + reason, f"For all cores: export OMP_NUM_THREADS={cores}")
     if threads > cores:
-        return Finding("devices", "threads", "warn", f"{text}: they get in each other's way",
+        return Finding("threads", "warn", f"{text}: they get in each other's way",
                        f"export OMP_NUM_THREADS={cores}")  # fmt: skip
-    return Finding("devices", "threads", "ok", text)
+    return Finding("threads", "ok", text)
 
 
 def _bfloat16() -> Finding:
     import torch
 
-    from lors_cli.machine.devices import cpu_has_bfloat16
-
     if cpu_has_bfloat16():
         found = torch.cpu.get_capabilities()
         by = " and ".join(word for name, word in FAST_BFLOAT16.items() if found.get(name))
-        return Finding("devices", "bfloat16", "ok", f"in this processor ({by})")
-    return Finding("devices", "bfloat16", "warn", "not in this processor: dtype auto loads float32, twice the memory",
+        return Finding("bfloat16", "ok", f"in this processor ({by})")
+    return Finding("bfloat16", "warn", "not in this processor: dtype auto loads float32, twice the memory",
                    "A processor with AVX512-BF16, AMX or Arm BF16, or a GPU, takes half the memory.")  # fmt: skip
 
 
@@ -74,8 +72,8 @@ def _no_gpu() -> Finding:
 
     if Path("/proc/driver/nvidia/version").is_file() and torch.version.cuda is None:
         text = f"there is an NVIDIA driver, but torch {torch.__version__} is a CPU build"
-        return Finding("devices", "gpu", "warn", text, "Install a CUDA build: https://pytorch.org/get-started/locally/")
-    return Finding("devices", "gpu", "ok", "none that torch can use; everything runs on the CPU")
+        return Finding("gpu", "warn", text, "Install a CUDA build: https://pytorch.org/get-started/locally/")
+    return Finding("gpu", "ok", "none that torch can use; everything runs on the CPU")
 
 
 def _gpu(index: int) -> Finding:
@@ -86,19 +84,17 @@ def _gpu(index: int) -> Finding:
         free, total = torch.cuda.mem_get_info(index)
         major, minor = torch.cuda.get_device_capability(index)
     except RuntimeError as error:
-        return Finding("devices", name, "warn", f"{torch.cuda.get_device_name(index)}: {str(error).splitlines()[0]}",
+        return Finding(name, "warn", f"{torch.cuda.get_device_name(index)}: {str(error).splitlines()[0]}",
                        "Another process may hold it; choose another with --device.")  # fmt: skip
     text = f"{torch.cuda.get_device_name(index)}, {gib(free)} free of {gib(total)}, compute capability {major}.{minor}"
     if free < total / 2:
-        return Finding("devices", name, "warn", text, "Another process holds its memory (nvidia-smi).")
-    return Finding("devices", name, "ok", text)
+        return Finding(name, "warn", text, "Another process holds its memory (nvidia-smi).")
+    return Finding(name, "ok", text)
 
 
 def fast_paths() -> Iterator[Finding]:
     """What makes lors fast here, and why something does not."""
     import torch
-
-    from lors_cli.machine.devices import cpu_has_bfloat16, resolve_device
 
     device = resolve_device("auto")
     fast = device.type != "cpu" or cpu_has_bfloat16()
@@ -115,8 +111,8 @@ def _merge(device: torch.device, dtype: torch.dtype) -> Finding:
 
     text = f"{str(dtype).removeprefix('torch.')} on {device.type}: {how_merged(device, dtype)}"
     if device.type == "cuda" and why_no_kernel(device, dtype):
-        return Finding("fast paths", "LoRS merge", "warn", text, "pip install triton; it needs compute capability 8.0.")
-    return Finding("fast paths", "LoRS merge", "ok", text)
+        return Finding("LoRS merge", "warn", text, "pip install triton; it needs compute capability 8.0.")
+    return Finding("LoRS merge", "ok", text)
 
 
 def _compressed(device: torch.device, dtype: torch.dtype) -> Finding:
@@ -126,30 +122,26 @@ def _compressed(device: torch.device, dtype: torch.dtype) -> Finding:
         text = "tune.base=compressed (2:4) saves memory and costs time: each weight is restored for its merge"
     else:
         text = "tune.base=compressed (2:4) saves memory at no cost: the CUDA kernel reads it as it is"
-    return Finding("fast paths", "compressed base", "ok", text)
+    return Finding("compressed base", "ok", text)
 
 
 def _cache(device: torch.device) -> Finding:
-    import psutil
-    import torch
-
     from lors_cli.tuning.kernels.cache import SHARE_OF_FREE
 
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    share = f"{SHARE_OF_FREE:.0%} of what is free"
-    text = f"all merged weights are kept where they take at most {gib(SHARE_OF_FREE * free)}, {share}"
-    return Finding("fast paths", "merged cache", "ok", text)
+    most, share = gib(SHARE_OF_FREE * free_memory(str(device))), f"{SHARE_OF_FREE:.0%} of what is free"
+    text = f"all merged weights are kept where they take at most {most}, {share}"
+    return Finding("merged cache", "ok", text)
 
 
 def _attention(device: torch.device) -> Finding:
     import torch
 
     if device.type != "cuda":
-        return Finding("fast paths", "attention", "ok", "torch's scaled_dot_product_attention")
+        return Finding("attention", "ok", "torch's scaled_dot_product_attention")
     on = [name for name, enabled in (("flash", torch.backends.cuda.flash_sdp_enabled()),
                                      ("memory-efficient", torch.backends.cuda.mem_efficient_sdp_enabled()),
                                      ("cuDNN", torch.backends.cuda.cudnn_sdp_enabled())) if enabled]  # fmt: skip
-    return Finding("fast paths", "attention", "ok", f"torch's scaled_dot_product_attention ({', '.join(on)})")
+    return Finding("attention", "ok", f"torch's scaled_dot_product_attention ({', '.join(on)})")
 
 
 def _tokenizers() -> Finding:
@@ -157,6 +149,6 @@ def _tokenizers() -> Finding:
 
     setting = os.environ.get("TOKENIZERS_PARALLELISM", "true").lower()
     if setting in ("false", "0", "off", "no"):
-        return Finding("fast paths", "tokenizers", "warn", f"one thread (TOKENIZERS_PARALLELISM={setting})",
+        return Finding("tokenizers", "warn", f"one thread (TOKENIZERS_PARALLELISM={setting})",
                        "unset TOKENIZERS_PARALLELISM")  # fmt: skip
-    return Finding("fast paths", "tokenizers", "ok", f"{version('tokenizers')}, in Rust, on all threads")
+    return Finding("tokenizers", "ok", f"{version('tokenizers')}, in Rust, on all threads")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 from lors_cli.doctor import checkups, devices
@@ -22,48 +23,40 @@ CHECKUPS: dict[str, Callable[[], Iterator[Finding]]] = {
 STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 
-def examine() -> list[Finding]:
-    """Look at everything; nothing is changed and no secret is read out.
+def examine() -> dict[str, list[Finding]]:
+    """Look at everything, group by group; nothing is changed and no secret is read out.
 
-    Returns:
-        The findings, group by group. A group that could not be looked at is one finding that says why.
+    What could not be looked at in a group is a finding that says why.
     """
-    found: list[Finding] = []
+    found: dict[str, list[Finding]] = {group: [] for group in CHECKUPS}
     for group, checkup in CHECKUPS.items():
         with progress.busy(f"looking at {group}"):
             try:
-                found += checkup()
+                found[group].extend(checkup())
             except Exception as error:  # a checkup must not end the check-up
                 why, advice = f"{type(error).__name__}: {error}", "Please report this."
                 if isinstance(error, ImportError):
                     why, advice = f"the package {error.name} is missing or broken", "See packages, above."
-                found.append(Finding(group, group, "warn", f"not known: {why}", advice))
+                found[group].append(Finding(group, "warn", f"not known: {why}", advice))
     return found
 
 
-def document(findings: list[Finding]) -> dict[str, Any]:
+def document(findings: dict[str, list[Finding]]) -> dict[str, Any]:
     """The JSON document: `ok` is false when lors cannot work."""
-    from dataclasses import asdict
-
-    return {"ok": not any_failed(findings), "checks": [asdict(finding) for finding in findings]}
-
-
-def any_failed(findings: list[Finding]) -> bool:
-    """Whether lors cannot work here."""
-    return any(finding.status == "fail" for finding in findings)
+    checks = [{"group": group, **asdict(finding)} for group, found in findings.items() for finding in found]
+    return {"ok": all(check["status"] != "fail" for check in checks), "checks": checks}
 
 
-def show(findings: list[Finding]) -> None:
+def show(findings: dict[str, list[Finding]]) -> None:
     """A line a finding, with what to do below it; with -q only what is missing."""
-    group = None
-    for finding in findings:
-        if finding.status == "ok" and console.verbosity() < 0:
-            continue
-        if finding.group != group:
-            console.result(f"\n{finding.group}" if group else finding.group)
-            group = finding.group
-        console.check(finding.status, STYLES[finding.status], finding.name, finding.text, finding.advice)
-    counts = Counter(finding.status for finding in findings)
+    quiet = console.verbosity() < 0
+    shown = {group: [finding for finding in found if not quiet or finding.status != "ok"]
+             for group, found in findings.items()}  # fmt: skip
+    for number, group in enumerate(name for name, found in shown.items() if found):
+        console.result(f"\n{group}" if number else group)
+        for finding in shown[group]:
+            console.check(finding.status, STYLES[finding.status], finding.name, finding.text, finding.advice)
+    counts = Counter(finding.status for found in findings.values() for finding in found)
     if counts["fail"]:
         console.result(f"\n{counts['fail']} to repair before lors can work here, {counts['warn']} warnings.")
     elif counts["warn"]:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lors_cli.data.text_files import SURROGATE, json_values, shown_value
+from lors_cli.data.layouts import SURROGATE, shown_value
+from lors_cli.data.text_files import json_values
 from lors_cli.errors import UsageError
 
 Row = dict[str, Any]
@@ -59,8 +60,8 @@ def _choices(question: str) -> Callable[[Row], str]:
     return check
 
 
-def _boolq(row: Row) -> str:
-    return _texts(row, "question", "passage") or _one_of(row, "label", [0, 1])
+def _columns(*texts: str, answer: str, values: list[Any]) -> Callable[[Row], str]:
+    return lambda row: _texts(row, *texts) or _one_of(row, answer, values)
 
 
 def _hellaswag(row: Row) -> str:
@@ -70,16 +71,14 @@ def _hellaswag(row: Row) -> str:
     return _texts(row, "activity_label", "ctx_a", "ctx_b") or _one_of(row, "label", labels)
 
 
-def _rte(row: Row) -> str:
-    return _texts(row, "sentence1", "sentence2") or _one_of(row, "label", [0, 1])
-
-
 def _winogrande(row: Row) -> str:
     wrong = _texts(row, "sentence", "option1", "option2") or _one_of(row, "answer", ["1", "2"])
     return wrong or ("" if "_" in row["sentence"] else "'sentence' has no _ where the options go")
 
 
 _CHECKS: dict[str, Callable[[Row], str]] = {
-    "arc_challenge": _choices("question"), "arc_easy": _choices("question"), "boolq": _boolq,
-    "hellaswag": _hellaswag, "openbookqa": _choices("question_stem"), "rte": _rte, "winogrande": _winogrande,
+    "arc_challenge": _choices("question"), "arc_easy": _choices("question"),
+    "boolq": _columns("question", "passage", answer="label", values=[0, 1]),
+    "hellaswag": _hellaswag, "openbookqa": _choices("question_stem"),
+    "rte": _columns("sentence1", "sentence2", answer="label", values=[0, 1]), "winogrande": _winogrande,
 }  # fmt: skip

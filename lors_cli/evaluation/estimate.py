@@ -18,7 +18,7 @@ TASK_DOCUMENTS = {
 """Documents of a task, and tokens of one with all its answers (4.4 characters a token)."""
 OTHER_TASK = (1000, 300)
 """Of a task that is not among them."""
-TEXT_TOKENS = {"wikitext2": 300_000}
+TEXT_TOKENS = {"wikitext2": 300_000, "wikitext2-lines": 300_000}
 """Tokens of a text that is measured whole."""
 
 

@@ -14,10 +14,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lors_cli.errors import MissingError, UsageError, innermost, translate
+from lors_cli.errors import UsageError, innermost, translate
 from lors_cli.evaluation.documents import check_documents
 from lors_cli.evaluation.plain_results import TaskResult, plain_result
-from lors_cli.evaluation.tasks import documents_file, task_definition
+from lors_cli.evaluation.tasks import dataset_error, documents_file, task_definition
 from lors_cli.output import console, progress
 
 _SEED = 1234
@@ -36,14 +36,10 @@ def score_task(
     folder: Path,
     label: str = "",
 ) -> TaskResult:
-    """Score a causal LM on one task, zero-shot.
+    """Score a causal LM, in evaluation mode, on one task, zero-shot.
 
     Args:
-        model: causal LM in evaluation mode, on its device.
-        tokenizer: its own.
-        task: one of the seven tasks, pydoc_choice, or any task of lm-eval.
         limit: at most so many documents, the first ones.
-        batch_size: see `score_choices`.
         data_dir: folder with local copies of the seven tasks' documents, None for the hub.
         folder: for generated files; may be deleted afterwards.
         label: the model's name, for the progress display.
@@ -99,14 +95,7 @@ def _load_task(name: str, definition: Path, local: Path | None) -> Any:
         known = translate(error)
         if local is not None and (known is None or isinstance(known, UsageError)):
             raise UsageError(f"{local}: not the documents of {name}: {innermost(error)}") from error
-        if known is None and isinstance(error, FileNotFoundError):  # a metric or script that is fetched by name
-            known = MissingError(str(error).splitlines()[0])
-        if not isinstance(known, MissingError):
-            raise
-        hint = "Connect, or give a folder of local copies as data_dir (or $LORS_DATA_DIR)."
-        if "loading script" in known.message:
-            hint = "Score another task, maybe one of the same documents: `lm-eval ls tasks` names them all."
-        raise MissingError(f"The task {name} cannot be loaded: {known.message}", hint) from error
+        raise dataset_error(name, error) from error
     task = loaded[name]
     task.set_config(key="num_fewshot", value=0)
     task.set_fewshot_seed(seed=_SEED)

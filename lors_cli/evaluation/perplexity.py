@@ -33,7 +33,6 @@ def token_perplexity(
     Several processes deal out the batches, which are those of one process, and add up in its order.
 
     Args:
-        model: causal LM in evaluation mode.
         windows: token ids (windows, sequence_length), int64; the first token of a window is not predicted.
         batch_size: windows a forward pass, fewer where their logits would pass `MAX_BATCH_LOGITS`.
         on_progress: called with the number of windows that were scored since the last call.

@@ -121,26 +121,9 @@ def eval_fingerprint(config: EvalConfig, model_fingerprints: Mapping[str, str], 
     return whole_fingerprint(pieces_of(config, model_fingerprints, Path(), data_dir))
 
 
-def pending_pieces(
-    config: EvalConfig, model_fingerprints: Mapping[str, str | None], out: Path, data_dir: Path | None
-) -> list[tuple[str, str]]:
-    """What `evaluate` would still have to score; neither models nor documents are loaded for it.
-
-    Args:
-        config: as for `evaluate`.
-        model_fingerprints: label to `sources.model_fingerprint`, None for a model that is yet to be made.
-        out: the stage's folder.
-        data_dir: as for `evaluate`.
-
-    Returns:
-        Pairs of label and task or text.
-    """
-    known = {label: fingerprint or "" for label, fingerprint in model_fingerprints.items()}
-    return [
-        (piece.label, piece.name)
-        for piece in pieces_of(config, known, out, data_dir)
-        if model_fingerprints[piece.label] is None or piece.stored() is None
-    ]
+def pending(pieces: Iterable[Piece]) -> list[Piece]:
+    """Those that are still to be scored."""
+    return [piece for piece in pieces if piece.stored() is None]
 
 
 def take_over(
@@ -149,9 +132,7 @@ def take_over(
     """Copy from other evaluations what they have measured already of the same models, and how many pieces that is."""
     taken = 0
     others = [folder for folder in folders if folder != out]
-    for piece in pieces_of(config, model_fingerprints, out, data_dir):
-        if piece.stored() is not None:
-            continue
+    for piece in pending(pieces_of(config, model_fingerprints, out, data_dir)):
         for folder in others:
             samples = piece.samples and folder / piece.samples.relative_to(out)
             twin = replace(piece, path=folder / piece.path.relative_to(out), samples=samples)

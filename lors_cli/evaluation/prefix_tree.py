@@ -74,9 +74,7 @@ def build_rows(
     """Rows that hold every choice; equal sequences and prefixes of one another are always computed once.
 
     Args:
-        choices: in any order.
         max_tokens: a row with branches is no longer than this.
-        branches: whether a row may have any.
         window: a document with a longer sequence gets rows without any.
     """
     documents: dict[Hashable, list[int]] = {}

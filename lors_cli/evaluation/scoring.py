@@ -59,8 +59,6 @@ def score_choices(
     Several processes deal out the batches, which are those of one process.
 
     Args:
-        model: causal LM in evaluation mode.
-        choices: in any order.
         batch_size: a batch has at most so many tokens as this number of the longest sequence.
         on_progress: called with the number of choices that were scored since the last call.
 

@@ -12,6 +12,7 @@ from typing import Any
 from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
 
+from lors_cli.data.tokenising import check_known
 from lors_cli.errors import UsageError
 from lors_cli.evaluation.prefix_tree import Choice
 from lors_cli.evaluation.scoring import score_choices
@@ -63,6 +64,16 @@ class ShownModel(HFLM):
         if tokens[:1] == [self.prefix_token_id]:
             return tokens[:1], tokens[1:]
         return [self.prefix_token_id], tokens
+
+    def tok_encode(self, *arguments: Any, **options: Any) -> list[int]:
+        tokens = super().tok_encode(*arguments, **options)
+        check_known(tokens, self.tokenizer)
+        return tokens
+
+    def tok_batch_encode(self, *arguments: Any, **options: Any) -> Any:
+        tokens, mask = super().tok_batch_encode(*arguments, **options)
+        check_known(tokens.unique().tolist(), self.tokenizer)
+        return tokens, mask
 
     @contextmanager
     def _counted(self, total: int, unit: str) -> Iterator[None]:

@@ -76,9 +76,7 @@ def p_text(p_value: float) -> str:
 def mcnemar(better: int, worse: int) -> float:
     """Exact two-sided p-value of McNemar's test: of equal models, a coin's toss tells which has a document right.
 
-    Args:
-        better: documents that only the first model has right.
-        worse: documents that only the second model has right.
+    `better` counts the documents that only the first model has right, `worse` those that only the second has.
 
     Source: McNemar 1947, doi:10.1007/BF02295996; the exact form is the sign test.
     """
@@ -137,7 +135,7 @@ def permutation_test(differences: Sequence[Sequence[float]], *, rounds: int = RO
 
 
 def _parts(rounds: int, width: int) -> Iterator[slice]:
-    """All rounds, as many at a time as draw no more than `_MAX_DRAWN` numbers."""
+    """All rounds, as many at a time as draw no more than `_MAX_DRAWN` numbers of `width` a round."""
     step = max(1, _MAX_DRAWN // width)
     return (slice(first, min(first + step, rounds)) for first in range(0, rounds, step))
 
@@ -159,26 +157,25 @@ def compare(
         apart = [found[document] - other[task][document] for document in sorted(found)]
         better, worse = sum(value > 0 for value in apart), sum(value < 0 for value in apart)
         whole = {*found.values(), *other[task].values()} <= {0, 1}
-        p_value = mcnemar(better, worse) if whole else permutation_test([apart])
-        test = "McNemar" if whole else "permutation"
-        tasks[task] = TaskComparison(len(apart), sum(apart) / len(apart), better, worse, p_value, test)
+        tested = _test(better, worse, [apart], whole)
+        tasks[task] = TaskComparison(len(apart), sum(apart) / len(apart), better, worse, *tested)
         differences.append(apart)
     low, high = bootstrap_interval(differences)
-    if all(task.test == "McNemar" for task in tasks.values()):
-        better, worse = (sum(getattr(task, side) for task in tasks.values()) for side in ("better", "worse"))
-        p_value, test = mcnemar(better, worse), "McNemar"
-    else:
-        p_value, test = permutation_test(differences), "permutation"
+    better, worse = sum(task.better for task in tasks.values()), sum(task.worse for task in tasks.values())
+    tested = _test(better, worse, differences, all(task.test == "McNemar" for task in tasks.values()))
     difference = sum(task.difference for task in tasks.values()) / len(tasks)
-    return Comparison(first, second, difference, low, high, p_value, test, tasks)
+    return Comparison(first, second, difference, low, high, *tested, tasks)
+
+
+def _test(better: int, worse: int, differences: Sequence[Sequence[float]], whole: bool) -> tuple[float, str]:
+    """The p-value and the test's name; `whole` scores are 0 or 1."""
+    return (mcnemar(better, worse), "McNemar") if whole else (permutation_test(differences), "permutation")
 
 
 def compare_models(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> list[Comparison]:
     """The models of an evaluation two by two, on the tasks that their averages are of.
 
-    Args:
-        folder: of the eval stage, with `samples/`.
-        results: as `evaluate` returns them.
+    `folder` is the stage's, with `samples/`; `results` are as `evaluate` returns them.
 
     Returns:
         Tuned against pruned, pruned against dense, tuned against dense, as far as they are there; models of other
@@ -207,7 +204,7 @@ def _read_accuracies(folder: Path, label: str, result: Mapping[str, Any]) -> dic
         found = {row["doc_id"]: row.get("acc") for row in rows if "filter" not in row}
         if not found or None in found.values():
             return {}
-        if not math.isclose(fmean(found.values()), result["tasks"][task]["acc"] or 0, abs_tol=1e-6):
+        if not math.isclose(fmean(found.values()), result["tasks"].get(task, {}).get("acc") or 0, abs_tol=1e-6):
             return {}
         accuracies[task] = found
     return accuracies

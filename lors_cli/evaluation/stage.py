@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lors_cli.evaluation.pieces import PERPLEXITY_FIELDS, Piece, pieces_of, whole_fingerprint
+from lors_cli.evaluation.pieces import PERPLEXITY_FIELDS, Piece, pending, pieces_of, whole_fingerprint
 from lors_cli.evaluation.plain_results import finite
 from lors_cli.evaluation.summary import average
 from lors_cli.evaluation.tasks import check_tasks
@@ -36,9 +36,8 @@ def evaluate(
     """Score several models on the configured tasks and texts, as far as that is not done yet.
 
     Args:
-        config: tasks, texts, limits; `config.models` is not read.
+        config: its `models` is not read.
         model_configs: label to model, in the order of the results; a label names the model's files.
-        out: the stage's folder.
         data_dir: folder with local copies of the datasets, None for the hub.
 
     Returns:
@@ -55,14 +54,10 @@ def evaluate(
         shutil.rmtree(_scratch(out), ignore_errors=True)  # of a run that was killed
         for label, model_config in model_configs.items():
             mine = [piece for piece in pieces if piece.label == label]
-            missing = processes.from_main(partial(_missing, mine))
+            missing = processes.from_main(partial(pending, mine))
             if missing:
                 _score_model(config, model_config, missing, out, data_dir, already=len(mine) - len(missing))
         return processes.from_main(lambda: _publish(config, model_configs, fingerprints, pieces, out))
-
-
-def _missing(pieces: Sequence[Piece]) -> list[Piece]:
-    return [piece for piece in pieces if piece.stored() is None]
 
 
 def _scratch(out: Path) -> Path:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lors_cli.data import pydoc_text
-from lors_cli.errors import MissingError, UsageError
+from lors_cli.errors import MissingError, UsageError, translate
 from lors_cli.files import atomic, hashes
 from lors_cli.recipe.schema import SEVEN_TASKS
 
@@ -44,6 +44,8 @@ assert tuple(_BUILT_IN) == SEVEN_TASKS
 _NAME_LINE = re.compile(r"""^["']?(task|group|class)["']?[ \t]*:[ \t]*["']?([^\s"'#\[]*)""", re.MULTILINE)
 _TAG_LINE = re.compile(r"^tag[ \t]*:[ \t]*(\S*)((?:\s*\n[ \t]*-[ \t]*\S+)*)", re.MULTILINE)
 _UNSAFE_LINE = re.compile(r"^unsafe_code[ \t]*:[ \t]*true", re.MULTILINE | re.IGNORECASE)
+_PATH_LINE = re.compile(r"""^dataset_path[ \t]*:[ \t]*["']?([\w./-]+)""", re.MULTILINE)
+_PART_LINE = re.compile(r"""^dataset_name[ \t]*:[ \t]*["']?([\w.~/-]*)""", re.MULTILINE)
 _INCLUDE_LINE = re.compile(r"""^include[ \t]*:[ \t]*["']?([^\s"'#]+)""", re.MULTILINE)
 
 
@@ -115,6 +117,42 @@ def task_fingerprint(name: str, data_dir: Path | None) -> str:
     elif local is not None:
         inputs["documents"] = hashes.cached_sha256(local)
     return hashes.fingerprint("task", 1, name, inputs)
+
+
+def open_dataset(name: str, data_dir: Path | None) -> None:
+    """Open the builder of a task's dataset on the hub; nothing where its documents are local or made by code.
+
+    Raises:
+        MissingError: it is not to be had, or is a script.
+        UsageError: it has no such part.
+    """
+    if name == PYDOC_TASK or documents_file(name, data_dir) is not None:
+        return
+    text = "\n".join(_definition_text(_definition_file(name)))
+    path, part = (found[1] if (found := pattern.search(text)) else None for pattern in (_PATH_LINE, _PART_LINE))
+    if path is None or "/" not in path:  # json and the like, or code of its own
+        return
+    from datasets import load_dataset_builder
+
+    try:
+        load_dataset_builder(path, None if part in ("null", "~", "") else part)
+    except Exception as error:
+        raise dataset_error(name, error) from error
+
+
+def dataset_error(name: str, error: Exception) -> Exception:
+    """What to raise where the documents of a task cannot be had; a bug stays itself."""
+    known = translate(error)
+    if known is None and isinstance(error, FileNotFoundError):  # a metric or script that is fetched by name
+        known = MissingError(str(error).splitlines()[0])
+    if known is None and "BuilderConfig" in str(error):
+        return UsageError(f"The task {name} cannot be loaded: {str(error).splitlines()[0]}")
+    if not isinstance(known, MissingError):
+        return error
+    hint = "Connect, or give a folder of local copies as data_dir (or $LORS_DATA_DIR)."
+    if "loading script" in known.message:
+        hint = "Score another task, maybe one of the same documents: `lm-eval ls tasks` names them all."
+    return MissingError(f"The task {name} cannot be loaded: {known.message}", hint)
 
 
 def _local_definition(name: str, definition: Path, split: str, documents: Path, cache: Path) -> str:

@@ -11,12 +11,7 @@ from typing import Any
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file so that readers see the old content or the new, never a part.
-
-    Args:
-        path: its folder is made when missing.
-        data: the whole content.
-    """
+    """Write a file, its folder too, so that readers see the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -65,9 +60,7 @@ def read_json(path: Path) -> Any | None:
     """The file's JSON, or None when it is absent or not whole."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (ValueError, RecursionError):  # not JSON, not UTF-8, or nested without end
+    except (FileNotFoundError, ValueError, RecursionError):  # not there, not JSON or UTF-8, or nested without end
         return None
 
 

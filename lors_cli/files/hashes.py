@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 import time
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -16,14 +15,10 @@ from lors_cli.files.atomic import read_json, write_json
 
 def file_sha256(path: Path) -> str:
     """The SHA-256 of a file's content, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _digest(file)
-
-
-def _digest(file: Any) -> str:
     digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest()
 
 
@@ -73,16 +68,11 @@ def plain(value: Any) -> Any:
 
 
 def fingerprint(stage: str, version: int, config: Any, inputs: dict[str, Any]) -> str:
-    """A short hash of everything that a stage's result depends on.
+    """A short hash, 32 hexadecimal digits, of everything that a stage's result depends on.
 
     Args:
-        stage: its name.
         version: raised when the stage's code changes its results.
-        config: the stage's config (dataclass or plain values).
         inputs: fingerprints of the model and of the data it reads.
-
-    Returns:
-        32 hexadecimal digits.
     """
     content = json.dumps(plain([stage, version, config, inputs]), sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(content.encode()).hexdigest()[:32]

@@ -103,12 +103,13 @@ def _open_locked(folder: Path) -> tuple[IO[str], bool]:
             raise UsageError(
                 f"{folder} is in use by {owner or 'another process'}.", "Wait for it to end, or choose another --out."
             ) from None
-        if _is_there(path, file):
+        if is_there(path, file):
             return file, True
         file.close()  # its folder was removed, and perhaps made anew, between opening and locking
 
 
-def _is_there(path: Path, file: IO[str]) -> bool:
+def is_there(path: Path, file: IO[str]) -> bool:
+    """Whether an open file is still what lies at `path`."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, stage records, fingerprints.
+"""Records of finished stages, and how a stage's results are put into place.
 
 A stage's results are prepared in `<stage>/.staging`, its resumable state in
 `<stage>/.work`; `publish` renames the results into place and writes `stage.json` last.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,12 @@ class StageRecord:
     files: dict[str, str]
 
 
+_RECORD_TYPES: dict[str, Any] = {
+    "stage": str, "fingerprint": str, "config": dict, "inputs": dict, "metrics": dict, "environment": dict,
+    "elapsed_s": (int, float), "files": dict,
+}  # fmt: skip
+
+
 def read_record(folder: Path) -> StageRecord | None:
     """The record of the stage in `folder`, or None when it is not finished."""
     content = read_json(folder / RECORD_NAME)
@@ -49,30 +55,15 @@ def read_record(folder: Path) -> StageRecord | None:
     return StageRecord(**content)
 
 
-_RECORD_TYPES: dict[str, Any] = {
-    "stage": str, "fingerprint": str, "config": dict, "inputs": dict, "metrics": dict, "environment": dict,
-    "elapsed_s": (int, float), "files": dict,
-}  # fmt: skip
-
-
 def inner_names(names: Any) -> list[str] | None:
-    """`names` if all of them are of files below a folder, None where one would lead out of it or is no name.
-
-    Args:
-        names: read from a file that anyone may have written.
-    """
+    """`names`, which anyone may have written, if all are of files below a folder, None where one leads out of it."""
     if not isinstance(names, list) or not all(isinstance(name, str) and name and "\0" not in name for name in names):
         return None
     return None if any(Path(name).is_absolute() or ".." in Path(name).parts for name in names) else names
 
 
 def is_finished(folder: Path, expected_fingerprint: str) -> bool:
-    """Whether `folder` holds the whole result of exactly this stage: its record and every file, as written.
-
-    Args:
-        folder: the stage's folder.
-        expected_fingerprint: of the stage asked for.
-    """
+    """Whether `folder` holds the whole result of exactly this stage: its record and every file, as written."""
     record = read_record(folder)
     if record is None or record.fingerprint != expected_fingerprint:
         return False
@@ -81,18 +72,11 @@ def is_finished(folder: Path, expected_fingerprint: str) -> bool:
 
 
 def work_dir(folder: Path, expected_fingerprint: str) -> Path:
-    """The folder for resumable state; state of another fingerprint is thrown away.
-
-    Args:
-        folder: the stage's folder, made when missing.
-        expected_fingerprint: of the stage that is to run.
-    """
+    """The folder for a stage's resumable state; state of another fingerprint is thrown away."""
     work = folder / WORK_NAME
-    marker = read_json(work / "fingerprint.json")
-    if work.exists() and marker != expected_fingerprint:
-        shutil.rmtree(work)
-    if not work.exists():
-        work.mkdir(parents=True)
+    if read_json(work / "fingerprint.json") != expected_fingerprint:
+        if work.exists():
+            shutil.rmtree(work)
         write_json(work / "fingerprint.json", expected_fingerprint)
     return work
 
@@ -113,7 +97,6 @@ def publish(folder: Path, record: StageRecord, *, keep: Sequence[str] = ()) -> S
     of every name that may be there lets the next call remove what neither it nor `keep` has.
 
     Args:
-        folder: the stage's folder, with its results in `.staging`.
         record: its `files` are filled in here.
         keep: names in `folder` that belong to the result though they were not staged.
     """
@@ -138,7 +121,7 @@ def publish(folder: Path, record: StageRecord, *, keep: Sequence[str] = ()) -> S
 
     with progress.busy("hashing the results"):
         files = {name: file_sha256(folder / name) for name in sorted({*names, *keep}) if (folder / name).is_file()}
-    finished = StageRecord(**{**asdict(record), "files": files})
+    finished = replace(record, files=files)
     write_json(folder / RECORD_NAME, plain(finished))
     (folder / JOURNAL_NAME).unlink()
     shutil.rmtree(staging)
@@ -147,11 +130,7 @@ def publish(folder: Path, record: StageRecord, *, keep: Sequence[str] = ()) -> S
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """What a kill after the last step of `publish` has left beside a finished stage's results.
-
-    Args:
-        folder: of a finished stage; work of other settings that was begun there is not among them.
-    """
+    """What a kill after the last step of `publish` has left; work of other settings begun there is not among it."""
     record = read_record(folder)
     assert record is not None, folder
     left = [folder / STAGING_NAME, folder / JOURNAL_NAME]

@@ -19,10 +19,8 @@ REFUSAL = "does not have a deterministic implementation"
 def determinism(wanted: bool) -> Iterator[None]:
     """Have torch choose only operations that give the same bits each time, for as long as the context lasts.
 
-    It must be entered before the first product on a GPU. TF32 and cuDNN's choice by trial are off too.
-
-    Args:
-        wanted: False changes nothing.
+    It must be entered before the first product on a GPU. TF32 and cuDNN's choice by trial are off too. Without
+    `wanted` nothing changes.
 
     Raises:
         UsageError: an operation of the model has no such form on this device.

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import platform
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lors_cli.errors import UsageError
@@ -9,11 +13,6 @@ from lors_cli.machine import processes
 
 if TYPE_CHECKING:
     import torch
-
-import os
-import platform
-from functools import cache
-from pathlib import Path
 
 
 @cache

@@ -8,12 +8,9 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lors_cli.machine.devices import processor, usable_processors
-
-if TYPE_CHECKING:
-    pass
 
 GIT_TIMEOUT_S = 20
 
@@ -39,9 +36,6 @@ def hardware() -> dict[str, Any]:
 @cache
 def code_version(folder: Path | None = None) -> dict[str, Any] | None:
     """The commit of the checkout that the code runs from, None where it is installed without one or git is absent.
-
-    Args:
-        folder: the package's; default: this one's.
 
     Returns:
         {"commit", "dirty"}: the commit's hash, None before the first one; whether the package's files differ from it.

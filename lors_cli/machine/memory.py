@@ -5,8 +5,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
-from functools import cache
-from typing import Any
 
 
 def memory_in_use() -> int:
@@ -24,8 +22,7 @@ def gpu_memory_in_use() -> int:
 
 def give_back_memory() -> None:
     """Return freed memory to the system: glibc keeps what was taken for tensors below 32 MB, in pieces."""
-    trim = _trim()
-    if trim is not None:
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)
 
 
@@ -36,8 +33,3 @@ def collect_garbage() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-@cache
-def _trim() -> Any | None:
-    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None

@@ -95,11 +95,7 @@ def joined() -> Iterator[None]:
 
 
 def first_failure(exit_code: int) -> int | None:
-    """The exit code of the process that failed before this one; None if this is the first, which then speaks.
-
-    Args:
-        exit_code: of this process.
-    """
+    """The exit code of the process that failed before this one; None if this is the first, which then speaks."""
     if num_processes() == 1:
         return None
     if not is_joined():  # what can fail so early fails alike in all
@@ -165,11 +161,7 @@ def deal(items: Sequence[S], work: Callable[[S], T], on_progress: Callable[[S], 
 
 
 def from_main(make: Callable[[], T]) -> T:
-    """What the main process makes, for all of them; an error of it is everyone's.
-
-    Args:
-        make: called in the main process alone; makes plain data.
-    """
+    """What the main process alone makes, plain data, for all of them; an error of it is everyone's."""
     if num_processes() == 1:
         return make()
     import torch.distributed as dist

@@ -11,11 +11,7 @@ STOPPING = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Stopped(KeyboardInterrupt):
-    """A scheduler asked this process to end.
-
-    Args:
-        number: of the signal.
-    """
+    """A scheduler asked this process to end, by the signal of this number."""
 
     def __init__(self, number: int) -> None:
         super().__init__()

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lors_cli.errors import UsageError
-
-if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedModel
-
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +15,8 @@ if TYPE_CHECKING:
 
 ROUTERS = ("gate", "router", "shared_expert_gate")
 """Children of a mixture of experts that say which experts a token goes to; they stay dense."""
+STREAM_MIXERS = ("altup",)
+"""Children of a block that say how its streams of hidden states are mixed (Gemma 3n), four by four; they stay dense."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +61,8 @@ def block_weights(block: nn.Module, prefix: str) -> dict[str, PrunableWeight]:
     mixtures = [name.rpartition(".")[0] for name, module in block.named_modules() if _holds_experts(name, module)]
     weights = {}
     for name, module in block.named_modules():
-        if not any(_is_router(name, mixture) for mixture in mixtures):
+        mixes = name.partition(".")[0] in STREAM_MIXERS
+        if not mixes and not any(_is_router(name, mixture) for mixture in mixtures):
             for weight in _module_weights(module, f"{prefix}.{name}".removesuffix(".")):
                 weights[weight.name] = weight
     return weights
@@ -135,24 +132,39 @@ def model_max_length(model_or_config: Any) -> int:
     """The longest sequence, in tokens, that the model was built for (2048 where it does not say)."""
     config = getattr(model_or_config, "config", model_or_config)
     text_config = config.get_text_config()
-    return int(getattr(text_config, "max_position_embeddings", None) or 2048)
+    found = [
+        getattr(text_config, key, None) for key in ("max_position_embeddings", "max_seq_len")
+    ]  # MPT's is the latter
+    return int(next(filter(None, found), 2048))
 
 
 def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The model's decoder blocks and their prefix in parameter names (“model.layers”).
+    """The model's decoder blocks and their prefix in parameter names (“model.layers”), towers for images left out.
 
     Raises:
         UsageError: no list of `num_hidden_layers` like blocks is found.
     """
     from torch import nn
 
-    expected = model.config.get_text_config().num_hidden_layers
+    expected, decoder = model.config.get_text_config().num_hidden_layers, set(model.get_decoder().modules())
     found = [(name, module) for name, module in model.named_modules()
-             if isinstance(module, nn.ModuleList) and len(module) == expected
+             if isinstance(module, nn.ModuleList) and len(module) == expected and module in decoder
              and len({type(block) for block in module}) == 1]  # fmt: skip
     if not found:
         raise UsageError(f"{type(model).__name__} is not supported: it has no list of {expected} decoder blocks.")
     return max(found, key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
+
+
+def left_out(model: PreTrainedModel) -> list[str]:
+    """The parts of a model for images or sound that stay as they are: what is neither its decoder nor its head."""
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    inside = {parameter for module in (decoder, head) if module is not None for parameter in module.parameters()}
+    found: list[str] = []
+    for name, module in model.named_modules():
+        parameters = set(module.parameters())
+        if parameters and not parameters & inside and not any(name.startswith(f"{part}.") for part in found):
+            found.append(name)
+    return found
 
 
 def has_plain_head(model: PreTrainedModel) -> bool:

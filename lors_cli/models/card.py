@@ -25,15 +25,14 @@ def model_card(
 
     Args:
         base_model: what the pipeline started from: hub id, folder or file.
-        prune: the prune stage's config, None when the model was not pruned here.
-        tune: the tune stage's config, None when it was not tuned.
+        prune: the prune stage's config, None when the model was not pruned here; `tune` likewise.
         metrics: of the stage that wrote the checkpoint.
-        environment: as in `stage.json`.
     """
     pattern = metrics.get("pattern") or (prune or {}).get("pattern")
+    done = [word for word, stage in (("pruned", prune), ("tuned", tune)) if stage] or ["pruned"]
     parts = [
-        front_matter(base_model, prune, tune, pattern),
-        f"# {escape(short_name(base_model))}, {_adjective(prune, tune)}",
+        _front_matter(base_model, prune, tune, pattern),
+        f"# {escape(short_name(base_model))}, {' and '.join(done)}",
         _description(base_model, prune, tune, metrics, pattern),
         "## Settings\n\n" + markdown_table(table(["setting", "value"], _settings(prune, tune, metrics))),
         _usage(pattern),
@@ -43,7 +42,7 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def front_matter(base_model: str, prune: dict[str, Any] | None, tune: dict[str, Any] | None, pattern: Any) -> str:
+def _front_matter(base_model: str, prune: dict[str, Any] | None, tune: dict[str, Any] | None, pattern: Any) -> str:
     """The YAML block between `---` lines that the hub reads; it names a base model that looks like a hub id."""
     from lors_cli.recipe.yaml12 import write
 
@@ -74,12 +73,6 @@ def versions(environment: dict[str, Any]) -> str:
     found += [f"{name} {version}" for name, version in packages.items() if version != "absent"]
     gpu = environment.get("gpu")
     return escape(", ".join([*found, str(gpu)] if gpu else found))
-
-
-def _adjective(prune: dict[str, Any] | None, tune: dict[str, Any] | None) -> str:
-    if prune and tune:
-        return "pruned and tuned"
-    return "tuned" if tune else "pruned"
 
 
 def _description(

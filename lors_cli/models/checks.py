@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lors_cli.errors import MissingError, UsageError, offline_hint, translate
+from lors_cli.errors import MissingError, UsageError, translate
 
 PICKLE_HINT = (
     "Only safetensors are read, since unpickling runs code. Where you trust the file: AutoModelForCausalLM"
-    ".from_pretrained(FOLDER).save_pretrained(NEW_FOLDER) writes them."
+    ".from_pretrained(FOLDER).save_pretrained(NEW_FOLDER) writes them, and AutoTokenizer the same way its tokenizer."
 )
 MAX_LAYERS = 2_000
 """Decoder blocks that a configuration may ask for; known models have up to a few hundred."""
@@ -28,7 +29,7 @@ def safetensors_files(folder: Path, path: str) -> list[Path]:
     """
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
-    if not (folder / names[0]).is_file() and index.is_file():
+    if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
@@ -38,12 +39,25 @@ def safetensors_files(folder: Path, path: str) -> list[Path]:
             raise UsageError(f"{index} names {odd[0]!r}, which is not in the checkpoint's folder.")
         if not names:
             raise UsageError(f"{index} names no file.")
+        if "model.safetensors" not in names and (folder / "model.safetensors").is_file():
+            raise UsageError(
+                f"{path} holds two checkpoints: model.safetensors, and {len(names)} files that its index names.",
+                "transformers reads the first and takes no notice of the index. Remove the one that is out of date.",
+            )
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         pickled = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth") for file in folder.glob(kind))
         what = f"{path} has no {missing[0]}" + (f", only pickled weights: {pickled[0]}" if pickled else "")
         raise UsageError(f"{what}.", PICKLE_HINT if pickled else "Only safetensors are read: are all files there?")
     return [folder / name for name in names]
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported; it is not."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # the package that it is in
+        return False
 
 
 def _is_file_name(name: Any) -> bool:
@@ -60,8 +74,9 @@ def forget_own_code(settings: Any) -> None:
 def check_vocabulary(tokenizer: Any, vocab_size: int, path: str) -> None:
     """Refuse a tokenizer that gives ids that the model has no embedding for.
 
-    Tokens that were added and that no text holds unless it spells them out may lie beyond; of those a padding token
-    gives way to EOS.
+    Tokens that were added and that no text holds unless it spells them out may lie beyond, in the tokenizer's
+    `beyond_embedding`, and are refused where a text does (`tokenising.check_known`); of those a padding token gives
+    way to EOS.
 
     Raises:
         UsageError: naming such a token.
@@ -69,12 +84,15 @@ def check_vocabulary(tokenizer: Any, vocab_size: int, path: str) -> None:
     if tokenizer.pad_token_id >= vocab_size:
         tokenizer.pad_token = tokenizer.eos_token
     added = set(tokenizer.get_added_vocab()) - set(tokenizer.all_special_tokens)
-    beyond = {token: number for token, number in tokenizer.get_vocab().items()
-              if number >= vocab_size and token not in added}  # fmt: skip
+    beyond = {number: token for token, number in tokenizer.get_vocab().items() if number >= vocab_size}
     if beyond:
-        token = min(beyond, key=beyond.__getitem__)
+        tokenizer.beyond_embedding = beyond
+    of_its_own = {token: number for number, token in beyond.items() if token not in added}
+    if of_its_own:
+        token = min(of_its_own, key=of_its_own.__getitem__)
         raise UsageError(
-            f"{path}: its tokenizer has {token!r} as {beyond[token]}, and the model knows ids below {vocab_size} only.",
+            f"{path}: its tokenizer has {token!r} as {of_its_own[token]}, and the model knows ids below {vocab_size} "
+            "only.",
             "Give the model its own tokenizer.",
         )
 
@@ -126,7 +144,14 @@ def load_error(path: str, what: str, error: Exception) -> Exception:
             f"{path}: {what} needs Python code that comes with the model, which lors does not run.",
             "Only architectures that transformers has itself are loaded; look for a converted checkpoint.",
         )
+    if "is required to read a `tiktoken` file" in str(error):  # what transformers says where both are missing
+        return MissingError(
+            f"{path}: its tokenizer is a tokenizer.model, which needs the package sentencepiece.",
+            "pip install sentencepiece protobuf (for a tiktoken one: tiktoken), or add a tokenizer.json.",
+        )
     known = translate(error)
+    if isinstance(known, MissingError) and Path(path).expanduser().exists():
+        return MissingError(f"{path}: {what} cannot be loaded: {known.message}", known.hint)
     if isinstance(known, MissingError):
-        return MissingError(f"{path}: no such folder, and not to be had from the hub: {first_line}", offline_hint())
+        return MissingError(f"{path}: {known.message}", known.hint)
     return known or UsageError(f"{path}: {what} cannot be loaded: {first_line}")

@@ -6,15 +6,18 @@ or GGUF, never from pickle.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lors_cli.errors import UsageError
 from lors_cli.machine.devices import cpu_has_bfloat16, resolve_device
-from lors_cli.models.checks import check_size, check_vocabulary, forget_own_code, loading, safetensors_files
+from lors_cli.models.checks import check_size, check_vocabulary, forget_own_code, loading
+from lors_cli.models.hub import here, is_whole
 from lors_cli.models.quiet import library_bars, quiet_libraries
-from lors_cli.models.revisions import pinned_revision
+from lors_cli.models.revisions import known_commit
 from lors_cli.models.sources import ModelSource, locate
+from lors_cli.models.stored import check_files, refuse, settle_ties
 from lors_cli.output import console, progress
 
 if TYPE_CHECKING:
@@ -54,12 +57,14 @@ def load_config(config: ModelConfig) -> Any:
     """
     from transformers import AutoConfig
 
-    source = locate(config.path)
+    source, repo = here(config), locate(config.path).repo
     with quiet_libraries():
         with loading(config.path, "its configuration"):
-            settings = AutoConfig.from_pretrained(source.name_or_path, **_where(config, source))
+            settings = AutoConfig.from_pretrained(source.name_or_path, **_where(source))
             forget_own_code(settings)
-            if source.folder is not None and source.gguf_file is None:
+            if repo is not None:
+                settings._commit_hash = known_commit(repo, config.revision)
+            if source.folder is not None and source.gguf_file is None and (repo is None or is_whole(source.folder)):
                 check_size(settings, source.folder, config.path)
             return settings
 
@@ -77,31 +82,38 @@ def load_model(config: ModelConfig, *, device: torch.device | None = None) -> Pr
     """
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    source = locate(config.path)
+    source = here(config, weights=True)
     computing = resolve_device(config.device)
-    options = _where(config, source)
+    options, quantised = _where(source), None
     if source.gguf_file is not None:
         options["quantization_config"] = GgufConfig(dequantize=True)
-        stored = None
+        dtype = resolve_dtype(config, None, computing)
     else:
-        stored = getattr(load_config(config), "dtype", None)
-        if source.folder is not None:
-            safetensors_files(source.folder, config.path)
+        settings = load_config(config)
+        dtype = resolve_dtype(config, getattr(settings, "dtype", None), computing)
+        quantised = check_files(settings, config)
+        if quantised is not None:
+            console.info(f"  {config.path} is quantised ({quantised.method}): its weights are made plain again")
+            settings.dtype = dtype
+            settings.quantization_config = {**quantised.settings, "dequantize": True}
+            options["config"] = settings
         options["use_safetensors"] = True
     reading = progress.busy("reading the .gguf") if source.gguf_file else library_bars("loading", "weights")
     with quiet_libraries(), reading:
         with loading(config.path, "the checkpoint"):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.name_or_path,
-                dtype=resolve_dtype(config, stored, computing),
+                dtype=dtype,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are refused below, by name
                 **options,
             )
     model, report = loaded
-    bad = sorted({*report["missing_keys"], *(str(item[0]) for item in report["mismatched_keys"])})
-    if bad:
-        raise UsageError(f"{config.path}: {len(bad)} weights are missing or of the wrong shape, first: {bad[0]}")
+    refuse(config.path, {*report["missing_keys"], *(str(item[0]) for item in report["mismatched_keys"])})
+    settle_ties(model, config.path)
+    if quantised is not None:
+        _cast(model, dtype)
+        model._weight_conversions = None  # saved under the names of its family's plain checkpoints
     model.requires_grad_(False)
     forget_own_code(model.config)
     if hasattr(model.config, "_model_name_or_path"):  # a .gguf's general.name, which is no setting
@@ -109,19 +121,31 @@ def load_model(config: ModelConfig, *, device: torch.device | None = None) -> Pr
     return model.to(device or computing).eval()
 
 
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Bring what was not quantised into the number format of the rest: transformers leaves it as it is stored."""
+    kept = model._get_dtype_plan(dtype)
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not any(re.search(pattern, name) for pattern in kept):
+            parameter.data = parameter.data.to(dtype)
+
+
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a pad token (its EOS where it has none).
 
+    Tokens that the model has no embedding for are in its `beyond_embedding`, by id, where there are any.
+
     Raises:
-        MissingError: not there or not reachable.
+        MissingError: not there or not reachable, or a package that reads it is not installed.
         UsageError: there is none, or it has no EOS token.
     """
     from transformers import AutoTokenizer
 
-    source = locate(config.path)
+    source = here(config)
     with quiet_libraries():
         with loading(config.path, "its tokenizer"):
-            tokenizer = AutoTokenizer.from_pretrained(source.name_or_path, **_where(config, source))
+            tokenizer = AutoTokenizer.from_pretrained(source.name_or_path, **_where(source))
+    for how_it_was_found in ("is_local", "local_files_only"):  # transformers would save it with results
+        tokenizer.init_kwargs.pop(how_it_was_found, None)
     if tokenizer.eos_token_id is None:
         raise UsageError(f"{config.path}: its tokenizer has no EOS token, which separates documents.")
     if tokenizer.pad_token_id is None:
@@ -131,17 +155,11 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _where(config: ModelConfig, source: ModelSource) -> dict[str, Any]:
+def _where(source: ModelSource) -> dict[str, Any]:
     options: dict[str, Any] = {"trust_remote_code": False}  # None would ask on the terminal
     if source.gguf_file is not None:
         options["gguf_file"] = source.gguf_file
-    return {**options, **revision_of(config)}
-
-
-def revision_of(config: ModelConfig) -> dict[str, str]:
-    """The option with the commit of a model on the hub; none for other models."""
-    repo = locate(config.path).repo
-    return {"revision": pinned_revision(repo, config.revision)} if repo is not None else {}
+    return options
 
 
 def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

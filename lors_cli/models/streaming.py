@@ -7,13 +7,12 @@ given up afterwards. A .gguf has to be read whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lors_cli.errors import UsageError
 from lors_cli.machine.memory import give_back_memory
 from lors_cli.models.tensor_files import Entry
 from lors_cli.output import console
@@ -24,9 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lors_cli.recipe.schema import ModelConfig
-
-
-FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class BlockwiseModel:
@@ -146,41 +142,15 @@ class _Weights:
     """A checkpoint's safetensors files and what each tensor in them becomes in the network."""
 
     def __init__(self, network: PreTrainedModel, files: list[Path], dtype: torch.dtype, path: str) -> None:
-        from safetensors import SafetensorError, safe_open
-        from transformers.conversion_mapping import get_model_conversion_mapping
-
-        from lors_cli.models.checks import load_error
+        from lors_cli.models.stored import conversions_of, find_sources, open_tensors, untie
 
         self.path = path
         self._dtype = dtype
-        self._conversions: Any = get_model_conversion_mapping(network)
-        try:
-            self._files = [safe_open(file, framework="pt") for file in files]
-        except SafetensorError as error:
-            raise load_error(path, "the checkpoint", error) from error
-        self._sources = self._find(network)
+        self._conversions: Any = conversions_of(network)
+        self._sources = find_sources(network, open_tensors(files, path), self._conversions, path)
+        untie(network, self._sources, dtype)
         self._used = [conversion for conversion in self._conversions if conversion.was_used()]
         network._weight_conversions = self._used  # type: ignore[assignment]  # what `revert_weight_conversion` goes by
-
-    def _find(self, network: PreTrainedModel) -> dict[str, list[tuple[str, Any]]]:
-        """For every parameter the names and tensors that make it; refuse what is missing or misshapen."""
-        state, tied = network.state_dict(), network.all_tied_weights_keys
-        tensors = {key: file.get_slice(key) for file in self._files for key in file.keys()}  # noqa: SIM118 - no mapping
-        matches = match(tensors, state, self._conversions, network.base_model_prefix)
-        bad = set()
-        for name, found in matches.items():
-            for key, is_converted in found:
-                number_format = tensors[key].get_dtype()
-                if state[name].is_floating_point() and number_format not in FLOATS:
-                    raise UsageError(f"{self.path}: {key} holds {number_format}, which is no number format of weights.")
-                if not is_converted and tuple(tensors[key].get_shape()) != tuple(state[name].shape):
-                    bad.add(name)
-        sources = {name: [(key, tensors[key]) for key, _ in found] for name, found in matches.items()}
-        for name, source in tied.items():  # a checkpoint may hold either of two tied weights
-            if source not in sources and name in sources:
-                sources[source] = [(source, tensor) for _, tensor in sources[name]]
-        _refuse(self.path, bad | (state.keys() - sources.keys() - tied.keys()))
-        return sources
 
     def load(self, network: PreTrainedModel, names: set[str], device: torch.device) -> None:
         """Read the named parameters into the network; what the files do not hold (computed buffers) is left out.
@@ -192,6 +162,7 @@ class _Weights:
         from transformers.modeling_utils import LoadStateDictConfig
 
         from lors_cli.models.quiet import quiet_libraries
+        from lors_cli.models.stored import refuse
 
         wanted = {key: tensor for name in sorted(names & set(self._sources)) for key, tensor in self._sources[name]}
         if not wanted:
@@ -203,41 +174,9 @@ class _Weights:
         with quiet_libraries():
             report, _ = convert_and_load_state_dict_in_model(network, wanted, options, None)
         network._weight_conversions = self._used  # type: ignore[assignment]
-        _refuse(self.path, {str(item[0]) for item in report.mismatched_keys} | set(report.conversion_errors)
-                | (set(report.missing_keys) & names & set(self._sources)))  # fmt: skip
+        refuse(self.path, {str(item[0]) for item in report.mismatched_keys} | set(report.conversion_errors)
+               | (set(report.missing_keys) & names & set(self._sources)))  # fmt: skip
         network.requires_grad_(False)
-
-
-def match(
-    keys: Iterable[str], state: dict[str, Any], conversions: Sequence[Any], base_prefix: str
-) -> dict[str, list[tuple[str, bool]]]:
-    """For every tensor of a network the checkpoint's keys that make it, each with whether it is converted.
-
-    A key that conversions lead out of the network goes by its own name; one that has no place there is left out.
-
-    Args:
-        keys: of the checkpoint.
-        state: the network's tensors by name.
-        conversions: transformers' renamings and converters for this network; they remember that they were used.
-        base_prefix: what a checkpoint of the network without its head leaves out before names.
-    """
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    renamings = [item for item in conversions if isinstance(item, WeightRenaming)]
-    converters = [item for item in conversions if isinstance(item, WeightConverter)]
-    found: dict[str, list[tuple[str, bool]]] = {}
-    for key in keys:
-        name, converter = rename_source_key(key, renamings, converters, base_prefix, state)
-        if name not in state and key in state:
-            name, converter = rename_source_key(key, [], [], base_prefix, state)
-        if name in state:
-            found.setdefault(name, []).append((key, converter is not None))
-    return found
-
-
-def _refuse(path: str, bad: set[str]) -> None:
-    if bad:
-        raise UsageError(f"{path}: {len(bad)} weights are missing or of the wrong shape, first: {min(bad)}")
 
 
 def open_blockwise(config: ModelConfig) -> BlockwiseModel:
@@ -251,21 +190,24 @@ def open_blockwise(config: ModelConfig) -> BlockwiseModel:
 
     from lors_cli.machine.devices import resolve_device
     from lors_cli.models.loading import load_config, load_model, resolve_dtype
+    from lors_cli.models.quantised import Quantised
     from lors_cli.models.sources import locate
+    from lors_cli.models.stored import settle_ties, weight_files
 
     device = resolve_device(config.device)
     if locate(config.path).gguf_file is not None:
         console.detail("  a .gguf is read whole: blocks are not streamed")
         return BlockwiseModel(load_model(config, device=torch.device("cpu")), device, None)
+    files = weight_files(config)
     settings = load_config(config)
-    if getattr(settings, "quantization_config", None):
-        raise UsageError(
-            f"{config.path} is quantised; pruning needs the weights themselves.",
-            "Give the checkpoint in bfloat16, float16 or float32 that it was made from.",
-        )
+    if Quantised.of(settings) is not None:
+        console.detail("  a quantised checkpoint is read whole: blocks are not streamed")
+        return BlockwiseModel(load_model(config, device=torch.device("cpu")), device, None)
     dtype = resolve_dtype(config, getattr(settings, "dtype", None), device)
     network = _without_weights(settings, dtype, config)
-    return BlockwiseModel(network, device, _Weights(network, _weight_files(config), dtype, config.path))
+    weights = _Weights(network, files, dtype, config.path)
+    settle_ties(network, config.path)
+    return BlockwiseModel(network, device, weights)
 
 
 def _without_weights(settings: Any, dtype: torch.dtype, config: ModelConfig) -> PreTrainedModel:
@@ -274,40 +216,19 @@ def _without_weights(settings: Any, dtype: torch.dtype, config: ModelConfig) -> 
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     from lors_cli.models.checks import loading
-    from lors_cli.models.loading import revision_of
     from lors_cli.models.quiet import quiet_libraries
 
     with loading(config.path, "the checkpoint"), quiet_libraries(), init_empty_weights(include_buffers=False):
         network = AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=False)
         network.tie_weights()
+        for module in network.modules():  # buffers are computed in float32, as `from_pretrained` does
+            module._is_hf_initialized = False
+        network.initialize_weights()
     if network.can_generate():
-        options: dict[str, Any] = {**revision_of(config)}
         with loading(config.path, "its generation_config.json"), quiet_libraries():
             try:
-                found = GenerationConfig.from_pretrained(settings.name_or_path, **options)
+                found = GenerationConfig.from_pretrained(settings.name_or_path)
                 network.generation_config = found
             except OSError:
                 console.detail(f"  {config.path} has no generation_config.json")
     return network.requires_grad_(False).eval()
-
-
-def _weight_files(config: ModelConfig) -> list[Path]:
-    """The checkpoint's safetensors files, downloaded if they are on the hub.
-
-    Raises:
-        UsageError: there are none, or the index names one outside the checkpoint's folder.
-    """
-    from lors_cli.models.checks import loading, safetensors_files
-    from lors_cli.models.revisions import pinned_revision
-    from lors_cli.models.sources import locate
-
-    source = locate(config.path)
-    folder = source.folder
-    if folder is None:
-        from huggingface_hub import snapshot_download
-
-        patterns = ["model*.safetensors", "model.safetensors.index.json", "*config.json"]
-        with loading(config.path, "the checkpoint"):
-            revision = pinned_revision(str(source.repo), config.revision)
-            folder = Path(snapshot_download(str(source.repo), revision=revision, allow_patterns=patterns))
-    return safetensors_files(folder, config.path)

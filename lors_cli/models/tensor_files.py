@@ -6,6 +6,7 @@ The format: eight bytes with the header's length, a JSON header with every tenso
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -39,10 +40,7 @@ class Entry:
     @property
     def num_bytes(self) -> int:
         """Its data's bytes."""
-        count = self.dtype.itemsize
-        for size in self.shape:
-            count *= size
-        return count
+        return self.dtype.itemsize * math.prod(self.shape)
 
 
 class TensorWriter:

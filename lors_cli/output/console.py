@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -24,7 +24,6 @@ from rich.text import Text
 from lors_cli.machine import processes
 from lors_cli.output.redaction import redact
 
-Mode = Literal["human", "json"]
 WIDTH_OF_FILES = 160
 """Characters a table may take where no terminal limits it."""
 
@@ -42,7 +41,7 @@ def _stream(**options: Any) -> Console:
 
 @dataclass
 class _State:
-    mode: Mode = "human"
+    is_json: bool = False
     verbosity: int = 0
     log: Console = field(default_factory=lambda: _stream(stderr=True))
     out: Console = field(default_factory=lambda: _plain_width(_stream()))
@@ -57,12 +56,12 @@ def configure(*, json_mode: bool = False, verbosity: int = 0) -> None:
     `verbosity`: -1 quiet, 0 usual, 1 with details, 2 with the libraries' own logs.
     """
     global _state
-    _state = _State(mode="json" if json_mode else "human", verbosity=verbosity)
+    _state = _State(json_mode, verbosity)
 
 
 def is_json() -> bool:
     """Whether stdout is reserved for one JSON document."""
-    return _state.mode == "json"
+    return _state.is_json
 
 
 def verbosity() -> int:
@@ -108,13 +107,13 @@ def error(message: str, hint: str | None = None) -> None:
 
 def result(text: str = "") -> None:
     """A line of a command's result on stdout (nothing with --json)."""
-    if _state.mode == "human":
+    if not _state.is_json:
         _say(_state.out, text)
 
 
 def path(label: str, where: Path | str, note: str = "") -> None:
     """A line on stdout that says where a result is; a link where stdout is a terminal (nothing with --json)."""
-    if _state.mode == "human":
+    if not _state.is_json:
         link = Style(link=Path(where).absolute().as_uri() if _state.out.is_terminal else None)
         _state.out.print(Text.assemble(f"{label} ", (str(where), link), note))
 
@@ -128,7 +127,7 @@ def facts(rows: list[tuple[str, str]]) -> None:
 
 def check(status: str, style: str, name: str, found: str, advice: str | None) -> None:
     """A line of a check-up on stdout, its one-word status in `style`, what to do below it (nothing with --json)."""
-    if _state.mode != "human":
+    if _state.is_json:
         return
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(min_width=6)
@@ -156,11 +155,6 @@ def _say(out: Console, message: str, style: str = "", label: tuple[str, str] | N
     out.print(text)
 
 
-def _escaped(character: re.Match[str]) -> str:
-    """A character that may not stand in a JSON document as JSON writes it."""
-    return f"\\u{ord(character[0]):04x}"
-
-
 def _wrapped(line: str, width: int) -> list[str]:
     indent = " " * (len(line) - len(line.lstrip()))
     if len(line) <= width or not line.strip():
@@ -170,15 +164,9 @@ def _wrapped(line: str, width: int) -> list[str]:
     )
 
 
-def title(text: str) -> None:
-    """A line above a part of a command's result on stdout (nothing with --json)."""
-    if _state.mode == "human":
-        _state.out.print(f"[bold]{escape(text)}[/bold]")
-
-
 def styled(text: Text) -> None:
     """A text with styles of its own on stdout (nothing with --json)."""
-    if _state.mode == "human":
+    if not _state.is_json:
         _state.out.print(text)
 
 
@@ -188,15 +176,13 @@ def shows_styles() -> bool:
 
 
 def document(value: Any, *, anyone: bool = False) -> None:
-    """The command's JSON document on stdout (nothing without --json).
+    """The command's JSON document on stdout, without NaN and infinities (nothing without --json).
 
-    Args:
-        value: NaN and infinities are written as null by the caller.
-        anyone: of several processes on one job this one speaks, though it may not be the first.
+    `anyone`: of several processes on one job this one speaks, though it may not be the first.
     """
-    if _state.mode == "json" and (anyone or processes.is_main()):
+    if _state.is_json and (anyone or processes.is_main()):
         text = redact(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
-        sys.stdout.write(_CONTROL.sub(_escaped, text) + "\n")
+        sys.stdout.write(_CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n")  # as JSON writes it
         sys.stdout.flush()
 
 
@@ -204,16 +190,13 @@ def table(
     columns: list[str], rows: list[list[str]], *, title: str | None = None, prose: bool = False,
     bold: Collection[tuple[int, int]] = (),
 ) -> None:  # fmt: skip
-    """A table on stdout (nothing with --json).
+    """A table on stdout, columns but the first right-aligned (nothing with --json).
 
     Args:
-        columns: names; the first column is left-aligned, the others are right-aligned.
-        rows: cells of each row.
-        title: above the table.
         prose: the last column is running text, which may take several lines.
         bold: (row, column) of the cells that stand out.
     """
-    if _state.mode != "human":
+    if _state.is_json:
         return
     grid = Table(
         title=escape(title) if title else None, title_justify="left", title_style="bold", header_style="bold",

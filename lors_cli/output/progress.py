@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn
 from rich.table import Column
 from rich.text import Text
@@ -29,11 +28,7 @@ FIRST_LINE_S = 10.0
 
 
 def interval_s() -> float:
-    """Seconds between lines: $LORS_HEARTBEAT_S, else 60.
-
-    Raises:
-        UsageError: it is no number above 0.
-    """
+    """Seconds between lines: $LORS_HEARTBEAT_S, else 60."""
     text = os.environ.get(VARIABLE)
     if not text:
         return DEFAULT_S
@@ -111,9 +106,6 @@ class _Time(ProgressColumn):
 
     max_refresh = 0.5
 
-    def get_table_column(self) -> Column:
-        return Column(no_wrap=True)
-
     def render(self, task: Any) -> Any:
         taken = duration(task.elapsed or 0)
         left = task.time_remaining
@@ -122,22 +114,11 @@ class _Time(ProgressColumn):
         return Text.assemble((f"{taken} · ", "dim"), (f"{duration(left)} left", "cyan"))
 
 
-class _Note(ProgressColumn):
-    def get_table_column(self) -> Column:
-        return Column(no_wrap=True, overflow="ellipsis", ratio=1)
-
-    def render(self, task: Any) -> Any:
-        return f"[dim]{escape(task.fields.get('note', ''))}[/dim]"
-
-
 @contextmanager
 def progress(description: str, total: int | None = None, unit: str = "") -> Iterator[Task]:
     """A long step, shown live on a terminal and as a line now and then elsewhere (docs/long-runs.md).
 
-    Args:
-        description: what is being done (“prune”).
-        total: number of units, None when unknown.
-        unit: their name in the plural (“blocks”).
+    `description` is such as “prune”; of `total` units (None: unknown), in the plural such as “blocks”.
     """
     task, terminal = Task(description, total, unit), console.terminal()
     if terminal is None:
@@ -147,10 +128,11 @@ def progress(description: str, total: int | None = None, unit: str = "") -> Iter
         if elapsed_s >= FIRST_LINE_S:
             console.info(f"  {description}: done, {task.completed} {unit} in {duration(elapsed_s)}")
         return
+    rest = Column(no_wrap=True, overflow="ellipsis", ratio=1)
     columns = (
         TextColumn("  {task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", max_width=30)),
         BarColumn(bar_width=12), MofNCompleteColumn(), TextColumn(unit),
-        _Time(), _Note(),
+        _Time(Column(no_wrap=True)), TextColumn("{task.fields[note]}", "dim", markup=False, table_column=rest),
     )  # fmt: skip
     with Progress(*columns, console=terminal, transient=False, expand=True) as bar:
         task.bar = (bar, bar.add_task(description, total=total, note=""))
@@ -182,7 +164,9 @@ def busy(description: str) -> Iterator[None]:
     if terminal is None:
         yield
         return
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), _Time(), console=terminal, transient=True) as bar:
+    with Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), _Time(Column(no_wrap=True)), console=terminal, transient=True
+    ) as bar:
         bar.add_task(description, total=None)
         yield
 

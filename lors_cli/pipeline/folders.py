@@ -12,23 +12,20 @@ from lors_cli.files import atomic, locks, records
 from lors_cli.machine import processes
 from lors_cli.pipeline.plans import StagePlan
 
-RUN_MARKS = {"recipe.yaml", "manifest.json"}
-
-
-SWEEP_MARKS = {"sweep.yaml", "sweep.json"}
-
-
-STAGE_MARKS = {
-    records.RECORD_NAME, records.WORK_NAME, records.STAGING_NAME, records.JOURNAL_NAME, ".pieces", ".scratch",
+MARKS = {
+    "run": {"recipe.yaml", "manifest.json"},
+    "sweep": {"sweep.yaml", "sweep.json"},
+    "stage": {
+        records.RECORD_NAME, records.WORK_NAME, records.STAGING_NAME, records.JOURNAL_NAME, ".pieces", ".scratch",
+    },
 }  # fmt: skip
-"""Names that show that a folder was made here."""
+"""By kind of folder, the names that show that it was made here."""
 
 
 def guard_out(out: Path, stage: str, inputs: Iterable[str] = ()) -> None:
     """Refuse to write into a folder that holds something else.
 
     Args:
-        out: where results are to go.
         stage: prune, tune, eval, merge; or run or sweep for the folder of a whole one.
         inputs: the models that are read.
 
@@ -47,11 +44,10 @@ def guard_out(out: Path, stage: str, inputs: Iterable[str] = ()) -> None:
     record = records.read_record(out)
     if record is not None and record.stage != stage:
         raise UsageError(f"{out} holds the results of {record.stage}, which would be overwritten.", elsewhere)
-    marks = {"run": RUN_MARKS, "sweep": SWEEP_MARKS}
-    for kind, theirs in marks.items():
-        if stage != kind and record is None and names & theirs:
+    for kind in ("run", "sweep"):
+        if stage != kind and record is None and names & MARKS[kind]:
             raise UsageError(f"{out} is a {kind}'s folder; a {stage}'s results go to their own.", elsewhere)
-    if names and not names & marks.get(stage, STAGE_MARKS):
+    if names and not names & MARKS.get(stage, MARKS["stage"]):
         raise UsageError(f"{out} holds other files; results are not mixed with them.", elsewhere)
 
 
@@ -74,11 +70,7 @@ def claim(out: Path) -> Iterator[None]:
 
 
 def tidy(folder: Path) -> None:
-    """Remove what a killed process left beside a finished stage's results.
-
-    Args:
-        folder: the stage's.
-    """
+    """Remove what a killed process left beside a finished stage's results."""
     if processes.is_main() and records.leftovers(folder):
         with claim(folder):
             atomic.remove(records.leftovers(folder))

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from lors_cli.files import atomic, hashes, records
 from lors_cli.machine import environment
+from lors_cli.pipeline.stages import STAGES
 from lors_cli.pipeline.standing import standing_stages
 from lors_cli.recipe.schema import Recipe
 
 if TYPE_CHECKING:
-    from lors_cli.data.sources import Split
+    pass
 
 MANIFEST_NAME = "manifest.json"
 _NOTHING: Mapping[Any, Any] = MappingProxyType({})
@@ -42,8 +43,6 @@ def inputs(recipe: Recipe, data_dir: Path | None, known: Mapping[tuple[str, str]
     from lors_cli.data.sources import fingerprint_source
     from lors_cli.evaluation.tasks import task_fingerprint
     from lors_cli.models.sources import model_fingerprint
-    from lors_cli.pruning.methods import statistics_kind
-    from lors_cli.tuning.teacher import teacher_model
 
     found: list[Entry] = []
 
@@ -56,22 +55,19 @@ def inputs(recipe: Recipe, data_dir: Path | None, known: Mapping[tuple[str, str]
             {"used_by": used_by, "name": name, "fingerprint": fingerprint, "revision": hub_commit(fingerprint)}
         )
 
-    def text(used_by: str, name: str, split: Split) -> None:
-        add(used_by, name, lambda: fingerprint_source(name, split=split, data_dir=data_dir))
-
-    add("model", recipe.model.path, lambda: model_fingerprint(recipe.model))
-    if recipe.prune and statistics_kind(recipe.prune) != "none":
-        text("prune", recipe.prune.calibration.dataset, "train")
-    if recipe.tune:
-        text("tune", recipe.tune.data.dataset, "train")
-        distill = recipe.tune.distill
-        if distill and distill.teacher:
-            add("tune.distill", distill.teacher, lambda: model_fingerprint(teacher_model(distill)))
-    if recipe.eval:
-        for name in recipe.eval.tasks:
-            add("eval", name, partial(task_fingerprint, name, data_dir))
-        for name in recipe.eval.perplexity:
-            text("eval", name, "validation")
+    add("model", recipe.model.path, partial(model_fingerprint, recipe.model))
+    for stage, doors in STAGES.items():
+        config = getattr(recipe, stage)
+        if config is None:
+            continue
+        reads = doors.reads(config)
+        for task in reads.tasks:
+            add(stage, task, partial(task_fingerprint, task, data_dir))
+        for text in reads.texts:
+            add(stage, text.name, partial(fingerprint_source, text.name, split=text.split, data_dir=data_dir,
+                                          columns=text.columns))  # fmt: skip
+        if reads.teacher is not None:
+            add(f"{stage}.distill", reads.teacher.path, partial(model_fingerprint, reads.teacher))
     return found
 
 
@@ -136,7 +132,7 @@ def has_new(out: Path) -> bool:
 def _stored(out: Path) -> Entry:
     """The manifest that is there, if it is whole."""
     found: Any = atomic.read_json(out / MANIFEST_NAME)
-    return dict(found) if is_whole(found) else {}
+    return found if is_whole(found) else {}
 
 
 def _inputs(recipe: Recipe, data_dir: Path | None, old: Entry, kept: list[str], first: str) -> list[Entry]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lors_cli.errors import UsageError, nearest
 from lors_cli.files import atomic, records
@@ -17,37 +18,23 @@ NOT_DONE = "not done yet"
 
 @dataclass(frozen=True)
 class StagePlan:
-    """A stage and what is known of it before it runs.
-
-    Args:
-        stage: prune, tune or eval.
-        folder: where its results go.
-        config: its settings.
-        models: the models it reads, by role.
-        origin: the dense model, whose sizes all of them share.
-        fingerprint: of its result.
-        status: done, resume (begun earlier), or run.
-        detail: for people.
-    """
+    """A stage and what is known of it before it runs."""
 
     stage: str
     folder: Path
     config: Config
     models: dict[str, ModelConfig]
+    """Those it reads, by role."""
     origin: ModelConfig
+    """The dense model, whose sizes all of them share."""
     fingerprint: str
-    status: str
+    status: Literal["done", "resume", "run"]
     detail: str
+    """On the status, for people."""
 
 
 def plan_stages(recipe: Recipe, out: Path, data_dir: Path | None) -> list[StagePlan]:
-    """What a run of this recipe would do; no weights are loaded, nothing is written.
-
-    Args:
-        recipe: the whole pipeline.
-        out: run folder.
-        data_dir: local datasets.
-    """
+    """What a run of this recipe would do; no weights are loaded, nothing is written."""
     chain = plan_chain(recipe, lambda stage, fingerprint: out / stage, data_dir)
     if recipe.eval is None:
         return chain.plans
@@ -67,9 +54,7 @@ def plan_chain(recipe: Recipe, place: Callable[[str, str], Path], data_dir: Path
     """Pruning and tuning of a recipe, and the models that there are once they are done.
 
     Args:
-        recipe: the whole pipeline.
         place: stage and fingerprint to the stage's folder.
-        data_dir: local datasets.
     """
     from lors_cli.evaluation.tasks import check_tasks
     from lors_cli.models.sources import model_fingerprint
@@ -97,15 +82,12 @@ def plan_chain(recipe: Recipe, place: Callable[[str, str], Path], data_dir: Path
 def _plan(
     stage: str, folder: Path, config: Any, models: dict[str, ModelConfig], origin: ModelConfig, fingerprint: str
 ) -> StagePlan:  # fmt: skip
+    plan = partial(StagePlan, stage, folder, config, models, origin, fingerprint)
     if records.is_finished(folder, fingerprint):
-        status, detail = "done", "finished earlier"
-    elif _is_begun(folder, fingerprint):
-        status, detail = "resume", "begun earlier, goes on from there"
-    elif records.read_record(folder) is not None:
-        status, detail = "run", "its settings or its input changed"
-    else:
-        status, detail = "run", NOT_DONE
-    return StagePlan(stage, folder, config, models, origin, fingerprint, status, detail)
+        return plan("done", "finished earlier")
+    if _is_begun(folder, fingerprint):
+        return plan("resume", "begun earlier, goes on from there")
+    return plan("run", NOT_DONE if records.read_record(folder) is None else "its settings or its input changed")
 
 
 def _is_begun(folder: Path, fingerprint: str) -> bool:
@@ -117,15 +99,7 @@ def _is_begun(folder: Path, fingerprint: str) -> bool:
 
 
 def plan_single(stage: str, config: Any, models: dict[str, ModelConfig], out: Path, data_dir: Path | None) -> StagePlan:
-    """The plan of a stage on its own, whose folder is `out`.
-
-    Args:
-        stage: prune, tune or eval.
-        config: its settings.
-        models: one model, or for eval several by label.
-        out: the stage folder.
-        data_dir: local datasets.
-    """
+    """The plan of a stage on its own, whose folder is `out`; only eval takes several models."""
     from lors_cli.evaluation.tasks import check_tasks
     from lors_cli.models.sources import model_fingerprint
 
@@ -144,31 +118,19 @@ def plan_eval(
     config: EvalConfig, folder: Path, models: dict[str, ModelConfig], fingerprints: dict[str, str],
     data_dir: Path | None,
 ) -> StagePlan:  # fmt: skip
-    """The plan of an evaluation.
-
-    Args:
-        config: tasks, texts, and which of the models.
-        folder: for the results.
-        models: by role or label.
-        fingerprints: of the models.
-        data_dir: local datasets.
-    """
-    from lors_cli.evaluation.pieces import eval_fingerprint, pending_pieces
+    """The plan of an evaluation of those of the models, by role or label, that `config` asks for."""
+    from lors_cli.evaluation.pieces import pending, pieces_of, whole_fingerprint
 
     chosen = {role: model for role, model in models.items() if config.models is None or role in config.models}
     if not chosen:
         raise UsageError("models: dense, pruned and tuned are a recipe's; `lors eval` scores the MODELs it is given.")
-    known = {role: fingerprints[role] for role in chosen}
-    fingerprint = eval_fingerprint(config, known, data_dir)
-    pending = pending_pieces(config, known, folder, data_dir)
-    total = len(chosen) * (len(config.tasks) + len(config.perplexity))
-    if not pending and records.is_finished(folder, fingerprint):
-        return StagePlan(
-            "eval", folder, config, chosen, next(iter(models.values())), fingerprint, "done", "finished earlier"
-        )
-    status = "resume" if len(pending) < total else "run"
-    detail = f"{len(pending)} of {total} measurements to do"
-    return StagePlan("eval", folder, config, chosen, next(iter(models.values())), fingerprint, status, detail)
+    pieces = pieces_of(config, {role: fingerprints[role] for role in chosen}, folder, data_dir)
+    fingerprint, missing = whole_fingerprint(pieces), pending(pieces)
+    plan = partial(StagePlan, "eval", folder, config, chosen, next(iter(models.values())), fingerprint)
+    if not missing and records.is_finished(folder, fingerprint):
+        return plan("done", "finished earlier")
+    detail = f"{len(missing)} of {len(pieces)} measurements to do"
+    return plan("resume", detail) if len(missing) < len(pieces) else plan("run", detail)
 
 
 def select(plans: list[StagePlan], first: str | None, last: str | None, force: tuple[str, ...] = ()) -> list[StagePlan]:
@@ -204,13 +166,9 @@ def _meant(word: str, names: list[str]) -> str | None:
 
 def describe(plan: StagePlan) -> str:
     """One line on what a stage does."""
-    return f"{_what(plan)} ({plan.detail})"
+    return f"{STAGES[plan.stage].describe(plan.config, plan.models)} ({plan.detail})"
 
 
 def announce(plan: StagePlan) -> str:
     """`describe` for a stage that starts now: its state is told only where it is news."""
-    return _what(plan) if plan.detail == NOT_DONE else describe(plan)
-
-
-def _what(plan: StagePlan) -> str:
-    return STAGES[plan.stage].describe(plan.config, plan.models)
+    return describe(plan).removesuffix(f" ({NOT_DONE})")

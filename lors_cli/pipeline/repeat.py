@@ -17,6 +17,7 @@ from lors_cli.pipeline.manifest import MANIFEST_NAME, is_whole, results
 
 if TYPE_CHECKING:
     from lors_cli.recipe.schema import Recipe
+
 MAY_DIFFER = (
     "name", "data_dir", "model.path", "model.device", "prune.calibration.dataset", "tune.data.dataset",
     "tune.distill.teacher",

@@ -17,6 +17,7 @@ from lors_cli.output import console, progress
 from lors_cli.pipeline.folders import claim, forget, guard_out, tidy
 from lors_cli.pipeline.manifest import has_new, write_manifest
 from lors_cli.pipeline.plans import StagePlan, announce, plan_stages, select
+from lors_cli.pipeline.preflight import refuse, troubles
 from lors_cli.pipeline.resources import check_disk, check_memory
 from lors_cli.pipeline.stages import STAGES
 from lors_cli.pipeline.standing import RECIPE_NAME, standing_recipe, standing_stages
@@ -24,12 +25,7 @@ from lors_cli.recipe.schema import Recipe
 
 
 def run_single(plan: StagePlan, data_dir: Path | None) -> bool:
-    """Do a stage on its own, unless it is done; whether anything was done.
-
-    Args:
-        plan: from `plan_single`.
-        data_dir: local datasets.
-    """
+    """Do a stage on its own, unless it is done; whether anything was done."""
     with claim(plan.folder):
         if plan.status == "done":
             if processes.is_main():
@@ -42,12 +38,7 @@ def run_single(plan: StagePlan, data_dir: Path | None) -> bool:
 
 
 def run_stage(plan: StagePlan, data_dir: Path | None) -> None:
-    """Do one stage's work.
-
-    Args:
-        plan: from `plan_stages`.
-        data_dir: local datasets.
-    """
+    """Do one stage's work."""
     check_disk(plan)
     check_memory(plan)
     with _told_when_gone(plan):
@@ -83,8 +74,6 @@ def run_recipe(
     """Run a recipe's stages in order; finished ones are skipped, begun ones go on.
 
     Args:
-        recipe: the whole pipeline.
-        out: run folder.
         first: start here; what comes before must be finished.
         last: stop after this stage.
         force: stages to do again though they are finished.
@@ -97,7 +86,9 @@ def run_recipe(
     def stages_to_do() -> list[str]:
         guard_out(out, "run")
         with progress.busy("looking at what is done"):
-            return [plan.stage for plan in select(plan_stages(recipe, out, data_dir), first, last, force)]
+            plans = select(plan_stages(recipe, out, data_dir), first, last, force)
+        refuse(troubles(plans, data_dir))
+        return [plan.stage for plan in plans]
 
     with processes.joined():
         stages = processes.from_main(stages_to_do)

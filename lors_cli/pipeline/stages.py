@@ -2,23 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lors_cli.data.sources import Split, Want
 from lors_cli.evaluation import estimate as evaluation_estimate
 from lors_cli.models.needs import RECORDS, Estimate
 from lors_cli.models.size import ModelSize
 from lors_cli.output.console import counted
 from lors_cli.pruning import estimate as pruning_estimate
 from lors_cli.pruning import stage as pruning
+from lors_cli.pruning.facts import statistics_kind
+from lors_cli.recipe.columns import ColumnsConfig
 from lors_cli.recipe.schema import EvalConfig, ModelConfig, PruneConfig, TuneConfig
+from lors_cli.sparsity import Pattern
 from lors_cli.tuning import estimate as tuning_estimate
 from lors_cli.tuning import stage as tuning
-from lors_cli.tuning.teacher import with_teacher
+from lors_cli.tuning.teacher import teacher_model, with_teacher
 
 Config = PruneConfig | TuneConfig | EvalConfig
+
+
+@dataclass(frozen=True)
+class Text:
+    """A source of text, as `open_source` takes it."""
+
+    name: str
+    split: Split
+    want: Want = "text"
+    columns: ColumnsConfig | None = None
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What a stage reads beside its models."""
+
+    texts: Sequence[Text] = ()
+    tasks: Sequence[str] = ()
+    teacher: ModelConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -30,20 +53,24 @@ class Stage:
         needs: the model's size; peak memory and disk.
         operations: the model's size, number of models, data_dir; None where not known.
         describe: models by role; a few words for people.
+        reads: texts, tasks and a teacher.
         makes: the role of the model that comes out, None where scores do.
         fingerprint: of the one model it reads, data_dir; None for scores, which have theirs piece by piece.
         prepare: the model; the config with what depends on it filled in.
         shortage: the model and its size; why the free memory is too small, and what to do, where that is known.
+        fits: the model's size; UsageError if its linears cannot take the pattern or rank.
     """
 
     run: Callable[[Any, dict[str, ModelConfig], Path, Path | None], None]
     needs: Callable[[Any, ModelSize], Estimate]
     operations: Callable[[Any, ModelSize, int, Path | None], float | None]
     describe: Callable[[Any, dict[str, ModelConfig]], str]
+    reads: Callable[[Any], Reads]
     makes: str | None = None
     fingerprint: Callable[[Any, str, Path | None], str] | None = None
     prepare: Callable[[Any, ModelConfig], Any] = lambda config, model: config
     shortage: Callable[[Any, ModelConfig, ModelSize], tuple[str, str] | None] = lambda config, model, size: None
+    fits: Callable[[Any, ModelSize], None] = lambda config, size: None
 
     def leaves(self, config: Config, size: ModelSize) -> int:
         """Bytes on disk once it is done."""
@@ -61,6 +88,17 @@ def _pruning(config: PruneConfig, models: dict[str, ModelConfig]) -> str:
     return f"{config.method} {config.pattern}{share}"
 
 
+def _pruning_reads(config: PruneConfig) -> Reads:
+    if statistics_kind(config) == "none":
+        return Reads()
+    return Reads([Text(config.calibration.dataset, "train", columns=config.calibration.columns)])
+
+
+def _pruning_fits(config: PruneConfig, size: ModelSize) -> None:
+    for shape in dict.fromkeys(size.linears):
+        Pattern.of(config).check_shape("a linear", shape)
+
+
 def _tune(config: TuneConfig, models: dict[str, ModelConfig], out: Path, data_dir: Path | None) -> None:
     (model,) = models.values()
     tuning.tune(config, model, out, data_dir=data_dir)
@@ -70,6 +108,17 @@ def _tuning(config: TuneConfig, models: dict[str, ModelConfig]) -> str:
     length = counted(config.max_steps, "step") if config.max_steps else counted(config.epochs, "epoch")
     length = f"{config.max_tokens:,} tokens" if config.max_tokens else length
     return f"{config.method} rank {config.rank} on {config.data.dataset}, {length}"
+
+
+def _tuning_reads(config: TuneConfig) -> Reads:
+    teacher = teacher_model(config.distill) if config.distill and config.distill.teacher else None
+    return Reads([Text(config.data.dataset, "train", "instructions", config.data.columns)], teacher=teacher)
+
+
+def _tuning_fits(config: TuneConfig, size: ModelSize) -> None:
+    from lors_cli.tuning.baselines import check_rank
+
+    check_rank(config.method, config.rank, [rows for rows, _, expert in size.block if not expert])
 
 
 def _evaluate(config: EvalConfig, models: dict[str, ModelConfig], out: Path, data_dir: Path | None) -> None:
@@ -89,6 +138,8 @@ STAGES = {
         needs=pruning_estimate.needs,
         operations=lambda config, size, num_models, data_dir: pruning_estimate.operations(config, size),
         describe=_pruning,
+        reads=_pruning_reads,
+        fits=_pruning_fits,
         makes="pruned",
         fingerprint=pruning.stage_fingerprint,
         shortage=pruning_estimate.shortage,
@@ -98,6 +149,8 @@ STAGES = {
         needs=tuning_estimate.needs,
         operations=lambda config, size, num_models, data_dir: tuning_estimate.operations(config, size, data_dir),
         describe=_tuning,
+        reads=_tuning_reads,
+        fits=_tuning_fits,
         makes="tuned",
         fingerprint=tuning.stage_fingerprint,
         prepare=with_teacher,
@@ -107,6 +160,7 @@ STAGES = {
         needs=evaluation_estimate.needs,
         operations=lambda config, size, num_models, data_dir: evaluation_estimate.operations(config, size, num_models),
         describe=_evaluation,
+        reads=lambda config: Reads([Text(name, "validation") for name in config.perplexity], config.tasks),
     ),
 }
 """In the order of a run."""

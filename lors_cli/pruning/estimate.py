@@ -17,7 +17,7 @@ from lors_cli.machine.devices import free_memory
 from lors_cli.models.needs import RECORDS, RUNTIME, Estimate
 from lors_cli.models.size import ModelSize, forward
 from lors_cli.output.console import gib
-from lors_cli.pruning.methods import RECONSTRUCTION_SAMPLES, statistics_kind
+from lors_cli.pruning.facts import RECONSTRUCTION_SAMPLES, statistics_kind
 from lors_cli.recipe.schema import ModelConfig, PruneConfig
 
 FLOAT = 4

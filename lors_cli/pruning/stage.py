@@ -16,7 +16,7 @@ from lors_cli.errors import SparsityError, UsageError
 from lors_cli.files import atomic, hashes, records
 from lors_cli.machine import environment, processes
 from lors_cli.output import console, progress
-from lors_cli.pruning.methods import STATISTICS, prune_group, refit_group, statistics_kind
+from lors_cli.pruning.facts import RECONSTRUCTION_SAMPLES, statistics_kind
 from lors_cli.recipe.resolved import resolved_prune
 from lors_cli.sparsity import Pattern, summarise
 
@@ -29,9 +29,7 @@ if TYPE_CHECKING:
     from lors_cli.pruning.walk.driver import Outcome
     from lors_cli.recipe.schema import ModelConfig, PruneConfig
 
-__all__ = ["STATISTICS", "prune", "prune_group", "refit_group", "stage_fingerprint", "statistics_kind"]
-
-STAGE_VERSION = 2
+STAGE_VERSION = 3
 
 
 def stage_fingerprint(config: PruneConfig, model_fingerprint: str, data_dir: Path | None) -> str:
@@ -45,7 +43,9 @@ def stage_fingerprint(config: PruneConfig, model_fingerprint: str, data_dir: Pat
         from lors_cli.data.sources import fingerprint_source
 
         dataset = settings["calibration"].pop("dataset")
-        inputs["calibration"] = fingerprint_source(dataset, split="train", data_dir=data_dir)
+        del settings["calibration"]["columns"]  # in the text's fingerprint
+        inputs["calibration"] = fingerprint_source(dataset, split="train", data_dir=data_dir,
+                                                   columns=config.calibration.columns)  # fmt: skip
     return hashes.fingerprint("prune", STAGE_VERSION, settings, inputs)
 
 
@@ -68,7 +68,7 @@ def prune(config: PruneConfig, model: ModelConfig, out: Path, *, data_dir: Path 
         SparsityError: a weight came out denser than promised; nothing is published.
         UsageError: the model or one of its weights cannot be pruned so, or `out` is the model itself.
     """
-    from lors_cli.models.blocks import prunable_weights
+    from lors_cli.models.blocks import left_out, prunable_weights
     from lors_cli.models.loading import load_tokenizer
     from lors_cli.models.sources import model_fingerprint
     from lors_cli.models.streaming import open_blockwise
@@ -86,13 +86,16 @@ def prune(config: PruneConfig, model: ModelConfig, out: Path, *, data_dir: Path 
         raise UsageError("reconstruct_epochs: gradients do not fit into float16.", "Set dtype=bfloat16 for the model.")
     for name, weight in prunable_weights(source.network).items():
         pattern.check_shape(name, weight.shape)
+    parts = left_out(source.network)
+    if parts:
+        console.info(f"  left as they are: {', '.join(parts)}")
     batches = _calibration_batches(config, source, tokenizer, data_dir)
     alone = processes.start()
     if processes.is_main():
         records.work_dir(out, fingerprint)
     processes.wait_for_all()
     outcome = prune_blocks(config, source, pattern, out / records.WORK_NAME, batches)
-    metrics = _metrics(outcome, pattern, source, batches)
+    metrics = _metrics(outcome, pattern, source, batches) | ({"left_out": parts} if parts else {})
     record = records.StageRecord(
         "prune", fingerprint, hashes.plain(resolved_prune(config)), {"model": base_fingerprint, "path": model.path},
         metrics,
@@ -134,7 +137,8 @@ def _calibration_batches(
     with progress.busy(f"tokenising {calibration.dataset}"):
         tokens = calibration_tokens(calibration, tokenizer, model_max_length=max_length, data_dir=data_dir)
     console.info(f"  calibration: {calibration.dataset}, {tokens.shape[0]} × {tokens.shape[1]} tokens")
-    return list(tokens.split(calibration.batch_size))
+    size = min(calibration.batch_size, RECONSTRUCTION_SAMPLES) if config.reconstruct_epochs else calibration.batch_size
+    return list(tokens.split(size))
 
 
 def _metrics(outcome: Outcome, pattern: Pattern, source: BlockwiseModel, batches: list[torch.Tensor]) -> dict[str, Any]:

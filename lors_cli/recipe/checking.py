@@ -7,7 +7,7 @@ import difflib
 import json
 import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
 
@@ -28,19 +28,22 @@ _ELSEWHERE = {
     "sparsity_ratio": "sparsity",
 }  # fmt: skip
 """What other trainers and pruners call our settings."""
-_SHAPES = {
+SHAPES = {
     "name": "must start with a letter or digit and hold only letters, digits, `.`, `_` and `-` (100 at most)",
     "device": "must be auto, cpu, mps, cuda or cuda:N",
     "pattern": "must be N:M, for example 2:4, or unstructured",
 }
-_KINDS = {
+_SAID = {
+    "missing": "this key is missing", "string_too_short": "must not be an empty text",
+    "too_short": "must have at least one entry",
+}  # fmt: skip
+_MUST_BE = {
     "int_type": "a whole number", "int_from_float": "a whole number", "float_type": "a number",
-    "bool_type": "true or false", "finite_number": "a finite number",
+    "bool_type": "true or false", "finite_number": "a finite number", "tuple_type": "a list",
+    "greater_than": "above {gt:g}", "greater_than_equal": "at least {ge:g}", "less_than": "below {lt:g}",
+    "less_than_equal": "at most {le:g}", "dataclass_type": "a section with keys of its own",
 }  # fmt: skip
-_BOUNDS = {
-    "greater_than": ("above", "gt"), "greater_than_equal": ("at least", "ge"),
-    "less_than": ("below", "lt"), "less_than_equal": ("at most", "le"),
-}  # fmt: skip
+"""By pydantic's name of an error; in braces what it tells with it."""
 
 
 @cache
@@ -53,14 +56,21 @@ def subsection(schema: type, key: str) -> type | None:
     return None
 
 
+def owner(schema: type, path: Iterable[str | int]) -> type:
+    """The dataclass of the section at `path` below `schema`."""
+    for key in path:
+        schema = subsection(schema, str(key)) or schema
+    return schema
+
+
 @cache
 def field_names(schema: type) -> list[str]:
     """The keys that `schema` knows."""
     return [entry.name for entry in dataclasses.fields(schema)]
 
 
-def unknown_key(schema: type, key: str, parent: KeyPath) -> str:
-    """The message for a key that `schema` does not have, with the likely one meant."""
+def unknown_key(schema: type, key: str, parent: KeyPath, prefix: str = "") -> str:
+    """The message for a key that `schema` does not have, with the likely one meant (`prefix` goes before it)."""
     plain = key.lower().replace("-", "_")
     if plain in ("target_modules", "lora_target_modules"):
         return "unknown key; every pruned linear gets an adapter, there is no choice to make"
@@ -70,7 +80,7 @@ def unknown_key(schema: type, key: str, parent: KeyPath) -> str:
         return f"unknown key; did you mean {dotted((*parent, *inner[0]))}?"
     close = nearest(plain, field_names(schema))
     if close:
-        return f"unknown key; did you mean {close}?"
+        return f"unknown key; did you mean {prefix}{close}?"
     if len(field_names(schema)) <= MAX_LISTED:
         return f"unknown key; known here: {', '.join(field_names(schema))}"
     likely = difflib.get_close_matches(plain[:100], field_names(schema), n=3, cutoff=0.0)
@@ -124,8 +134,7 @@ def _report(schema: type, settings: Settings, entry: Any) -> None:
     if kind == "too_short" and entry["input"]:
         return  # pydantic counts only the good items; the bad ones have messages of their own
     if kind == "unexpected_keyword_argument":
-        owner = _owner(schema, path[:-1])
-        settings.add(path, unknown_key(owner, str(path[-1]), path[:-1]))
+        settings.add(path, unknown_key(owner(schema, path[:-1]), str(path[-1]), path[:-1]))
     else:
         settings.add(path, describe(path, entry, settings.raws.get(path)))
 
@@ -133,8 +142,7 @@ def _report(schema: type, settings: Settings, entry: Any) -> None:
 def _check_rules(schema: type, data: dict[str, Any], settings: Settings, wrong: set[str], path: KeyPath = ()) -> Any:
     """Report the rules that are broken between keys of which none is wrong itself.
 
-    Returns:
-        An unchecked instance of `schema` from what is right in `data`, the rest as if it were not given.
+    Gives an unchecked instance of `schema` from what is right in `data`, the rest as if it were not given.
     """
     made: Any = object.__new__(schema)
     for entry in dataclasses.fields(schema):
@@ -167,18 +175,12 @@ def _report_rule(settings: Settings, path: KeyPath, subject: str, message: str, 
     settings.add(path, message, place)
 
 
-def _owner(schema: type, path: KeyPath) -> type:
-    for key in path:
-        schema = subsection(schema, str(key)) or schema
-    return schema
-
-
 def describe(path: KeyPath, entry: Any, raw: str | None) -> str:
     """A pydantic error in plain words: what the value must be, and what it is (`raw`: as written, when unquoted)."""
     kind, value, context = entry["type"], entry["input"], entry.get("ctx", {})
     got = _shown(value, raw)
-    if kind == "missing":
-        return "this key is missing"
+    if kind in _SAID:
+        return _SAID[kind]
     if value is None:
         return "is empty; give a value, or remove the key to use the default"
     if kind == "literal_error":
@@ -190,20 +192,11 @@ def describe(path: KeyPath, entry: Any, raw: str | None) -> str:
         scalar = isinstance(value, (int, float))
         if kind == "string_type" and scalar and path[-1] not in ("device", "pattern"):
             return f"must be text; put it in quotes: '{raw or value}'"
-        return f"{_SHAPES.get(str(path[-1]), 'must be text')}, not {got}"
-    if kind in _KINDS:
-        return f"must be {_KINDS[kind]}, not {got}"
-    if kind in _BOUNDS:
-        word, bound = _BOUNDS[kind]
-        return f"must be {word} {context[bound]:g}, not {got}"
-    if kind == "string_too_short":
-        return "must not be an empty text"
-    if kind == "too_short":
-        return "must have at least one entry"
-    if kind == "tuple_type":
-        return f"must be a list, for example [{got}]" if isinstance(value, str) else f"must be a list, not {got}"
-    if kind == "dataclass_type":
-        return f"must be a section with keys of its own, not {got}"
+        return f"{SHAPES.get(str(path[-1]), 'must be text')}, not {got}"
+    if kind == "tuple_type" and isinstance(value, str):
+        return f"must be a list, for example [{got}]"
+    if kind in _MUST_BE:
+        return f"must be {_MUST_BE[kind].format(**context)}, not {got}"
     return f"{entry['msg']}, not {got}"
 
 

@@ -6,10 +6,9 @@ together, and all problems are reported in one UsageError, one line each.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal
 
 from pydantic import TypeAdapter
@@ -18,13 +17,10 @@ from lors_cli.errors import UsageError, shorten
 from lors_cli.files.hashes import plain
 from lors_cli.recipe.checking import check, field_names, subsection, unknown_key
 from lors_cli.recipe.schema import STAGE_CONFIGS, STAGES, EvalConfig, ModelConfig, PruneConfig, Recipe, TuneConfig
-from lors_cli.recipe.settings import KeyPath, Place, Settings
+from lors_cli.recipe.settings import Place, Settings, flag_name
 from lors_cli.recipe.yaml12 import MAX_BYTES, YamlError, read, write
 
 Stage = Literal["prune", "tune", "eval"]
-
-_FLAG_NAMES = {"calibration.dataset": "--calibration"}
-_SEEDED: tuple[KeyPath, ...] = (("prune", "calibration", "seed"), ("tune", "seed"))
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -40,15 +36,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def resolve_recipe(settings: Settings, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe with its seed handed to the stages that set none and all defaults filled in.
-
-    Args:
-        settings: from `read_settings`; changed in place.
-        overrides: `tune.rank=32` and the like; values are YAML.
-
-    Raises:
-        UsageError: with everything that is wrong.
-    """
+    """The recipe with its seed handed to the stages that set none and all defaults filled in (in place)."""
     apply_overrides(Recipe, settings, overrides)
     _refuse_empty_stages(settings)
     _hand_down_seed(settings)
@@ -57,18 +45,9 @@ def resolve_recipe(settings: Settings, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def load_stage(
-    stage: Stage,
-    path: Path | None,
-    overrides: Sequence[str],
-    flags: dict[str, Any] | MappingProxyType[str, Any] = MappingProxyType({}),
+    stage: Stage, path: Path | None, overrides: Sequence[str], flags: Mapping[str, Any] | None = None
 ) -> PruneConfig | TuneConfig | EvalConfig:
-    """The config of a single stage; keys are relative to the stage.
-
-    Args:
-        stage: which.
-        path: a YAML file, or None for the defaults.
-        overrides: `rank=32` and the like.
-        flags: values of command-line flags by dotted key; None means that the flag was not given.
+    """The config of a single stage from a file, overrides such as `rank=32`, and flags (None: not given) by dotted key.
 
     Raises:
         UsageError: the file cannot be read, or with everything that is wrong.
@@ -76,12 +55,7 @@ def load_stage(
     schema = STAGE_CONFIGS[stage]
     settings = read_settings(path) if path else Settings({}, {(): Place(f"{stage} settings", (0, 0))})
     apply_overrides(schema, settings, overrides)
-    for index, (key, value) in enumerate(flags.items()):
-        if value is None:
-            continue
-        keys = tuple(key.split("."))
-        flag = _FLAG_NAMES.get(key, "--" + str(keys[-1]).replace("_", "-"))
-        settings.set(keys, plain(value), Place(flag, (2, index), keys), {})
+    _apply_flags(settings, flags or {})
     config: PruneConfig | TuneConfig | EvalConfig = check(schema, settings)
     return config
 
@@ -98,19 +72,20 @@ def stage_config(stage: str, values: dict[str, Any]) -> PruneConfig | TuneConfig
     return config
 
 
-def load_model_config(path: str, *, dtype: str = "auto", device: str = "auto") -> ModelConfig:
-    """The model named on a command line by MODEL, `--dtype` and `--device`.
-
-    Raises:
-        UsageError: a value is none that the schema allows.
-    """
+def load_model_config(path: str, **flags: str) -> ModelConfig:
+    """The model named on a command line by MODEL and its flags, such as `--dtype`."""
     settings = Settings({}, {(): Place("MODEL", (0, 0))})
-    for index, (key, place, value) in enumerate(
-        (("path", "MODEL", path), ("dtype", "--dtype", dtype), ("device", "--device", device))
-    ):
-        settings.set((key,), value, Place(place, (2, index), (key,)), {})
+    _apply_flags(settings, {"path": path, **flags})
     config: ModelConfig = check(ModelConfig, settings)
     return config
+
+
+def _apply_flags(settings: Settings, flags: Mapping[str, Any]) -> None:
+    for index, (key, value) in enumerate(flags.items()):
+        if value is not None:
+            keys = tuple(key.split("."))
+            flag = "MODEL" if key == "path" else f"--{flag_name(key).replace('_', '-')}"
+            settings.set(keys, plain(value), Place(flag, (2, index), keys), {})
 
 
 def dump_recipe(recipe: Recipe | PruneConfig | TuneConfig | EvalConfig) -> str:
@@ -126,7 +101,7 @@ def recipe_values(recipe: Recipe | PruneConfig | TuneConfig | EvalConfig) -> dic
 
 def recipe_schema() -> dict[str, Any]:
     """The JSON Schema of a recipe, for editors, with a description of every key."""
-    schema = _joined_lines(TypeAdapter(Recipe).json_schema())
+    schema = json.loads(json.dumps(TypeAdapter(Recipe).json_schema()), object_hook=_on_one_line)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "lors recipe"}
 
 
@@ -150,7 +125,7 @@ def read_settings(path: Path) -> Settings:
         raise UsageError(f"{path}:{line}: not UTF-8 text (byte 0x{content[error.start]:02x})") from None
     except YamlError as error:
         raise UsageError(f"{path}:{error.line}: {error.message}") from None
-    if document.is_empty:
+    if document.data is None and not document.raws.get(()):
         raise UsageError(f"{path}:1: the file is empty; it must hold settings such as `key: value`")
     if not isinstance(document.data, dict):
         line = document.lines[()]
@@ -167,12 +142,9 @@ def apply_overrides(schema: type, settings: Settings, overrides: Sequence[str]) 
         key, equals, text = override.partition("=")
         keys = tuple(key.strip().split("."))
         place = Place(f"override {shorten(override)}", (1, index), keys)
-        if not equals or not all(keys):
-            settings.add(keys, "must be key=value", place)
-            continue
-        unknown = unknown_setting(schema, keys)
-        if unknown:
-            settings.add(keys, unknown, place)
+        problem = unknown_setting(schema, keys) if equals and all(keys) else "must be key=value"
+        if problem:
+            settings.add(keys, problem, place)
             continue
         try:
             document = read(text)
@@ -188,10 +160,7 @@ def unknown_setting(schema: type, keys: tuple[str, ...]) -> str | None:
     """What is wrong with a key path, or None when the schema has it."""
     for depth, key in enumerate(keys):
         if key not in field_names(schema):
-            prefix = f"{'.'.join(keys[:depth])}." if depth else ""
-            message = unknown_key(schema, key, keys[:depth])
-            close = re.search(r"did you mean (\w+)\?", message)
-            return message.replace(close.group(1) + "?", f"{prefix}{close.group(1)}?") if close else message
+            return unknown_key(schema, key, keys[:depth], "".join(f"{part}." for part in keys[:depth]))
         inner = subsection(schema, key)
         if inner is None and depth + 1 < len(keys):
             return f"{'.'.join(keys[: depth + 1])} is a single value and has no keys of its own"
@@ -212,12 +181,10 @@ def _hand_down_seed(settings: Settings) -> None:
     seed = settings.data.get("seed")
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
         return
-    for path in _SEEDED:
-        section: Any = settings.data.get(str(path[0]))
-        for key in path[1:-1]:
-            section = section.setdefault(str(key), {}) if isinstance(section, dict) else None
+    prune, tune = settings.data.get("prune"), settings.data.get("tune")
+    for section in (tune, prune.setdefault("calibration", {}) if isinstance(prune, dict) else None):
         if isinstance(section, dict):
-            section.setdefault(str(path[-1]), seed)
+            section.setdefault("seed", seed)
 
 
 def _without_none(value: Any) -> Any:
@@ -226,11 +193,7 @@ def _without_none(value: Any) -> Any:
     return value
 
 
-def _joined_lines(value: Any) -> Any:
-    """The schema with each description on one line."""
-    if isinstance(value, dict):
-        joined = {key: _joined_lines(item) for key, item in value.items()}
-        if isinstance(joined.get("description"), str):
-            joined["description"] = " ".join(joined["description"].split())
-        return joined
-    return [_joined_lines(item) for item in value] if isinstance(value, list) else value
+def _on_one_line(entry: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(entry.get("description"), str):
+        entry["description"] = " ".join(entry["description"].split())
+    return entry

@@ -3,66 +3,24 @@
 from __future__ import annotations
 
 import re
-from dataclasses import MISSING, Field, dataclass, fields
-from typing import Any, get_args, get_origin, get_type_hints
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
+from lors_cli.recipe.checking import field_names, subsection
 from lors_cli.recipe.loading import recipe_schema
-from lors_cli.recipe.schema import (
-    SEVEN_TASKS,
-    CalibrationConfig,
-    DistillConfig,
-    EvalConfig,
-    ModelConfig,
-    PruneConfig,
-    Recipe,
-    TuneConfig,
-    TuneDataConfig,
-)
+from lors_cli.recipe.rules import RULES
+from lors_cli.recipe.schema import Recipe
 
-SECTIONS: dict[str, Any] = {
-    "": Recipe,
-    "model": ModelConfig,
-    "prune": PruneConfig,
-    "prune.calibration": CalibrationConfig,
-    "tune": TuneConfig,
-    "tune.data": TuneDataConfig,
-    "tune.distill": DistillConfig,
-    "eval": EvalConfig,
-}
-RULES: dict[str, list[str]] = {
-    "": [
-        "At least one of `prune`, `tune` and `eval` is there. A stage without settings is `prune: {}`.",
-        "`eval.models` names only models that the recipe makes.",
-    ],
-    "prune": [
-        "`true_sequential` needs a method that looks at inputs: not `magnitude`, unless `refit` is on.",
-        "`layer_sparsity: owl` needs `pattern: unstructured` and a method other than `magnitude`.",
-        "`reconstruct_epochs` needs calibration samples: not `magnitude`, unless `refit` is on.",
-        "`channel_permutation` needs a pattern N:M.",
-        "`pattern: unstructured` needs `sparsity`.",
-        "N:M needs 0 < N < M, and M divides the inputs of every pruned weight.",
-        "`sparsity` beside N:M is 1 − N/M, or left out.",
-    ],
-    "tune": [
-        "`init` other than `kaiming` is for additive updates: not for `spp`, `spp-gc` and `hira`.",
-        "`merged_cache: on` is for `lors`.",
-        "`rounding: stochastic` is for `lors`.",
-        "`base: compressed` is for `lors`, on a 2:4 model.",
-        "`parallelism: fsdp` excludes `init: gradient-exact`, `base: compressed` and `merged_cache: on`.",
-        "`train_norms` is not for `lora`.",
-        "`norms_lr_ratio` is for `train_norms: true`.",
-        "`max_tokens` excludes `max_steps`.",
-        "`max_tokens` needs streamed text: not `data.stream: off`.",
-        "`min_learning_rate` is at most `learning_rate`.",
-        "`batch_size` is a multiple of `per_device_batch_size`.",
-    ],
-    "eval": [
-        "Nothing is listed twice in `models`, `tasks` or `perplexity`.",
-        "`tasks` or `perplexity` names something.",
-    ],
-}
-"""The rules of `lors_cli.recipe.rules` in the words of the page, one for each message."""
 
+def _sections(kind: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+    yield ".".join(path), kind
+    for name in field_names(kind):
+        if inner := subsection(kind, name):
+            yield from _sections(inner, (*path, name))
+
+
+SECTIONS = dict(_sections(Recipe))
 KINDS = {
     "name": "letters, digits, `.`, `_`, `-`; at most 100",
     "model.device": "`auto`, `cpu`, `mps`, `cuda`, `cuda:N`",
@@ -100,16 +58,14 @@ class Setting:
 
 def settings() -> list[Setting]:
     """Every setting, section by section, in the schema's order."""
-    schema = recipe_schema()
-    found = []
+    schema, found = recipe_schema(), []
     for section, kind in SECTIONS.items():
-        properties = (schema if kind is Recipe else schema["$defs"][kind.__name__])["properties"]
-        hints = get_type_hints(kind, include_extras=True)
-        for entry in fields(kind):
-            key = f"{section}.{entry.name}" if section else entry.name
-            description = properties[entry.name].get("description", "")
-            words = KINDS.get(key) or _kind(hints[entry.name], properties[entry.name])
-            found.append(Setting(key, words, _default(key, entry), _is_required(entry), description))
+        part = schema if kind is Recipe else schema["$defs"][kind.__name__]
+        for name, entry in part["properties"].items():
+            key = f"{section}.{name}" if section else name
+            is_required = name in part.get("required", ())
+            words = KINDS.get(key) or _kind(entry)
+            found.append(Setting(key, words, _default(entry.get("default")), is_required, entry["description"]))
     return found
 
 
@@ -129,56 +85,39 @@ def _section(section: str, found: list[Setting]) -> str:
     for setting in found:
         default = "required" if setting.required else "—" if setting.default is None else f"`{setting.default}`"
         name = setting.key.rpartition(".")[2]
-        if setting.key in SECTIONS:
-            name = f"[{name}](#{setting.key.replace('.', '')})"
-            default = "required" if setting.required else "—"
-        else:
-            name = f"`{name}`"
+        name = f"[{name}](#{setting.key.replace('.', '')})" if setting.key in SECTIONS else f"`{name}`"
         description = re.sub(r"\$[A-Z_]+", r"`\g<0>`", setting.description)  # no formula
         cells = (name, setting.kind, default, description)
         lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells) + " |")
-    if section in RULES:
-        lines += ["", *(f"- {rule}" for rule in RULES[section])]
+    said = dict.fromkeys(rule for *_, rule in RULES.get(SECTIONS[section].__name__, ()))
+    lines += ["", *(f"- {rule}" for rule in said)] if said else []
     return "\n".join([*lines, ""])
 
 
-def _is_required(entry: Field[Any]) -> bool:
-    return entry.default is MISSING and entry.default_factory is MISSING
-
-
-def _default(key: str, entry: Field[Any]) -> str | None:
-    """The default in YAML; None where there is none, or it is said in the description."""
-    value = entry.default
-    if key in SECTIONS or value is MISSING or value is None:
+def _default(value: Any) -> str | None:
+    """A default in YAML; None where there is none, or it is said in the description."""
+    if value is None:
         return None
-    if value == SEVEN_TASKS:
-        return f"[{', '.join(SEVEN_TASKS)}]"
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, tuple):
+    if isinstance(value, list):
         return f"[{', '.join(value)}]"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _kind(hint: Any, schema: dict[str, Any]) -> str:
+def _kind(schema: dict[str, Any]) -> str:
     """What a setting may be, in words."""
-    choices = [part for part in get_args(hint) if part is not type(None)]
-    if type(None) in get_args(hint) and len(choices) == 1:
-        shapes = [part for part in schema.get("anyOf", [schema]) if part.get("type") != "null"]
-        return _kind(choices[0], shapes[0])
-    if hasattr(hint, "__metadata__"):
-        return _kind(get_args(hint)[0], schema)
-    if hint in SECTIONS.values():
+    if "anyOf" in schema:
+        return _kind(next(part for part in schema["anyOf"] if part.get("type") != "null"))
+    if "$ref" in schema:
         return "a section"
-    if get_origin(hint) is tuple:
-        return f"list of {_kind(choices[0], schema.get('items', {}))}"
     if "enum" in schema:
         return ", ".join(f"`{word}`" for word in schema["enum"])
-    if "const" in schema:
-        return f"`{schema['const']}`"
-    if hint is bool:
+    if schema["type"] == "array":
+        return f"list of {_kind(schema['items'])}"
+    if schema["type"] == "boolean":
         return "`true`, `false`"
-    return {int: "whole number", float: "number", str: "text"}[hint] + _bounds(schema)
+    return {"integer": "whole number", "number": "number", "string": "text"}[schema["type"]] + _bounds(schema)
 
 
 def _bounds(schema: dict[str, Any]) -> str:

@@ -1,7 +1,8 @@
-"""The rules between a recipe's keys: a table a section, of `(key, is_broken, message)`.
+"""The rules between a recipe's keys: a table a section, of `(key, is_broken, message, rule)`.
 
 `is_broken` gives something true for a config that breaks the rule. The message is a template in which `c` is that
 config and `found` is what `is_broken` gave; `key` is the setting that it speaks of, "" for the section as a whole.
+`rule` is what docs/recipe.md says.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pydantic import ConfigDict
 
 _MODELS = ("path", "teacher")
 """Settings that name a model, whose ~ is the user's home."""
-Rule = tuple[str, Callable[[Any], Any], str]
+Rule = tuple[str, Callable[[Any], Any], str, str]
 
 
 class Section:
@@ -33,7 +34,7 @@ class Section:
 
 def broken(config: Any) -> Iterator[tuple[str, str]]:
     """The key and the message of every rule that a config of the recipe breaks."""
-    for key, is_broken, message in RULES.get(type(config).__name__, ()):
+    for key, is_broken, message, _ in RULES.get(type(config).__name__, ()):
         found = is_broken(config)
         if found:
             yield key, message.format(c=config, found=found)
@@ -78,56 +79,93 @@ def _not_made(c: Any) -> str | None:
     return f"{', '.join(missing)} is not made by this recipe, which has {', '.join(c.roles())}"
 
 
+def _no_row(c: Any) -> bool:
+    """Whether columns make no kind of row, or several."""
+    given = set(c.names)
+    kinds = ("text",), ("messages", "system"), ("instruction", "output", "input", "system", "history")
+    needed = {"text"}, {"messages"}, {"instruction", "output"}
+    return not any(least <= given <= set(most) for least, most in zip(needed, kinds, strict=True))
+
+
 RULES: dict[str, tuple[Rule, ...]] = {
     "Recipe": (
         ("", lambda c: not (c.prune or c.tune or c.eval),
-         "there is no stage: give at least one of prune, tune, eval"),
-        ("eval.models", _not_made, "{found}"),
+         "there is no stage: give at least one of prune, tune, eval",
+         "At least one of `prune`, `tune` and `eval` is there. A stage without settings is `prune: {}`."),
+        ("eval.models", _not_made, "{found}",
+         "`eval.models` names only models that the recipe makes."),
+    ),
+    "ColumnsConfig": (
+        ("", _no_row, "columns must be text, or messages (and system), or instruction and output (and input, system, "
+         "history)",
+         "`text`, or `messages` (and `system`), or `instruction` and `output` (and `input`, `system`, `history`)."),
     ),
     "PruneConfig": (
         ("true_sequential", lambda c: c.true_sequential and _blind(c),
-         "magnitude looks at no inputs; choose another method"),
+         "magnitude looks at no inputs; choose another method",
+         "`true_sequential` needs a method that looks at inputs: not `magnitude`, unless `refit` is on."),
         ("layer_sparsity",
          lambda c: c.layer_sparsity == "owl" and (c.pattern != "unstructured" or c.method == "magnitude"),
-         "owl needs pattern: unstructured and a method that looks at inputs"),
+         "owl needs pattern: unstructured and a method that looks at inputs",
+         "`layer_sparsity: owl` needs `pattern: unstructured` and a method other than `magnitude`."),
         ("reconstruct_epochs", lambda c: c.reconstruct_epochs and _blind(c),
-         "magnitude takes no calibration samples; choose another method"),
+         "magnitude takes no calibration samples; choose another method",
+         "`reconstruct_epochs` needs calibration samples: not `magnitude`, unless `refit` is on."),
         ("channel_permutation", lambda c: c.channel_permutation and c.pattern == "unstructured",
-         "groups of M are what it fills; it needs a pattern N:M"),
+         "groups of M are what it fills; it needs a pattern N:M",
+         "`channel_permutation` needs a pattern N:M."),
         ("pattern", lambda c: c.pattern == "unstructured" and c.sparsity is None,
-         "unstructured needs a sparsity, for example sparsity: 0.5"),
+         "unstructured needs a sparsity, for example sparsity: 0.5",
+         "`pattern: unstructured` needs `sparsity`."),
         ("pattern", lambda c: c.pattern != "unstructured" and implied_sparsity(c.pattern) is None,
-         "{c.pattern} keeps nothing or prunes nothing; N:M needs 0 < N < M"),
+         "{c.pattern} keeps nothing or prunes nothing; N:M needs 0 < N < M",
+         "N:M needs 0 < N < M, and M divides the inputs of every pruned weight."),
         ("sparsity", _contradicted_sparsity,
-         "{c.sparsity} contradicts pattern: {c.pattern}, which is {found:g}; leave it out"),
+         "{c.sparsity} contradicts pattern: {c.pattern}, which is {found:g}; leave it out",
+         "`sparsity` beside N:M is 1 − N/M, or left out."),
     ),
     "TuneConfig": (
         ("init", lambda c: c.start != "kaiming" and c.method in ("spp", "spp-gc", "hira"),
-         "{c.init} is for additive updates, and {c.method} multiplies the weight"),
+         "{c.init} is for additive updates, and {c.method} multiplies the weight",
+         "`init` other than `kaiming` is for additive updates: not for `spp`, `spp-gc` and `hira`."),
         ("merged_cache", lambda c: c.merged_cache == "on" and c.method != "lors",
-         "it is for method: lors, and method is {c.method}"),
+         "it is for method: lors, and method is {c.method}",
+         "`merged_cache: on` is for `lors`."),
         ("rounding", lambda c: c.rounding == "stochastic" and c.method != "lors",
-         "stochastic is for method: lors, and method is {c.method}"),
+         "stochastic is for method: lors, and method is {c.method}",
+         "`rounding: stochastic` is for `lors`."),
         ("base", lambda c: c.base == "compressed" and c.method != "lors",
-         "compressed is for method: lors, and method is {c.method}"),
-        ("parallelism", _not_shardable, "fsdp shards the weights, and {found} needs them whole"),
+         "compressed is for method: lors, and method is {c.method}",
+         "`base: compressed` is for `lors`, on a 2:4 model."),
+        ("parallelism", _not_shardable, "fsdp shards the weights, and {found} needs them whole",
+         "`parallelism: fsdp` excludes `init: gradient-exact`, `base: compressed` and `merged_cache: on`."),
         ("train_norms", lambda c: c.train_norms and c.method == "lora",
-         "PEFT's LoRA files have no place for trained norms; choose another method"),
-        ("norms_lr_ratio", lambda c: c.norms_lr_ratio != 1.0 and not c.train_norms, "it is for train_norms: true"),
+         "PEFT's LoRA files have no place for trained norms; choose another method",
+         "`train_norms` is not for `lora`."),
+        ("norms_lr_ratio", lambda c: c.norms_lr_ratio != 1.0 and not c.train_norms, "it is for train_norms: true",
+         "`norms_lr_ratio` is for `train_norms: true`."),
         ("max_tokens", lambda c: c.max_tokens is not None and c.max_steps is not None,
-         "max_steps says how long to train too; give one of them"),
+         "max_steps says how long to train too; give one of them",
+         "`max_tokens` excludes `max_steps`."),
         ("max_tokens", lambda c: c.max_tokens is not None and c.data.stream == "off",
-         "it counts streamed text, and data.stream is off"),
+         "it counts streamed text, and data.stream is off",
+         "`max_tokens` needs streamed text: not `data.stream: off`."),
         ("min_learning_rate", lambda c: c.min_learning_rate > c.learning_rate,
-         "{c.min_learning_rate:g} is above learning_rate: {c.learning_rate:g}"),
+         "{c.min_learning_rate:g} is above learning_rate: {c.learning_rate:g}",
+         "`min_learning_rate` is at most `learning_rate`."),
         ("batch_size", lambda c: c.per_device_batch_size is not None and c.batch_size % c.per_device_batch_size,
-         "{c.batch_size} is not a multiple of per_device_batch_size: {c.per_device_batch_size}"),
+         "{c.batch_size} is not a multiple of per_device_batch_size: {c.per_device_batch_size}",
+         "`batch_size` is a multiple of `per_device_batch_size`."),
     ),
     "EvalConfig": (
-        ("models", lambda c: _twice(c.models), "{found} is listed twice"),
-        ("tasks", lambda c: _twice(c.tasks), "{found} is listed twice"),
-        ("perplexity", lambda c: _twice(c.perplexity), "{found} is listed twice"),
+        ("models", lambda c: _twice(c.models), "{found} is listed twice",
+         "Nothing is listed twice in `models`, `tasks` or `perplexity`."),
+        ("tasks", lambda c: _twice(c.tasks), "{found} is listed twice",
+         "Nothing is listed twice in `models`, `tasks` or `perplexity`."),
+        ("perplexity", lambda c: _twice(c.perplexity), "{found} is listed twice",
+         "Nothing is listed twice in `models`, `tasks` or `perplexity`."),
         ("", lambda c: not c.tasks and not c.perplexity,
-         "neither tasks nor perplexity is given: there is nothing to evaluate"),
+         "neither tasks nor perplexity is given: there is nothing to evaluate",
+         "`tasks` or `perplexity` names something."),
     ),
 }  # fmt: skip

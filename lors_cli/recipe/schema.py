@@ -13,17 +13,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from lors_cli.recipe.columns import ColumnsConfig, Name, NotNegative, Positive, Rate, Seed
 from lors_cli.recipe.rules import Section
 
-Positive = Annotated[int, Field(gt=0)]
-NotNegative = Annotated[int, Field(ge=0)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 ModelRole = Literal["dense", "pruned", "tuned"]
 TuneMethod = Literal["lors", "sqft", "sqft-gc", "spp", "spp-gc", "hira", "lora"]
-Name = Annotated[str, Field(min_length=1)]
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 SEVEN_TASKS = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "openbookqa", "rte", "winogrande")
 
 
@@ -52,7 +49,9 @@ class CalibrationConfig(Section):
     """The text that shows the pruner what the inputs of each layer look like."""
 
     dataset: Name = "c4"
-    """alpaca, c4, pydoc, slimpajama, wikitext2, or a file (.jsonl .json .parquet .txt, .gz; tokens: .safetensors)."""
+    """alpaca, c4, pydoc, slimpajama, wikitext2, or a file (.jsonl .json .csv .parquet .txt …; tokens: .safetensors)."""
+    columns: ColumnsConfig | None = None
+    """What a file's columns are called, where they are not found or several would do; others are not looked at."""
     num_samples: Positive | None = None
     """Sequences. Default 128; a pre-tokenised file is used whole."""
     sequence_length: Positive | None = None
@@ -108,6 +107,8 @@ class TuneDataConfig(Section):
 
     dataset: Name = "alpaca"
     """alpaca, c4, pydoc, slimpajama, wikitext2, or a file."""
+    columns: ColumnsConfig | None = None
+    """What a file's columns are called, where they are not found or several would do; others are not looked at."""
     max_length: Positive = 512
     """Tokens a sample: instructions are cut there, text is packed to it."""
     num_samples: Positive | None = None
@@ -259,7 +260,7 @@ class EvalConfig(Section):
     tasks: tuple[Name, ...] = SEVEN_TASKS
     """Names of lm-evaluation-harness tasks, or pydoc_choice."""
     perplexity: tuple[Name, ...] = ()
-    """Texts for token perplexity: wikitext2, pydoc, c4, slimpajama, or a file."""
+    """Texts for token perplexity: wikitext2 (the papers' join), wikitext2-lines, pydoc, c4, slimpajama, or a file."""
     limit: Positive | None = None
     """At most so many documents a task."""
     batch_size: Positive = 8
@@ -275,7 +276,7 @@ class EvalConfig(Section):
 class Recipe(Section):
     """A whole pipeline; a stage that is left out is not run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+    name: Annotated[str, Field(pattern=NAME)]
     """Name of the run folder, runs/<name>, unless --out is given."""
     model: ModelConfig
     """What is pruned; without `prune`, what is tuned or scored."""

@@ -9,8 +9,6 @@ from typing import Any
 from lors_cli.errors import UsageError, shorten
 
 KeyPath = tuple[str | int, ...]
-
-
 MAX_SHOWN = 40
 
 
@@ -74,6 +72,11 @@ class Settings:
         if len(ordered) > MAX_SHOWN:
             lines.append(f"and {len(ordered) - MAX_SHOWN} more problems")
         raise UsageError("\n".join(lines))
+
+
+def flag_name(key: str) -> str:
+    """The flag of a stage's setting, as a parameter: a_b is --a-b."""
+    return "calibration" if key == "calibration.dataset" else key.rpartition(".")[2]
 
 
 def dotted(path: Iterable[str | int]) -> str:

@@ -55,14 +55,12 @@ class Document:
     lines: dict[tuple[str | int, ...], int] = field(default_factory=dict)
     raws: dict[tuple[str | int, ...], str] = field(default_factory=dict)
     problems: list[tuple[int, str]] = field(default_factory=list)
-    is_empty: bool = False
 
 
 def resolve(text: str) -> Any:
     """The value of an unquoted scalar by YAML 1.2's core schema, hexadecimal and octal left as text.
 
-    Returns:
-        None, a bool, an int, a float (whole numbers beyond 64 bits too), or the text itself.
+    A whole number beyond 64 bits is a float.
     """
     if _NULL.fullmatch(text):
         return None
@@ -78,10 +76,7 @@ def resolve(text: str) -> Any:
 
 
 def read(text: str) -> Document:
-    """Read one YAML document.
-
-    Returns:
-        The data; keys are always text. Duplicate keys and the like are in its `problems`.
+    """Read one YAML document; keys are always text, duplicate keys and the like are in its `problems`.
 
     Raises:
         YamlError: the text is not YAML, or not a kind that settings may use.
@@ -97,7 +92,7 @@ def read(text: str) -> Document:
         raise _syntax_error(error, text) from None
     except yaml.YAMLError as error:
         raise YamlError(1, f"not valid YAML: {error}") from None
-    document = Document(problems=composer.problems, is_empty=root is None or root.raw == "")
+    document = Document(problems=composer.problems)
     if root is not None:
         document.data = _flatten(root, (), root.line, document)
     return document
@@ -166,8 +161,9 @@ class _Composer:
         if event.anchor:
             self.anchors[event.anchor] = None
         self._count(line, 1)
-        if isinstance(event, yaml.ScalarEvent):
-            made = self.scalar(event, line)
+        if isinstance(event, yaml.ScalarEvent):  # unquoted, it may stand for something else than a text
+            plain = event.implicit[0]
+            made = Node(line, resolve(event.value), raw=event.value) if plain else Node(line, event.value)
         elif isinstance(event, yaml.SequenceStartEvent):
             made = self.sequence(line, depth)
         else:
@@ -188,12 +184,6 @@ class _Composer:
         self._count(line, known.size)
         return known
 
-    def scalar(self, event: Any, line: int) -> Node:
-        """A text, or what an unquoted text stands for."""
-        if not event.implicit[0]:
-            return Node(line, event.value)
-        return Node(line, resolve(event.value), raw=event.value)
-
     def sequence(self, line: int, depth: int) -> Node:
         """A list."""
         items: list[Node] = []
@@ -204,31 +194,27 @@ class _Composer:
     def mapping(self, line: int, depth: int) -> Node:
         """A mapping; keys of `<<` come after its own."""
         entries: dict[str, tuple[int, Node]] = {}
-        merged: list[Node] = []
-        key_lines: dict[str, int] = {}
+        merges = False
         while not isinstance(event := next(self.events), yaml.MappingEndEvent):
             at = _line(event)
-            if isinstance(event, yaml.ScalarEvent):
-                self._refuse_tag(event, at)
-                key = event.value
-            else:
+            if not isinstance(event, yaml.ScalarEvent):
                 raise YamlError(at, "a key must be a plain text")
+            self._refuse_tag(event, at)
+            key = event.value
             self.keys.append(key)
             value = self.node(next(self.events), depth + 1)
             named = ".".join(map(shorten, self.keys))
             self.keys.pop()
-            if key in key_lines:
-                self.problems.append((at, f"{named}: given twice; the first is on line {key_lines[key]}"))
+            if key in entries:
+                self.problems.append((at, f"{named}: given twice; the first is on line {entries[key][0]}"))
                 continue
-            key_lines[key] = at
-            if key == "<<" and event.implicit[0]:
-                merged.append(value)
-            else:
-                entries[key] = (at, value)
-        for value in merged:
-            for source in value.value if isinstance(value.value, list) else [value]:
+            entries[key] = (at, value)
+            merges = merges or (key == "<<" and event.implicit[0])
+        if merges:
+            at, merged = entries.pop("<<")
+            for source in merged.value if isinstance(merged.value, list) else [merged]:
                 if not isinstance(source.value, dict):
-                    raise YamlError(key_lines["<<"], "<< must be given a mapping or a list of mappings")
+                    raise YamlError(at, "<< must be given a mapping or a list of mappings")
                 for key, entry in source.value.items():
                     entries.setdefault(key, entry)
         return _container(line, entries, [node for _, node in entries.values()])

@@ -10,6 +10,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from lors_cli.errors import shorten
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -81,8 +83,6 @@ def figure_of(width: float, height: float) -> tuple[Figure, Any]:
 
 def short(label: str) -> str:
     """What fits beside a figure."""
-    from lors_cli.errors import shorten
-
     return shorten(label, 48)
 
 
@@ -128,9 +128,7 @@ def png(figure: Figure) -> bytes:
 def svg(figure: Figure, name: str) -> str:
     """An `<svg>` element to stand in a page: no date, no outside names, colours of `THEMED`.
 
-    Args:
-        figure: drawn under `style`.
-        name: unique in the page, of letters and digits; every id begins with it.
+    Every id in it begins with `name`, which is unique in the page.
     """
     import matplotlib as mpl
 

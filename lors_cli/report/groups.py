@@ -10,7 +10,7 @@ from typing import Any
 from lors_cli.evaluation.summary import recovered
 from lors_cli.models.sources import short_name
 from lors_cli.report.measures import Group, ScoredModel
-from lors_cli.report.names import METHODS
+from lors_cli.report.paper import METHODS
 from lors_cli.report.results import Cell, Results, Scores
 
 _IN_TITLES = ("model.path", "prune.method", "prune.pattern", "prune.sparsity", "tune.method")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import html
 import re
 from collections.abc import Iterable, Mapping
+from html import escape
 from pathlib import Path
 
 from lors_cli.output.markdown import Block, Cell, Code, Figure, Row, Table, unescape
@@ -21,7 +21,7 @@ def to_html(blocks: Iterable[Block], drawings: Mapping[str, Drawing]) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_text(title)}</title>\n<style>\n{_STYLE.read_text(encoding='utf-8')}</style>\n</head>\n"
+        f"<title>{escape(title)}</title>\n<style>\n{_STYLE.read_text(encoding='utf-8')}</style>\n</head>\n"
         f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
 
@@ -31,20 +31,22 @@ def _block(block: Block, drawings: Mapping[str, Drawing]) -> str:
         return _table(block)
     if isinstance(block, Figure):
         picture = drawings[block.name].svg
-        return f"<figure>\n{picture}<figcaption>{_text(block.caption)}</figcaption>\n</figure>"
+        return f"<figure>\n{picture}<figcaption>{escape(block.caption)}</figcaption>\n</figure>"
     if isinstance(block, Code):
-        return f"<pre><code>{_text(block.text.rstrip())}</code></pre>"
+        return f"<pre><code>{escape(block.text.rstrip())}</code></pre>"
     heading = re.match(r"(#{1,6}) ", block)
     if heading:
         level = len(heading[1])
-        return f"<h{level}>{_text(unescape(block[heading.end() :]))}</h{level}>"
-    return f"<p>{_text(unescape(block))}</p>"
+        return f"<h{level}>{escape(unescape(block[heading.end() :]))}</h{level}>"
+    return f"<p>{escape(unescape(block))}</p>"
 
 
 def _table(table: Table) -> str:
     last = len(table.columns) - 1
     kinds = [' class="text"' if table.prose and index == last else "" for index in range(len(table.columns))]
-    head = "".join(f'<th scope="col"{kind}>{_text(name)}</th>' for name, kind in zip(table.columns, kinds, strict=True))
+    head = "".join(
+        f'<th scope="col"{kind}>{escape(name)}</th>' for name, kind in zip(table.columns, kinds, strict=True)
+    )
     rows = "\n".join(_row(row, kinds) for row in table.rows)
     return f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table></div>'
 
@@ -59,11 +61,7 @@ def _row(row: Row, kinds: list[str]) -> str:
 
 
 def _cell(cell: Cell) -> str:
-    text = _text(cell.text)
+    text = escape(cell.text)
     if cell.is_best:
         text = f"<b>{text}</b>"
-    return f"{text} <small>{_text(cell.extra)}</small>" if cell.extra else text
-
-
-def _text(text: str) -> str:
-    return html.escape(text, quote=True)
+    return f"{text} <small>{escape(cell.extra)}</small>" if cell.extra else text

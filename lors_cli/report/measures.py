@@ -10,8 +10,7 @@ from typing import Any, Literal
 from lors_cli.evaluation.summary import average_stderr, recovered
 from lors_cli.files.records import StageRecord
 from lors_cli.models.sources import short_name
-from lors_cli.report.names import TASKS
-from lors_cli.report.paper import PaperRow, find_paper_row
+from lors_cli.report.paper import TASKS, PaperRow, find_paper_row
 
 
 @dataclass(frozen=True)
@@ -100,11 +99,11 @@ class Measure:
         """The model's number as it is on disk, None when it has none."""
         scores = model.scores or {}
         if self.kind == "task":
-            return _finite(scores.get("tasks", {}).get(self.name, {}).get(self.metric))
+            return finite(scores.get("tasks", {}).get(self.name, {}).get(self.metric))
         if self.kind == "average":
-            return _finite((scores.get("average") or {}).get("value"))
+            return finite((scores.get("average") or {}).get("value"))
         if self.kind == "perplexity":
-            return _finite(scores.get("perplexity", {}).get(self.name, {}).get("value"))
+            return finite(scores.get("perplexity", {}).get(self.name, {}).get("value"))
         return model.shares.get(self.name)
 
     def value(self, model: ScoredModel) -> float | None:
@@ -118,7 +117,7 @@ class Measure:
         found = tasks.get(self.name, {}).get(f"{self.metric}_stderr") if self.kind == "task" else None
         if self.kind == "average" and self.stored(model) is not None:
             found = average_stderr(tasks)
-        error = _finite(found)
+        error = finite(found)
         return None if error is None else self.scale * error
 
     def paper(self, model: ScoredModel) -> float | None:
@@ -133,7 +132,8 @@ class Measure:
         return _paper_share(model) if self.kind == "recovered" and self.name == "accuracy" else None
 
 
-def _finite(value: Any) -> float | None:
+def finite(value: Any) -> float | None:
+    """A value that is a finite number, else None."""
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
@@ -158,7 +158,6 @@ def measures(
     """What any of the models has a number for: tasks, the average, perplexities, recovered shares.
 
     Args:
-        models: all that are shown together.
         with_norm: acc_norm as well, which the paper's tables do not have.
         first: tasks that lead, in this order; the others follow as they come.
     """

@@ -53,9 +53,6 @@ def write_files(
     """Write `report.<format>` and, for Markdown, `figures/*.png`; files that already say so are left alone.
 
     Args:
-        folder: of the run or sweep.
-        formats: of `FORMATS`.
-        figures: every figure that there may be.
         blocks: from the names of the figures that could be drawn to the report.
         groups: the models of the tables.
         caption: begins the LaTeX table's caption.

@@ -1,4 +1,4 @@
-"""The LoRS paper's own figures, to stand beside what was measured.
+"""The LoRS paper's own figures, to stand beside what was measured, and how the papers write methods and tasks.
 
 Source: LoRS Tables 1-4, arXiv:2501.08582; `paper_tables.json` has every row.
 """
@@ -15,6 +15,16 @@ from pathlib import Path
 from lors_cli.models.sources import short_name
 
 SOURCE = "LoRS, arXiv:2501.08582"
+METHODS = {
+    "magnitude": "Magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT", "ria": "RIA", "admm": "ADMM",
+    "lors": "LoRS", "sqft": "SQFT", "sqft-gc": "SQFT-gc", "spp": "SPP", "spp-gc": "SPP-gc", "hira": "HiRA",
+    "lora": "LoRA",
+}  # fmt: skip
+TASKS = {
+    "arc_challenge": "ARC-c", "arc_easy": "ARC-e", "boolq": "BoolQ", "hellaswag": "HellaSwag",
+    "openbookqa": "OpenBookQA", "rte": "RTE", "winogrande": "WinoGrande",
+}  # fmt: skip
+"""In the order of the LoRS paper's tables."""
 _TABLES = Path(__file__).with_name("paper_tables.json")
 
 

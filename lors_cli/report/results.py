@@ -12,8 +12,9 @@ from typing import Any
 from lors_cli.errors import UsageError
 from lors_cli.files import atomic
 from lors_cli.files import records as run_dir
+from lors_cli.recipe.loading import read_settings
 from lors_cli.recipe.schema import STAGES
-from lors_cli.recipe.yaml12 import YamlError, read
+from lors_cli.report.measures import finite
 
 ROLES = ("dense", "pruned", "tuned")
 INDEX_NAME = "sweep.json"
@@ -84,7 +85,9 @@ class Results:
 
 def read_run(folder: Path, finished: Collection[str] | None = None) -> Results:
     """A run's results; of the `finished` stages alone unless that is None."""
-    text, recipe = _read_recipe(folder / "recipe.yaml")
+    path = folder / "recipe.yaml"
+    recipe = read_settings(path).data if path.is_file() else {}
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
     stages = [stage for stage in STAGES if finished is None or stage in finished]
     records = {stage: record for stage in stages if (record := run_dir.read_record(folder / stage)) is not None}
     limit = records["eval"].config.get("limit") if "eval" in records else None
@@ -142,19 +145,6 @@ def _origin(folders: dict[str, str], records: dict[str, run_dir.StageRecord]) ->
     return first.inputs.get("path") if first else None
 
 
-def _read_recipe(path: Path) -> tuple[str, dict[str, Any]]:
-    if not path.is_file():
-        return "", {}
-    try:
-        text = path.read_text(encoding="utf-8")
-        data = read(text).data
-    except YamlError as error:
-        raise UsageError(f"{path}:{error.line}: {error.message}") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"{path}: not UTF-8 text") from None
-    return text, data if isinstance(data, dict) else {}
-
-
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The rows of a `log.jsonl` that have a finite loss, by step; a last line that a kill has torn is left out."""
     if not path.is_file():
@@ -165,10 +155,6 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int) and _is_finite(row.get("loss")):
+        if isinstance(row, dict) and isinstance(row.get("step"), int) and finite(row.get("loss")) is not None:
             by_step[row["step"]] = row
     return [by_step[step] for step in sorted(by_step)]
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)

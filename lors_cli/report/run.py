@@ -41,10 +41,6 @@ def write_run_report(
         run: a run folder; any stage may be missing.
         finished: the stages whose results belong to the recipe; what others left from earlier settings is not
             shown. None for all that are there.
-        formats: of `FORMATS`, those to write.
-
-    Returns:
-        The reports' paths, in the order of `FORMATS`.
 
     Raises:
         UsageError: the folder holds no run.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lors_cli.models.sources import short_name
 from lors_cli.report.drawing import GRID, INK, PAGE, PALETTE, canvas, figure_of, plain_ticks, short
 from lors_cli.report.measures import Group, Measure, ScoredModel, measures
-from lors_cli.report.names import TASKS
+from lors_cli.report.paper import TASKS
 from lors_cli.report.scores import number
 
 if TYPE_CHECKING:

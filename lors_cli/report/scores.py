@@ -8,10 +8,16 @@ from typing import Any, TypeVar
 from lors_cli.evaluation.summary import LOST_IN_ERROR, recovered
 from lors_cli.output.markdown import NONE, Cell, Row, Table, escape
 from lors_cli.report.measures import Group, Measure, ScoredModel, measures
-from lors_cli.report.names import METHODS
-from lors_cli.report.paper import SOURCE, paper_rows
+from lors_cli.report.paper import METHODS, SOURCE, paper_rows
 from lors_cli.report.results import ROLES
 
+JOINS = {
+    "wikitext2": "Perplexity of wikitext2 is of all rows of the hub's table joined by two newlines, as in papers "
+    "(a copy in a data folder may lack blank rows, and then differs).",
+    "wikitext2-lines": "Perplexity of wikitext2-lines is of WikiText-2's non-blank lines joined by one newline, not of "
+    "the papers' text.",
+}
+"""What text WikiText-2's perplexity is of, by name."""
 INSIDE_ERROR = "—"
 """In place of a share of what was lost, where the loss is no larger than its own error."""
 Key = TypeVar("Key", bound=Hashable)
@@ -40,9 +46,6 @@ def by_task(results: Mapping[str, dict[str, Any]]) -> tuple[list[str], list[list
 
     Behind each model but the first stands its difference to `dense` (or, where there is none, to the first), and
     last the share that tuning recovered. A task with acc_norm has it in the row below its acc.
-
-    Args:
-        results: as `evaluate` returns them, one model or more.
 
     Returns:
         Column titles and rows of text, for `console.table`.
@@ -93,10 +96,7 @@ def _gap(item: Measure, model: ScoredModel, base: ScoredModel) -> str:
 
 
 def by_cell(cells: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]], set[tuple[int, int]]]:
-    """A row a cell: the average, perplexities and recovered shares of its last model.
-
-    Args:
-        cells: entries of `sweep.json` with their `results`.
+    """A row a cell (as in `sweep.json`, with its `results`): average, perplexities, recovered shares of its last model.
 
     Returns:
         Column titles, rows of text, and (row, column) of each column's best values.
@@ -204,6 +204,7 @@ def notes(groups: Sequence[Group]) -> list[str]:
             "“Recovered” is the share of the loss through pruning that tuning won back, (tuned − pruned) / (dense − "
             "pruned); of a perplexity the logarithm counts."
         )
+    texts += [JOINS[column.name] for column in columns if column.kind == "perplexity" and column.name in JOINS]
     if any(None in model.shares.values() for model in models):
         texts.append(LOST_IN_ERROR)
     parts = [" ".join(texts)] if texts else []

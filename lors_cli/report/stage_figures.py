@@ -106,7 +106,8 @@ def sparsity_by_model(groups: Sequence[Group]) -> Figure | None:
             shares = _by_block(model)
             if model.role == "pruned":
                 pruned = shares
-            if shares and (model.role == "pruned" or _differ(shares, pruned)):
+            differs = any(abs(share - pruned.get(block, math.inf)) > 5e-4 for block, share in shares.items())
+            if shares and (model.role == "pruned" or differs):
                 prefix = f"{group.title}: " if len(groups) > 2 and model.label in rows else ""
                 rows[prefix + model.label] = shares
     return sparsity_map(rows) if rows else None
@@ -129,10 +130,6 @@ def _by_block(model: ScoredModel) -> dict[int, float]:
         zeros[block] = zeros.get(block, 0.0) + layer["sparsity"] * size
         weights[block] = weights.get(block, 0) + size
     return {block: zeros[block] / weights[block] for block in zeros}
-
-
-def _differ(shares: dict[int, float], others: dict[int, float]) -> bool:
-    return any(abs(share - others.get(block, math.inf)) > 5e-4 for block, share in shares.items())
 
 
 def cost(cells: Sequence[Cell]) -> Figure | None:

@@ -28,14 +28,7 @@ _OF_COST = {
 
 
 def write_sweep_report(sweep_folder: Path, formats: Collection[str] = FORMATS) -> list[Path]:
-    """Write a sweep's reports and `figures/*.png`; the same results give the same bytes.
-
-    Args:
-        sweep_folder: with `sweep.json`; cells may be pending or failed.
-        formats: of `FORMATS`, those to write.
-
-    Returns:
-        The reports' paths, in the order of `FORMATS`.
+    """Write a sweep's reports and `figures/*.png`; the same results give the same bytes; cells may be unfinished.
 
     Raises:
         UsageError: the folder holds no sweep.

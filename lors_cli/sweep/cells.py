@@ -78,11 +78,7 @@ def in_cells(names: Sequence[str]) -> str:
 
 
 def select_cells(sweep: Sweep, only: Sequence[str]) -> tuple[Cell, ...]:
-    """The cells that are asked for by name or pattern (`sparsegpt-*`), in the sweep's order; all when `only` is empty.
-
-    Raises:
-        UsageError: a name or pattern fits no cell.
-    """
+    """The cells that `only` asks for by name or pattern (`sparsegpt-*`), in the sweep's order; all when it is empty."""
     names = [cell.name for cell in sweep.cells]
     chosen: set[str] = set()
     for pattern in only:
@@ -98,16 +94,9 @@ def select_cells(sweep: Sweep, only: Sequence[str]) -> tuple[Cell, ...]:
 # Making them ----------------------------------------------------------------------------------------------------
 
 
-_Combination = tuple[str, dict[str, Any], list[Setting]]
-
-
 def _combinations(draft: Draft) -> Iterator[tuple[str, str, dict[str, Any], list[Setting]]]:
-    """Every cell's name, base recipe, values, and settings from the weakest to the strongest.
-
-    Raises:
-        UsageError: two cells have the same values, or two settings contradict each other.
-    """
-    found: list[_Combination] = []
+    """Every cell's name, base recipe, values, and settings from the weakest to the strongest."""
+    found: list[tuple[str, dict[str, Any], list[Setting]]] = []
     for grid in draft.grids:
         for base in draft.bases:
             for chosen in itertools.product(*grid.values()):

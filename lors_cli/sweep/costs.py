@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lors_cli.files import records
+from lors_cli.machine.devices import resolve_device
 from lors_cli.models.size import try_size
 from lors_cli.pipeline.plans import StagePlan
 from lors_cli.pipeline.stages import STAGES
@@ -34,11 +35,10 @@ class Cost:
 
 
 def costs(plans: Sequence[StagePlan], data_dirs: Mapping[Path, Path | None], tflops: float | None = None) -> list[Cost]:
-    """What each stage needs; seconds for those that are not finished.
+    """What each stage needs, seconds for those that are not finished; `data_dirs` is by stage folder.
 
     Args:
         plans: of all stages of a sweep, finished ones among them.
-        data_dirs: local datasets by stage folder.
         tflops: 10¹² operations a second, where nothing like a stage is finished; None: `device_rate`.
     """
     work = {plan.folder: operations(plan, data_dirs[plan.folder]) for plan in plans}
@@ -130,8 +130,6 @@ def device_rate(model: ModelConfig) -> float:
     once."""
     import torch
 
-    from lors_cli.machine.devices import resolve_device
-
     device = resolve_device(model.device)
     size = try_size(model)
     assert size is not None
@@ -147,8 +145,6 @@ def device_rate(model: ModelConfig) -> float:
 
 
 def _share(model: ModelConfig) -> float:
-    from lors_cli.machine.devices import resolve_device
-
     return EFFICIENCY[resolve_device(model.device).type]
 
 
@@ -165,8 +161,6 @@ def _timed_product(left: Any, right: Any) -> float:
 
 def _device(model: ModelConfig) -> str:
     import torch
-
-    from lors_cli.machine.devices import resolve_device
 
     device = resolve_device(model.device)
     if device.type == "cuda":

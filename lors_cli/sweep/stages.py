@@ -8,8 +8,9 @@ from pathlib import Path
 
 from lors_cli.data.sources import resolve_data_dir
 from lors_cli.errors import LorsError
+from lors_cli.models.size import try_size
 from lors_cli.pipeline.plans import StagePlan, plan_chain, plan_eval
-from lors_cli.recipe.schema import Recipe
+from lors_cli.pipeline.stages import STAGES
 from lors_cli.sweep.cells import Cell, in_cells
 
 FINGERPRINT_DIGITS = 12
@@ -61,7 +62,10 @@ def _plan_cell(cell: Cell, out: Path) -> CellPlan:
 
     recipe = cell.recipe
     data_dir = resolve_data_dir(recipe.data_dir)
-    _check_shapes(recipe)
+    size = try_size(recipe.model)
+    for stage, doors in STAGES.items():
+        if size is not None and getattr(recipe, stage) is not None:
+            doors.fits(getattr(recipe, stage), size)
 
     def place(stage: str, fingerprint: str) -> Path:
         return out / STAGES_NAME / f"{stage}-{fingerprint[:FINGERPRINT_DIGITS]}"
@@ -82,22 +86,6 @@ def _plan_cell(cell: Cell, out: Path) -> CellPlan:
         models[role] = folder
     stages = {plan.stage: plan.folder for plan in chain.plans}
     return CellPlan(cell, tuple(ordered), stages, models, data_dir)
-
-
-def _check_shapes(recipe: Recipe) -> None:
-    """Refuse a pattern or rank that the model's linears cannot take, where its shape is known."""
-    from lors_cli.models.size import try_size
-    from lors_cli.sparsity import Pattern
-    from lors_cli.tuning.baselines import check_rank
-
-    size = try_size(recipe.model)
-    if size is None:
-        return
-    if recipe.prune:
-        for rows, columns, _ in size.block:
-            Pattern.of(recipe.prune).check_shape("a linear", (rows, columns))
-    if recipe.tune:
-        check_rank(recipe.tune.method, recipe.tune.rank, [rows for rows, _, expert in size.block if not expert])
 
 
 def distinct(plans: Iterable[CellPlan]) -> dict[Path, tuple[StagePlan, list[str]]]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from lors_cli.errors import UsageError, require_file
 from lors_cli.files import atomic
@@ -19,9 +20,6 @@ from lors_cli.tuning.attach import adapter_parameters, adapter_tensors, attach, 
 from lors_cli.tuning.baselines import LAYERS
 from lors_cli.tuning.kernels.rounding import Rounding
 from lors_cli.tuning.norms import train_norms
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -39,13 +37,11 @@ class AdapterConfig:
     """What `adapter_config.json` holds.
 
     Args:
-        alpha: numerator of the scale.
-        use_rslora: scale alpha/√r, else alpha/r.
         layers: full names of the adapted linears.
         base: the sparse model's path or hub id.
         base_mask: digest of where the adapted weights, and those that no adapter can be put on, are zero.
         norms: full names of the trained parameters of normalisation layers.
-        rounding: of merged bfloat16 weights, `nearest` or `stochastic`.
+        rounding: of merged bfloat16 weights.
     """
 
     method: str
@@ -84,12 +80,7 @@ def save_adapter(model: nn.Module, folder: Path, config: AdapterConfig) -> None:
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:
-    """The configuration of a saved adapter.
-
-    Raises:
-        MissingError: there is none.
-        UsageError: it is broken, or of a type that fills zeros.
-    """
+    """The configuration of a saved adapter; a UsageError if it is broken, or of a type that fills zeros."""
     path = require_file(folder / CONFIG_NAME, "adapter configuration")
     content = atomic.read_json(path)
     if not isinstance(content, dict):
@@ -111,21 +102,15 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
             base_fingerprint=str(content["base_fingerprint"]),
             base_mask=str(content["base_mask"]),
             norms=_names(content.get("trained_norms", [])),
-            rounding=_rounding(content),
+            rounding=content.get("rounding", "nearest"),
         )
+        if found.rounding not in get_args(Rounding):
+            raise ValueError(f"rounding is {found.rounding!r}, none of {', '.join(get_args(Rounding))}")
         if not 0 < found.rank <= MAX_RANK or not 0 < found.alpha <= MAX_ALPHA:
             raise ValueError(f"no adapter has rank {found.rank} and alpha {found.alpha:g}")
         return found
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UsageError(f"{path} is not complete: {error}") from error
-
-
-def _rounding(content: dict[str, Any]) -> Rounding:
-    """What an adapter's configuration says of rounding."""
-    found = content.get("rounding", "nearest")
-    if found not in get_args(Rounding):
-        raise ValueError(f"rounding is {found!r}, none of {', '.join(get_args(Rounding))}")
-    return found
 
 
 def _names(value: Any) -> tuple[str, ...]:
@@ -136,11 +121,7 @@ def _names(value: Any) -> tuple[str, ...]:
 
 
 def load_tensors(model: nn.Module, path: Path) -> None:
-    """Fill the adapters and trained norms of a model from a file written by `save_adapter`.
-
-    Raises:
-        UsageError: names or shapes do not fit the model.
-    """
+    """Fill the adapters and trained norms of a model from a file written by `save_adapter`, if it fits the model."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -158,13 +139,7 @@ def load_tensors(model: nn.Module, path: Path) -> None:
 
 
 def load_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """Put a saved adapter on the sparse model it was trained for.
-
-    Args:
-        base: a model with the same zeros as at training; changed in place.
-
-    Returns:
-        `base` with adapters.
+    """Put a saved adapter on the sparse model it was trained for, in place.
 
     Raises:
         UsageError: the base has other layers, or its zeros lie elsewhere.

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from lors_cli.errors import UsageError
-from lors_cli.models.blocks import prunable_weights
+from lors_cli.models.blocks import left_out, prunable_weights
 from lors_cli.output import console
+from lors_cli.recipe.schema import TuneConfig
 from lors_cli.sparsity import mask_digest
 from lors_cli.tuning.baselines import LAYERS, check_rank
 from lors_cli.tuning.kernels.rounding import Rounding
 from lors_cli.tuning.layers import AdapterLinear
 from lors_cli.tuning.lors import CompressedLorsLinear, LorsLinear
 from lors_cli.tuning.norms import norm_parameters, norm_shifts, train_norms
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from lors_cli.recipe.schema import TuneConfig
-
 
 PREFIX = "base_model.model."
 
@@ -39,20 +35,12 @@ def attach(
     compressed: bool = False,
     rounding: Rounding = "nearest",
 ) -> dict[str, AdapterLinear]:
-    """Replace linears by layers with adapters, in place.
+    """Replace linears by layers with adapters, in place; the new layers by name.
 
     Args:
         layers: full names of its linears.
-        alpha: numerator of the scale.
-        use_rslora: scale alpha/√r, else alpha/r.
         compressed: hold the weights, which must be 2:4, as their kept values; for lors alone.
         rounding: of merged bfloat16 weights; stochastic for lors alone.
-
-    Returns:
-        The new layers by name.
-
-    Raises:
-        UsageError: the method cannot take this rank, or a weight is not 2:4.
     """
     check_rank(method, rank, (model.get_submodule(name).out_features for name in layers))  # type: ignore[misc]
     layer_class = CompressedLorsLinear if compressed else LAYERS[method]
@@ -94,11 +82,7 @@ def adaptable_layers(model: PreTrainedModel, pruned: Iterable[str]) -> list[str]
 
 
 def base_mask(model: PreTrainedModel, layers: dict[str, Any]) -> str:
-    """The digest of where a sparse model is zero: in adapted linears, and in what no adapter can be put on.
-
-    Args:
-        layers: its linears, adapted or not, by full name.
-    """
+    """The digest of where a sparse model is zero: in `layers`, and in what no adapter can be put on."""
     others = ((name, weight.matrix) for name, weight in prunable_weights(model).items()
               if name not in layers and not isinstance(weight.module, nn.Linear))  # fmt: skip
     return mask_digest(chain(((name, layer.weight) for name, layer in layers.items()), others))
@@ -117,13 +101,10 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def put_adapters(config: TuneConfig, network: PreTrainedModel, layers: list[str]) -> dict[str, AdapterLinear]:
-    """Put all that is trained on a model, in place; the adapted layers by name.
-
-    Args:
-        layers: full names of the linears to adapt.
-    """
+    """Put all that is trained on a model, in place; the adapted layers by name."""
     adapted = attach(network, layers, config.rank, config.alpha, use_rslora=config.use_rslora, method=config.method,
                      compressed=config.base == "compressed", rounding=config.weight_rounding)  # fmt: skip
     if config.train_norms:
-        train_norms(network, norm_parameters(network))
+        apart = tuple(f"{part}." for part in left_out(network))
+        train_norms(network, [name for name in norm_parameters(network) if not name.startswith(apart)])
     return adapted

@@ -7,8 +7,7 @@ B = lora_B (R, r), P (r, C) and q (R, 1) SPP's two parts, s scale; R out_feature
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from functools import reduce
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -39,7 +38,7 @@ class SqftCheckpointedLinear(SqftLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, C) → (…, R)."""
-        return _again_in_backward(super().forward, x)
+        return checkpoint(super().forward, x, use_reentrant=False)
 
 
 class SppLinear(AdapterLinear):
@@ -53,8 +52,7 @@ class SppLinear(AdapterLinear):
     def make_adapters(self) -> None:
         """Draw P and q."""
         super().make_adapters()
-        if self.out_features % self.rank:
-            raise UsageError(ranks_that_fit([self.out_features], self.rank))
+        check_rank("spp", self.rank, [self.out_features])
         self.lora_B = nn.Parameter(self.lora_B.new_zeros(self.out_features, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -81,7 +79,7 @@ class SppCheckpointedLinear(SppLinear):
 
     def update(self, x: torch.Tensor) -> torch.Tensor:
         """The second product, (…, R)."""
-        return _again_in_backward(super().update, x)
+        return checkpoint(super().update, x, use_reentrant=False)
 
 
 class HiraLinear(AdapterLinear):
@@ -158,33 +156,15 @@ LAYERS: dict[str, type[AdapterLinear]] = {
 
 
 def check_rank(method: str, rank: int, out_features: Iterable[int]) -> None:
-    """Refuse a rank that a method cannot take, before any layer is made.
-
-    Args:
-        out_features: R of every layer to be adapted.
+    """Refuse a rank that a method cannot take: SPP's must divide R of every layer, given as `out_features`.
 
     Raises:
-        UsageError: SPP, and some R is no multiple of r; names the ranks that work.
+        UsageError: names the ranks that work.
     """
-    sizes = list(out_features)
-    if method in ("spp", "spp-gc") and any(size % rank for size in sizes):
-        raise UsageError(ranks_that_fit(sizes, rank))
-
-
-def ranks_that_fit(sizes: Iterable[int], rank: int) -> str:
-    """The message for a rank that does not divide every layer's outputs.
-
-    Args:
-        sizes: R of every layer.
-    """
-    common = reduce(math.gcd, sizes)
-    fitting = [str(size) for size in range(1, min(common, 256) + 1) if common % size == 0]
-    return (
-        f"rank: {rank} does not divide the outputs of every layer, which SPP needs; "
-        f"ranks that work for this model: {', '.join(fitting)}"
-    )
-
-
-def _again_in_backward(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    result: Any = checkpoint(function, x, use_reentrant=False)
-    return result
+    common = math.gcd(*out_features)
+    if method in ("spp", "spp-gc") and common % rank:
+        fitting = [str(size) for size in range(1, min(common, 256) + 1) if common % size == 0]
+        raise UsageError(
+            f"rank: {rank} does not divide the outputs of every layer, which SPP needs; "
+            f"ranks that work for this model: {', '.join(fitting)}"
+        )

@@ -68,7 +68,8 @@ def _samples(config: TuneConfig, data_dir: Path | None) -> int | None:
 
     rows = config.data.num_samples
     if rows is None:
-        source = open_source(config.data.dataset, split="train", data_dir=data_dir, want="instructions")
+        source = open_source(config.data.dataset, split="train", data_dir=data_dir, want="instructions",
+                             columns=config.data.columns)  # fmt: skip
         if source.fingerprint.startswith("hub:"):
             rows = ALPACA_ROWS if config.data.dataset == "alpaca" else None
         elif source.kind == "instructions":

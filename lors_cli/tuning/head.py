@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 Loss = Callable[[Any, dict[str, torch.Tensor], Any], torch.Tensor]
 """A model's loss on a batch with labels, a sum over the labels divided by the third argument."""
+Head = tuple[torch.Tensor, torch.Tensor, "torch.Tensor | None"]
+"""H, V and the bias (vocabulary,) of a frozen head."""
 IGNORED = -100
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 """Of float32 logits at a time."""
@@ -33,30 +35,10 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 
 
 @dataclass(frozen=True)
-class HeadInputs:
-    """A frozen head and what goes into it.
-
-    Args:
-        hidden: H.
-        weight: V.
-        bias: (vocabulary,) or None.
-    """
-
-    hidden: torch.Tensor
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-
-    def logits(self, first: int, size: int, dtype: torch.dtype) -> torch.Tensor:
-        """Those of `size` tokens, (size, vocabulary) in `dtype`."""
-        return F.linear(self.hidden[first : first + size], self.weight, self.bias).to(dtype)
-
-
-@dataclass(frozen=True)
 class Teacher:
-    """A dense model whose predictions are to be matched.
+    """A frozen dense model, with the student's vocabulary and a plain head, whose predictions are to be matched.
 
     Args:
-        model: with the student's vocabulary and a plain head, frozen.
         weight: share of the divergence in the loss, above 0 and at most 1; the rest is cross-entropy.
         temperature: T of both softmaxes; the divergence is multiplied by T², so that its gradient keeps its size.
 
@@ -68,12 +50,11 @@ class Teacher:
     temperature: float
 
     @torch.no_grad()
-    def head_inputs(self, inputs: dict[str, torch.Tensor], chosen: torch.Tensor) -> HeadInputs:
-        """Of the tokens at these positions of the flattened batch."""
+    def head(self, inputs: dict[str, torch.Tensor], chosen: torch.Tensor) -> Head:
+        """Its head, and what goes into it of the tokens at these positions of the flattened batch."""
         hidden = self.model.base_model(**inputs, use_cache=False)[0]
         head = self.model.get_output_embeddings()
-        picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, chosen)
-        return HeadInputs(picked.to(head.weight.dtype), head.weight, head.bias)
+        return _picked(hidden, chosen, head.weight.dtype), head.weight, head.bias
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -82,28 +63,28 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor,
-        num_items: float, teacher: HeadInputs | None, share: float, temperature: float,
+        num_items: float, teacher: Head | None, share: float, temperature: float,
     ) -> torch.Tensor:  # fmt: skip
-        student = HeadInputs(hidden, weight, bias)
         total = torch.zeros((), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32,
                             device=hidden.device)  # fmt: skip
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         size = max(1, CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cpu"]) // (4 * weight.shape[0]))
         for first in range(0, hidden.shape[0], size):
-            logits = student.logits(first, size, total.dtype)
-            matched = None
+            tokens = slice(first, first + size)
+            logits = F.linear(hidden[tokens], weight, bias).to(total.dtype)
+            slope = None
             if teacher is not None:
-                matched = _divergence(logits, teacher.logits(first, size, total.dtype), temperature)
-                total += share * matched[0]
-            slope = None if matched is None else matched[1].mul_(share)
+                wanted = F.linear(teacher[0][tokens], *teacher[1:]).to(total.dtype)
+                divergence, slope = _divergence(logits, wanted, temperature)
+                total += share * divergence
+                slope.mul_(share)
             if share < 1:
-                entropy, entropy_slope = _cross_entropy(logits, labels[first : first + size, None])
+                entropy, entropy_slope = _cross_entropy(logits, labels[tokens, None])
                 total += (1 - share) * entropy
                 slope = entropy_slope if slope is None else slope.add_(entropy_slope, alpha=1 - share)
-            if gradient is None:
-                continue
             assert slope is not None
-            torch.mm(slope.div_(num_items).to(weight.dtype), weight, out=gradient[first : first + size])
+            if gradient is not None:
+                torch.mm(slope.div_(num_items).to(weight.dtype), weight, out=gradient[tokens])
         ctx.gradient = gradient
         return total / num_items
 
@@ -114,12 +95,7 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed over tokens, and its gradient in the logits' own memory.
-
-    Args:
-        logits: (tokens, vocabulary); overwritten.
-        labels: (tokens, 1).
-    """
+    """Summed over tokens, and its gradient in the memory of the logits (tokens, vocabulary); labels are (tokens, 1)."""
     log_sum = logits.logsumexp(1, keepdim=True)
     total = (log_sum - logits.gather(1, labels)).sum()
     slope = logits.sub_(log_sum).exp_()
@@ -128,13 +104,7 @@ def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Te
 
 
 def _divergence(logits: torch.Tensor, wanted: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """T²·KL(p ‖ q) summed over tokens, and its gradient T·(q − p).
-
-    Args:
-        logits: (tokens, vocabulary), the student's; kept.
-        wanted: the teacher's; overwritten.
-        temperature: T.
-    """
+    """T²·KL(p ‖ q) summed over tokens, and its gradient T·(q − p); the teacher's `wanted` logits are overwritten."""
     log_q = torch.log_softmax(logits / temperature, 1)
     log_p = torch.log_softmax(wanted.div_(temperature), 1)
     p = log_p.exp()
@@ -158,8 +128,6 @@ def chunked_cross_entropy(
 
     Args:
         hidden: (…, hidden_size).
-        weight: (vocabulary, hidden_size), frozen.
-        bias: (vocabulary,), frozen, or None.
         labels: (…), the token each position should predict, -100 for none.
         num_items: what the summed loss is divided by; default: the number of labels.
         teacher: whose predictions at the labelled positions are mixed into the loss.
@@ -173,16 +141,18 @@ def chunked_cross_entropy(
     labels = labels.reshape(-1)
     chosen = (labels != IGNORED).nonzero().squeeze(1)
     divisor = float(len(chosen) if num_items is None else num_items)
-    picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, chosen)
     with torch.autocast(hidden.device.type, enabled=False):
-        picked = picked.to(weight.dtype)
-        if teacher is None:
-            return _HeadLoss.apply(picked, weight, bias, labels[chosen], divisor, None, 0.0, 1.0)
-        assert inputs is not None
-        wanted = teacher.head_inputs(inputs, chosen)
-        return _HeadLoss.apply(
-            picked, weight, bias, labels[chosen], divisor, wanted, teacher.weight, teacher.temperature
-        )
+        mixture: tuple[Head | None, float, float] = (None, 0.0, 1.0)
+        if teacher is not None:
+            assert inputs is not None
+            mixture = (teacher.head(inputs, chosen), teacher.weight, teacher.temperature)
+        picked = _picked(hidden, chosen, weight.dtype)
+        return _HeadLoss.apply(picked, weight, bias, labels[chosen], divisor, *mixture)
+
+
+def _picked(hidden: torch.Tensor, chosen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """H at the chosen positions of the flattened batch, in the head's dtype."""
+    return hidden.reshape(-1, hidden.shape[-1]).index_select(0, chosen).to(dtype)
 
 
 def causal_lm_loss(
@@ -192,12 +162,7 @@ def causal_lm_loss(
     *,
     teacher: Teacher | None = None,
 ) -> torch.Tensor:
-    """The loss of a causal LM, its head chunked.
-
-    Args:
-        model: one that `why_not_chunked` has nothing against.
-        inputs: input_ids, labels (samples, tokens) and what else the model takes.
-    """
+    """The loss of a causal LM that `why_not_chunked` has nothing against, its head chunked."""
     inputs = dict(inputs)
     labels = F.pad(inputs.pop("labels"), (0, 1), value=IGNORED)[..., 1:]
     hidden = model.base_model(**inputs, use_cache=False)[0]

@@ -6,20 +6,20 @@ Legend: dW (R, C) loss gradient at a weight, A = lora_A (r, C), R out_features, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from lors_cli.errors import UsageError
 from lors_cli.output import progress
 from lors_cli.tuning.head import Loss, model_loss
+from lors_cli.tuning.layers import AdapterLinear
 from lors_cli.tuning.sketch import GradientSketch, SketchedLinear
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel
-
-    from lors_cli.tuning.layers import AdapterLinear
 
 SHARE_AT_ONCE = 8
 """At most one part in so many of all dW is in memory at a time (but always one layer)."""
@@ -27,15 +27,10 @@ SMALLEST_BUDGET = 64 << 20
 
 
 def top_right_singular_vectors(dW: torch.Tensor, rank: int, *, seed: int = 0) -> torch.Tensor:
-    """An orthonormal basis of the directions of the input that dW acts on most.
+    """An orthonormal basis (r, C) of the directions of the input that dW (R, C) acts on most, in float32.
 
-    Args:
-        dW: (R, C) float32.
-        rank: r ≤ C.
-        seed: of the randomised range finder that is used for large matrices.
-
-    Returns:
-        (r, C) float32, rows sorted by falling singular value, each row's largest entry positive.
+    Rows fall by singular value, each with its largest entry positive. Large matrices take a randomised range finder,
+    started by `seed`.
 
     Raises:
         UsageError: the rank is above C.
@@ -80,7 +75,6 @@ def gradient_directions(
     Args:
         model: the sparse model; as before afterwards.
         linears: by full name; their weights need no gradient before and after. Adapters on them are passed by.
-        batches: collated samples (input_ids, attention_mask, labels).
         seed: of the sketches, or the SVD's random start.
         exact: form dW.
 
@@ -88,7 +82,7 @@ def gradient_directions(
         (r, C) float32 by name.
 
     Raises:
-        UsageError: the loss or a gradient is not finite, or the rank is too large.
+        UsageError: a gradient is not finite, or the rank is too large.
     """
     for name, linear in linears.items():
         if rank > linear.in_features:
@@ -142,8 +136,6 @@ def _check_finite(name: str, gradient: torch.Tensor) -> None:
 
 def _make_checkpointing_act(model: PreTrainedModel) -> None:
     """Blocks recompute their activations only in training mode; dropout, which knows that mode too, stays off."""
-    from torch import nn
-
     if model.is_gradient_checkpointing:
         model.train()
         for module in model.modules():
@@ -172,19 +164,16 @@ def _summed_gradients(
     """dW (R, C) float32 of each layer of the group, one backward pass a batch."""
     totals = {name: torch.zeros_like(linear.weight, dtype=torch.float32) for name, linear in group.items()}
 
-    def adder(total: torch.Tensor) -> Any:
-        def add(weight: torch.Tensor) -> None:
-            assert weight.grad is not None
-            total.add_(weight.grad)
-            weight.grad = None
-
-        return add
+    def add(total: torch.Tensor, weight: torch.Tensor) -> None:
+        assert weight.grad is not None
+        total.add_(weight.grad)
+        weight.grad = None
 
     handles = []
     try:
         for name, linear in group.items():
             linear.weight.requires_grad_(True)
-            handles.append(linear.weight.register_post_accumulate_grad_hook(adder(totals[name])))
+            handles.append(linear.weight.register_post_accumulate_grad_hook(partial(add, totals[name])))
         for _ in _backward_passes(model, batches, loss):
             pass
     finally:

@@ -14,7 +14,6 @@ class AdapterLinear(nn.Module):
 
     Args:
         linear: (C → R); its weight and bias are taken over, not copied, and frozen.
-        alpha: numerator of the scale.
         use_rslora: scale s = alpha/√r (rsLoRA, arXiv:2312.03732), else alpha/r.
 
     `lora_A` (r, C) is drawn Kaiming-uniform and `lora_B` (R, r) is zero, both float32 (float64 for a float64 weight).

@@ -88,17 +88,14 @@ def lors_linear(
     """Y = X·W_tᵀ + bias with W_t = (W + s·B·A) ⊙ (W ≠ 0), recomputed in backward.
 
     Gradients: dX = dY·W_t; dB = s·dYᵀ(X·Aᵀ); dA = s·(dY·B)ᵀX. The mask is ignored in the adapters' gradients
-    (straight-through), so no (R, C) gradient is ever formed; the weight itself gets none. Saved for backward are
-    X and references to parameters. Products are in the weight's dtype, under autocast in autocast's (W_t is then
-    rounded to it once).
+    (straight-through), so no (R, C) gradient is ever formed. Products are in the weight's dtype, under autocast in
+    autocast's (W_t is then rounded to it once).
 
     Args:
-        x: (…, C); cast to the products' dtype when it differs.
-        weight: (R, C), frozen, plain or compressed (the same bits); its zeros stay.
-        bias: (R,) or None.
+        x: (…, C).
+        weight: (R, C), frozen, plain or compressed (the same bits).
         lora_A: (r, C), usually float32.
         lora_B: (R, r), usually float32.
-        scale: s.
         cache: keeps W_t between calls; default: W_t is built in scratch memory each time it is needed.
         rounding: of W_t to bfloat16.
 
@@ -107,8 +104,6 @@ def lors_linear(
 
     Raises:
         UsageError: the weight asks for a gradient.
-
-    Source: LoRS Algorithms 1 and 2, arXiv:2501.08582.
     """
     if isinstance(weight, torch.Tensor) and weight.requires_grad:
         raise UsageError("lors_linear trains adapters only: the weight must not require a gradient.")
@@ -117,15 +112,17 @@ def lors_linear(
     holder = None if torch.compiler.is_compiling() else cache or _NO_CACHE
     with torch.autocast(kind, enabled=False):
         bias = None if bias is None else bias.to(dtype)
-        return _LorsFunction.apply(x.to(dtype), weight, bias, lora_A, lora_B, scale, holder, rounding)
+        Y = _LorsFunction.apply(rows_of(x.to(dtype)), weight, bias, lora_A, lora_B, scale, holder, rounding)
+    return Y.view(*x.shape[:-1], Y.shape[-1])
+
+
+def rows_of(x: torch.Tensor) -> torch.Tensor:
+    """X (tokens, C) where that costs no copy: its product is no view, and blocks may add to it in place (Falcon's)."""
+    return x.view(-1, x.shape[-1]) if x.is_contiguous() else x
 
 
 class LorsLinear(AdapterLinear):
-    """A frozen sparse linear with a LoRS adapter.
-
-    `cache` says how long the merged weight is kept (`MergedCache`); by default it is rebuilt for every use. `rounding`
-    says how it is rounded to bfloat16.
-    """
+    """A frozen sparse linear with a LoRS adapter; `cache` says how long the merged weight is kept."""
 
     rounding: Rounding = "nearest"
 
@@ -133,14 +130,19 @@ class LorsLinear(AdapterLinear):
         super().__init__(linear, rank, alpha, use_rslora=use_rslora)
         self.cache = MergedCache("never")
 
+    @property
+    def held(self) -> torch.Tensor | Compressed24:
+        """The weight as it is held."""
+        return self.weight
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, C) → (…, R)."""
-        return lors_linear(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scale, cache=self.cache,
+        return lors_linear(x, self.held, self.bias, self.lora_A, self.lora_B, self.scale, cache=self.cache,
                            rounding=self.rounding)  # fmt: skip
 
     def merged_weight(self) -> torch.Tensor:
         """The very weight of the forward pass, (R, C) in the base's dtype."""
-        return masked_merge(self.weight, self.lora_A, self.lora_B, self.scale, rounding=self.rounding)
+        return masked_merge(self.held, self.lora_A, self.lora_B, self.scale, rounding=self.rounding)
 
 
 class CompressedLorsLinear(LorsLinear):
@@ -162,23 +164,14 @@ class CompressedLorsLinear(LorsLinear):
         self.register_buffer("positions", compressed.positions, persistent=False)
 
     @property
-    def compressed(self) -> Compressed24:
+    def held(self) -> Compressed24:
         """The weight as it is held."""
         return Compressed24(self.values, self.positions, torch.Size((self.out_features, self.in_features)))
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
         """(R, C), made anew at every call."""
-        return decompress(self.compressed)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(…, C) → (…, R)."""
-        return lors_linear(x, self.compressed, self.bias, self.lora_A, self.lora_B, self.scale, cache=self.cache,
-                           rounding=self.rounding)  # fmt: skip
-
-    def merged_weight(self) -> torch.Tensor:
-        """The very weight of the forward pass, (R, C) in the base's dtype."""
-        return masked_merge(self.compressed, self.lora_A, self.lora_B, self.scale, rounding=self.rounding)
+        return decompress(self.held)
 
 
 def keep_merged(model: nn.Module, keep: Keep) -> None:

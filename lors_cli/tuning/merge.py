@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from lors_cli.errors import MissingError, SparsityError, UsageError
 from lors_cli.files import hashes, records
 from lors_cli.machine import environment
+from lors_cli.models.loading import load_model, load_tokenizer, save_checkpoint
+from lors_cli.models.sources import model_fingerprint
 from lors_cli.output import console, progress
+from lors_cli.recipe.schema import ModelConfig
 from lors_cli.tuning.adapter import WEIGHTS_NAME, load_adapter, read_adapter_config
 from lors_cli.tuning.attach import adapter_layers
 from lors_cli.tuning.norms import merge_norms
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 @dataclass
@@ -60,23 +62,15 @@ def merge_counted(model: PreTrainedModel) -> MergeCounts:
     return counts
 
 
-def merge(base_path: str, adapter: Path, out: Path, *, dtype: str = "auto", device: str = "auto") -> dict[str, Any]:
-    """`lors merge`: the masked merge of a saved adapter into its sparse base, as a checkpoint.
-
-    Returns:
-        Counts for the user: layers, weights that became zero.
-    """
-    import time
-
-    from lors_cli.models.loading import load_model, load_tokenizer, save_checkpoint
-    from lors_cli.models.sources import model_fingerprint
-    from lors_cli.recipe.schema import ModelConfig
-
+def merge(
+    base_path: str, adapter: Path, out: Path, *, dtype: str = "auto", device: str = "auto", revision: str = "main"
+) -> dict[str, Any]:  # fmt: skip
+    """`lors merge`: the masked merge of a saved adapter into its sparse base, as a checkpoint; counts for the user."""
     started = time.monotonic()
     if not adapter.is_dir():
         raise MissingError(f"No adapter folder at {adapter}.")
     config = read_adapter_config(adapter)
-    source = ModelConfig(path=base_path, dtype=dtype, device=device)  # type: ignore[arg-type]
+    source = ModelConfig(path=base_path, dtype=dtype, device=device, revision=revision)  # type: ignore[arg-type]
     fingerprint = model_fingerprint(source)
     if fingerprint != config.base_fingerprint:
         console.detail("  the base's fingerprint differs from training time; its zeros are compared instead")

@@ -17,11 +17,7 @@ from torch.nn.utils import parametrize
 
 
 class NormShift(nn.Module):
-    """What is added to one parameter of a normalisation layer.
-
-    Args:
-        parameter: (hidden_size,); gives shape, device and, where it is float64, dtype of the shift.
-    """
+    """What is added to one parameter (hidden_size,) of a normalisation layer."""
 
     def __init__(self, parameter: torch.Tensor) -> None:
         super().__init__()
@@ -49,14 +45,7 @@ def norm_parameters(model: nn.Module) -> list[str]:
 
 
 def train_norms(model: nn.Module, names: Iterable[str]) -> None:
-    """Give parameters of normalisation layers a trained shift, in place; it starts at zero.
-
-    Args:
-        names: full names, as `norm_parameters` gives them.
-
-    Raises:
-        AttributeError: the model has no such parameter.
-    """
+    """Give parameters of normalisation layers a trained shift, in place; an AttributeError if one is not there."""
     for name in names:
         path, _, key = name.rpartition(".")
         parameter = model.get_parameter(name)

@@ -17,15 +17,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lors_cli.tuning.layers import AdapterLinear
+from lors_cli.tuning.lors import rows_of
 
 
 class GradientSketch:
-    """S = dW·Ω and T = Ψ·dW, summed over all tokens as they come.
-
-    Args:
-        rank: r, of the directions asked for later.
-        seed: of Ω and Ψ.
-    """
+    """S = dW·Ω and T = Ψ·dW, summed over all tokens as they come; r directions can be asked for later."""
 
     def __init__(self, num_rows: int, num_columns: int, rank: int, *, seed: int, device: torch.device) -> None:
         width = min(2 * rank + 1, num_rows, num_columns)
@@ -38,25 +34,13 @@ class GradientSketch:
 
     @torch.no_grad()
     def add(self, dY: torch.Tensor, X: torch.Tensor) -> None:
-        """Add dYᵀX to what is sketched; costs tokens·(R + C)·(k + l) and not tokens·R·C.
-
-        Args:
-            dY: (tokens, R).
-            X: (tokens, C).
-        """
+        """Add dYᵀX to what is sketched; costs tokens·(R + C)·(k + l) and not tokens·R·C."""
         dY, X = dY.float(), X.float()
         self.S.addmm_(dY.T, X @ self.omega)
         self.T.addmm_((dY @ self.psi.T).T, X)
 
     def right_singular_vectors(self, rank: int) -> torch.Tensor:
-        """The leading right singular vectors of the sketched matrix.
-
-        Args:
-            rank: r, at most the one that the sketch was made for.
-
-        Returns:
-            (r, C) float32, orthonormal rows by falling singular value.
-        """
+        """The r leading right singular vectors of dW, (r, C) float32; r is at most that of the sketch."""
         Q = torch.linalg.qr(self.S).Q
         # dW ≈ Q·core, where core solves (Ψ·Q)·core = T
         core = torch.linalg.lstsq(self.psi.double() @ Q.double(), self.T.double()).solution
@@ -84,11 +68,7 @@ class _Tap(torch.autograd.Function):
 
 
 class SketchedLinear(nn.Module):
-    """A frozen linear that sketches its loss gradient in every backward pass.
-
-    Args:
-        linear: (C → R); taken over as it is, an adapter on it takes no part.
-    """
+    """A frozen linear that sketches its loss gradient in every backward pass; an adapter on it takes no part."""
 
     def __init__(self, linear: nn.Linear | AdapterLinear, sketch: GradientSketch) -> None:
         super().__init__()
@@ -98,5 +78,5 @@ class SketchedLinear(nn.Module):
         """(…, C) → (…, R)."""
         if not x.requires_grad:  # the first layer of a frozen model: its gradient is wanted all the same
             x = x.detach().requires_grad_()
-        result: torch.Tensor = _Tap.apply(x, self.linear.weight, self.linear.bias, self.sketch)
-        return result
+        Y: torch.Tensor = _Tap.apply(rows_of(x), self.linear.weight, self.linear.bias, self.sketch)
+        return Y.view(*x.shape[:-1], Y.shape[-1])

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from lors_cli.tuning.training.trainer import AdapterTrainer
 
 STAGE_VERSION = 3
+INSTRUCTIONS_VERSION = 4
+"""The same for instructions: 4 since their text is tokenised whole."""
 WITHOUT_EFFECT = (
     "save_steps", "keep_checkpoints", "max_bad_steps", "tensorboard", "gradient_checkpointing", "merged_cache", "base",
     "parallelism",
@@ -44,7 +46,7 @@ def stage_fingerprint(config: TuneConfig, model_fingerprint: str, data_dir: Path
     Args:
         config: the stage's settings, their teacher filled in (`with_teacher`).
     """
-    from lors_cli.data.sources import fingerprint_source, open_source
+    from lors_cli.data.sources import open_source
     from lors_cli.data.stream.samples import is_streamed
     from lors_cli.data.tokens import usual_packing
     from lors_cli.models.sources import model_fingerprint as fingerprint_model
@@ -59,7 +61,9 @@ def stage_fingerprint(config: TuneConfig, model_fingerprint: str, data_dir: Path
     if config.spike_factor is None:
         del settings["spike_factor"]
     dataset = settings["data"].pop("dataset")
-    source = open_source(dataset, split="train", data_dir=data_dir, want="instructions")
+    del settings["data"]["columns"]  # in the data's fingerprint
+    columns = config.data.columns
+    source = open_source(dataset, split="train", data_dir=data_dir, want="instructions", columns=columns)
     if config.data.packing == usual_packing(source):
         settings["data"]["packing"] = None
     settings["data"]["stream"] = is_streamed(config, source)
@@ -67,12 +71,13 @@ def stage_fingerprint(config: TuneConfig, model_fingerprint: str, data_dir: Path
         del settings["data"]["shuffle_buffer"]
     inputs = {
         "model": model_fingerprint,
-        "data": fingerprint_source(dataset, split="train", data_dir=data_dir),
+        "data": source.fingerprint,
     }
     if config.distill is not None:
         inputs["teacher"] = fingerprint_model(teacher_model(config.distill))
         settings["distill"] = {"weight": config.distill.weight, "temperature": float(config.distill.temperature)}
-    return hashes.fingerprint("tune", STAGE_VERSION, settings, inputs)
+    version = INSTRUCTIONS_VERSION if source.kind == "instructions" else STAGE_VERSION
+    return hashes.fingerprint("tune", version, settings, inputs)
 
 
 def tune(config: TuneConfig, model: ModelConfig, out: Path, *, data_dir: Path | None = None) -> records.StageRecord:
@@ -186,8 +191,8 @@ def _load_data(config: TuneConfig, network: PreTrainedModel, tokenizer: Any, dat
         steps = f" in {counted(data.num_steps, 'step')}"
         steps += f", {in_last} in the last" if in_last < config.batch_size else ""
     samples = counted(len(data.samples), "sample")
-    console.info(f"  data: {config.data.dataset}, {samples}, {data.num_tokens} tokens{steps}"
-                 + (f" (skipped: {skipped})" if skipped else ""))  # fmt: skip
+    skips = f" (skipped: {skipped})" if skipped else ""
+    console.info(f"  data: {config.data.dataset}, {samples}, {data.num_tokens} tokens{steps}{skips}")
     return data
 
 

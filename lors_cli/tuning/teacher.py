@@ -19,11 +19,7 @@ if TYPE_CHECKING:
 
 
 def with_teacher(config: TuneConfig, model: ModelConfig) -> TuneConfig:
-    """The config with `distill.teacher` filled in: by default the model that the sparse one was pruned from.
-
-    Raises:
-        UsageError: none is given, and the sparse model does not say what it was pruned from.
-    """
+    """The config with `distill.teacher` filled in: by default the model that the sparse one was pruned from."""
     if config.distill is None or config.distill.teacher is not None:
         return config
     folder = Path(model.path)
@@ -47,12 +43,8 @@ def load_teacher(
     """The teacher on the student's device, in its number format.
 
     Args:
-        batch: a batch with labels, to try the teacher's head on.
+        batch: with labels, to try the teacher's head on.
         obstacle: why the student's head cannot be chunked, if so.
-
-    Raises:
-        MissingError: the teacher is not there.
-        UsageError: it has another vocabulary, or one of the two has no plain head.
     """
     from lors_cli.models.loading import load_model
     from lors_cli.tuning.head import Teacher, why_not_chunked

@@ -13,7 +13,6 @@ from torch import nn
 from typer.testing import CliRunner
 
 from lors_cli.bench import measure as benchmark
-from lors_cli.bench import model as bench_model
 from lors_cli.bench.live_memory import LiveBytes
 from lors_cli.bench.measure import BenchConfig, bench
 from lors_cli.bench.model import ARMS, adapted, sparse_model
@@ -135,21 +134,21 @@ def test_a_second_call_goes_on_where_the_first_stopped(tmp_path: Path, monkeypat
     assert list(found["cells"]) == ["16 tokens, rank 2", "16 tokens, rank 4"]
     assert found["cells"]["16 tokens, rank 2"] == first["16 tokens, rank 2"]
     assert json.loads((tmp_path / "bench.json").read_text()) == found
-    monkeypatch.setattr(bench_model, "sparse_model", None)  # nothing is made or measured again
+    monkeypatch.setattr(benchmark, "sparse_model", None)  # nothing is made or measured again
     assert bench(config, tmp_path) == found
     with pytest.raises(UsageError, match="other settings"):
         bench(_config(methods=("sqft",), rounds=1), tmp_path)
 
 
 def test_a_method_that_does_not_fit_is_reported_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = bench_model.adapted
+    plain = benchmark.adapted
 
     def full(model: object, linears: dict[str, nn.Linear], arm: object, rank: int) -> object:
         if arm is ARMS["sqft"]:
             raise torch.OutOfMemoryError
         return plain(model, linears, arm, rank)
 
-    monkeypatch.setattr(bench_model, "adapted", full)
+    monkeypatch.setattr(benchmark, "adapted", full)
     (cell,) = bench(_config(methods=("lors", "sqft")))["cells"].values()
     assert cell["sqft"] == {"failed": "out of memory"}
     assert cell["lors"]["tokens_per_s"]["median"] > 0

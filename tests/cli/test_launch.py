@@ -108,7 +108,7 @@ def _lives(pid: int) -> bool:
 def test_a_failure_of_one_process_is_the_failure_of_all(capfd: pytest.CaptureFixture[str]) -> None:
     code = """
 import os
-from lors_cli import parallel
+from lors_cli.machine import processes as parallel
 from lors_cli.cli.framework import guarded
 from lors_cli.errors import SparsityError
 

@@ -19,6 +19,7 @@ from lors_cli.cli import completion
 from lors_cli.cli.app import app
 from lors_cli.cli.flags import FLAGS, parameters
 from lors_cli.recipe.schema import STAGE_CONFIGS, ModelConfig
+from lors_cli.recipe.settings import flag_name
 
 Lors = Callable[..., Result]
 
@@ -71,12 +72,12 @@ def test_every_command_is_listed_under_a_heading(lors: Lors) -> None:
 
 
 SETTINGS = [
-    (command, flag, section, key)
+    (command, flag_name(key), section, key)
     for command, sections in {"prune": ("prune", "model"), "tune": ("tune", "model"), "eval": ("eval", "model"),
                               "merge": ("model",)}.items()
     for section in sections
-    for flags in FLAGS[section].values()
-    for flag, key in flags.items()
+    for keys in FLAGS[section].values()
+    for key in keys
 ]  # fmt: skip
 
 
@@ -156,14 +157,14 @@ def test_recipes_configs_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert completion.shipped("quick") == ["quickstart"]
     assert "prune/wanda-2of4" in completion.configs("prune")("")
     assert completion.configs("tune")("prune") == []
-    assert completion.texts("w") == ["wikitext2"]
+    assert completion.texts("w") == ["wikitext2", "wikitext2-lines"]
     assert completion.texts("quick") == ["quick.txt"]
 
 
 def test_lists_are_completed_at_their_end() -> None:
     assert completion.tasks("boolq,arc_e") == ["boolq,arc_easy"]
     assert completion.tasks("boolq,b") == []
-    assert completion.texts_list("c4,w") == ["c4,wikitext2"]
+    assert completion.texts_list("c4,w") == ["c4,wikitext2", "c4,wikitext2-lines"]
     assert completion.shapes("llama3") == ["llama3-8b"]
 
 
@@ -174,7 +175,9 @@ def offered(stage: str | None, incomplete: str) -> list[str]:
 
 def test_settings_and_their_words() -> None:
     assert offered(None, "tune.data.") == [
-        "tune.data.dataset=", "tune.data.max_length=", "tune.data.num_samples=", "tune.data.template=",
+        "tune.data.dataset=", "tune.data.columns.text=", "tune.data.columns.messages=",
+        *(f"tune.data.columns.{name}=" for name in ("instruction", "input", "output", "system", "history")),
+        "tune.data.max_length=", "tune.data.num_samples=", "tune.data.template=",
         "tune.data.train_on_prompt=", "tune.data.packing=", "tune.data.stream=", "tune.data.shuffle_buffer=",
     ]  # fmt: skip
     assert offered("tune", "rank") == ["rank="]
@@ -187,7 +190,9 @@ def test_values_are_offered_after_the_equals_sign() -> None:
     assert offered("tune", "method=sq") == ["method=sqft", "method=sqft-gc"]
     assert offered(None, "tune.method=h") == ["tune.method=hira"]
     assert offered(None, "prune.refit=") == ["prune.refit=true", "prune.refit=false"]
-    assert offered(None, "prune.calibration.dataset=w") == ["prune.calibration.dataset=wikitext2"]
+    assert offered(None, "prune.calibration.dataset=w") == [
+        f"prune.calibration.dataset={name}" for name in ("wikitext2", "wikitext2-lines")
+    ]
     assert offered("eval", "tasks=[boolq,arc_e") == ["tasks=[boolq,arc_easy"]
     assert offered(None, "eval.models=[p") == ["eval.models=[pruned"]
 

@@ -142,8 +142,14 @@ def test_chat_template_that_writes_the_date_does_not_change_with_the_day(rows: s
     ("template", "message"),
     [
         (None, "needs the tokenizer's chat template, and this one has none"),
-        ("{{ raise_exception('no assistant') }}", "refuses a question and its answer: no assistant"),
+        ("{{ raise_exception('no assistant') }}", "refuses a conversation of user, assistant: no assistant"),
         ("{{ messages[0]['content'] }}", "leaves the answer out"),
+        ("{{ messages[0] + 1 }}", "refuses a question and its answer: unsupported operand"),
+        ("{{ 1 // 0 }}", "refuses a question and its answer: integer division"),
+        ("{{ unclosed", "refuses a question and its answer: unexpected end"),
+        ({"tool_use": "x"}, "refuses a question and its answer: This model has multiple chat templates"),
+        (3, "refuses a question and its answer"),
+        (["x"], "refuses a question and its answer"),
     ],
 )
 def test_unusable_chat_templates(rows: str, tiny_tokenizer: Any, template: Any, message: str) -> None:

@@ -15,6 +15,7 @@ import pytest
 from lors_cli.data.prompts import alpaca_prompt
 from lors_cli.data.sources import SOURCES, TextSource, fingerprint_source, open_source
 from lors_cli.errors import MissingError, UsageError
+from lors_cli.output import console
 
 TEXTS = [{"text": "one"}, {"text": "zwei ä"}, {"text": "three\nlines"}]
 PAIRS = [
@@ -93,7 +94,7 @@ def test_row_with_text_and_instruction_is_an_instruction(tmp_path: Path) -> None
 def test_text_file_is_one_document(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("ä\r\n\n b \n".encode())
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"x\n\ny"))
-    assert list(_open(tmp_path / "a.txt").rows()) == [{"text": "ä\r\n\n b \n"}]
+    assert list(_open(tmp_path / "a.txt").rows()) == [{"text": "ä\n\n b \n"}]
     assert list(_open(tmp_path / "b.txt.gz").rows()) == [{"text": "x\n\ny"}]
 
 
@@ -102,7 +103,7 @@ def test_text_file_is_one_document(tmp_path: Path) -> None:
     [
         (b'{"text": "a"', "a.jsonl:3: broken JSON"),
         (b'["a"]', r"a.jsonl:3: not an object but \[\"a\"\]"),
-        (b'{"txt": "a"}', "a.jsonl:3: the row has no 'text'. It has 'txt'"),
+        (b'{"txt": "a"}', "a.jsonl:3: the row has no 'text'; it has 'txt'"),
         (b'{"text": null}', "a.jsonl:3: 'text' must be text, not null"),
         (b'{"text": 5}', "a.jsonl:3: 'text' must be text, not 5"),
         (b'{"text": "\xff"}', "a.jsonl:3: not UTF-8"),
@@ -141,7 +142,7 @@ def test_broken_instruction_rows_are_named(tmp_path: Path) -> None:
         ("a.jsonl.gz", b"not packed", "a.jsonl.gz is not a whole gzip file"),
         ("a.txt.gz", gzip.compress(b"abc" * 999, mtime=0)[:-9], "a.txt.gz is not a whole gzip file"),
         ("a.parquet", b"PAR1 nonsense", "a.parquet:1: not a sound Parquet file"),
-        ("a.csv", b"text\na", "a.csv is of no known format"),
+        ("a.xlsx", b"text\na", "a.xlsx is of no known format"),
     ],
 )
 def test_broken_file_is_named(tmp_path: Path, name: str, data: bytes, message: str) -> None:
@@ -191,10 +192,33 @@ def test_c4_is_a_part_of_slimpajama(tmp_path: Path) -> None:
 def test_wikitext2_has_only_its_test_split(tmp_path: Path) -> None:
     (tmp_path / "wikitext2").mkdir()
     (tmp_path / "wikitext2/test.txt.gz").write_bytes(gzip.compress(b" \n = A = \n \n\n text . \n \n"))
-    source = _open("wikitext2", split="validation", data_dir=tmp_path)
-    assert list(source.rows()) == [{"text": " = A = \n text . "}]
+    assert list(_open("wikitext2-lines", split="validation", data_dir=tmp_path).rows()) == [
+        {"text": " = A = \n text . "}
+    ]
     with pytest.raises(MissingError, match="no train split of wikitext2"):
         _open("wikitext2", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+def test_wikitext2_joins_all_rows_as_papers_do(tmp_path: Path, ends: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    warned: list[str] = []
+    monkeypatch.setattr(console, "warn", warned.append)
+    table = ["", " = A = \n", "", " text . \n", " more . \n", ""]  # rows of the hub
+    lines = [" ", " = A = ", " ", " text . ", " more . ", " "]  # of wiki.test.raw
+    (tmp_path / "wikitext2").mkdir()
+    (tmp_path / "wikitext2/test.txt.gz").write_bytes(gzip.compress("".join(line + ends for line in lines).encode()))
+    assert list(_open("wikitext2", split="validation", data_dir=tmp_path).rows()) == [{"text": "\n\n".join(table)}]
+    (found,) = warned
+    assert "has 6 rows and the hub's table 4,358" in found
+    assert list(_open("wikitext2-lines", split="validation", data_dir=tmp_path).rows()) == [
+        {"text": " = A = \n text . \n more . "}
+    ]
+    assert len(warned) == 1
+    digest = hashlib.sha256((tmp_path / "wikitext2/test.txt.gz").read_bytes()).hexdigest()
+    prints = [
+        fingerprint_source(name, split="validation", data_dir=tmp_path) for name in ("wikitext2-lines", "wikitext2")
+    ]
+    assert prints == [f"wikitext2:{digest}", f"wikitext2/rows:{digest}"]
 
 
 def test_pydoc_gives_texts_or_pairs() -> None:
@@ -215,11 +239,14 @@ def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
 
 
 def test_hub_fingerprints_need_no_network() -> None:
-    found = {name: _open(name, want="instructions").fingerprint for name in ("alpaca", "c4", "wikitext2")}
+    found = {
+        name: _open(name, want="instructions").fingerprint for name in ("alpaca", "c4", "wikitext2", "wikitext2-lines")
+    }
     assert found == {
         "alpaca": "hub:tatsu-lab/alpaca/default/train",
         "c4": "hub:allenai/c4/en/train",
-        "wikitext2": "hub:Salesforce/wikitext/wikitext-2-raw-v1/train",
+        "wikitext2": "hub:Salesforce/wikitext/wikitext-2-raw-v1/train/rows",
+        "wikitext2-lines": "hub:Salesforce/wikitext/wikitext-2-raw-v1/train",  # as wikitext2 was called before
     }
     assert _open("c4").streamed
     assert _open("slimpajama").streamed
@@ -245,11 +272,12 @@ def test_hub_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", fake)
     assert list(_open("alpaca", want="instructions").rows()) == [PAIRS[0]]
     assert list(_open("c4", split="validation").rows()) == [{"text": "a"}]
-    assert list(_open("wikitext2", split="validation").rows()) == [{"text": " = A = \n text . "}]
+    assert list(_open("wikitext2", split="validation").rows()) == [{"text": "\n\n = A = \n\n\n\n\n text . \n"}]
+    assert list(_open("wikitext2-lines", split="validation").rows()) == [{"text": " = A = \n text . "}]
     assert calls == [
         ("tatsu-lab/alpaca", None, "train", False),
         ("allenai/c4", "en", "validation", True),
-        ("Salesforce/wikitext", "wikitext-2-raw-v1", "test", False),
+        *[("Salesforce/wikitext", "wikitext-2-raw-v1", "test", False)] * 2,
     ]
 
 
@@ -260,7 +288,7 @@ def test_real_files(shared_dir: Path) -> None:
     assert sum(bool(row["input"]) for row in alpaca) == 5632
     assert len(list(_open("c4", data_dir=data).rows())) == 2268
     assert len(list(_open("slimpajama", split="validation", data_dir=data).rows())) == 158
-    wiki = list(_open("wikitext2", split="validation", data_dir=data).rows())
+    wiki = list(_open("wikitext2-lines", split="validation", data_dir=data).rows())
     assert len(wiki) == 1
     assert len(wiki[0]["text"].split("\n")) == 2891
 

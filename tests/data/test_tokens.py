@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import logging
@@ -18,6 +19,7 @@ from lors_cli.data.prompts import alpaca_prompt
 from lors_cli.data.samples import PadCollator
 from lors_cli.data.tokens import calibration_tokens, perplexity_windows, tuning_samples
 from lors_cli.errors import UsageError
+from lors_cli.models.checks import check_vocabulary
 from lors_cli.recipe.schema import CalibrationConfig, TuneDataConfig
 
 EOS = 257
@@ -245,6 +247,33 @@ def test_pretokenised_file_is_used_whole_and_in_order(tmp_path: Path, tiny_token
         _tune(path, tiny_tokenizer, num_samples=7)
 
 
+def test_a_token_that_the_model_has_no_embedding_for_is_named_wherever_text_is_read(
+    tmp_path: Path, tiny_tokenizer: Any
+) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_tokens(["<image>"])
+    check_vocabulary(tokenizer, 258, "model")
+    text, rows = tmp_path / "a.txt", tmp_path / "a.jsonl"
+    text.write_text("A picture: <image> of a fox that jumps over dogs.\n" * 9)
+    saved = tmp_path / "a.safetensors"
+    save_file({"input_ids": torch.tensor([[1, 2, 258, 4]])}, saved)
+    row = {"instruction": "say <image>", "input": "", "output": "it"}
+    reads: list[Any] = [
+        lambda: _calibrate(str(text), tokenizer, num_samples=2, sequence_length=16),
+        lambda: _windows(str(text), tokenizer, 16),
+        lambda: _tune(str(text), tokenizer, max_length=16, num_needed=2),
+        lambda: _tune(_rows(rows, [row]), tokenizer),
+        lambda: _calibrate(str(saved), tokenizer),
+    ]
+    for read in reads:
+        with pytest.raises(
+            UsageError, match="'<image>', token 258, which the tokenizer has and the model has no embed"
+        ):
+            read()
+    text.write_text("A picture of a fox that jumps over dogs.\n" * 9)
+    assert reads[1]().max() < 258
+
+
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
@@ -317,7 +346,7 @@ def test_wikitext2_gives_the_reference_tokens(shared_dir: Path) -> None:
     folder = Path(spec.origin).parent
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
     windows = perplexity_windows(
-        "wikitext2",
+        "wikitext2-lines",
         tokenizer,
         sequence_length=512,
         model_max_length=8192,

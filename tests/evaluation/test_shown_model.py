@@ -12,6 +12,7 @@ from lors_cli.errors import UsageError
 from lors_cli.evaluation import harness
 from lors_cli.evaluation.shown_model import ShownModel
 from lors_cli.evaluation.tasks import task_definition
+from lors_cli.models.checks import check_vocabulary
 
 
 def both(model: Any, tokenizer: Any, requests: list[Any]) -> tuple[list[Any], list[Any], int]:
@@ -71,6 +72,20 @@ def test_choice_that_does_not_fit_is_refused(stories: tuple[Any, Any]) -> None:
     lm = ShownModel(*stories, 8, "tuned t")
     with pytest.raises(UsageError, match=r"tuned t: document 0 has a choice of \d+ tokens; 1 to 512"):
         lm.loglikelihood(instances(("a", " fox" * 600)))
+
+
+def test_a_token_that_the_model_has_no_embedding_for_is_named(stories: tuple[Any, Any]) -> None:
+    import copy
+
+    tokenizer = copy.deepcopy(stories[1])
+    tokenizer.add_tokens(["<image>"])
+    check_vocabulary(tokenizer, len(tokenizer) - 1, "model")
+    lm = ShownModel(stories[0], tokenizer, 8, "x")
+    with pytest.raises(UsageError, match="'<image>', token 512"):
+        lm.loglikelihood(instances(("What is <image>?", " a cat")))
+    with pytest.raises(UsageError, match="'<image>', token 512"):
+        lm.tok_batch_encode(["What is this?", "And <image>?"])
+    assert lm.tok_encode("What is this?")
 
 
 def test_bfloat16_agrees_within_rounding(stories: tuple[Any, Any], told: list[str]) -> None:

@@ -13,7 +13,7 @@ import torch
 from lors_cli.data import tokens
 from lors_cli.errors import UsageError
 from lors_cli.evaluation import harness, perplexity, pieces
-from lors_cli.evaluation.pieces import eval_fingerprint, pending_pieces
+from lors_cli.evaluation.pieces import eval_fingerprint, pending, pieces_of
 from lors_cli.evaluation.plain_results import TaskResult
 from lors_cli.evaluation.stage import evaluate
 from lors_cli.files import records
@@ -110,6 +110,10 @@ def test_second_run_touches_nothing(bench: Bench, tmp_path: Path) -> None:
     assert _files(tmp_path) == before
 
 
+def _missing(config: EvalConfig, fingerprints: dict[str, str], out: Path) -> list[tuple[str, str]]:
+    return [(piece.label, piece.name) for piece in pending(pieces_of(config, fingerprints, out, None))]
+
+
 def test_only_what_changed_is_scored_again(bench: Bench, tmp_path: Path) -> None:
     evaluate(CONFIG, MODELS, tmp_path, data_dir=None)
     bench.versions["p"], bench.loaded, bench.scored = 1, [], []
@@ -120,7 +124,7 @@ def test_only_what_changed_is_scored_again(bench: Bench, tmp_path: Path) -> None
     bench.loaded, bench.scored = [], []
     more = replace(CONFIG, tasks=(*CONFIG.tasks, "boolq"))
     expected = [("dense", "boolq"), ("pruned", "boolq")]
-    assert pending_pieces(more, {"dense": "d0", "pruned": "p1"}, tmp_path, None) == expected
+    assert _missing(more, {"dense": "d0", "pruned": "p1"}, tmp_path) == expected
     evaluate(more, MODELS, tmp_path, data_dir=None)
     assert bench.scored == expected
 
@@ -149,12 +153,13 @@ def test_piece_that_is_not_whole_is_scored_again(bench: Bench, tmp_path: Path) -
     (tmp_path / ".pieces/dense/rte.json").write_text('{"fingerprint": ')
     (tmp_path / "samples/pruned/rte.jsonl").unlink()
     known = {"dense": "d0", "pruned": "p0"}
-    assert pending_pieces(CONFIG, known, tmp_path, None) == [("dense", "rte"), ("pruned", "rte")]
+    assert _missing(CONFIG, known, tmp_path) == [("dense", "rte"), ("pruned", "rte")]
 
 
 def test_model_that_is_yet_to_be_made_is_pending(bench: Bench, tmp_path: Path) -> None:
-    pending = pending_pieces(CONFIG, {"tuned": None}, tmp_path, None)
-    assert pending == [("tuned", "rte"), ("tuned", "pydoc_choice"), ("tuned", "pydoc")]
+    evaluate(CONFIG, MODELS, tmp_path, data_dir=None)
+    expected = [("tuned", "rte"), ("tuned", "pydoc_choice"), ("tuned", "pydoc")]
+    assert _missing(CONFIG, {"tuned": "tune:of its plan:auto"}, tmp_path) == expected
 
 
 def test_perplexity_of_a_broken_model_is_null(bench: Bench, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

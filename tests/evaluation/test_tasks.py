@@ -61,7 +61,7 @@ def test_missing_local_file_is_named(tmp_path: Path) -> None:
 def test_checking_the_usual_tasks_needs_no_lm_eval() -> None:
     code = (
         "import sys\n"
-        "from lors_cli.evaluation import check_tasks\n"
+        "from lors_cli.evaluation.tasks import check_tasks\n"
         "from lors_cli.recipe.schema import SEVEN_TASKS\n"
         "check_tasks([*SEVEN_TASKS, 'pydoc_choice'], None)\n"
         "assert not {'torch', 'transformers', 'lm_eval', 'datasets'} & set(sys.modules)"

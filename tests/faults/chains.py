@@ -81,12 +81,12 @@ def first_rows(path: Path, number: int) -> str:
 
 
 class Server:
-    """A `server.py` process."""
+    """A `server.py` process, or that of another program like it, which may have an environment of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, program: Path | None = None, env: dict[str, str] | None = None) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("server.py")],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [sys.executable, program or Path(__file__).with_name("server.py")],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env,
         )  # fmt: skip
         self._answer()
 

@@ -171,7 +171,7 @@ def _wrap_writes(watch: Watch) -> None:
     import torch
     import transformers.modeling_utils as saving
 
-    from lors_cli.files import records
+    from lors_cli.files import atomic
     from lors_cli.models import loading, tensor_files
     from lors_cli.tuning.training import step_log
 
@@ -180,7 +180,7 @@ def _wrap_writes(watch: Watch) -> None:
         is_watched = mode[0] in "wa" and "+" not in mode and watch.name(path) is not None
         return HalfWriter(file, path, watch) if is_watched else file
 
-    for module in (records, tensor_files, step_log):
+    for module in (atomic, tensor_files, step_log):
         module.open = opened  # type: ignore[attr-defined]
 
     real_save = torch.save

@@ -40,7 +40,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     """Run one command.
 
     Args:
-        job: {"arguments", "folder", "output", "trace"}, and as is wanted {"moment", "after_s", "memory_mib", "faults"}.
+        job: {"arguments", "folder", "output", "trace"}, and as is wanted {"moment", "after_s", "memory_mib", "faults",
+            "environment"}.
 
     Returns:
         {"code", "elapsed_s"}: the exit code, -9 after SIGKILL.
@@ -65,6 +66,7 @@ def _become_lors(job: dict[str, Any]) -> None:
     try:
         os.setpgid(0, 0)
         os.chdir(job["folder"])
+        os.environ.update(job.get("environment", {}))
         output = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)
         os.dup2(output, 2)

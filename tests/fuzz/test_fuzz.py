@@ -38,10 +38,10 @@ class TestTheHarnessItself:
     """It must see what it is there to see."""
 
     def outcome(self, world: World, monkeypatch: pytest.MonkeyPatch, text: str) -> Outcome:
-        def broken(path: Path) -> None:
+        def broken(kind: str, path: str) -> None:
             exec(text)
 
-        monkeypatch.setattr("lors_cli.recipe.shipped.find_recipe", broken)
+        monkeypatch.setattr("lors_cli.cli.pipelines.find", broken)
         monkeypatch.setattr(fuzz_run, "LONGEST_S", 1)
         monkeypatch.setitem(KINDS, "own", (lambda rng, place: ["run", "tiny.yaml", "--out", "out"], 0.0))
         return run_case(world, "own", 0, 0)

@@ -13,7 +13,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lors_cli.errors import UsageError
-from lors_cli.models.blocks import block_weights, expert_keys, prunable_weights
+from lors_cli.models.blocks import (
+    block_weights,
+    decoder_blocks,
+    expert_keys,
+    left_out,
+    model_max_length,
+    prunable_weights,
+)
 from lors_cli.models.inspection import detect_pattern
 from lors_cli.sparsity import Pattern, mask_digest, num_violations
 
@@ -29,12 +36,28 @@ EXPECTED = {
     "Qwen2-MoE": [[*ATTENTION, *EXPERTS, *SHARED], [*ATTENTION, *DENSE]],
     "Qwen3-MoE": [[*ATTENTION, *EXPERTS]] * 2,
     "GPT-OSS": [[*ATTENTION, *EXPERTS]] * 2,
+    "Falcon": [
+        [f"self_attention.{part}" for part in ("query_key_value", "dense")] + ["mlp.dense_h_to_4h", "mlp.dense_4h_to_h"]
+    ]
+    * 2,
+    "Gemma4": [[*ATTENTION, *DENSE, "per_layer_input_gate", "per_layer_projection"]] * 2,
+    "Gemma3n": [
+        [
+            *ATTENTION,
+            *DENSE,
+            "laurel.linear_left",
+            "laurel.linear_right",
+            "per_layer_input_gate",
+            "per_layer_projection",
+        ]
+    ]
+    * 2,
 }
 
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_names_in_the_blocks_order_without_routers(name: str, build: Build) -> None:
-    prefix = "transformer.h" if name == "GPT-2" else "model.layers"
+    prefix = "transformer.h" if name in ("GPT-2", "Falcon") else "model.layers"
     expected = [f"{prefix}.{index}.{part}" for index, parts in enumerate(EXPECTED[name]) for part in parts]
     weights = prunable_weights(build(name))
     assert list(weights) == expected
@@ -60,7 +83,11 @@ def test_what_is_copied_into_a_matrix_is_stored(architecture: str, build: Build)
         stored = getattr(weight.module, weight.key)
         assert bool(((stored if weight.expert is None else stored[weight.expert]) == 1000 + number).all())
     for name, tensor in model.state_dict().items():
-        if name.endswith(("_bias", ".bias")) or "norm" in name or "router" in name or "gate." in name:
+        if (
+            name.endswith(("_bias", ".bias"))
+            or "norm" in name
+            or any(f".{part}" in name for part in ("router", "gate.", "shared_expert_gate", "altup"))
+        ):
             assert torch.equal(tensor, before[name]), name
 
 
@@ -80,6 +107,26 @@ def test_the_parameter_is_looked_up_at_access(build: Build) -> None:
     weight = prunable_weights(model)["model.layers.0.mlp.experts.1.down_proj"]
     experts.down_proj = nn.Parameter(torch.arange(4.0).view(4, 1, 1).expand(4, 32, 64).clone())
     assert bool((weight.matrix == 1).all())
+
+
+@pytest.mark.parametrize(("name", "changes", "expected"), [
+    ("Llama", {}, 64), ("MPT", {"max_seq_len": 48}, 48), ("GPT-J", {"max_position_embeddings": 40}, 40),
+    ("Gemma3-vision", {}, 64),
+])  # fmt: skip
+def test_the_longest_sequence(name: str, changes: dict[str, int], expected: int, build: Build) -> None:
+    assert model_max_length(build(name, **changes)) == expected
+
+
+def test_parts_for_images_are_left_out(build: Build) -> None:
+    model = build("Gemma3-vision")
+    assert len(model.model.vision_tower.encoder.layers) == len(model.model.language_model.layers)
+    assert decoder_blocks(model)[0] == "model.language_model.layers"
+    assert left_out(model) == ["model.vision_tower", "model.multi_modal_projector"]
+
+
+def test_nothing_else_is_left_out(architecture: str, build: Build) -> None:
+    assert left_out(build(architecture)) == (["model.vision_tower", "model.multi_modal_projector"]
+                                             if architecture == "Gemma3-vision" else [])  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["Llama", "GPT-2", "Qwen2-MoE", "GPT-OSS"])

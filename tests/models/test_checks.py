@@ -173,9 +173,36 @@ def test_added_tokens_beyond_the_embedding_are_let_be_but_not_used_to_pad(tiny_t
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     assert tokenizer.pad_token_id == 259
     check_vocabulary(tokenizer, 258, "model")
+    assert tokenizer.beyond_embedding == {258: "<image>", 259: "<pad>"}
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 257
     with pytest.raises(UsageError, match="'</s>' as 257"):
         check_vocabulary(tokenizer, 257, "model")
+
+
+def test_every_command_names_an_added_token_without_an_embedding(model: Path, lors: Callable[..., Any]) -> None:
+    """An IndexError, exit 1, where a text spelt the token out."""
+    tokenizer = load_tokenizer(config_of(model))
+    tokenizer.add_tokens(["<image>"])
+    tokenizer.save_pretrained(model)
+    assert lors("prune", "model", "--out", "sparse", "method=magnitude").exit_code == 0
+    for name in ("text.jsonl", "rows.jsonl"):
+        Path(name).write_text(Path(name).read_text().replace("fox", "<image>").replace("say", "<image>"))
+    Path("tune.yaml").write_text("data: {dataset: rows.jsonl}\n")
+    tune = ("tune", "sparse", "--out", "tuned", "rank=2", "max_steps=1", "batch_size=2", "data.max_length=128")
+    commands: list[tuple[str, ...]] = [
+        ("prune", "model", "--out", "out", "--method", "wanda", "--calibration", "text.jsonl",
+         "calibration.num_samples=2", "calibration.sequence_length=64"),
+        ("eval", "model", "--out", "eval", "tasks=[]", "perplexity=[text.jsonl]", "perplexity_length=64"),
+        (*tune, "--dataset", "rows.jsonl"), (*tune, "--dataset", "text.jsonl"),
+        (*tune, "--dataset", "text.jsonl", "data.stream=on"),
+        ("data", "show", "tune.yaml", "--model", "model"),
+    ]  # fmt: skip
+    for command in commands:
+        result = lors(*command)
+        assert result.exit_code == 2, (command, result.output)
+        assert "'<image>', token 258, which the tokenizer has and the model has no embedding for" in " ".join(
+            result.output.split()
+        )
 
 
 def test_whatever_transformers_raises_is_the_files_fault() -> None:

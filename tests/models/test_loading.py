@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -15,9 +16,10 @@ from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausa
 
 from lors_cli.errors import LorsError, MissingError, ResourceError, UsageError, translate
 from lors_cli.files.records import StageRecord, publish, staging_dir
-from lors_cli.machine import devices
 from lors_cli.machine.devices import resolve_device, set_seed
+from lors_cli.models import loading
 from lors_cli.models.blocks import decoder_blocks, model_max_length
+from lors_cli.models.checks import load_error
 from lors_cli.models.loading import load_config, load_model, load_tokenizer, resolve_dtype, save_checkpoint
 from lors_cli.models.sources import ModelSource, locate, model_fingerprint
 from lors_cli.recipe.schema import ModelConfig
@@ -63,6 +65,25 @@ class TestLocate:
     def test_a_gguf_file(self, tmp_path: Path) -> None:
         (tmp_path / "m.gguf").write_bytes(b"GGUF")
         assert locate(str(tmp_path / "m.gguf")) == ModelSource(folder=tmp_path, gguf_file="m.gguf")
+
+    def test_a_gguf_file_in_upper_case(self, tmp_path: Path) -> None:
+        (tmp_path / "M.GGUF").write_bytes(b"GGUF")
+        assert locate(str(tmp_path / "M.GGUF")) == ModelSource(folder=tmp_path, gguf_file="M.GGUF")
+
+    @pytest.mark.parametrize("name", ["m-00001-of-00003.gguf", "m-00002-of-00003.GGUF"])
+    def test_a_part_of_a_split_gguf(self, name: str, tmp_path: Path) -> None:
+        (tmp_path / name).write_bytes(b"GGUF")
+        with pytest.raises(UsageError, match=r"is part \d of 3 of a split \.gguf") as raised:
+            locate(str(tmp_path / name))
+        assert "llama-gguf-split --merge m-00001-of-00003.gguf m.gguf" in str(raised.value.hint)
+        (tmp_path / "m-00001-of-00001.gguf").write_bytes(b"GGUF")
+        assert locate(str(tmp_path / "m-00001-of-00001.gguf")).gguf_file == "m-00001-of-00001.gguf"
+
+    def test_a_folder_that_holds_a_gguf(self, tmp_path: Path) -> None:
+        (tmp_path / "M.GGUF").write_bytes(b"GGUF")
+        with pytest.raises(MissingError) as raised:
+            locate(str(tmp_path))
+        assert str(raised.value.hint) == f"It holds M.GGUF: give that file, {tmp_path / 'M.GGUF'}."
 
     @pytest.mark.parametrize("name", ["gpt2", "meta-llama/Meta-Llama-3-8B", "org_1/model.v2"])
     def test_a_hub_id(self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +220,7 @@ class TestDtypeAndDevice:
         expected: torch.dtype,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr(devices, "cpu_has_bfloat16", lambda: fast)
+        monkeypatch.setattr(loading, "cpu_has_bfloat16", lambda: fast)
         assert resolve_dtype(at("x"), stored, torch.device(device)) == expected
 
     def test_a_device_that_is_not_here(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,6 +351,24 @@ class TestLoadTokenizer:
         file.write_text(json.dumps({key: value for key, value in settings.items() if not key.endswith("_token")}))
         with pytest.raises(UsageError, match="no EOS token"):
             load_tokenizer(at(folder))
+
+    def test_a_sentencepiece_model_alone(self, folder: Path) -> None:
+        """It was called "no such folder", though the folder is there."""
+        (folder / "tokenizer.json").unlink()
+        (folder / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+        edit = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps({**edit, "tokenizer_class": "LlamaTokenizer"}))
+        if importlib.util.find_spec("sentencepiece") or importlib.util.find_spec("tiktoken"):
+            pytest.skip("what reads it is installed")
+        with pytest.raises(MissingError, match=r"tokenizer\.model, which needs the package sentencepiece") as raised:
+            load_tokenizer(at(folder))
+        assert str(raised.value.hint).startswith("pip install sentencepiece protobuf")
+
+    def test_a_package_that_is_missing_is_no_missing_folder(self, folder: Path) -> None:
+        error = load_error(str(folder), "its tokenizer", ModuleNotFoundError("No module named 'x'", name="x"))
+        assert isinstance(error, MissingError)
+        assert "no such folder" not in str(error)
+        assert error.hint == "pip install x"
 
     @pytest.mark.parametrize("broken", ["none", "tokenizer.json", "tokenizer_config.json"])
     def test_none_or_broken(self, folder: Path, broken: str) -> None:

@@ -14,9 +14,8 @@ from huggingface_hub import constants
 from typer.testing import Result
 
 from lors_cli.errors import UsageError
-from lors_cli.models import revisions
 from lors_cli.models.loading import load_config, load_model, load_tokenizer
-from lors_cli.models.revisions import commit_of, pinned_revision
+from lors_cli.models.revisions import commit_of, listing_of, pinned_revision
 from lors_cli.models.sources import model_fingerprint
 from lors_cli.recipe.schema import ModelConfig
 
@@ -39,9 +38,15 @@ def cache(at_workshop: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("transformers.utils.hub.HF_HUB_CACHE", str(folder), raising=False)
-    commit_of.cache_clear()
+    forget()
     yield repo
+    forget()
+
+
+def forget() -> None:
+    """As a new process, ask again."""
     commit_of.cache_clear()
+    listing_of.cache_clear()
 
 
 def test_branches_tags_and_commits_offline(cache: Path) -> None:
@@ -67,16 +72,17 @@ def test_the_hub_is_asked_once_and_the_cache_where_it_does_not_answer(
 ) -> None:
     asked: list[Any] = []
 
-    def answer(self: Any, repo: str, *, revision: str, timeout: float) -> Any:
+    def answer(self: Any, repo: str, *, revision: str, **_: Any) -> Any:
         asked.append((repo, revision))
         if revision == "v1":
             raise ConnectionError("no network")
-        return SimpleNamespace(sha=OLD)
+        return SimpleNamespace(sha=OLD, siblings=[])
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", answer)
     assert [commit_of(REPO, name) for name in ("main", "main", "v1", NEW)] == [OLD, OLD, OLD, NEW]
     assert asked == [(REPO, "main"), (REPO, "v1")]
+    assert (cache / "refs" / "main").read_text() == OLD, "what the hub says is known offline too"
 
 
 def test_the_fingerprint_follows_the_commit(cache: Path) -> None:
@@ -85,7 +91,7 @@ def test_the_fingerprint_follows_the_commit(cache: Path) -> None:
     assert model_fingerprint(tag) == f"hub:{REPO}@{OLD}:auto"
     assert model_fingerprint(ModelConfig(path=REPO, revision=OLD)) == model_fingerprint(tag)
     (cache / "refs" / "main").write_text(OLD)
-    revisions.commit_of.cache_clear()
+    forget()
     assert model_fingerprint(main) == model_fingerprint(tag)
 
 

@@ -14,7 +14,8 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 
 from lors_cli.errors import UsageError
 from lors_cli.models.loading import load_model
-from lors_cli.models.streaming import BlockwiseModel, match, open_blockwise
+from lors_cli.models.stored import match
+from lors_cli.models.streaming import BlockwiseModel, open_blockwise
 from lors_cli.models.tensor_files import Entry, TensorWriter, saved_tensors, write_checkpoint, write_tensors
 from lors_cli.recipe.schema import ModelConfig
 

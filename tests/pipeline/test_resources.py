@@ -67,7 +67,7 @@ def test_a_folder_has_the_size_of_its_model(workshop: Path) -> None:
     assert size is not None
     assert size.num_parameters == model.num_parameters()
     assert size.num_prunable == sum(weight.matrix.numel() for weight in prunable_weights(model).values())
-    assert size.largest_input == 64
+    assert max(columns for _, columns in size.linears) == 64
     assert size.num_bytes == 4 * size.num_parameters
     halved = model_size(replace(config, dtype="bfloat16"))
     assert halved is not None

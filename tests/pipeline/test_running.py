@@ -280,7 +280,7 @@ def test_too_small_a_disk_is_refused_beforehand(at_workshop: Path, small_disk: P
 def test_a_full_disk_keeps_what_is_finished(
     at_workshop: Path, finished_workshop: Path, small_disk: Path, lors: Lors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resources, "check_disk", lambda plan: None)  # as when another program fills it meanwhile
+    monkeypatch.setattr(resources, "free_disk", lambda folder: 1 << 40)  # as when another program fills it meanwhile
     run, filler = small_disk / "run", small_disk / "filler"
     for stage, left in (("prune", 60_000), ("tune", 12_288), ("eval", 8_192)):
         before = snapshot(run) if run.exists() else {}
@@ -301,12 +301,13 @@ def test_a_full_disk_keeps_what_is_finished(
 def test_a_disk_that_fills_within_a_training_checkpoint(
     at_finished: Path, small_disk: Path, lors: Lors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resources, "check_disk", lambda plan: None)
+    monkeypatch.setattr(resources, "free_disk", lambda folder: 1 << 40)
     filler = small_disk / "filler"
     filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - 60_000))
     flags = ("--dataset", "rows.jsonl", "--rank", "4", "--max-steps", "2", "--max-length", "256")
     result = lors("tune", RUN / "prune", "--out", small_disk / "t", *flags, "save_steps=1")
     assert result.exit_code == 4
+    assert "disk is full" in result.stderr
 
 
 def test_a_read_only_folder_is_a_usage_error(at_workshop: Path, small_disk: Path, lors: Lors) -> None:

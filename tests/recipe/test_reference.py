@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from typer.testing import Result
 
-from lors_cli.recipe import rules
 from lors_cli.recipe.loading import load_recipe, recipe_schema
-from lors_cli.recipe.reference import KINDS, RULES, SECTIONS, markdown, settings
+from lors_cli.recipe.reference import KINDS, SECTIONS, markdown, settings
+from lors_cli.recipe.rules import RULES
 from lors_cli.recipe.schema import Recipe, TuneConfig
 
 PAGE = Path(__file__).parents[2] / "docs" / "recipe.md"
@@ -54,12 +54,13 @@ def test_defaults_read_as_yaml_give_the_schemas(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("section", RULES)
 def test_a_line_for_every_rule(section: str) -> None:
-    messages = {message for _, _, message in rules.RULES[SECTIONS[section].__name__]}
-    assert len(RULES[section]) == len(messages), f"RULES[{section!r}] in reference.py needs a line for each message"
+    lines, messages = {rule for *_, rule in RULES[section]}, {message for _, _, message, _ in RULES[section]}
+    assert len(lines) == len(messages), f"RULES[{section!r}] in rules.py needs a line for each message"
+    assert {f"- {line}" for line in lines} <= set(markdown().splitlines())
 
 
 def test_sections_with_rules_and_patterns_are_all_known() -> None:
-    assert set(rules.RULES) == {SECTIONS[name].__name__ for name in RULES}
+    assert set(RULES) <= {section.__name__ for section in SECTIONS.values()}
     text = json.dumps(recipe_schema())
     assert text.count('"pattern":') - text.count('"pattern": {') == len(KINDS)
     assert SECTIONS[""] is Recipe

@@ -24,6 +24,8 @@ from lors_cli.recipe.schema import (
 OFF = {
     "tune.data.num_samples", "tune.max_steps", "tune.max_tokens", "tune.spike_factor", "eval.limit",
     "eval.perplexity_windows", "data_dir",
+    *(f"{section}.columns.{name}" for section in ("prune.calibration", "tune.data")
+      for name in ("text", "messages", "instruction", "input", "output", "system", "history")),
 }  # fmt: skip
 """Limits and places: not given means that there is none."""
 FROM_THE_INPUTS = {

@@ -14,16 +14,7 @@ from lors_cli.evaluation.tasks import check_tasks
 from lors_cli.recipe import shipped as shipped_module
 from lors_cli.recipe.loading import Stage, load_recipe, load_stage
 from lors_cli.recipe.schema import EvalConfig
-from lors_cli.recipe.shipped import (
-    find_config,
-    find_recipe,
-    find_shipped_recipe,
-    find_sweep,
-    recipe_summary,
-    shipped_configs,
-    shipped_recipes,
-    shipped_sweeps,
-)
+from lors_cli.recipe.shipped import find, find_shipped_recipe, recipe_summary, shipped_files
 from lors_cli.sweep.cells import load_sweep
 
 ROOT = Path(__file__).parents[2]
@@ -37,11 +28,11 @@ def short(path: Path) -> str:
 
 
 def test_all_files_are_shipped() -> None:
-    assert sorted(shipped_recipes().values()) == RECIPES
-    assert sorted(shipped_sweeps().values()) == SWEEPS
-    assert not shipped_sweeps().keys() & shipped_recipes().keys()
-    assert sorted(shipped_configs().values()) == CONFIGS
-    assert "quickstart" in shipped_recipes()
+    assert sorted(shipped_files("recipe").values()) == RECIPES
+    assert sorted(shipped_files("sweep").values()) == SWEEPS
+    assert not shipped_files("sweep").keys() & shipped_files("recipe").keys()
+    assert sorted(shipped_files("config").values()) == CONFIGS
+    assert "quickstart" in shipped_files("recipe")
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=short)
@@ -65,7 +56,7 @@ def test_sweeps_are_valid(path: Path) -> None:
     assert len(recipe_summary(path)) > 20
     assert len(sweep.cells) > 1
     for cell in sweep.cells:
-        assert cell.base in shipped_recipes()
+        assert cell.base in shipped_files("recipe")
         assert cell.recipe.eval is not None
         check_tasks(cell.recipe.eval.tasks, None)
 
@@ -83,7 +74,7 @@ def test_the_sweeps_cells_are_the_papers_rows(shared_dir: Path) -> None:
             if row["table"] == table and row["tune"]
         ]
         found = []
-        for cell in load_sweep(shipped_sweeps()[f"table{table}"]).cells:
+        for cell in load_sweep(shipped_files("sweep")[f"table{table}"]).cells:
             prune, tune = cell.recipe.prune, cell.recipe.tune
             assert prune is not None
             assert tune is not None
@@ -95,7 +86,7 @@ def test_the_sweeps_cells_are_the_papers_rows(shared_dir: Path) -> None:
 
 
 def test_slimpajama_is_half_a_billion_tokens() -> None:
-    tune = load_recipe(shipped_recipes()["llama3-8b-2of4-slimpajama"]).tune
+    tune = load_recipe(shipped_files("recipe")["llama3-8b-2of4-slimpajama"]).tune
     assert tune is not None
     assert tune.max_tokens == 500_000_000
     assert tune.batch_size * tune.data.max_length == 256 * 1024
@@ -110,7 +101,7 @@ def test_configs_are_valid(path: Path) -> None:
 
 
 def test_the_quickstart_needs_no_hub() -> None:
-    recipe = load_recipe(shipped_recipes()["quickstart"])
+    recipe = load_recipe(shipped_files("recipe")["quickstart"])
     assert recipe.model.path.startswith("package://")
     assert recipe.data_dir is None
     assert recipe.prune is not None
@@ -140,48 +131,48 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     "name", ["quickstart", "quickstart.yaml", "recipes/quickstart.yaml", "./recipes/quickstart.yml"]
 )
 def test_find_shipped(shipped: Path, name: str) -> None:
-    assert list(shipped_recipes()) == ["quickstart"]
-    assert list(shipped_sweeps()) == ["rank"]
-    assert list(shipped_configs()) == ["prune/wanda"]
-    assert find_recipe(name) == shipped / "lors_cli/_shipped/recipes/quickstart.yaml"
+    assert list(shipped_files("recipe")) == ["quickstart"]
+    assert list(shipped_files("sweep")) == ["rank"]
+    assert list(shipped_files("config")) == ["prune/wanda"]
+    assert find("recipe", name) == shipped / "lors_cli/_shipped/recipes/quickstart.yaml"
     for sweep in ("rank", "sweeps/rank.yaml", "recipes/sweeps/rank"):
-        assert find_sweep(sweep) == shipped / "recipes/sweeps/rank.yaml"
+        assert find("sweep", sweep) == shipped / "recipes/sweeps/rank.yaml"
         assert find_shipped_recipe(sweep) == shipped / "recipes/sweeps/rank.yaml"
-    assert find_config("prune/wanda") == shipped / "configs/prune/wanda.yaml"
+    assert find("config", "prune/wanda") == shipped / "configs/prune/wanda.yaml"
 
 
 def test_an_installed_package_does_not_look_beside_itself(shipped: Path) -> None:
     (shipped / "pyproject.toml").unlink()
-    assert list(shipped_recipes()) == ["quickstart"]
+    assert list(shipped_files("recipe")) == ["quickstart"]
 
 
 def test_an_existing_file_comes_first_but_a_folder_does_not(shipped: Path) -> None:
     Path("quickstart.yaml").touch()
-    assert find_recipe("quickstart.yaml") == Path("quickstart.yaml")
+    assert find("recipe", "quickstart.yaml") == Path("quickstart.yaml")
     Path("quickstart").mkdir()
-    assert find_recipe("quickstart").is_file()
+    assert find("recipe", "quickstart").is_file()
     Path("run").mkdir()
     Path("run/recipe.yaml").touch()
     with pytest.raises(UsageError, match=r"run is a folder.*\n.*run/recipe.yaml"):
-        find_recipe("run")
+        find("recipe", "run")
 
 
 def test_unknown_recipe(shipped: Path) -> None:
     with pytest.raises(UsageError) as caught:
-        find_recipe("quikstart")
+        find("recipe", "quikstart")
     assert "There is no recipe 'quikstart'" in caught.value.message
     assert caught.value.hint == "Did you mean quickstart? `lors recipes` lists the shipped ones."
     with pytest.raises(UsageError, match="Shipped: prune/wanda"):
-        find_config("")
+        find("config", "")
 
 
 def test_a_sweep_is_no_recipe_and_the_reverse(shipped: Path) -> None:
     with pytest.raises(UsageError) as caught:
-        find_recipe("rank")
+        find("recipe", "rank")
     assert (caught.value.message, caught.value.hint) == ("rank is no recipe.", "For it there is: lors sweep rank")
     with pytest.raises(UsageError) as caught:
-        find_sweep("quickstart.yaml")
+        find("sweep", "quickstart.yaml")
     assert caught.value.hint == "For it there is: lors run quickstart"
     with pytest.raises(UsageError, match="There is no sweep 'rnak'") as caught:
-        find_sweep("rnak")
+        find("sweep", "rnak")
     assert "Did you mean rank?" in str(caught.value.hint)

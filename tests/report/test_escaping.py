@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from report_pages import Page, is_safe
@@ -24,6 +26,11 @@ PLAIN = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), m
 HOSTILE = st.lists(st.sampled_from(PIECES) | PLAIN, min_size=1, max_size=6).map("".join)
 BOUNDS = {"max_examples": 2, "deadline": None, "derandomize": True,
           "suppress_health_check": [HealthCheck.function_scoped_fixture]}  # fmt: skip
+
+
+def quoted(text: str) -> str:
+    """A text as YAML of one line."""
+    return yaml.safe_dump(text, default_style='"', width=math.inf).strip()
 
 
 def page_of(path: Path) -> Page:
@@ -49,7 +56,7 @@ def test_a_runs_page(finished_workshop: Path, tmp_path: Path, name: str, task: s
         content["perplexity"] = {name: next(iter(content["perplexity"].values()))}
         path.write_text(json.dumps(content))
     recipe = run / "recipe.yaml"
-    recipe.write_text(recipe.read_text().replace("path: dense", f"path: {json.dumps('x' + model)}"))
+    recipe.write_text(recipe.read_text().replace("path: dense", f"path: {quoted('x' + model)}"))
     write_run_report(run, None, ("html", "md"))
     page_of(run / "report.html")
 

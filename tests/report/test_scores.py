@@ -221,3 +221,15 @@ def test_nothing_to_show_is_shown_as_that() -> None:
     assert by_cell([cell("a", 0, 0, "pending")])[1] == [["a (pending)", "–"]]
     unscored = {"name": "a", "status": "done", "models": {}, "results": {}}
     assert by_cell([unscored])[1] == [["a", "–"]]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("wikitext2", "joined by two newlines, as in papers"), ("wikitext2-lines", "non-blank lines")]
+)
+def test_notes_say_which_text_of_wikitext2_a_perplexity_is_of(text: str, said: str) -> None:
+    scores = content(0.8, 0.6, 5.0)
+    scores["perplexity"] = {text: scores["perplexity"]["wikitext2"]}
+    found = " ".join(notes([Group("g", (ScoredModel("dense", "dense", "a/b", scores=scores),))]))
+    assert found.count("Perplexity of") == 1
+    assert f"Perplexity of {text} is" in found
+    assert said in found

@@ -100,9 +100,9 @@ def test_alpaca_on_the_hub_is_known() -> None:
 
 
 def recipe() -> object:
-    from lors_cli.recipe.shipped import find_recipe
+    from lors_cli.recipe.shipped import find
 
-    return load_recipe(find_recipe("llama3-8b-2of4"))
+    return load_recipe(find("recipe", "llama3-8b-2of4"))
 
 
 def test_pruning(at_workshop: Path) -> None:

@@ -10,18 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from lors_cli.machine import memory as machine_memory
 from lors_cli.recipe.schema import ModelConfig, TuneConfig
 from lors_cli.tuning.stage import tune
+from lors_cli.tuning.training import trainer
 
 WATCHED = """
 import dataclasses, gc, json, resource, sys, tracemalloc
 from pathlib import Path
 import torch
-from lors_cli import console
+from lors_cli.output import console
 from lors_cli.recipe.schema import ModelConfig, TuneConfig, TuneDataConfig
 from lors_cli.tuning.stage import tune
-from lors_cli.tuning.stage import step_log
+from lors_cli.tuning.training import step_log
 
 model, rows, out, steps = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
 leak, leaked, seen = json.loads(sys.argv[5]), [], {}
@@ -90,6 +90,6 @@ def test_freed_memory_is_given_back_after_every_step(
     sparse_checkpoint: Path, config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    monkeypatch.setattr(machine_memory, "give_back_memory", lambda: calls.append(1))
+    monkeypatch.setattr(trainer, "give_back_memory", lambda: calls.append(1))
     tune(replace(config, init="kaiming", max_steps=3), ModelConfig(path=str(sparse_checkpoint)), tmp_path / "tune")
     assert len(calls) == 3

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from lors_cli.errors import UsageError
 from lors_cli.models.blocks import prunable_weights
-from lors_cli.tuning.head import causal_lm_loss
+from lors_cli.tuning.head import causal_lm_loss, model_loss
 from lors_cli.tuning.initialization import gradient_directions
 from lors_cli.tuning.sketch import GradientSketch, SketchedLinear
 
@@ -91,7 +91,7 @@ def test_directions_of_a_model_agree_with_the_exact_ones(
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
     linears: dict[str, nn.Linear] = {name: model.get_submodule(name) for name in prunable_weights(model)}
-    options = {"seed": 0, "loss": causal_lm_loss if chunk_head else None}
+    options = {"seed": 0, "loss": causal_lm_loss if chunk_head else model_loss}
     sketched = gradient_directions(model, linears, batches, 4, **options)
     exact = gradient_directions(model, linears, batches, 4, exact=True, **options)
     assert all(model.get_submodule(name) is linear for name, linear in linears.items())

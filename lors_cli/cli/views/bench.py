@@ -8,6 +8,7 @@ from typing import Any
 
 from lors_cli.bench.measure import AUTHORS_LOG, BenchConfig, bench
 from lors_cli.errors import UsageError
+from lors_cli.files.atomic import write_bytes
 from lors_cli.output import console
 
 COLUMNS = ["method", "tokens/s", "step ÷ LoRA", "step ÷ LoRS", "saved", "peak"]
@@ -29,7 +30,9 @@ def run_bench(flags: dict[str, Any], out: Path | None) -> None:
 
 def parse_flags(flags: dict[str, Any]) -> BenchConfig:
     """A BenchConfig from the command line's flags; a UsageError on one that cannot be."""
-    given = {name: value for name, value in flags.items() if value is not None or name == "shape"}
+    given = {name: value for name, value in flags.items() if value is not None}
+    if "model" in given:
+        given["shape"] = None
     for name in ("lengths", "ranks"):
         parts = given[name].split(",")
         if not all(part.strip().isdecimal() for part in parts):
@@ -68,7 +71,6 @@ def _draw(document: dict[str, Any], out: Path) -> None:
         console.warn("the package matplotlib is not installed: no figures are drawn (pip install matplotlib).")
         return
     from lors_cli.bench.figures import draw
-    from lors_cli.files.atomic import write_bytes
 
     for name, content in draw(document).items():
         write_bytes(out / f"{name}.png", content)

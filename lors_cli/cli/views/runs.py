@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from lors_cli.errors import shorten
 from lors_cli.files import records
 from lors_cli.output import console, progress
@@ -16,10 +18,11 @@ from lors_cli.pipeline.resources import try_estimate
 
 if TYPE_CHECKING:
     from lors_cli.evaluation.significance import Comparison
+    from lors_cli.pipeline.preflight import Trouble
 
 
-def plan_document(name: str, out: Path, plans: list[StagePlan]) -> dict[str, Any]:
-    """A dry run's JSON document."""
+def plan_document(name: str, out: Path, plans: list[StagePlan], found: Sequence[Trouble]) -> dict[str, Any]:
+    """A dry run's JSON document: the plan, what is in its way, and the exit code that it would end with."""
     stages = []
     for plan in plans:
         needs, why = try_estimate(plan)
@@ -30,18 +33,30 @@ def plan_document(name: str, out: Path, plans: list[StagePlan]) -> dict[str, Any
             "peak_memory_bytes": needs.memory if needs else None, "disk_bytes": needs.disk if needs else None,
             "estimate": str(needs) if needs else why,
         })  # fmt: skip
-    return {"name": name, "run": str(out), "dry_run": True, "stages": stages}
+    in_the_way = [{"stage": trouble.stage, "message": trouble.error.message, "hint": trouble.error.hint,
+                   "exit_code": trouble.error.exit_code} for trouble in found]  # fmt: skip
+    return {"name": name, "run": str(out), "dry_run": True, "stages": stages, "in_the_way": in_the_way,
+            "exit_code": in_the_way[0]["exit_code"] if in_the_way else 0}  # fmt: skip
 
 
 def show_plan(document: dict[str, Any]) -> None:
-    """A dry run on the terminal, and as JSON with --json."""
+    """A dry run on the terminal, and as JSON with --json.
+
+    Raises:
+        typer.Exit: with the code that the run would end with, where something is in its way.
+    """
     console.result(f"{document['name']} → {document['run']} (dry run: nothing is written)")
     for number, stage in enumerate(document["stages"], 1):
         console.result(f"\n{number}. {stage['stage']}: {stage['what']}")
         console.result(f"   reads   {', '.join(stage['models'].values())}")
         console.result(f"   writes  {stage['folder']}")
         console.result(f"   needs   {stage['estimate']}")
+    console.result("\nNothing is in its way." if not document["in_the_way"] else "")
+    for trouble in document["in_the_way"]:
+        console.error(f"{trouble['stage']}: {trouble['message']}", trouble["hint"])
     console.document(document)
+    if document["exit_code"]:
+        raise typer.Exit(document["exit_code"])
 
 
 def show_results(results: dict[str, Any], comparisons: Sequence[Comparison] = ()) -> None:
@@ -95,8 +110,10 @@ def _shorter_error(cell: str) -> str:
     return re.sub(r" ± (\d+\.\d+)$", lambda match: f" ±{float(match[1]):.1f}", cell)
 
 
-def show_record(record: records.StageRecord, folder: Path) -> None:
+def show_record(folder: Path) -> None:
     """What pruning or tuning made, and where it is."""
+    record = records.read_record(folder)
+    assert record is not None
     metrics = record.metrics
     console.facts([*_facts(record), ("pattern", _zeros(metrics)), ("time", progress.duration(record.elapsed_s))])
     console.path(record.stage, folder)

@@ -28,7 +28,7 @@ from typing import IO, Any
 import numpy as np
 
 from lors_cli.errors import ResourceError, UsageError
-from lors_cli.files import atomic, hashes
+from lors_cli.files import atomic, hashes, locks
 from lors_cli.output.console import gib
 
 CACHE_VERSION = 1
@@ -67,13 +67,12 @@ def size_limit() -> int:
 class TokenCache:
     """One text with one tokenizer, in a folder `tokens/<key>` that is there already."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, lock: IO[str] | None = None) -> None:
+        self.folder, self._lock = folder, lock
         self.manifest: dict[str, Any] = atomic.read_json(folder / MANIFEST_NAME) or {}
         self.shard_tokens: int = self.manifest["shard_tokens"]
         self._known_shards = 0
         self._end: int | None = None
-        self._lock: IO[str] | None = None
 
     # ---- reading
 
@@ -118,10 +117,6 @@ class TokenCache:
             starts[marks[low:high].astype(np.int64) - inside + place - first] = True
             place += taken
         return tokens, starts
-
-    def num_bytes(self) -> int:
-        """What it takes on disk."""
-        return _folder_bytes(self.folder)
 
     # ---- writing
 
@@ -181,9 +176,7 @@ def _opened(path: Path) -> tuple[Any, np.ndarray]:
 def open_cache(root: Path, manifest: dict[str, Any], tokenizer: str) -> TokenCache:
     """The cache of a text, made when it is not there, and held.
 
-    Args:
-        manifest: what the stream is made of; its hash is the key.
-        tokenizer: its JSON.
+    `manifest` says what the stream is made of, its hash is the key; `tokenizer` is JSON.
     """
     settings = {"version": CACHE_VERSION, "shard_tokens": SHARD_TOKENS, **manifest}
     settings["tokenizer"] = hashlib.sha256(tokenizer.encode()).hexdigest()
@@ -198,9 +191,7 @@ def open_cache(root: Path, manifest: dict[str, Any], tokenizer: str) -> TokenCac
             atomic.write_text(folder / TOKENIZER_NAME, tokenizer)
             atomic.write_json(folder / MANIFEST_NAME, settings)
         os.utime(folder / MANIFEST_NAME)  # the least recently used goes first
-        cache = TokenCache(folder)
-        cache._lock = lock
-        return cache
+        return TokenCache(folder, lock)
 
 
 def _locked(folder: Path) -> IO[str] | None:
@@ -210,14 +201,10 @@ def _locked(folder: Path) -> IO[str] | None:
     except FileNotFoundError:
         return None
     fcntl.flock(file, fcntl.LOCK_SH)
-    try:
-        same = os.stat(folder / ".lock").st_ino == os.fstat(file.fileno()).st_ino
-    except FileNotFoundError:
-        same = False
-    if not same:
-        file.close()
-        return None
-    return file
+    if locks.is_there(folder / ".lock", file):
+        return file
+    file.close()
+    return None
 
 
 def make_room(cache: TokenCache, num_bytes: int) -> None:
@@ -230,7 +217,7 @@ def make_room(cache: TokenCache, num_bytes: int) -> None:
     root = cache.folder.parent
     for remains in root.glob(".removed-*"):
         shutil.rmtree(remains, ignore_errors=True)
-    sizes = {folder: _folder_bytes(folder) for folder in root.iterdir() if folder.is_dir()}
+    sizes = {folder: folder_bytes(folder) for folder in root.iterdir() if folder.is_dir()}
     total = sum(sizes.values()) + num_bytes
     for folder in sorted(sizes, key=_last_used):
         if total <= limit:
@@ -264,7 +251,8 @@ def _remove(folder: Path) -> bool:
     return True
 
 
-def _folder_bytes(folder: Path) -> int:
+def folder_bytes(folder: Path) -> int:
+    """What a cache takes on disk."""
     total = 0
     for path in folder.glob("*"):
         try:

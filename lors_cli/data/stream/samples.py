@@ -13,10 +13,10 @@ from typing import Any
 from lors_cli.data.packing import block_sample, too_little_text
 from lors_cli.data.samples import Sample, TuneData
 from lors_cli.data.sources import TextSource
-from lors_cli.data.stream.cache import TokenCache, cache_dir, open_cache
+from lors_cli.data.stream.cache import TokenCache, cache_dir, folder_bytes, open_cache
 from lors_cli.data.stream.order import shuffled_block
 from lors_cli.data.stream.worker import Worker
-from lors_cli.data.tokenising import begin_tokens, check_length, eos_token_id
+from lors_cli.data.tokenising import begin_tokens, check_known, check_length, eos_token_id
 from lors_cli.errors import UsageError
 from lors_cli.output import console, progress
 from lors_cli.recipe.schema import TuneConfig, TuneDataConfig
@@ -35,11 +35,12 @@ class TokenStream(Sequence[Sample]):
     so far; the next window of blocks is tokenised meanwhile.
     """
 
-    def __init__(self, cache: TokenCache, job: dict[str, Any], config: TuneDataConfig, seed: int) -> None:
-        self.cache, self.config, self.seed = cache, config, seed
+    def __init__(
+        self, cache: TokenCache, job: dict[str, Any], config: TuneDataConfig, seed: int, tokenizer: Any = None
+    ) -> None:
+        self.cache, self.config, self.seed, self.tokenizer = cache, config, seed, tokenizer
         self._job = job
         self._worker: Worker | None = None
-        self._asked = 0
         self._ready = 0
         """Blocks that are known to be in the cache."""
         self._total: int | None = None
@@ -63,6 +64,7 @@ class TokenStream(Sequence[Sample]):
         length = self._last_length if position == len(self) - 1 else self.config.max_length
         first = block * self.config.max_length
         tokens, starts = self.cache.read(first, first + length)
+        check_known(tokens.tolist(), self.tokenizer)
         return block_sample(tokens, starts if self.config.packing == "isolated" else None)
 
     def num_blocks(self) -> int | None:
@@ -108,9 +110,6 @@ class TokenStream(Sequence[Sample]):
 
     def _ask(self, num_blocks: int) -> None:
         """Have so many blocks made in the background."""
-        if num_blocks <= self._asked:
-            return
-        self._asked = num_blocks
         if self._available() >= num_blocks or self.cache.end() is not None:
             return
         if self._worker is None:
@@ -173,10 +172,14 @@ def stream_samples(
     elif config.max_steps is not None:
         num_samples, last = config.max_steps * config.batch_size, data.max_length
     else:
-        num_samples, last = math.ceil(config.epochs * _countable(stream, source, data)), data.max_length
+        if source.streamed and data.num_samples is None:
+            raise UsageError(
+                "Streamed text has no end.", "Say how much of it to take: max_tokens, max_steps or data.num_samples."
+            )
+        num_samples, last = math.ceil(config.epochs * stream.count_blocks()), data.max_length
     stream.plan(num_samples, last)
     num_tokens = (num_samples - 1) * data.max_length + last
-    return TuneData(stream, num_samples, {}, num_tokens, math.ceil(num_samples / config.batch_size))
+    return TuneData(stream, num_samples, {}, num_tokens, math.ceil(num_samples / config.batch_size), stream.close)
 
 
 def token_budget(max_tokens: int, length: int) -> tuple[int, int]:
@@ -189,14 +192,6 @@ def token_budget(max_tokens: int, length: int) -> tuple[int, int]:
     return (whole + 1, rest) if rest >= SHORTEST or not whole else (whole, length)
 
 
-def _countable(stream: TokenStream, source: TextSource, data: TuneDataConfig) -> int:
-    if source.streamed and data.num_samples is None:
-        raise UsageError(
-            "Streamed text has no end.", "Say how much of it to take: max_tokens, max_steps or data.num_samples."
-        )
-    return stream.count_blocks()
-
-
 def _open_stream(config: TuneConfig, source: TextSource, tokenizer: Any, data_dir: Path | None) -> TokenStream:
     data = config.data
     begin = begin_tokens(tokenizer) if data.packing == "isolated" else []
@@ -204,10 +199,10 @@ def _open_stream(config: TuneConfig, source: TextSource, tokenizer: Any, data_di
     stream = {"begin": begin, "end": eos_token_id(tokenizer), "dtype": dtype}
     cache = open_cache(cache_dir(), {"source": source.fingerprint, **stream}, _tokenizer_json(tokenizer))
     there = "all there" if cache.end() is not None else f"{cache.available():,} tokens there"
-    console.info(f"  token cache: {cache.folder}, {console.gib(cache.num_bytes())}, {there}")
+    console.info(f"  token cache: {cache.folder}, {console.gib(folder_bytes(cache.folder))}, {there}")
     job = {"folder": str(cache.folder), "dataset": data.dataset, "data_dir": str(data_dir) if data_dir else None,
-           "fingerprint": source.fingerprint, **stream}  # fmt: skip
-    return TokenStream(cache, job, data, config.seed)
+           "columns": data.columns and data.columns.names, "fingerprint": source.fingerprint, **stream}  # fmt: skip
+    return TokenStream(cache, job, data, config.seed, tokenizer)
 
 
 def _tokenizer_json(tokenizer: Any) -> str:

@@ -22,12 +22,13 @@ import numpy as np
 
 from lors_cli.data.sources import TextSource, open_source
 from lors_cli.data.stream.cache import TOKENIZER_NAME, TokenCache, make_room
-from lors_cli.data.stream.documents import START, Position, read_documents
+from lors_cli.data.stream.documents import START, read_documents
 from lors_cli.errors import LorsError, ResourceError, UsageError, translate
 from lors_cli.machine.devices import usable_processors
+from lors_cli.recipe.schema import ColumnsConfig
 
-Batch = tuple[np.ndarray, np.ndarray, Position, Position]
-"""Tokens, where documents start in them, and the source's positions before and after."""
+Shard = tuple[np.ndarray, np.ndarray, dict[str, Any], int]
+"""Tokens, where documents start in them, where the source is to be read on from, and documents read until there."""
 
 
 class Filler:
@@ -45,13 +46,7 @@ class Filler:
         self.cache, self.source, self.tokenizer = cache, source, tokenizer
         self.begin, self.end, self.dtype = begin, end, dtype
         self._next_shard = -1
-        self._batches: Iterator[Batch] = iter(())
-        self._tokens, self._starts = np.empty(0, dtype), np.empty(0, np.int64)
-        self._last_batch = 0
-        """Where in _tokens the batch that was read last begins."""
-        self._before: Position = START
-        self._after: Position = START
-        """The source's positions before and after that batch."""
+        self._shards: Iterator[Shard] = iter(())
 
     def fill(self, num_tokens: int) -> None:
         """Write shards until there are so many tokens in all, or the source ends."""
@@ -65,61 +60,50 @@ class Filler:
         return self.cache.available() >= num_tokens or self.cache.end() is not None
 
     def _write_next(self) -> None:
-        """The next shard."""
         number, size = self.cache.num_shards(), self.cache.shard_tokens
         if number != self._next_shard:  # another process wrote the ones before
-            self._go_on_from(number)
-        while len(self._tokens) < size and (batch := next(self._batches, None)) is not None:
-            self._append(batch)
-        taken, marks = self._tokens[:size], self._starts[self._starts < size]
-        make_room(self.cache, taken.nbytes + marks.nbytes)
-        if len(taken) < size:
-            self.cache.write_end(number * size + len(taken), self._after["documents"])
-        if len(taken):
-            self.cache.write_shard(number, taken, marks, self._place_after(size))
-        self._tokens, self._starts = self._tokens[size:], self._starts[self._starts >= size] - size
-        self._last_batch -= size
+            self._shards = self._shards_from(number)
+        tokens, starts, after, num_documents = next(self._shards)
+        make_room(self.cache, tokens.nbytes + starts.nbytes)
+        if len(tokens) < size:
+            self.cache.write_end(number * size + len(tokens), num_documents)
+        if len(tokens):
+            self.cache.write_shard(number, tokens, starts, after)
         self._next_shard = number + 1
 
-    def _append(self, batch: Batch) -> None:
-        tokens, starts, self._before, self._after = batch
-        self._last_batch = len(self._tokens)
-        self._starts = np.concatenate([self._starts, starts + len(self._tokens)])
-        self._tokens = np.concatenate([self._tokens, tokens])
+    def _shards_from(self, number: int) -> Iterator[Shard]:
+        """The shards from this one on; the last has fewer tokens, maybe none.
 
-    def _place_after(self, size: int) -> dict[str, Any]:
-        """Where to go on after the first `size` tokens: what is left of them is the end of the last batch."""
-        if len(self._tokens) <= size:
-            return {"position": self._after, "skip": 0}
-        return {"position": self._before, "skip": size - self._last_batch}
-
-    def _go_on_from(self, number: int) -> None:
-        """Read the source from where the shard before this one ends."""
+        What comes after one is read on from the batch that it ends in, without the first `skip` tokens of that batch.
+        """
+        size = self.cache.shard_tokens
         place: dict[str, Any] = self.cache.after(number - 1) if number else {"position": START, "skip": 0}
-        self._before = self._after = place["position"]
-        self._tokens, self._starts = np.empty(0, self.dtype), np.empty(0, np.int64)
-        self._batches = self._tokenised(place["position"])
-        if place["skip"]:
-            self._append(next(self._batches))
-            self._tokens = self._tokens[place["skip"] :]
-            self._starts = self._starts[self._starts >= place["skip"]] - place["skip"]
-            self._last_batch = -place["skip"]
-
-    def _tokenised(self, position: Position) -> Iterator[Batch]:
-        """Tokens of each batch, where its documents start, and the positions before and after it."""
+        position, skip = place["position"], place["skip"]
+        tokens, starts = np.empty(0, self.dtype), np.empty(0, np.int64)
         for texts, after in read_documents(self.source, position):
-            encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-            pieces = [np.array([*self.begin, *encoding.ids, self.end], dtype=self.dtype) for encoding in encodings]
-            lengths = np.array([len(piece) for piece in pieces])
-            yield np.concatenate(pieces), np.cumsum(lengths) - lengths, position, after
+            batch, marks = self._tokenise(texts)
+            first = len(tokens) - skip  # where in tokens the batch begins
+            tokens = np.concatenate([tokens, batch[skip:]])
+            starts = np.concatenate([starts, marks[marks >= skip] + first])
+            skip = 0
+            while len(tokens) >= size:
+                is_whole = len(tokens) == size
+                place = {"position": after, "skip": 0} if is_whole else {"position": position, "skip": size - first}
+                yield tokens[:size], starts[starts < size], place, after["documents"]
+                tokens, starts, first = tokens[size:], starts[starts >= size] - size, first - size
             position = after
+        yield tokens, starts, {"position": position, "skip": 0}, position["documents"]
+
+    def _tokenise(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The texts' tokens, and where each text starts in them."""
+        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        pieces = [np.array([*self.begin, *encoding.ids, self.end], dtype=self.dtype) for encoding in encodings]
+        lengths = np.array([len(piece) for piece in pieces])
+        return np.concatenate(pieces), np.cumsum(lengths) - lengths
 
 
 def make_filler(job: dict[str, Any]) -> Filler:
-    """The filler of a job.
-
-    Args:
-        job: folder of the cache, dataset, data_dir, fingerprint, begin, end, dtype.
+    """The filler of a job: folder of the cache, dataset, data_dir, columns, fingerprint, begin, end, dtype.
 
     Raises:
         UsageError: the text is another one by now.
@@ -129,7 +113,8 @@ def make_filler(job: dict[str, Any]) -> Filler:
     cache = TokenCache(Path(job["folder"]))
     cache.hold()
     data_dir = Path(job["data_dir"]) if job["data_dir"] else None
-    source = open_source(job["dataset"], split="train", data_dir=data_dir, want="text")
+    columns = ColumnsConfig(**job["columns"]) if job.get("columns") else None
+    source = open_source(job["dataset"], split="train", data_dir=data_dir, want="text", columns=columns)
     if source.fingerprint != job["fingerprint"]:
         raise UsageError(f"{job['dataset']} changed while it was read.", "Run the same command again.")
     tokenizer = Tokenizer.from_file(str(cache.folder / TOKENIZER_NAME))

@@ -1,29 +1,24 @@
-"""Which pruning methods there are, what they must know of the inputs, and how a group of weights is handed to them."""
+"""The pruning methods, and how a group of weights is handed to them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
+import torch
+
+from lors_cli.pruning.facts import RECONSTRUCTION_SAMPLES, STATISTICS, statistics_kind
 from lors_cli.pruning.methods.admm import admm
 from lors_cli.pruning.methods.magnitude import magnitude
-from lors_cli.pruning.methods.ria import ria
+from lors_cli.pruning.methods.refit import refit
+from lors_cli.pruning.methods.ria import relative_importance, ria
 from lors_cli.pruning.methods.sparsegpt import sparsegpt
+from lors_cli.pruning.methods.statistics import InputStatistics
 from lors_cli.pruning.methods.wanda import wanda
 from lors_cli.sparsity import Pattern
 
-if TYPE_CHECKING:
-    import torch
+__all__ = ["RECONSTRUCTION_SAMPLES", "SOLVERS", "STATISTICS", "prune_group", "refit_group", "scores", "statistics_kind"]
 
-    from lors_cli.pruning.methods.statistics import InputStatistics, Kind
-    from lors_cli.recipe.schema import PruneConfig
-
-    Solver = Callable[[Sequence[torch.Tensor], InputStatistics, Pattern], list[torch.Tensor]]
-
-STATISTICS: dict[str, Kind] = {
-    "magnitude": "none", "wanda": "norm", "ria": "norm", "sparsegpt": "hessian", "admm": "hessian",
-}  # fmt: skip
-"""What each method looks at."""
+Solver = Callable[[Sequence[torch.Tensor], InputStatistics, Pattern], list[torch.Tensor]]
 
 
 def each(function: Callable[[torch.Tensor, InputStatistics, Pattern], torch.Tensor]) -> Solver:
@@ -41,15 +36,6 @@ SOLVERS: dict[str, Solver] = {
 """Each method: linears that share their input, what is known of it, and the pattern -> the pruned weights."""
 
 
-RECONSTRUCTION_SAMPLES = 4
-"""Calibration samples in one step of block reconstruction."""
-
-
-def statistics_kind(config: PruneConfig) -> Kind:
-    """What must be known of the inputs: what the method looks at, or the Hessian when weights are refitted."""
-    return "hessian" if config.refit else STATISTICS[config.method]
-
-
 def prune_group(
     method: str, weights: Sequence[torch.Tensor], statistics: InputStatistics, pattern: Pattern
 ) -> list[torch.Tensor]:
@@ -62,8 +48,6 @@ def scores(method: str, weight: torch.Tensor, statistics: InputStatistics) -> to
 
     Where nothing is known of the inputs, a weight's size is its score.
     """
-    from lors_cli.pruning.methods.ria import relative_importance
-
     if method == "ria":
         return relative_importance(weight, statistics)
     size = weight.abs().float()
@@ -73,17 +57,7 @@ def scores(method: str, weight: torch.Tensor, statistics: InputStatistics) -> to
 def refit_group(
     weights: Sequence[torch.Tensor], pruned: Sequence[torch.Tensor], statistics: InputStatistics
 ) -> list[torch.Tensor]:
-    """Solve for the kept weights of linears that share their input anew, on the masks that pruning chose.
-
-    Args:
-        weights: (out_features_i, in_features) each, dense.
-        pruned: the same with zeros.
-        statistics: Hessian of the shared input.
-    """
-    import torch
-
-    from lors_cli.pruning.methods.refit import refit
-
+    """`refit` of linears (out_features_i, in_features) that share their input, whose Hessian is known."""
     rows = [weight.shape[0] for weight in weights]
     solved = refit(torch.cat([*weights]), torch.cat([*pruned]), statistics.hessian())
     return [part.to(weight.dtype) for part, weight in zip(solved.split(rows), weights, strict=True)]

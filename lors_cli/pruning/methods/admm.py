@@ -7,14 +7,11 @@ the weight, D (R, C) the scaled dual, R out_features, C in_features.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+import torch
+
+from lors_cli.pruning.methods.statistics import InputStatistics
 from lors_cli.sparsity import Pattern, keep_largest
-
-if TYPE_CHECKING:
-    import torch
-
-    from lors_cli.pruning.methods.statistics import InputStatistics
 
 ITERATIONS = 20
 MASK_ITERATIONS = 15
@@ -31,30 +28,17 @@ def admm(
     mask_iterations: int = MASK_ITERATIONS,
     penalty: float = PENALTY,
 ) -> list[torch.Tensor]:
-    """Prune linears that share their input, by alternating between the least-squares weight and its sparse copy.
+    """Prune linears (R_i, C) that share their input, alternating between the least-squares weight and its sparse copy.
 
-    Inputs are scaled to unit norm, so that a weight's size is Wanda's score. The mask is chosen anew in the first
-    iterations and then kept while the weights converge to its least-squares solution. One factorisation serves all
-    the weights and all the iterations.
+    Inputs are scaled to unit norm, so that a weight's size is Wanda's score. One factorisation serves all the weights,
+    each of which has its own share of zeros, and all the iterations. Kept entries are updated.
 
     Args:
-        weights: (R_i, C) each; every weight keeps its own share of zeros.
-        statistics: Hessian of the shared input.
-        pattern: N:M within each group; unstructured over each whole weight.
-        iterations: of the alternation.
-        mask_iterations: in how many of them the mask is chosen anew.
+        mask_iterations: the first ones, in which the mask is chosen anew; then it is kept while the weights converge.
         penalty: ρ, weight of the two copies' difference.
-
-    Returns:
-        The pruned weights, (R_i, C) each, in their own dtypes; kept entries are updated.
-
-    Raises:
-        UsageError: the Hessian is not finite.
 
     Source: Boža, Algorithms 1 and 2, arXiv:2401.02938.
     """
-    import torch
-
     norms = statistics.hessian().diagonal().sqrt()
     dead = norms == 0
     norms[dead] = 1
@@ -84,8 +68,6 @@ def admm(
 
 def _mask(scores: torch.Tensor, pattern: Pattern, rows: list[int]) -> torch.Tensor:
     """The mask of each stacked weight on its own."""
-    import torch
-
     if pattern.structured:
         return keep_largest(scores, pattern, per_row=True)
     return torch.cat([keep_largest(part, pattern, per_row=False) for part in scores.split(rows)])

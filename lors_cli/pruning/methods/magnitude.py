@@ -5,12 +5,9 @@ Legend: W (R, C) weight, R out_features, C in_features.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import torch
 
 from lors_cli.sparsity import Pattern, keep_largest
-
-if TYPE_CHECKING:
-    import torch
 
 
 def magnitude(W: torch.Tensor, pattern: Pattern) -> torch.Tensor:

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+import torch
 
 from lors_cli.errors import UsageError
-
-if TYPE_CHECKING:
-    import torch
 
 THRESHOLD = 5.0
 SPREAD = 0.08
@@ -24,9 +22,8 @@ def outlier_ratio(
 ) -> float:
     """The share of a block's scores A that exceed `threshold` times their mean.
 
-    The mean is over all the linears of the block together, as in the authors' code: they join the scores of the block
-    before they compare. A linear whose inputs are larger than its neighbours' thus has more than its part of the
-    outliers. One (R, C) score is held at a time.
+    The mean is over all the linears of the block together, as in the authors' code: a linear whose inputs are larger
+    than its neighbours' has more than its part of the outliers. One (R, C) score is held at a time.
 
     Args:
         weights: (R_i, C_i) of every linear in the block, dense.
@@ -34,7 +31,7 @@ def outlier_ratio(
         threshold: M of the paper.
 
     Returns:
-        D, between 0 and 1 (the authors' code has percent); 0 for a block of zeros.
+        D, between 0 and 1 (the authors' code has percent).
 
     Source: OWL §3.3 (Layerwise Outlier Distribution), arXiv:2310.05175.
     """
@@ -49,11 +46,7 @@ def outlier_ratio(
 
 
 def check_limits(sparsity: float, spread: float) -> None:
-    """Refuse a spread that could prune a block not at all or wholly; nothing need be measured for it.
-
-    Raises:
-        UsageError: some of [sparsity − spread, sparsity + spread] is outside (0, 1).
-    """
+    """Refuse a spread that could prune a block not at all or wholly: sparsity ± spread must lie within (0, 1)."""
     if not 0 <= spread < min(sparsity, 1 - sparsity):
         raise UsageError(
             f"OWL: sparsity {sparsity:g} with a spread of {spread:g} lets blocks have {sparsity - spread:g} to "
@@ -67,22 +60,15 @@ def allocate(
 ) -> list[float]:
     """A sparsity for each block, falling linearly with its outlier ratio: S_i = S − λ·d_i / max|d|, d_i = D_i − mean D.
 
-    As in the paper S_i is in [S − λ, S + λ] and the mean is S. The authors' code stretches the ratios to a width of 2λ
-    before it shifts their mean to S; with ratios that lie to one side this leaves the interval (one block of 32 with
-    outliers gets S − 1.94·λ), so here the furthest block is at the interval's edge instead. Both are the same
-    when the extremes are equally far from the mean.
+    As in the paper S_i is in [S − λ, S + λ] and the mean is S: the furthest block is at the interval's edge. The
+    authors' code stretches the ratios to a width of 2λ before it shifts their mean to S, which leaves the interval if
+    they lie to one side (one block of 32 with outliers gets S − 1.94·λ).
 
     Args:
         ratios: D of every block.
         num_weights: of every block; the mean is weighted by them, so that the model's sparsity is S.
         sparsity: S, share of zeros in the model.
         spread: λ.
-
-    Returns:
-        Each block's share of zeros; all S where the ratios are equal.
-
-    Raises:
-        UsageError: some of [S − λ, S + λ] is outside (0, 1).
 
     Source: OWL §3.3, arXiv:2310.05175.
     """

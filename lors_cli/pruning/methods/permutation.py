@@ -8,12 +8,10 @@ Legend: R out_features, C in_features, S (C, R) scores channel by channel, T (K,
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+
+import torch
 
 from lors_cli.sparsity import Pattern
-
-if TYPE_CHECKING:
-    import torch
 
 ROUNDS = 24
 PATIENCE = 3
@@ -24,15 +22,10 @@ MAX_GROUPS = 512
 
 
 def retained(scores: torch.Tensor, pattern: Pattern, permutation: torch.Tensor | None = None) -> float:
-    """The sum, in float64, of the scores that stay when the N highest of every M consecutive inputs of a row are kept.
+    """The sum, in float64, of the scores (R, C) that stay when the N highest of every M inputs of a row are kept.
 
-    Args:
-        scores: (R, C), not negative.
-        pattern: N:M.
-        permutation: (C,) int64, input j is taken from input permutation[j]; None for the order as it is.
+    `permutation` (C,): input j is taken from input permutation[j]; None for the order as it is.
     """
-    import torch
-
     assert pattern.m is not None
     order = torch.arange(scores.shape[1], device=scores.device) if permutation is None else permutation
     members = (scores[:, order[slot :: pattern.m]] for slot in range(pattern.m))
@@ -43,13 +36,11 @@ def find_permutation(scores: torch.Tensor, pattern: Pattern) -> torch.Tensor:
     """An order of the inputs with a high retained score, found by dealing and then by linear sum assignments.
 
     Channels are sorted by their total score and dealt to the groups in turn, to and fro. Then, over and over, every
-    group gives up one channel and the best assignment of these channels to the groups is solved exactly. At most
-    `MAX_GROUPS` groups, drawn anew each round, exchange channels at a time, which bounds time (C·R·MAX_GROUPS a round)
-    and memory (a copy of the scores). The draws are seeded: the result depends on the arguments alone.
+    group gives up one channel and the best assignment of these channels to the groups is solved exactly, among at most
+    `MAX_GROUPS` groups drawn anew each round: time is C·R·MAX_GROUPS a round. The draws are seeded.
 
     Args:
         scores: (R, C), not negative, C a multiple of M.
-        pattern: N:M.
 
     Returns:
         (C,) int64 on the scores' device: new input j is old input permutation[j]. The identity, unless another order
@@ -58,8 +49,6 @@ def find_permutation(scores: torch.Tensor, pattern: Pattern) -> torch.Tensor:
     Source: RIA §4 (channel permutation), ICLR 2024, “Plug-and-Play: an efficient post-training pruning method for large
     language models”; after Pool and Yu, NeurIPS 2021, “Channel permutations for N:M sparsity”.
     """
-    import torch
-
     assert pattern.m is not None
     scores = scores.detach()
     S = scores.T.float().contiguous()
@@ -83,8 +72,6 @@ def find_permutation(scores: torch.Tensor, pattern: Pattern) -> torch.Tensor:
 
 def _largest(members: Iterator[torch.Tensor], pattern: Pattern) -> list[torch.Tensor]:
     """Element by element, the N largest of several tensors, highest first."""
-    import torch
-
     assert pattern.n is not None
     best: list[torch.Tensor] = []
     for value in members:
@@ -97,8 +84,6 @@ def _largest(members: Iterator[torch.Tensor], pattern: Pattern) -> list[torch.Te
 
 def _shuffle(groups: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """The same groups in another order, the channels of each in another order."""
-    import torch
-
     num_groups, m = groups.shape
     by_group = torch.randperm(num_groups, generator=generator).to(groups.device)
     by_slot = torch.rand(num_groups, m, generator=generator).argsort(dim=1).to(groups.device)
@@ -114,7 +99,6 @@ def _exchange(S: torch.Tensor, groups: torch.Tensor, slot: int, pattern: Pattern
 
     `S` is (C, R), `groups` (k, M) channel numbers, changed; `slot` is which of the M is given up.
     """
-    import torch
     from scipy.optimize import linear_sum_assignment
 
     given = groups[:, slot].clone()

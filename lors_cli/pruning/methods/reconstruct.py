@@ -24,8 +24,8 @@ RATE = 0.005
 """The first step's size, as a share of the root mean square of a parameter's kept weights."""
 BETAS = (0.9, 0.95)
 
-Run = Callable[["nn.Module | Substituted", torch.Tensor], torch.Tensor]
-Inputs = Callable[[], torch.Tensor]
+Run = Callable[["nn.Module | Substituted", torch.Tensor, int], torch.Tensor]
+Inputs = Callable[[], "tuple[torch.Tensor, int]"]
 
 
 @dataclass
@@ -50,13 +50,10 @@ def reconstruct(
     linearly to 0.
 
     Args:
-        block: pruned.
-        dense: a copy of it from before.
+        dense: a copy of the block from before it was pruned.
         weights: the block's prunable weights; the parameters that hold them are what is tuned.
-        run: (block, X) -> the block's output, X (samples, tokens, hidden_size).
-        inputs: give X of each step, drawn in random order; on what the pruned blocks before this one put out.
-        epochs: passes over all of them.
-        seed: of the order.
+        run: (block, X, number of the batch) -> the block's output, X (samples, tokens, hidden_size).
+        inputs: give X and number of each step, drawn in random order; on what the pruned blocks before put out.
 
     Returns:
         Mean loss of the first and of the last epoch.
@@ -80,12 +77,12 @@ def reconstruct(
     steps = epochs * len(inputs)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
 
-    def step(x: torch.Tensor) -> float:
+    def step(x: torch.Tensor, batch: int) -> float:
         with torch.no_grad():
-            target = run(dense, x).float()
+            target = run(dense, x, batch).float()
         with torch.enable_grad():
             cast = {name: master.to(stored[name].dtype) for name, master in masters.items()}
-            output = run(Substituted(block, cast), x)
+            output = run(Substituted(block, cast), x, batch)
             loss = (output.float() - target).square().sum() / target.square().sum()
             if not bool(loss.isfinite()):
                 raise UsageError(NOT_FINITE)
@@ -102,7 +99,7 @@ def reconstruct(
     losses: list[float] = []
     for _ in range(epochs):
         order = torch.randperm(len(inputs), generator=generator).tolist()
-        losses.append(sum(step(inputs[number]()) for number in order) / len(inputs))
+        losses.append(sum(step(*inputs[number]()) for number in order) / len(inputs))
     for name, master in masters.items():
         stored[name].data.copy_(master.detach())
     console.detail(f"  reconstruction: mean loss {losses[0]:.3g} in the first epoch, {losses[-1]:.3g} in the last")

@@ -6,10 +6,7 @@ R out_features, C in_features.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import torch
+import torch
 
 DAMPING = 0.01
 ITERATIONS = 32
@@ -22,18 +19,13 @@ def refit(W0: torch.Tensor, W: torch.Tensor, H: torch.Tensor, *, iterations: int
     damped by 0.01 × its mean diagonal as in SparseGPT.
 
     Args:
-        W0: (R, C) the dense weight.
-        W: (R, C) the pruned weight: its zeros are the mask, its values the start.
-        H: (C, C) the Hessian of the inputs, float32.
-        iterations: of conjugate gradients.
+        W: its zeros are the mask, its values the start.
 
     Returns:
         (R, C) float32, zero where W is.
 
     Source: ALPS §3.2 (preconditioned conjugate gradients on a fixed support), arXiv:2406.07831.
     """
-    import torch
-
     damped = H.clone()
     damped.diagonal().add_(DAMPING * H.diagonal().mean())
     inverse_diagonal = 1 / damped.diagonal().clamp_min(torch.finfo(torch.float32).tiny)

@@ -5,14 +5,10 @@ Legend: W (R, C) weight, X (tokens, C) its inputs, R out_features, C in_features
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import torch
 
+from lors_cli.pruning.methods.statistics import InputStatistics
 from lors_cli.sparsity import Pattern, keep_largest
-
-if TYPE_CHECKING:
-    import torch
-
-    from lors_cli.pruning.methods.statistics import InputStatistics
 
 ACTIVATION_POWER = 0.5
 

@@ -7,17 +7,13 @@ R out_features, C in_features. The sweep works on Wᵀ, so that a column of W is
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+import torch
 
 from lors_cli.errors import UsageError
 from lors_cli.output import console
-from lors_cli.pruning.methods.statistics import NOT_FINITE
+from lors_cli.pruning.methods.statistics import NOT_FINITE, InputStatistics
 from lors_cli.sparsity import Pattern, keep_largest, keep_of_group
-
-if TYPE_CHECKING:
-    import torch
-
-    from lors_cli.pruning.methods.statistics import InputStatistics
 
 BLOCK_COLUMNS = 128
 STRIP_COLUMNS = 16
@@ -28,20 +24,12 @@ the inverse. Wider ones take float32, whose half memory counts there."""
 
 
 def sparsegpt(weights: Sequence[torch.Tensor], statistics: InputStatistics, pattern: Pattern) -> list[torch.Tensor]:
-    """Prune linears that share their input, in one sweep over their stacked rows.
+    """Prune linears (R_i, C) that share their input, in one sweep over their stacked rows; kept entries are updated.
 
-    Args:
-        weights: (R_i, C) each; every weight keeps its own share of zeros.
-        statistics: Hessian of the shared input.
-        pattern: N:M picks within M columns of a row, unstructured within 128 columns of a whole weight.
-
-    Returns:
-        The pruned weights, (R_i, C) each, in their own dtypes; kept entries are updated.
+    Every weight has its own share of zeros: N:M picks within M columns of a row, unstructured within 128 columns.
 
     Source: SparseGPT §3 and Algorithm 1, arXiv:2301.00774.
     """
-    import torch
-
     H = statistics.hessian()
     Wt = torch.cat([weight.T.float() for weight in weights], dim=1)
     Wt[H.diagonal() == 0] = 0
@@ -51,23 +39,14 @@ def sparsegpt(weights: Sequence[torch.Tensor], statistics: InputStatistics, patt
 
 
 def inverse_factor(H: torch.Tensor) -> torch.Tensor:
-    """The upper Cholesky factor U of the damped Hessian's inverse, H⁻¹ = UᵀU.
+    """The upper Cholesky factor U (C, C) of the damped Hessian's inverse, H⁻¹ = UᵀU, in float32.
 
     Damping is 0.01 × the mean diagonal. Where float32 fails (wide matrices), float64 is tried, then ten-fold damping
-    until the matrix is positive definite; each step is logged.
-
-    Args:
-        H: (C, C) symmetric, float32. An input that was always 0 has no row and column but zeros: a 1 is put on the
-            diagonal there.
-
-    Returns:
-        (C, C) upper triangular, float32.
+    until the matrix is positive definite; each step is logged. An input that was always 0 gets a 1 on the diagonal.
 
     Raises:
         UsageError: H holds NaN or infinities.
     """
-    import torch
-
     diagonal = torch.where(H.diagonal() == 0, 1, H.diagonal())
     mean = diagonal.double().mean()
     damping = DAMPING
@@ -91,8 +70,6 @@ def inverse_factor(H: torch.Tensor) -> torch.Tensor:
 
 def _factor_of_inverse(H: torch.Tensor) -> tuple[torch.Tensor, bool]:
     """The upper Cholesky factor of H⁻¹, and whether it failed; at most two matrices of H's size beside H."""
-    import torch
-
     L, failed = torch.linalg.cholesky_ex(H)
     if failed:
         return L, True
@@ -116,11 +93,8 @@ def _sweep(Wt: torch.Tensor, U: torch.Tensor, pattern: Pattern, rows: list[int])
 def _sweep_block(block: torch.Tensor, U: torch.Tensor, pattern: Pattern, rows: list[int]) -> torch.Tensor:
     """Prune one block of columns in place; the errors (columns, R) that the columns to its right make up for.
 
-    Within the block the same is done once more with narrow strips: columns of a strip are updated one by one, the
-    rest of the block by one product a strip.
+    Columns of a narrow strip are updated one by one, the rest of the block by one product a strip.
     """
-    import torch
-
     errors = torch.empty_like(block)
     masks: Sequence[torch.Tensor] = [] if pattern.structured else _block_mask(block, U, pattern, rows).unbind()
     width = _multiple(STRIP_COLUMNS, pattern)
@@ -129,7 +103,7 @@ def _sweep_block(block: torch.Tensor, U: torch.Tensor, pattern: Pattern, rows: l
         for i in range(first, last):
             if pattern.m is not None and (i - first) % pattern.m == 0:
                 group = slice(i, i + pattern.m)
-                masks = _group_mask(block[group], U.diagonal()[group], pattern)
+                masks = keep_of_group((block[group] / U.diagonal()[group, None]).square().unbind(), pattern)
             keep = masks[(i - first) % pattern.m if pattern.m else i]
             torch.div(block[i] * ~keep, U[i, i], out=errors[i])
             block[i].mul_(keep)
@@ -144,15 +118,8 @@ def _multiple(width: int, pattern: Pattern) -> int:
     return width if pattern.m is None else max(pattern.m, width // pattern.m * pattern.m)
 
 
-def _group_mask(columns: torch.Tensor, diagonal: torch.Tensor, pattern: Pattern) -> list[torch.Tensor]:
-    """N:M: for each of M columns (M, R), which of its rows stay."""
-    return keep_of_group((columns / diagonal[:, None]).square().unbind(), pattern)
-
-
 def _block_mask(block: torch.Tensor, block_U: torch.Tensor, pattern: Pattern, rows: list[int]) -> torch.Tensor:
     """Unstructured: the (columns, R) mask that keeps the highest saliencies of each weight's part of the block."""
-    import torch
-
     saliency = (block / block_U.diagonal()[:, None]).square()
     parts = [keep_largest(part.T.contiguous(), pattern, per_row=False) for part in saliency.split(rows, dim=1)]
     return torch.cat(parts).T.contiguous()

@@ -6,18 +6,14 @@ Legend: X (tokens, C) inputs of a linear, C in_features, H (C, C) the layer-wise
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+
+import torch
 
 from lors_cli.errors import UsageError
 from lors_cli.machine import processes
+from lors_cli.pruning.facts import Kind
 
-if TYPE_CHECKING:
-    import torch
-
-Kind = Literal["none", "norm", "hessian"]
 NOT_FINITE = "the calibration inputs of a layer hold NaN or Inf; the model or its dtype is broken."
-
-
 PANEL_COLUMNS = 128
 CAST_BYTES = 256 << 20
 """At most so many bytes of inputs are held in float32 at a time."""
@@ -27,8 +23,7 @@ CAST_BYTES = 256 << 20
 class InputStatistics:
     """Sums over the calibration inputs that one group of linears shares.
 
-    XᵀX is symmetric: only its upper triangle is summed, in panels of rows, at little more than half the products of
-    the whole; `hessian` mirrors it.
+    Of the symmetric XᵀX only the upper triangle is summed, in panels of rows; `hessian` mirrors it.
     """
 
     kind: Kind
@@ -41,8 +36,6 @@ class InputStatistics:
 
     def update(self, x: torch.Tensor) -> None:
         """Add one batch of inputs (samples, tokens, C), or (tokens, C) of one sample, of any float dtype."""
-        import torch
-
         assert self._hessian is None, "inputs came after the Hessian was asked for"
         self.num_samples += x.shape[0] if x.dim() > 2 else 1
         rows = x.reshape(-1, x.shape[-1])
@@ -50,15 +43,16 @@ class InputStatistics:
         if self.kind == "none":
             return
         if self.total is None:
-            width = rows.shape[1]
-            size = (width,) if self.kind == "norm" else (width, width)
-            self.total = rows.new_zeros(size, dtype=torch.float32)
+            self.total = self._zeros(rows.shape[1], rows.device)
         for part in rows.split(max(1, CAST_BYTES // (4 * rows.shape[1]))):
             X = part.float()
             if self.kind == "norm":
                 self.total.add_((X.square_() if X is not part else X.square()).sum(0))
             else:
                 _add_upper(self.total, X)
+
+    def _zeros(self, width: int, device: torch.device) -> torch.Tensor:
+        return torch.zeros((width,) if self.kind == "norm" else (width, width), device=device)
 
     def add_up(self, width: int, device: torch.device) -> None:
         """Add what all processes have seen; called once, by all of them, after the last input.
@@ -67,11 +61,8 @@ class InputStatistics:
         """
         if processes.num_processes() == 1:
             return
-        import torch
-
         if self.total is None and self.kind != "none":
-            size = (width,) if self.kind == "norm" else (width, width)
-            self.total = torch.zeros(size, dtype=torch.float32, device=device)
+            self.total = self._zeros(width, device)
         if self.total is not None:
             processes.add_up(self.total)
         counts = processes.add_up(torch.tensor([self.num_samples, self.num_tokens], device=device))
@@ -92,11 +83,7 @@ class InputStatistics:
         return squares.sqrt()
 
     def hessian(self) -> torch.Tensor:
-        """H = 2·XᵀX / n.
-
-        Returns:
-            (C, C) float32. It is made in place of the sums and kept: every call returns the same tensor, which is
-            not to be written to, and no more inputs can be added.
+        """H = 2·XᵀX / n, (C, C) float32, made in place of the sums: not to be written to, and no input comes after it.
 
         Raises:
             UsageError: an input was NaN or infinite.
@@ -124,7 +111,7 @@ class InputStatistics:
 
 
 def _panels(width: int) -> list[slice]:
-    """Slices of the rows of an upper triangle: at most 16 of them, of at least `PANEL_COLUMNS`."""
+    """Slices of the rows of an upper triangle: at most 16, of at least `PANEL_COLUMNS`."""
     step = max(PANEL_COLUMNS, -(-width // 16))
     return [slice(first, min(first + step, width)) for first in range(0, width, step)]
 

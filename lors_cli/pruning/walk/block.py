@@ -137,20 +137,18 @@ def _reconstruct(
     dense = copy.deepcopy(block.module)
     with closing(outputs):  # type: ignore[type-var]
         next(outputs)  # by then every group is pruned; the other passes need not be run to their ends
-    size = methods.RECONSTRUCTION_SAMPLES
     with block.phases("reconstruct"):
-        parts = [partial(_part, states, number, slice(first, first + size)) for number in states.numbers
-                 for first in range(0, states.num_samples(number), size)]  # fmt: skip
-        reconstruct(block.module, dense, [*block.weights.values()], arguments.run, parts,
+        reconstruct(block.module, dense, [*block.weights.values()], arguments.run,
+                    [partial(_input, states, number) for number in states.numbers],
                     epochs=block.config.reconstruct_epochs, seed=block.index)  # fmt: skip
 
 
 def _pass(module: nn.Module, states: HiddenStates, arguments: BlockArguments, number: int) -> torch.Tensor:
-    return arguments.run(module, states.get(number))
+    return arguments.run(module, states.get(number), number)
 
 
-def _part(states: HiddenStates, number: int, samples: slice) -> torch.Tensor:
-    return states.get(number)[samples]
+def _input(states: HiddenStates, number: int) -> tuple[torch.Tensor, int]:
+    return states.get(number), number
 
 
 def _stages(block: Block, forward: Forward, orders: Orders) -> list[list[str]] | None:

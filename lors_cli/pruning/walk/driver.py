@@ -17,9 +17,8 @@ from lors_cli.files import atomic, hashes
 from lors_cli.machine import processes
 from lors_cli.models.tensor_files import write_tensors
 from lors_cli.output import console, progress
-from lors_cli.pruning import methods
 from lors_cli.pruning.walk.block import Block, Orders, open_block, prune_block, without_data
-from lors_cli.pruning.walk.passes import owl_shares, start_walk
+from lors_cli.pruning.walk.passes import note_shared, owl_shares, start_walk
 from lors_cli.pruning.walk.phases import Phases
 from lors_cli.sparsity import LayerSparsity, Pattern, measure
 
@@ -85,8 +84,7 @@ def _with_calibration(
     phases, num_blocks, orders = outcome.phases, len(model.blocks), Orders()
     patterns = _patterns(config, model, pattern, work, batches, phases)
     with phases("forward"):
-        part_size = methods.RECONSTRUCTION_SAMPLES if config.reconstruct_epochs else 0
-        states, arguments, first = start_walk(model, batches, config.calibration, work, part_size)
+        states, arguments, first = start_walk(model, batches, config.calibration, work)
     if first:
         console.info(f"  going on after {first} of {num_blocks} blocks done by an earlier run")
     with progress.progress("prune", num_blocks, "blocks") as task, closing(states):
@@ -98,6 +96,7 @@ def _with_calibration(
                 block = open_block(config, model, index, module, patterns[index], phases)
                 prune_block(block, states, arguments[index], orders)
                 _note(work, block, outcome)
+                note_shared(work, arguments[index])
                 with phases("io"):
                     tensors = model.checkpoint_tensors(index) if processes.is_main() else {}
                     states.advance(block_file(work, index) if processes.is_main() else None, tensors)

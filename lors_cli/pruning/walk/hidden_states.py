@@ -59,10 +59,6 @@ class HiddenStates:
         """The batches of this process, in order."""
         return [int(entry.name) for entry in self._entries]
 
-    def num_samples(self, number: int) -> int:
-        """Samples of a batch."""
-        return next(entry.shape[0] for entry in self._entries if entry.name == _name(number))
-
     def expect(self, shapes: dict[int, tuple[int, ...]], dtype: torch.dtype) -> None:
         """Say what is to come, before the first block's inputs are `put`: the shape of every batch, by number."""
         self._entries = [Entry(_name(number), shape, dtype) for number, shape in sorted(shapes.items())]

@@ -13,7 +13,7 @@ from lors_cli.errors import UsageError
 from lors_cli.files import atomic
 from lors_cli.machine import processes
 from lors_cli.models.blocks import block_weights
-from lors_cli.output import progress
+from lors_cli.output import console, progress
 from lors_cli.pruning.methods.owl import allocate, outlier_ratio
 from lors_cli.pruning.walk.calibration import BlockArguments, first_inputs
 from lors_cli.pruning.walk.hidden_states import HiddenStates, choose_place
@@ -23,9 +23,12 @@ if TYPE_CHECKING:
     from lors_cli.models.streaming import BlockwiseModel
     from lors_cli.recipe.schema import CalibrationConfig
 
+ANEW = "anew"
+"""A file in a folder of hidden states that says that more than these would be needed to go on from them."""
+
 
 def start_walk(
-    model: BlockwiseModel, batches: list[torch.Tensor], config: CalibrationConfig, folder: Path, part_size: int = 0
+    model: BlockwiseModel, batches: list[torch.Tensor], config: CalibrationConfig, folder: Path
 ) -> tuple[HiddenStates, list[BlockArguments], int]:
     """The inputs of the first block that is to do, what all blocks get besides, and that block's index.
 
@@ -34,44 +37,44 @@ def start_walk(
         batches: (samples, tokens) int64 each, of all processes together; this one takes its share.
         config: says where hidden states are kept.
         folder: of hidden states, perhaps with those of an earlier run.
-        part_size: arguments are also found for batches cut into parts of so many samples; 0 for whole ones only.
 
     Raises:
-        UsageError: there are fewer batches than processes.
+        UsageError: there are fewer batches than processes, or the model does more than hand on hidden states.
     """
-    mine = range(processes.process_index(), len(batches), processes.num_processes())
     if len(batches) < processes.num_processes():
         raise UsageError(
             f"{len(batches)} calibration batches cannot be shared by {processes.num_processes()} processes.",
             "Lower calibration.batch_size, or start fewer processes.",
         )
+    mine = {number: batches[number]
+            for number in range(processes.process_index(), len(batches), processes.num_processes())}  # fmt: skip
     arguments = [BlockArguments() for _ in model.blocks]
     hidden_size = model.network.config.get_text_config().hidden_size
-    num_bytes = sum(batches[number].numel() for number in mine) * hidden_size * model.network.dtype.itemsize
-    states = HiddenStates(folder, choose_place(config.offload, num_bytes, model.device), model.device)
-    resumed = states.resume(list(mine), len(batches))
-    parts = [part for number in mine for part in batches[number].split(part_size or len(batches[number]))]
-    if resumed is not None or part_size:
-        sizes = {len(part): part for part in (*parts, *(batches[number] for number in mine))}
-        _first(model, list(sizes.values()), arguments)
+    num_bytes = sum(batch.numel() for batch in mine.values()) * hidden_size * model.network.dtype.itemsize
+    place = choose_place(config.offload, num_bytes, model.device)
+    states = HiddenStates(folder, place, model.device)
+    resumed = None if (folder / ANEW).exists() else states.resume(list(mine), len(batches))
+    aside = None if place == "device" else torch.device("cpu")
+    with model.embeddings():
+        inputs = first_inputs(model.network, list(model.blocks), mine, model.device, arguments, aside)
+        for number, hidden in zip(mine, inputs, strict=True):
+            if resumed is not None:
+                continue
+            if not states.numbers:
+                before, last = hidden.shape[:-3], hidden.shape[-1]  # Gemma 3n has several streams, stacked first
+                states.expect({key: (*before, *batch.shape, last) for key, batch in mine.items()}, hidden.dtype)
+            states.put(number, hidden)
     if resumed is not None:
         return states, arguments, resumed
-    with model.embeddings():
-        inputs = first_inputs(
-            model.network, list(model.blocks), [batches[key] for key in mine], model.device, arguments
-        )
-        for number, hidden in zip(mine, inputs, strict=True):
-            if not states.numbers:
-                states.expect({key: (*batches[key].shape, hidden.shape[-1]) for key in mine}, hidden.dtype)
-            states.put(number, hidden)
     states.advance()
     return states, arguments, 0
 
 
-def _first(model: BlockwiseModel, batches: list[torch.Tensor], arguments: list[BlockArguments]) -> None:
-    with model.embeddings():
-        for _ in first_inputs(model.network, list(model.blocks), batches, model.device, arguments):
-            pass
+def note_shared(folder: Path, arguments: BlockArguments) -> None:
+    """Where blocks leave keys and values for later ones, which are kept in memory only, no run goes on from halfway."""
+    if arguments.shared and not (folder / ANEW).exists():
+        console.detail("  blocks share keys and values: an interrupted run starts at the first block again")
+        (folder / ANEW).touch()
 
 
 @torch.no_grad()
@@ -96,6 +99,7 @@ def owl_shares(
                 found["sizes"].append(size)
                 if processes.is_main():
                     atomic.write_json(work / "owl.json", found)
+                note_shared(folder, arguments[index])
                 states.advance()
                 task.advance()
             states.settle()
@@ -112,7 +116,7 @@ def _outliers(model: BlockwiseModel, index: int, states: HiddenStates, arguments
         recorder = InputRecorder(weights, "norm")
         with closing(recorder):
             for number in states.numbers:
-                states.put(number, arguments.run(block, states.get(number)))
+                states.put(number, arguments.run(block, states.get(number), number))
                 recorder.end_batch()
         norms = {}
         for group in recorder.groups:

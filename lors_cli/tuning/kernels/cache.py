@@ -12,11 +12,9 @@ from lors_cli.tuning.kernels.masked_merge import masked_merge
 from lors_cli.tuning.kernels.rounding import Rounding
 from lors_cli.tuning.kernels.scratch import scratch
 
+Keep = Literal["never", "recompute", "always"]
 SHARE_OF_FREE = 0.25
 """All merged weights are kept where they take at most this share of the free memory; activations need the rest."""
-
-
-Keep = Literal["never", "recompute", "always"]
 
 
 class MergedCache:
@@ -59,7 +57,9 @@ class MergedCache:
                 self.drop()
             return found
         self.drop()
-        if self.keep == "always" or (self.keep == "recompute" and not last_use and _in_backward()):
+        # a forward pass within a backward pass is a checkpointed block's second one
+        in_backward = torch._C._current_graph_task_id() != -1
+        if self.keep == "always" or (self.keep == "recompute" and not last_use and in_backward):
             kept = base.new_empty(weight.shape, dtype=dtype)
             self._merged = masked_merge(weight, lora_A, lora_B, scale, rounding=rounding, out=kept)
             self._key = key
@@ -71,12 +71,9 @@ class MergedCache:
 def cache_policy(
     num_bytes: int, device: torch.device, wanted: Literal["auto", "off", "on"], *, checkpointing: bool
 ) -> tuple[Keep, str]:
-    """How long merged weights are to be kept, and the reason in words.
+    """How long merged weights of `num_bytes` in all are to be kept, and the reason in words.
 
-    Args:
-        num_bytes: of all merged weights.
-        wanted: `tune.merged_cache`.
-        checkpointing: whether blocks are computed again in backward.
+    `wanted` is `tune.merged_cache`; with `checkpointing` blocks are computed again in backward.
     """
     if wanted == "off":
         return "never", "built anew for every use (merged_cache: off)"
@@ -94,8 +91,3 @@ def cache_policy(
     if checkpointing:
         return "recompute", f"kept for a block at a time, too large to keep them all ({sizes})"
     return "never", f"built anew for every use, too large to keep ({sizes})"
-
-
-def _in_backward() -> bool:
-    """Whether autograd is running a backward pass: a forward pass seen then is a checkpointed block's second one."""
-    return torch._C._current_graph_task_id() != -1

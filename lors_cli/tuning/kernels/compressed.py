@@ -38,19 +38,10 @@ class Compressed24:
         """Where it lies."""
         return self.values.device
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory of values and positions."""
-        return sum(part.numel() * part.element_size() for part in (self.values, self.positions))
-
 
 @torch.no_grad()
 def compress(weight: torch.Tensor) -> Compressed24:
-    """Keep of a 2:4 weight (R, C) its values and their positions.
-
-    Raises:
-        ValueError: the weight is not 2:4.
-    """
+    """Keep of a weight (R, C) its values and their positions; a ValueError says why it is not 2:4."""
     num_rows, num_columns = weight.shape
     if num_columns % 4:
         raise ValueError(f"its {num_columns} inputs are no multiple of 4")

@@ -43,8 +43,6 @@ def masked_merge(
 
     Args:
         weight: (R, C), plain or compressed: the result has the same bits.
-        lora_A: (r, C), any float dtype.
-        lora_B: (R, r), any float dtype.
         out: (R, C), where to put the result; its dtype may be another than the weight's. Default: a new tensor.
     """
     merged = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if out is None else out
@@ -60,7 +58,8 @@ def masked_merge(
         return _mask(torch.addmm(weight, B, A, alpha=scale, out=merged), weight)
     exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
     A, B = A.to(exact), B.to(exact)
-    height = weight.shape[0] if weight.is_cuda else _tile_height(weight.shape[1])
+    tile_rows = TILE_ELEMENTS * torch.get_num_threads() // weight.shape[1]  # a multiple of the thresholds' period
+    height = weight.shape[0] if weight.is_cuda else max(1, tile_rows // PERIOD) * PERIOD
     for start in range(0, weight.shape[0], height):
         rows = slice(start, start + height)
         part = weight[rows]
@@ -71,11 +70,6 @@ def masked_merge(
         else:
             merged[rows].copy_(_mask(torch.addmm(tile, B[rows], A, alpha=scale), tile))
     return merged
-
-
-def _tile_height(num_columns: int) -> int:
-    """Rows of a tile: a multiple of the thresholds' period."""
-    return max(1, TILE_ELEMENTS * torch.get_num_threads() // num_columns // PERIOD) * PERIOD
 
 
 def masked_merge_formula(

@@ -13,8 +13,7 @@ _scratch: dict[tuple[Any, ...], torch.Tensor] = {}
 def scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device, *, use: str = "merged") -> torch.Tensor:
     """A tensor of memory that all layers share; whatever it held is overwritten by the next one that asks.
 
-    The buffer grows to the largest layer and stays. Work on a CUDA stream is in order, so each stream has one
-    buffer, elsewhere each thread has; and each `use` has its own.
+    Work on a CUDA stream is in order, so each stream has one buffer, elsewhere each thread has; and each `use`.
     """
     owner: Any = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else threading.get_ident()
     key = (device, dtype, owner, use)

@@ -50,9 +50,7 @@ def write_checkpoint(
 ) -> None:
     """Add a checkpoint, unless a whole one of that step lies there, and keep so many of the newest.
 
-    Args:
-        marker: the stage's `fingerprint` and what else is to be known.
-        write: puts the files into a folder.
+    `marker` holds the stage's `fingerprint` and what else is to be known; `write` puts the files into a folder.
     """
     partial, target = folder / PARTIAL_NAME / f"checkpoint-{step}", folder / f"checkpoint-{step}"
     if target in whole_checkpoints(folder, marker["fingerprint"]):

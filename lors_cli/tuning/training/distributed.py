@@ -1,36 +1,26 @@
 """One optimiser step by several processes: how they share it, and the sum that makes it one.
 
 A step has the samples, the loss and the gradient that one process would have. Each process divides its summed losses by
-the labels of the whole step, so the gradient of the step is a plain sum over the processes. The adapters are small: one
-all-reduce after the last micro-batch adds up all gradients, with the loss beside them, where torch's
-DistributedDataParallel would reduce in buckets during backward. So the model needs no wrapper, whatever its autograd
-functions do, and sharded weights (`sharding`) go through the same sum.
+the labels of the whole step, so the gradient of the step is a plain sum over the processes: one all-reduce after the
+last micro-batch, with the loss beside it. The model needs no wrapper, and sharded weights go through the same sum.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from lors_cli.errors import UsageError
 from lors_cli.machine import processes as parallel
 from lors_cli.output import console
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from lors_cli.recipe.schema import TuneConfig
+from lors_cli.recipe.schema import TuneConfig
 
 
 def micro_batch_size(config: TuneConfig, num_processes: int) -> int:
-    """Samples a forward pass of each process; the config's batch_size is that of a step over all of them.
-
-    Raises:
-        UsageError: they cannot share it evenly.
-    """
+    """Samples a forward pass of each process; the config's batch_size is that of a step over all of them."""
     if num_processes == 1:
         return config.micro_batch_size
     share, rest = divmod(config.batch_size, num_processes)
@@ -70,18 +60,10 @@ def say_how(config: TuneConfig) -> None:
 def add_up_step(
     parameters: Sequence[nn.Parameter], loss: torch.Tensor, tokens: int, asked_to_stop: bool
 ) -> tuple[float, int, bool]:
-    """Leave the gradients of the whole step in the parameters.
+    """Leave the gradients of the whole step in the trained parameters, which are alike in every process.
 
-    A parameter that took part in no process keeps no gradient, as with one process.
-
-    Args:
-        parameters: those that are trained, alike in every process.
-        loss: this process's share of the step's loss.
-        tokens: it has seen in the step.
-        asked_to_stop: whether it was interrupted.
-
-    Returns:
-        The loss and the tokens of all processes, and whether one of them was interrupted.
+    A parameter that took part in no process keeps no gradient, as with one process. Loss, tokens and whether it was
+    asked to stop are this process's share; those of all processes come back.
     """
     if parallel.num_processes() == 1:
         return float(loss), tokens, asked_to_stop

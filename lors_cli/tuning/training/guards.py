@@ -19,14 +19,8 @@ class StepGuard:
     """Judges every optimiser step by its loss and its gradient's norm, before the update.
 
     Bad is a value that is not finite and, with `spike_factor`, a value above so many times its median over the last
-    `WINDOW` good steps. Bad steps take no part in the medians.
-
-    Args:
-        max_bad_steps: bad steps of the whole run that are left out; one more ends it.
-        spike_factor: None: nothing finite is bad.
-
-    `bad_steps` is how many there were; `reason` is why the latest step was bad, None for a good one; `loss` and `norm`
-    are its values.
+    `WINDOW` good steps. `max_bad_steps` of the whole run are left out; one more ends it. `reason` is why the latest
+    step was bad, None for a good one; `loss` and `norm` are its values.
     """
 
     def __init__(self, max_bad_steps: int = 0, spike_factor: float | None = None) -> None:
@@ -43,11 +37,7 @@ class StepGuard:
         return self.bad_steps > self.max_bad_steps
 
     def is_bad(self, loss: float, norm: float) -> bool:
-        """Judge a step.
-
-        Args:
-            norm: of its gradient, before clipping.
-        """
+        """Judge a step by its loss and the norm of its gradient before clipping."""
         self.loss, self.norm = loss, norm
         self.reason = self._reason()
         if self.reason is not None:

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
+from transformers import PreTrainedModel
 
 from lors_cli.errors import UsageError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3}
 """Difference of logits over their spread that is rounding; 0.05 for half-precision dtypes."""
 
 
 def refuse_mixing(model: PreTrainedModel) -> None:
-    """Refuse isolated packing where the model's texts would see one another.
-
-    Raises:
-        UsageError: it is so.
-    """
+    """Refuse isolated packing where the model's texts would see one another."""
     obstacle = why_mixed(model)
     if obstacle:
         raise UsageError(

@@ -5,32 +5,26 @@ from __future__ import annotations
 import gc
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
-from lors_cli.data.samples import PadCollator
+from lors_cli.data.samples import PadCollator, TuneData
 from lors_cli.machine import processes
 from lors_cli.machine.devices import set_seed
 from lors_cli.output import console
+from lors_cli.recipe.schema import TuneConfig
 from lors_cli.tuning.attach import adapter_layers, put_adapters
 from lors_cli.tuning.head import Loss, causal_lm_loss, model_loss, why_not_chunked
 from lors_cli.tuning.initialization import gradient_directions
 from lors_cli.tuning.kernels.cache import cache_policy
 from lors_cli.tuning.kernels.masked_merge import how_merged
-from lors_cli.tuning.layers import AdapterLinear
 from lors_cli.tuning.lors import keep_merged
 from lors_cli.tuning.teacher import load_teacher
 from lors_cli.tuning.training.checkpoints import latest_checkpoint
 from lors_cli.tuning.training.sharding import is_sharded, shard
 from lors_cli.tuning.training.trainer import AdapterTrainer
-
-if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedModel
-
-    from lors_cli.data.samples import TuneData
-    from lors_cli.recipe.schema import TuneConfig
 
 
 def prepare_trainer(
@@ -47,70 +41,40 @@ def prepare_trainer(
     """
     _say_rounding(config, network.dtype)
     collator = PadCollator(tokenizer.pad_token_id)
+    sharded, adapted = is_sharded(config), None
+    if sharded:  # the start is computed past the adapters
+        adapted = put_adapters(config, network, layers)
+        shard(network, device)
+    loss = _loss(config, network, collator(data.samples[:1]))
+    if config.gradient_checkpointing:
+        network.enable_input_require_grads()
+        network.gradient_checkpointing_enable({"use_reentrant": False})
     resumes = processes.from_main(lambda: latest_checkpoint(checkpoints, fingerprint) is not None)
-    if is_sharded(config):
-        loss = _prepare_sharded(config, network, layers, data, collator, resumes, device)
-    else:
-        loss = _prepare(config, network, layers, data, collator, resumes)
+    start = {} if resumes or config.start == "kaiming" else _start(config, network, layers, data, collator, loss)
+    adapted = adapted or put_adapters(config, network, layers)
+    if config.method == "lors":
+        _keep_merged(network, config, sharded=sharded)
+    with torch.no_grad():
+        for name, directions in start.items():
+            adapted[name].lora_A.copy_(directions)
+    network.zero_grad()
     gc.collect()
     torch.cuda.empty_cache()  # what the start took
     set_seed(config.seed)  # dropout is the same after any start
     return AdapterTrainer(config, network, data.samples, collator, loss, checkpoints, fingerprint)
 
 
-def _prepare(
-    config: TuneConfig, network: PreTrainedModel, layers: list[str], data: TuneData, collator: PadCollator,
-    resumes: bool,
-) -> Loss:  # fmt: skip
-    """Adapters on a model that is whole in this process; each process computes the start for itself."""
-    loss = _loss(config, network, collator(data.samples[:1]))
-    _checkpoint_blocks(config, network)
-    start = {}
-    if config.start != "kaiming" and not resumes:
-        linears: dict[str, nn.Linear] = {name: network.get_submodule(name) for name in layers}  # type: ignore[misc]
-        batches = _init_batches(config, data, collator)
-        start = gradient_directions(
-            network, linears, batches, config.rank, seed=config.seed, exact=config.start == "gradient-exact",
-            loss=loss,
-        )  # fmt: skip
-        del linears  # a compressed base frees each weight as it goes
-    adapted = put_adapters(config, network, layers)
-    if config.method == "lors":
-        _keep_merged(network, config)
-    _start_at(adapted, start)
-    return loss
-
-
-def _prepare_sharded(
-    config: TuneConfig, network: PreTrainedModel, layers: list[str], data: TuneData, collator: PadCollator,
-    resumes: bool, device: torch.device,
-) -> Loss:  # fmt: skip
-    """Adapters on a model whose blocks are then sharded; the start is computed after that, past the adapters."""
-    adapted = put_adapters(config, network, layers)
-    shard(network, device)
-    loss = _loss(config, network, collator(data.samples[:1]))
-    _checkpoint_blocks(config, network)
-    if config.start != "kaiming" and not resumes:
-        batches = _init_batches(config, data, collator)
-        _start_at(adapted, gradient_directions(network, adapted, batches, config.rank, seed=config.seed, loss=loss))
-        network.zero_grad()
-    if config.method == "lors":
-        console.info("  merged weights: built anew for every use (parallelism: fsdp)")
-    return loss
-
-
-def _checkpoint_blocks(config: TuneConfig, network: PreTrainedModel) -> None:
-    """Have each block computed again in backward, where that is asked for."""
-    if config.gradient_checkpointing:
-        network.enable_input_require_grads()
-        network.gradient_checkpointing_enable({"use_reentrant": False})
-
-
-def _start_at(adapted: dict[str, AdapterLinear], start: dict[str, torch.Tensor]) -> None:
-    """Put the rows of lora_A along the directions found."""
-    with torch.no_grad():
-        for name, directions in start.items():
-            adapted[name].lora_A.copy_(directions)
+def _start(
+    config: TuneConfig, network: PreTrainedModel, layers: list[str], data: TuneData, collator: PadCollator, loss: Loss
+) -> dict[str, torch.Tensor]:
+    """The rows of lora_A by layer; each process computes them for itself."""
+    linears: Any = {name: network.get_submodule(name) for name in layers}
+    chosen = data.first_drawn(config.init_samples, config.seed)
+    size = config.micro_batch_size
+    batches = [collator([data.samples[index] for index in chosen[first : first + size]])
+               for first in range(0, len(chosen), size)]  # fmt: skip
+    return gradient_directions(network, linears, batches, config.rank, seed=config.seed,
+                               exact=config.start == "gradient-exact", loss=loss)  # fmt: skip
 
 
 def _loss(config: TuneConfig, network: PreTrainedModel, batch: dict[str, torch.Tensor]) -> Loss:
@@ -124,16 +88,11 @@ def _loss(config: TuneConfig, network: PreTrainedModel, batch: dict[str, torch.T
     return causal_lm_loss
 
 
-def _init_batches(config: TuneConfig, data: TuneData, collator: PadCollator) -> list[dict[str, torch.Tensor]]:
-    """The samples that the gradient is taken of, in micro-batches."""
-    chosen = data.first_drawn(config.init_samples, config.seed)
-    size = config.micro_batch_size
-    return [collator([data.samples[index] for index in chosen[first : first + size]])
-            for first in range(0, len(chosen), size)]  # fmt: skip
-
-
-def _keep_merged(network: PreTrainedModel, config: TuneConfig) -> None:
+def _keep_merged(network: PreTrainedModel, config: TuneConfig, *, sharded: bool) -> None:
     """Say how long the merged weights are kept, and why."""
+    if sharded:
+        console.info("  merged weights: built anew for every use (parallelism: fsdp)")
+        return
     num_weights = sum(layer.in_features * layer.out_features for layer in adapter_layers(network).values())
     device, dtype = network.device, network.dtype
     keep, reason = cache_policy(num_weights * dtype.itemsize, device, config.merged_cache,

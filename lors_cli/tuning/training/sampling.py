@@ -25,8 +25,7 @@ def step_samples(samples: Sequence[Sample], step: int, *, batch_size: int, seed:
     """The samples of a step (from 0), over all processes.
 
     Samples in memory are shuffled anew in each epoch, and those of a step come longest first: its micro-batches then
-    hold samples of like length, and the step, its loss and its gradient are those of the same samples in any order, at
-    less padding. A stream is in order.
+    hold samples of like length, at less padding. A stream is in order.
     """
     epoch, place = place_in_epoch(step, len(samples), batch_size)
     chosen = range(len(samples))[place * batch_size : (place + 1) * batch_size]

@@ -2,25 +2,21 @@
 
 torch's FSDP2 shards the frozen weights alone, in their own number format. The adapters, and the norms that are trained,
 stay whole in every process, in float32: they are small, and their gradients are added up at the end of a step
-(`distributed.StepSums`), as they are with whole models. Embeddings and head stay whole too.
+(`distributed.add_up_step`), as they are with whole models. Embeddings and head stay whole too.
 """
 
 from __future__ import annotations
 
 from itertools import chain
-from typing import TYPE_CHECKING
 
 import torch
+from transformers import PreTrainedModel
 
 from lors_cli.machine import processes
 from lors_cli.models.blocks import decoder_blocks
 from lors_cli.models.loading import load_model
+from lors_cli.recipe.schema import ModelConfig, TuneConfig
 from lors_cli.tuning.attach import adapter_parameters, put_adapters
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from lors_cli.recipe.schema import ModelConfig, TuneConfig
 
 
 def is_sharded(config: TuneConfig) -> bool:
@@ -34,11 +30,7 @@ def load_trainable(config: TuneConfig, model: ModelConfig) -> PreTrainedModel:
 
 
 def shard(network: PreTrainedModel, device: torch.device) -> None:
-    """Move a model to this process's device, of each decoder block's frozen weights only this process's shard.
-
-    Args:
-        network: with adapters, in CPU memory; changed in place.
-    """
+    """Move a model with adapters from the CPU to `device`, of each block's frozen weights only this process's shard."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -55,11 +47,7 @@ def shard(network: PreTrainedModel, device: torch.device) -> None:
 
 
 def whole_model(config: TuneConfig, model: ModelConfig, trained: PreTrainedModel, layers: list[str]) -> PreTrainedModel:
-    """The trained model whole: itself, or the sparse model read again with what was trained put on it.
-
-    Args:
-        layers: full names of the adapted linears.
-    """
+    """The trained model whole: itself, or the sparse model read again with what was trained put on it."""
     if not is_sharded(config):
         return trained
     network = load_model(model, device=torch.device("cpu"))

@@ -8,12 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lors_cli.machine import processes
-
-if TYPE_CHECKING:
-    from lors_cli.recipe.schema import TuneConfig
+from lors_cli.recipe.schema import TuneConfig
 
 Tracker = Callable[[dict[str, Any]], None]
 

@@ -6,17 +6,19 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.utils import clip_grad_norm_
-from transformers import get_scheduler
+from transformers import PreTrainedModel, get_scheduler
 
 from lors_cli.data.samples import IGNORED, PadCollator, Sample, count_tokens
 from lors_cli.errors import UsageError
 from lors_cli.files import atomic
 from lors_cli.machine import processes as parallel
 from lors_cli.machine.memory import give_back_memory
+from lors_cli.recipe.schema import TuneConfig
 from lors_cli.tuning.adapter import WEIGHTS_NAME, load_tensors
 from lors_cli.tuning.attach import adapter_layers, adapter_tensors
 from lors_cli.tuning.head import Loss
@@ -26,12 +28,6 @@ from lors_cli.tuning.training.distributed import add_up_step, micro_batch_size
 from lors_cli.tuning.training.guards import StepGuard
 from lors_cli.tuning.training.randomness import random_state, read_random_state, restore_random_state
 from lors_cli.tuning.training.stopping import StopRequest
-
-if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedModel
-
-    from lors_cli.recipe.schema import TuneConfig
 
 
 class AdapterTrainer:
@@ -74,8 +70,7 @@ class AdapterTrainer:
     def run(self, report: Callable[[dict[str, Any]], None]) -> None:
         """Every step from here to the last, or to the one in which the run is asked to stop; the last one is saved.
 
-        Args:
-            report: takes the row of the log that belongs to a step.
+        `report` takes the row of the log that belongs to a step.
         """
         self.model.train()
         since = time.monotonic()
@@ -136,11 +131,7 @@ class AdapterTrainer:
         return loss.detach()
 
     def leave_out(self) -> None:
-        """Make the step just judged one that changes nothing; the end of the run if there are too many of them.
-
-        Raises:
-            UsageError: so many.
-        """
+        """Make the step just judged one that changes nothing; a UsageError if there are too many of them."""
         if self.guard.exceeded:
             kept = checkpoints.latest_checkpoint(self.folder, self.fingerprint)
             saved = f"{kept} is kept." if kept else "No checkpoint yet."

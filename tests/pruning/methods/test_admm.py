@@ -7,8 +7,8 @@ import torch
 
 from lors_cli.errors import UsageError
 from lors_cli.pruning.methods import prune_group, refit_group
-from lors_cli.pruning.methods import refit as refit_module
 from lors_cli.pruning.methods.admm import DAMPING, admm
+from lors_cli.pruning.methods.refit import DAMPING as REFIT_DAMPING
 from lors_cli.pruning.methods.refit import refit
 from lors_cli.pruning.methods.statistics import InputStatistics
 from lors_cli.sparsity import Pattern, num_violations
@@ -57,7 +57,7 @@ def test_refit_is_the_least_squares_solution_on_the_mask(pattern: Pattern) -> No
     (pruned,) = prune_group("wanda", [W0], statistics, pattern)
     H = statistics.hessian()
     solved = refit(W0, pruned, H, iterations=100)
-    expected = exact_refit(W0, pruned != 0, H, refit_module.DAMPING)
+    expected = exact_refit(W0, pruned != 0, H, REFIT_DAMPING)
     torch.testing.assert_close(solved.double(), expected, rtol=1e-3, atol=1e-3)
     assert bool((solved[pruned == 0] == 0).all())
 
@@ -70,7 +70,7 @@ def test_refit_lowers_every_methods_error_and_keeps_its_zeros(method: str) -> No
     H = statistics.hessian()
     for W0, before, after in zip(weights, pruned, refitted, strict=True):
         assert bool((after[before == 0] == 0).all())
-        errors = [damped_error(W, W0, H, refit_module.DAMPING) for W in (before, after)]
+        errors = [damped_error(W, W0, H, REFIT_DAMPING) for W in (before, after)]
         assert errors[1] < errors[0] * (1.0001 if method == "admm" else 0.99)
 
 

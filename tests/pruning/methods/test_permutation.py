@@ -190,7 +190,7 @@ def test_a_block_computes_what_it_did(family: str, build: Build, batches: list[t
     before = {name: parameter.clone() for name, parameter in block.named_parameters()}
     biases = [name for name in before if name.endswith("bias")]
     with torch.no_grad():
-        expected = arguments.run(block, hidden)
+        expected = arguments.run(block, hidden, 0)
         for each in free:
             assert block.get_submodule(each.name) is each.consumer
             apply_permutation(each, random_order(each))
@@ -199,14 +199,14 @@ def test_a_block_computes_what_it_did(family: str, build: Build, batches: list[t
                 name = next(name for name, other in block.named_modules() if other is producer.module)
                 assert not torch.equal(producer.module.weight, before[f"{name}.weight"])
                 assert f"{name}.bias" not in biases or not torch.equal(producer.module.bias, before[f"{name}.bias"])
-        difference = (arguments.run(block, hidden) - expected).abs().max()
+        difference = (arguments.run(block, hidden, 0) - expected).abs().max()
         assert float(difference / expected.abs().max()) < 1e-12
         apply_permutation(free[0], random_order(free[0]))
         moved = free[0].producers[0].module
         moved.weight.data.copy_(
             before[next(name for name, other in block.named_modules() if other is moved) + ".weight"]
         )
-        assert float((arguments.run(block, hidden) - expected).abs().max()) > 1e-3  # the comparison can fail
+        assert float((arguments.run(block, hidden, 0) - expected).abs().max()) > 1e-3  # the comparison can fail
 
 
 def test_the_whole_model_computes_what_it_did(architecture: str, build: Build, batches: list[torch.Tensor]) -> None:

@@ -21,7 +21,7 @@ from lors_cli.pruning import methods
 from lors_cli.pruning import stage as pruning
 from lors_cli.pruning.methods import STATISTICS
 from lors_cli.pruning.stage import prune, stage_fingerprint
-from lors_cli.pruning.walk import block as walk_block
+from lors_cli.pruning.walk import driver
 from lors_cli.pruning.walk.block import Block
 from lors_cli.pruning.walk.driver import Outcome, prune_blocks
 from lors_cli.pruning.walk.hidden_states import HiddenStates
@@ -109,7 +109,8 @@ def test_the_checkpoint_does_not_tell_where_or_when_it_was_made(
 
 
 NUM_PARAMETERS = {"Phi3": 8, "OPT": 12, "GPT-NeoX": 8, "GPT-2": 8, "Mixtral": 12, "Qwen2-MoE": 4 + 2 + 3 + 4 + 3,
-                  "Qwen3-MoE": 12, "GPT-OSS": 12}  # fmt: skip
+                  "Qwen3-MoE": 12, "GPT-OSS": 12, "BLOOM": 8, "Falcon": 8, "Falcon-40B": 8, "Falcon-RW": 8, "MPT": 8,
+                  "GPT-J": 12, "CodeGen": 8, "Gemma3n": 22, "Gemma4": 18}  # fmt: skip
 """Parameters of two blocks that are to be pruned; a mixture's are two for all of its experts."""
 
 
@@ -117,8 +118,8 @@ def block_matrices(model: PreTrainedModel) -> dict[str, list[torch.Tensor]]:
     """By parameter, the (out_features, in_features) matrices in the blocks, written down family by family."""
     found = {}
     for name, module in model.named_modules():
-        in_block = ".layers." in name or ".h." in name
-        router = name.endswith(("mlp.gate", "shared_expert_gate"))
+        in_block = ".layers." in name or ".h." in name or ".blocks." in name
+        router = name.endswith(("mlp.gate", "shared_expert_gate")) or ".altup." in name
         if in_block and not router and isinstance(module, (torch.nn.Linear, Conv1D)):
             weight = module.weight.detach()
             found[f"{name}.weight"] = [weight.T if isinstance(module, Conv1D) else weight]
@@ -227,13 +228,13 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_weights(
     assert not (out / "model.safetensors").exists()
 
     done: list[int] = []
-    prune_block = walk_block.prune_block
+    prune_block = driver.prune_block
 
     def counted(block: Block, *args: Any) -> None:
         done.append(block.index)
         prune_block(block, *args)
 
-    monkeypatch.setattr(walk_block, "prune_block", counted)
+    monkeypatch.setattr(driver, "prune_block", counted)
     record = prune(config, model, out)
     first = block + 1 if moment == "after" else block
     assert done == list(range(first, 3))

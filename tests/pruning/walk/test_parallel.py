@@ -71,6 +71,24 @@ def test_two_processes_prune_like_one(
             assert agree > 0.99, name
 
 
+def test_per_layer_inputs_and_shared_keys_and_values(
+    tmp_path: Path, token_file: Path, build: object, word_tokenizer: object
+) -> None:
+    types = ["sliding_attention", "full_attention"] * 2
+    model = build("Gemma4", num_hidden_layers=4, layer_types=types, num_kv_shared_layers=2)  # type: ignore[operator]
+    model.save_pretrained(tmp_path / "dense")
+    word_tokenizer.save_pretrained(tmp_path / "dense")  # type: ignore[attr-defined]
+    results = []
+    for processes in (1, 2):
+        done = prune(processes, tmp_path / "dense", token_file, tmp_path / str(processes), "--method", "wanda")
+        assert done.returncode == 0, done.stderr
+        results.append(load_file(tmp_path / str(processes) / "model.safetensors"))
+    first, second = results
+    pruned = [name for name in first if float((first[name] == 0).float().mean()) == 0.5]
+    assert len(pruned) == 4 * 9 - 2 * 2
+    assert all(torch.equal(first[name] == 0, second[name] == 0) for name in pruned)
+
+
 def test_experts_that_one_process_does_not_see(
     tmp_path: Path, token_file: Path, build: object, word_tokenizer: object
 ) -> None:

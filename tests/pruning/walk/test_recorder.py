@@ -30,10 +30,21 @@ from lors_cli.sparsity import Pattern
 Build = Callable[..., PreTrainedModel]
 LLAMA_LIKE = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
 EXPERTS = [[key] for _ in range(4) for key in ("gate_up_proj", "down_proj")]
+FUSED = [["query_key_value"], ["dense"], ["dense_h_to_4h"], ["dense_4h_to_h"]]
+PER_LAYER = [["per_layer_input_gate"], ["per_layer_projection"]]
 GROUPS = {
     "Phi3": [["qkv_proj"], ["o_proj"], ["gate_up_proj"], ["down_proj"]],
     "OPT": [["q_proj", "k_proj", "v_proj"], ["out_proj"], ["fc1"], ["fc2"]],
-    "GPT-NeoX": [["query_key_value"], ["dense"], ["dense_h_to_4h"], ["dense_4h_to_h"]],
+    "GPT-NeoX": FUSED,
+    "BLOOM": FUSED,
+    "Falcon": [["query_key_value", "dense_h_to_4h"], *FUSED[1:2], *FUSED[3:]],
+    "Falcon-40B": FUSED,
+    "Falcon-RW": FUSED,
+    "MPT": [["Wqkv"], ["out_proj"], ["up_proj"], ["down_proj"]],
+    "GPT-J": [["q_proj", "k_proj", "v_proj", "fc_in"], ["out_proj"], ["fc_out"]],
+    "CodeGen": [["qkv_proj", "fc_in"], ["out_proj"], ["fc_out"]],
+    "Gemma3n": [["linear_left", *LLAMA_LIKE[0]], ["linear_right"], *LLAMA_LIKE[1:], *PER_LAYER],
+    "Gemma4": [*LLAMA_LIKE, *PER_LAYER],
     "GPT-2": [["c_attn"], ["c_proj"], ["c_fc"], ["c_proj"]],
     "Mixtral": [*LLAMA_LIKE[:2], *EXPERTS],
     "Qwen2-MoE": [*LLAMA_LIKE, *EXPERTS],
@@ -61,9 +72,9 @@ class Pass:
     def run(self) -> int:
         """How many batches were stopped early."""
         num_stopped = 0
-        for batch in self.hidden:
+        for number, batch in enumerate(self.hidden):
             try:
-                self.arguments.run(self.block, batch)
+                self.arguments.run(self.block, batch, number)
             except BlockDone:
                 num_stopped += 1
             self.recorder.end_batch()
@@ -74,8 +85,8 @@ class Pass:
         self.recorder.close()
         seen: list[torch.Tensor] = []
         with module.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone())), torch.no_grad():
-            for batch in self.hidden:
-                self.arguments.run(self.block, batch)
+            for number, batch in enumerate(self.hidden):
+                self.arguments.run(self.block, batch, number)
         return torch.cat([batch.reshape(-1, batch.shape[-1]) for batch in seen]).double()
 
     def statistics(self) -> dict[str, InputStatistics]:
@@ -315,16 +326,16 @@ def prune_all(model: PreTrainedModel, batches: list[torch.Tensor], method: str) 
         for index, block in enumerate(blocks):
             weights = block_weights(block, f"{prefix}.{index}")
             recorder = InputRecorder(weights, kind, stop_after_last=True)
-            for batch in hidden:
+            for number, batch in enumerate(hidden):
                 with suppress(BlockDone):
-                    arguments[index].run(block, batch)
+                    arguments[index].run(block, batch, number)
                 recorder.end_batch()
             recorder.close()
             for group in recorder.groups:
                 for matrix in (weights[name].matrix for name in group.names):
                     matrix.copy_(prune(matrix, group.statistics, TWO_OF_FOUR) if group.statistics.num_tokens
                                  else magnitude(matrix, TWO_OF_FOUR))  # fmt: skip
-            hidden = [arguments[index].run(block, batch) for batch in hidden]
+            hidden = [arguments[index].run(block, batch, number) for number, batch in enumerate(hidden)]
             pruned.update(weights)
     return pruned
 

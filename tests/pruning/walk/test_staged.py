@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from lors_cli.errors import UsageError
 from lors_cli.models.blocks import block_weights, decoder_blocks, prunable_weights
 from lors_cli.models.streaming import BlockwiseModel
-from lors_cli.pruning import stage as pruning
+from lors_cli.pruning import methods
 from lors_cli.pruning.methods.reconstruct import reconstruct
 from lors_cli.pruning.stage import prune
 from lors_cli.pruning.walk import hidden_states
@@ -48,7 +48,7 @@ def test_groups_of_shared_inputs(build: Build, batches: list[torch.Tensor]) -> N
     hidden, arguments = capture(model, list(model.model.layers), batches)
     block = model.model.layers[0]
     weights = block_weights(block, "b")
-    groups = shared_inputs(weights, partial(arguments[0].run, block, hidden[0]))
+    groups = shared_inputs(weights, partial(arguments[0].run, block, hidden[0], 0))
     assert groups == [
         ["b.self_attn.q_proj", "b.self_attn.k_proj", "b.self_attn.v_proj"], ["b.self_attn.o_proj"],
         ["b.mlp.gate_proj", "b.mlp.up_proj"], ["b.mlp.down_proj"],
@@ -138,7 +138,8 @@ def test_reconstruction_brings_a_block_nearer_to_the_dense_one(
         assert all(layer.sparsity == 0.5 and not layer.violations for layer in outcome.layers)
         _, pruned_blocks = decoder_blocks(model)
         with torch.no_grad():
-            difference = [arguments[0].run(pruned_blocks[0], x) - arguments[0].run(blocks[0], x) for x in hidden]
+            difference = [arguments[0].run(pruned_blocks[0], x, number) - arguments[0].run(blocks[0], x, number)
+                          for number, x in enumerate(hidden)]  # fmt: skip
         errors.append(sum(float(part.square().sum()) for part in difference))
     assert errors[1] < 0.9 * errors[0]
 
@@ -152,7 +153,7 @@ def test_reconstruction_keeps_zeros_and_the_number_format(build: Build, batches:
     for weight in weights.values():
         weight.matrix[:, ::2] = 0
     norm = block.input_layernorm.weight.clone()
-    inputs = [lambda x=x: x for x in hidden]
+    inputs = [partial(tuple, (x, number)) for number, x in enumerate(hidden)]
     first, last = reconstruct(block, dense, [*weights.values()], arguments[0].run, inputs, epochs=4, seed=0)
     assert last < first
     for weight in weights.values():
@@ -248,7 +249,7 @@ def test_channel_permutation_keeps_the_function_before_pruning(
 ) -> None:
     """With a method that removes nothing, what is left is the permutation alone."""
     dense, model = build().double(), build().double()
-    monkeypatch.setattr(pruning.methods, "prune_group", lambda _method, weights, *_: list(weights))
+    monkeypatch.setattr(methods, "prune_group", lambda _method, weights, *_: list(weights))
     config = PruneConfig(method=method, channel_permutation=True)  # type: ignore[arg-type]
     source = BlockwiseModel(model.requires_grad_(False), torch.device("cpu"), None)
     prune_blocks(config, source, Pattern.of(config), tmp_path, [] if method == "magnitude" else batches)
@@ -267,13 +268,13 @@ def test_reconstruction_does_not_depend_on_the_size_of_gradients(build: Build, b
         block = model.model.layers[0]
         weights = block_weights(block, "b")
 
-        def run(module: Any, x: torch.Tensor, scale: float = scale, arguments: Any = arguments) -> torch.Tensor:
-            return scale * arguments[0].run(module, x)
+        def run(module: Any, *x: Any, scale: float = scale, arguments: Any = arguments) -> torch.Tensor:
+            return scale * arguments[0].run(module, *x)
 
         dense = copy.deepcopy(block)
         for weight in weights.values():
             weight.matrix[:, ::2] = 0
-        inputs = [lambda x=x: x for x in hidden]
+        inputs = [partial(tuple, (x, number)) for number, x in enumerate(hidden)]
         losses.append(reconstruct(block, dense, [*weights.values()], run, inputs, epochs=3, seed=0))
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     assert losses[0][1] < losses[0][0]
@@ -286,7 +287,8 @@ def test_reconstruction_leaves_a_weight_of_zeros_alone(build: Build, batches: li
     hidden, arguments = capture(model, list(model.model.layers), batches)
     dense, weights = copy.deepcopy(block), [*block_weights(block, "b").values()]
     block.mlp.up_proj.weight[:, ::2] = 0
-    reconstruct(block, dense, weights, arguments[0].run, [lambda x=x: x for x in hidden], epochs=1, seed=0)
+    inputs = [partial(tuple, (x, number)) for number, x in enumerate(hidden)]
+    reconstruct(block, dense, weights, arguments[0].run, inputs, epochs=1, seed=0)
     assert all(bool(parameter.isfinite().all()) for parameter in block.parameters())
     assert not block.mlp.down_proj.weight.any()
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from lors_cli.tuning.kernels import cache as merged_cache
 from lors_cli.tuning.kernels import masked_merge as merging
 from lors_cli.tuning.kernels import scratch as kernels_scratch
 from lors_cli.tuning.kernels.cache import Keep, cache_policy
@@ -25,7 +26,7 @@ def builds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         built.append(weight.shape[0])
         return plain(weight, *args, **options)
 
-    monkeypatch.setattr(merging, "masked_merge", counting)
+    monkeypatch.setattr(merged_cache, "masked_merge", counting)
     return built
 
 

@@ -20,8 +20,8 @@ from lors_cli.cli.launch import launch
 from lors_cli.data.samples import IGNORED
 from lors_cli.errors import UsageError
 from lors_cli.recipe.schema import ModelConfig, TuneConfig
-from lors_cli.tuning import head
 from lors_cli.tuning.stage import tune
+from lors_cli.tuning.training import preparation
 from lors_cli.tuning.training.distributed import describe, micro_batch_size
 from lors_cli.tuning.training.sampling import BLANK, micro_batches, sample_at, step_samples
 
@@ -72,7 +72,7 @@ def both(
         for name, job in jobs["tune"].items():
             tune(tune_config(job), model, one / name)
         tune(tune_config(jobs["fsdp"]), half, one / "fsdp")
-        with mock.patch.object(head, "why_not_chunked", return_value="of the test"):
+        with mock.patch.object(preparation, "why_not_chunked", return_value="of the test"):
             tune(tune_config(jobs["plain"]), model, one / "plain")
         two.mkdir()
         tune_and_stop(jobs["tune"]["continued"], jobs["model"], two / "continued", STOP)  # one begins, two go on

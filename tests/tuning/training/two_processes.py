@@ -18,9 +18,9 @@ from lors_cli.evaluation.scoring import score_choices
 from lors_cli.machine import processes
 from lors_cli.models.loading import load_model
 from lors_cli.recipe.schema import ModelConfig, TuneConfig, TuneDataConfig
-from lors_cli.tuning import attach, head
+from lors_cli.tuning import attach
 from lors_cli.tuning.stage import tune
-from lors_cli.tuning.training import sharding
+from lors_cli.tuning.training import preparation
 from lors_cli.tuning.training.trainer import AdapterTrainer
 
 
@@ -56,7 +56,7 @@ def tune_and_stop(settings: dict[str, Any], model: str, out: Path, step: int) ->
 def shard_shares(settings: dict[str, Any], model: str, out: Path) -> list[float]:
     """Tune with sharded weights; of a block's frozen matrices, what share of the numbers this process held."""
     found: list[float] = []
-    original = sharding.shard
+    original = preparation.shard
 
     def observed(network: Any, device: torch.device) -> None:
         original(network, device)
@@ -64,7 +64,7 @@ def shard_shares(settings: dict[str, Any], model: str, out: Path) -> list[float]
             found.append(layer.weight.to_local().numel() / layer.weight.numel())  # type: ignore[attr-defined]
             assert layer.lora_A.dtype == torch.float32
 
-    with mock.patch.object(sharding, "shard", observed):
+    with mock.patch.object(preparation, "shard", observed):
         tune(tune_config(settings), ModelConfig(path=model), out)
     return found
 
@@ -109,7 +109,7 @@ def main(jobs: dict[str, Any], folder: Path) -> None:
             tune(tune_config(settings), ModelConfig(path=jobs["model"]), folder / name)
         tune_and_stop(jobs["stop"], jobs["model"], folder / "stop", jobs["step"])
         found["shares"] = shard_shares(jobs["fsdp"], jobs["half_model"], folder / "fsdp")
-        with mock.patch.object(head, "why_not_chunked", return_value="of the test"):
+        with mock.patch.object(preparation, "why_not_chunked", return_value="of the test"):
             tune(tune_config(jobs["plain"]), ModelConfig(path=jobs["model"]), folder / "plain")
         found["scores"] = scores(jobs["model"])
         found["failure"] = failure(rank)

@@ -1,0 +1,162 @@
+"""What would stop a run after hours, looked for before its first stage: models, texts, tasks, memory and disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from lors_cli.data.sources import open_source
+from lors_cli.errors import LorsError, ResourceError, UsageError, translate
+from lors_cli.machine import processes
+from lors_cli.machine.devices import free_memory
+from lors_cli.models.size import try_size
+from lors_cli.output import progress
+from lors_cli.output.console import gib
+from lors_cli.pipeline import resources
+from lors_cli.pipeline.plans import StagePlan
+from lors_cli.pipeline.stages import STAGES, Text
+from lors_cli.recipe.schema import ModelConfig
+
+ROWS = 20
+"""Rows of a text that are read; what is wrong with a source shows in the first."""
+ERROR = 0.2
+"""Of an estimate of memory: what is short by less may still run."""
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """What is in a stage's way."""
+
+    stage: str
+    error: LorsError
+
+
+def troubles(plans: Sequence[StagePlan], data_dir: Path | None) -> list[Trouble]:
+    """All that is in the way of the stages that are still to be done; weights are neither loaded nor downloaded."""
+    found: list[Trouble] = []
+    seen: set[tuple[str, str]] = set()
+    pending = [plan for plan in plans if plan.status != "done"]
+    to_come = {str(plan.folder) for plan in pending}
+    with progress.busy("looking ahead"):
+        for plan in pending:
+            there = [model for model in plan.models.values() if model.path not in to_come]
+            for look in _looks(plan, there, data_dir):
+                error = _met(look)
+                if error is not None and (type(error).__name__, error.message) not in seen:
+                    seen.add((type(error).__name__, error.message))
+                    found.append(Trouble(plan.stage, error))
+        error = _met(lambda: _check_disk(pending))
+    return [*found, Trouble("all", error)] if error is not None else found
+
+
+def refuse(found: Sequence[Trouble]) -> None:
+    """Raise what was found, in one error with the exit code of the first.
+
+    Raises:
+        LorsError: there is something.
+    """
+    if not found:
+        return
+    first, *others = [trouble.error for trouble in found]
+    if not others:
+        raise first
+    lines = "\n".join(f"And {trouble.stage}: {trouble.error}" for trouble in found[1:])
+    error = LorsError(f"{first}\n{lines}")
+    error.exit_code = first.exit_code
+    raise error
+
+
+def _met(look: Callable[[], Any]) -> LorsError | None:
+    """What a look ends in, where that is the user's to mend."""
+    try:
+        look()
+    except Exception as error:
+        known = translate(error)
+        if known is None:
+            raise
+        return known
+    return None
+
+
+def _looks(plan: StagePlan, models: Sequence[ModelConfig], data_dir: Path | None) -> Iterator[Callable[[], Any]]:
+    """Everything to look at before one stage."""
+    chat = getattr(getattr(plan.config, "data", None), "template", None) == "chat"
+    for model in models:
+        yield partial(_check_model, model, chat)
+    reads = STAGES[plan.stage].reads(plan.config)
+    if reads.teacher is not None:
+        yield partial(_check_model, reads.teacher)
+    for text in reads.texts:
+        yield partial(_check_text, text, data_dir)
+    for task in reads.tasks:
+        yield partial(_check_task, task, data_dir)
+    size = try_size(plan.origin)
+    if size is not None:
+        yield partial(STAGES[plan.stage].fits, plan.config, size)
+    yield lambda: resources.check_memory(plan)
+    yield lambda: _check_memory(plan)
+
+
+def _check_model(model: ModelConfig, chat: bool = False) -> None:
+    """Its configuration and tokenizer, downloaded from the hub if it is there; a chat template that is needed."""
+    from lors_cli.data.prompts import ChatTemplate, Turn
+    from lors_cli.data.tokenising import eos_token_id
+    from lors_cli.models.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    if chat:
+        talk = [Turn("user", "Say it."), Turn("assistant", "It.", learnt=True)]
+        ChatTemplate(tokenizer, eos_token_id(tokenizer)).render(talk)
+
+
+def _check_text(text: Text, data_dir: Path | None) -> None:
+    """A source's first rows."""
+    source = open_source(text.name, split=text.split, data_dir=data_dir, want=text.want, columns=text.columns)
+    if source.path is None and not any(any(row.values()) for row in islice(source.rows(), ROWS)):
+        raise UsageError(f"The first {ROWS} rows of {text.name} are empty.")
+
+
+def _check_task(name: str, data_dir: Path | None) -> None:
+    """The builder of a task's dataset, where that comes from the hub."""
+    from lors_cli.evaluation.tasks import open_dataset
+
+    open_dataset(name, data_dir)
+
+
+def _check_memory(plan: StagePlan) -> None:
+    """Refuse what is far from fitting, for stages that cannot tell better themselves."""
+    needed, _ = resources.try_estimate(plan)
+    if needed is None or processes.num_processes() > 1:  # which may share a model
+        return
+    free = free_memory(plan.origin.device)
+    if needed.memory * (1 - ERROR) > free:
+        raise ResourceError(
+            f"{plan.stage} needs about {gib(needed.memory)} of memory, {gib(free)} are free.",
+            "Use a larger machine or a smaller model; docs/scaling.md says what else takes less.",
+        )
+
+
+def _check_disk(plans: Sequence[StagePlan]) -> None:
+    """Refuse stages whose results, and what each needs while it runs, do not fit on the disk together."""
+    before = 0
+    for plan in plans:
+        there = next(folder for folder in (plan.folder.absolute(), *plan.folder.absolute().parents) if folder.exists())
+        if not os.access(there, os.W_OK):
+            raise UsageError(f"{there} cannot be written to.", "Choose another --out.")
+        needed, _ = resources.try_estimate(plan)
+        size = try_size(plan.origin)
+        if needed is None or size is None:
+            continue
+        free = resources.free_disk(plan.folder)
+        if before + needed.disk > free:
+            raise ResourceError(
+                f"{plan.stage} needs about {gib(before + needed.disk)} of disk in {plan.folder.parent}, with the "
+                f"stages before it; {gib(free)} are free.",
+                "Free some space or choose another --out.",
+            )
+        before += STAGES[plan.stage].leaves(plan.config, size)

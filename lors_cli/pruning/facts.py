@@ -1,0 +1,21 @@
+"""What fingerprints and estimates must know of the methods; light, where the methods load torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from lors_cli.recipe.schema import PruneConfig
+
+Kind = Literal["none", "norm", "hessian"]
+STATISTICS: dict[str, Kind] = {
+    "magnitude": "none", "wanda": "norm", "ria": "norm", "sparsegpt": "hessian", "admm": "hessian",
+}  # fmt: skip
+"""What each method looks at."""
+RECONSTRUCTION_SAMPLES = 4
+"""Calibration samples in one step of block reconstruction."""
+
+
+def statistics_kind(config: PruneConfig) -> Kind:
+    """What must be known of the inputs: what the method looks at, or the Hessian when weights are refitted."""
+    return "hessian" if config.refit else STATISTICS[config.method]
