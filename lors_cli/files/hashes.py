@@ -22,6 +22,11 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def user_cache(name: str) -> Path:
+    """A file of what is remembered per user, in $XDG_CACHE_HOME/lors (~/.cache/lors)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lors" / name
+
+
 def cached_sha256(path: Path) -> str:
     """`file_sha256`, remembered per user by path, size and modification time.
 
@@ -29,7 +34,7 @@ def cached_sha256(path: Path) -> str:
     """
     stat = path.stat()
     key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lors" / "sha256.json"
+    cache = user_cache("sha256.json")
     try:
         known = read_json(cache)
     except OSError:

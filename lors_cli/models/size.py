@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from lors_cli.errors import LorsError, MissingError, UsageError
+from lors_cli.files import atomic
+from lors_cli.files.hashes import user_cache
+from lors_cli.output import console
 from lors_cli.recipe.schema import ModelConfig
 
+MEMORY_VERSION = 1
+"""Raised when the same configuration gives other sizes."""
 _known_sizes: dict[str, ModelSize | None] = {}
 """By fingerprint."""
 
@@ -50,11 +56,48 @@ def model_size(config: ModelConfig) -> ModelSize | None:
 
     fingerprint = model_fingerprint(config)
     if _known_sizes.get(fingerprint) is None:  # a .gguf takes seconds to read
-        _known_sizes[fingerprint] = _measured(config)
+        _known_sizes[fingerprint] = _remembered(fingerprint, config) or _measured(config, fingerprint)
     return _known_sizes[fingerprint]
 
 
-def _measured(config: ModelConfig) -> ModelSize | None:
+def _memory(fingerprint: str) -> tuple[Path, str]:
+    """The user's file of sizes, and a model's key in it; making a model only to measure it takes most of a dry run."""
+    from importlib.metadata import version
+
+    return user_cache("sizes.json"), f"{MEMORY_VERSION}|{version('transformers')}|{fingerprint}"
+
+
+def _remembered(fingerprint: str, config: ModelConfig) -> ModelSize | None:
+    path, key = _memory(fingerprint)
+    try:
+        known = dict(_read(path)[key])
+        linears = tuple((rows, columns) for rows, columns in known["linears"])
+        block = tuple((rows, columns, expert) for rows, columns, expert in known["block"])
+        bytes_a_weight = _bytes_a_weight(config, known.pop("stored"))
+        return ModelSize(**{**known, "linears": linears, "block": block, "bytes_a_weight": bytes_a_weight})
+    except (KeyError, TypeError, ValueError):  # not there, or of another version
+        return None
+
+
+def _remember(fingerprint: str, size: ModelSize, stored: str) -> None:
+    if fingerprint.startswith("hub:"):  # whose configuration may not be the one that is in the cache tomorrow
+        return
+    path, key = _memory(fingerprint)
+    try:
+        atomic.write_json(path, {**dict(list(_read(path).items())[-100:]), key: {**asdict(size), "stored": stored}})
+    except OSError as error:
+        console.detail(f"sizes of models are not remembered: {error}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found: Any = atomic.read_json(path)
+    except OSError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _measured(config: ModelConfig, fingerprint: str) -> ModelSize | None:
     settings = _local_settings(config)
     if settings is None:
         return None
@@ -85,7 +128,8 @@ def _measured(config: ModelConfig) -> ModelSize | None:
         raise UsageError(f"{config.path}: its decoder blocks hold no linear that could be pruned.")
     text = settings.get_text_config()
     inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    return ModelSize(
+    stored = str(getattr(settings, "dtype", None)).removeprefix("torch.")
+    size = ModelSize(
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         linears=linears,
         block=tuple(max(blocks, key=lambda block: sum(rows * columns for rows, columns, _ in block))),
@@ -94,13 +138,15 @@ def _measured(config: ModelConfig) -> ModelSize | None:
         num_blocks=text.num_hidden_layers,
         vocab_size=text.vocab_size,
         max_length=model_max_length(settings),
-        bytes_a_weight=_bytes_a_weight(config, getattr(settings, "dtype", None)),
+        bytes_a_weight=_bytes_a_weight(config, stored),
         streamed=locate(config.path).gguf_file is None and Quantised.of(settings) is None,
     )
+    _remember(fingerprint, size, stored)
+    return size
 
 
-def _bytes_a_weight(config: ModelConfig, stored: Any) -> int:
-    """Of the number format that `models.resolve_dtype` will choose."""
+def _bytes_a_weight(config: ModelConfig, stored: str) -> int:
+    """Of the number format that `models.resolve_dtype` will choose; `stored`: float32 and the like."""
     import torch
 
     from lors_cli.machine.devices import cpu_has_bfloat16
@@ -108,7 +154,7 @@ def _bytes_a_weight(config: ModelConfig, stored: Any) -> int:
     if config.dtype != "auto":
         return getattr(torch, config.dtype).itemsize
     on_cpu = config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
-    return 4 if stored == torch.float32 or (on_cpu and not cpu_has_bfloat16()) else 2
+    return 4 if stored == "float32" or (on_cpu and not cpu_has_bfloat16()) else 2
 
 
 def _local_settings(config: ModelConfig) -> Any | None:

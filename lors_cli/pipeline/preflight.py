@@ -40,11 +40,13 @@ def troubles(plans: Sequence[StagePlan], data_dir: Path | None) -> list[Trouble]
     """All that is in the way of the stages that are still to be done; weights are neither loaded nor downloaded."""
     found: list[Trouble] = []
     seen: set[tuple[str, str]] = set()
+    looked: set[ModelConfig] = set()
     pending = [plan for plan in plans if plan.status != "done"]
     to_come = {str(plan.folder) for plan in pending}
     with progress.busy("looking ahead"):
         for plan in pending:
-            there = [model for model in plan.models.values() if model.path not in to_come]
+            there = [model for model in plan.models.values() if model.path not in to_come and model not in looked]
+            looked.update(there)
             for look in _looks(plan, there, data_dir):
                 error = _met(look)
                 if error is not None and (type(error).__name__, error.message) not in seen:
@@ -116,6 +118,8 @@ def _check_model(model: ModelConfig, chat: bool = False) -> None:
 
 def _check_text(text: Text, data_dir: Path | None) -> None:
     """A source's first rows."""
+    if text.name == "pydoc":  # always there, and all of it is read before its first row
+        return
     source = open_source(text.name, split=text.split, data_dir=data_dir, want=text.want, columns=text.columns)
     if source.path is None and not any(any(row.values()) for row in islice(source.rows(), ROWS)):
         raise UsageError(f"The first {ROWS} rows of {text.name} are empty.")

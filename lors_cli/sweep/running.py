@@ -51,8 +51,7 @@ def run_sweep(sweep: Sweep, out: Path, chosen: Sequence[Cell]) -> dict[str, Any]
     names = {cell.name for cell in chosen}
     _warn_of_disk(plans, names, out)
     with claim(out):
-        _write_text(out, sweep.text)
-        work = _Work(out, index(sweep, plans, out), plans, names)
+        work = _Work(out, index(sweep, plans, out), plans, names, sweep.text)
         work.write_index()
         for cell_plan in plans:
             if cell_plan.cell.name in names:
@@ -100,10 +99,13 @@ class _Work:
     index: dict[str, Any]
     plans: list[CellPlan]
     names: set[str]
+    text: str
     log: list[dict[str, Any]] = field(default_factory=list)
     failed: dict[str, LorsError] = field(default_factory=dict)
     """By cell."""
     _finished: set[Path] = field(default_factory=set)
+    _standing: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Entries of cells that are done in the index that was there."""
     _broken: dict[Path, LorsError] = field(default_factory=dict)
     """By stage folder."""
 
@@ -111,11 +113,23 @@ class _Work:
         mine = distinct(plan for plan in self.plans if plan.cell.name in self.names)
         self._finished = {folder for folder, (plan, _) in mine.items() if plan.status == "done"}
         self._total = len(mine) - len(self._finished)
+        known = atomic.read_json(self.out / INDEX_NAME)
+        self._standing = (
+            {entry["name"]: entry for entry in known["cells"] if entry["status"] == "done"} if known else {}
+        )
 
     def write_index(self) -> None:
-        """Write `sweep.json` where it would change."""
-        if atomic.read_json(self.out / INDEX_NAME) != self.index:
-            atomic.write_json(self.out / INDEX_NAME, self.index)
+        """Write `sweep.json`, and `sweep.yaml`, where they would change.
+
+        A cell that other settings finished earlier stays so there until these settings have finished it too.
+        """
+        cells = [entry if entry["status"] == "done" else self._standing.get(entry["name"], entry)
+                 for entry in self.index["cells"]]  # fmt: skip
+        if all(entry in self.index["cells"] for entry in cells):
+            _write_text(self.out, self.text)
+        written = {**self.index, "cells": cells}
+        if atomic.read_json(self.out / INDEX_NAME) != written:
+            atomic.write_json(self.out / INDEX_NAME, written)
 
     def run(self, cell_plan: CellPlan) -> None:
         """Do what a cell lacks; a LorsError ends the cell, not the sweep."""

@@ -120,3 +120,40 @@ def test_detection_looks_at_all_layers_together() -> None:
     for weight in weights.values():
         keep(2, 4)(weight.matrix)
     assert detect_pattern(weights) == Pattern(2, 4, 0.5)
+
+
+def test_what_a_stage_recorded_is_read_without_making_the_model(
+    at_finished: Path, lors: Lors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lors_cli.models import inspection, loading
+
+    expected = {path: json.loads(lors("inspect", path, "--json").stdout) for path in (PRUNED, TUNED)}
+    with monkeypatch.context() as patched:
+        patched.setattr(loading, "load_model", None)
+        for path, document in expected.items():
+            assert json.loads(lors("inspect", path, "--json").stdout) == document
+    monkeypatch.setattr(inspection, "_measure_recorded", lambda *_: None)  # by the model, as any other checkpoint
+    for path, document in expected.items():
+        assert json.loads(lors("inspect", path, "--json").stdout) == document
+
+
+def test_sizes_are_remembered_and_a_broken_memory_is_none(
+    at_finished: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from lors_cli.models import size
+    from lors_cli.recipe.schema import ModelConfig
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(size, "_known_sizes", {})
+    first = size.model_size(ModelConfig(path="dense"))
+    assert first is not None
+    assert first.num_parameters > first.num_prunable == sum(rows * columns for rows, columns in first.linears)
+    measured = size._measured
+    for content in (None, "{}", '["x"]', "\x00"):
+        monkeypatch.setattr(size, "_known_sizes", {})
+        if content is None:
+            monkeypatch.setattr(size, "_measured", None)
+        else:
+            monkeypatch.setattr(size, "_measured", measured)
+            (tmp_path / "cache" / "lors" / "sizes.json").write_text(content)
+        assert size.model_size(ModelConfig(path="dense")) == first

@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lors_cli.errors import ResourceError
 from lors_cli.files import hashes, locks, records
 from lors_cli.pipeline.plans import StagePlan
 from lors_cli.recipe.loading import load_recipe
+from lors_cli.recipe.resolved import resolved_recipe
 from lors_cli.sweep import running
 from lors_cli.sweep.cells import load_sweep
 from lors_cli.sweep.stages import plan_cells
@@ -88,7 +90,10 @@ def test_the_index_says_where_everything_lies(at_sweep: Path) -> None:
             record = records.read_record(SWEEP / folder)
             assert record is not None
             assert record.stage == stage
-            assert record.config == hashes.plain(getattr(recipe, stage))
+            said = getattr(resolved_recipe(recipe), stage)
+            if stage == "tune":
+                said = replace(said, data=replace(said.data, packing="separate"))
+            assert record.config == hashes.plain(said)
             assert folder == f"stages/{stage}-{record.fingerprint[:12]}"
         for role, folder in cell["models"].items():
             record = records.read_record(SWEEP / folder)
@@ -150,7 +155,9 @@ def test_a_new_measurement_is_the_only_one_made(at_sweep: Path, lors: Lors, stag
     assert result.stderr.count("2 measured earlier in this sweep") == 3
     assert result.stderr.count("1 to score, 2 done before") == 3
     assert {path: path.read_bytes() for path in before} == before
-    assert states()["wanda-sqft"] == "pending"
+    assert states()["wanda-sqft"] == "done"  # with what it was measured on before
+    (sqft,) = (cell for cell in index()["cells"] if cell["name"] == "wanda-sqft")
+    assert "eval.perplexity" not in sqft["overrides"]
 
 
 def test_only_some_cells(at_start: Path, lors: Lors, stages_run: list[str]) -> None:
@@ -333,3 +340,27 @@ def test_plans_share_folders_by_fingerprint(at_start: Path) -> None:
         ]  # fmt: skip
         assert all(stage.folder.name == f"{stage.stage}-{stage.fingerprint[:12]}" for stage in plan.plans)
     assert not Path("out").exists()
+
+
+def test_a_call_that_fails_or_does_other_cells_keeps_what_is_said_of_a_finished_one(
+    at_sweep: Path, lors: Lors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lors_cli.errors import ResourceError
+    from lors_cli.sweep import running
+
+    def refuse(*_: Any) -> None:
+        raise ResourceError("no room")
+
+    said = [Path("sweeps/grid", name).read_bytes() for name in ("sweep.json", "sweep.yaml")]
+    with monkeypatch.context() as patched:
+        patched.setattr(running, "run_stage", refuse)
+        assert lors("sweep", "grid.yaml", "eval.limit=1").exit_code == 4
+    assert [Path("sweeps/grid", name).read_bytes() for name in ("sweep.json", "sweep.yaml")] == said
+    before = {cell["name"]: cell for cell in json.loads(said[0])["cells"]}
+    assert lors("sweep", "grid.yaml", "eval.limit=1", "--only", "wanda-lors").exit_code == 0
+    after = {cell["name"]: cell for cell in json.loads(Path("sweeps/grid/sweep.json").read_text())["cells"]}
+    assert [name for name in before if after[name] != before[name]] == ["wanda-lors"]
+    assert after["wanda-lors"]["overrides"]["eval.limit"] == 1
+    assert Path("sweeps/grid/sweep.yaml").read_bytes() == said[1]  # most cells are of it
+    assert lors("sweep", "grid.yaml", "eval.limit=1").exit_code == 0
+    assert "eval.limit: 1" in Path("sweeps/grid/sweep.yaml").read_text()
