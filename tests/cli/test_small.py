@@ -93,9 +93,8 @@ def test_a_quiet_doctor_names_only_what_is_missing(capsys: pytest.CaptureFixture
     from lors_cli.doctor.examine import show
     from lors_cli.output import console
 
-    findings = [Finding("packages", "torch", "ok", "2.8", None), Finding("disk", "room", "warn", "1 GiB", "Free some.")]
     console.configure(verbosity=-1)
-    show(findings)
+    show({"packages": [Finding("torch", "ok", "2.8")], "disk": [Finding("room", "warn", "1 GiB", "Free some.")]})
     shown = capsys.readouterr().out
     assert "torch" not in shown
     assert "Free some." in shown
