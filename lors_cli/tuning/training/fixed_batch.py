@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lors_cli.data.samples import IGNORED
+from lors_cli.data.samples import IGNORED, Sample
 from lors_cli.tuning.attach import adapter_layers
 from lors_cli.tuning.norms import norm_shifts
 from lors_cli.tuning.training.randomness import random_state, restore_random_state
@@ -26,8 +26,9 @@ NUM_SAMPLES = 16
 
 @dataclass(frozen=True)
 class FixedBatch:
-    """Indices of samples, and whether training does without them."""
+    """Samples, read once, their indices, and whether training does without them."""
 
+    samples: list[Sample]
     indices: list[int]
     held_out: bool
 
@@ -46,8 +47,9 @@ def choose(trainer: AdapterTrainer, data: TuneData) -> FixedBatch:
             taken.update(data.first_drawn(config.init_samples, config.seed))
         left = [index for index in range(number) if index not in taken][-NUM_SAMPLES:]
         if len(left) == NUM_SAMPLES:
-            return FixedBatch(left, held_out=True)
-    return FixedBatch(data.first_drawn(NUM_SAMPLES, config.seed), held_out=False)
+            return FixedBatch([data.samples[index] for index in left], left, held_out=True)
+    first = data.first_drawn(NUM_SAMPLES, config.seed)
+    return FixedBatch([data.samples[index] for index in first], first, held_out=False)
 
 
 @torch.no_grad()
@@ -59,8 +61,7 @@ def measure(trainer: AdapterTrainer, batch: FixedBatch, *, untrained: bool = Fal
     Args:
         untrained: of the sparse model as it was before the first step, also in a run that goes on from a checkpoint.
     """
-    model, size, state = trainer.model, trainer.size, random_state()
-    samples = [trainer.samples[index] for index in batch.indices]
+    model, samples, size, state = trainer.model, batch.samples, trainer.size, random_state()
     batches = [trainer.collate(samples[first : first + size]) for first in range(0, len(samples), size)]
     num_labels = torch.tensor(float(sum(int((each["labels"][:, 1:] != IGNORED).sum()) for each in batches)))
     was_training = model.training

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def test_a_run_that_moved_nothing_says_so(
     metrics = tune(replace(config, method="spp", learning_rate=1e-9), base, tmp_path / "tune").metrics
     assert metrics["moved"] == 0.0
     assert metrics["loss_before"] == metrics["loss_after"]
-    said = " ".join(capsys.readouterr().err.split())
+    said = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().err).split())
     assert "warning: 0 % of the weights moved: learning_rate is too low for spp." in said
     shown = f"loss {metrics['loss_before']:.4f} → {metrics['loss_before']:.4f} on 16 samples"
     assert shown in said
