@@ -71,7 +71,8 @@ class Weights:
 
         device = self.merged[0].device
         taken = seconds_of(merge, device, repeats)
-        read = bases[0].num_bytes if isinstance(bases[0], Compressed24) else bases[0].nbytes
+        held = bases[0]
+        read = held.values.nbytes + held.positions.nbytes if isinstance(held, Compressed24) else held.nbytes
         figures = {"seconds": taken, "gb_per_s": (read + self.merged[0].nbytes) / taken / 1e9}
         if device.type == "cuda":
             figures |= {"registers": compiled[0].n_regs, "spills": compiled[0].n_spills}
