@@ -9,16 +9,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lors_cli.files import atomic, hashes, records
 from lors_cli.machine import environment
 from lors_cli.pipeline.stages import STAGES
 from lors_cli.pipeline.standing import standing_stages
 from lors_cli.recipe.schema import Recipe
-
-if TYPE_CHECKING:
-    pass
 
 MANIFEST_NAME = "manifest.json"
 _NOTHING: Mapping[Any, Any] = MappingProxyType({})
