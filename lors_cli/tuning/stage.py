@@ -7,14 +7,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lors_cli.errors import SparsityError, UsageError
+from lors_cli.errors import UsageError
 from lors_cli.files import atomic, hashes, records
 from lors_cli.machine import environment, processes
 from lors_cli.models.blocks import prunable_weights
 from lors_cli.output import console, progress
 from lors_cli.output.console import counted
 from lors_cli.recipe.resolved import resolved_tune
-from lors_cli.sparsity import Pattern, measure, summarise
+from lors_cli.sparsity import Pattern
 from lors_cli.tuning.teacher import teacher_model, with_teacher
 
 if TYPE_CHECKING:
@@ -35,9 +35,6 @@ WITHOUT_EFFECT = (
 """Settings that change how the work is done, not what comes out."""
 CHECKPOINTS_NAME = "checkpoints"
 LOG_NAME = "log.jsonl"
-ADAPTER_NAME = "adapter"
-ALMOST_NONE = 0.001
-"""Share of the kept weights: where fewer move, training has done nothing."""
 
 
 def stage_fingerprint(config: TuneConfig, model_fingerprint: str, data_dir: Path | None) -> str:
@@ -103,6 +100,7 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
     from lors_cli.models.loading import load_tokenizer
     from lors_cli.models.sources import model_fingerprint
     from lors_cli.tuning.attach import adaptable_layers
+    from lors_cli.tuning.results import adapter_config, write_card, write_results
     from lors_cli.tuning.training.distributed import say_how
     from lors_cli.tuning.training.preparation import prepare_trainer
     from lors_cli.tuning.training.sharding import load_trainable, whole_model
@@ -130,12 +128,12 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
 
     def write() -> records.StageRecord:
         tuned = whole_model(config, model, network, layers)
-        adapter = _adapter_config(config, tuned, layers, model, base_fingerprint)
+        adapter = adapter_config(config, tuned, layers, model, base_fingerprint)
         staging = records.staging_dir(out)
         metrics = {**training, **_data_metrics(data),
-                   **_write_results(staging, tuned, tokenizer, adapter, patterns)}  # fmt: skip
+                   **write_results(staging, tuned, tokenizer, adapter, patterns)}  # fmt: skip
         stored = _with_packing(resolved_tune(config), data_dir)
-        _write_card(staging, stored, model, metrics)
+        write_card(staging, stored, model, metrics)
         atomic.write_bytes(staging / LOG_NAME, log.path.read_bytes())
         record = records.StageRecord(
             "tune", fingerprint, hashes.plain(stored), {"model": base_fingerprint, "path": model.path}, metrics,
@@ -247,65 +245,3 @@ def _train(trainer: AdapterTrainer, data: TuneData, out: Path, log: StepLog) -> 
 def _data_metrics(data: TuneData) -> dict[str, Any]:
     tokens = "tokens_an_epoch" if data.num_steps is None else "tokens"
     return {"num_samples": len(data.samples), "skipped": dict(data.skipped), tokens: data.num_tokens}
-
-
-def _adapter_config(
-    config: TuneConfig, network: PreTrainedModel, layers: list[str], model: ModelConfig, base_fingerprint: str
-) -> Any:
-    from lors_cli.tuning.adapter import AdapterConfig
-    from lors_cli.tuning.attach import adapter_layers, base_mask
-    from lors_cli.tuning.norms import norm_shifts
-
-    return AdapterConfig(
-        method=config.method, rank=config.rank, alpha=config.alpha, use_rslora=config.use_rslora,
-        layers=tuple(layers), base=model.path,
-        base_fingerprint=base_fingerprint, base_mask=base_mask(network, adapter_layers(network)),
-        norms=tuple(norm_shifts(network)), rounding=config.weight_rounding,
-    )  # fmt: skip
-
-
-def _write_results(
-    staging: Path, network: PreTrainedModel, tokenizer: Any, adapter: Any, patterns: dict[str, Pattern]
-) -> dict[str, Any]:
-    """Adapter and merged checkpoint into `staging`, once the merged weights are known to keep the zeros."""
-    from lors_cli.models.loading import save_checkpoint
-    from lors_cli.tuning.adapter import save_adapter
-    from lors_cli.tuning.attach import adapter_tensors
-    from lors_cli.tuning.baselines import LAYERS
-    from lors_cli.tuning.merge import merge_counted
-
-    trainable = sum(tensor.numel() for tensor in adapter_tensors(network).values())
-    save_adapter(network, staging / ADAPTER_NAME, adapter)
-    counts = merge_counted(network)
-    moved = counts.moved / counts.kept
-    if moved < ALMOST_NONE:
-        console.warn(f"{100 * moved:.2g} % of the weights moved: learning_rate is too low for {adapter.method}.")
-    if counts.zeroed:
-        console.info(f"  {counts.zeroed} kept weights became exactly zero in the merge")
-    weights = prunable_weights(network)
-    held: dict[str, Pattern | None] = {**patterns}
-    if not LAYERS[adapter.method].keeps_zeros:
-        console.warn(f"method: {adapter.method} fills the zeros when it is merged: the tuned model is dense.")
-        held = dict.fromkeys(patterns)
-    layers = [measure(name, weights[name].matrix, pattern) for name, pattern in held.items()]
-    pattern = next(iter(held.values()))
-    summary = summarise(layers, pattern)
-    if summary["violations"]:
-        raise SparsityError(
-            f"the merged model breaks {pattern} at {summary['violations']} places; nothing was written."
-        )
-    save_checkpoint(network, tokenizer, staging)
-    return {**summary, "trainable_parameters": trainable, "zeroed": counts.zeroed, "moved": round(moved, 6),
-            "base_mask": adapter.base_mask}  # fmt: skip
-
-
-def _write_card(staging: Path, config: TuneConfig, model: ModelConfig, metrics: dict[str, Any]) -> None:
-    from lors_cli.models.card import model_card
-
-    record = records.read_record(Path(model.path)) if Path(model.path).is_dir() else None
-    card = model_card(
-        base_model=record.inputs.get("path", model.path) if record else model.path,
-        prune=record.config if record and record.stage == "prune" else None,
-        tune=hashes.plain(config), metrics=metrics, environment=environment.environment(),
-    )  # fmt: skip
-    atomic.write_text(staging / "README.md", card)

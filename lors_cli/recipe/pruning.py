@@ -1,0 +1,68 @@
+"""The settings of `prune`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from lors_cli.recipe.columns import ColumnsConfig, Name, NotNegative, Positive, Seed
+from lors_cli.recipe.rules import Section
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationConfig(Section):
+    """The text that shows the pruner what the inputs of each layer look like."""
+
+    dataset: Name = "c4"
+    """alpaca, c4, pydoc, slimpajama, wikitext2, or a file (.jsonl .json .csv .parquet .txt …; tokens: .safetensors)."""
+    columns: ColumnsConfig | None = None
+    """What a file's columns are called, where they are not found or several would do; others are not looked at."""
+    num_samples: Positive | None = None
+    """Sequences. Default 128; a pre-tokenised file is used whole."""
+    sequence_length: Positive | None = None
+    """Tokens a sequence. Default 2048 or the model's limit; a pre-tokenised file is used whole."""
+    batch_size: Positive = 8
+    """Sequences a forward pass."""
+    offload: Literal["auto", "device", "cpu", "disk"] = "auto"
+    """Where hidden states are kept between blocks. auto: on the device if they take at most half of its free memory,
+    else in CPU memory, else on disk. Not part of a stage's fingerprint."""
+    seed: Seed = 0
+    """Of the choice of sequences. Default: the recipe's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig(Section):
+    """Which weights to remove, and how the rest makes up for them."""
+
+    method: Literal["magnitude", "wanda", "sparsegpt", "ria", "admm"] = "sparsegpt"
+    """How the weights to remove are chosen; sparsegpt and admm also move the kept ones (docs/pruning.md)."""
+    pattern: Annotated[str, Field(pattern=r"^(unstructured|[0-9]{1,4}:[0-9]{1,4})$")] = "2:4"
+    """N:M keeps at most N of every M consecutive inputs of a row; unstructured needs `sparsity`."""
+    sparsity: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of weights set to zero; with N:M it may be left out."""
+    refit: bool = False
+    """Solve for the kept weights anew on the mask that the method chose (least squares on the layer's outputs)."""
+    reconstruct_epochs: NotNegative = 0
+    """Passes over the calibration samples in which the kept weights of each block are then tuned by gradients to give
+    the dense block's outputs (EBFT, arXiv:2402.12419). The best recovery without training, and the slowest."""
+    true_sequential: bool | None = None
+    """Prune each group of linears (q/k/v, o, gate/up, down) on inputs from the already pruned ones before it, in one
+    pass of each block, and not the whole block on its dense inputs in two. Faster and mostly better, at the price of
+    holding the activations of all samples inside a block. Default: on for admm, off for the others, as their papers'
+    codes do it."""
+    channel_permutation: bool = False
+    """N:M only: first reorder the inputs of down_proj and o_proj (with the rows that make them) so that the largest
+    scores share fewer groups; the dense model's function stays."""
+    layer_sparsity: Literal["uniform", "owl"] = "uniform"
+    """Unstructured only: the same sparsity for every block, or less for blocks with many outliers (OWL)."""
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    """Which text, and how much of it."""
+
+    @property
+    def sequential(self) -> bool:
+        """Whether groups are pruned one after the other (`true_sequential`, or what the method implies)."""
+        if self.method == "magnitude" and not self.refit:
+            return False
+        return self.method == "admm" if self.true_sequential is None else self.true_sequential

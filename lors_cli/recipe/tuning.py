@@ -1,0 +1,169 @@
+"""The settings of `tune`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from lors_cli.recipe.columns import ColumnsConfig, Name, NotNegative, Positive, Rate, Seed
+from lors_cli.recipe.rules import Section
+
+TuneMethod = Literal["lors", "sqft", "sqft-gc", "spp", "spp-gc", "hira", "lora"]
+
+
+def _whole(value: Any) -> Any:
+    """0.5e9 as the whole number that it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneDataConfig(Section):
+    """The text to tune on."""
+
+    dataset: Name = "alpaca"
+    """alpaca, c4, pydoc, slimpajama, wikitext2, or a file."""
+    columns: ColumnsConfig | None = None
+    """What a file's columns are called, where they are not found or several would do; others are not looked at."""
+    max_length: Positive = 512
+    """Tokens a sample: instructions are cut there, text is packed to it."""
+    num_samples: Positive | None = None
+    """At most so many samples; default: all of them (streamed text: as many as the steps need)."""
+    template: Literal["alpaca", "alpaca_short", "vicuna", "chat"] = "alpaca"
+    """What an instruction is written into: Stanford Alpaca's prompt, alpaca-lora's short one, Vicuna's, or chat, the
+    tokenizer's own chat template."""
+    train_on_prompt: bool = False
+    """Instructions: learn the prompt's tokens too, not the response alone."""
+    packing: Literal["concatenated", "isolated", "separate"] | None = None
+    """How texts share a sample. concatenated: one after the other, each seeing those before it. isolated: positions
+    start anew with each text and none sees another; instructions can be packed so too, whole, several a sample.
+    separate: one a sample, instructions alone. Default: text concatenated, instructions separate."""
+    stream: Literal["auto", "on", "off"] = "auto"
+    """Tokenise text in the background while it is trained on, with a cache on disk, instead of all of it before.
+    auto: on for text from the hub, local files above 64 MiB, and max_tokens."""
+    shuffle_buffer: Positive = 4096
+    """Streamed text: so many consecutive packed samples are shuffled together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(Section):
+    """Learning from the dense model's predictions beside the labels; it is held in memory too."""
+
+    teacher: Name | None = None
+    """The dense model, with the same vocabulary. Default: the one that the sparse model was pruned from."""
+    revision: Name = "main"
+    """Branch, tag or commit of the teacher on the hub."""
+    weight: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share of the divergence from the teacher in the loss; the rest is cross-entropy with the labels."""
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """Of both softmaxes (arXiv:1503.02531)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig(Section):
+    """Recovery training that keeps the zeros."""
+
+    method: TuneMethod = "lors"
+    """lors, or what it is compared with: sqft, spp (both also -gc: their layers computed again in backward), hira, and
+    lora, whose merge fills the zeros."""
+    rank: Positive = 16
+    """Inner size of lora_B·lora_A. spp: a divisor of every layer's outputs."""
+    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 16.0
+    """Numerator of the update's scale."""
+    use_rslora: bool = True
+    """Scale the update by alpha/sqrt(rank), as the LoRS authors run it (rsLoRA, arXiv:2312.03732), else alpha/rank."""
+    init: Literal["gradient", "gradient-exact", "kaiming"] | None = None
+    """Start lora_A from the loss gradient's right singular vectors (gradient: from sketches of it, in one pass over the
+    samples; gradient-exact: from the gradient itself, in a pass for every eighth of the layers), or from a
+    Kaiming-uniform draw. Default: gradient for lors, kaiming for the others, as their authors have it."""
+    init_samples: Positive = 8
+    """Samples the gradient is summed over."""
+    rounding: Literal["nearest", "stochastic"] | None = None
+    """How merged weights are rounded to bfloat16. nearest loses updates below half of bfloat16's step; stochastic keeps
+    them on average, by a threshold for each weight that is fixed by its place. Default: stochastic for lors; the others
+    have nearest alone."""
+    merged_cache: Literal["auto", "off", "on"] = "auto"
+    """lors: keep every merged weight while its adapters are unchanged (from the forward pass to the backward pass, and
+    over the micro-batches of a step), or build it anew for each use. auto: on if that takes at most a quarter of the
+    free memory. Not part of a stage's fingerprint."""
+    base: Literal["plain", "compressed"] = "plain"
+    """lors: hold the sparse weights as they are, or, of 2:4 weights, only the kept values and their positions (9/16 of
+    the memory in bfloat16, the same results; without a CUDA GPU each is restored before it is merged, which takes
+    longer). Not part of a stage's fingerprint."""
+    data: TuneDataConfig = field(default_factory=TuneDataConfig)
+    """Which text, and how much of it."""
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2e-5
+    """Peak of the cosine schedule. Scale times rate acts as one knob: each method needs its own."""
+    loraplus_lr_ratio: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """Learning rate of lora_B over that of lora_A, which is learning_rate (LoRA+, arXiv:2402.12354)."""
+    train_norms: bool = False
+    """Train the parameters of normalisation layers too, in float32 (PERP, arXiv:2312.15230); not for lora, whose
+    adapter files have no place for them."""
+    norms_lr_ratio: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """Learning rate of the norms over learning_rate; a parameter's steps are in units of its root mean square."""
+    distill: DistillConfig | None = None
+    """Learn from the dense model's predictions too."""
+    min_learning_rate: Rate = 0.0
+    """Floor of the cosine schedule; lora_B's is loraplus_lr_ratio times it."""
+    warmup_steps: NotNegative = 0
+    """Optimiser steps in which the learning rate rises to its peak."""
+    weight_decay: Rate = 0.0
+    """AdamW's, on the adapters."""
+    max_grad_norm: Rate = 1.0
+    """Clip the gradient's norm to this; 0 turns clipping off."""
+    epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3.0
+    """Passes over the data."""
+    max_steps: Positive | None = None
+    """Optimiser steps; overrides epochs."""
+    max_tokens: Annotated[int, BeforeValidator(_whole), Field(gt=1)] | None = None
+    """Tokens of streamed text to train on, such as 0.5e9, exactly: the last sample and the last step are cut to it.
+    Overrides epochs."""
+    batch_size: Positive = 32
+    """Samples an optimiser step, over all devices and accumulation."""
+    per_device_batch_size: Positive | None = None
+    """Samples a forward pass. Default: the largest divisor of batch_size up to 4."""
+    gradient_checkpointing: bool = False
+    """Compute each decoder block again in backward instead of keeping its activations."""
+    parallelism: Literal["ddp", "fsdp"] = "ddp"
+    """How several processes (`--nproc`, torchrun) hold the model. ddp: each the whole of it. fsdp: each a shard of
+    every decoder block's frozen weights, gathered block by block when they are used. Not part of a stage's
+    fingerprint."""
+    save_steps: Positive = 100
+    """Optimiser steps between training checkpoints."""
+    keep_checkpoints: Positive = 2
+    """So many of the newest training checkpoints stay on disk."""
+    max_bad_steps: NotNegative = 0
+    """Optimiser steps of the whole run that may be bad, their loss or gradient not finite: such a step changes no
+    weight, and the run goes on with the next samples. One more ends it, with the last checkpoint kept. Not part of a
+    stage's fingerprint: a run that was ended goes on with a higher one."""
+    spike_factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
+    """A step is bad too if its loss or its gradient's norm is above so many times its median over the last 50 good
+    steps (from the tenth on). Default: only what is not finite is bad."""
+    tensorboard: bool = False
+    """Write TensorBoard events to tune/tensorboard too (needs the tensorboard package)."""
+    seed: Seed = 0
+    """Of the samples' order and of the adapters' start. Default: the recipe's."""
+
+    @property
+    def start(self) -> Literal["gradient", "gradient-exact", "kaiming"]:
+        """How lora_A starts: `init`, or what the method implies."""
+        return self.init or ("gradient" if self.method == "lors" else "kaiming")
+
+    @property
+    def weight_rounding(self) -> Literal["nearest", "stochastic"]:
+        """How merged weights are rounded to bfloat16: `rounding`, or what the method implies."""
+        return self.rounding or ("stochastic" if self.method == "lors" else "nearest")
+
+    @property
+    def scale(self) -> float:
+        """The factor s of the update s·lora_B·lora_A."""
+        return self.alpha / math.sqrt(self.rank) if self.use_rslora else self.alpha / self.rank
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Samples a forward pass."""
+        if self.per_device_batch_size is not None:
+            return self.per_device_batch_size
+        return max(size for size in range(1, min(4, self.batch_size) + 1) if self.batch_size % size == 0)

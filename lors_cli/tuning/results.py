@@ -1,0 +1,79 @@
+"""What tuning leaves behind: the adapter, the merged checkpoint and its card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from lors_cli.errors import SparsityError
+from lors_cli.files import atomic, hashes, records
+from lors_cli.machine import environment
+from lors_cli.models.blocks import prunable_weights
+from lors_cli.models.card import model_card
+from lors_cli.models.loading import save_checkpoint
+from lors_cli.output import console
+from lors_cli.recipe.schema import ModelConfig, TuneConfig
+from lors_cli.sparsity import Pattern, measure, summarise
+from lors_cli.tuning.adapter import AdapterConfig, save_adapter
+from lors_cli.tuning.attach import adapter_layers, adapter_tensors, base_mask
+from lors_cli.tuning.baselines import LAYERS
+from lors_cli.tuning.merge import merge_counted
+from lors_cli.tuning.norms import norm_shifts
+
+ADAPTER_NAME = "adapter"
+ALMOST_NONE = 0.001
+"""Share of the kept weights: where fewer move, training has done nothing."""
+
+
+def adapter_config(
+    config: TuneConfig, network: PreTrainedModel, layers: list[str], model: ModelConfig, base_fingerprint: str
+) -> AdapterConfig:
+    """What adapter_config.json says of this training."""
+    return AdapterConfig(
+        method=config.method, rank=config.rank, alpha=config.alpha, use_rslora=config.use_rslora,
+        layers=tuple(layers), base=model.path,
+        base_fingerprint=base_fingerprint, base_mask=base_mask(network, adapter_layers(network)),
+        norms=tuple(norm_shifts(network)), rounding=config.weight_rounding,
+    )  # fmt: skip
+
+
+def write_results(
+    staging: Path, network: PreTrainedModel, tokenizer: Any, adapter: AdapterConfig, patterns: dict[str, Pattern]
+) -> dict[str, Any]:
+    """Adapter and merged checkpoint into `staging`, once the merged weights are known to keep the zeros."""
+    trainable = sum(tensor.numel() for tensor in adapter_tensors(network).values())
+    save_adapter(network, staging / ADAPTER_NAME, adapter)
+    counts = merge_counted(network)
+    moved = counts.moved / counts.kept
+    if moved < ALMOST_NONE:
+        console.warn(f"{100 * moved:.2g} % of the weights moved: learning_rate is too low for {adapter.method}.")
+    if counts.zeroed:
+        console.info(f"  {counts.zeroed} kept weights became exactly zero in the merge")
+    weights = prunable_weights(network)
+    held: dict[str, Pattern | None] = {**patterns}
+    if not LAYERS[adapter.method].keeps_zeros:
+        console.warn(f"method: {adapter.method} fills the zeros when it is merged: the tuned model is dense.")
+        held = dict.fromkeys(patterns)
+    layers = [measure(name, weights[name].matrix, pattern) for name, pattern in held.items()]
+    pattern = next(iter(held.values()))
+    summary = summarise(layers, pattern)
+    if summary["violations"]:
+        raise SparsityError(
+            f"the merged model breaks {pattern} at {summary['violations']} places; nothing was written."
+        )
+    save_checkpoint(network, tokenizer, staging)
+    return {**summary, "trainable_parameters": trainable, "zeroed": counts.zeroed, "moved": round(moved, 6),
+            "base_mask": adapter.base_mask}  # fmt: skip
+
+
+def write_card(staging: Path, config: TuneConfig, model: ModelConfig, metrics: dict[str, Any]) -> None:
+    """The model card of the tuned model."""
+    record = records.read_record(Path(model.path)) if Path(model.path).is_dir() else None
+    card = model_card(
+        base_model=record.inputs.get("path", model.path) if record else model.path,
+        prune=record.config if record and record.stage == "prune" else None,
+        tune=hashes.plain(config), metrics=metrics, environment=environment.environment(),
+    )  # fmt: skip
+    atomic.write_text(staging / "README.md", card)
