@@ -66,6 +66,7 @@ def test_blocks_run_one_after_the_other(
 
     shutil.copytree(shared_dir / "data" / "models" / "stories260k", tmp_path / "model")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lors_cli.recipe.section.OWN_METHODS", set())
     with patch.dict(methods.STATISTICS), patch.dict(methods.SOLVERS), patch.dict(LAYERS):  # the page adds some
         for language, code in blocks(page):
             if language == "python":

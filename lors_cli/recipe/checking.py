@@ -8,6 +8,7 @@ import json
 import re
 import typing
 from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
@@ -18,6 +19,8 @@ from lors_cli.output.redaction import redact
 from lors_cli.recipe.rules import broken
 from lors_cli.recipe.settings import KeyPath, Place, Settings, dotted
 
+IS_CHECKING: ContextVar[bool] = ContextVar("is_checking", default=False)
+"""Whether sections are being made by `check`, so that they need not check themselves."""
 MAX_LISTED = 12
 """Keys of a section that a message names all of."""
 _ELSEWHERE = {
@@ -99,8 +102,9 @@ def _inner_keys(schema: type) -> Iterator[tuple[str, ...]]:
 def check(schema: type, settings: Settings) -> Any:
     """The settings as an instance of `schema`, or a UsageError with every problem in the order of the places."""
     _refuse_secrets(settings)
+    token = IS_CHECKING.set(True)
     try:
-        result = _adapter(schema).validate_json(json.dumps(settings.data), strict=True)
+        result = _adapter(schema).validate_json(json.dumps(settings.data, default=repr), strict=True)
     except ValidationError as error:
         errors = [entry for entry in error.errors(include_url=False) if entry["type"] != "value_error"]
         for entry in sorted(errors, key=lambda entry: settings.place(entry["loc"]).order):
@@ -108,6 +112,8 @@ def check(schema: type, settings: Settings) -> Any:
         _check_rules(schema, settings.data, settings, {dotted(entry["loc"]) for entry in errors})
         settings.fail()
         raise
+    finally:
+        IS_CHECKING.reset(token)
     settings.fail()
     return result
 
@@ -196,6 +202,7 @@ def describe(path: KeyPath, entry: Any, raw: str | None) -> str:
     if kind == "tuple_type" and isinstance(value, str):
         return f"must be a list, for example [{got}]"
     if kind in _MUST_BE:
+        got = f"the text {got!r}" if isinstance(value, str) and raw is None else got
         return f"must be {_MUST_BE[kind].format(**context)}, not {got}"
     return f"{entry['msg']}, not {got}"
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from lors_cli.recipe.rules import Section
+from lors_cli.recipe.section import Section
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]

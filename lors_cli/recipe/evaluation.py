@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from lors_cli.recipe.columns import Name, Positive
-from lors_cli.recipe.rules import Section
+from lors_cli.recipe.section import Section
 
 ModelRole = Literal["dense", "pruned", "tuned"]
 SEVEN_TASKS = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "openbookqa", "rte", "winogrande")

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from lors_cli.recipe.columns import ColumnsConfig, Name, NotNegative, Positive, Seed
-from lors_cli.recipe.rules import Section
+from lors_cli.recipe.section import Section
 
 
 @dataclass(frozen=True, kw_only=True)

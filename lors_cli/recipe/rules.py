@@ -8,28 +8,10 @@ config and `found` is what `is_broken` gave; `key` is the setting that it speaks
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from pydantic import ConfigDict
-
-_MODELS = ("path", "teacher")
-"""Settings that name a model, whose ~ is the user's home."""
 Rule = tuple[str, Callable[[Any], Any], str, str]
-
-
-class Section:
-    """What every section has: pydantic reads it strictly, and its rules are checked however it is made."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
-
-    def __post_init__(self) -> None:
-        for name in _MODELS:
-            if isinstance(path := getattr(self, name, None), str):
-                object.__setattr__(self, name, os.path.expanduser(path))
-        for key, message in broken(self):
-            raise ValueError(f"{key}: {message}" if key else message)
 
 
 def broken(config: Any) -> Iterator[tuple[str, str]]:

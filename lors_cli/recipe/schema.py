@@ -19,7 +19,7 @@ from lors_cli.recipe.evaluation import EvalConfig as EvalConfig
 from lors_cli.recipe.evaluation import ModelRole as ModelRole
 from lors_cli.recipe.pruning import CalibrationConfig as CalibrationConfig
 from lors_cli.recipe.pruning import PruneConfig as PruneConfig
-from lors_cli.recipe.rules import Section
+from lors_cli.recipe.section import Section
 from lors_cli.recipe.tuning import DistillConfig as DistillConfig
 from lors_cli.recipe.tuning import TuneConfig as TuneConfig
 from lors_cli.recipe.tuning import TuneDataConfig as TuneDataConfig

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from lors_cli.recipe.columns import ColumnsConfig, Name, NotNegative, Positive, Rate, Seed
-from lors_cli.recipe.rules import Section
+from lors_cli.recipe.section import Section
 
 TuneMethod = Literal["lors", "sqft", "sqft-gc", "spp", "spp-gc", "hira", "lora"]
 

@@ -109,7 +109,7 @@ rank: 3
         "x.yaml:7: prune.sparsity: 0.7 contradicts pattern: 2:4, which is 0.5; leave it out",
         "x.yaml:8: prune.calibration: must be a section with keys of its own, not 5",
         "x.yaml:10: tune.learning_rat: unknown key; did you mean learning_rate?",
-        "x.yaml:11: tune.rank: must be a whole number, not 16",
+        "x.yaml:11: tune.rank: must be a whole number, not the text '16'",
         "x.yaml:12: tune.alpha: must be a number, not true",
         "x.yaml:13: tune.rank: given twice; the first is on line 11",
         "x.yaml:15: tune.data.datset: unknown key; did you mean dataset?",
