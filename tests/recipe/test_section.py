@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +87,7 @@ def test_lists_dicts_and_paths_become_what_yaml_makes_of_them() -> None:
 )
 def test_repr_is_short_and_builds_the_same_again(config: Any) -> None:
     assert eval(repr(config)) == config
-    shown = repr(config).count("=")
-    assert shown < len(fields(config)) / 2
+    assert len(repr(config)) < 100
 
 
 def test_repr_of_the_defaults_is_empty() -> None:
