@@ -13,6 +13,7 @@ from lors_cli.cli.look import look_app
 from lors_cli.cli.pipelines import pipelines_app
 from lors_cli.cli.recipes import recipes_app
 from lors_cli.cli.stages import stages_app
+from lors_cli.cli.talk import talk_app
 from lors_cli.machine import processes
 
 FIRST_STEPS = """[bold]First steps[/bold]
@@ -26,7 +27,7 @@ app = typer.Typer(
     name="lors", cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
-for panel in (pipelines_app, stages_app, look_app):
+for panel in (pipelines_app, stages_app, talk_app, look_app):
     app.add_typer(panel)
 app.add_typer(data_app, name="data", rich_help_panel=AROUND)
 app.add_typer(recipes_app, name="recipes", rich_help_panel=HELP)

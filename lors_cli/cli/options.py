@@ -129,6 +129,24 @@ Formats = Annotated[
 Shipped = Annotated[str, _argument("A shipped recipe's or sweep's name.", "NAME", completion.shipped)]
 Target = Annotated[Path | None, _argument("File or folder; default: here.", "[TARGET]")]
 
+# lors generate
+Models = Annotated[
+    list[str], _argument("A model (folder, hub id, .gguf file), or an adapter's folder; NAME=MODEL calls it NAME.",
+                         "[NAME=]MODEL")
+]  # fmt: skip
+Prompt = Annotated[list[str] | None, option("What to answer; may be repeated. Without prompts: lines of stdin.")]
+Prompts = Annotated[Path | None, option("File of prompts: .txt with one a line, or .jsonl, .csv … with one a row.")]
+Template = Annotated[
+    str | None, option("Prompt format: alpaca, alpaca_short, vicuna, chat; default: what each model was tuned with.",
+                       panel=SETTINGS, complete=of("alpaca", "alpaca_short", "vicuna", "chat"))
+]  # fmt: skip
+Raw = Annotated[bool, option("No prompt format: go on from the text as it is.", "--raw", panel=SETTINGS)]
+MaxNewTokens = Annotated[int, option("Tokens an answer at most.", panel=SETTINGS)]
+Temperature = Annotated[float, option("0: always the likeliest token; above: draw.", panel=SETTINGS)]
+TopP = Annotated[float, option("Draw from the likeliest tokens with this much probability.", panel=SETTINGS)]
+Seed = Annotated[int, option("Of the draws, anew for each prompt.", panel=SETTINGS)]
+TextsOut = Annotated[Path | None, option("File for the answers, JSON lines.", panel=OUTPUT)]
+
 # lors data show
 Tuned = Annotated[
     str, _argument("A recipe or a tune config: a file, or the name of a shipped one.", "RECIPE", completion.recipes)

@@ -185,6 +185,15 @@ class ChatTemplate:
         spans = [(first, end + _length_of_end(whole, first, end, ending)) for first, end in places.values()]
         return Rendered(whole[: stop + len(ending)], spans, [], [] if ending else [self._eos])
 
+    def prompt(self, turns: Sequence[Turn]) -> str:
+        """A conversation up to where its next answer begins.
+
+        Raises:
+            UsageError: the template refuses the conversation, or leaves a text of it out.
+        """
+        self._try_roles(turns)
+        return self._whole(turns, asks=True)
+
     def _place(self, turns: Sequence[Turn], number: int, whole: str) -> tuple[int, int]:
         """Where in the whole text the answer `number` is."""
         marker = _MARKER.format("answer")
@@ -207,10 +216,12 @@ class ChatTemplate:
                 raise _left_out(roles[number])
         self._tried.add(roles)
 
-    def _whole(self, turns: Sequence[Turn]) -> str:
+    def _whole(self, turns: Sequence[Turn], asks: bool = False) -> str:
         talk = [{"role": turn.role, "content": turn.content} for turn in turns]
         try:
-            return self._tokenizer.apply_chat_template(talk, chat_template=self._template, tokenize=False)
+            return self._tokenizer.apply_chat_template(
+                talk, chat_template=self._template, tokenize=False, add_generation_prompt=asks
+            )
         except Exception as error:  # a template is code of the model's, and fails in every way that code does
             raise UsageError(
                 f"the tokenizer's chat template refuses a conversation of {', '.join(turn.role for turn in turns)}: "

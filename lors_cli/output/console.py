@@ -111,6 +111,31 @@ def result(text: str = "") -> None:
         _say(_state.out, text)
 
 
+def piece(text: str) -> None:
+    """Some characters of a running text on stdout, at once and without an end of line (nothing with --json)."""
+    if not _state.is_json and processes.is_main():
+        sys.stdout.write(_CONTROL.sub("�", text))
+        sys.stdout.flush()
+
+
+def quote(text: str) -> None:
+    """What was asked, above its answers on stdout (nothing with --json)."""
+    if not _state.is_json:
+        _say(_state.out, f"> {text}", "bold")
+
+
+def passages(rows: list[tuple[str, str]]) -> None:
+    """Running texts under each other on stdout, each beside its name (nothing with --json)."""
+    if _state.is_json:
+        return
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, text in rows:
+        grid.add_row(Text(f"  {name}", "cyan"), Text(redact(_CONTROL.sub("�", text))))
+    _state.out.print(grid)
+
+
 def path(label: str, where: Path | str, note: str = "") -> None:
     """A line on stdout that says where a result is; a link where stdout is a terminal (nothing with --json)."""
     if not _state.is_json:
