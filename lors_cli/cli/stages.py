@@ -73,6 +73,7 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Score models side by side, zero-shot and by perplexity."""
     overrides = [argument for argument in arguments if is_override(argument)]
+    overrides += [] if out else ["generations=false"]  # short texts are kept beside the results, for a report
     paths = [argument for argument in arguments if not is_override(argument)]
     models = {label: _model(path, flags) for label, path in model_labels(paths).items()}
     with tempfile.TemporaryDirectory(prefix="lors-eval-") as scratch:

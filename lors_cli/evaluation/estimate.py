@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from lors_cli.data import tokenising
+from lors_cli.evaluation.texts import NEW_TOKENS, PROMPT_TOKENS, PROMPTS
 from lors_cli.models.needs import RUNTIME, Estimate
 from lors_cli.models.size import ModelSize, forward
 from lors_cli.recipe.schema import EvalConfig
@@ -42,4 +43,6 @@ def operations(config: EvalConfig, size: ModelSize, num_models: int) -> float | 
         if measured == math.inf:
             return None
         total += forward(size, measured, length)
+    if config.generations:
+        total += forward(size, len(PROMPTS) * (PROMPT_TOKENS + NEW_TOKENS), PROMPT_TOKENS)
     return num_models * total

@@ -2,7 +2,7 @@
 
 What is written below the stage's folder, besides the pieces (see `pieces`):
 
-    <model>.json    a model's results       stage.json    written last
+    <model>.json    a model's results       texts/<model>.json    its short texts       stage.json    written last
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from lors_cli.evaluation.pieces import PERPLEXITY_FIELDS, Piece, pending, pieces
 from lors_cli.evaluation.plain_results import finite
 from lors_cli.evaluation.summary import average
 from lors_cli.evaluation.tasks import check_tasks
+from lors_cli.evaluation.texts import lacking_texts, published, write_texts
 from lors_cli.files import atomic, hashes, records
 from lors_cli.machine import environment, processes
 from lors_cli.machine.memory import collect_garbage
@@ -55,8 +56,12 @@ def evaluate(
         for label, model_config in model_configs.items():
             mine = [piece for piece in pieces if piece.label == label]
             missing = processes.from_main(partial(pending, mine))
-            if missing:
-                _score_model(config, model_config, missing, out, data_dir, already=len(mine) - len(missing))
+            lacks_texts = processes.from_main(partial(lacking_texts, config, {label: fingerprints[label]}, out))
+            if missing or lacks_texts:
+                last = partial(write_texts, config=model_config, label=label, model_fingerprint=fingerprints[label],
+                               out=out) if lacks_texts else None  # fmt: skip
+                already = len(mine) - len(missing)
+                _score_model(config, model_config, label, missing, out, data_dir, already=already, last=last)
         return processes.from_main(lambda: _publish(config, model_configs, fingerprints, pieces, out))
 
 
@@ -66,10 +71,10 @@ def _scratch(out: Path) -> Path:
 
 
 def _score_model(
-    config: EvalConfig, model_config: ModelConfig, pieces: list[Piece], out: Path, data_dir: Path | None, already: int
-) -> None:
-    """Load one model, score its missing pieces, store each, and free the model."""
-    label = pieces[0].label
+    config: EvalConfig, model_config: ModelConfig, label: str, pieces: list[Piece], out: Path, data_dir: Path | None, *,
+    already: int, last: Callable[[Any, Any], None] | None,
+) -> None:  # fmt: skip
+    """Load one model, score its missing pieces, store each, do what is `last` on process 0, and free the model."""
     done = f", {already} done before" if already else ""
     console.info(f"  {label}: {len(pieces)} to score{done} ({model_config.path})")
     scratch = _scratch(out)
@@ -92,6 +97,8 @@ def _score_model(
             console.info(
                 f"  {label} {piece.name} ({number}/{len(pieces)}): {shown or 'done'} in {progress.duration(elapsed_s)}"
             )
+        if last is not None:
+            processes.from_main(partial(last, model, tokenizer))
     finally:
         del model, tokenizer
         collect_garbage()
@@ -160,6 +167,7 @@ def _publish(
         if atomic.read_json(out / f"{label}.json") != content:
             atomic.write_json(out / f"{label}.json", content)
     files = {f"{label}.json": hashes.file_sha256(out / f"{label}.json") for label in sorted(results)}
+    files |= published(config, results, out)
     old, expected = records.read_record(out), whole_fingerprint(pieces)
     if old is not None and old.fingerprint == expected and old.files == files:
         return results

@@ -120,6 +120,7 @@ def plan_eval(
 ) -> StagePlan:  # fmt: skip
     """The plan of an evaluation of those of the models, by role or label, that `config` asks for."""
     from lors_cli.evaluation.pieces import pending, pieces_of, whole_fingerprint
+    from lors_cli.evaluation.texts import lacking_texts
 
     chosen = {role: model for role, model in models.items() if config.models is None or role in config.models}
     if not chosen:
@@ -127,9 +128,12 @@ def plan_eval(
     pieces = pieces_of(config, {role: fingerprints[role] for role in chosen}, folder, data_dir)
     fingerprint, missing = whole_fingerprint(pieces), pending(pieces)
     plan = partial(StagePlan, "eval", folder, config, chosen, next(iter(models.values())), fingerprint)
-    if not missing and records.is_finished(folder, fingerprint):
+    without_texts = lacking_texts(config, {role: fingerprints[role] for role in chosen}, folder)
+    if not missing and not without_texts and records.is_finished(folder, fingerprint):
         return plan("done", "finished earlier")
     detail = f"{len(missing)} of {len(pieces)} measurements to do"
+    if not missing and without_texts:
+        detail = f"short texts of {', '.join(without_texts)} to do"
     return plan("resume", detail) if len(missing) < len(pieces) else plan("run", detail)
 
 

@@ -129,7 +129,8 @@ def _evaluate(config: EvalConfig, models: dict[str, ModelConfig], out: Path, dat
 
 def _evaluation(config: EvalConfig, models: dict[str, ModelConfig]) -> str:
     tasks = config.tasks if len(config.tasks) < 3 else (f"{len(config.tasks)} tasks",)
-    return f"{', '.join(models)}: {', '.join((*tasks, *config.perplexity))}"
+    texts = ("3 short texts",) if config.generations else ()
+    return f"{', '.join(models)}: {', '.join((*tasks, *config.perplexity, *texts))}"
 
 
 STAGES = {

@@ -16,6 +16,7 @@ from lors_cli.report.groups import run_group
 from lors_cli.report.measures import Group
 from lors_cli.report.output import FORMATS, assemble, pictures, table_of, write_files
 from lors_cli.report.results import Cell, Results, read_run
+from lors_cli.report.samples import samples
 from lors_cli.report.score_figures import accuracy_bars, perplexity_bars
 from lors_cli.report.scores import by_model, by_task, notes, share_text
 from lors_cli.report.stage_figures import loss_of_run, sparsity_by_kind
@@ -68,6 +69,7 @@ def _blocks(run: Path, results: Results, group: Group, drawn: Collection[str]) -
     has_paper = any(model.paper for model in group.models)
     return assemble(results.name, [_summary(cell)], {
         "Results": [*_scores(cell), *pictures(_OF_SCORES, drawn), *_significance(run, cell)],
+        "Texts": samples(run, cell.scores),
         "Beside the paper": [by_model([group]), *notes([group])] if has_paper else [],
         "Tuning": [*_training(cell), *pictures({"loss": "Training loss by optimiser step."}, drawn)],
         "Sparsity": [*_sparsity(cell),

@@ -199,6 +199,7 @@ class _Work:
     def _take_over(self, plan: StagePlan, data_dir: Path | None) -> None:
         """Copy measurements of the same model that earlier settings of the sweep have left."""
         from lors_cli.evaluation.pieces import take_over
+        from lors_cli.evaluation.texts import take_over_texts
         from lors_cli.models.sources import model_fingerprint
         from lors_cli.recipe.schema import EvalConfig
 
@@ -206,6 +207,7 @@ class _Work:
         fingerprints = {role: model_fingerprint(plan.models[role]) for role in plan.models}
         others = sorted((self.out / STAGES_NAME).glob("eval-*"))
         taken = take_over(plan.config, fingerprints, plan.folder, others, data_dir)
+        take_over_texts(plan.config, fingerprints, plan.folder, others)
         if taken:
             console.info(f"  {taken} measured earlier in this sweep")
 

@@ -20,7 +20,7 @@ from lors_cli.files import records
 from lors_cli.models import blocks, loading, sources
 from lors_cli.recipe.schema import EvalConfig, ModelConfig
 
-CONFIG = EvalConfig(tasks=("rte", "pydoc_choice"), perplexity=("pydoc",), limit=4)
+CONFIG = EvalConfig(tasks=("rte", "pydoc_choice"), perplexity=("pydoc",), limit=4, generations=False)
 MODELS = {"dense": ModelConfig(path="d"), "pruned": ModelConfig(path="p")}
 
 
@@ -176,7 +176,7 @@ def test_files_as_texts_get_their_own_pieces(bench: Bench, tmp_path: Path) -> No
         path.parent.mkdir()
         path.write_text(folder)
         texts.append(str(path))
-    config = EvalConfig(tasks=(), perplexity=tuple(texts))
+    config = EvalConfig(tasks=(), perplexity=tuple(texts), generations=False)
     results = evaluate(config, MODELS, tmp_path / "out", data_dir=None)
     assert list(results["dense"]["perplexity"]) == texts
     assert results["dense"]["average"] == {"metric": "acc", "value": None, "tasks": []}

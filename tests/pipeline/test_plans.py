@@ -83,7 +83,10 @@ def test_descriptions(at_workshop: Path) -> None:
     prune, tune, evaluation = plans("prune.pattern=unstructured", "prune.sparsity=0.6")
     assert describe(prune) == "sparsegpt unstructured 0.6 (not done yet)"
     assert describe(tune) == "lors rank 4 on rows.jsonl, 6 steps (not done yet)"
-    assert describe(evaluation) == "dense, pruned, tuned: pydoc_choice, text.jsonl (6 of 6 measurements to do)"
+    assert (
+        describe(evaluation)
+        == "dense, pruned, tuned: pydoc_choice, text.jsonl, 3 short texts (6 of 6 measurements to do)"
+    )
 
 
 def test_the_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
