@@ -32,13 +32,16 @@ _SCRATCH = ".scratch"
 
 
 def evaluate(
-    config: EvalConfig, model_configs: dict[str, ModelConfig], out: Path, *, data_dir: Path | None
-) -> dict[str, dict[str, Any]]:
+    config: EvalConfig, models: Mapping[str, ModelConfig | str | Path], out: Path | str, *,
+    data_dir: Path | str | None = None,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Score several models on the configured tasks and texts, as far as that is not done yet.
 
     Args:
         config: its `models` is not read.
-        model_configs: label to model, in the order of the results; a label names the model's files.
+        models: label to model (a folder or hub id, or its settings), in the order of the results; a label names the
+            model's files.
+        out: stage folder, which all processes see.
         data_dir: folder with local copies of the datasets, None for the hub.
 
     Returns:
@@ -48,6 +51,8 @@ def evaluate(
         UsageError: an unknown task or text, or a label that can be no file name.
         MissingError: a model or data that is not there.
     """
+    model_configs = {label: ModelConfig.of(model) for label, model in models.items()}
+    out, data_dir = Path(out), Path(data_dir) if data_dir else None
     with processes.joined():
         check_tasks(config.tasks, data_dir)
         fingerprints = {label: sources.model_fingerprint(model) for label, model in model_configs.items()}

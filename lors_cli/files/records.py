@@ -35,6 +35,11 @@ class StageRecord:
     elapsed_s: float
     files: dict[str, str]
 
+    def __repr__(self) -> str:
+        """Without what is long: settings, environment, files, and the metrics that are lists and dicts."""
+        metrics = {name: value for name, value in self.metrics.items() if not isinstance(value, (list, dict))}
+        return f"StageRecord(stage={self.stage!r}, fingerprint={self.fingerprint!r}, metrics={metrics!r}, …)"
+
 
 _RECORD_TYPES: dict[str, Any] = {
     "stage": str, "fingerprint": str, "config": dict, "inputs": dict, "metrics": dict, "environment": dict,

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn
@@ -27,6 +28,9 @@ FIRST_LINE_S = 10.0
 """After so long a step is worth a line in a file; the next ones come at `interval_s`."""
 
 
+_listeners: ContextVar[tuple[Callable[[Task], None], ...]] = ContextVar("listeners", default=())
+
+
 def interval_s() -> float:
     """Seconds between lines: $LORS_HEARTBEAT_S, else 60."""
     text = os.environ.get(VARIABLE)
@@ -41,19 +45,37 @@ def interval_s() -> float:
     return value
 
 
+@contextmanager
+def on_progress(listener: Callable[[Task], None]) -> Iterator[None]:
+    """Within this context `listener` is called each time that a long step moves, with the step (a `Task`).
+
+    Long steps are those that show a bar on a terminal. An exception of the listener ends the work.
+    """
+    token = _listeners.set((*_listeners.get(), listener))
+    try:
+        yield
+    finally:
+        _listeners.reset(token)
+
+
 class Task:
-    """A step in progress: `advance` it, give it a `note`."""
+    """A step in progress: so many (`completed`) of `total` units (None: unknown) are done, and a `note` on it."""
 
     def __init__(self, description: str, total: int | None, unit: str) -> None:
         self.description, self.total, self.unit = description, total, unit
         self.completed = 0
+        self._listeners = _listeners.get()
         self.started = self._last_line = time.monotonic()
         self._start_at = 0
         self._interval_s = interval_s()
         self._due_s = min(FIRST_LINE_S, self._interval_s)
         self._lock = threading.Lock()
         self.bar: tuple[Progress, Any] | None = None
-        self._note = ""
+        self.note = ""
+
+    def __repr__(self) -> str:
+        """Such as <Task prune 3/30 blocks>."""
+        return f"<Task {self.description} {self.completed}{f'/{self.total}' if self.total else ''} {self.unit}>"
 
     def advance(self, amount: int = 1, note: str | None = None) -> None:
         """Count `amount` more units as done; `note` is a short text shown beside the count."""
@@ -63,12 +85,18 @@ class Task:
         """Set how many units are done."""
         self.completed = completed
         if note is not None:
-            self._note = note
+            self.note = note
+        self.tell()
         if self.bar is not None:
             bar, task_id = self.bar
-            bar.update(task_id, completed=completed, note=self._note)
+            bar.update(task_id, completed=completed, note=self.note)
         else:
             self.beat()
+
+    def tell(self) -> None:
+        """Call those who listen (`on_progress`)."""
+        for listener in self._listeners:
+            listener(self)
 
     def skip(self, amount: int) -> None:
         """Units done by an earlier run: counted, but not used for the time estimate."""
@@ -92,8 +120,8 @@ class Task:
         done = self.completed - self._start_at
         if self.total and done > 0:
             parts.append(f"about {duration(elapsed / done * (self.total - self.completed))} left")
-        if self._note:
-            parts.append(self._note)
+        if self.note:
+            parts.append(self.note)
         parts.append(f"memory {console.gib(heap.memory_in_use())}")
         on_gpu = heap.gpu_memory_in_use()
         if on_gpu:
@@ -121,6 +149,7 @@ def progress(description: str, total: int | None = None, unit: str = "") -> Iter
     `description` is such as “prune”; of `total` units (None: unknown), in the plural such as “blocks”.
     """
     task, terminal = Task(description, total, unit), console.terminal()
+    task.tell()
     if terminal is None:
         with _beating(task.beat) if console.verbosity() >= 0 and processes.is_main() else nullcontext():
             yield task

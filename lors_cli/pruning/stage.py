@@ -49,7 +49,9 @@ def stage_fingerprint(config: PruneConfig, model_fingerprint: str, data_dir: Pat
     return hashes.fingerprint("prune", STAGE_VERSION, settings, inputs)
 
 
-def prune(config: PruneConfig, model: ModelConfig, out: Path, *, data_dir: Path | None = None) -> records.StageRecord:
+def prune(
+    config: PruneConfig, model: ModelConfig | str | Path, out: Path | str, *, data_dir: Path | str | None = None
+) -> records.StageRecord:
     """Prune a causal LM and write the sparse checkpoint; an interrupted call goes on at its last block.
 
     Blocks are read, pruned and written one at a time; the model is never in memory whole (a .gguf is). Under
@@ -57,7 +59,7 @@ def prune(config: PruneConfig, model: ModelConfig, out: Path, *, data_dir: Path 
 
     Args:
         config: method, pattern, calibration.
-        model: dense.
+        model: dense; a folder or hub id, or its settings.
         out: stage folder, which all processes see.
         data_dir: local datasets, None for the hub.
 
@@ -73,7 +75,9 @@ def prune(config: PruneConfig, model: ModelConfig, out: Path, *, data_dir: Path 
     from lors_cli.models.sources import model_fingerprint
     from lors_cli.models.streaming import open_blockwise
     from lors_cli.pruning.walk.driver import prune_blocks
+    from lors_cli.recipe.schema import ModelConfig
 
+    model, out, data_dir = ModelConfig.of(model), Path(out), Path(data_dir) if data_dir else None
     started, pattern = time.monotonic(), Pattern.of(config)
     _check(config, pattern, model, out)
     base_fingerprint = model_fingerprint(model)

@@ -1,13 +1,14 @@
 """The schema of a recipe: one frozen dataclass a stage.
 
 A recipe is read by `lors_cli.recipe.loading`, which checks types, ranges and unknown keys with pydantic. Built from
-Python, the classes check only the rules between their keys. Every stage function takes its own stage's config and
+Python, the classes check the same themselves (`section`). Every stage function takes its own stage's config and
 paths, never the whole recipe, so each works alone.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -43,6 +44,11 @@ class ModelConfig(Section):
     """Branch, tag or commit on the hub."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     """auto: the first GPU, else the CPU. Not part of a stage's fingerprint."""
+
+    @classmethod
+    def of(cls, model: ModelConfig | str | Path) -> ModelConfig:
+        """The model that is meant: settings as they are, or those of a folder or hub id."""
+        return model if isinstance(model, ModelConfig) else cls(path=str(model))
 
 
 @dataclass(frozen=True, kw_only=True)

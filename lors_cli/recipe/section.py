@@ -34,7 +34,8 @@ class Section:
         cls.__repr__ = Section.__repr__  # type: ignore[method-assign]  # a dataclass leaves it alone then
 
     def __new__(cls, *args: Any, **given: Any) -> Any:
-        odd = [key for key in given if key not in field_names(cls)]
+        schema: Any = cls
+        odd = [key for key in given if key not in field_names(schema)]
         unknown = [f"{cls.__name__}: {key}: {unknown_key(cls, key, ())}" for key in odd]
         if unknown:
             raise SettingError("\n".join(unknown))

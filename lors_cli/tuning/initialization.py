@@ -136,7 +136,7 @@ def _check_finite(name: str, gradient: torch.Tensor) -> None:
 
 def _make_checkpointing_act(model: PreTrainedModel) -> None:
     """Blocks recompute their activations only in training mode; dropout, which knows that mode too, stays off."""
-    if model.is_gradient_checkpointing:
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         model.train()
         for module in model.modules():
             if isinstance(module, nn.Dropout):

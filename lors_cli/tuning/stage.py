@@ -77,10 +77,13 @@ def stage_fingerprint(config: TuneConfig, model_fingerprint: str, data_dir: Path
     return hashes.fingerprint("tune", version, settings, inputs)
 
 
-def tune(config: TuneConfig, model: ModelConfig, out: Path, *, data_dir: Path | None = None) -> records.StageRecord:
+def tune(
+    config: TuneConfig, model: ModelConfig | str | Path, out: Path | str, *, data_dir: Path | str | None = None
+) -> records.StageRecord:
     """Tune a sparse causal LM and write adapter and merged checkpoint; an interrupted call goes on at its last one.
 
     Args:
+        model: sparse; a folder or hub id, or its settings.
         out: stage folder, which all processes see.
         data_dir: local datasets, None for the hub.
 
@@ -91,8 +94,10 @@ def tune(config: TuneConfig, model: ModelConfig, out: Path, *, data_dir: Path | 
         UsageError: the model has no sparse linear, or the loss broke.
         SparsityError: the merged model breaks the base's zeros; nothing is published.
     """
+    from lors_cli.recipe.schema import ModelConfig
+
     with processes.joined():
-        return _tune(config, model, out, data_dir)
+        return _tune(config, ModelConfig.of(model), Path(out), Path(data_dir) if data_dir else None)
 
 
 def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | None) -> records.StageRecord:
