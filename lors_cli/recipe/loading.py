@@ -23,13 +23,13 @@ from lors_cli.recipe.yaml12 import MAX_BYTES, YamlError, read, write
 Stage = Literal["prune", "tune", "eval"]
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """A whole recipe from a YAML file and overrides such as `tune.rank=32`; see `resolve_recipe`.
 
     Raises:
         UsageError: the file cannot be read, or with everything that is wrong in file and overrides.
     """
-    settings = read_settings(path)
+    settings = read_settings(Path(path))
     if "recipe" in settings.data and "model" not in settings.data:
         raise UsageError(f"{path} is a sweep, not a recipe.", f"For it there is: lors sweep {path}")
     return resolve_recipe(settings, overrides)
