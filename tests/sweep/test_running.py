@@ -98,7 +98,7 @@ def test_the_index_says_where_everything_lies(at_sweep: Path) -> None:
         for role, folder in cell["models"].items():
             record = records.read_record(SWEEP / folder)
             assert record is not None
-            assert list(record.files) == [f"{role}.json"]
+            assert list(record.files) == [f"{role}.json", f"texts/{role}.json"]
             assert record.config["models"] == [role]
             assert folder == f"stages/eval-{record.fingerprint[:12]}"
             assert (SWEEP / folder / "samples" / role / "pydoc_choice.jsonl").is_file()
