@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from lors_cli.cli.app import app
-from lors_cli.cli.labels import named_models
+from lors_cli.cli.names import named_models
 from lors_cli.errors import UsageError
 
 Lors = Callable[..., Result]
