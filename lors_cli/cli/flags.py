@@ -27,6 +27,7 @@ FLAGS: dict[str, dict[str, tuple[str, ...]]] = {
         TRAINING: ("data.dataset", "data.max_length", "learning_rate", "epochs", "max_steps", "max_tokens",
                    "batch_size", "seed"),
     },
+    "pack": {},
     "eval": {SETTINGS: ("tasks", "perplexity", "limit", "batch_size")},
 }  # fmt: skip
 """By section of a recipe and panel of the help, the settings that have a flag, `flag_name`."""

@@ -86,7 +86,7 @@ ChangedInputs = Annotated[
     bool, option("Repeat it though models or texts are no longer the same.", "--allow-changed-inputs", panel="Repeat")
 ]
 RunOut = Annotated[Path | None, option("Run folder; default runs/<name>.")]
-_stages = of("prune", "tune", "eval")
+_stages = of("prune", "tune", "pack", "eval")
 First = Annotated[str | None, option("Start at this stage.", "--from", panel="Stages", complete=_stages)]
 Last = Annotated[str | None, option("Stop after this stage.", "--until", panel="Stages", complete=_stages)]
 Force = Annotated[
@@ -116,9 +116,11 @@ EvalArguments = Annotated[
 EvalConfig = Annotated[str | None, _config("eval", "eval/seven-tasks")]
 EvalOut = Annotated[Path | None, option("Folder for results; without it they are only shown.")]
 
-# lors merge, inspect, report, recipes copy
+# lors merge, pack, inspect, report, recipes copy
 Model = Annotated[str, _model()]
 Base = Annotated[str, _argument("The sparse base: a folder or hub id.", "MODEL")]
+SparseModel = Annotated[str, _argument("The sparse model: a folder or hub id.", "MODEL")]
+Unpack = Annotated[bool, option("Make a packed model an ordinary one again.", "--unpack")]
 Adapter = Annotated[Path, _argument("Folder with adapter_config.json, or of the tune stage.", "ADAPTER")]
 Against = Annotated[str | None, option("Hold it against this N:M.", complete=of("2:4", "4:8", "1:4"))]
 ReportFolder = Annotated[Path, _argument("The folder of a run or of a sweep.", "FOLDER")]

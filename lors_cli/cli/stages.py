@@ -1,4 +1,4 @@
-"""`lors prune`, `tune`, `eval` and `merge`: one stage, its settings from a file, key=value and flags."""
+"""`lors prune`, `tune`, `eval`, `merge` and `pack`: one stage, its settings from a file, key=value and flags."""
 
 from __future__ import annotations
 
@@ -98,6 +98,32 @@ def merge(model: o.Base, adapter: o.Adapter, out: o.Out, **flags: Any) -> None:
     console.document({"out": str(out), **metrics})
 
 
+@command(
+    stages_app, STAGES, "lors pack tuned --out packed", "lors pack packed --out plain --unpack", sections=("model",)
+)
+def pack(
+    model: o.SparseModel, out: o.Out, *, unpack: o.Unpack = False, dry_run: o.DryRun = False, **flags: Any
+) -> None:
+    """Write a copy of a sparse model that is smaller and decodes faster."""
+    from lors_cli.cli.views.runs import show_record
+    from lors_cli.pipeline.folders import claim, guard_out
+
+    source = _model(model, flags)
+    if not unpack:
+        if _stage("pack", {"tuned": source}, out, None, None, {}, None, None, dry_run):
+            show_record(out)
+        return
+    from lors_cli.models.packed.checkpoint import unpack_model
+
+    guard_out(out, "unpack", [model])
+    with claim(out):
+        metrics = unpack_model(source, out)
+    console.result(f"{metrics['weights']} weights unpacked: {console.gib(metrics['bytes_before'])} → "
+                   f"{console.gib(metrics['bytes'])}")  # fmt: skip
+    console.path("unpacked", out)
+    console.document({"out": str(out), **metrics})
+
+
 def _model(path: str, flags: dict[str, Any]) -> Any:
     """A ModelConfig from an argument and flags, checked as a recipe's would be."""
     from lors_cli.recipe.loading import load_model_config
@@ -106,7 +132,7 @@ def _model(path: str, flags: dict[str, Any]) -> Any:
 
 
 def _stage(
-    stage: Literal["prune", "tune", "eval"], models: dict[str, Any], out: Path, config: str | None,
+    stage: Literal["prune", "tune", "pack", "eval"], models: dict[str, Any], out: Path, config: str | None,
     overrides: list[str] | None, flags: dict[str, Any], data_dir: Path | None, nproc: int | None, dry_run: bool,
 ) -> bool:  # fmt: skip
     """Plan and run one stage; whether there are results to show, by this process and not after a dry run."""

@@ -93,7 +93,7 @@ def load_model(config: ModelConfig, *, device: torch.device | None = None) -> Pr
         dtype = resolve_dtype(config, getattr(settings, "dtype", None), computing)
         quantised = check_files(settings, config)
         if quantised is not None:
-            console.info(f"  {config.path} is quantised ({quantised.method}): its weights are made plain again")
+            console.info(f"  {config.path} is {quantised.what}: its weights are made plain again")
             settings.dtype = dtype
             settings.quantization_config = {**quantised.settings, "dequantize": True}
             options["config"] = settings

@@ -87,7 +87,7 @@ def check_folder(folder: Path, path: str) -> None:
     """
     if not (folder / "config.json").is_file():
         raise MissingError(f"{path} is not a checkpoint folder: it has no config.json.", _folder_hint(folder))
-    for name in _checkpoint_files(folder):
+    for name in checkpoint_files(folder):
         if not (folder / name).is_file():
             raise UsageError(f"{path}: {name} is no file that can be read.")
     if (folder / "adapter_config.json").exists():  # transformers would load the base that it names in place of this
@@ -129,7 +129,7 @@ def model_fingerprint(config: ModelConfig) -> str:
     record = records.read_record(source.folder)
     if record is not None and _as_recorded(source.folder, record.files):
         return f"{record.stage}:{record.fingerprint}{suffix}"
-    digests = {name: hashes.cached_sha256(source.folder / name) for name in _checkpoint_files(source.folder)}
+    digests = {name: hashes.cached_sha256(source.folder / name) for name in checkpoint_files(source.folder)}
     return f"folder:{hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()}{suffix}"
 
 
@@ -139,7 +139,7 @@ def _as_recorded(folder: Path, files: dict[str, str]) -> bool:
                for name, digest in wanted.items() if "/" not in name)  # fmt: skip
 
 
-def _checkpoint_files(folder: Path) -> list[str]:
+def checkpoint_files(folder: Path) -> list[str]:
     patterns = ("*.safetensors", "*.index.json", "config.json", "generation_config.json", "tokenizer*", "vocab*",
                 "merges.txt", "*.model", "chat_template*", "special_tokens_map.json", "added_tokens.json")  # fmt: skip
     return sorted({file.name for pattern in patterns for file in folder.glob(pattern) if not file.is_dir()})

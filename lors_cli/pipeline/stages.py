@@ -1,4 +1,4 @@
-"""The doors to the three stages. Nothing else in the pipeline or above it asks what kind of stage it has before it."""
+"""The doors to the stages. Nothing else in the pipeline or above it asks what kind of stage it has before it."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from typing import Any
 from lors_cli.data.sources import Split, Want
 from lors_cli.evaluation import estimate as evaluation_estimate
 from lors_cli.models.needs import RECORDS, Estimate
+from lors_cli.models.packed import stage as packing
 from lors_cli.models.size import ModelSize
 from lors_cli.output.console import counted
 from lors_cli.pruning import estimate as pruning_estimate
 from lors_cli.pruning import stage as pruning
 from lors_cli.pruning.facts import statistics_kind
 from lors_cli.recipe.columns import ColumnsConfig
-from lors_cli.recipe.schema import EvalConfig, ModelConfig, PruneConfig, TuneConfig
+from lors_cli.recipe.schema import EvalConfig, ModelConfig, PackConfig, PruneConfig, TuneConfig
 from lors_cli.sparsity import Pattern
 from lors_cli.tuning import estimate as tuning_estimate
 from lors_cli.tuning import stage as tuning
 from lors_cli.tuning.teacher import teacher_model, with_teacher
 
-Config = PruneConfig | TuneConfig | EvalConfig
+Config = PruneConfig | TuneConfig | PackConfig | EvalConfig
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,11 @@ def _evaluation(config: EvalConfig, models: dict[str, ModelConfig]) -> str:
     return f"{', '.join(models)}: {', '.join((*tasks, *config.perplexity))}"
 
 
+def _pack(config: PackConfig, models: dict[str, ModelConfig], out: Path, data_dir: Path | None) -> None:
+    (model,) = models.values()
+    packing.pack_model(config, model, out, data_dir=data_dir)
+
+
 STAGES = {
     "prune": Stage(
         run=_prune,
@@ -154,6 +160,15 @@ STAGES = {
         makes="tuned",
         fingerprint=tuning.stage_fingerprint,
         prepare=with_teacher,
+    ),
+    "pack": Stage(
+        run=_pack,
+        needs=packing.needs,
+        operations=lambda config, size, num_models, data_dir: float(size.num_parameters),
+        describe=lambda config, models: "kept values and a mask of one bit a place",
+        reads=lambda config: Reads(),
+        makes="packed",
+        fingerprint=packing.stage_fingerprint,
     ),
     "eval": Stage(
         run=_evaluate,

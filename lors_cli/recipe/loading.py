@@ -20,7 +20,7 @@ from lors_cli.recipe.schema import STAGE_CONFIGS, STAGES, EvalConfig, ModelConfi
 from lors_cli.recipe.settings import Place, Settings, flag_name
 from lors_cli.recipe.yaml12 import MAX_BYTES, YamlError, read, write
 
-Stage = Literal["prune", "tune", "eval"]
+Stage = Literal["prune", "tune", "pack", "eval"]
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

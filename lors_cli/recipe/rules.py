@@ -89,9 +89,9 @@ def _no_row(c: Any) -> bool:
 
 RULES: dict[str, tuple[Rule, ...]] = {
     "Recipe": (
-        ("", lambda c: not (c.prune or c.tune or c.eval),
-         "there is no stage: give at least one of prune, tune, eval",
-         "At least one of `prune`, `tune` and `eval` is there. A stage without settings is `prune: {}`."),
+        ("", lambda c: not (c.prune or c.tune or c.pack or c.eval),
+         "there is no stage: give at least one of prune, tune, pack, eval",
+         "At least one of `prune`, `tune`, `pack` and `eval` is there. A stage without settings is `prune: {}`."),
         ("eval.models", _not_made, "{found}",
          "`eval.models` names only models that the recipe makes."),
     ),

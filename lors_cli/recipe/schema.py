@@ -17,6 +17,7 @@ from lors_cli.recipe.columns import Name, Seed
 from lors_cli.recipe.evaluation import SEVEN_TASKS as SEVEN_TASKS
 from lors_cli.recipe.evaluation import EvalConfig as EvalConfig
 from lors_cli.recipe.evaluation import ModelRole as ModelRole
+from lors_cli.recipe.packing import PackConfig as PackConfig
 from lors_cli.recipe.pruning import CalibrationConfig as CalibrationConfig
 from lors_cli.recipe.pruning import PruneConfig as PruneConfig
 from lors_cli.recipe.rules import Section
@@ -57,6 +58,8 @@ class Recipe(Section):
     """Dense to sparse."""
     tune: TuneConfig | None = None
     """Sparse to recovered, zeros kept."""
+    pack: PackConfig | None = None
+    """The last of these models in a packed copy."""
     eval: EvalConfig | None = None
     """Scores of the models there are."""
     data_dir: Name | None = None
@@ -88,5 +91,5 @@ class Recipe(Section):
         return replace(self, tune=tune, eval=evaluation) if changed else self
 
 
-STAGES = ("prune", "tune", "eval")
-STAGE_CONFIGS: dict[str, Any] = {"prune": PruneConfig, "tune": TuneConfig, "eval": EvalConfig}
+STAGES = ("prune", "tune", "pack", "eval")
+STAGE_CONFIGS: dict[str, Any] = {"prune": PruneConfig, "tune": TuneConfig, "pack": PackConfig, "eval": EvalConfig}

@@ -111,15 +111,15 @@ def _shorter_error(cell: str) -> str:
 
 
 def show_record(folder: Path) -> None:
-    """What pruning or tuning made, and where it is."""
+    """What a stage made of a model, and where it is."""
     record = records.read_record(folder)
     assert record is not None
     metrics = record.metrics
     console.facts([*_facts(record), ("pattern", _zeros(metrics)), ("time", progress.duration(record.elapsed_s))])
     console.path(record.stage, folder)
-    dense = record.inputs["path"]
-    following = f"lors tune {folder} --out DIR" if record.stage == "prune" else f"lors eval {dense} {folder}"
-    console.info(f"next: {following}")
+    following = {"prune": f"tune {folder} --out DIR", "pack": f"generate {folder}"}
+    usual = f"eval {record.inputs['path']} {folder}"
+    console.info(f"next: lors {following.get(record.stage, usual)}")
     console.document({"out": str(folder), **asdict(record)})
 
 
@@ -137,6 +137,9 @@ def _facts(record: records.StageRecord) -> list[tuple[str, str]]:
         seen = metrics.get("calibration")
         data = f", calibrated on {seen['tokens']:,} tokens of {config['calibration']['dataset']}" if seen else ""
         return [("method", f"{config['method']}{data}")]
+    if record.stage == "pack":
+        sizes = [console.gib(metrics[key]) for key in ("bytes_before", "bytes")]
+        return [("size", f"{sizes[0]} → {sizes[1]}, {metrics['bytes'] / metrics['bytes_before']:.1%}")]
     return [
         ("method", f"{config['method']} rank {config['rank']}, {metrics['trainable_parameters']:,} parameters trained"),
         ("loss", f"{loss_text(metrics)}; {console.counted(metrics['steps'], 'step')}"),
