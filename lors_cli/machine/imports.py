@@ -16,7 +16,7 @@ def when_imported(name: str, do: Callable[[], object]) -> None:
     if name in sys.modules:
         do()
     else:
-        sys.meta_path.insert(0, _Waiting(name, do))  # type: ignore[arg-type]  # it need not inherit
+        sys.meta_path.insert(0, _Waiting(name, do))  # it need not inherit
 
 
 class _Waiting:
@@ -33,7 +33,7 @@ class _Waiting:
             return None
         from importlib import util
 
-        sys.meta_path.remove(self)  # type: ignore[arg-type]
+        sys.meta_path.remove(self)
         spec = util.find_spec(name)
         if spec is not None and spec.loader is not None:
             load = spec.loader.exec_module

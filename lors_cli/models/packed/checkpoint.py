@@ -58,7 +58,7 @@ class Checkpoint:
         self.config = None if quantised is None else PackedConfig.from_dict(quantised.settings)
         if self.config is None:
             find_sources(network, self.tensors, conversions_of(network), model.path)  # refuses what is no plain weights
-            linears = {name: weight.module for name, weight in prunable_weights(network).items()}
+            linears: dict[str, Any] = {name: weight.module for name, weight in prunable_weights(network).items()}
         else:
             pack_skeleton(network, self.config.modules, self.config.structured)
             linears = {name: network.get_submodule(name) for name in self.config.modules}
@@ -77,8 +77,9 @@ class Checkpoint:
     def entry(self, key: str) -> Entry:
         """What a tensor takes."""
         entry = entry_of(key, self.tensors[key])
-        is_cast = self.dtype is not None and entry.dtype.is_floating_point
-        return Entry(key, entry.shape, self.dtype) if is_cast else entry
+        if self.dtype is None or not entry.dtype.is_floating_point:
+            return entry
+        return Entry(key, entry.shape, self.dtype)
 
     def copy_settings(self, folder: Path, quantization: dict[str, Any] | None) -> None:
         """All of the checkpoint but its weights, config.json with this `quantization_config`."""
@@ -145,8 +146,11 @@ def packed_tensors(source: Checkpoint, plan: PackPlan) -> Iterator[tuple[Entry, 
             continue
         name = modules[key]
         (rows, columns), dtype = plan.shapes[name], source.entry(key).dtype
-        yield Entry(key, (plan.modules[name] + PADDING,), dtype), lambda name=name: packed(name).values
-        yield Entry(mask_key(key), (rows, mask_words(columns)), torch.int32), lambda name=name: packed(name).mask
+        yield Entry(key, (plan.modules[name] + PADDING,), dtype), partial(lambda name: packed(name).values, name)
+        yield (
+            Entry(mask_key(key), (rows, mask_words(columns)), torch.int32),
+            partial(lambda name: packed(name).mask, name),
+        )
 
 
 def unpacked_tensors(source: Checkpoint) -> Iterator[tuple[Entry, Loader]]:

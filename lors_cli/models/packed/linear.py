@@ -21,6 +21,7 @@ class PackedLinear(nn.Module):
     """
 
     starts: torch.Tensor
+    bias: nn.Parameter | None
 
     def __init__(
         self, in_features: int, out_features: int, num_kept: int, *, bias: bool = False,
@@ -67,7 +68,7 @@ class PackedLinear(nn.Module):
         """The plain linear."""
         linear = self.plain(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         linear.weight = nn.Parameter(unpack(self.packed), requires_grad=False)
-        linear.bias = self.bias
+        linear.register_parameter("bias", self.bias)
         return linear
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
