@@ -146,7 +146,7 @@ BENCH = (
     flag("model", str | None, None, "A checkpoint's folder instead of a shape.", SETTINGS),
     flag("blocks", int | None, None, "Only so many decoder blocks.", SETTINGS),
     flag("methods", str | None, None,
-         "Comma-separated; default: all but lora-float32, lors-nearest and lors-compressed.", SETTINGS,
+         "Comma-separated; default: all but lora-float32, lors-nearest and lors-packed.", SETTINGS,
          completion.bench_methods),
     flag("lengths", str, "512,1024,2048", "Tokens a sequence, comma-separated.", SETTINGS),
     flag("ranks", str, "16,32,64", "Comma-separated.", SETTINGS),

@@ -62,7 +62,7 @@ def _contradicted_sparsity(c: Any) -> float | None:
 
 def _not_shardable(c: Any) -> str | None:
     """What needs whole weights, when they are sharded."""
-    whole = {"init": "gradient-exact", "base": "compressed", "merged_cache": "on"} if c.parallelism == "fsdp" else {}
+    whole = {"init": "gradient-exact", "base": "packed", "merged_cache": "on"} if c.parallelism == "fsdp" else {}
     return next((f"{key}: {value}" for key, value in whole.items() if getattr(c, key) == value), None)
 
 
@@ -134,11 +134,11 @@ RULES: dict[str, tuple[Rule, ...]] = {
         ("rounding", lambda c: c.rounding == "stochastic" and c.method != "lors",
          "stochastic is for method: lors, and method is {c.method}",
          "`rounding: stochastic` is for `lors`."),
-        ("base", lambda c: c.base == "compressed" and c.method != "lors",
-         "compressed is for method: lors, and method is {c.method}",
-         "`base: compressed` is for `lors`, on a 2:4 model."),
+        ("base", lambda c: c.base == "packed" and c.method != "lors",
+         "packed is for method: lors, and method is {c.method}",
+         "`base: packed` is for `lors`."),
         ("parallelism", _not_shardable, "fsdp shards the weights, and {found} needs them whole",
-         "`parallelism: fsdp` excludes `init: gradient-exact`, `base: compressed` and `merged_cache: on`."),
+         "`parallelism: fsdp` excludes `init: gradient-exact`, `base: packed` and `merged_cache: on`."),
         ("train_norms", lambda c: c.train_norms and c.method == "lora",
          "PEFT's LoRA files have no place for trained norms; choose another method",
          "`train_norms` is not for `lora`."),

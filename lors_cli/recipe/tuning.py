@@ -88,10 +88,10 @@ class TuneConfig(Section):
     """lors: keep every merged weight while its adapters are unchanged (from the forward pass to the backward pass, and
     over the micro-batches of a step), or build it anew for each use. auto: on if that takes at most a quarter of the
     free memory. Not part of a stage's fingerprint."""
-    base: Literal["plain", "compressed"] = "plain"
-    """lors: hold the sparse weights as they are, or, of 2:4 weights, only the kept values and their positions (9/16 of
-    the memory in bfloat16, the same results; without a CUDA GPU each is restored before it is merged, which takes
-    longer). Not part of a stage's fingerprint."""
+    base: Literal["plain", "packed"] = "plain"
+    """lors: hold the sparse weights as they are, or packed, their kept values and a bit a place (at 50 % in bfloat16
+    9/16 of the memory, the same results; each is unpacked before it is merged, which takes longer, but for 2:4 on a
+    CUDA GPU). Not part of a stage's fingerprint."""
     data: TuneDataConfig = field(default_factory=TuneDataConfig)
     """Which text, and how much of it."""
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2e-5

@@ -20,7 +20,7 @@ DENSE = "#4D4D4D"
 PALETTE = {"dense": DENSE, "pruned": "#E69F00", "tuned": "#0072B2"}  # Okabe and Ito, safe for colour-blind eyes
 METHOD_COLOURS = {
     "lora": "#4D4D4D", "lora-float32": "#999999", "lors": "#0072B2", "lors-cached": "#56B4E9",
-    "lors-nearest": "#003F66", "lors-compressed": "#CC79A7",
+    "lors-nearest": "#003F66", "lors-packed": "#CC79A7",
     "sqft": "#E69F00", "sqft-gc": "#F0C869", "spp": "#D55E00", "spp-gc": "#F0997A",
     "hira": "#009E73",
 }  # fmt: skip

@@ -18,7 +18,7 @@ from lors_cli.sparsity import mask_digest
 from lors_cli.tuning.baselines import LAYERS, check_rank
 from lors_cli.tuning.kernels.rounding import Rounding
 from lors_cli.tuning.layers import AdapterLinear
-from lors_cli.tuning.lors import CompressedLorsLinear, LorsLinear
+from lors_cli.tuning.lors import LorsLinear, PackedLorsLinear
 from lors_cli.tuning.norms import norm_parameters, norm_shifts, train_norms
 
 PREFIX = "base_model.model."
@@ -32,24 +32,21 @@ def attach(
     *,
     use_rslora: bool,
     method: str = "lors",
-    compressed: bool = False,
+    packed: bool = False,
     rounding: Rounding = "nearest",
 ) -> dict[str, AdapterLinear]:
     """Replace linears by layers with adapters, in place; the new layers by name.
 
     Args:
         layers: full names of its linears.
-        compressed: hold the weights, which must be 2:4, as their kept values; for lors alone.
+        packed: hold the weights packed; for lors alone.
         rounding: of merged bfloat16 weights; stochastic for lors alone.
     """
     check_rank(method, rank, (model.get_submodule(name).out_features for name in layers))  # type: ignore[misc]
-    layer_class = CompressedLorsLinear if compressed else LAYERS[method]
+    layer_class = PackedLorsLinear if packed else LAYERS[method]
     adapted = {}
     for name in layers:
-        try:
-            adapted[name] = layer_class(model.get_submodule(name), rank, alpha, use_rslora=use_rslora)  # type: ignore[arg-type]
-        except ValueError as error:
-            raise UsageError(f"base: compressed is for 2:4 weights, and that of {name} is none: {error}") from error
+        adapted[name] = layer_class(model.get_submodule(name), rank, alpha, use_rslora=use_rslora)  # type: ignore[arg-type]
         model.set_submodule(name, adapted[name])
     for layer in adapted.values():
         if isinstance(layer, LorsLinear):
@@ -103,7 +100,7 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def put_adapters(config: TuneConfig, network: PreTrainedModel, layers: list[str]) -> dict[str, AdapterLinear]:
     """Put all that is trained on a model, in place; the adapted layers by name."""
     adapted = attach(network, layers, config.rank, config.alpha, use_rslora=config.use_rslora, method=config.method,
-                     compressed=config.base == "compressed", rounding=config.weight_rounding)  # fmt: skip
+                     packed=config.base == "packed", rounding=config.weight_rounding)  # fmt: skip
     if config.train_norms:
         apart = tuple(f"{part}." for part in left_out(network))
         train_norms(network, [name for name in norm_parameters(network) if not name.startswith(apart)])

@@ -34,7 +34,7 @@ def needs(config: TuneConfig, size: ModelSize) -> Estimate:
         merged = size.num_prunable * size.bytes_a_weight
     gradient = {"gradient": 12 * adapters, "gradient-exact": size.num_prunable // 8 * 4}.get(config.start, 0)
     training = 16 * adapters + merged
-    if config.base == "compressed":  # once the start is computed, on the plain weights
+    if config.base == "packed":  # once the start is computed, on the plain weights
         training -= size.num_prunable * size.bytes_a_weight // 2 - size.num_prunable // 8
     teacher = size.num_bytes if config.distill else 0
     memory = RUNTIME + size.num_bytes + teacher + activations + logits + max(training, gradient)

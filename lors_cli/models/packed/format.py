@@ -31,12 +31,14 @@ class Packed:
         mask: (R, ⌈C/32⌉) int32; bit j of word c is column 32·c + j, bits past C are 0.
         starts: (R,) int64, where each row's values begin; not stored.
         columns: C.
+        pattern: N:M that the mask keeps to; None for unstructured.
     """
 
     values: torch.Tensor
     mask: torch.Tensor
     starts: torch.Tensor
     columns: int
+    pattern: Pattern | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -92,7 +94,7 @@ def pack(weight: torch.Tensor, pattern: Pattern | None = None) -> Packed:
         values[start : start + len(chosen)] = chosen
         start += len(chosen)
     values += 0.0  # which makes -0 of an explicit zero 0
-    return Packed(values, mask, row_starts(mask), columns)
+    return Packed(values, mask, row_starts(mask), columns, pattern)
 
 
 @torch.no_grad()

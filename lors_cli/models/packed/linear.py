@@ -40,10 +40,11 @@ class PackedLinear(nn.Module):
         self.register_parameter("bias", frozen(out_features) if bias else None)
 
     @classmethod
-    def of(cls, packed: Packed, bias: torch.Tensor | None = None, pattern: Pattern | None = None) -> PackedLinear:
+    def of(cls, packed: Packed, bias: torch.Tensor | None = None) -> PackedLinear:
         """Of a packed weight."""
         rows, columns = packed.shape
-        made = cls(columns, rows, len(packed.values) - PADDING, bias=bias is not None, pattern=pattern, device="meta")
+        made = cls(columns, rows, len(packed.values) - PADDING, bias=bias is not None, pattern=packed.pattern,
+                   device="meta")  # fmt: skip
         tensors = {"weight": packed.values, "weight_mask": packed.mask, "bias": bias}
         for name, tensor in tensors.items():
             setattr(made, name, None if tensor is None else nn.Parameter(tensor.detach(), requires_grad=False))
@@ -62,7 +63,7 @@ class PackedLinear(nn.Module):
     @property
     def packed(self) -> Packed:
         """The weight as it is held."""
-        return Packed(self.weight, self.weight_mask, self.starts, self.in_features)
+        return Packed(self.weight, self.weight_mask, self.starts, self.in_features, self.pattern)
 
     def unpacked(self) -> nn.Linear:
         """The plain linear."""

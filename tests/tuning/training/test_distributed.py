@@ -206,7 +206,7 @@ def test_fsdp_in_one_process_says_so() -> None:
     assert describe(TuneConfig()) == ""
 
 
-@pytest.mark.parametrize("other", [{"init": "gradient-exact"}, {"base": "compressed"}, {"merged_cache": "on"}])
+@pytest.mark.parametrize("other", [{"init": "gradient-exact"}, {"base": "packed"}, {"merged_cache": "on"}])
 def test_fsdp_refuses_what_needs_whole_weights(other: dict[str, str]) -> None:
     with pytest.raises(ValueError, match=f"parallelism: fsdp shards the weights, and {next(iter(other))}"):
         TuneConfig(parallelism="fsdp", **other)  # type: ignore[arg-type]
