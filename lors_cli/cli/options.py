@@ -121,7 +121,12 @@ Model = Annotated[str, _model()]
 Base = Annotated[str, _argument("The sparse base: a folder or hub id.", "MODEL")]
 Adapter = Annotated[Path, _argument("Folder with adapter_config.json, or of the tune stage.", "ADAPTER")]
 Against = Annotated[str | None, option("Hold it against this N:M.", complete=of("2:4", "4:8", "1:4"))]
-ReportFolder = Annotated[Path, _argument("The folder of a run or of a sweep.", "FOLDER")]
+ReportFolders = Annotated[
+    list[Path], _argument("The folder of a run, a sweep, or a stage's --out; several are compared.", "FOLDER")
+]
+ReportOut = Annotated[
+    Path | None, option("Folder for the report; default FOLDER itself, of several a new one beside the first.")
+]
 Formats = Annotated[
     list[str] | None, option("md, html, csv or tex; may be repeated. Default: all.", "--format",
                              complete=of("md", "html", "csv", "tex"))
