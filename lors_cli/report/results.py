@@ -125,10 +125,11 @@ def read_stage(folder: Path) -> Results:
         raise UsageError(f"{folder / run_dir.RECORD_NAME} is not the record of a stage.", "Run the stage again.")
     name, contents = folder.resolve().name, dict[str, dict[str, Any]]()
     if record.stage == "eval":
-        if not run_dir.is_finished(folder, record.fingerprint):
+        read = {label: atomic.read_json(folder / f"{label}.json") for label in record.inputs}
+        contents = {label: content for label, content in read.items() if isinstance(content, dict)}
+        if len(contents) < len(read) or not run_dir.is_finished(folder, record.fingerprint):
             raise UsageError(f"The scores in {folder} have been changed since they were measured.",
                              "Run lors eval again with the same --out: what is missing is measured.")  # fmt: skip
-        contents = {label: atomic.read_json(folder / f"{label}.json") for label in record.inputs}
     chance = chance_levels(folder, contents)
     scores = {
         label: Scores(".", content, record.config.get("limit"), chance=chance) for label, content in contents.items()

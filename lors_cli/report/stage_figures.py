@@ -147,9 +147,11 @@ def cost(cells: Sequence[Cell]) -> Figure | None:
         return None
     peaks = [max(record.metrics.get("peak_bytes") or 0 for record in cell.records.values()) for cell in cells]
     figure = canvas(11.0 if any(peaks) else 8.0, 1.5 + 0.32 * len(cells))
+    engine: Any = figure.get_layout_engine()
+    engine.set(w_pad=0.14)
     grid = figure.subplots(1, 2 if any(peaks) else 1, sharey=True, squeeze=False)[0]
-    times = {stage: [cell.seconds().get(stage, 0.0) for cell in cells] for stage in _STAGE_COLOURS}
-    longest = max(sum(row) for row in zip(*times.values(), strict=True))
+    times = {stage: row for stage in _STAGE_COLOURS if any(row := [cell.seconds().get(stage, 0.0) for cell in cells])}
+    longest = max((sum(row) for row in zip(*times.values(), strict=True)), default=0.0)
     unit, seconds = ("hours", 3600) if longest > 2 * 3600 else ("minutes", 60) if longest > 120 else ("seconds", 1)
     left = [0.0] * len(cells)
     for stage, row in times.items():
@@ -159,7 +161,8 @@ def cost(cells: Sequence[Cell]) -> Figure | None:
     grid[0].set_yticks(range(len(cells)), [short(cell.name) for cell in cells])
     grid[0].invert_yaxis()
     grid[0].set_title(f"Time ({unit})", pad=26)
-    grid[0].legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=3, borderaxespad=0.2, fontsize=9)
+    if times:
+        grid[0].legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=3, borderaxespad=0.2, fontsize=9)
     if any(peaks):
         name, size = byte_unit(max(peaks))
         grid[1].barh(range(len(cells)), [peak / size for peak in peaks], 0.72, color=_STAGE_COLOURS["tune"])
