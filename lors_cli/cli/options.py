@@ -123,7 +123,12 @@ SparseModel = Annotated[str, _argument("The sparse model: a folder or hub id.", 
 Unpack = Annotated[bool, option("Make a packed model an ordinary one again.", "--unpack")]
 Adapter = Annotated[Path, _argument("Folder with adapter_config.json, or of the tune stage.", "ADAPTER")]
 Against = Annotated[str | None, option("Hold it against this N:M.", complete=of("2:4", "4:8", "1:4"))]
-ReportFolder = Annotated[Path, _argument("The folder of a run or of a sweep.", "FOLDER")]
+ReportFolders = Annotated[
+    list[Path], _argument("The folder of a run, a sweep, or a stage's --out; several are compared.", "FOLDER")
+]
+ReportOut = Annotated[
+    Path | None, option("Folder for the report; default FOLDER itself, of several a new one beside the first.")
+]
 Formats = Annotated[
     list[str] | None, option("md, html, csv or tex; may be repeated. Default: all.", "--format",
                              complete=of("md", "html", "csv", "tex"))

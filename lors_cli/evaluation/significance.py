@@ -185,12 +185,12 @@ def compare_models(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> li
     if not pairs:
         base, *others = results or [""]
         pairs = [(label, base) for label in others]
-    known = {label: _read_accuracies(folder, label, result) for label, result in results.items()}
+    known = {label: read_accuracies(folder, label, result) for label, result in results.items()}
     found = [compare(*pair, known[pair[0]], known[pair[1]]) for pair in pairs]
     return [comparison for comparison in found if comparison is not None]
 
 
-def _read_accuracies(folder: Path, label: str, result: Mapping[str, Any]) -> dict[str, dict[Any, float]]:
+def read_accuracies(folder: Path, label: str, result: Mapping[str, Any]) -> dict[str, dict[Any, float]]:
     """A model's accuracies by task and document; empty where a task's are not there, not numbers, or of other results.
 
     What lors wrote before it kept fractions is of other results: the documents' mean is not the task's accuracy.

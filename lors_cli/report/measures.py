@@ -10,6 +10,7 @@ from typing import Any, Literal
 from lors_cli.evaluation.summary import average_stderr, recovered
 from lors_cli.files.records import StageRecord
 from lors_cli.models.sources import short_name
+from lors_cli.report.drawing import Look
 from lors_cli.report.paper import TASKS, PaperRow, find_paper_row
 
 
@@ -18,7 +19,7 @@ class ScoredModel:
     """A model with its scores, or with why it has none."""
 
     role: str
-    """dense, pruned or tuned."""
+    """dense, pruned or tuned; empty where it only has a name, as `lors eval NAME=MODEL` gives it."""
     label: str
     base: str
     """Path of the dense model it was made from."""
@@ -37,9 +38,14 @@ class ScoredModel:
     """Of `evaluation.recovered`, for a tuned model; None where the loss is inside its own error."""
     limit: int | None = None
     """Documents a task that it was scored on at most."""
+    folder: str = ""
+    """Where its scores lie, relative to the run, sweep or stage."""
     made: StageRecord | None = None
     """The stage that made it; None for a dense model."""
     eval_s: float | None = None
+    chance: dict[str, float] = field(default_factory=dict)
+    """Task to the accuracy of guessing, where it is known."""
+    look: Look = field(default_factory=Look)
 
     @property
     def paper(self) -> PaperRow | None:
@@ -119,6 +125,14 @@ class Measure:
             found = average_stderr(tasks)
         error = finite(found)
         return None if error is None else self.scale * error
+
+    def chance(self, model: ScoredModel) -> float | None:
+        """What guessing would give, as it is shown; of an average where it is known of all its tasks."""
+        names = (
+            [self.name] if self.metric in ("acc", "acc_norm") else _averaged(model) if self.kind == "average" else []
+        )
+        levels = [model.chance[name] for name in names if name in model.chance]
+        return 100 * math.fsum(levels) / len(levels) if levels and len(levels) == len(names) else None
 
     def paper(self, model: ScoredModel) -> float | None:
         """The paper's number for the model, of the same tasks; None when it has none."""
