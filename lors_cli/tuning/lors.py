@@ -16,7 +16,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lors_cli.errors import UsageError
-from lors_cli.models.packed.format import Packed, pack, unpack
+from lors_cli.models.packed.format import Packed, pack
+from lors_cli.models.packed.kernels.choice import unpack
 from lors_cli.sparsity import TWO_OF_FOUR, num_violations
 from lors_cli.tuning.kernels.cache import Keep, MergedCache
 from lors_cli.tuning.kernels.masked_merge import masked_merge, masked_merge_formula

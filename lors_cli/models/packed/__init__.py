@@ -1,1 +1,1 @@
-"""Packed checkpoints: of every sparse weight the kept values and a bit a place."""
+"""Sparse weights as a bitmask and their kept values: smaller files, faster decoding."""

@@ -18,7 +18,8 @@ from lors_cli.files import atomic, records
 from lors_cli.models.blocks import prunable_weights
 from lors_cli.models.hub import here
 from lors_cli.models.loading import MAX_SHARD_SIZE, load_config
-from lors_cli.models.packed.format import PADDING, Packed, check, mask_words, pack, row_starts, unpack
+from lors_cli.models.packed.format import PADDING, Packed, check, mask_words, pack, row_starts
+from lors_cli.models.packed.kernels.choice import unpack
 from lors_cli.models.packed.linear import PackedLinear, pack_skeleton
 from lors_cli.models.packed.plan import PackPlan, check_kept
 from lors_cli.models.packed.quantizer import PackedConfig

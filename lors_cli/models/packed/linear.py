@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from lors_cli.errors import UsageError
-from lors_cli.models.packed.format import PADDING, Packed, check, mask_words, row_starts, unpack
+from lors_cli.models.packed.format import PADDING, Packed, check, mask_words, row_starts
+from lors_cli.models.packed.kernels.choice import linear, unpack
 from lors_cli.sparsity import Pattern
 
 
@@ -74,7 +74,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, C) → (…, R)."""
-        return F.linear(x, unpack(self.packed), self.bias)
+        return linear(x, self.packed, self.bias)
 
     def extra_repr(self) -> str:
         """What `repr` says of it."""

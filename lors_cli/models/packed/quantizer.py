@@ -12,6 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lors_cli.errors import UsageError
 from lors_cli.models.packed.format import VERSION
+from lors_cli.models.packed.kernels.choice import why_none
 from lors_cli.models.packed.linear import pack_skeleton, packed_linears, unpack_linears
 from lors_cli.models.quantised import PACKED
 from lors_cli.output import console
@@ -111,4 +112,7 @@ class PackedQuantizer(HfQuantizer):
 
 def why_unpacked(model: nn.Module) -> str:
     """Why packed linears cannot be computed with as they are where they lie, empty when they can."""
+    for name, linear in packed_linears(model).items():
+        if reason := why_none(linear.weight.device, linear.weight.dtype):
+            return f"no kernel for {name}: {reason}"
     return ""

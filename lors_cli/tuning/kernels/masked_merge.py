@@ -9,7 +9,8 @@ from functools import cache
 
 import torch
 
-from lors_cli.models.packed.format import Packed, unpack
+from lors_cli.models.packed.format import Packed
+from lors_cli.models.packed.kernels.choice import unpack
 from lors_cli.sparsity import TWO_OF_FOUR
 from lors_cli.tuning.kernels.rounding import (
     PERIOD,
