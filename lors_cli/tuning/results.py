@@ -7,15 +7,13 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from lors_cli.data.prompts import TEMPLATES
-from lors_cli.data.saved_prompts import answer_ending, trained_template
-from lors_cli.data.tokenising import eos_token_id
 from lors_cli.errors import SparsityError
 from lors_cli.files import atomic, hashes, records
 from lors_cli.machine import environment
 from lors_cli.models.blocks import prunable_weights
 from lors_cli.models.card import model_card
 from lors_cli.models.loading import save_checkpoint
+from lors_cli.models.origins import inherited, with_dataset
 from lors_cli.output import console
 from lors_cli.recipe.schema import ModelConfig, TuneConfig
 from lors_cli.sparsity import Pattern, measure, summarise
@@ -31,39 +29,17 @@ ALMOST_NONE = 0.001
 
 
 def adapter_config(
-    config: TuneConfig, network: PreTrainedModel, layers: list[str], model: ModelConfig, base_fingerprint: str
-) -> AdapterConfig:
+    config: TuneConfig, network: PreTrainedModel, layers: list[str], model: ModelConfig, base_fingerprint: str,
+    prompt: str | None,
+) -> AdapterConfig:  # fmt: skip
     """What adapter_config.json says of this training."""
     return AdapterConfig(
         method=config.method, rank=config.rank, alpha=config.alpha, use_rslora=config.use_rslora,
         layers=tuple(layers), base=model.path,
         base_fingerprint=base_fingerprint, base_mask=base_mask(network, adapter_layers(network)),
         norms=tuple(norm_shifts(network)), rounding=config.weight_rounding,
+        prompt=prompt,
     )  # fmt: skip
-
-
-def fit_to_prompt(network: PreTrainedModel, tokenizer: Any, template: str | None) -> dict[str, Any]:
-    """Give tokenizer and generation settings the prompt that was learnt; what stage.json says of it.
-
-    Args:
-        template: `data.template`; None where text was learnt, and the base's own chat template stays.
-    """
-    if template in TEMPLATES:
-        tokenizer.chat_template = trained_template(template, tokenizer)
-    ending = answer_ending(template, tokenizer)
-    said = tokenizer.decode(ending).strip()
-    if len(ending) > 1 and ending[-1] not in tokenizer.added_tokens_decoder:
-        console.warn(f"answers end in {said!r}, {len(ending)} tokens: give it to generate() as stop_strings.")
-        ending = [eos_token_id(tokenizer)]
-    settings = network.generation_config
-    if settings is not None:
-        before = settings.eos_token_id
-        known = before if isinstance(before, list) else [] if before is None else [before]
-        ends = list(dict.fromkeys([ending[-1], *known]))
-        settings.eos_token_id = ends[0] if len(ends) == 1 else ends
-        if settings.pad_token_id is None:
-            settings.pad_token_id = tokenizer.pad_token_id
-    return {"prompt": {"format": template, "ends_with": said}} if template else {}
 
 
 def write_results(
@@ -95,12 +71,15 @@ def write_results(
             "base_mask": adapter.base_mask}  # fmt: skip
 
 
-def write_card(staging: Path, config: TuneConfig, model: ModelConfig, metrics: dict[str, Any]) -> None:
+def write_card(
+    staging: Path, config: TuneConfig, model: ModelConfig, metrics: dict[str, Any], data_fingerprint: str
+) -> None:
     """The model card of the tuned model."""
     record = records.read_record(Path(model.path)) if Path(model.path).is_dir() else None
     card = model_card(
         base_model=record.inputs.get("path", model.path) if record else model.path,
         prune=record.config if record and record.stage == "prune" else None,
         tune=hashes.plain(config), metrics=metrics, environment=environment.environment(),
+        fields=with_dataset(inherited(model), data_fingerprint),
     )  # fmt: skip
-    atomic.write_text(staging / "README.md", card)
+    atomic.write_text(staging / records.CARD_NAME, card)
