@@ -52,14 +52,15 @@ def model_card(
     base = fields.get("base_model") or short_name(base_model)
     pattern = metrics.get("pattern") or (prune or {}).get("pattern")
     done = [word for word, stage in (("pruned", prune), ("tuned", tune)) if stage] or ["pruned"]
-    settings = {"prune": prune, "tune": tune, "eval": scores.settings if scores else None}
+    is_whole = "data" in (tune or {})  # of a merge only what the adapter does is known
+    settings = {"prune": prune, "tune": tune if is_whole else None, "eval": scores.settings if scores else None}
     blocks: list[Block] = [
         f"# {escape(short_name(base))}, {' and '.join(done)}",
         _description(base, prune, tune, metrics, pattern),
-        *(["## Scores", scores.table, scores.note] if scores else []),
+        *_scores(scores),
         *_prompt(metrics.get("prompt")),
         "## Use", *_usage(name, pattern, metrics.get("prompt")),
-        "## How it was made", Code(_recipe(base, settings), "yaml"),
+        "## How it was made", Code(recipe_text(base, settings), "yaml"),
         *_results(metrics),
         "## Licence", "The licence and the terms of use are those of the base model.",
         f"Made with lors: {versions(environment)}.",
@@ -112,13 +113,18 @@ def _description(
             data = f", calibrated on {escape(portable(calibration['dataset']))}"
         sentences.append(f"It was pruned with {escape(prune.get('method'))}{data}.")
     if tune:
-        data = escape(portable((tune.get("data") or {}).get("dataset", "text")))
+        dataset = (tune.get("data") or {}).get("dataset")
+        data = f" on {escape(portable(dataset))}" if dataset else ""
         keeps = ", which keeps every zero" if tune.get("method") != "lora" else ""
         sentences.append(
-            f"It was then tuned on {data} with {escape(tune.get('method'))} at rank {tune.get('rank')}{keeps}; "
+            f"It was then tuned{data} with {escape(tune.get('method'))} at rank {tune.get('rank')}{keeps}; "
             "the adapter is merged into these weights."
         )
     return " ".join(sentences)
+
+
+def _scores(scores: CardScores | None) -> list[Block]:
+    return ["## Scores", scores.table, scores.note] if scores else []
 
 
 def _prompt(prompt: Mapping[str, str] | None) -> list[Block]:
@@ -161,7 +167,7 @@ def _usage(name: str, pattern: Any, prompt: Mapping[str, str] | None) -> list[Bl
     ]  # fmt: skip
 
 
-def _recipe(base: str, settings: dict[str, dict[str, Any] | None]) -> str:
+def recipe_text(base: str, settings: dict[str, dict[str, Any] | None]) -> str:
     """The settings as a recipe, without what only this machine has."""
     name = re.sub(r"[^A-Za-z0-9._-]", "-", short_name(base)).lstrip("._-") or "model"
     stages = {stage: without_none(portable(config)) for stage, config in settings.items() if config}

@@ -22,7 +22,7 @@ from lors_cli.models.sources import model_fingerprint
 from lors_cli.output import console, progress
 from lors_cli.recipe.schema import ModelConfig
 from lors_cli.sparsity import Pattern, measure, summarise
-from lors_cli.tuning.adapter import WEIGHTS_NAME, AdapterConfig, load_adapter, read_adapter_config
+from lors_cli.tuning.adapter import WEIGHTS_NAME, load_adapter, read_adapter_config
 from lors_cli.tuning.attach import adapter_layers
 from lors_cli.tuning.norms import merge_norms
 from lors_cli.tuning.prompt_format import fit_to_prompt
@@ -88,8 +88,9 @@ def merge(
     counts = {"layers_merged": len(config.layers), "zeroed": merge_adapters(model)}
     weights = prunable_weights(model)
     layers = [measure(name, weights[name].matrix, pattern) for name, pattern in patterns.items()]
+    method = {key: getattr(config, key) for key in ("method", "rank", "alpha", "use_rslora")}
     metrics = {**counts, **summarise(layers, next(iter(patterns.values()), None)),
-               **fit_to_prompt(model, tokenizer, config.prompt)}  # fmt: skip
+               **fit_to_prompt(model, tokenizer, config.prompt), "adapter": method}  # fmt: skip
     staging = records.staging_dir(out)
     save_checkpoint(model, tokenizer, staging)
     inputs = {"model": fingerprint, "adapter": hashes.file_sha256(adapter / WEIGHTS_NAME)}
@@ -97,16 +98,15 @@ def merge(
         "merge", hashes.fingerprint("merge", 1, {}, inputs), {"adapter": str(adapter)}, {**inputs, "path": base_path},
         metrics, environment.environment(), round(time.monotonic() - started, 2), {},
     )  # fmt: skip
-    atomic.write_text(staging / records.CARD_NAME, _card(source, base, config, metrics))
+    atomic.write_text(staging / records.CARD_NAME, _card(source, base, metrics))
     records.publish(out, record)
     return metrics
 
 
-def _card(source: ModelConfig, base: records.StageRecord | None, config: AdapterConfig, metrics: dict[str, Any]) -> str:
+def _card(source: ModelConfig, base: records.StageRecord | None, metrics: dict[str, Any]) -> str:
     """The model card; of the training it says what the adapter does."""
-    tune = {"method": config.method, "rank": config.rank, "alpha": config.alpha, "use_rslora": config.use_rslora}
     return model_card(
         base_model=base.inputs.get("path", source.path) if base else source.path,
-        prune=base.config if base and base.stage == "prune" else None, tune=tune, metrics=metrics,
+        prune=base.config if base and base.stage == "prune" else None, tune=metrics["adapter"], metrics=metrics,
         environment=environment.environment(), fields=inherited(source),
     )  # fmt: skip

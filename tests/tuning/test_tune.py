@@ -19,9 +19,10 @@ from lors_cli.data.tokens import tuning_samples
 from lors_cli.errors import SparsityError, UsageError
 from lors_cli.files import records
 from lors_cli.models.blocks import prunable_weights
-from lors_cli.models.inspection import inspect
+from lors_cli.models.inspection import inspect, prompt_of
 from lors_cli.recipe.schema import ColumnsConfig, ModelConfig, TuneConfig, TuneDataConfig
 from lors_cli.tuning.adapter import load_adapter
+from lors_cli.tuning.merge import merge
 from lors_cli.tuning.stage import stage_fingerprint, tune
 from lors_cli.tuning.training import sampling
 from lors_cli.tuning.training.checkpoints import whole_checkpoints
@@ -393,6 +394,22 @@ def test_the_checkpoint_has_the_prompt_it_was_trained_with(
     assert record.metrics["prompt"] == {"format": template, "ends_with": "</s>"}
 
 
+def test_a_merge_carries_prompt_and_card(sparse_checkpoint: Path, config: TuneConfig, tmp_path: Path) -> None:
+    """A merged checkpoint once had the base's chat template, and no card."""
+    config = replace(config, max_steps=1, data=replace(config.data, template="vicuna"))
+    tune(config, ModelConfig(path=str(sparse_checkpoint)), tmp_path / "tune")
+    merge(str(sparse_checkpoint), tmp_path / "tune" / "adapter", tmp_path / "merged")
+    for name in ("chat_template.jinja", "generation_config.json", "model.safetensors"):
+        assert (tmp_path / "merged" / name).read_bytes() == (tmp_path / "tune" / name).read_bytes(), name
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "vicuna: one question" in card
+    assert "tuned with lors at rank 4" in card
+    assert str(tmp_path) not in card
+    source = ModelConfig(path=str(tmp_path / "merged"))
+    assert prompt_of(source) == {"format": "vicuna", "from": "chat_template.jinja, as it was tuned"}
+    assert prompt_of(ModelConfig(path=str(sparse_checkpoint))) == {"format": None, "from": None}
+
+
 def test_a_chat_model_keeps_its_template_and_generation_ends_where_answers_did(
     sparse_checkpoint: Path, config: TuneConfig, tmp_path: Path
 ) -> None:
@@ -406,6 +423,8 @@ def test_a_chat_model_keeps_its_template_and_generation_ends_where_answers_did(
     assert AutoTokenizer.from_pretrained(out).chat_template == tokenizer.chat_template
     settings = json.loads((out / "generation_config.json").read_text())
     assert settings["eos_token_id"] == [ord("~"), 257]
+    assert prompt_of(ModelConfig(path=str(out)))["format"] == "chat"
+    assert prompt_of(ModelConfig(path=str(sparse_checkpoint)))["from"] == "chat_template.jinja, as the base has it"
 
 
 def test_text_leaves_the_base_s_template(sparse_checkpoint: Path, config: TuneConfig, tmp_path: Path) -> None:
