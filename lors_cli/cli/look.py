@@ -18,10 +18,13 @@ def inspect(model: o.Model, pattern: o.Against = None) -> None:
     """Show a checkpoint's sparsity; exit 5 when it breaks its pattern."""
     from lors_cli.cli.views.runs import show_inspection
     from lors_cli.models.inspection import inspect as inspect_model
+    from lors_cli.models.inspection import prompt_of
     from lors_cli.recipe.loading import load_model_config
     from lors_cli.sparsity import Pattern
 
-    document = inspect_model(load_model_config(model, device="cpu"), Pattern.parse(pattern) if pattern else None)
+    config = load_model_config(model, device="cpu")
+    document = inspect_model(config, Pattern.parse(pattern) if pattern else None)
+    document["prompt"] = prompt_of(config)
     show_inspection(model, document)
     if document["violations"]:
         console.error(

@@ -136,6 +136,15 @@ Formats = Annotated[
 Shipped = Annotated[str, _argument("A shipped recipe's or sweep's name.", "NAME", completion.shipped)]
 Target = Annotated[Path | None, _argument("File or folder; default: here.", "[TARGET]")]
 
+# lors push
+PushFolder = Annotated[Path, _argument("A checkpoint, or a run, whose tuned (else pruned) model goes.", "FOLDER")]
+Repo = Annotated[str, _argument("owner/name on the hub, or a name of your own.", "REPO")]
+Private = Annotated[bool, option("Make the new repository private.", "--private")]
+Branch = Annotated[str, option("Branch to upload to; made if it is not there.", "--revision")]
+ScoresFolder = Annotated[Path | None, option("Folder of lors eval, for the card; default: the run's own.")]
+Yes = Annotated[bool, option("Do not ask.", "--yes", "-y")]
+PushDryRun = Annotated[bool, option("Show what would go; nothing is uploaded.", "--dry-run", panel=OUTPUT)]
+
 # lors data show
 Tuned = Annotated[
     str, _argument("A recipe or a tune config: a file, or the name of a shipped one.", "RECIPE", completion.recipes)

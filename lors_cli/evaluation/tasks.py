@@ -128,16 +128,24 @@ def open_dataset(name: str, data_dir: Path | None) -> None:
     """
     if name == PYDOC_TASK or documents_file(name, data_dir) is not None:
         return
-    text = "\n".join(_definition_text(_definition_file(name)))
-    path, part = (found[1] if (found := pattern.search(text)) else None for pattern in (_PATH_LINE, _PART_LINE))
-    if path is None or "/" not in path:  # json and the like, or code of its own
+    path, part = task_dataset(name)
+    if path is None:
         return
     from datasets import load_dataset_builder
 
     try:
-        load_dataset_builder(path, None if part in ("null", "~", "") else part)
+        load_dataset_builder(path, part)
     except Exception as error:
         raise dataset_error(name, error) from error
+
+
+def task_dataset(name: str) -> tuple[str | None, str | None]:
+    """The hub id of the data set that a task's documents come from, and its configuration, as far as there are any."""
+    text = "\n".join(_definition_text(_definition_file(name)))
+    path, part = (found[1] if (found := pattern.search(text)) else None for pattern in (_PATH_LINE, _PART_LINE))
+    if path is None or "/" not in path:  # json and the like, or code of its own
+        return None, None
+    return path, None if part in ("null", "~", "") else part
 
 
 def dataset_error(name: str, error: Exception) -> Exception:

@@ -20,6 +20,8 @@ RECORD_NAME = "stage.json"
 STAGING_NAME = ".staging"
 WORK_NAME = ".work"
 JOURNAL_NAME = ".publishing.json"
+CARD_NAME = "README.md"
+"""The model card, which is for people to edit."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +65,15 @@ def inner_names(names: Any) -> list[str] | None:
 
 
 def is_finished(folder: Path, expected_fingerprint: str) -> bool:
-    """Whether `folder` holds the whole result of exactly this stage: its record and every file, as written."""
+    """Whether `folder` holds the whole result of exactly this stage: its record and every file, as written.
+
+    The model card may be another one by now, or gone.
+    """
     record = read_record(folder)
     if record is None or record.fingerprint != expected_fingerprint:
         return False
     return all((folder / name).is_file() and cached_sha256(folder / name) == digest
-               for name, digest in record.files.items())  # fmt: skip
+               for name, digest in record.files.items() if name != CARD_NAME)  # fmt: skip
 
 
 def work_dir(folder: Path, expected_fingerprint: str) -> Path:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lors_cli.data.saved_prompts import template_name
 from lors_cli.errors import UsageError
-from lors_cli.files import records
+from lors_cli.files import atomic, records
 from lors_cli.models.blocks import PrunableWeight, prunable_weights
 from lors_cli.models.checks import safetensors_files
+from lors_cli.models.hub import here
 from lors_cli.models.sources import locate
 from lors_cli.sparsity import DENSE_BELOW, Pattern, measure, num_violations, summarise
 
@@ -43,6 +45,28 @@ def inspect(model: ModelConfig, pattern: Pattern | None = None) -> dict[str, Any
     patterns: dict[str, Pattern | None] = {**held_to} if held_to else dict.fromkeys(weights, pattern)
     layers = [measure(name, weights[name].matrix, held) for name, held in patterns.items()]
     return summarise(layers, next(iter(patterns.values()), None))
+
+
+def prompt_of(model: ModelConfig) -> dict[str, str | None]:
+    """The prompt that a checkpoint's chat template writes: which format it is, and what says so.
+
+    Returns:
+        {"format", "from"}: one of ours, `chat` for any other template, None where there is no template.
+    """
+    source = here(model)
+    if source.gguf_file is not None or source.folder is None:
+        return {"format": None, "from": None}
+    record, file = records.read_record(source.folder), source.folder / "chat_template.jinja"
+    template = file.read_text(encoding="utf-8") if file.is_file() else None
+    if template is None:
+        settings: Any = atomic.read_json(source.folder / "tokenizer_config.json")
+        template = settings.get("chat_template") if isinstance(settings, dict) else None
+        file = file.with_name("tokenizer_config.json")
+    if template is None:
+        return {"format": None, "from": None}
+    name = template_name(template) if isinstance(template, str) else None
+    tuned = bool(name or (record and record.metrics.get("prompt")))
+    return {"format": name or "chat", "from": f"{file.name}, {'as it was tuned' if tuned else 'as the base has it'}"}
 
 
 def _measure_recorded(folder: Path, record: records.StageRecord) -> list[Any] | None:

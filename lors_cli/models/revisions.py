@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lors_cli.errors import MissingError, UsageError, is_connection_failure, is_passing, offline_hint, translate
 from lors_cli.files import atomic
@@ -22,10 +22,11 @@ _WAITS_S = (1.0, 2.0, 4.0, 8.0)
 
 @dataclass(frozen=True)
 class Listing:
-    """What the hub says of a model at a revision: its commit, and the bytes of each of its files."""
+    """What the hub says of a model at a revision: its commit, the bytes of each of its files, its card's fields."""
 
     commit: str
     files: dict[str, int]
+    card: dict[str, Any] = field(default_factory=dict)
 
 
 def pinned_revision(repo: str, revision: str) -> str:
@@ -106,7 +107,8 @@ def listing_of(repo: str, revision: str) -> Listing | None:
             time.sleep(wait_s)
         else:
             assert info.sha is not None, repo
-            return Listing(info.sha, {file.rfilename: file.size or 0 for file in info.siblings or []})
+            files = {file.rfilename: file.size or 0 for file in info.siblings or []}
+            return Listing(info.sha, files, info.card_data.to_dict() if info.card_data else {})
     raise AssertionError("the last question is answered or raises")
 
 

@@ -161,11 +161,17 @@ def _gguf_files(folder: Path) -> list[str]:
     return sorted(file.name for file in folder.glob("*.[gG][gG][uU][fF]"))
 
 
-_IN_HUB_CACHE = re.compile(r"models--[^/]+--([^/]+)/snapshots/[^/]+$")
+_IN_HUB_CACHE = re.compile(r"models--([^/]+)--([^/]+)/snapshots/[^/]+$")
 
 
 def short_name(model: str) -> str:
     """A model's own name: `meta-llama/Llama-2-7b-hf` and its folder in the hub's cache are Llama-2-7b-hf."""
     path = model.replace("\\", "/").rstrip("/")
     cached = _IN_HUB_CACHE.search(path)
-    return cached.group(1) if cached else path.rpartition("/")[2] or "model"
+    return cached.group(2) if cached else path.rpartition("/")[2] or "model"
+
+
+def hub_cache_id(folder: Path) -> str | None:
+    """The hub id of a model that lies in the hub's cache, None of a folder elsewhere."""
+    cached = _IN_HUB_CACHE.search(folder.as_posix().rstrip("/"))
+    return f"{cached[1]}/{cached[2]}" if cached else None

@@ -102,7 +102,7 @@ def prune(config: PruneConfig, model: ModelConfig, out: Path, *, data_dir: Path 
         environment.environment(), round(time.monotonic() - started, 2), {},
     )  # fmt: skip
     if processes.is_main():
-        _write_checkpoint(out, source, tokenizer, config, model, metrics)
+        _write_checkpoint(out, source, tokenizer, config, model, metrics, data_dir)
         record = records.publish(out, record)
     if alone:
         processes.stop()
@@ -174,18 +174,25 @@ def _report_few_tokens(few_tokens: dict[str, int]) -> None:
 
 
 def _write_checkpoint(
-    out: Path, source: BlockwiseModel, tokenizer: Any, config: PruneConfig, model: ModelConfig, metrics: dict[str, Any]
-) -> None:
+    out: Path, source: BlockwiseModel, tokenizer: Any, config: PruneConfig, model: ModelConfig,
+    metrics: dict[str, Any], data_dir: Path | None,
+) -> None:  # fmt: skip
+    from lors_cli.data.sources import fingerprint_source
     from lors_cli.models.card import model_card
     from lors_cli.models.loading import MAX_SHARD_SIZE, save_settings
+    from lors_cli.models.origins import inherited, with_dataset
     from lors_cli.models.tensor_files import write_checkpoint
 
     staging = records.staging_dir(out)
     save_settings(source.network, tokenizer, staging)
     write_checkpoint(staging, _tensors(source, out / records.WORK_NAME), max_shard_size=MAX_SHARD_SIZE)
+    fields, calibration = inherited(model), config.calibration
+    if "calibration" in metrics:
+        read = fingerprint_source(calibration.dataset, split="train", data_dir=data_dir, columns=calibration.columns)
+        fields = with_dataset(fields, read)
     card = model_card(base_model=model.path, prune=hashes.plain(resolved_prune(config)), tune=None, metrics=metrics,
-                      environment=environment.environment())  # fmt: skip
-    atomic.write_text(staging / "README.md", card)
+                      environment=environment.environment(), fields=fields)  # fmt: skip
+    atomic.write_text(staging / records.CARD_NAME, card)
 
 
 def _tensors(source: BlockwiseModel, work: Path) -> Iterator[tuple[Entry, Callable[[], torch.Tensor]]]:

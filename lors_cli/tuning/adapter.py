@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from lors_cli.data.prompts import TEMPLATES
 from lors_cli.errors import UsageError, require_file
 from lors_cli.files import atomic
 from lors_cli.tuning.attach import adapter_parameters, adapter_tensors, attach, base_mask
@@ -42,6 +43,7 @@ class AdapterConfig:
         base_mask: digest of where the adapted weights, and those that no adapter can be put on, are zero.
         norms: full names of the trained parameters of normalisation layers.
         rounding: of merged bfloat16 weights.
+        prompt: `data.template` of what was learnt, None of text.
     """
 
     method: str
@@ -54,6 +56,7 @@ class AdapterConfig:
     base_mask: str
     norms: tuple[str, ...] = ()
     rounding: Rounding = "nearest"
+    prompt: str | None = None
 
 
 def save_adapter(model: nn.Module, folder: Path, config: AdapterConfig) -> None:
@@ -72,6 +75,8 @@ def save_adapter(model: nn.Module, folder: Path, config: AdapterConfig) -> None:
     }
     if content["peft_type"] != "LORA":  # which PEFT reads, and it warns of keys that it does not know
         content.update(base_fingerprint=config.base_fingerprint, base_mask=config.base_mask)
+        if config.prompt is not None:
+            content["prompt_format"] = config.prompt
     if config.rounding != "nearest":
         content["rounding"] = config.rounding
     if config.norms:
@@ -103,7 +108,10 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
             base_mask=str(content["base_mask"]),
             norms=_names(content.get("trained_norms", [])),
             rounding=content.get("rounding", "nearest"),
+            prompt=content.get("prompt_format"),
         )
+        if found.prompt not in (None, "chat", *TEMPLATES):
+            raise ValueError(f"prompt_format is {found.prompt!r}, none of chat, {', '.join(TEMPLATES)}")
         if found.rounding not in get_args(Rounding):
             raise ValueError(f"rounding is {found.rounding!r}, none of {', '.join(get_args(Rounding))}")
         if not 0 < found.rank <= MAX_RANK or not 0 < found.alpha <= MAX_ALPHA:

@@ -13,6 +13,7 @@ from lors_cli.machine import environment
 from lors_cli.models.blocks import prunable_weights
 from lors_cli.models.card import model_card
 from lors_cli.models.loading import save_checkpoint
+from lors_cli.models.origins import inherited, with_dataset
 from lors_cli.output import console
 from lors_cli.recipe.schema import ModelConfig, TuneConfig
 from lors_cli.sparsity import Pattern, measure, summarise
@@ -28,14 +29,16 @@ ALMOST_NONE = 0.001
 
 
 def adapter_config(
-    config: TuneConfig, network: PreTrainedModel, layers: list[str], model: ModelConfig, base_fingerprint: str
-) -> AdapterConfig:
+    config: TuneConfig, network: PreTrainedModel, layers: list[str], model: ModelConfig, base_fingerprint: str,
+    prompt: str | None,
+) -> AdapterConfig:  # fmt: skip
     """What adapter_config.json says of this training."""
     return AdapterConfig(
         method=config.method, rank=config.rank, alpha=config.alpha, use_rslora=config.use_rslora,
         layers=tuple(layers), base=model.path,
         base_fingerprint=base_fingerprint, base_mask=base_mask(network, adapter_layers(network)),
         norms=tuple(norm_shifts(network)), rounding=config.weight_rounding,
+        prompt=prompt,
     )  # fmt: skip
 
 
@@ -68,12 +71,15 @@ def write_results(
             "base_mask": adapter.base_mask}  # fmt: skip
 
 
-def write_card(staging: Path, config: TuneConfig, model: ModelConfig, metrics: dict[str, Any]) -> None:
+def write_card(
+    staging: Path, config: TuneConfig, model: ModelConfig, metrics: dict[str, Any], data_fingerprint: str
+) -> None:
     """The model card of the tuned model."""
     record = records.read_record(Path(model.path)) if Path(model.path).is_dir() else None
     card = model_card(
         base_model=record.inputs.get("path", model.path) if record else model.path,
         prune=record.config if record and record.stage == "prune" else None,
         tune=hashes.plain(config), metrics=metrics, environment=environment.environment(),
+        fields=with_dataset(inherited(model), data_fingerprint),
     )  # fmt: skip
-    atomic.write_text(staging / "README.md", card)
+    atomic.write_text(staging / records.CARD_NAME, card)

@@ -100,6 +100,7 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
     from lors_cli.models.loading import load_tokenizer
     from lors_cli.models.sources import model_fingerprint
     from lors_cli.tuning.attach import adaptable_layers
+    from lors_cli.tuning.prompt_format import fit_to_prompt
     from lors_cli.tuning.results import adapter_config, write_card, write_results
     from lors_cli.tuning.training.distributed import say_how
     from lors_cli.tuning.training.preparation import prepare_trainer
@@ -128,12 +129,13 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
 
     def write() -> records.StageRecord:
         tuned = whole_model(config, model, network, layers)
-        adapter = adapter_config(config, tuned, layers, model, base_fingerprint)
+        stored, template, read = _as_read(resolved_tune(config), data_dir)
+        adapter = adapter_config(config, tuned, layers, model, base_fingerprint, template)
         staging = records.staging_dir(out)
-        metrics = {**training, **_data_metrics(data),
+        prompt = fit_to_prompt(tuned, tokenizer, template)
+        metrics = {**training, **_data_metrics(data), **prompt,
                    **write_results(staging, tuned, tokenizer, adapter, patterns)}  # fmt: skip
-        stored = _with_packing(resolved_tune(config), data_dir)
-        write_card(staging, stored, model, metrics)
+        write_card(staging, stored, model, metrics, read)
         atomic.write_bytes(staging / LOG_NAME, log.path.read_bytes())
         record = records.StageRecord(
             "tune", fingerprint, hashes.plain(stored), {"model": base_fingerprint, "path": model.path}, metrics,
@@ -144,14 +146,16 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
     return processes.from_main(write)
 
 
-def _with_packing(config: TuneConfig, data_dir: Path | None) -> TuneConfig:
-    """The config with how texts shared a sample said."""
+def _as_read(config: TuneConfig, data_dir: Path | None) -> tuple[TuneConfig, str | None, str]:
+    """The config with how texts shared a sample said, instructions' prompt, and the fingerprint of the data."""
     from lors_cli.data.sources import open_source
     from lors_cli.data.tokens import usual_packing
 
-    source = open_source(config.data.dataset, split="train", data_dir=data_dir, want="instructions")
-    packing = config.data.packing or usual_packing(source)
-    return replace(config, data=replace(config.data, packing=packing))
+    data = config.data
+    source = open_source(data.dataset, split="train", data_dir=data_dir, want="instructions", columns=data.columns)
+    packing = data.packing or usual_packing(source)
+    template = data.template if source.kind == "instructions" else None
+    return replace(config, data=replace(data, packing=packing)), template, source.fingerprint
 
 
 def sparse_layers(model: PreTrainedModel, folder: Path) -> dict[str, Pattern]:

@@ -175,4 +175,6 @@ def show_inspection(path: str, document: dict[str, Any]) -> None:
         f"{path}: {document['pattern']}, {100 * document['sparsity']:.2f} % zeros in {len(document['layers'])} "
         f"linears, {document['violations']} violations"
     )
+    prompt = document["prompt"]
+    console.result(f"prompt: {prompt['format']} ({prompt['from']})" if prompt["format"] else "prompt: no chat template")
     console.document(document)
