@@ -59,6 +59,7 @@ class PackedLinear(nn.Module):
         """
         check(name, self.weight, self.weight_mask, (self.out_features, self.in_features), self.pattern)
         self.register_buffer("starts", row_starts(self.weight_mask), persistent=False)
+        self.requires_grad_(False)
 
     @property
     def packed(self) -> Packed:

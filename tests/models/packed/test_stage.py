@@ -256,3 +256,26 @@ def test_every_architecture_is_packed_or_refused_in_words(
     for name, tensor in plain.state_dict().items():
         assert torch.equal(tensor, packed.state_dict()[name]), name
     assert record.metrics["layers"]
+
+
+def test_a_loaded_model_generates_as_the_sparse_one_and_compiles_whole(sparse: Path, tmp_path: Path) -> None:
+    pack(sparse, tmp_path / "packed")
+    packed, plain = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path / "packed", sparse))
+    start = torch.tensor([[5, 9, 3]])
+    texts = [model.generate(start, max_new_tokens=12, do_sample=False).tolist() for model in (packed, plain)]
+    assert texts[0] == texts[1]
+    mlp, x = packed.model.layers[0].mlp, torch.randn(1, 3, 32)
+    torch.testing.assert_close(torch.compile(mlp, fullgraph=True)(x), mlp(x))
+
+
+def test_where_there_is_no_kernel_weights_are_unpacked_and_it_is_said_why(
+    sparse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pack(sparse, tmp_path / "packed")
+    monkeypatch.setattr("lors_cli.models.packed.kernels.ops.available", lambda dtype: "there is no C compiler here")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert type(model.get_submodule(LAYERS[0])) is torch.nn.Linear
+    assert "there is no C compiler here" in capsys.readouterr().err
+    model.save_pretrained(tmp_path / "plain")
+    before, after = load_file(sparse / "model.safetensors"), load_file(tmp_path / "plain/model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
