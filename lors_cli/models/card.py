@@ -105,8 +105,8 @@ def _settings(prune: dict[str, Any] | None, tune: dict[str, Any] | None, metrics
     for stage, config in (("prune", prune), ("tune", tune)):
         rows += [[f"{stage}.{key}", value] for key, value in _flat(config or {})]
     shown = (
-        "loss_before", "loss_after", "loss_samples", "loss_held_out", "moved", "steps", "num_samples", "violations",
-        "trainable_parameters",
+        "loss_before", "loss_after", "loss_samples", "loss_held_out", "val_loss_best", "val_loss_last", "val_samples",
+        "model_step", "moved", "steps", "num_samples", "violations", "trainable_parameters",
     )  # fmt: skip
     rows += [[f"result: {key}", str(metrics[key])] for key in shown if key in metrics]
     return rows
