@@ -52,7 +52,8 @@ def stage_fingerprint(config: TuneConfig, model_fingerprint: str, data_dir: Path
     settings = {key: value for key, value in asdict(config).items() if key not in WITHOUT_EFFECT}
     settings.update(alpha=float(config.alpha), per_device_batch_size=config.micro_batch_size, init=config.start,
                     rounding=config.weight_rounding)  # fmt: skip
-    settings.update(load_best_model_at_end=config.loads_best or None)
+    settings.update(load_best_model_at_end=config.loads_best or None,
+                    val_size=config.val_size and float(config.val_size))  # fmt: skip
     if config.early_stopping_patience is None and not config.loads_best:
         del settings["eval_steps"]  # it moves no weight
     for key in ("val_size", "eval_steps", "early_stopping_patience", "load_best_model_at_end"):
