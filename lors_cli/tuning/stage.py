@@ -231,7 +231,6 @@ def _train(trainer: AdapterTrainer, data: TuneData, log: StepLog, run: TrackedRu
     from lors_cli.tuning.training.step_log import loss_text, step_metrics
     from lors_cli.tuning.training.stopping import stopping_gently
     from lors_cli.tuning.training.trackers import tracking
-    from lors_cli.tuning.training.validation import validation_metrics
 
     last = processes.from_main(lambda: latest_checkpoint(trainer.folder, trainer.fingerprint))
     if last:
@@ -274,7 +273,7 @@ def _train(trainer: AdapterTrainer, data: TuneData, log: StepLog, run: TrackedRu
     if not processes.is_main():
         return {}
     rows = log.rows()
-    return {**step_metrics(rows), **losses, **validation_metrics(rows, loads_best=trainer.config.loads_best)}
+    return {**step_metrics(rows), **losses, **trainer.validation.metrics(rows)}
 
 
 def _data_metrics(data: TuneData) -> dict[str, Any]:

@@ -65,6 +65,18 @@ class Validation:
             return f"held-out loss {self.loss:.4f}, best {self.best_loss:.4f} at step {self.best_step}"
         return f"held-out loss {self.loss:.4f}, the best so far"
 
+    def metrics(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Of a run whose log is given, for its record, and the step that the model is of; empty without losses."""
+        losses = [row["val_loss"] for row in rows if "val_loss" in row]
+        if not losses:
+            return {}
+        best = self.best_loss if self.best_step is not None else None
+        return {
+            "val_loss_first": _rounded(losses[0]), "val_loss_best": _rounded(best),
+            "val_loss_last": _rounded(losses[-1]), "val_best_step": self.best_step,
+            "model_step": self.best_step if self.loads_best else rows[-1]["step"],
+        }  # fmt: skip
+
     def state(self) -> dict[str, Any]:
         """What a resumed run must know, as JSON."""
         loss = self.best_loss if self.best_step is not None else None
@@ -101,20 +113,6 @@ def held_out_loss(
             labels += number
     parts = parallel.gather((total, labels))
     return sum(part for part, _ in parts) / sum(count for _, count in parts)
-
-
-def validation_metrics(rows: list[dict[str, Any]], *, loads_best: bool) -> dict[str, Any]:
-    """Of the held-out losses of a run, for its record, and the step that the model is of; empty without any."""
-    measured = [row for row in rows if "val_loss" in row]
-    found = [(row["val_loss"], row["step"]) for row in measured if row["val_loss"] is not None]
-    if not measured:
-        return {}
-    best, step = min(found, default=(None, None))
-    return {
-        "val_loss_first": _rounded(measured[0]["val_loss"]), "val_loss_best": _rounded(best),
-        "val_loss_last": _rounded(measured[-1]["val_loss"]), "val_best_step": step,
-        "model_step": step if loads_best else rows[-1]["step"],
-    }  # fmt: skip
 
 
 def _rounded(loss: float | None) -> float | None:
