@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lors_cli.report.drawing import GRID, METHOD_COLOURS, PALETTE, canvas, figure_of, short, sparsity_map
-from lors_cli.report.measures import Group, ScoredModel
+from lors_cli.report.measures import Group, ScoredModel, finite
 from lors_cli.report.results import Cell
 
 if TYPE_CHECKING:
@@ -32,10 +32,16 @@ def loss_of_run(cell: Cell) -> Figure | None:
         axes.plot(steps, losses, color="#9CC3DD", linewidth=1, label="each step")
         axes.plot(steps, _running_mean(losses, window), color=PALETTE["tuned"], linewidth=2.2,
                   label=f"mean of {window} steps")  # fmt: skip
-        axes.legend()
     else:
         few = len(steps) <= 40
-        axes.plot(steps, losses, color=PALETTE["tuned"], linewidth=2, marker="o" if few else None, markersize=4)
+        axes.plot(steps, losses, color=PALETTE["tuned"], linewidth=2, marker="o" if few else None, markersize=4,
+                  label="training")  # fmt: skip
+    held_out = [row for row in cell.log if finite(row.get("val_loss")) is not None]
+    if held_out:
+        axes.plot([row["step"] for row in held_out], [row["val_loss"] for row in held_out], color="#D55E00",
+                  linewidth=2, marker="s", markersize=4, label="held out")  # fmt: skip
+    if held_out or window >= 3:
+        axes.legend()
     _finish_loss(axes, "Training loss")
     return figure
 

@@ -200,7 +200,7 @@ class AdapterTrainer:
             atomic.write_json(folder / checkpoints.STATE_NAME, state)
 
         if parallel.is_main():
-            marker = {"fingerprint": self.fingerprint, "guard": self.guard.state()}
+            marker: dict[str, Any] = {"fingerprint": self.fingerprint, "guard": self.guard.state()}
             if self.validation.samples:
                 marker.update(validation=self.validation.state(), best_step=self.validation.kept_step,
                               unlogged=self.unlogged)  # fmt: skip
