@@ -33,6 +33,8 @@ class TuneData:
     """Optimiser steps that the samples are for, where they are those of the whole run, in order."""
     close: Callable[[], None] = lambda: None
     """Ends what goes on in the background."""
+    held_out: Sequence[Sample] = ()
+    """Samples that are not trained on."""
 
     def first_drawn(self, number: int, seed: int) -> list[int]:
         """Samples to look at before training: drawn at random, or the first of samples that are in order."""

@@ -6,13 +6,20 @@ prompts and isolated documents begin with the beginning-of-sequence token where 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lors_cli.data.held_out import hold_out_blocks, hold_out_samples, num_held_out
 from lors_cli.data.instructions import instruction_samples
-from lors_cli.data.packing import block_sample, packed_blocks, too_little_text
-from lors_cli.data.samples import EMPTY_OUTPUT, NO_LABEL, TuneData
+from lors_cli.data.packing import (
+    block_sample,
+    blocks_in_order,
+    packed_blocks,
+    shuffled_blocks,
+    too_little_text,
+)
+from lors_cli.data.samples import EMPTY_OUTPUT, NO_LABEL, Sample, TuneData
 from lors_cli.data.samples import PadCollator as PadCollator
 from lors_cli.data.sources import TextSource, open_source
 from lors_cli.data.tokenising import (
@@ -127,7 +134,7 @@ def tuning_data(config: TuneConfig, tokenizer: Any, *, model_max_length: int, da
         refuse_for_text(config.data, source)
         return stream_samples(config, source, tokenizer, model_max_length=model_max_length, data_dir=data_dir)
     needed = config.max_steps * config.batch_size if config.max_steps else None
-    return tuning_samples(config.data, tokenizer, seed=config.seed, num_needed=needed,
+    return tuning_samples(config.data, tokenizer, seed=config.seed, num_needed=needed, val_size=config.val_size,
                           model_max_length=model_max_length, data_dir=data_dir)  # fmt: skip
 
 
@@ -139,12 +146,14 @@ def tuning_samples(
     num_needed: int | None,
     model_max_length: int,
     data_dir: Path | None,
+    val_size: float | None = None,
 ) -> TuneData:
     """What a model is tuned on: instruction rows in the source's order, or packed text.
 
     Args:
         seed: of the shuffle of packed blocks; instructions are not shuffled here.
         num_needed: samples that all steps together will take; bounds packed text when num_samples does not.
+        val_size: samples to hold out, below 1 a share of them; of num_samples where that is given.
 
     Returns:
         Samples of at most max_length tokens, each with a label at index 1 or later (the first token's label is
@@ -158,8 +167,9 @@ def tuning_samples(
     source = open_source(config.dataset, split="train", data_dir=data_dir, want="instructions", columns=config.columns)
     say_layout(source)
     if source.kind == "instructions":
-        return instruction_samples(source, config, tokenizer)
+        return hold_out_samples(instruction_samples(source, config, tokenizer), val_size)
     refuse_for_text(config, source)
+    held_out: list[Sample] = []
     if source.path is not None:
         blocks = read_tokens(source.path, tokenizer, config.num_samples, None, None)
         if blocks.shape[1] > config.max_length:
@@ -169,17 +179,36 @@ def tuning_samples(
     else:
         wanted = config.num_samples if config.num_samples is not None else num_needed
         isolated = config.packing == "isolated"
-        blocks, starts = packed_blocks(
-            _texts(source), tokenizer, config.max_length, wanted, seed, source.streamed,
-            begin_tokens(tokenizer) if isolated else (),
-        )  # fmt: skip
+        begin = begin_tokens(tokenizer) if isolated else ()
+        if val_size is None:
+            blocks, starts = packed_blocks(
+                _texts(source), tokenizer, config.max_length, wanted, seed, source.streamed, begin
+            )
+        else:
+            held_out, blocks, starts = _text_without_its_start(config, source, tokenizer, val_size, begin)
+            most = wanted if config.num_samples is None else config.num_samples - len(held_out)
+            blocks, starts = shuffled_blocks(blocks, starts, most, seed)
         starts = starts if isolated else None
         if len(blocks) == 0:
             raise too_little_text(config)
     rows = blocks.numpy()
     marks = [None] * len(rows) if starts is None else starts.numpy()
     samples = [block_sample(row, mark) for row, mark in zip(rows, marks, strict=True)]
-    return TuneData(samples, len(samples), {EMPTY_OUTPUT: 0, NO_LABEL: 0}, blocks.numel())
+    data = TuneData(samples, len(samples), {EMPTY_OUTPUT: 0, NO_LABEL: 0}, blocks.numel(), held_out=held_out)
+    return hold_out_samples(data, val_size) if source.path is not None else data
+
+
+def _text_without_its_start(
+    config: TuneDataConfig, source: TextSource, tokenizer: Any, val_size: float, begin: Sequence[int]
+) -> tuple[list[Sample], torch.Tensor, torch.Tensor]:
+    """The first samples of a text, which are held out, and all blocks after them in order."""
+    if source.streamed:
+        raise UsageError(f"val_size: {source.name} is held out from where it is streamed.", "Leave data.stream out.")
+    blocks, starts = blocks_in_order(_texts(source), tokenizer, config.max_length, None, begin)
+    if len(blocks) == 0:
+        raise too_little_text(config)
+    number = num_held_out(val_size, min(len(blocks), config.num_samples or len(blocks)))
+    return hold_out_blocks(blocks, starts, number, isolated=config.packing == "isolated")
 
 
 def say_layout(source: TextSource) -> None:

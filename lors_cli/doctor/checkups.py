@@ -46,7 +46,7 @@ BELOW = {"transformers": "6", "lm-eval": "0.4.14"}
 """Distribution to the first version that is not known to work."""
 OPTIONAL = {
     "triton": "the fused merge on NVIDIA GPUs (it comes with torch's CUDA builds on Linux)",
-    "tensorboard": "tune.tensorboard=true",
+    **{name: f"tune.report_to=[{name}]" for name in ("wandb", "tensorboard", "mlflow", "trackio")},
 }
 OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 HUB_TIMEOUT_S = 4.0

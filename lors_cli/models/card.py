@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
 _SHOWN = (
-    "loss_before", "loss_after", "loss_samples", "loss_held_out", "moved", "steps", "num_samples", "violations",
-    "trainable_parameters",
+    "loss_before", "loss_after", "loss_samples", "loss_held_out", "val_loss_best", "val_loss_last", "val_samples",
+    "model_step", "moved", "steps", "num_samples", "violations", "trainable_parameters",
 )  # fmt: skip
 """A stage's numbers that a card has."""
 _QUESTION = "Name three colours."

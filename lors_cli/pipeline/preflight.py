@@ -100,6 +100,7 @@ def _looks(plan: StagePlan, models: Sequence[ModelConfig], data_dir: Path | None
     size = try_size(plan.origin)
     if size is not None:
         yield partial(STAGES[plan.stage].fits, plan.config, size)
+    yield lambda: STAGES[plan.stage].check_packages(plan.config)
     yield lambda: resources.check_memory(plan)
     yield lambda: _check_memory(plan)
 

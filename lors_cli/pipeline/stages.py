@@ -60,6 +60,7 @@ class Stage:
         prepare: the model; the config with what depends on it filled in.
         shortage: the model and its size; why the free memory is too small, and what to do, where that is known.
         fits: the model's size; UsageError if its linears cannot take the pattern or rank.
+        check_packages: MissingError if a package that the settings ask for is not installed.
     """
 
     run: Callable[[Any, dict[str, ModelConfig], Path, Path | None], None]
@@ -72,6 +73,7 @@ class Stage:
     prepare: Callable[[Any, ModelConfig], Any] = lambda config, model: config
     shortage: Callable[[Any, ModelConfig, ModelSize], tuple[str, str] | None] = lambda config, model, size: None
     fits: Callable[[Any, ModelSize], None] = lambda config, size: None
+    check_packages: Callable[[Any], None] = lambda config: None
 
     def leaves(self, config: Config, size: ModelSize) -> int:
         """Bytes on disk once it is done."""
@@ -122,6 +124,12 @@ def _tuning_fits(config: TuneConfig, size: ModelSize) -> None:
     check_rank(config.method, config.rank, [rows for rows, _, expert in size.block if not expert])
 
 
+def _tuning_packages(config: TuneConfig) -> None:
+    from lors_cli.tuning.training.trackers import check_installed
+
+    check_installed(config.report_to)
+
+
 def _evaluate(config: EvalConfig, models: dict[str, ModelConfig], out: Path, data_dir: Path | None) -> None:
     from lors_cli.evaluation.stage import evaluate
 
@@ -160,6 +168,7 @@ STAGES = {
         makes="tuned",
         fingerprint=tuning.stage_fingerprint,
         prepare=with_teacher,
+        check_packages=_tuning_packages,
     ),
     "pack": Stage(
         run=_pack,

@@ -66,6 +66,12 @@ def _not_shardable(c: Any) -> str | None:
     return next((f"{key}: {value}" for key, value in whole.items() if getattr(c, key) == value), None)
 
 
+def _without_val_size(c: Any) -> str | None:
+    """The first setting that is about held-out losses, where there are none."""
+    about = ("eval_steps", "early_stopping_patience", "load_best_model_at_end") if c.val_size is None else ()
+    return next((key for key in about if getattr(c, key)), None)
+
+
 def _twice(values: Any) -> str:
     """The values that are listed more than once."""
     return ", ".join(sorted({value for value in values or () if values.count(value) > 1}))
@@ -153,6 +159,13 @@ RULES: dict[str, tuple[Rule, ...]] = {
         ("min_learning_rate", lambda c: c.min_learning_rate > c.learning_rate,
          "{c.min_learning_rate:g} is above learning_rate: {c.learning_rate:g}",
          "`min_learning_rate` is at most `learning_rate`."),
+        ("val_size", lambda c: c.val_size is not None and c.val_size > 1 and c.val_size % 1,
+         "{c.val_size:g} is neither a number of samples nor a share below 1",
+         "`val_size` is a whole number of samples, or a share below 1."),
+        ("eval_steps", _without_val_size, "{found} needs val_size, the samples to hold out",
+         "`eval_steps`, `early_stopping_patience` and `load_best_model_at_end` need `val_size`."),
+        ("report_to", lambda c: _twice(c.report_to), "{found} is listed twice",
+         "Nothing is listed twice in `report_to`."),
         ("batch_size", lambda c: c.per_device_batch_size is not None and c.batch_size % c.per_device_batch_size,
          "{c.batch_size} is not a multiple of per_device_batch_size: {c.per_device_batch_size}",
          "`batch_size` is a multiple of `per_device_batch_size`."),

@@ -6,12 +6,13 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from lors_cli.recipe.columns import ColumnsConfig, Name, NotNegative, Positive, Rate, Seed
 from lors_cli.recipe.rules import Section
 
 TuneMethod = Literal["lors", "sqft", "sqft-gc", "spp", "spp-gc", "hira", "lora"]
+Tracker = Literal["wandb", "tensorboard", "mlflow", "trackio"]
 
 
 def _whole(value: Any) -> Any:
@@ -141,8 +142,21 @@ class TuneConfig(Section):
     spike_factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
     """A step is bad too if its loss or its gradient's norm is above so many times its median over the last 50 good
     steps (from the tenth on). Default: only what is not finite is bad."""
-    tensorboard: bool = False
-    """Write TensorBoard events to tune/tensorboard too (needs the tensorboard package)."""
+    val_size: Annotated[float, Field(gt=0, allow_inf_nan=False), AfterValidator(_whole)] | None = None
+    """Samples that are held out, or below 1 a share of them: never trained on, and their loss is measured during
+    training. The same for every method, rank and seed. Default: none."""
+    eval_steps: Positive | None = None
+    """Optimiser steps between two held-out losses; there is one after the last step too. Default: a tenth of the
+    run."""
+    early_stopping_patience: Positive | None = None
+    """End training after so many held-out losses in a row that are no better than the best before them. Default:
+    train to the end."""
+    load_best_model_at_end: bool | None = None
+    """Merge the adapters of the step with the best held-out loss, not those of the last step; their checkpoint stays.
+    Default: true with early_stopping_patience, else false."""
+    report_to: tuple[Tracker, ...] = ()
+    """Send the numbers of each step to these trackers too; each needs its package. Not part of a stage's
+    fingerprint."""
     seed: Seed = 0
     """Of the samples' order and of the adapters' start. Default: the recipe's."""
 
@@ -155,6 +169,13 @@ class TuneConfig(Section):
     def weight_rounding(self) -> Literal["nearest", "stochastic"]:
         """How merged weights are rounded to bfloat16: `rounding`, or what the method implies."""
         return self.rounding or ("stochastic" if self.method == "lors" else "nearest")
+
+    @property
+    def loads_best(self) -> bool:
+        """Whether the merged model is that of the best held-out loss: `load_best_model_at_end`, or what is implied."""
+        if self.load_best_model_at_end is None:
+            return self.early_stopping_patience is not None
+        return self.load_best_model_at_end
 
     @property
     def scale(self) -> float:

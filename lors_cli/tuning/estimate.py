@@ -38,7 +38,9 @@ def needs(config: TuneConfig, size: ModelSize) -> Estimate:
         training -= size.num_prunable * size.bytes_a_weight // 2 - size.num_prunable // 8
     teacher = size.num_bytes if config.distill else 0
     memory = RUNTIME + size.num_bytes + teacher + activations + logits + max(training, gradient)
-    return Estimate(memory, size.num_bytes + (config.keep_checkpoints + 1) * 12 * adapters + RECORDS)
+    return Estimate(
+        memory, size.num_bytes + (config.keep_checkpoints + 1 + config.loads_best) * 12 * adapters + RECORDS
+    )
 
 
 def operations(config: TuneConfig, size: ModelSize, data_dir: Path | None) -> float | None:

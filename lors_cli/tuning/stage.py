@@ -23,13 +23,14 @@ if TYPE_CHECKING:
     from lors_cli.data.samples import TuneData
     from lors_cli.recipe.schema import ModelConfig, TuneConfig
     from lors_cli.tuning.training.step_log import StepLog
+    from lors_cli.tuning.training.trackers import TrackedRun
     from lors_cli.tuning.training.trainer import AdapterTrainer
 
 STAGE_VERSION = 3
 INSTRUCTIONS_VERSION = 4
 """The same for instructions: 4 since their text is tokenised whole."""
 WITHOUT_EFFECT = (
-    "save_steps", "keep_checkpoints", "max_bad_steps", "tensorboard", "gradient_checkpointing", "merged_cache", "base",
+    "save_steps", "keep_checkpoints", "max_bad_steps", "report_to", "gradient_checkpointing", "merged_cache", "base",
     "parallelism",
 )  # fmt: skip
 """Settings that change how the work is done, not what comes out."""
@@ -51,6 +52,13 @@ def stage_fingerprint(config: TuneConfig, model_fingerprint: str, data_dir: Path
     settings = {key: value for key, value in asdict(config).items() if key not in WITHOUT_EFFECT}
     settings.update(alpha=float(config.alpha), per_device_batch_size=config.micro_batch_size, init=config.start,
                     rounding=config.weight_rounding)  # fmt: skip
+    settings.update(load_best_model_at_end=config.loads_best or None,
+                    val_size=config.val_size and float(config.val_size))  # fmt: skip
+    if config.early_stopping_patience is None and not config.loads_best:
+        del settings["eval_steps"]  # it moves no weight
+    for key in ("val_size", "eval_steps", "early_stopping_patience", "load_best_model_at_end"):
+        if settings.get(key, 0) is None:
+            del settings[key]
     if config.max_steps is not None or config.max_tokens is not None:
         del settings["epochs"]
     if config.start == "kaiming":
@@ -106,8 +114,10 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
     from lors_cli.tuning.training.preparation import prepare_trainer
     from lors_cli.tuning.training.sharding import load_trainable, whole_model
     from lors_cli.tuning.training.step_log import StepLog
+    from lors_cli.tuning.training.trackers import check_installed
 
     started = time.monotonic()
+    check_installed(config.report_to)
     config = with_teacher(config, model)
     base_fingerprint = model_fingerprint(model)
     fingerprint = stage_fingerprint(config, base_fingerprint, data_dir)
@@ -124,7 +134,7 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
     schedule = config if data.num_steps is None else replace(config, max_steps=data.num_steps, max_tokens=None)
     trainer = prepare_trainer(schedule, network, layers, data, tokenizer, out / CHECKPOINTS_NAME, fingerprint,
                               device=resolve_device(model.device))  # fmt: skip
-    training = _train(trainer, data, out, log)
+    training = _train(trainer, data, log, _tracked_run(config, model, out, fingerprint))
     data.close()
 
     def write() -> records.StageRecord:
@@ -144,6 +154,16 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
         return records.publish(out, record)
 
     return processes.from_main(write)
+
+
+def _tracked_run(config: TuneConfig, model: ModelConfig, out: Path, fingerprint: str) -> TrackedRun:
+    """What trackers are told of this run; it is called as its run folder is."""
+    from lors_cli.tuning.training.trackers import TrackedRun
+
+    folder = out.absolute()
+    told = {"model": model.path, "tune": hashes.plain(resolved_tune(config)), "code": environment.code_version()}
+    name = folder.parent.name if folder.name == "tune" else folder.name
+    return TrackedRun(name, told, folder, processes.from_main(lambda: records.work_dir(out, fingerprint)))
 
 
 def _as_read(config: TuneConfig, data_dir: Path | None) -> tuple[TuneConfig, str | None, str]:
@@ -192,7 +212,7 @@ def _load_data(config: TuneConfig, network: PreTrainedModel, tokenizer: Any, dat
         in_last = len(data.samples) - (data.num_steps - 1) * config.batch_size
         steps = f" in {counted(data.num_steps, 'step')}"
         steps += f", {in_last} in the last" if in_last < config.batch_size else ""
-    samples = counted(len(data.samples), "sample")
+    samples = counted(len(data.samples), "sample") + (f" and {len(data.held_out)} held out" if data.held_out else "")
     skips = f" (skipped: {skipped})" if skipped else ""
     console.info(f"  data: {config.data.dataset}, {samples}, {data.num_tokens} tokens{steps}{skips}")
     return data
@@ -207,7 +227,7 @@ def _running_log(out: Path, work: Path) -> Path:
     return (work if begun or records.read_record(out) is not None else out) / LOG_NAME
 
 
-def _train(trainer: AdapterTrainer, data: TuneData, out: Path, log: StepLog) -> dict[str, Any]:
+def _train(trainer: AdapterTrainer, data: TuneData, log: StepLog, run: TrackedRun) -> dict[str, Any]:
     """Run the trainer to its end, from the last checkpoint where there is one; the losses' metrics."""
     from lors_cli.models.quiet import quiet_libraries
     from lors_cli.tuning.training import fixed_batch
@@ -220,32 +240,47 @@ def _train(trainer: AdapterTrainer, data: TuneData, out: Path, log: StepLog) -> 
     if last:
         trainer.resume(last)
         console.info(f"  going on after step {trainer.step} of {trainer.num_steps} from {last}")
+    logged = trainer.step - 1 if trainer.unlogged else trainer.step
     if processes.is_main():
         remove_others(trainer.folder, trainer.fingerprint)
-        log.cut_after(trainer.step)
+        log.cut_after(logged)
+    if trainer.validation.samples:
+        samples = counted(len(trainer.validation.samples), "sample")
+        console.info(f"  held-out loss: of {samples}, every {counted(trainer.validation.every, 'step')} (eval_steps)")
     batch = fixed_batch.choose(trainer, data)
     before = fixed_batch.measure(trainer, batch, untrained=True)
     with (
-        progress.progress("tune", trainer.num_steps, "steps") as task, tracking(trainer.config, out) as trackers,
-        quiet_libraries(), stopping_gently(trainer.stop),
+        progress.progress("tune", trainer.num_steps, "steps") as task,
+        tracking(trainer.config.report_to, run, logged + 1) as track, quiet_libraries(), stopping_gently(trainer.stop),
     ):  # fmt: skip
         task.skip(trainer.step)
 
         def report(row: dict[str, Any]) -> None:
-            for tell in (log.append, *trackers):
-                tell(row)
+            log.append(row)
+            track(row)
+            if "val_loss" in row:
+                console.info(f"  step {row['step']}: {trainer.validation.text}")
             task.update(row["step"], f"loss {trainer.guard.loss:.3f} · {row['tokens_per_s']:.0f} tokens/s")
 
         trainer.run(report if processes.is_main() else lambda row: None)
     trainer.model.eval()
+    if trainer.validation.is_over:
+        console.info(f"  training ended early, after step {trainer.step} of {trainer.num_steps}")
+    if trainer.config.loads_best:
+        trainer.take_best()
+        console.info(f"  the model is that of step {trainer.validation.best_step}")
     losses = {
         "loss_before": round(before, 6), "loss_after": round(fixed_batch.measure(trainer, batch), 6),
         "loss_samples": len(batch.indices), "loss_held_out": batch.held_out,
     }  # fmt: skip
     console.info(f"  loss {loss_text(losses)}")
-    return {**step_metrics(log.rows()), **losses} if processes.is_main() else {}
+    if not processes.is_main():
+        return {}
+    rows = log.rows()
+    return {**step_metrics(rows), **losses, **trainer.validation.metrics(rows)}
 
 
 def _data_metrics(data: TuneData) -> dict[str, Any]:
     tokens = "tokens_an_epoch" if data.num_steps is None else "tokens"
-    return {"num_samples": len(data.samples), "skipped": dict(data.skipped), tokens: data.num_tokens}
+    held_out = {"val_samples": len(data.held_out)} if data.held_out else {}
+    return {"num_samples": len(data.samples), "skipped": dict(data.skipped), tokens: data.num_tokens, **held_out}

@@ -23,6 +23,7 @@ from lors_cli.recipe.schema import (
 
 OFF = {
     "tune.data.num_samples", "tune.max_steps", "tune.max_tokens", "tune.spike_factor", "eval.limit",
+    "tune.val_size", "tune.eval_steps", "tune.early_stopping_patience", "tune.load_best_model_at_end",
     "eval.perplexity_windows", "data_dir",
     *(f"{section}.columns.{name}" for section in ("prune.calibration", "tune.data")
       for name in ("text", "messages", "instruction", "input", "output", "system", "history")),

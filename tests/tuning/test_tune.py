@@ -363,14 +363,6 @@ def test_settings_without_effect_do_not_change_the_fingerprint(sparse_checkpoint
     assert fingerprint(max_steps=None) != fingerprint(max_steps=None, epochs=9.0)
 
 
-def test_tensorboard_events_are_written_when_asked_for(
-    sparse_checkpoint: Path, config: TuneConfig, tmp_path: Path
-) -> None:
-    pytest.importorskip("tensorboard")
-    tune(replace(config, max_steps=1, tensorboard=True), ModelConfig(path=str(sparse_checkpoint)), tmp_path / "tune")
-    assert list((tmp_path / "tune" / "tensorboard").rglob("events.out.tfevents*"))
-
-
 # ---- the prompt in the checkpoint
 
 QUESTION = [{"role": "user", "content": "say 3"}]
