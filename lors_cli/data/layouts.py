@@ -78,6 +78,7 @@ INSTRUCTION_LAYOUTS = (
     _talk("messages"), _talk("conversations"), _pair("instruction", "output"), _pair("instruction", "response"),
     _pair("prompt", "completion"), _pair("prompt", "response"), _pair("question", "answer"),
 )  # fmt: skip
+LAYOUTS = {layout.name: layout for layout in (TEXT, *INSTRUCTION_LAYOUTS)}
 KEYS = frozenset([*TEXT.keys, *OPTIONAL, *(key for layout in INSTRUCTION_LAYOUTS for key in layout.keys)])
 """All keys that any layout reads."""
 

@@ -7,6 +7,7 @@ prompts and isolated documents begin with the beginning-of-sequence token where 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +15,7 @@ from lors_cli.data.instructions import instruction_samples
 from lors_cli.data.packing import block_sample, packed_blocks, too_little_text
 from lors_cli.data.samples import EMPTY_OUTPUT, NO_LABEL, TuneData
 from lors_cli.data.samples import PadCollator as PadCollator
-from lors_cli.data.sources import TextSource, open_source
+from lors_cli.data.sources import TextSource, calibration_source, open_source, tuning_source
 from lors_cli.data.tokenising import (
     BATCH_CHARS,
     DEFAULT_SAMPLES,
@@ -53,8 +54,8 @@ def calibration_tokens(
         UsageError: too little text, or a length that the model cannot take.
         MissingError: a file is not there.
     """
-    source = open_source(config.dataset, split="train", data_dir=data_dir, columns=config.columns)
-    say_layout(source)
+    source = calibration_source(config, data_dir)
+    say_source(source)
     length = window_length(config.sequence_length, model_max_length)
     if source.path is not None:
         return read_tokens(source.path, tokenizer, config.num_samples, config.sequence_length, model_max_length)
@@ -94,6 +95,7 @@ def perplexity_windows(
     import torch
 
     source = open_source(name, split="validation", data_dir=data_dir)
+    say_source(source)
     length = window_length(sequence_length, model_max_length)
     if source.path is not None:
         return read_tokens(source.path, tokenizer, None, sequence_length, model_max_length)[:max_windows]
@@ -121,11 +123,12 @@ def tuning_data(config: TuneConfig, tokenizer: Any, *, model_max_length: int, da
     """
     from lors_cli.data.stream.samples import is_streamed, stream_samples
 
-    source = open_source(config.data.dataset, split="train", data_dir=data_dir, want="instructions",
-                         columns=config.data.columns)  # fmt: skip
+    source = tuning_source(config.data, data_dir)
     if is_streamed(config, source):
+        origin = say_source(source)
         refuse_for_text(config.data, source)
-        return stream_samples(config, source, tokenizer, model_max_length=model_max_length, data_dir=data_dir)
+        data = stream_samples(config, source, tokenizer, model_max_length=model_max_length, data_dir=data_dir)
+        return replace(data, origin=origin)
     needed = config.max_steps * config.batch_size if config.max_steps else None
     return tuning_samples(config.data, tokenizer, seed=config.seed, num_needed=needed,
                           model_max_length=model_max_length, data_dir=data_dir)  # fmt: skip
@@ -155,10 +158,10 @@ def tuning_samples(
         MissingError: a file is not there.
     """
     check_length(config.max_length, model_max_length, "max_length")
-    source = open_source(config.dataset, split="train", data_dir=data_dir, want="instructions", columns=config.columns)
-    say_layout(source)
+    source = tuning_source(config, data_dir)
+    origin = say_source(source)
     if source.kind == "instructions":
-        return instruction_samples(source, config, tokenizer)
+        return replace(instruction_samples(source, config, tokenizer), origin=origin)
     refuse_for_text(config, source)
     if source.path is not None:
         blocks = read_tokens(source.path, tokenizer, config.num_samples, None, None)
@@ -179,13 +182,27 @@ def tuning_samples(
     rows = blocks.numpy()
     marks = [None] * len(rows) if starts is None else starts.numpy()
     samples = [block_sample(row, mark) for row, mark in zip(rows, marks, strict=True)]
-    return TuneData(samples, len(samples), {EMPTY_OUTPUT: 0, NO_LABEL: 0}, blocks.numel())
+    return TuneData(samples, len(samples), {EMPTY_OUTPUT: 0, NO_LABEL: 0}, blocks.numel(), origin=origin)
 
 
-def say_layout(source: TextSource) -> None:
-    """Say what a file's rows were read as, where it could be doubted."""
+def say_source(source: TextSource) -> dict[str, Any]:
+    """Say what is read where it could be doubted: a dataset's commit and split, what rows were read as, missing rows.
+
+    Returns:
+        What a run records of its data.
+    """
+    said = [source.found_at] if source.found_at else []
     if source.layout not in (None, "text", "instruction/output"):
-        console.info(f"  {source.name}: its rows are read as {source.layout}.")
+        said.append(f"its rows are read as {source.layout}")
+    if said:
+        console.info(f"  {source.name}: {'; '.join(said)}.")
+    origin: dict[str, Any] = {"source": source.fingerprint, **({"layout": source.layout} if source.layout else {})}
+    if source.original_rows is not None:
+        rows = sum(1 for _ in source.rows())
+        origin.update(rows=rows, original_rows=source.original_rows)
+        if rows < source.original_rows:
+            console.info(f"  {source.name}: {rows:,} rows here, the original has {source.original_rows:,}.")
+    return origin
 
 
 def usual_packing(source: TextSource) -> Literal["concatenated", "separate"] | None:

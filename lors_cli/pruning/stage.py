@@ -42,10 +42,11 @@ def stage_fingerprint(config: PruneConfig, model_fingerprint: str, data_dir: Pat
     else:
         from lors_cli.data.sources import fingerprint_source
 
-        dataset = settings["calibration"].pop("dataset")
-        del settings["calibration"]["columns"]  # in the text's fingerprint
-        inputs["calibration"] = fingerprint_source(dataset, split="train", data_dir=data_dir,
-                                                   columns=config.calibration.columns)  # fmt: skip
+        for key in ("dataset", "split", "columns"):  # in the text's fingerprint
+            del settings["calibration"][key]
+        text = config.calibration
+        inputs["calibration"] = fingerprint_source(text.dataset, split="train", data_dir=data_dir, columns=text.columns,
+                                                   chosen=text.split)  # fmt: skip
     return hashes.fingerprint("prune", STAGE_VERSION, settings, inputs)
 
 

@@ -43,7 +43,7 @@ def stage_fingerprint(config: TuneConfig, model_fingerprint: str, data_dir: Path
     Args:
         config: the stage's settings, their teacher filled in (`with_teacher`).
     """
-    from lors_cli.data.sources import open_source
+    from lors_cli.data.sources import tuning_source
     from lors_cli.data.stream.samples import is_streamed
     from lors_cli.data.tokens import usual_packing
     from lors_cli.models.sources import model_fingerprint as fingerprint_model
@@ -57,10 +57,9 @@ def stage_fingerprint(config: TuneConfig, model_fingerprint: str, data_dir: Path
         del settings["init_samples"]
     if config.spike_factor is None:
         del settings["spike_factor"]
-    dataset = settings["data"].pop("dataset")
-    del settings["data"]["columns"]  # in the data's fingerprint
-    columns = config.data.columns
-    source = open_source(dataset, split="train", data_dir=data_dir, want="instructions", columns=columns)
+    for key in ("dataset", "split", "columns"):  # in the data's fingerprint
+        del settings["data"][key]
+    source = tuning_source(config.data, data_dir)
     if config.data.packing == usual_packing(source):
         settings["data"]["packing"] = None
     settings["data"]["stream"] = is_streamed(config, source)
@@ -146,11 +145,10 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
 
 def _with_packing(config: TuneConfig, data_dir: Path | None) -> TuneConfig:
     """The config with how texts shared a sample said."""
-    from lors_cli.data.sources import open_source
+    from lors_cli.data.sources import tuning_source
     from lors_cli.data.tokens import usual_packing
 
-    source = open_source(config.data.dataset, split="train", data_dir=data_dir, want="instructions")
-    packing = config.data.packing or usual_packing(source)
+    packing = config.data.packing or usual_packing(tuning_source(config.data, data_dir))
     return replace(config, data=replace(config.data, packing=packing))
 
 
@@ -244,4 +242,5 @@ def _train(trainer: AdapterTrainer, data: TuneData, out: Path, log: StepLog) -> 
 
 def _data_metrics(data: TuneData) -> dict[str, Any]:
     tokens = "tokens_an_epoch" if data.num_steps is None else "tokens"
-    return {"num_samples": len(data.samples), "skipped": dict(data.skipped), tokens: data.num_tokens}
+    return {"num_samples": len(data.samples), "skipped": dict(data.skipped), tokens: data.num_tokens,
+            "data": dict(data.origin)}  # fmt: skip

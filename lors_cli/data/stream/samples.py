@@ -179,7 +179,8 @@ def stream_samples(
         num_samples, last = math.ceil(config.epochs * stream.count_blocks()), data.max_length
     stream.plan(num_samples, last)
     num_tokens = (num_samples - 1) * data.max_length + last
-    return TuneData(stream, num_samples, {}, num_tokens, math.ceil(num_samples / config.batch_size), stream.close)
+    num_steps = math.ceil(num_samples / config.batch_size)
+    return TuneData(stream, num_samples, {}, num_tokens, num_steps, close=stream.close)
 
 
 def token_budget(max_tokens: int, length: int) -> tuple[int, int]:
@@ -201,7 +202,8 @@ def _open_stream(config: TuneConfig, source: TextSource, tokenizer: Any, data_di
     there = "all there" if cache.end() is not None else f"{cache.available():,} tokens there"
     console.info(f"  token cache: {cache.folder}, {console.gib(folder_bytes(cache.folder))}, {there}")
     job = {"folder": str(cache.folder), "dataset": data.dataset, "data_dir": str(data_dir) if data_dir else None,
-           "columns": data.columns and data.columns.names, "fingerprint": source.fingerprint, **stream}  # fmt: skip
+           "columns": data.columns and data.columns.names, "split": data.split, "fingerprint": source.fingerprint,
+           **stream}  # fmt: skip
     return TokenStream(cache, job, data, config.seed, tokenizer)
 
 
