@@ -14,7 +14,7 @@ from lors_cli.data.layouts import Row
 from lors_cli.errors import LorsError, MissingError, UsageError, innermost, offline_hint, translate
 from lors_cli.files import atomic
 from lors_cli.files.hashes import user_cache
-from lors_cli.files.revisions import known_commit, pinned_revision
+from lors_cli.files.revisions import known_commit
 from lors_cli.output import console
 
 FORM = "org/name, org/name:configuration or org/name:configuration@revision"
@@ -39,12 +39,34 @@ class Place:
 
     @property
     def commit(self) -> str:
-        """The commit that the revision stands for, or the revision where that is not known (`pinned_revision`)."""
-        return pinned_revision(self.repo, self.revision, "dataset")
+        """The commit that the revision stands for.
+
+        Raises:
+            MissingError: the hub has no such dataset or revision, or neither it nor the cache here can tell.
+        """
+        found = _asked(self.repo, self.revision)
+        if isinstance(found, MissingError):
+            raise _reason(found, self)
+        return found
 
     def fingerprint(self, split: str) -> str:
-        """What identifies the content of a split, without reading it."""
-        return f"hub:{self.repo}@{self.commit}/{self.config or 'default'}/{split}"
+        """What identifies the content of a split, without reading it.
+
+        Where the commit cannot be had it names the revision: this process can then read nothing of it (`commit`), so no
+        result is recorded without one, and a dry run tells of it beside all else that is in the way.
+        """
+        found = _asked(self.repo, self.revision)
+        commit = self.revision if isinstance(found, MissingError) else found
+        return f"hub:{self.repo}@{commit}/{self.config or 'default'}/{split}"
+
+
+@cache
+def _asked(repo: str, revision: str) -> str | MissingError:
+    """The commit of a revision, or why it is not known; the same for the whole process."""
+    try:
+        return known_commit(repo, revision, "dataset")
+    except MissingError as error:
+        return error
 
 
 def parse(name: str) -> Place | None:
@@ -117,7 +139,7 @@ def _builder(place: Place) -> Any:
     """The builder of `datasets` for exactly the commit; one that it finds for another is refused."""
     from datasets import load_dataset_builder
 
-    commit = known_commit(place.repo, place.revision, "dataset")
+    commit = place.commit
     builder = _explained(place, lambda: load_dataset_builder(place.repo, place.config, revision=commit))
     if builder.hash != commit:  # `datasets` takes the newest copy here for whatever it cannot have from the hub
         raise MissingError(
@@ -171,9 +193,6 @@ def _explained(place: Place, work: Callable[[], Any]) -> Any:
 
 def _reason(error: Exception, place: Place) -> Exception:
     """What to raise where a dataset cannot be had or read; a bug stays itself."""
-    from datasets.exceptions import DatasetsError
-    from pyarrow import ArrowException
-
     known = translate(error)
     if isinstance(known, MissingError):
         hint = known.hint
@@ -187,6 +206,9 @@ def _reason(error: Exception, place: Place) -> Exception:
         names = [name.strip(" '\"\n") for name in configs[1].split(",")]
         what = f"no configuration {place.config!r}, only" if place.config else "several configurations:"
         return UsageError(f"{place.repo} has {what} {', '.join(names)}.", f"Write {place.repo}:{names[0]} or another.")
+    from datasets.exceptions import DatasetsError
+    from pyarrow import ArrowException
+
     if isinstance(error, (DatasetsError, ArrowException, ValueError)):
         return UsageError(
             f"The dataset {place.repo} cannot be read: {innermost(error)}",

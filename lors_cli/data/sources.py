@@ -207,7 +207,7 @@ def _open_hub(
     name: str, place: hub.Place, wanted: str | None, want: Want, fingerprint: str, columns: Columns
 ) -> TextSource:
     """A dataset on the hub: text, and whatever is read as text, is streamed, instructions are downloaded."""
-    seen = hub.remembered(fingerprint)
+    commit, seen = place.commit, hub.remembered(fingerprint)
     if seen is None or seen["layout"] not in LAYOUTS:
         split = hub.find_split(place, wanted)
         first = hub.first_rows(place, split, 1)
@@ -230,7 +230,7 @@ def _open_hub(
         _first=lambda number: list(checked(iter(hub.first_rows(place, split, number)))),
         open_stream=(lambda: hub.open_stream(place, split)) if layout.kind == "text" else None,
         read_streamed=lambda row: read(row, place.repo),
-        layout=layout.name, found_at=f"commit {place.commit[:8]}, split {split}",
+        layout=layout.name, found_at=f"commit {commit[:8]}, split {split}",
     )  # fmt: skip
 
 

@@ -265,10 +265,10 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
         (folder / "main").write_text(COMMIT)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    for remembered in (commit_of, listing_of, hub._builder):
+    for remembered in (commit_of, listing_of, hub._asked, hub._builder):
         remembered.cache_clear()
     yield
-    for remembered in (commit_of, listing_of, hub._builder):
+    for remembered in (commit_of, listing_of, hub._asked, hub._builder):
         remembered.cache_clear()
 
 
