@@ -191,6 +191,8 @@ def test_what_a_run_records_and_a_finished_one_is_known_offline(
     manifest = json.loads((place / "runs" / "mine" / "manifest.json").read_text())
     entries = [entry for entry in manifest["inputs"] if entry["name"] == repo]
     assert [entry["revision"] for entry in entries] == [commit, commit]
+    pruned = json.loads((place / "runs" / "mine" / "prune" / "stage.json").read_text())
+    assert pruned["metrics"]["calibration"]["source"].startswith(f"hub:{repo}@{commit}/default/train")
     tuned = json.loads((place / "runs" / "mine" / "tune" / "stage.json").read_text())
     assert tuned["metrics"]["data"]["source"].startswith(f"hub:{repo}@{commit}/default/train")
     again = lors("run", "mine.yaml", connected=False)
