@@ -18,8 +18,8 @@ class CalibrationConfig(Section):
     dataset: Name = "c4"
     """alpaca, c4, pydoc, slimpajama, wikitext2, a file (.jsonl .json .csv .parquet .txt …; tokens: .safetensors), or a
     dataset on the hub (org/name, org/name:configuration@revision)."""
-    split: Name | None = None
-    """Of a dataset. Default: train."""
+    split: Name = "train"
+    """Of a dataset; a file has no other."""
     columns: ColumnsConfig | None = None
     """What the columns of a file or dataset are called, where they are not found or several would do; others are not
     looked at."""
