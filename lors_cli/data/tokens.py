@@ -7,6 +7,7 @@ prompts and isolated documents begin with the beginning-of-sequence token where 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,7 +22,7 @@ from lors_cli.data.packing import (
 )
 from lors_cli.data.samples import EMPTY_OUTPUT, NO_LABEL, Sample, TuneData
 from lors_cli.data.samples import PadCollator as PadCollator
-from lors_cli.data.sources import TextSource, open_source
+from lors_cli.data.sources import TextSource, calibration_source, open_source, tuning_source
 from lors_cli.data.tokenising import (
     BATCH_CHARS,
     DEFAULT_SAMPLES,
@@ -60,8 +61,8 @@ def calibration_tokens(
         UsageError: too little text, or a length that the model cannot take.
         MissingError: a file is not there.
     """
-    source = open_source(config.dataset, split="train", data_dir=data_dir, columns=config.columns)
-    say_layout(source)
+    source = calibration_source(config, data_dir)
+    say_source(source)
     length = window_length(config.sequence_length, model_max_length)
     if source.path is not None:
         return read_tokens(source.path, tokenizer, config.num_samples, config.sequence_length, model_max_length)
@@ -101,6 +102,7 @@ def perplexity_windows(
     import torch
 
     source = open_source(name, split="validation", data_dir=data_dir)
+    say_source(source)
     length = window_length(sequence_length, model_max_length)
     if source.path is not None:
         return read_tokens(source.path, tokenizer, None, sequence_length, model_max_length)[:max_windows]
@@ -128,11 +130,12 @@ def tuning_data(config: TuneConfig, tokenizer: Any, *, model_max_length: int, da
     """
     from lors_cli.data.stream.samples import is_streamed, stream_samples
 
-    source = open_source(config.data.dataset, split="train", data_dir=data_dir, want="instructions",
-                         columns=config.data.columns)  # fmt: skip
+    source = tuning_source(config.data, data_dir)
     if is_streamed(config, source):
+        origin = say_source(source)
         refuse_for_text(config.data, source)
-        return stream_samples(config, source, tokenizer, model_max_length=model_max_length, data_dir=data_dir)
+        data = stream_samples(config, source, tokenizer, model_max_length=model_max_length, data_dir=data_dir)
+        return replace(data, origin=origin)
     needed = config.max_steps * config.batch_size if config.max_steps else None
     return tuning_samples(config.data, tokenizer, seed=config.seed, num_needed=needed, val_size=config.val_size,
                           model_max_length=model_max_length, data_dir=data_dir)  # fmt: skip
@@ -164,10 +167,11 @@ def tuning_samples(
         MissingError: a file is not there.
     """
     check_length(config.max_length, model_max_length, "max_length")
-    source = open_source(config.dataset, split="train", data_dir=data_dir, want="instructions", columns=config.columns)
-    say_layout(source)
+    source = tuning_source(config, data_dir)
+    origin = say_source(source)
     if source.kind == "instructions":
-        return hold_out_samples(instruction_samples(source, config, tokenizer), val_size)
+        data = hold_out_samples(instruction_samples(source, config, tokenizer), val_size)
+        return replace(data, origin=origin)
     refuse_for_text(config, source)
     held_out: list[Sample] = []
     if source.path is not None:
@@ -194,7 +198,8 @@ def tuning_samples(
     rows = blocks.numpy()
     marks = [None] * len(rows) if starts is None else starts.numpy()
     samples = [block_sample(row, mark) for row, mark in zip(rows, marks, strict=True)]
-    data = TuneData(samples, len(samples), {EMPTY_OUTPUT: 0, NO_LABEL: 0}, blocks.numel(), held_out=held_out)
+    data = TuneData(samples, len(samples), {EMPTY_OUTPUT: 0, NO_LABEL: 0}, blocks.numel(), held_out=held_out,
+                    origin=origin)  # fmt: skip
     return hold_out_samples(data, val_size) if source.path is not None else data
 
 
@@ -211,10 +216,24 @@ def _text_without_its_start(
     return hold_out_blocks(blocks, starts, number, isolated=config.packing == "isolated")
 
 
-def say_layout(source: TextSource) -> None:
-    """Say what a file's rows were read as, where it could be doubted."""
+def say_source(source: TextSource) -> dict[str, Any]:
+    """Say what is read where it could be doubted: a dataset's commit and split, what rows were read as, missing rows.
+
+    Returns:
+        What a run records of its data.
+    """
+    said = [source.found_at] if source.found_at else []
     if source.layout not in (None, "text", "instruction/output"):
-        console.info(f"  {source.name}: its rows are read as {source.layout}.")
+        said.append(f"its rows are read as {source.layout}")
+    if said:
+        console.info(f"  {source.name}: {'; '.join(said)}.")
+    origin: dict[str, Any] = {"source": source.fingerprint, **({"layout": source.layout} if source.layout else {})}
+    if source.original_rows is not None:
+        rows = sum(1 for _ in source.rows())
+        origin.update(rows=rows, original_rows=source.original_rows)
+        if rows < source.original_rows:
+            console.info(f"  {source.name}: {rows:,} rows here, the original has {source.original_rows:,}.")
+    return origin
 
 
 def usual_packing(source: TextSource) -> Literal["concatenated", "separate"] | None:

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lors_cli.errors import UsageError
+from lors_cli.files.revisions import known_commit
 from lors_cli.machine.devices import cpu_has_bfloat16, resolve_device
 from lors_cli.models.checks import check_size, check_vocabulary, forget_own_code, loading
 from lors_cli.models.hub import here, is_whole
 from lors_cli.models.quiet import library_bars, quiet_libraries
-from lors_cli.models.revisions import known_commit
 from lors_cli.models.sources import ModelSource, locate
 from lors_cli.models.stored import check_files, refuse, settle_ties
 from lors_cli.output import console, progress

@@ -8,7 +8,7 @@ from typing import Any
 
 from lors_cli.data.text_files import FORMATS
 from lors_cli.files.records import CARD_NAME
-from lors_cli.models.revisions import listing_of
+from lors_cli.files.revisions import listing_of
 from lors_cli.models.sources import PACKAGE_SCHEME, ModelSource, hub_cache_id, locate, short_name
 from lors_cli.output import console
 from lors_cli.recipe.schema import ModelConfig

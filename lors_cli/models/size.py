@@ -160,9 +160,9 @@ def _bytes_a_weight(config: ModelConfig, stored: str) -> int:
 def _local_settings(config: ModelConfig) -> Any | None:
     from transformers import AutoConfig
 
+    from lors_cli.files.revisions import pinned_revision
     from lors_cli.models.checks import loading
     from lors_cli.models.loading import load_config
-    from lors_cli.models.revisions import pinned_revision
     from lors_cli.models.shapes import SHAPES
     from lors_cli.models.sources import locate
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from lors_cli.errors import MissingError, UsageError
 from lors_cli.files import hashes, records
-from lors_cli.models.revisions import pinned_revision
+from lors_cli.files.revisions import pinned_revision
 
 if TYPE_CHECKING:
     from lors_cli.recipe.schema import ModelConfig

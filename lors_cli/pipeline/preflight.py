@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +120,9 @@ def _check_text(text: Text, data_dir: Path | None) -> None:
     """A source's first rows."""
     if text.name == "pydoc":  # always there, and all of it is read before its first row
         return
-    source = open_source(text.name, split=text.split, data_dir=data_dir, want=text.want, columns=text.columns)
-    if source.path is None and not any(any(row.values()) for row in islice(source.rows(), ROWS)):
+    source = open_source(text.name, split=text.split, data_dir=data_dir, want=text.want, columns=text.columns,
+                         chosen=text.chosen)  # fmt: skip
+    if source.path is None and not any(any(row.values()) for row in source.first_rows(ROWS)):
         raise UsageError(f"The first {ROWS} rows of {text.name} are empty.")
 
 

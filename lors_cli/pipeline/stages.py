@@ -34,6 +34,7 @@ class Text:
     split: Split
     want: Want = "text"
     columns: ColumnsConfig | None = None
+    chosen: str | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ def _pruning(config: PruneConfig, models: dict[str, ModelConfig]) -> str:
 def _pruning_reads(config: PruneConfig) -> Reads:
     if statistics_kind(config) == "none":
         return Reads()
-    return Reads([Text(config.calibration.dataset, "train", columns=config.calibration.columns)])
+    calibration = config.calibration
+    return Reads([Text(calibration.dataset, "train", columns=calibration.columns, chosen=calibration.split)])
 
 
 def _pruning_fits(config: PruneConfig, size: ModelSize) -> None:
@@ -115,7 +117,8 @@ def _tuning(config: TuneConfig, models: dict[str, ModelConfig]) -> str:
 
 def _tuning_reads(config: TuneConfig) -> Reads:
     teacher = teacher_model(config.distill) if config.distill and config.distill.teacher else None
-    return Reads([Text(config.data.dataset, "train", "instructions", config.data.columns)], teacher=teacher)
+    data = config.data
+    return Reads([Text(data.dataset, "train", "instructions", data.columns, data.split)], teacher=teacher)
 
 
 def _tuning_fits(config: TuneConfig, size: ModelSize) -> None:

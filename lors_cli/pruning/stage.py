@@ -40,12 +40,9 @@ def stage_fingerprint(config: PruneConfig, model_fingerprint: str, data_dir: Pat
     if statistics_kind(config) == "none":
         del settings["calibration"]
     else:
-        from lors_cli.data.sources import fingerprint_source
-
-        dataset = settings["calibration"].pop("dataset")
-        del settings["calibration"]["columns"]  # in the text's fingerprint
-        inputs["calibration"] = fingerprint_source(dataset, split="train", data_dir=data_dir,
-                                                   columns=config.calibration.columns)  # fmt: skip
+        for key in ("dataset", "split", "columns"):  # in the text's fingerprint
+            del settings["calibration"][key]
+        inputs["calibration"] = _text_fingerprint(config, data_dir)
     return hashes.fingerprint("prune", STAGE_VERSION, settings, inputs)
 
 
@@ -96,6 +93,8 @@ def prune(config: PruneConfig, model: ModelConfig, out: Path, *, data_dir: Path 
     processes.wait_for_all()
     outcome = prune_blocks(config, source, pattern, out / records.WORK_NAME, batches)
     metrics = _metrics(outcome, pattern, source, batches) | ({"left_out": parts} if parts else {})
+    if batches:
+        metrics["calibration"]["source"] = _text_fingerprint(config, data_dir)
     record = records.StageRecord(
         "prune", fingerprint, hashes.plain(resolved_prune(config)), {"model": base_fingerprint, "path": model.path},
         metrics,
@@ -107,6 +106,13 @@ def prune(config: PruneConfig, model: ModelConfig, out: Path, *, data_dir: Path 
     if alone:
         processes.stop()
     return record
+
+
+def _text_fingerprint(config: PruneConfig, data_dir: Path | None) -> str:
+    from lors_cli.data.sources import fingerprint_source
+
+    text = config.calibration
+    return fingerprint_source(text.dataset, split="train", data_dir=data_dir, columns=text.columns, chosen=text.split)
 
 
 def _check(config: PruneConfig, pattern: Pattern, model: ModelConfig, out: Path) -> None:

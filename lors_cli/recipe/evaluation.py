@@ -23,7 +23,8 @@ class EvalConfig(Section):
     tasks: tuple[Name, ...] = SEVEN_TASKS
     """Names of lm-evaluation-harness tasks, or pydoc_choice."""
     perplexity: tuple[Name, ...] = ()
-    """Texts for token perplexity: wikitext2 (the papers' join), wikitext2-lines, pydoc, c4, slimpajama, or a file."""
+    """Texts for token perplexity: wikitext2 (the papers' join), wikitext2-lines, pydoc, c4, slimpajama, a file, or a
+    dataset on the hub (its validation or test split)."""
     limit: Positive | None = None
     """At most so many documents a task."""
     batch_size: Positive = 8

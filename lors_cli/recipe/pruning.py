@@ -16,9 +16,13 @@ class CalibrationConfig(Section):
     """The text that shows the pruner what the inputs of each layer look like."""
 
     dataset: Name = "c4"
-    """alpaca, c4, pydoc, slimpajama, wikitext2, or a file (.jsonl .json .csv .parquet .txt …; tokens: .safetensors)."""
+    """alpaca, c4, pydoc, slimpajama, wikitext2, a file (.jsonl .json .csv .parquet .txt …; tokens: .safetensors), or a
+    dataset on the hub (org/name, org/name:configuration@revision)."""
+    split: Name = "train"
+    """Of a dataset; a file has no other."""
     columns: ColumnsConfig | None = None
-    """What a file's columns are called, where they are not found or several would do; others are not looked at."""
+    """What the columns of a file or dataset are called, where they are not found or several would do; others are not
+    looked at."""
     num_samples: Positive | None = None
     """Sequences. Default 128; a pre-tokenised file is used whole."""
     sequence_length: Positive | None = None

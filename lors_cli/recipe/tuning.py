@@ -25,9 +25,13 @@ class TuneDataConfig(Section):
     """The text to tune on."""
 
     dataset: Name = "alpaca"
-    """alpaca, c4, pydoc, slimpajama, wikitext2, or a file."""
+    """alpaca, c4, pydoc, slimpajama, wikitext2, a file, or a dataset on the hub (org/name,
+    org/name:configuration@revision)."""
+    split: Name = "train"
+    """Of a dataset; a file has no other."""
     columns: ColumnsConfig | None = None
-    """What a file's columns are called, where they are not found or several would do; others are not looked at."""
+    """What the columns of a file or dataset are called, where they are not found or several would do; others are not
+    looked at."""
     max_length: Positive = 512
     """Tokens a sample: instructions are cut there, text is packed to it."""
     num_samples: Positive | None = None

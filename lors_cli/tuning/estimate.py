@@ -66,12 +66,11 @@ def operations(config: TuneConfig, size: ModelSize, data_dir: Path | None) -> fl
 
 def _samples(config: TuneConfig, data_dir: Path | None) -> int | None:
     """Samples of all epochs, None where counting them would need the hub."""
-    from lors_cli.data.sources import open_source
+    from lors_cli.data.sources import tuning_source
 
     rows = config.data.num_samples
     if rows is None:
-        source = open_source(config.data.dataset, split="train", data_dir=data_dir, want="instructions",
-                             columns=config.data.columns)  # fmt: skip
+        source = tuning_source(config.data, data_dir)
         if source.fingerprint.startswith("hub:"):
             rows = ALPACA_ROWS if config.data.dataset == "alpaca" else None
         elif source.kind == "instructions":

@@ -44,7 +44,7 @@ def stage_fingerprint(config: TuneConfig, model_fingerprint: str, data_dir: Path
     Args:
         config: the stage's settings, their teacher filled in (`with_teacher`).
     """
-    from lors_cli.data.sources import open_source
+    from lors_cli.data.sources import tuning_source
     from lors_cli.data.stream.samples import is_streamed
     from lors_cli.data.tokens import usual_packing
     from lors_cli.models.sources import model_fingerprint as fingerprint_model
@@ -65,10 +65,9 @@ def stage_fingerprint(config: TuneConfig, model_fingerprint: str, data_dir: Path
         del settings["init_samples"]
     if config.spike_factor is None:
         del settings["spike_factor"]
-    dataset = settings["data"].pop("dataset")
-    del settings["data"]["columns"]  # in the data's fingerprint
-    columns = config.data.columns
-    source = open_source(dataset, split="train", data_dir=data_dir, want="instructions", columns=columns)
+    for key in ("dataset", "split", "columns"):  # in the data's fingerprint
+        del settings["data"][key]
+    source = tuning_source(config.data, data_dir)
     if config.data.packing == usual_packing(source):
         settings["data"]["packing"] = None
     settings["data"]["stream"] = is_streamed(config, source)
@@ -168,11 +167,10 @@ def _tracked_run(config: TuneConfig, model: ModelConfig, out: Path, fingerprint:
 
 def _as_read(config: TuneConfig, data_dir: Path | None) -> tuple[TuneConfig, str | None, str]:
     """The config with how texts shared a sample said, instructions' prompt, and the fingerprint of the data."""
-    from lors_cli.data.sources import open_source
+    from lors_cli.data.sources import tuning_source
     from lors_cli.data.tokens import usual_packing
 
-    data = config.data
-    source = open_source(data.dataset, split="train", data_dir=data_dir, want="instructions", columns=data.columns)
+    data, source = config.data, tuning_source(config.data, data_dir)
     packing = data.packing or usual_packing(source)
     template = data.template if source.kind == "instructions" else None
     return replace(config, data=replace(data, packing=packing)), template, source.fingerprint
@@ -283,4 +281,5 @@ def _train(trainer: AdapterTrainer, data: TuneData, log: StepLog, run: TrackedRu
 def _data_metrics(data: TuneData) -> dict[str, Any]:
     tokens = "tokens_an_epoch" if data.num_steps is None else "tokens"
     held_out = {"val_samples": len(data.held_out)} if data.held_out else {}
-    return {"num_samples": len(data.samples), "skipped": dict(data.skipped), tokens: data.num_tokens, **held_out}
+    return {"num_samples": len(data.samples), "skipped": dict(data.skipped), tokens: data.num_tokens, **held_out,
+            "data": dict(data.origin)}  # fmt: skip

@@ -210,7 +210,7 @@ def stream_samples(
     stream.plan(num_samples, last)
     num_tokens = (num_samples - 1) * data.max_length + last
     num_steps = math.ceil(num_samples / config.batch_size)
-    return TuneData(stream, num_samples, {}, num_tokens, num_steps, stream.close, held_out)
+    return TuneData(stream, num_samples, {}, num_tokens, num_steps, close=stream.close, held_out=held_out)
 
 
 def _whole_number(val_size: float) -> int:
@@ -242,7 +242,8 @@ def _open_stream(config: TuneConfig, source: TextSource, tokenizer: Any, data_di
     there = "all there" if cache.end() is not None else f"{cache.available():,} tokens there"
     console.info(f"  token cache: {cache.folder}, {console.gib(folder_bytes(cache.folder))}, {there}")
     job = {"folder": str(cache.folder), "dataset": data.dataset, "data_dir": str(data_dir) if data_dir else None,
-           "columns": data.columns and data.columns.names, "fingerprint": source.fingerprint, **stream}  # fmt: skip
+           "columns": data.columns and data.columns.names, "split": data.split, "fingerprint": source.fingerprint,
+           **stream}  # fmt: skip
     return TokenStream(cache, job, data, config.seed, tokenizer)
 
 

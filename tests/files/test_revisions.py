@@ -13,8 +13,8 @@ from huggingface_hub import ModelInfo, constants
 from typer.testing import Result
 
 from lors_cli.errors import UsageError
+from lors_cli.files.revisions import commit_of, listing_of, pinned_revision
 from lors_cli.models.loading import load_config, load_model, load_tokenizer
-from lors_cli.models.revisions import commit_of, listing_of, pinned_revision
 from lors_cli.models.sources import model_fingerprint
 from lors_cli.recipe.schema import ModelConfig
 
