@@ -103,8 +103,11 @@ def size_of(shape: Shape) -> ModelSize:
     norms = (2 * shape.num_layers + 1) * hidden
     return ModelSize(
         num_parameters=prunable + norms + shape.vocab_size * hidden * (1 if shape.tied else 2),
-        linears=linears * shape.num_layers,
-        block=tuple((rows, columns, False) for rows, columns in linears),
+        layers=tuple(
+            (f"layers.{block}.{number}", rows, columns, False)
+            for block in range(shape.num_layers)
+            for number, (rows, columns) in enumerate(linears)
+        ),
         hidden_size=hidden,
         intermediate_size=wide,
         num_blocks=shape.num_layers,

@@ -87,6 +87,7 @@ def _met(look: Callable[[], Any]) -> LorsError | None:
 
 def _looks(plan: StagePlan, models: Sequence[ModelConfig], data_dir: Path | None) -> Iterator[Callable[[], Any]]:
     """Everything to look at before one stage."""
+    yield partial(STAGES[plan.stage].needed, plan.config)
     chat = getattr(getattr(plan.config, "data", None), "template", None) == "chat"
     for model in models:
         yield partial(_check_model, model, chat)

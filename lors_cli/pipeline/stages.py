@@ -16,10 +16,12 @@ from lors_cli.pruning import estimate as pruning_estimate
 from lors_cli.pruning import stage as pruning
 from lors_cli.pruning.facts import statistics_kind
 from lors_cli.recipe.columns import ColumnsConfig
+from lors_cli.recipe.resolved import resolved_prune
 from lors_cli.recipe.schema import EvalConfig, ModelConfig, PruneConfig, TuneConfig
 from lors_cli.sparsity import Pattern
 from lors_cli.tuning import estimate as tuning_estimate
 from lors_cli.tuning import stage as tuning
+from lors_cli.tuning.needed import require_packages
 from lors_cli.tuning.teacher import teacher_model, with_teacher
 
 Config = PruneConfig | TuneConfig | EvalConfig
@@ -58,7 +60,9 @@ class Stage:
         fingerprint: of the one model it reads, data_dir; None for scores, which have theirs piece by piece.
         prepare: the model; the config with what depends on it filled in.
         shortage: the model and its size; why the free memory is too small, and what to do, where that is known.
-        fits: the model's size; UsageError if its linears cannot take the pattern or rank.
+        fits: the model's size; UsageError if its linears cannot take the pattern or rank, or are none to skip.
+        needed: MissingError if a package that the config needs is not installed.
+        stored: data_dir; the config as `stage.json` has it.
     """
 
     run: Callable[[Any, dict[str, ModelConfig], Path, Path | None], None]
@@ -71,6 +75,8 @@ class Stage:
     prepare: Callable[[Any, ModelConfig], Any] = lambda config, model: config
     shortage: Callable[[Any, ModelConfig, ModelSize], tuple[str, str] | None] = lambda config, model, size: None
     fits: Callable[[Any, ModelSize], None] = lambda config, size: None
+    needed: Callable[[Any], None] = lambda config: None
+    stored: Callable[[Any, Path | None], Any] = lambda config, data_dir: config
 
     def leaves(self, config: Config, size: ModelSize) -> int:
         """Bytes on disk once it is done."""
@@ -95,7 +101,7 @@ def _pruning_reads(config: PruneConfig) -> Reads:
 
 
 def _pruning_fits(config: PruneConfig, size: ModelSize) -> None:
-    for shape in dict.fromkeys(size.linears):
+    for shape in dict.fromkeys(size.without(config.skip).linears):
         Pattern.of(config).check_shape("a linear", shape)
 
 
@@ -118,7 +124,7 @@ def _tuning_reads(config: TuneConfig) -> Reads:
 def _tuning_fits(config: TuneConfig, size: ModelSize) -> None:
     from lors_cli.tuning.baselines import check_rank
 
-    check_rank(config.method, config.rank, [rows for rows, _, expert in size.block if not expert])
+    check_rank(config.method, config.rank, [rows for rows, _, expert in size.without(config.skip).block if not expert])
 
 
 def _evaluate(config: EvalConfig, models: dict[str, ModelConfig], out: Path, data_dir: Path | None) -> None:
@@ -143,6 +149,7 @@ STAGES = {
         makes="pruned",
         fingerprint=pruning.stage_fingerprint,
         shortage=pruning_estimate.shortage,
+        stored=lambda config, data_dir: resolved_prune(config),
     ),
     "tune": Stage(
         run=_tune,
@@ -154,6 +161,8 @@ STAGES = {
         makes="tuned",
         fingerprint=tuning.stage_fingerprint,
         prepare=with_teacher,
+        needed=require_packages,
+        stored=tuning.stored_config,
     ),
     "eval": Stage(
         run=_evaluate,

@@ -36,6 +36,8 @@ def stage_fingerprint(config: PruneConfig, model_fingerprint: str, data_dir: Pat
     """The fingerprint of `prune`'s result from that of the dense model; cheap, no model is loaded."""
     settings = {**asdict(config), "sparsity": Pattern.of(config).sparsity, "true_sequential": config.sequential}
     del settings["calibration"]["offload"]
+    if not config.skip:  # earlier versions had none
+        del settings["skip"]
     inputs = {"model": model_fingerprint}
     if statistics_kind(config) == "none":
         del settings["calibration"]
@@ -70,6 +72,7 @@ def prune(config: PruneConfig, model: ModelConfig, out: Path, *, data_dir: Path 
     """
     from lors_cli.models.blocks import left_out, prunable_weights
     from lors_cli.models.loading import load_tokenizer
+    from lors_cli.models.skip import say_skipped, skipped
     from lors_cli.models.sources import model_fingerprint
     from lors_cli.models.streaming import open_blockwise
     from lors_cli.pruning.walk.driver import prune_blocks
@@ -84,8 +87,12 @@ def prune(config: PruneConfig, model: ModelConfig, out: Path, *, data_dir: Path 
     source = open_blockwise(model)
     if config.reconstruct_epochs and str(source.network.dtype) == "torch.float16":
         raise UsageError("reconstruct_epochs: gradients do not fit into float16.", "Set dtype=bfloat16 for the model.")
-    for name, weight in prunable_weights(source.network).items():
-        pattern.check_shape(name, weight.shape)
+    weights = prunable_weights(source.network)
+    dense = skipped(config.skip, weights)
+    for name, weight in weights.items():
+        if name not in dense:
+            pattern.check_shape(name, weight.shape)
+    say_skipped(dense, "stay dense")
     parts = left_out(source.network)
     if parts:
         console.info(f"  left as they are: {', '.join(parts)}")
@@ -95,7 +102,8 @@ def prune(config: PruneConfig, model: ModelConfig, out: Path, *, data_dir: Path 
         records.work_dir(out, fingerprint)
     processes.wait_for_all()
     outcome = prune_blocks(config, source, pattern, out / records.WORK_NAME, batches)
-    metrics = _metrics(outcome, pattern, source, batches) | ({"left_out": parts} if parts else {})
+    metrics = _metrics(outcome, pattern, source, batches)
+    metrics |= {key: names for key, names in (("left_out", parts), ("dense_layers", dense)) if names}
     record = records.StageRecord(
         "prune", fingerprint, hashes.plain(resolved_prune(config)), {"model": base_fingerprint, "path": model.path},
         metrics,

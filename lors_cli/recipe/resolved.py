@@ -16,7 +16,7 @@ def resolved_prune(config: PruneConfig) -> PruneConfig:
 
 def resolved_tune(config: TuneConfig) -> TuneConfig:
     """Tuning's settings with what the method implies."""
-    return replace(config, init=config.start, rounding=config.weight_rounding)
+    return replace(config, init=config.start, rounding=config.weight_rounding, learning_rate=config.peak_learning_rate)
 
 
 def resolved_recipe(recipe: Recipe) -> Recipe:

@@ -177,7 +177,8 @@ class _Composer:
     def alias(self, name: str, line: int) -> Node:
         """The node that was anchored before."""
         if name not in self.anchors:
-            raise YamlError(line, f"*{name} refers to an anchor &{name} that is not defined before it")
+            said = f"*{name} refers to an anchor &{name} that is not defined before it"
+            raise YamlError(line, f"{said}; a text that starts with * must be in quotes")
         known = self.anchors[name]
         if known is None:
             raise YamlError(line, f"*{name} refers to a value that contains it")

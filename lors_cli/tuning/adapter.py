@@ -42,6 +42,7 @@ class AdapterConfig:
         base_mask: digest of where the adapted weights, and those that no adapter can be put on, are zero.
         norms: full names of the trained parameters of normalisation layers.
         rounding: of merged bfloat16 weights.
+        skipped: full names of the sparse linears that were to have no adapter; their zeros are in `base_mask` too.
     """
 
     method: str
@@ -54,6 +55,7 @@ class AdapterConfig:
     base_mask: str
     norms: tuple[str, ...] = ()
     rounding: Rounding = "nearest"
+    skipped: tuple[str, ...] = ()
 
 
 def save_adapter(model: nn.Module, folder: Path, config: AdapterConfig) -> None:
@@ -74,6 +76,8 @@ def save_adapter(model: nn.Module, folder: Path, config: AdapterConfig) -> None:
         content.update(base_fingerprint=config.base_fingerprint, base_mask=config.base_mask)
     if config.rounding != "nearest":
         content["rounding"] = config.rounding
+    if config.skipped and content["peft_type"] != "LORA":
+        content["skipped_modules"] = list(config.skipped)
     if config.norms:
         content["trained_norms"] = list(config.norms)
     atomic.write_json(folder / CONFIG_NAME, content)
@@ -103,6 +107,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
             base_mask=str(content["base_mask"]),
             norms=_names(content.get("trained_norms", [])),
             rounding=content.get("rounding", "nearest"),
+            skipped=_names(content.get("skipped_modules", [])),
         )
         if found.rounding not in get_args(Rounding):
             raise ValueError(f"rounding is {found.rounding!r}, none of {', '.join(get_args(Rounding))}")
@@ -155,7 +160,7 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
         if not isinstance(module, nn.Linear):
             raise UsageError(f"the adapter in {folder} was made for another model: this one has no linear {name}.")
         linears[name] = module
-    if base_mask(base, linears) != config.base_mask:
+    if base_mask(base, linears, config.skipped) != config.base_mask:
         raise UsageError(
             f"the adapter in {folder} belongs to another sparse model: the zeros lie elsewhere.",
             f"It was trained on {config.base}; merging it here would not keep what was tuned.",

@@ -15,6 +15,7 @@ from lors_cli.output import console, progress
 from lors_cli.output.console import counted
 from lors_cli.recipe.resolved import resolved_tune
 from lors_cli.sparsity import Pattern
+from lors_cli.tuning.needed import require_packages
 from lors_cli.tuning.teacher import teacher_model, with_teacher
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ WITHOUT_EFFECT = (
     "parallelism",
 )  # fmt: skip
 """Settings that change how the work is done, not what comes out."""
+UNSAID: dict[str, Any] = {"skip": (), "lr_schedule": "cosine", "optim": "adamw", "spike_factor": None}
+"""Settings that fingerprints have only where they are not this, since earlier versions did not have them."""
 CHECKPOINTS_NAME = "checkpoints"
 LOG_NAME = "log.jsonl"
 
@@ -50,13 +53,14 @@ def stage_fingerprint(config: TuneConfig, model_fingerprint: str, data_dir: Path
 
     settings = {key: value for key, value in asdict(config).items() if key not in WITHOUT_EFFECT}
     settings.update(alpha=float(config.alpha), per_device_batch_size=config.micro_batch_size, init=config.start,
-                    rounding=config.weight_rounding)  # fmt: skip
+                    rounding=config.weight_rounding, learning_rate=config.peak_learning_rate)  # fmt: skip
+    for key, usual in UNSAID.items():
+        if settings[key] == usual:
+            del settings[key]
     if config.max_steps is not None or config.max_tokens is not None:
         del settings["epochs"]
     if config.start == "kaiming":
         del settings["init_samples"]
-    if config.spike_factor is None:
-        del settings["spike_factor"]
     dataset = settings["data"].pop("dataset")
     del settings["data"]["columns"]  # in the data's fingerprint
     columns = config.data.columns
@@ -107,6 +111,7 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
     from lors_cli.tuning.training.step_log import StepLog
 
     started = time.monotonic()
+    require_packages(config)
     config = with_teacher(config, model)
     base_fingerprint = model_fingerprint(model)
     fingerprint = stage_fingerprint(config, base_fingerprint, data_dir)
@@ -116,7 +121,7 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
     say_how(config)
     network = load_trainable(config, model)
     patterns = sparse_layers(network, Path(model.path))
-    layers = adaptable_layers(network, patterns)
+    layers = adaptable_layers(network, patterns, config.skip)
     data = _load_data(config, network, tokenizer, data_dir)
     set_seed(config.seed)
     log = StepLog(processes.from_main(lambda: _running_log(out, records.work_dir(out, fingerprint))))
@@ -128,11 +133,12 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
 
     def write() -> records.StageRecord:
         tuned = whole_model(config, model, network, layers)
-        adapter = adapter_config(config, tuned, layers, model, base_fingerprint)
+        adapter = adapter_config(config, tuned, layers, model, base_fingerprint, patterns)
         staging = records.staging_dir(out)
         metrics = {**training, **_data_metrics(data),
-                   **write_results(staging, tuned, tokenizer, adapter, patterns)}  # fmt: skip
-        stored = _with_packing(resolved_tune(config), data_dir)
+                   **write_results(staging, tuned, tokenizer, adapter, patterns),
+                   **_left_dense(Path(model.path))}  # fmt: skip
+        stored = stored_config(config, data_dir)
         write_card(staging, stored, model, metrics)
         atomic.write_bytes(staging / LOG_NAME, log.path.read_bytes())
         record = records.StageRecord(
@@ -144,14 +150,23 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
     return processes.from_main(write)
 
 
-def _with_packing(config: TuneConfig, data_dir: Path | None) -> TuneConfig:
-    """The config with how texts shared a sample said."""
+def stored_config(config: TuneConfig, data_dir: Path | None) -> TuneConfig:
+    """The config as `stage.json` has it: what method and text imply is said."""
     from lors_cli.data.sources import open_source
     from lors_cli.data.tokens import usual_packing
 
     source = open_source(config.data.dataset, split="train", data_dir=data_dir, want="instructions")
     packing = config.data.packing or usual_packing(source)
+    config = resolved_tune(config)
     return replace(config, data=replace(config.data, packing=packing))
+
+
+def _left_dense(folder: Path) -> dict[str, list[str]]:
+    """What pruning skipped, for the record of the tuned model too."""
+    from lors_cli.models.inspection import dense_layers
+
+    names = dense_layers(records.read_record(folder)) if folder.is_dir() else []
+    return {"dense_layers": names} if names else {}
 
 
 def sparse_layers(model: PreTrainedModel, folder: Path) -> dict[str, Pattern]:
