@@ -118,6 +118,8 @@ def _syntax_error(error: yaml.MarkedYAMLError, text: str) -> YamlError:
     written = lines[line - 1] if line <= len(lines) else ""
     if "\t" in written[: len(written) - len(written.lstrip())] or ("start any token" in problem and "\t" in written):
         return YamlError(line, "a tab is used where YAML wants spaces")
+    if "scanning an alias" in str(error.context):
+        return YamlError(line, "a text that starts with * must be in quotes")
     if "start any token" in problem:
         return YamlError(line, "a text that starts with a special character must be in quotes")
     if "mapping values are not allowed" in problem:

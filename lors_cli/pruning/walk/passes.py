@@ -23,7 +23,7 @@ from lors_cli.pruning.walk.recorder import InputRecorder
 
 if TYPE_CHECKING:
     from lors_cli.models.streaming import BlockwiseModel
-    from lors_cli.recipe.schema import CalibrationConfig, PruneConfig
+    from lors_cli.recipe.schema import CalibrationConfig
 
 ANEW = "anew"
 """A file in a folder of hidden states that says that more than these would be needed to go on from them."""
@@ -81,22 +81,23 @@ def note_shared(folder: Path, arguments: BlockArguments) -> None:
 
 @torch.no_grad()
 def owl_shares(
-    model: BlockwiseModel, batches: list[torch.Tensor], config: PruneConfig, work: Path, sparsity: float
-) -> list[float]:
+    model: BlockwiseModel, batches: list[torch.Tensor], config: CalibrationConfig, work: Path, sparsity: float,
+    skip: Sequence[str] = (),
+) -> list[float]:  # fmt: skip
     """OWL's share of zeros for every block, from one pass of all processes' batches through the dense model.
 
-    `work` keeps what an interrupted run goes on from; `sparsity` is that of all weights that are not skipped.
+    `work` keeps what an interrupted run goes on from; `sparsity` is that of all weights that no glob of `skip` names.
     """
     found = atomic.read_json(work / "owl.json") or {"ratios": [], "sizes": []}
     if len(found["ratios"]) < len(model.blocks):
         folder = work / "owl"
         folder.mkdir(exist_ok=True)
-        states, arguments, first = start_walk(model, batches, config.calibration, folder)
+        states, arguments, first = start_walk(model, batches, config, folder)
         found = {name: values[:first] for name, values in found.items()}
         with progress.progress("outliers", len(model.blocks), "blocks") as task, closing(states):
             task.skip(first)
             for index in range(first, len(model.blocks)):
-                ratio, size = _outliers(model, index, states, arguments[index], config.skip)
+                ratio, size = _outliers(model, index, states, arguments[index], skip)
                 found["ratios"].append(ratio)
                 found["sizes"].append(size)
                 if processes.is_main():
