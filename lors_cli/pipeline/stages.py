@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,8 @@ class Stage:
         fits: the model's size; UsageError if its linears cannot take the pattern or rank, or are none to skip.
         needed: MissingError if a package that the config needs is not installed.
         stored: data_dir; the config as `stage.json` has it.
+        inputs: of the one model it reads, its fingerprint, and data_dir; what `stage.json` has of what it reads.
+        without_effect: dotted keys of settings that change how the work is done, not what comes out.
     """
 
     run: Callable[[Any, dict[str, ModelConfig], Path, Path | None], None]
@@ -77,6 +79,8 @@ class Stage:
     fits: Callable[[Any, ModelSize], None] = lambda config, size: None
     needed: Callable[[Any], None] = lambda config: None
     stored: Callable[[Any, Path | None], Any] = lambda config, data_dir: config
+    inputs: Callable[[Any, str, Path | None], dict[str, Any]] | None = None
+    without_effect: Collection[str] = ()
 
     def leaves(self, config: Config, size: ModelSize) -> int:
         """Bytes on disk once it is done."""
@@ -150,6 +154,8 @@ STAGES = {
         fingerprint=pruning.stage_fingerprint,
         shortage=pruning_estimate.shortage,
         stored=lambda config, data_dir: resolved_prune(config),
+        inputs=pruning.stage_inputs,
+        without_effect=("calibration.offload",),
     ),
     "tune": Stage(
         run=_tune,
@@ -163,12 +169,15 @@ STAGES = {
         prepare=with_teacher,
         needed=require_packages,
         stored=tuning.stored_config,
+        inputs=tuning.stage_inputs,
+        without_effect=tuning.WITHOUT_EFFECT,
     ),
     "eval": Stage(
         run=_evaluate,
         needs=evaluation_estimate.needs,
         operations=lambda config, size, num_models, data_dir: evaluation_estimate.operations(config, size, num_models),
         describe=_evaluation,
+        without_effect=("models",),
         reads=lambda config: Reads([Text(name, "validation") for name in config.perplexity], config.tasks),
     ),
 }

@@ -34,6 +34,19 @@ STAGE_VERSION = 3
 
 def stage_fingerprint(config: PruneConfig, model_fingerprint: str, data_dir: Path | None) -> str:
     """The fingerprint of `prune`'s result from that of the dense model; cheap, no model is loaded."""
+    return hashes.fingerprint("prune", *_identity(config, model_fingerprint, data_dir))
+
+
+def stage_inputs(config: PruneConfig, model_fingerprint: str, data_dir: Path | None) -> dict[str, Any]:
+    """What a result is made from beside its settings: fingerprints of what is read, and the version of the code."""
+    version, _, inputs = _identity(config, model_fingerprint, data_dir)
+    return {**inputs, "version": version}
+
+
+def _identity(
+    config: PruneConfig, model_fingerprint: str, data_dir: Path | None
+) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    """The version of the code, the settings and the inputs that make a result what it is."""
     settings = {**asdict(config), "sparsity": Pattern.of(config).sparsity, "true_sequential": config.sequential}
     del settings["calibration"]["offload"]
     if not config.skip:  # earlier versions had none
@@ -48,7 +61,7 @@ def stage_fingerprint(config: PruneConfig, model_fingerprint: str, data_dir: Pat
         del settings["calibration"]["columns"]  # in the text's fingerprint
         inputs["calibration"] = fingerprint_source(dataset, split="train", data_dir=data_dir,
                                                    columns=config.calibration.columns)  # fmt: skip
-    return hashes.fingerprint("prune", STAGE_VERSION, settings, inputs)
+    return STAGE_VERSION, settings, inputs
 
 
 def prune(config: PruneConfig, model: ModelConfig, out: Path, *, data_dir: Path | None = None) -> records.StageRecord:
@@ -81,6 +94,7 @@ def prune(config: PruneConfig, model: ModelConfig, out: Path, *, data_dir: Path 
     _check(config, pattern, model, out)
     base_fingerprint = model_fingerprint(model)
     fingerprint = stage_fingerprint(config, base_fingerprint, data_dir)
+    inputs = {**stage_inputs(config, base_fingerprint, data_dir), "path": model.path}
     console.info(f"  model: {model.path}")
     with progress.busy("reading the tokenizer"):
         tokenizer = load_tokenizer(model)
@@ -99,14 +113,13 @@ def prune(config: PruneConfig, model: ModelConfig, out: Path, *, data_dir: Path 
     batches = _calibration_batches(config, source, tokenizer, data_dir)
     alone = processes.start()
     if processes.is_main():
-        records.work_dir(out, fingerprint)
+        records.work_dir(out, fingerprint, {"config": resolved_prune(config), "inputs": inputs})
     processes.wait_for_all()
     outcome = prune_blocks(config, source, pattern, out / records.WORK_NAME, batches)
     metrics = _metrics(outcome, pattern, source, batches)
     metrics |= {key: names for key, names in (("left_out", parts), ("dense_layers", dense)) if names}
     record = records.StageRecord(
-        "prune", fingerprint, hashes.plain(resolved_prune(config)), {"model": base_fingerprint, "path": model.path},
-        metrics,
+        "prune", fingerprint, hashes.plain(resolved_prune(config)), inputs, metrics,
         environment.environment(), round(time.monotonic() - started, 2), {},
     )  # fmt: skip
     if processes.is_main():

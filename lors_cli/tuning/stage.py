@@ -46,6 +46,19 @@ def stage_fingerprint(config: TuneConfig, model_fingerprint: str, data_dir: Path
     Args:
         config: the stage's settings, their teacher filled in (`with_teacher`).
     """
+    return hashes.fingerprint("tune", *_identity(config, model_fingerprint, data_dir))
+
+
+def stage_inputs(config: TuneConfig, model_fingerprint: str, data_dir: Path | None) -> dict[str, Any]:
+    """What a result is made from beside its settings: fingerprints of what is read, and the version of the code."""
+    version, _, inputs = _identity(config, model_fingerprint, data_dir)
+    return {**inputs, "version": version}
+
+
+def _identity(
+    config: TuneConfig, model_fingerprint: str, data_dir: Path | None
+) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    """The version of the code, the settings and the inputs that make a result what it is."""
     from lors_cli.data.sources import open_source
     from lors_cli.data.stream.samples import is_streamed
     from lors_cli.data.tokens import usual_packing
@@ -77,8 +90,7 @@ def stage_fingerprint(config: TuneConfig, model_fingerprint: str, data_dir: Path
     if config.distill is not None:
         inputs["teacher"] = fingerprint_model(teacher_model(config.distill))
         settings["distill"] = {"weight": config.distill.weight, "temperature": float(config.distill.temperature)}
-    version = INSTRUCTIONS_VERSION if source.kind == "instructions" else STAGE_VERSION
-    return hashes.fingerprint("tune", version, settings, inputs)
+    return INSTRUCTIONS_VERSION if source.kind == "instructions" else STAGE_VERSION, settings, inputs
 
 
 def tune(config: TuneConfig, model: ModelConfig, out: Path, *, data_dir: Path | None = None) -> records.StageRecord:
@@ -115,6 +127,8 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
     config = with_teacher(config, model)
     base_fingerprint = model_fingerprint(model)
     fingerprint = stage_fingerprint(config, base_fingerprint, data_dir)
+    stored = stored_config(config, data_dir)
+    inputs = {**stage_inputs(config, base_fingerprint, data_dir), "path": model.path}
     console.info(f"  model: {model.path}")
     with progress.busy("reading the tokenizer"):
         tokenizer = load_tokenizer(model)
@@ -124,7 +138,8 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
     layers = adaptable_layers(network, patterns, config.skip)
     data = _load_data(config, network, tokenizer, data_dir)
     set_seed(config.seed)
-    log = StepLog(processes.from_main(lambda: _running_log(out, records.work_dir(out, fingerprint))))
+    made = {"config": stored, "inputs": inputs}
+    log = StepLog(processes.from_main(lambda: _running_log(out, records.work_dir(out, fingerprint, made))))
     schedule = config if data.num_steps is None else replace(config, max_steps=data.num_steps, max_tokens=None)
     trainer = prepare_trainer(schedule, network, layers, data, tokenizer, out / CHECKPOINTS_NAME, fingerprint,
                               device=resolve_device(model.device))  # fmt: skip
@@ -138,11 +153,10 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
         metrics = {**training, **_data_metrics(data),
                    **write_results(staging, tuned, tokenizer, adapter, patterns),
                    **_left_dense(Path(model.path))}  # fmt: skip
-        stored = stored_config(config, data_dir)
         write_card(staging, stored, model, metrics)
         atomic.write_bytes(staging / LOG_NAME, log.path.read_bytes())
         record = records.StageRecord(
-            "tune", fingerprint, hashes.plain(stored), {"model": base_fingerprint, "path": model.path}, metrics,
+            "tune", fingerprint, hashes.plain(stored), inputs, metrics,
             environment.environment(), round(time.monotonic() - started, 2), {},
         )  # fmt: skip
         return records.publish(out, record)
@@ -155,7 +169,8 @@ def stored_config(config: TuneConfig, data_dir: Path | None) -> TuneConfig:
     from lors_cli.data.sources import open_source
     from lors_cli.data.tokens import usual_packing
 
-    source = open_source(config.data.dataset, split="train", data_dir=data_dir, want="instructions")
+    source = open_source(config.data.dataset, split="train", data_dir=data_dir, want="instructions",
+                         columns=config.data.columns)  # fmt: skip
     packing = config.data.packing or usual_packing(source)
     config = resolved_tune(config)
     return replace(config, data=replace(config.data, packing=packing))
