@@ -42,7 +42,7 @@ def what_changes(stage: str, folder: Path, fingerprint: str, wanted: Callable[[]
         why = _differences(stage, Made(record.config, record.inputs), wanted())
         parts.append(f"{why}, replaces {_result(record)}; {KEEP}")
     begun = atomic.read_json(folder / records.WORK_NAME / records.FINGERPRINT_NAME)
-    done = _progress(folder) if begun not in (None, fingerprint) else ""
+    done = _progress(folder, str(begun)) if begun not in (None, fingerprint) else ""
     if done:
         known: Any = atomic.read_json(folder / records.WORK_NAME / records.MADE_NAME)
         why = _differences(stage, Made(**known), wanted()) if records.is_made(known) else "other settings"
@@ -78,10 +78,11 @@ def _result(record: records.StageRecord) -> str:
     return f"a model tuned for {counted(metrics.get('steps', 0), 'step')}"
 
 
-def _progress(folder: Path) -> str:
-    """How far an interrupted run came, "" where it has nothing to go on from."""
-    steps = [int(path.name.partition("-")[2]) for path in (folder / "checkpoints").glob("checkpoint-*")
-             if path.name.partition("-")[2].isdecimal()]  # fmt: skip
+def _progress(folder: Path, begun: str) -> str:
+    """How far an interrupted run of the fingerprint `begun` came, "" where it has nothing to go on from."""
+    from lors_cli.tuning.training.checkpoints import step_of, whole_checkpoints  # which loads torch
+
+    steps = [step_of(path) for path in whole_checkpoints(folder / "checkpoints", begun)]
     blocks = len(list((folder / records.WORK_NAME).glob("block_*.json")))
     if steps:
         return f"up to step {max(steps)}"
