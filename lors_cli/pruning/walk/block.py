@@ -95,9 +95,8 @@ def prune_block(block: Block, states: HiddenStates, arguments: BlockArguments, o
     forwards = [partial(_pass, block.module, states, arguments, number) for number in states.numbers]
     with block.phases("forward"):
         stages = _stages(block, forwards[-1], orders) if block.config.sequential and block.weights else None
-        if not block.weights:
-            outputs = (forward() for forward in forwards)
-        else:
+        outputs: Iterator[torch.Tensor] = (forward() for forward in forwards)
+        if block.weights:
             outputs = at_once(block, forwards) if stages is None else in_stages(block, stages, forwards)
         if block.config.reconstruct_epochs and block.weights:
             _reconstruct(block, outputs, states, arguments)

@@ -83,7 +83,7 @@ class AdapterTrainer:
             norm = float(clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm or math.inf))
             if self.guard.is_bad(loss, norm):
                 self.leave_out()
-            rate = self.schedule.get_last_lr()[0]
+            rate = float(self.schedule.get_last_lr()[0])
             self.optimizer.step()
             self.schedule.step()
             self.model.zero_grad()
