@@ -18,12 +18,12 @@ from lors_cli.recipe.settings import flag_name
 FLAGS: dict[str, dict[str, tuple[str, ...]]] = {
     "model": {MACHINE: ("device", "dtype", "revision")},
     "prune": {
-        SETTINGS: ("method", "pattern", "sparsity"),
+        SETTINGS: ("method", "pattern", "sparsity", "skip"),
         CALIBRATION: ("calibration.dataset", "calibration.num_samples", "calibration.sequence_length",
                       "calibration.seed"),
     },
     "tune": {
-        SETTINGS: ("method", "rank", "alpha", "init"),
+        SETTINGS: ("method", "rank", "alpha", "init", "skip"),
         TRAINING: ("data.dataset", "data.max_length", "learning_rate", "epochs", "max_steps", "max_tokens",
                    "batch_size", "seed"),
     },

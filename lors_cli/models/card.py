@@ -100,11 +100,13 @@ def _description(
 ) -> str:
     link = f"[{escape(base)}](https://huggingface.co/{base})" if looks_like_hub_id(base) else escape(base)
     sentences = [f"A sparse version of {link}."]
-    sparsity = metrics.get("sparsity")
+    sparsity, dense = metrics.get("sparsity"), metrics.get("dense_layers")
     if sparsity is not None:
+        linears = "pruned linear layers" if dense else "decoder blocks' linear layers"
         sentences.append(
-            f"{sparsity:.2%} of the weights in the decoder blocks' linear layers are zero"
-            f"{f' (pattern {escape(pattern)})' if pattern else ''}; embeddings and output head are dense."
+            f"{sparsity:.2%} of the weights in the {linears} are zero"
+            f"{f' (pattern {escape(pattern)})' if pattern else ''}; "
+            f"{f'{len(dense)} linear layers, ' if dense else ''}embeddings and output head are dense."
         )
     if prune:
         calibration = prune.get("calibration") or {}

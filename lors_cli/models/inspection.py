@@ -29,7 +29,8 @@ def inspect(model: ModelConfig, pattern: Pattern | None = None) -> dict[str, Any
         pattern: what to hold it against; by default what its stage.json says, else what its zeros look like.
 
     Returns:
-        The document of `lors inspect --json`: pattern, sparsity, violations, layers.
+        The document of `lors inspect --json`: pattern, sparsity, violations, layers; `dense_layers`, by name, are those
+        of a sparse model that are none of these.
     """
     from lors_cli.models.loading import load_model
 
@@ -39,12 +40,25 @@ def inspect(model: ModelConfig, pattern: Pattern | None = None) -> dict[str, Any
         locate(model.path)
         layers = _measure_recorded(folder, record)
         if layers is not None:
-            return summarise(layers, _held_to(record, [layer.name for layer in layers])[layers[0].name])
+            found = summarise(layers, _held_to(record, [layer.name for layer in layers])[layers[0].name])
+            return _with_dense(found, dense_layers(record))
     weights = prunable_weights(load_model(model))
     held_to = {} if pattern else layer_patterns(weights, record)
-    patterns: dict[str, Pattern | None] = {**held_to} if held_to else dict.fromkeys(weights, pattern)
+    if pattern:
+        held_to = dict.fromkeys((name for name in weights if name not in dense_layers(record)), pattern)
+    patterns: dict[str, Pattern | None] = {**held_to} if held_to else dict.fromkeys(weights)
     layers = [measure(name, weights[name].matrix, held) for name, held in patterns.items()]
-    return summarise(layers, next(iter(patterns.values()), None))
+    dense = [name for name in weights if name not in patterns]
+    return _with_dense(summarise(layers, next(iter(patterns.values()), None)), dense)
+
+
+def dense_layers(record: records.StageRecord | None) -> list[str]:
+    """The layers that pruning was told to skip, by the record of a sparse model."""
+    return list(record.metrics.get("dense_layers", ())) if record else []
+
+
+def _with_dense(found: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    return {**found, "dense_layers": names} if names else found
 
 
 def prompt_of(model: ModelConfig) -> dict[str, str | None]:
@@ -126,11 +140,13 @@ def layer_patterns(weights: dict[str, PrunableWeight], record: records.StageReco
 
 def detect_pattern(weights: dict[str, PrunableWeight]) -> Pattern | None:
     """The pattern that the zeros of a model look like; None when it is dense."""
-    matrices = [weight.matrix for weight in weights.values()]
+    zeros = {name: int((weight.matrix == 0).sum()) for name, weight in weights.items()}
+    if sum(zeros.values()) < DENSE_BELOW * sum(weight.matrix.numel() for weight in weights.values()):
+        return None
+    matrices = [weight.matrix for name, weight in weights.items()
+                if zeros[name] >= DENSE_BELOW * weight.matrix.numel()]  # fmt: skip
     total = sum(matrix.numel() for matrix in matrices)
     sparsity = sum(int((matrix == 0).sum()) for matrix in matrices) / max(total, 1)
-    if sparsity < DENSE_BELOW:
-        return None
     for n, m in CANDIDATES:
         candidate = Pattern(n, m, 1 - n / m)
         if sparsity < candidate.sparsity - TOLERATED or any(matrix.shape[1] % m for matrix in matrices):

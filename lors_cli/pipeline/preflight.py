@@ -86,6 +86,7 @@ def _met(look: Callable[[], Any]) -> LorsError | None:
 
 def _looks(plan: StagePlan, models: Sequence[ModelConfig], data_dir: Path | None) -> Iterator[Callable[[], Any]]:
     """Everything to look at before one stage."""
+    yield partial(STAGES[plan.stage].check_packages, plan.config)
     chat = getattr(getattr(plan.config, "data", None), "template", None) == "chat"
     for model in models:
         yield partial(_check_model, model, chat)
@@ -99,7 +100,6 @@ def _looks(plan: StagePlan, models: Sequence[ModelConfig], data_dir: Path | None
     size = try_size(plan.origin)
     if size is not None:
         yield partial(STAGES[plan.stage].fits, plan.config, size)
-    yield lambda: STAGES[plan.stage].check_packages(plan.config)
     yield lambda: resources.check_memory(plan)
     yield lambda: _check_memory(plan)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,12 @@ from lors_cli.pruning import estimate as pruning_estimate
 from lors_cli.pruning import stage as pruning
 from lors_cli.pruning.facts import statistics_kind
 from lors_cli.recipe.columns import ColumnsConfig
+from lors_cli.recipe.resolved import resolved_prune
 from lors_cli.recipe.schema import EvalConfig, ModelConfig, PackConfig, PruneConfig, TuneConfig
 from lors_cli.sparsity import Pattern
 from lors_cli.tuning import estimate as tuning_estimate
 from lors_cli.tuning import stage as tuning
+from lors_cli.tuning.needed import require_packages
 from lors_cli.tuning.teacher import teacher_model, with_teacher
 
 Config = PruneConfig | TuneConfig | PackConfig | EvalConfig
@@ -60,8 +62,11 @@ class Stage:
         fingerprint: of the one model it reads, data_dir; None for scores, which have theirs piece by piece.
         prepare: the model; the config with what depends on it filled in.
         shortage: the model and its size; why the free memory is too small, and what to do, where that is known.
-        fits: the model's size; UsageError if its linears cannot take the pattern or rank.
+        fits: the model's size; UsageError if its linears cannot take the pattern or rank, or are none to skip.
         check_packages: MissingError if a package that the settings ask for is not installed.
+        stored: data_dir; the config as `stage.json` has it.
+        inputs: of the one model it reads, its fingerprint, and data_dir; what `stage.json` has of what it reads.
+        without_effect: dotted keys of settings that change how the work is done, not what comes out.
     """
 
     run: Callable[[Any, dict[str, ModelConfig], Path, Path | None], None]
@@ -75,6 +80,9 @@ class Stage:
     shortage: Callable[[Any, ModelConfig, ModelSize], tuple[str, str] | None] = lambda config, model, size: None
     fits: Callable[[Any, ModelSize], None] = lambda config, size: None
     check_packages: Callable[[Any], None] = lambda config: None
+    stored: Callable[[Any, Path | None], Any] = lambda config, data_dir: config
+    inputs: Callable[[Any, str, Path | None], dict[str, Any]] | None = None
+    without_effect: Collection[str] = ()
 
     def leaves(self, config: Config, size: ModelSize) -> int:
         """Bytes on disk once it is done."""
@@ -100,7 +108,7 @@ def _pruning_reads(config: PruneConfig) -> Reads:
 
 
 def _pruning_fits(config: PruneConfig, size: ModelSize) -> None:
-    for shape in dict.fromkeys(size.linears):
+    for shape in dict.fromkeys(size.without(config.skip).linears):
         Pattern.of(config).check_shape("a linear", shape)
 
 
@@ -124,13 +132,7 @@ def _tuning_reads(config: TuneConfig) -> Reads:
 def _tuning_fits(config: TuneConfig, size: ModelSize) -> None:
     from lors_cli.tuning.baselines import check_rank
 
-    check_rank(config.method, config.rank, [rows for rows, _, expert in size.block if not expert])
-
-
-def _tuning_packages(config: TuneConfig) -> None:
-    from lors_cli.tuning.training.trackers import check_installed
-
-    check_installed(config.report_to)
+    check_rank(config.method, config.rank, [rows for rows, _, expert in size.without(config.skip).block if not expert])
 
 
 def _evaluate(config: EvalConfig, models: dict[str, ModelConfig], out: Path, data_dir: Path | None) -> None:
@@ -160,6 +162,9 @@ STAGES = {
         makes="pruned",
         fingerprint=pruning.stage_fingerprint,
         shortage=pruning_estimate.shortage,
+        stored=lambda config, data_dir: resolved_prune(config),
+        inputs=pruning.stage_inputs,
+        without_effect=("calibration.offload",),
     ),
     "tune": Stage(
         run=_tune,
@@ -171,7 +176,10 @@ STAGES = {
         makes="tuned",
         fingerprint=tuning.stage_fingerprint,
         prepare=with_teacher,
-        check_packages=_tuning_packages,
+        check_packages=require_packages,
+        stored=tuning.stored_config,
+        inputs=tuning.stage_inputs,
+        without_effect=tuning.WITHOUT_EFFECT,
     ),
     "pack": Stage(
         run=_pack,
@@ -187,6 +195,7 @@ STAGES = {
         needs=evaluation_estimate.needs,
         operations=lambda config, size, num_models, data_dir: evaluation_estimate.operations(config, size, num_models),
         describe=_evaluation,
+        without_effect=("models",),
         reads=lambda config: Reads([Text(name, "validation") for name in config.perplexity], config.tasks),
     ),
 }

@@ -61,6 +61,9 @@ class PruneConfig(Section):
     scores share fewer groups; the dense model's function stays."""
     layer_sparsity: Literal["uniform", "owl"] = "uniform"
     """Unstructured only: the same sparsity for every block, or less for blocks with many outliers (OWL)."""
+    skip: tuple[Name, ...] = ()
+    """Weights that stay dense: full names, or globs of them such as `model.layers.0.*` and `*.down_proj`. The sparsity
+    asked for is that of the others."""
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     """Which text, and how much of it."""
 

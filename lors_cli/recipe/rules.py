@@ -60,6 +60,13 @@ def _contradicted_sparsity(c: Any) -> float | None:
     return None if agrees else implied
 
 
+def _above_peak(c: Any) -> str | None:
+    """The peak of the learning rate, when its floor is above it."""
+    if c.min_learning_rate <= c.peak_learning_rate:
+        return None
+    return f"{c.peak_learning_rate:g}" + ("" if c.learning_rate is not None else f", the default of method: {c.method}")
+
+
 def _not_shardable(c: Any) -> str | None:
     """What needs whole weights, when they are sharded."""
     whole = {"init": "gradient-exact", "base": "packed", "merged_cache": "on"} if c.parallelism == "fsdp" else {}
@@ -156,9 +163,11 @@ RULES: dict[str, tuple[Rule, ...]] = {
         ("max_tokens", lambda c: c.max_tokens is not None and c.data.stream == "off",
          "it counts streamed text, and data.stream is off",
          "`max_tokens` needs streamed text: not `data.stream: off`."),
-        ("min_learning_rate", lambda c: c.min_learning_rate > c.learning_rate,
-         "{c.min_learning_rate:g} is above learning_rate: {c.learning_rate:g}",
-         "`min_learning_rate` is at most `learning_rate`."),
+        ("min_learning_rate", _above_peak, "{c.min_learning_rate:g} is above learning_rate: {found}",
+         "`min_learning_rate` is at most `learning_rate`, or what the method implies for it."),
+        ("min_learning_rate", lambda c: c.min_learning_rate and c.lr_schedule == "constant",
+         "it is the floor of a rate that falls, and lr_schedule is constant",
+         "`min_learning_rate` is for `lr_schedule: cosine` and `linear`."),
         ("val_size", lambda c: c.val_size is not None and c.val_size > 1 and c.val_size % 1,
          "{c.val_size:g} is neither a number of samples nor a share below 1",
          "`val_size` is a whole number of samples, or a share below 1."),

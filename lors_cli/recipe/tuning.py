@@ -13,6 +13,10 @@ from lors_cli.recipe.rules import Section
 
 TuneMethod = Literal["lors", "sqft", "sqft-gc", "spp", "spp-gc", "hira", "lora"]
 Tracker = Literal["wandb", "tensorboard", "mlflow", "trackio"]
+RATES = {"lors": 3e-3, "sqft": 3e-3, "spp": 3e-2, "hira": 1e-2, "lora": 3e-3}
+GRADIENT_RATE = 1e-3
+"""Learning rates that are taken where none is given: by method from a random start, and from the gradient's directions.
+Found on SmolLM2-135M at a scale of 4 (docs/tuning.md)."""
 
 
 def _whole(value: Any) -> Any:
@@ -99,8 +103,12 @@ class TuneConfig(Section):
     CUDA GPU). Not part of a stage's fingerprint."""
     data: TuneDataConfig = field(default_factory=TuneDataConfig)
     """Which text, and how much of it."""
-    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2e-5
-    """Peak of the cosine schedule. Scale times rate acts as one knob: each method needs its own."""
+    skip: tuple[Name, ...] = ()
+    """Pruned linears that get no adapter and stay as they are: full names, or globs of them such as `model.layers.0.*`
+    and `*.down_proj`."""
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Peak of the schedule. Scale times rate acts as one knob: each method needs its own. Default: what a search found
+    at a scale of 4, 3e-3 for lors, sqft and lora (1e-3 with init: gradient), 3e-2 for spp, 1e-2 for hira."""
     loraplus_lr_ratio: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Learning rate of lora_B over that of lora_A, which is learning_rate (LoRA+, arXiv:2402.12354)."""
     train_norms: bool = False
@@ -111,11 +119,17 @@ class TuneConfig(Section):
     distill: DistillConfig | None = None
     """Learn from the dense model's predictions too."""
     min_learning_rate: Rate = 0.0
-    """Floor of the cosine schedule; lora_B's is loraplus_lr_ratio times it."""
+    """Floor of a cosine or linear schedule; lora_B's is loraplus_lr_ratio times it."""
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate goes on after the warm-up: down to min_learning_rate along half a cosine or a line, or
+    not at all."""
     warmup_steps: NotNegative = 0
     """Optimiser steps in which the learning rate rises to its peak."""
     weight_decay: Rate = 0.0
     """AdamW's, on the adapters."""
+    optim: Literal["adamw", "adamw_8bit"] = "adamw"
+    """adamw_8bit keeps the optimiser's state in 8 bits, a quarter of the memory (arXiv:2110.02861; needs the
+    bitsandbytes package; tensors below 4,096 numbers stay in 32 bits)."""
     max_grad_norm: Rate = 1.0
     """Clip the gradient's norm to this; 0 turns clipping off."""
     epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3.0
@@ -168,6 +182,13 @@ class TuneConfig(Section):
     def start(self) -> Literal["gradient", "gradient-exact", "kaiming"]:
         """How lora_A starts: `init`, or what the method implies."""
         return self.init or ("gradient" if self.method == "lors" else "kaiming")
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The schedule's peak: `learning_rate`, or what method and start imply."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return RATES[self.method.removesuffix("-gc")] if self.start == "kaiming" else GRADIENT_RATE
 
     @property
     def weight_rounding(self) -> Literal["nearest", "stochastic"]:

@@ -44,6 +44,7 @@ class AdapterConfig:
         norms: full names of the trained parameters of normalisation layers.
         rounding: of merged bfloat16 weights.
         prompt: `data.template` of what was learnt, None of text.
+        skipped: full names of the sparse linears that were to have no adapter; their zeros are in `base_mask` too.
     """
 
     method: str
@@ -57,6 +58,7 @@ class AdapterConfig:
     norms: tuple[str, ...] = ()
     rounding: Rounding = "nearest"
     prompt: str | None = None
+    skipped: tuple[str, ...] = ()
 
 
 def save_adapter(model: nn.Module, folder: Path, config: AdapterConfig) -> None:
@@ -79,6 +81,8 @@ def save_adapter(model: nn.Module, folder: Path, config: AdapterConfig) -> None:
             content["prompt_format"] = config.prompt
     if config.rounding != "nearest":
         content["rounding"] = config.rounding
+    if config.skipped and content["peft_type"] != "LORA":
+        content["skipped_modules"] = list(config.skipped)
     if config.norms:
         content["trained_norms"] = list(config.norms)
     atomic.write_json(folder / CONFIG_NAME, content)
@@ -109,6 +113,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
             norms=_names(content.get("trained_norms", [])),
             rounding=content.get("rounding", "nearest"),
             prompt=content.get("prompt_format"),
+            skipped=_names(content.get("skipped_modules", [])),
         )
         if found.prompt not in (None, "chat", *TEMPLATES):
             raise ValueError(f"prompt_format is {found.prompt!r}, none of chat, {', '.join(TEMPLATES)}")
@@ -163,7 +168,7 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
         if not isinstance(module, nn.Linear):
             raise UsageError(f"the adapter in {folder} was made for another model: this one has no linear {name}.")
         linears[name] = module
-    if base_mask(base, linears) != config.base_mask:
+    if base_mask(base, linears, config.skipped) != config.base_mask:
         raise UsageError(
             f"the adapter in {folder} belongs to another sparse model: the zeros lie elsewhere.",
             f"It was trained on {config.base}; merging it here would not keep what was tuned.",

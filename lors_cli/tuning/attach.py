@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from lors_cli.errors import UsageError
 from lors_cli.models.blocks import left_out, prunable_weights
+from lors_cli.models.skip import say_skipped, skipped
 from lors_cli.output import console
 from lors_cli.recipe.schema import TuneConfig
 from lors_cli.sparsity import mask_digest
@@ -59,13 +60,21 @@ def adapter_layers(model: nn.Module) -> dict[str, AdapterLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, AdapterLinear)}
 
 
-def adaptable_layers(model: PreTrainedModel, pruned: Iterable[str]) -> list[str]:
+def adaptable_layers(model: PreTrainedModel, pruned: Iterable[str], skip: Sequence[str] = ()) -> list[str]:
     """Those of the pruned weights that can have an adapter: linears. Experts and Conv1D stay as they are.
 
+    Args:
+        skip: globs of those that get none.
+
     Raises:
-        UsageError: there is none.
+        UsageError: there is none, or a glob matches nothing.
     """
     weights = prunable_weights(model)
+    out = set(skipped(skip, weights)) if skip else set[str]()
+    say_skipped([name for name in pruned if name in out], "get no adapter")
+    pruned = [name for name in pruned if name not in out]
+    if not pruned:
+        raise UsageError("skip: every pruned layer is left out, none is left to tune.", "Skip fewer.")
     layers = [name for name in pruned if isinstance(weights[name].module, nn.Linear)]
     others = [name for name in pruned if not isinstance(weights[name].module, nn.Linear)]
     if not layers:
@@ -78,10 +87,10 @@ def adaptable_layers(model: PreTrainedModel, pruned: Iterable[str]) -> list[str]
     return layers
 
 
-def base_mask(model: PreTrainedModel, layers: dict[str, Any]) -> str:
-    """The digest of where a sparse model is zero: in `layers`, and in what no adapter can be put on."""
+def base_mask(model: PreTrainedModel, layers: dict[str, Any], skipped: Collection[str] = ()) -> str:
+    """The digest of where a sparse model is zero: in `layers`, in `skipped`, and in what can have no adapter."""
     others = ((name, weight.matrix) for name, weight in prunable_weights(model).items()
-              if name not in layers and not isinstance(weight.module, nn.Linear))  # fmt: skip
+              if name not in layers and (name in skipped or not isinstance(weight.module, nn.Linear)))  # fmt: skip
     return mask_digest(chain(((name, layer.weight) for name, layer in layers.items()), others))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,17 @@ ALMOST_NONE = 0.001
 
 def adapter_config(
     config: TuneConfig, network: PreTrainedModel, layers: list[str], model: ModelConfig, base_fingerprint: str,
-    prompt: str | None,
+    prompt: str | None, pruned: Iterable[str],
 ) -> AdapterConfig:  # fmt: skip
-    """What adapter_config.json says of this training."""
+    """What adapter_config.json says of this training; `pruned` are the names of all sparse weights."""
+    skipped = tuple(name for name in pruned if name not in layers) if config.skip else ()
     return AdapterConfig(
         method=config.method, rank=config.rank, alpha=config.alpha, use_rslora=config.use_rslora,
         layers=tuple(layers), base=model.path,
-        base_fingerprint=base_fingerprint, base_mask=base_mask(network, adapter_layers(network)),
+        base_fingerprint=base_fingerprint, base_mask=base_mask(network, adapter_layers(network), skipped),
         norms=tuple(norm_shifts(network)), rounding=config.weight_rounding,
         prompt=prompt,
+        skipped=skipped,
     )  # fmt: skip
 
 
@@ -68,7 +71,8 @@ def write_results(
         )
     save_checkpoint(network, tokenizer, staging)
     return {**summary, "trainable_parameters": trainable, "zeroed": counts.zeroed, "moved": round(moved, 6),
-            "base_mask": adapter.base_mask}  # fmt: skip
+            "base_mask": adapter.base_mask,
+            **({"skipped_layers": list(adapter.skipped)} if adapter.skipped else {})}  # fmt: skip
 
 
 def write_card(

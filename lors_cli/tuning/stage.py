@@ -15,6 +15,7 @@ from lors_cli.output import console, progress
 from lors_cli.output.console import counted
 from lors_cli.recipe.resolved import resolved_tune
 from lors_cli.sparsity import Pattern
+from lors_cli.tuning.needed import require_packages
 from lors_cli.tuning.teacher import teacher_model, with_teacher
 
 if TYPE_CHECKING:
@@ -34,6 +35,11 @@ WITHOUT_EFFECT = (
     "parallelism",
 )  # fmt: skip
 """Settings that change how the work is done, not what comes out."""
+UNSAID: dict[str, Any] = {
+    "skip": (), "lr_schedule": "cosine", "optim": "adamw", "spike_factor": None, "val_size": None, "eval_steps": None,
+    "early_stopping_patience": None, "load_best_model_at_end": None,
+}  # fmt: skip
+"""Settings that fingerprints have only where they are not this, since earlier versions did not have them."""
 CHECKPOINTS_NAME = "checkpoints"
 LOG_NAME = "log.jsonl"
 
@@ -44,6 +50,19 @@ def stage_fingerprint(config: TuneConfig, model_fingerprint: str, data_dir: Path
     Args:
         config: the stage's settings, their teacher filled in (`with_teacher`).
     """
+    return hashes.fingerprint("tune", *_identity(config, model_fingerprint, data_dir))
+
+
+def stage_inputs(config: TuneConfig, model_fingerprint: str, data_dir: Path | None) -> dict[str, Any]:
+    """What a result is made from beside its settings: fingerprints of what is read, and the version of the code."""
+    version, _, inputs = _identity(config, model_fingerprint, data_dir)
+    return {**inputs, "version": version}
+
+
+def _identity(
+    config: TuneConfig, model_fingerprint: str, data_dir: Path | None
+) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    """The version of the code, the settings and the inputs that make a result what it is."""
     from lors_cli.data.sources import tuning_source
     from lors_cli.data.stream.samples import is_streamed
     from lors_cli.data.tokens import usual_packing
@@ -51,20 +70,18 @@ def stage_fingerprint(config: TuneConfig, model_fingerprint: str, data_dir: Path
 
     settings = {key: value for key, value in asdict(config).items() if key not in WITHOUT_EFFECT}
     settings.update(alpha=float(config.alpha), per_device_batch_size=config.micro_batch_size, init=config.start,
-                    rounding=config.weight_rounding)  # fmt: skip
+                    rounding=config.weight_rounding, learning_rate=config.peak_learning_rate)  # fmt: skip
     settings.update(load_best_model_at_end=config.loads_best or None,
                     val_size=config.val_size and float(config.val_size))  # fmt: skip
     if config.early_stopping_patience is None and not config.loads_best:
-        del settings["eval_steps"]  # it moves no weight
-    for key in ("val_size", "eval_steps", "early_stopping_patience", "load_best_model_at_end"):
-        if settings.get(key, 0) is None:
+        settings["eval_steps"] = None  # it moves no weight
+    for key, usual in UNSAID.items():
+        if settings[key] == usual:
             del settings[key]
     if config.max_steps is not None or config.max_tokens is not None:
         del settings["epochs"]
     if config.start == "kaiming":
         del settings["init_samples"]
-    if config.spike_factor is None:
-        del settings["spike_factor"]
     for key in ("dataset", "split", "columns"):  # in the data's fingerprint
         del settings["data"][key]
     source = tuning_source(config.data, data_dir)
@@ -80,8 +97,7 @@ def stage_fingerprint(config: TuneConfig, model_fingerprint: str, data_dir: Path
     if config.distill is not None:
         inputs["teacher"] = fingerprint_model(teacher_model(config.distill))
         settings["distill"] = {"weight": config.distill.weight, "temperature": float(config.distill.temperature)}
-    version = INSTRUCTIONS_VERSION if source.kind == "instructions" else STAGE_VERSION
-    return hashes.fingerprint("tune", version, settings, inputs)
+    return INSTRUCTIONS_VERSION if source.kind == "instructions" else STAGE_VERSION, settings, inputs
 
 
 def tune(config: TuneConfig, model: ModelConfig, out: Path, *, data_dir: Path | None = None) -> records.StageRecord:
@@ -113,23 +129,25 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
     from lors_cli.tuning.training.preparation import prepare_trainer
     from lors_cli.tuning.training.sharding import load_trainable, whole_model
     from lors_cli.tuning.training.step_log import StepLog
-    from lors_cli.tuning.training.trackers import check_installed
 
     started = time.monotonic()
-    check_installed(config.report_to)
+    require_packages(config)
     config = with_teacher(config, model)
     base_fingerprint = model_fingerprint(model)
     fingerprint = stage_fingerprint(config, base_fingerprint, data_dir)
+    stored = stored_config(config, data_dir)
+    inputs = {**stage_inputs(config, base_fingerprint, data_dir), "path": model.path}
     console.info(f"  model: {model.path}")
     with progress.busy("reading the tokenizer"):
         tokenizer = load_tokenizer(model)
     say_how(config)
     network = load_trainable(config, model)
     patterns = sparse_layers(network, Path(model.path))
-    layers = adaptable_layers(network, patterns)
+    layers = adaptable_layers(network, patterns, config.skip)
     data = _load_data(config, network, tokenizer, data_dir)
     set_seed(config.seed)
-    log = StepLog(processes.from_main(lambda: _running_log(out, records.work_dir(out, fingerprint))))
+    made = {"config": stored, "inputs": inputs}
+    log = StepLog(processes.from_main(lambda: _running_log(out, records.work_dir(out, fingerprint, made))))
     schedule = config if data.num_steps is None else replace(config, max_steps=data.num_steps, max_tokens=None)
     trainer = prepare_trainer(schedule, network, layers, data, tokenizer, out / CHECKPOINTS_NAME, fingerprint,
                               device=resolve_device(model.device))  # fmt: skip
@@ -138,16 +156,17 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
 
     def write() -> records.StageRecord:
         tuned = whole_model(config, model, network, layers)
-        stored, template, read = _as_read(resolved_tune(config), data_dir)
-        adapter = adapter_config(config, tuned, layers, model, base_fingerprint, template)
+        _, template, read = _as_read(config, data_dir)
+        adapter = adapter_config(config, tuned, layers, model, base_fingerprint, template, patterns)
         staging = records.staging_dir(out)
         prompt = fit_to_prompt(tuned, tokenizer, template)
         metrics = {**training, **_data_metrics(data), **prompt,
-                   **write_results(staging, tuned, tokenizer, adapter, patterns)}  # fmt: skip
+                   **write_results(staging, tuned, tokenizer, adapter, patterns),
+                   **_left_dense(Path(model.path))}  # fmt: skip
         write_card(staging, stored, model, metrics, read)
         atomic.write_bytes(staging / LOG_NAME, log.path.read_bytes())
         record = records.StageRecord(
-            "tune", fingerprint, hashes.plain(stored), {"model": base_fingerprint, "path": model.path}, metrics,
+            "tune", fingerprint, hashes.plain(stored), inputs, metrics,
             environment.environment(), round(time.monotonic() - started, 2), {},
         )  # fmt: skip
         return records.publish(out, record)
@@ -174,6 +193,19 @@ def _as_read(config: TuneConfig, data_dir: Path | None) -> tuple[TuneConfig, str
     packing = data.packing or usual_packing(source)
     template = data.template if source.kind == "instructions" else None
     return replace(config, data=replace(data, packing=packing)), template, source.fingerprint
+
+
+def stored_config(config: TuneConfig, data_dir: Path | None) -> TuneConfig:
+    """The config as `stage.json` has it: what method and text imply is said."""
+    return _as_read(resolved_tune(config), data_dir)[0]
+
+
+def _left_dense(folder: Path) -> dict[str, list[str]]:
+    """What pruning skipped, for the record of the tuned model too."""
+    from lors_cli.models.inspection import dense_layers
+
+    names = dense_layers(records.read_record(folder)) if folder.is_dir() else []
+    return {"dense_layers": names} if names else {}
 
 
 def sparse_layers(model: PreTrainedModel, folder: Path) -> dict[str, Pattern]:

@@ -163,7 +163,7 @@ def test_one_problem(rest: str, expected: str) -> None:
 
 def test_rules_between_keys_are_checked_beside_wrong_types() -> None:
     assert problems(BASE + "tune:\n  min_learning_rate: 1\n  rank: x\n") == [
-        "x.yaml:4: tune.min_learning_rate: 1 is above learning_rate: 2e-05",
+        "x.yaml:4: tune.min_learning_rate: 1 is above learning_rate: 0.001, the default of method: lors",
         "x.yaml:5: tune.rank: must be a whole number, not x",
     ]
 
@@ -318,7 +318,7 @@ def test_load_stage_problems() -> None:
     assert caught.value.message.splitlines() == [
         "p.yaml:1: method: must be one of magnitude, wanda, sparsegpt, ria, admm, not wnda; did you mean wanda?",
         "p.yaml:2: tune: unknown key; known here: method, pattern, sparsity, refit, reconstruct_epochs, "
-        "true_sequential, channel_permutation, layer_sparsity, calibration",
+        "true_sequential, channel_permutation, layer_sparsity, skip, calibration",
         "override sparsity=2: must be below 1, not 2",
         "override foo: must be key=value",
         "--num-samples: must be above 0, not 0",

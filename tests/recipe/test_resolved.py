@@ -67,12 +67,16 @@ def test_every_setting_of_the_schema_is_said() -> None:
 @pytest.mark.parametrize(
     ("prune", "tune", "expected"),
     [
-        (PruneConfig(), TuneConfig(), (0.5, False, "gradient", "stochastic")),
-        (PruneConfig(method="admm", pattern="4:16"), TuneConfig(method="spp"), (0.75, True, "kaiming", "nearest")),
+        (PruneConfig(), TuneConfig(), (0.5, False, "gradient", "stochastic", 1e-3)),
+        (
+            PruneConfig(method="admm", pattern="4:16"),
+            TuneConfig(method="spp"),
+            (0.75, True, "kaiming", "nearest", 3e-2),
+        ),
         (
             PruneConfig(method="magnitude", pattern="unstructured", sparsity=0.6),
             TuneConfig(init="kaiming", rounding="nearest"),
-            (0.6, False, "kaiming", "nearest"),
+            (0.6, False, "kaiming", "nearest", 3e-3),
         ),
     ],
 )
@@ -82,7 +86,8 @@ def test_what_follows_from_the_method_is_said(
     found = resolved_recipe(recipe(prune=prune, tune=tune))
     assert found.prune is not None
     assert found.tune is not None
-    assert (found.prune.sparsity, found.prune.true_sequential, found.tune.init, found.tune.rounding) == expected
+    prune, tune = found.prune, found.tune
+    assert (prune.sparsity, prune.true_sequential, tune.init, tune.rounding, tune.learning_rate) == expected
     assert resolved_recipe(found) == found
 
 

@@ -125,7 +125,14 @@ def show_record(folder: Path) -> None:
 
 def _zeros(metrics: dict[str, Any]) -> str:
     broken = f", {metrics['violations']} violations" if metrics["violations"] else ""
-    return f"{metrics['pattern']}, {100 * metrics['sparsity']:.2f} % zeros in {len(metrics['layers'])} linears{broken}"
+    zeros = f"{100 * metrics['sparsity']:.2f} % zeros in {len(metrics['layers'])} linears"
+    return f"{metrics['pattern']}, {zeros}{broken}{_apart(metrics)}"
+
+
+def _apart(metrics: dict[str, Any]) -> str:
+    """The layers that were skipped, which are in no sum."""
+    dense, frozen = (len(metrics.get(key, ())) for key in ("dense_layers", "skipped_layers"))
+    return (f"; {dense} skipped and dense" if dense else "") + (f"; {frozen} without an adapter" if frozen else "")
 
 
 def _facts(record: records.StageRecord) -> list[tuple[str, str]]:
@@ -173,7 +180,7 @@ def show_inspection(path: str, document: dict[str, Any]) -> None:
     console.table(["linear", "shape", "zeros"], rows)
     console.result(
         f"{path}: {document['pattern']}, {100 * document['sparsity']:.2f} % zeros in {len(document['layers'])} "
-        f"linears, {document['violations']} violations"
+        f"linears, {document['violations']} violations{_apart(document)}"
     )
     prompt = document["prompt"]
     console.result(f"prompt: {prompt['format']} ({prompt['from']})" if prompt["format"] else "prompt: no chat template")

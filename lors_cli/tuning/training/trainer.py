@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
-from transformers import PreTrainedModel, get_scheduler
+from transformers import PreTrainedModel
 
 from lors_cli.data.samples import IGNORED, PadCollator, Sample, count_tokens
 from lors_cli.errors import UsageError
@@ -26,6 +26,7 @@ from lors_cli.tuning.norms import norm_shifts
 from lors_cli.tuning.training import checkpoints, sampling
 from lors_cli.tuning.training.distributed import add_up_step, micro_batch_size
 from lors_cli.tuning.training.guards import StepGuard
+from lors_cli.tuning.training.optimisers import make_optimizer, make_schedule
 from lors_cli.tuning.training.randomness import random_state, read_random_state, restore_random_state
 from lors_cli.tuning.training.stopping import StopRequest
 from lors_cli.tuning.training.validation import Validation, held_out_loss
@@ -66,11 +67,8 @@ class AdapterTrainer:
         self.trained = [parameter for group in groups for parameter in group["params"]]
         for parameter in self.trained:
             parallel.send_to_all(parameter.data, 0)
-        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
-        self.schedule = get_scheduler(
-            "cosine_with_min_lr", self.optimizer, config.warmup_steps, self.num_steps,
-            {"min_lr": config.min_learning_rate},
-        )  # fmt: skip
+        self.optimizer = make_optimizer(config, groups)
+        self.schedule = make_schedule(config, self.optimizer, self.num_steps)
 
     def run(self, report: Callable[[dict[str, Any]], None]) -> None:
         """Every step from here to the last, or to the one in which the run is asked to stop; the last one is saved.
@@ -116,7 +114,7 @@ class AdapterTrainer:
         norm = float(clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm or math.inf))
         if self.guard.is_bad(loss, norm):
             self.leave_out()
-        rate = self.schedule.get_last_lr()[0]
+        rate = float(self.schedule.get_last_lr()[0])
         self.optimizer.step()
         self.schedule.step()
         self.model.zero_grad()
@@ -241,7 +239,7 @@ def num_steps(config: TuneConfig, num_samples: int) -> int:
 def parameter_groups(model: nn.Module, config: TuneConfig) -> list[dict[str, Any]]:
     """What the optimiser trains: every lora_A, every lora_B, and the shifts of norms, not decayed, each at its rate."""
     layers = adapter_layers(model).values()
-    rate, decay = config.learning_rate, config.weight_decay
+    rate, decay = config.peak_learning_rate, config.weight_decay
     groups = [
         {"params": [layer.lora_A for layer in layers], "lr": rate, "weight_decay": decay},
         {"params": [layer.lora_B for layer in layers], "lr": config.loraplus_lr_ratio * rate, "weight_decay": decay},
