@@ -50,6 +50,18 @@ def test_it_is_built_once_and_only_the_user_may_write_there(tmp_path: Path, monk
     assert ops.available(torch.float64) == "there is none for float64"
 
 
+def test_a_library_built_under_a_lax_umask_is_ours_all_the_same(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        assert ops.available(torch.bfloat16) is None
+        (path,) = libraries(tmp_path)
+        assert (path.stat().st_mode | path.parent.stat().st_mode) & 0o777 == 0o700
+        forget()
+        assert ops.available(torch.bfloat16) is None
+    finally:
+        os.umask(before)
+
+
 def test_other_sources_flags_and_processors_have_libraries_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     key = build._key(QUICK)
     assert build._key((*QUICK, "-DX=1")) != key
