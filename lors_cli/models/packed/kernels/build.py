@@ -131,6 +131,7 @@ def _compile(path: Path, flags: tuple[str, ...]) -> None:
             raise NoKernels(f"{compiler[0]} failed: {error}") from error
         with open(made, "ab") as file:
             file.write(hashlib.sha256(made.read_bytes()).digest())
+        made.chmod(0o700)  # whatever the umask is
         sync_file(made)
         os.replace(made, path)
         sync_folder(path.parent)

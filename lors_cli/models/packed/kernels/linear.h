@@ -46,9 +46,13 @@ ALWAYS_INLINE void T(block)(const struct linear *l, const enum rows_are are, con
                                 : dense + r * (are == IN_PANEL ? 32 : words * 32);
         UNROLL for (int b = 0; b < width; b++) s[r][b] = no_sums();
     }
-    int64_t ahead = height * words * 32; /* to the rows after these, which are fetched meanwhile */
-    if (are == PACKED) ahead = row + height < l->rows ? l->offsets[row + height] - l->offsets[row] : 0;
+    /* rows after these are fetched into the second cache meanwhile, their masks too */
+    int64_t later = height * (FETCH_AHEAD / (height * words * 16 * (int64_t)sizeof(VALUE)) + 1);
+    later = MIN(later, l->rows - 1 - row);
+    int64_t ahead = are == PACKED ? l->offsets[row + later] - l->offsets[row] : later * words * 32;
     for (int64_t c = 0; c < words; c++) {
+        if (are == PACKED && c % 16 == 0)
+            UNROLL for (int r = 0; r < height; r++) __builtin_prefetch(mask + (later + r) * words + c, 0, 2);
         T(item) items[MAX_WIDTH];
         UNROLL for (int b = 0; b < width; b++) items[b] = T(fetch)(x + (c * width + b) * 32);
         UNROLL for (int r = 0; r < height; r++) {

@@ -20,8 +20,14 @@ PREFIXES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 """Of the functions in C."""
 SIZED_LIKE = {torch.float16: "bf16", **PREFIXES}
 """To restore a weight, only the size of its values counts."""
-LARGEST_BATCH = {"amx_bf16": 16}
-"""Above so many inputs torch's own product with the restored weight is faster, where the processor has this."""
+PLAIN = "plain C"
+LARGEST_BATCH = {
+    ("AVX-512 with BF16", torch.bfloat16): 256, ("AVX-512 with BF16", torch.float32): 256, ("AVX2", torch.float32): 16,
+    ("NEON", torch.bfloat16): 16, ("NEON", torch.float32): 16,
+}  # fmt: skip
+"""Inputs above which torch's own product with the restored weight is faster: measured on Zen 4, for NEON assumed."""
+LARGEST_BATCH_BESIDE_AMX = 16
+"""The same for bfloat16 where torch multiplies in tiles."""
 
 
 def available(dtype: torch.dtype) -> str | None:
@@ -34,15 +40,15 @@ def available(dtype: torch.dtype) -> str | None:
 @cache
 def _why_no_library() -> str | None:
     try:
-        library()
+        found = instructions()
     except NoKernels as error:
         return str(error)
-    return None
+    return f"this processor has neither AVX2 nor NEON, and {found} is slower than torch" if found == PLAIN else None
 
 
-def how_multiplied() -> str:
-    """In words: the instructions that the kernels use."""
-    return library().instructions().decode()
+def instructions(target: str = NATIVE) -> str:
+    """What the kernels use of the processor, in words."""
+    return library(target).instructions().decode()
 
 
 @torch.library.custom_op("lors::packed_linear", mutates_args=(), device_types="cpu")
@@ -91,8 +97,8 @@ def product(
     if dtype != values.dtype or (bias is not None and (bias.dtype != dtype or bias.shape != (rows,))):
         raise ValueError(f"a packed weight of {rows} rows in {values.dtype} needs inputs and a bias that fit it")
     batch = x.numel() // columns
-    if dtype not in PREFIXES or batch > _largest_batch(dtype):
-        return F.linear(x, restore(values, mask, offsets, _scratch(dtype, rows, columns)), bias)
+    if batch > _largest_batch(dtype, target):
+        return F.linear(x, restore(values, mask, offsets, _scratch(dtype, rows, columns), target), bias)
     x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], rows)
     if batch and _function("linear", dtype, target)(
@@ -145,10 +151,13 @@ def _scratch(dtype: torch.dtype, rows: int, columns: int) -> torch.Tensor:
 
 
 @cache
-def _largest_batch(dtype: torch.dtype) -> float:
+def _largest_batch(dtype: torch.dtype, target: str) -> float:
     """Inputs up to which the kernel beats torch's product with the restored weight."""
-    has = torch.cpu.get_capabilities() if dtype == torch.bfloat16 else {}
-    return min((batch for name, batch in LARGEST_BATCH.items() if has.get(name)), default=float("inf"))
+    if dtype not in PREFIXES:
+        return 0
+    if dtype == torch.bfloat16 and torch.cpu.get_capabilities().get("amx_bf16"):
+        return LARGEST_BATCH_BESIDE_AMX
+    return LARGEST_BATCH.get((instructions(target), dtype), float("inf"))
 
 
 @packed_linear.register_fake

@@ -45,6 +45,7 @@ static inline uint16_t bf16_from_float(float value) {
 #define TILE_WIDTH 6 /* inputs at a time of a larger batch, */
 #define GROUP HEIGHT(TILE_WIDTH)
 #define PANEL 64 /* and rows that are restored for it, in such groups */
+#define FETCH_AHEAD 8192 /* bytes, at least, of values that are kept: memory answers that late */
 
 enum rows_are { PACKED, IN_PANEL, PLAIN };
 
