@@ -168,6 +168,7 @@ def test_every_default_is_filled_in_wherever_settings_are_said(at_finished: Path
             assert stored[stage][key] == manifest[stage][key] == record[key] == made[stage][key] == value
             assert f"{key}: {str(value).lower()}" in report
     calibrated = json.loads((RUN / "prune" / "stage.json").read_text())["metrics"]["calibration"]
+    assert calibrated.pop("source").startswith("jsonl:")
     assert calibrated == {"num_samples": 8, "tokens": 256, "sequence_length": 32}
     result = json.loads(lors("run", RUN / "recipe.yaml", "--json").stdout)  # what is filled in changes no fingerprint
     assert [stage["status"] for stage in result["stages"]] == ["skipped"] * 3

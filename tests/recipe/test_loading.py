@@ -131,7 +131,7 @@ rank: 3
     ("rest", "expected"),
     [
         ("tune:\n", "x.yaml:3: tune: is empty; write `tune: {}` for the defaults, or remove the stage"),
-        ("", "x.yaml:1: there is no stage: give at least one of prune, tune, eval"),
+        ("", "x.yaml:1: there is no stage: give at least one of prune, tune, pack, eval"),
         ("tune: 5\n", "x.yaml:3: tune: must be a section with keys of its own, not 5"),
         ("tune: {}\neval:\n  models: [pruned]\n",
          "x.yaml:5: eval.models: pruned is not made by this recipe, which has dense, tuned"),
@@ -153,7 +153,7 @@ rank: 3
         ("eval:\n  tasks: [rte, rte]\n", "x.yaml:4: eval.tasks: rte is listed twice"),
         ("eval:\n  tasks: []\n", "x.yaml:4: eval: neither tasks nor perplexity is given: there is nothing to evaluate"),
         ("tune: {}\nzzz: 1\n",
-         "x.yaml:4: zzz: unknown key; known here: name, model, prune, tune, eval, data_dir, seed, deterministic"),
+         "x.yaml:4: zzz: unknown key; known here: name, model, prune, tune, pack, eval, data_dir, seed, deterministic"),
         ("tune: {data: {max_length: a}}\n", "x.yaml:3: tune.data.max_length: must be a whole number, not a"),
     ],
 )  # fmt: skip
@@ -284,7 +284,7 @@ def test_override_problems() -> None:
         r"override data_dir=\x00: the character U+0000 may not stand in a YAML file",
     ]
     assert problems(BASE + "tune: {}\n", "tune=null") == [
-        "override tune=null: there is no stage: give at least one of prune, tune, eval"
+        "override tune=null: there is no stage: give at least one of prune, tune, pack, eval"
     ]
     assert problems(BASE + "tune: {rank: 5, rnk: 1}", "tune={}", "model={}") == [
         "override model={}: model.path: this key is missing"
