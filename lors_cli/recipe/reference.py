@@ -25,6 +25,7 @@ KINDS = {
     "name": "letters, digits, `.`, `_`, `-`; at most 100",
     "model.device": "`auto`, `cpu`, `mps`, `cuda`, `cuda:N`",
     "prune.pattern": "`N:M`, `unstructured`",
+    "eval.num_fewshot": "whole number, or task: whole number",
 }
 """In words, what the schema says by a regular expression."""
 
