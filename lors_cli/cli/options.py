@@ -110,7 +110,8 @@ PruneConfig = Annotated[str | None, _config("prune", "prune/wanda-2of4")]
 TuneSettings = Annotated[list[str] | None, _settings("tune", "warmup_steps=10")]
 TuneConfig = Annotated[str | None, _config("tune", "tune/lors-alpaca")]
 EvalArguments = Annotated[
-    list[str], _argument("Models, then any settings, e.g. perplexity_windows=20.", "MODEL|KEY=VALUE",
+    list[str], _argument("Models, maybe with a name, then any settings, e.g. perplexity_windows=20.",
+                         "[NAME=]MODEL|KEY=VALUE",
                          completion.settings("eval", keys=False))
 ]  # fmt: skip
 EvalConfig = Annotated[str | None, _config("eval", "eval/seven-tasks")]
