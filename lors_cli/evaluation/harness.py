@@ -10,7 +10,7 @@ import contextlib
 import logging
 import random
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from lors_cli.recipe.schema import EvalConfig
 
 _SEED = 1234
 _BOOTSTRAP_ROUNDS = 1000
+"""lm-eval draws from another seed after so many."""
 _SHOW_READING_FROM = 1000
 _CUT, _NO_SYSTEM = "Combined length of context", "Failed to apply chat template"
 """How lm-eval's notices begin: of a request cut to the model's length, and of a system turn left out."""
@@ -48,7 +49,7 @@ def score_task(
     for path in local.values():
         check_documents(task.name, path)
     title = f"{label} {task.name}".strip()
-    with _quiet() as told, _shown_reading(title):
+    with _quiet() as told, _in_our_way(title):
         import lm_eval
 
         from lors_cli.evaluation.shown_model import ShownModel
@@ -134,8 +135,9 @@ def _check_examples(task: Task, loaded: Any) -> None:
 
 
 @contextlib.contextmanager
-def _shown_reading(title: str) -> Iterator[None]:
-    """Our progress for the making of requests, whose bar lm-eval has no switch for."""
+def _in_our_way(title: str) -> Iterator[None]:
+    """Our progress for the making of requests, whose bar lm-eval has no switch for, and no processes for errors."""
+    import lm_eval.api.metrics as metrics
     import lm_eval.api.task as module
 
     def shown(documents: Iterable[Any], total: int | None = None) -> Iterator[Any]:
@@ -147,12 +149,17 @@ def _shown_reading(title: str) -> Iterator[None]:
                 yield document
                 step.advance()
 
-    original = module.tqdm
-    module.tqdm = shown
+    def errors(score: Callable[[Any], float], values: Any, iters: int) -> float:
+        """lm-eval's bootstrap: its forked workers would take our signals, and it has a bar without a switch too."""
+        draw = random.Random(0)
+        return metrics.sample_stddev([score(draw.choices(values, k=len(values))) for _ in range(iters)])
+
+    bar, bootstrap = module.tqdm, metrics.bootstrap_stderr
+    module.tqdm, metrics.bootstrap_stderr = shown, errors
     try:
         yield
     finally:
-        module.tqdm = original
+        module.tqdm, metrics.bootstrap_stderr = bar, bootstrap
 
 
 @contextlib.contextmanager
