@@ -87,7 +87,7 @@ def own_tasks(shared_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         "filter_list:\n  - {name: strict-match, filter: [{function: regex, regex_pattern: '#### (\\d+)'}, "
         "{function: take_first}]}\n  - {name: first-word, filter: [{function: regex, regex_pattern: '(\\w+)'}, "
         "{function: take_first}]}\nmetric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
-    ), *({"question": f"Tim has {a} cats and finds {b}.", "answer": "The"} for a in (1, 2, 3) for b in (4, 5)))  # fmt: skip
+    ), *({"question": f"Tim has {a} cats, then {b}.", "answer": "The"} for a in (1, 2, 3) for b in (4, 5)))  # fmt: skip
     (folder / "own_group.yaml").write_text(
         "group: own_group\ntask:\n  - own_arc_easy\n"
         "  - group: inner\n    task: [own_openbookqa, {task: own_last_word}]\n"

@@ -134,3 +134,22 @@ def test_pydoc_choice_documents(tmp_path: Path) -> None:
     items = [json.loads(line) for line in Path(documents).read_text().splitlines()]
     assert len(items) == 120
     assert all(len(item["choices"]) == 4 and 0 <= item["answer"] < 4 for item in items)
+
+
+def test_local_examples_are_the_training_documents(tmp_path: Path) -> None:
+    """With examples, lm-eval draws them from the training split: documents that are scored are no stand-in."""
+    _local_rte(tmp_path)
+    (task,) = resolve(EvalConfig(tasks=("rte",), num_fewshot=2))
+    assert isinstance(task, Task)
+    with pytest.raises(MissingError, match=r"No examples for the task rte at .*train\.jsonl\.gz"):
+        tasks.local_documents(task, tmp_path)
+    before = tasks.task_fingerprint(named("rte"), tmp_path)
+    train = tmp_path / "eval/rte/train.jsonl"
+    train.write_bytes(gzip.decompress((tmp_path / "eval/rte/validation.jsonl.gz").read_bytes()))
+    path = tasks.task_definition(task, data_dir=tmp_path, folder=tmp_path / "work")
+    assert path is not None
+    content = yaml.safe_load(path.read_text())
+    assert content["training_split"] == "train"
+    assert content["dataset_kwargs"]["data_files"]["train"] == str(train)
+    assert tasks.task_fingerprint(named("rte"), tmp_path) == before
+    assert tasks.task_fingerprint(task, tmp_path) != before
