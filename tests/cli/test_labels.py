@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -72,3 +73,23 @@ def test_two_readings_are_refused_with_both(here: Path, argument: str) -> None:
 def test_names_that_no_two_files_can_have(here: Path, arguments: list[str]) -> None:
     with pytest.raises(UsageError, match=r"names two models|cannot be a model's name"):
         read_arguments(arguments)
+
+
+def test_named_models_in_table_and_files(at_workshop: Path, lors: Any) -> None:
+    result = lors("eval", "base=dense", "mine=./dense", "perplexity=[text.jsonl]", "perplexity_length=16",
+                  "perplexity_windows=2", "--tasks", "", "--out", "scores")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in Path("scores").glob("*.json")} == {"base.json", "mine.json", "stage.json"}
+    assert result.stdout.splitlines()[0].split()[:3] == ["task", "base", "mine"]
+
+
+def test_a_mistyped_setting_is_told_as_one(at_workshop: Path, lors: Any) -> None:
+    result = lors("eval", "dense", "limt=3")
+    assert result.exit_code == 2
+    assert "did you mean limit?" in result.stderr
+
+
+def test_a_missing_chat_template_is_said_before_anything_runs(at_workshop: Path, lors: Any) -> None:
+    result = lors("eval", "dense", "--tasks", "pydoc_choice", "--apply-chat-template", "--dry-run")
+    assert result.exit_code == 2
+    assert "has no chat template" in result.stderr

@@ -152,3 +152,24 @@ def test_answers_longer_than_the_model_are_refused(model: Path, own_tasks: Path,
     config = EvalConfig(tasks=("own_sums",), include_path=str(folder))
     with pytest.raises(UsageError, match=r"answers of 512 tokens leave no room.*512"):
         evaluate(config, {"m": ModelConfig(path=str(model))}, tmp_path / "out", data_dir=None)
+
+
+def test_windows_of_a_perplexity_begin_with_the_bos_token_that_is_asked_for(model: Path, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a cat. The cat was big and red. " * 30)
+    config = EvalConfig(tasks=(), perplexity=(str(text),), perplexity_length=32, perplexity_windows=3)
+    told = ModelConfig(path=str(model), add_bos_token=True)
+    (found,) = evaluate(config, {"m": told}, tmp_path / "out", data_dir=None).values()
+    (result,) = found["perplexity"].values()
+    net, tokenizer = AutoModelForCausalLM.from_pretrained(model).eval(), AutoTokenizer.from_pretrained(model)
+    ids = tokenizer(text.read_text(), add_special_tokens=False)["input_ids"]
+    losses = []
+    for start in range(0, 93, 31):
+        window = torch.tensor([[1, *ids[start : start + 31]]])
+        with torch.no_grad():
+            losses.append(float(net(window, labels=window).loss))
+    assert result["value"] == pytest.approx(float(torch.tensor(losses).mean().exp()), rel=1e-4)
+    assert (result["tokens"], result["sequence_length"]) == (93, 32)
