@@ -87,6 +87,10 @@ def groups_of(entries: Iterable[Entry]) -> Iterator[Group]:
             yield from groups_of(entry.members)
 
 
+def _parts_of(entries: Sequence[Entry]) -> list[Entry]:
+    return [*groups_of(entries), *tasks_of(entries)]
+
+
 def resolve(config: EvalConfig) -> tuple[Entry, ...]:
     """What the tasks of an evaluation are, each with its number of examples.
 
@@ -100,7 +104,7 @@ def resolve(config: EvalConfig) -> tuple[Entry, ...]:
         raise _unknown_tasks(unknown, finder)
     _refuse_twice(found)
     by_name = config.num_fewshot if isinstance(config.num_fewshot, dict) else {}
-    known = {*found, *(each.name for entries in found.values() for each in (*groups_of(entries), *tasks_of(entries)))}
+    known = {*found, *(part.name for entries in found.values() for part in _parts_of(entries))}
     if odd := [name for name in by_name if name not in known]:
         close = nearest(odd[0], known)
         raise UsageError(
@@ -112,7 +116,7 @@ def resolve(config: EvalConfig) -> tuple[Entry, ...]:
 def _refuse_twice(found: Mapping[str, Sequence[Entry]]) -> None:
     sources: dict[str, str] = {}
     for name, entries in found.items():
-        for part in (*groups_of(entries), *tasks_of(entries)):
+        for part in _parts_of(entries):
             if part.name in sources:
                 both = f"by {sources[part.name]} and by {name}" if sources[part.name] != name else f"in {name}"
                 raise UsageError(f"eval.tasks: {part.name} is named twice, {both}.")
@@ -197,8 +201,8 @@ class _Finder:
         members = content.get("task") or ()
         found: list[Entry] = []
         for member in [members] if isinstance(members, (str, dict)) else members:
-            item = {"task": member} if isinstance(member, str) else member
-            inner, own = item.get("group") or item.get("task"), {**overrides, **_overrides(item)}
+            item: dict[str, Any] = {"task": member} if isinstance(member, str) else member
+            inner, own = str(item.get("group") or item.get("task")), {**overrides, **_overrides(item)}
             entries = self._find(inner, own, above)
             if entries:
                 found += entries

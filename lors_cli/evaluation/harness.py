@@ -61,7 +61,7 @@ def score_task(
         results = lm_eval.evaluate(
             lm=lm,
             task_dict={"tasks": {task.name: loaded}},
-            limit=config.limit,  # type: ignore[arg-type]
+            limit=config.limit,
             bootstrap_iters=_BOOTSTRAP_ROUNDS,
             log_samples=True,
             system_instruction=config.system_instruction,

@@ -84,7 +84,8 @@ class ShownModel(HFLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
         """In lm-eval's batches, of prompts with the same settings and about as long, dealt out to the processes."""
-        generate, found = super().generate_until, {}
+        generate = super().generate_until
+        found: dict[int, str] = {}
         batches = self._generation_batches(requests)
         with progress.progress(self.title, len(requests), "requests") as step:
             texts = processes.deal(
