@@ -7,10 +7,6 @@ from pathlib import Path
 from typing import Literal
 
 from lors_cli.errors import UsageError, nearest
-from lors_cli.models.sources import PACKAGE_SCHEME
-from lors_cli.recipe.checking import field_names
-from lors_cli.recipe.schema import EvalConfig
-from lors_cli.recipe.yaml12 import YamlError, read
 
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _TAKEN = ("stage", "samples")
@@ -71,6 +67,10 @@ def reading(argument: str) -> Literal["model", "named", "setting"]:
     Raises:
         UsageError: it may be a name or a mistyped key.
     """
+    from lors_cli.models.sources import PACKAGE_SCHEME
+    from lors_cli.recipe.checking import field_names
+    from lors_cli.recipe.schema import EvalConfig
+
     key, equals, value = argument.partition("=")
     if not equals or "/" in key or Path(argument).exists():
         return "model"
@@ -95,6 +95,8 @@ def reading(argument: str) -> Literal["model", "named", "setting"]:
 
 def _is_word(value: str) -> bool:
     """Whether YAML reads a text in it, no number, list or the like."""
+    from lors_cli.recipe.yaml12 import YamlError, read
+
     try:
         return isinstance(read(value).data, str)
     except YamlError:

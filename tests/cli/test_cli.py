@@ -243,7 +243,7 @@ MISTAKES: list[tuple[list[str], int, list[str]]] = [
     (["prune", "./gone", "--out", "o"], 3, ["./gone"]),
     (["tune", "dense", "--out", "o", "--dataset", "rows.jsonl"], 2, ["the model is dense", "lors prune"]),
     (["tune", "dense", "--out", "o", "--rank", "0"], 2, ["--rank", "above 0"]),
-    (["eval", "limit=3"], 2, ["no model is named", "lors eval MODEL"]),
+    (["eval", "limit=3"], 2, ["no model is named", "lors eval [NAME=]MODEL"]),
     (["eval", "dense", "--tasks", "nope"], 2, ["'nope'", "Tasks:"]),
     (["eval", "dense", "--tasks", ""], 2, ["nothing to evaluate"]),
     (["eval", "dense", "--tasks", "", "--perplexity", "wikitext3"], 2, ["Did you mean wikitext2?"]),
@@ -304,7 +304,7 @@ def test_mistakes_in_the_command_line_itself(lors: Lors, arguments: list[str], s
 
 
 def test_lists() -> None:
-    others = dict.fromkeys(("perplexity", "limit", "batch_size"))
+    others = dict.fromkeys(("perplexity", "limit", "num_fewshot", "apply_chat_template", "batch_size"))
     assert given("eval", {**others, "tasks": None}) == {}
     assert given("eval", {**others, "tasks": ""}) == {"tasks": []}
     assert given("eval", {**others, "tasks": " a, b ,"}) == {"tasks": ["a", "b"]}
