@@ -57,7 +57,9 @@ def parameters(sections: Iterable[str]) -> list[inspect.Parameter]:
         for panel, names in FLAGS[section].items():
             for name in names:
                 key = f"{section}.{name}"
-                found.append(flag(flag_name(name), _kind(hint(key)) | None, None, _help(key), panel, values(key)))
+                kind = _kind(hint(key))
+                found.append(flag(flag_name(name), kind | None, None, _help(key), panel, values(key),
+                                  switch=hint(key) is bool))  # fmt: skip
     return found
 
 
@@ -92,7 +94,7 @@ def _help(key: str) -> str:
     default = next(entry.default for entry in dataclasses.fields(section) if entry.name == name)
     if default is None:
         parts += [sentence for sentence in sentences if sentence.startswith("Default")]
-    elif default != ():
+    elif default != () and default is not False:
         parts.append(f"Default: {_shown(default)}.")
     return escape(" ".join(parts))
 
