@@ -91,7 +91,8 @@ def merge(model: o.Base, adapter: o.Adapter, out: o.Out, **flags: Any) -> None:
     if (adapter / "adapter" / "adapter_config.json").is_file():  # the folder of a tune stage
         adapter = adapter / "adapter"
     with claim(out):
-        metrics = merge_adapter(model, adapter, out, dtype=base.dtype, device=base.device, revision=base.revision)
+        metrics = merge_adapter(model, adapter, out, dtype=base.dtype, device=base.device, revision=base.revision,
+                                add_bos_token=base.add_bos_token)  # fmt: skip
     console.result(f"{metrics['layers_merged']} layers merged, {metrics['zeroed']} kept weights became zero")
     console.path("merged", out)
     console.document({"out": str(out), **metrics})
