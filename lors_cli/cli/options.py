@@ -20,9 +20,12 @@ def option(help: str, *names: str, panel: str | None = None, complete: Any = Non
     return typer.Option(*names, help=help, rich_help_panel=panel, autocompletion=complete, **more)
 
 
-def flag(name: str, kind: Any, default: Any, help: str, panel: str, complete: Any = None) -> inspect.Parameter:
-    """An option as a command's parameter; a name of two words, a_b, is --a-b."""
-    annotation: Any = Annotated[kind, option(help, panel=panel, complete=complete)]
+def flag(
+    name: str, kind: Any, default: Any, help: str, panel: str, complete: Any = None, *, switch: bool = False
+) -> inspect.Parameter:
+    """An option as a command's parameter; a name of two words, a_b, is --a-b. Of a `switch` there is no --no-a-b."""
+    names = [f"--{name.replace('_', '-')}"] if switch else []
+    annotation: Any = Annotated[kind, option(help, *names, panel=panel, complete=complete)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
@@ -110,7 +113,8 @@ PruneConfig = Annotated[str | None, _config("prune", "prune/wanda-2of4")]
 TuneSettings = Annotated[list[str] | None, _settings("tune", "warmup_steps=10")]
 TuneConfig = Annotated[str | None, _config("tune", "tune/lors-alpaca")]
 EvalArguments = Annotated[
-    list[str], _argument("Models, then any settings, e.g. perplexity_windows=20.", "MODEL|KEY=VALUE",
+    list[str], _argument("Models, maybe with a name, then any settings, e.g. perplexity_windows=20.",
+                         "[NAME=]MODEL|KEY=VALUE",
                          completion.settings("eval", keys=False))
 ]  # fmt: skip
 EvalConfig = Annotated[str | None, _config("eval", "eval/seven-tasks")]

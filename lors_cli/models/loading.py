@@ -150,9 +150,20 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         raise UsageError(f"{config.path}: its tokenizer has no EOS token, which separates documents.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if config.add_bos_token is not None:
+        _set_bos(tokenizer, config)
     if source.gguf_file is None:
         check_vocabulary(tokenizer, load_config(config).get_text_config().vocab_size, config.path)
     return tokenizer
+
+
+def _set_bos(tokenizer: Any, config: ModelConfig) -> None:
+    """Let the tokenizer put its BOS token before texts, or not; it is saved so."""
+    tokenizer.add_bos_token = config.add_bos_token
+    ids, bos = tokenizer("").input_ids, tokenizer.bos_token_id
+    if (bos is not None and list(ids[:1]) == [bos]) is not config.add_bos_token:
+        why = "has none" if bos is None else f"is a {type(tokenizer).__name__}, which cannot be told so"
+        raise UsageError(f"model.add_bos_token: {str(config.add_bos_token).lower()}: the tokenizer {why}.")
 
 
 def _where(source: ModelSource) -> dict[str, Any]:

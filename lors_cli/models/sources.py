@@ -113,6 +113,12 @@ def _locate_package(path: str) -> ModelSource:
     return ModelSource(folder=file.parent, gguf_file=file.name)
 
 
+def fingerprint_suffix(config: ModelConfig) -> str:
+    """What of the settings of a model that lies there moves results: at the end of its fingerprint."""
+    bos = "" if config.add_bos_token is None else f":bos={str(config.add_bos_token).lower()}"
+    return f":{config.dtype}{bos}"
+
+
 def model_fingerprint(config: ModelConfig) -> str:
     """A short text that changes when the model's weights, tokenizer or number format would.
 
@@ -120,7 +126,7 @@ def model_fingerprint(config: ModelConfig) -> str:
     by content; a hub id by name and commit.
     """
     source = locate(config.path)
-    suffix = f":{config.dtype}"
+    suffix = fingerprint_suffix(config)
     if source.repo is not None:
         return f"hub:{source.repo}@{pinned_revision(source.repo, config.revision)}{suffix}"
     assert source.folder is not None

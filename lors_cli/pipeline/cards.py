@@ -97,31 +97,42 @@ def _card_scores(contents: dict[str, Any], mine: str, evaluated: StageRecord) ->
     from lors_cli.report.scores import by_task
 
     limit = evaluated.config.get("limit")
+    some = f"on at most {limit:g} documents a task" if limit and limit >= 1 else f"on {limit or 0:.0%} of the documents"
     harness = (evaluated.environment.get("packages") or {}).get("lm-eval")
     note = (
         f"Accuracies in percent ± standard error, by lm-evaluation-harness{f' {harness}' if harness else ''}, "
-        f"{f'on at most {limit} documents a task' if limit else 'on all documents'}. "
+        f"{some if limit else 'on all documents'}. "
         "The settings are in the recipe below."
     )
     columns, rows = by_task(contents)
-    results = list(_results(contents[mine], {"limit": limit} if limit else None))
+    results = list(_results(contents[mine], evaluated.config))
     return CardScores(table(columns, rows), note, results, evaluated.config)
 
 
-def _results(content: dict[str, Any], settings: dict[str, Any] | None) -> Iterator[EvalResult]:
-    """A model's scores as the hub's model index has them."""
+def _results(content: dict[str, Any], settings: dict[str, Any]) -> Iterator[EvalResult]:
+    """A model's scores as the hub's model index has them.
+
+    Args:
+        settings: of the evaluation, as its record has them.
+    """
     from huggingface_hub import EvalResult
 
+    from lors_cli.evaluation.entries import resolve, tasks_of
     from lors_cli.evaluation.tasks import task_dataset
+    from lors_cli.recipe.loading import stage_config
 
-    for task, metrics in content.get("tasks", {}).items():
-        path, part = task_dataset(task)
+    tasks = {task.name: task for task in tasks_of(resolve(stage_config("eval", settings)))}
+    for name, metrics in content.get("tasks", {}).items():
+        path, part = task_dataset(tasks[name]) if name in tasks else (None, None)
+        asked = {"limit": settings.get("limit"), "num_fewshot": metrics.get("num_fewshot")}
         for metric, value in metrics.items():
-            if metric == "num_samples" or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+            counts = metric in ("num_samples", "num_fewshot") or metric.endswith("_stderr")
+            if counts or not isinstance(value, (int, float)):
                 continue
             yield EvalResult(
-                task_type="text-generation", dataset_type=path or task, dataset_name=task, dataset_config=part,
-                dataset_args=settings, metric_type=metric, metric_value=round(value, 4),
+                task_type="text-generation", dataset_type=path or name, dataset_name=name, dataset_config=part,
+                dataset_args={key: found for key, found in asked.items() if found is not None} or None,
+                metric_type=metric, metric_value=round(value, 4),
             )  # fmt: skip
     for text, found in content.get("perplexity", {}).items():
         if isinstance(found.get("value"), (int, float)):

@@ -59,7 +59,7 @@ def inputs(recipe: Recipe, data_dir: Path | None, known: Mapping[tuple[str, str]
             continue
         reads = doors.reads(config)
         for task in reads.tasks:
-            add(stage, task, partial(task_fingerprint, task, data_dir))
+            add(stage, task.name, partial(task_fingerprint, task, data_dir))
         for text in reads.texts:
             add(stage, text.name, partial(fingerprint_source, text.name, split=text.split, data_dir=data_dir,
                                           columns=text.columns, chosen=text.chosen))  # fmt: skip

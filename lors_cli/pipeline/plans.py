@@ -61,13 +61,13 @@ def plan_chain(recipe: Recipe, place: Callable[[str, str], Path], data_dir: Path
         place: stage and fingerprint to the stage's folder.
     """
     from lors_cli.evaluation.tasks import check_tasks
-    from lors_cli.models.sources import model_fingerprint
+    from lors_cli.models.sources import fingerprint_suffix, model_fingerprint
 
     recipe = recipe.with_defaults()
     current = "dense"
     chain = Chain([], {current: recipe.model}, {current: model_fingerprint(recipe.model)})
     if recipe.eval is not None:
-        check_tasks(recipe.eval.tasks, data_dir)
+        check_tasks(recipe.eval, data_dir)
     for stage, doors in STAGES.items():
         config = getattr(recipe, stage)
         if config is None or doors.makes is None or doors.fingerprint is None:
@@ -80,7 +80,7 @@ def plan_chain(recipe: Recipe, place: Callable[[str, str], Path], data_dir: Path
         chain.plans.append(_plan(stage, folder, config, read, recipe.model, fingerprint, made))
         current = doors.makes
         chain.models[current] = replace(recipe.model, path=str(folder), revision="main")
-        chain.fingerprints[current] = f"{stage}:{fingerprint}:{recipe.model.dtype}"  # what the folder will answer with
+        chain.fingerprints[current] = f"{stage}:{fingerprint}{fingerprint_suffix(recipe.model)}"  # the folder's answer
     return chain
 
 
@@ -120,7 +120,7 @@ def plan_single(stage: str, config: Any, models: dict[str, ModelConfig], out: Pa
     doors = STAGES[stage]
     fingerprints = {label: model_fingerprint(model) for label, model in models.items()}
     if doors.fingerprint is None:
-        check_tasks(config.tasks, data_dir)
+        check_tasks(config, data_dir)
         return plan_eval(config, out, models, fingerprints, data_dir)
     (base,) = fingerprints.values()
     (model,) = models.values()
@@ -140,7 +140,7 @@ def plan_eval(
     if not chosen:
         raise UsageError("models: dense, pruned and tuned are a recipe's; `lors eval` scores the MODELs it is given.")
     pieces = pieces_of(config, {role: fingerprints[role] for role in chosen}, folder, data_dir)
-    fingerprint, missing = whole_fingerprint(pieces), pending(pieces)
+    fingerprint, missing = whole_fingerprint(config, pieces), pending(pieces)
     plan = partial(StagePlan, "eval", folder, config, chosen, next(iter(models.values())), fingerprint)
     if not missing and records.is_finished(folder, fingerprint):
         return plan("done", "finished earlier")

@@ -11,6 +11,7 @@ from typing import Any
 
 from lors_cli.data.sources import open_source
 from lors_cli.errors import LorsError, ResourceError, UsageError, translate
+from lors_cli.evaluation.entries import Task
 from lors_cli.machine import processes
 from lors_cli.machine.devices import free_memory
 from lors_cli.models.size import try_size
@@ -95,7 +96,10 @@ def _looks(plan: StagePlan, models: Sequence[ModelConfig], data_dir: Path | None
         yield partial(_check_model, reads.teacher)
     for text in reads.texts:
         yield partial(_check_text, text, data_dir)
-    for task in reads.tasks:
+    if reads.chat:
+        for model in (*models, *([] if models else [plan.origin])):
+            yield partial(_check_chat_template, model)
+    for task in {task.settings.get("dataset_path"): task for task in reversed(reads.tasks)}.values():
         yield partial(_check_task, task, data_dir)
     size = try_size(plan.origin)
     if size is not None:
@@ -126,11 +130,19 @@ def _check_text(text: Text, data_dir: Path | None) -> None:
         raise UsageError(f"The first {ROWS} rows of {text.name} are empty.")
 
 
-def _check_task(name: str, data_dir: Path | None) -> None:
-    """The builder of a task's dataset, where that comes from the hub."""
+def _check_chat_template(model: ModelConfig) -> None:
+    """The chat template that prompts of tasks are put into."""
+    from lors_cli.evaluation.stage import check_chat_template
+    from lors_cli.models.loading import load_tokenizer
+
+    check_chat_template(load_tokenizer(model), model)
+
+
+def _check_task(task: Task, data_dir: Path | None) -> None:
+    """The builder of a task's dataset, where that comes from the hub; of a dataset's parts, one's."""
     from lors_cli.evaluation.tasks import open_dataset
 
-    open_dataset(name, data_dir)
+    open_dataset(task, data_dir)
 
 
 def _check_memory(plan: StagePlan) -> None:

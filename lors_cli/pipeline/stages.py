@@ -9,6 +9,7 @@ from typing import Any
 
 from lors_cli.data.sources import Split, Want
 from lors_cli.evaluation import estimate as evaluation_estimate
+from lors_cli.evaluation.entries import Task, resolve, shots_text, tasks_of
 from lors_cli.models.needs import RECORDS, Estimate
 from lors_cli.models.packed import stage as packing
 from lors_cli.models.size import ModelSize
@@ -44,8 +45,10 @@ class Reads:
     """What a stage reads beside its models."""
 
     texts: Sequence[Text] = ()
-    tasks: Sequence[str] = ()
+    tasks: Sequence[Task] = ()
     teacher: ModelConfig | None = None
+    chat: bool = False
+    """Whether the models must have a chat template."""
 
 
 @dataclass(frozen=True)
@@ -142,8 +145,10 @@ def _evaluate(config: EvalConfig, models: dict[str, ModelConfig], out: Path, dat
 
 
 def _evaluation(config: EvalConfig, models: dict[str, ModelConfig]) -> str:
-    tasks = config.tasks if len(config.tasks) < 3 else (f"{len(config.tasks)} tasks",)
-    return f"{', '.join(models)}: {', '.join((*tasks, *config.perplexity))}"
+    entries = resolve(config)
+    shots = shots_text(entries)
+    tasks = [entry.name for entry in entries] if len(entries) < 3 else [f"{len(entries)} tasks"]
+    return f"{', '.join(models)}: {', '.join((*tasks, *config.perplexity))}{f' ({shots})' if shots else ''}"
 
 
 def _pack(config: PackConfig, models: dict[str, ModelConfig], out: Path, data_dir: Path | None) -> None:
@@ -196,7 +201,11 @@ STAGES = {
         operations=lambda config, size, num_models, data_dir: evaluation_estimate.operations(config, size, num_models),
         describe=_evaluation,
         without_effect=("models",),
-        reads=lambda config: Reads([Text(name, "validation") for name in config.perplexity], config.tasks),
+        reads=lambda config: Reads(
+            [Text(name, "validation") for name in config.perplexity],
+            tasks_of(resolve(config)),
+            chat=config.apply_chat_template,
+        ),
     ),
 }
 """In the order of a run."""

@@ -14,8 +14,8 @@ from typing import Any
 
 from pydantic import ConfigDict
 
-_MODELS = ("path", "teacher")
-"""Settings that name a model, whose ~ is the user's home."""
+_MODELS = ("path", "teacher", "include_path")
+"""Settings that name a model or a folder, whose ~ is the user's home."""
 Rule = tuple[str, Callable[[Any], Any], str, str]
 
 
@@ -186,6 +186,12 @@ RULES: dict[str, tuple[Rule, ...]] = {
          "Nothing is listed twice in `models`, `tasks` or `perplexity`."),
         ("perplexity", lambda c: _twice(c.perplexity), "{found} is listed twice",
          "Nothing is listed twice in `models`, `tasks` or `perplexity`."),
+        ("limit", lambda c: c.limit is not None and c.limit > 1 and c.limit % 1,
+         "{c.limit:g} is neither a whole number of documents nor a share below 1",
+         "`limit` is a whole number, or a share below 1."),
+        ("fewshot_as_multiturn", lambda c: c.fewshot_as_multiturn and not c.apply_chat_template,
+         "it needs apply_chat_template: true",
+         "`fewshot_as_multiturn` needs `apply_chat_template: true`."),
         ("", lambda c: not c.tasks and not c.perplexity,
          "neither tasks nor perplexity is given: there is nothing to evaluate",
          "`tasks` or `perplexity` names something."),

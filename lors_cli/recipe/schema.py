@@ -44,6 +44,10 @@ class ModelConfig(Section):
     """Branch, tag or commit on the hub."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     """auto: the first GPU, else the CPU. Not part of a stage's fingerprint."""
+    add_bos_token: bool | None = None
+    """Whether the tokenizer puts its BOS token before a text: before prompts of tasks, instructions and isolated
+    texts; if true also before each window of a perplexity. Calibration and concatenated text are cut from running
+    text, without. Default: as the tokenizer has it. Gemma needs true where its tokenizer adds none."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,14 +69,16 @@ def merge_counted(model: PreTrainedModel) -> MergeCounts:
 
 
 def merge(
-    base_path: str, adapter: Path, out: Path, *, dtype: str = "auto", device: str = "auto", revision: str = "main"
+    base_path: str, adapter: Path, out: Path, *, dtype: str = "auto", device: str = "auto", revision: str = "main",
+    add_bos_token: bool | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """`lors merge`: the masked merge of a saved adapter into its sparse base, as a checkpoint; counts for the user."""
     started = time.monotonic()
     if not adapter.is_dir():
         raise MissingError(f"No adapter folder at {adapter}.")
     config = read_adapter_config(adapter)
-    source = ModelConfig(path=base_path, dtype=dtype, device=device, revision=revision)  # type: ignore[arg-type]
+    source = ModelConfig(path=base_path, dtype=dtype, device=device, revision=revision,  # type: ignore[arg-type]
+                         add_bos_token=add_bos_token)  # fmt: skip
     fingerprint = model_fingerprint(source)
     if fingerprint != config.base_fingerprint:
         console.detail("  the base's fingerprint differs from training time; its zeros are compared instead")

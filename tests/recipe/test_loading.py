@@ -115,7 +115,7 @@ rank: 3
         "x.yaml:15: tune.data.datset: unknown key; did you mean dataset?",
         "x.yaml:17: eval.tasks: must be a list, for example [boolq]",
         "x.yaml:18: eval.models: must be one of dense, pruned, tuned, not prund; did you mean pruned?",
-        "x.yaml:19: eval.limit: must be a whole number, not 1.5",
+        "x.yaml:19: eval.limit: 1.5 is neither a whole number of documents nor a share below 1",
         "x.yaml:20: eval.batch_size: is empty; give a value, or remove the key to use the default",
         "x.yaml:21: seed: must be at least 0, not -1",
         "x.yaml:22: rank: unknown key; did you mean tune.rank?",

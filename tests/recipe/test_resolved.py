@@ -24,7 +24,7 @@ from lors_cli.recipe.schema import (
 OFF = {
     "tune.data.num_samples", "tune.max_steps", "tune.max_tokens", "tune.spike_factor", "eval.limit",
     "tune.val_size", "tune.eval_steps", "tune.early_stopping_patience", "tune.load_best_model_at_end",
-    "eval.perplexity_windows", "data_dir",
+    "eval.perplexity_windows", "eval.system_instruction", "eval.include_path", "data_dir",
     *(f"{section}.columns.{name}" for section in ("prune.calibration", "tune.data")
       for name in ("text", "messages", "instruction", "input", "output", "system", "history")),
 }  # fmt: skip
@@ -33,6 +33,9 @@ FROM_THE_INPUTS = {
     "prune.calibration.num_samples": "128, or all rows of a token file: stage.json's metrics.calibration",
     "prune.calibration.sequence_length": "the model's limit decides: stage.json's metrics.calibration",
     "eval.perplexity_length": "the model's limit decides: beside each perplexity in eval/*.json",
+    "model.add_bos_token": "the tokenizer decides",
+    "eval.num_fewshot": "the tasks' definitions decide: beside each task in eval/*.json",
+    "eval.fewshot_as_multiturn": "apply_chat_template, as in lm-eval",
     "tune.data.packing": "the kind of text decides: in the recipe once the stage is done",
     "tune.per_device_batch_size": "batch_size and the number of processes decide",
 }
