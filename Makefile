@@ -1,13 +1,14 @@
 # make demo: SmolLM2-135M pruned, tuned and scored.   make test: the whole test suite.   All make .venv first.
 # make faults: runs and sweeps killed again and again, KILLS times, at moments drawn by SEED.
 # make gpu: everything that only a GPU can show, in nine minutes (rehearsed on a CPU where there is none); results in OUT.
+# make docs: the documentation as a site in build/docs, which needs no network to be read.   make dist: wheel and sdist in dist/.
 # make fuzz: broken inputs by the thousand.   make audit: known vulnerabilities of the installed packages.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: install demo test check faults gpu fuzz audit clean
+.PHONY: install demo test check faults gpu docs dist fuzz audit clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed $(VENV)/.demo-model
@@ -45,6 +46,14 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# A link that leads nowhere is an error. `python -m http.server --directory build/docs` serves it, with its search.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file docs/site/mkdocs.yml
+
+dist: install
+	rm -rf dist
+	$(BIN)/hatchling build
 
 # Broken recipes, data, checkpoints, adapters and run folders through the real commands: CASES of them, made from SEED.
 CASES ?= 10000

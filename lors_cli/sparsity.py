@@ -73,6 +73,10 @@ class Pattern:
             )
 
 
+TWO_OF_FOUR = Pattern(2, 4, 0.5)
+"""What GPUs of the field have circuits for."""
+
+
 def keep_largest(scores: torch.Tensor, pattern: Pattern, *, per_row: bool) -> torch.Tensor:
     """The mask that keeps the highest scores.
 

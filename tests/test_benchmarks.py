@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import data_throughput
+import decode
 import eval_speed
 import memory
 import prune as prune_benchmark
@@ -340,3 +341,22 @@ def test_data_throughput_counts_every_token_in_both_arms(
     assert found["cache_bytes_a_token"] == pytest.approx(2, abs=0.1)
     assert set(found["tokens_per_s"]) == set(found["tokens_per_cpu_s"]) == {"cold", "cached"}
     assert data_throughput.parse_rates(["a = b=12"]) == {"a = b": 12.0}
+
+
+def test_decoding_compares_the_same_products_round_by_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "decode.json"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "argv", [
+        "decode.py", "--out", str(out), "--shapes", "96x64", "--batches", "3", "--threads", "1", "--seconds", "0",
+        "--megabytes", "1", "--pattern", "unstructured",
+    ])  # fmt: skip
+    if reason := decode.ops.available(torch.bfloat16):
+        pytest.skip(reason)
+    decode.main()
+    (result,) = json.loads(out.read_text())["results"]
+    assert result["rounds"] == decode.LEAST_ROUNDS
+    assert set(result["microseconds"]) == {"torch", "dense C", "packed"}
+    assert result["torch ÷ packed"]["min"] <= result["torch ÷ packed"]["median"] <= result["torch ÷ packed"]["max"]
+    assert "96x64" in capsys.readouterr().out

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,21 +66,31 @@ DATA = TuneDataConfig(dataset="rows.jsonl")
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        (TuneConfig(data=DATA), "7eb8fad4ad6ce465e8356e343e90f705"),
+        (TuneConfig(data=DATA, learning_rate=2e-5), "7eb8fad4ad6ce465e8356e343e90f705"),
         (
             TuneConfig(data=DATA, method="sqft", rank=8, alpha=4, learning_rate=1e-3, max_steps=6),
             "cc6d6ea560465d63264681fcd9320b79",
         ),
         (
-            TuneConfig(data=DATA, init="kaiming", rounding="nearest", epochs=0.5, batch_size=4),
+            TuneConfig(data=DATA, init="kaiming", rounding="nearest", epochs=0.5, batch_size=4, learning_rate=2e-5),
             "ccc3b0c3ed0df8c352181f5039447757",
         ),
         (
-            TuneConfig(data=TuneDataConfig(dataset="text.txt", max_length=64), max_tokens=4096, spike_factor=3.0),
+            TuneConfig(
+                data=TuneDataConfig(dataset="text.txt", max_length=64),
+                max_tokens=4096,
+                spike_factor=3.0,
+                learning_rate=2e-5,
+            ),
             "151f818248f7ae08f807dde6e3a53c4d",
         ),
         (
-            TuneConfig(data=DATA, train_norms=True, distill=DistillConfig(teacher="teacher.gguf", weight=0.5)),
+            TuneConfig(
+                data=DATA,
+                train_norms=True,
+                distill=DistillConfig(teacher="teacher.gguf", weight=0.5),
+                learning_rate=2e-5,
+            ),
             "a4bea9d6014f55b39dc5d9e4b8c9b955",
         ),
     ],
@@ -86,6 +98,40 @@ DATA = TuneDataConfig(dataset="rows.jsonl")
 def test_of_tuning(config: TuneConfig, expected: str, tmp_path: Path) -> None:
     (tmp_path / "teacher.gguf").write_bytes(b"GGUF")
     assert tuning.stage_fingerprint(config, "prune:0", None) == expected
+
+
+def test_a_rate_that_the_method_implies_is_the_same_as_that_rate_written_out() -> None:
+    implied = [
+        ("lors", None, 1e-3),
+        ("lors", "kaiming", 3e-3),
+        ("sqft", "gradient", 1e-3),
+        ("sqft-gc", None, 3e-3),
+        ("spp", None, 3e-2),
+        ("spp-gc", None, 3e-2),
+        ("hira", None, 1e-2),
+        ("lora", None, 3e-3),
+    ]
+    for method, init, rate in implied:
+        left_out = TuneConfig(data=DATA, method=method, init=init, rank=1)  # type: ignore[arg-type]
+        written, other = replace(left_out, learning_rate=rate), replace(left_out, learning_rate=2e-5)
+        found = [tuning.stage_fingerprint(config, "prune:0", None) for config in (left_out, written, other)]
+        assert found[0] == found[1] != found[2], method
+
+
+@pytest.mark.parametrize(
+    "change", [{"skip": ("*.down_proj",)}, {"lr_schedule": "linear"}, {"optim": "adamw_8bit"}, {"spike_factor": 9.0}]
+)
+def test_a_setting_that_earlier_versions_lacked_counts_once_it_is_not_the_default(change: dict[str, Any]) -> None:
+    config = TuneConfig(data=DATA)
+    found = [tuning.stage_fingerprint(each, "prune:0", None) for each in (config, replace(config, **change))]
+    assert found[0] != found[1]
+
+
+def test_what_pruning_skips_counts() -> None:
+    config = PruneConfig(method="magnitude")
+    found = [pruning.stage_fingerprint(each, "model:0", None)
+             for each in (config, replace(config, skip=("a.*",)), replace(config, skip=("b.*",)))]  # fmt: skip
+    assert len(set(found)) == 3
 
 
 def test_of_evaluation() -> None:

@@ -21,8 +21,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
+from lors_cli.models.packed.format import PADDING, Packed
+from lors_cli.sparsity import TWO_OF_FOUR
 from lors_cli.tuning.kernels import triton_merge
-from lors_cli.tuning.kernels.compressed import Compressed24
 from lors_cli.tuning.kernels.rounding import Rounding
 
 CAPABILITIES = (80, 90, 100)
@@ -36,13 +37,13 @@ class Case:
     """One way to merge a (rows, columns) weight."""
 
     dtype: torch.dtype
-    compressed: bool
+    packed: bool
     rounding: Rounding
     rank: int = 16
     shape: tuple[int, int] = (4096, 14336)
 
     def __str__(self) -> str:
-        kind = "compressed" if self.compressed else "plain"
+        kind = "packed" if self.packed else "plain"
         return f"{TYPES[self.dtype]} {kind} {self.rounding}, rank {self.rank}, {self.shape[0]}x{self.shape[1]}"
 
     def call(self, block: dict[str, int] = triton_merge.BLOCK) -> dict[str, Any]:
@@ -53,9 +54,9 @@ class Case:
             return torch.empty(shape, dtype=dtype, device="meta")
 
         weight: Any = empty(rows, columns)
-        if self.compressed:
-            words = empty(rows, -(-columns // 32) * 4, dtype=torch.uint8)
-            weight = Compressed24(empty(rows, columns // 2), words, weight.shape)
+        if self.packed:
+            words, starts = empty(rows, -(-columns // 32), dtype=torch.int32), empty(rows, dtype=torch.int64)
+            weight = Packed(empty(rows * columns // 2 + PADDING), words, starts, columns, TWO_OF_FOUR)
         A, B = empty(self.rank, columns, dtype=torch.float32), empty(rows, self.rank, dtype=torch.float32)
         return triton_merge.launch(weight, A, B, 0.5, empty(rows, columns), self.rounding, block)[1]
 
@@ -66,7 +67,7 @@ def cases(rank: int = 16) -> list[Case]:
         (torch.bfloat16, "nearest"), (torch.bfloat16, "stochastic"), (torch.float16, "nearest"),
         (torch.float32, "nearest"),
     ]  # fmt: skip
-    return [Case(dtype, compressed, rounding, rank) for dtype, rounding in ways for compressed in (False, True)]
+    return [Case(dtype, packed, rounding, rank) for dtype, rounding in ways for packed in (False, True)]
 
 
 def compiled(case: Case, capability: int, block: dict[str, int] = triton_merge.BLOCK) -> Any:

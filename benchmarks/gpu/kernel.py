@@ -12,14 +12,15 @@ import torch
 from gpu.box import Box, Figures, seconds_of
 
 from lors_cli.bench.model import _make_two_of_four
+from lors_cli.models.packed.format import Packed, pack
+from lors_cli.sparsity import TWO_OF_FOUR
 from lors_cli.tuning.kernels import triton_merge
-from lors_cli.tuning.kernels.compressed import Compressed24, compress
 from lors_cli.tuning.kernels.rounding import Rounding
 
 SHAPE, RANK, COPIES, REPEATS = (4096, 14336), 16, 4, 40
 TINY_SHAPE = (64, 64)
 WAYS: tuple[tuple[str, Rounding], ...] = (
-    ("plain", "stochastic"), ("plain", "nearest"), ("compressed", "stochastic"), ("compressed", "nearest"),
+    ("plain", "stochastic"), ("plain", "nearest"), ("packed", "stochastic"), ("packed", "nearest"),
 )  # fmt: skip
 
 
@@ -47,14 +48,14 @@ def copied(box: Box, shape: tuple[int, int]) -> Figures:
 
 
 class Weights:
-    """Several weights, plain and compressed, with adapters and room for results."""
+    """Several weights, plain and packed, with adapters and room for results."""
 
     def __init__(self, device: torch.device, shape: tuple[int, int], rank: int) -> None:
         torch.manual_seed(0)
         plain = [torch.randn(shape, device=device).bfloat16() for _ in range(COPIES)]
         for weight in plain:
             _make_two_of_four(weight)
-        self.bases: dict[str, list[Any]] = {"plain": plain, "compressed": [compress(weight) for weight in plain]}
+        self.bases: dict[str, list[Any]] = {"plain": plain, "packed": [pack(weight, TWO_OF_FOUR) for weight in plain]}
         self.A, self.B = torch.randn(rank, shape[1], device=device), torch.randn(shape[0], rank, device=device) / 100
         self.merged = [torch.empty_like(weight) for weight in plain]
 
@@ -72,7 +73,7 @@ class Weights:
         device = self.merged[0].device
         taken = seconds_of(merge, device, repeats)
         held = bases[0]
-        read = held.values.nbytes + held.positions.nbytes if isinstance(held, Compressed24) else held.nbytes
+        read = held.values.nbytes + held.mask.nbytes if isinstance(held, Packed) else held.nbytes
         figures = {"seconds": taken, "gb_per_s": (read + self.merged[0].nbytes) / taken / 1e9}
         if device.type == "cuda":
             figures |= {"registers": compiled[0].n_regs, "spills": compiled[0].n_spills}
@@ -94,7 +95,7 @@ def run(box: Box) -> None:
 
     for kind, rounding in WAYS:
         timed(f"{kind} {rounding}", weights, kind, rounding, triton_merge.BLOCK)
-    for kind, rounding in (("plain", "stochastic"), ("compressed", "stochastic")):
+    for kind, rounding in (("plain", "stochastic"), ("packed", "stochastic")):
         for tile in BLOCKS if not box.rehearse else BLOCKS[:1]:
             timed(f"{kind} {rounding} {'x'.join(map(str, tile.values()))}", weights, kind, rounding, tile)  # type: ignore[arg-type]
     if not box.rehearse:

@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lors_cli.bench.model import _make_two_of_four
+from lors_cli.models.packed.format import pack
+from lors_cli.sparsity import TWO_OF_FOUR
 from lors_cli.tuning.head import causal_lm_loss
-from lors_cli.tuning.kernels.compressed import compress
 from lors_cli.tuning.kernels.masked_merge import how_merged, masked_merge_formula
 from lors_cli.tuning.kernels.rounding import Rounding
 from lors_cli.tuning.kernels.triton_merge import masked_merge_kernel
-from lors_cli.tuning.lors import CompressedLorsLinear, LorsLinear
+from lors_cli.tuning.lors import LorsLinear, PackedLorsLinear
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 LIMITS = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
@@ -57,7 +58,7 @@ def merges(device: torch.device, dtype_name: str, rounding: Rounding) -> Figures
     """The kernel against the formula, bit by bit where sums are exact; else by how many bits of the last place."""
     dtype = DTYPES[dtype_name]
     shapes = [(70, 224, 5), (130, 1000, 80)] if device.type == "cuda" else [(70, 36, 5)]
-    figures: Figures = {"wrong_bits": 0, "compressed_differs": 0, "off": 0.0}
+    figures: Figures = {"wrong_bits": 0, "packed_differs": 0, "off": 0.0}
     for rows, columns, rank in [*shapes, *([(1024, 4096, 16), (4096, 1024, 64)] if device.type == "cuda" else [])]:
         for exact in (True, False):
             weight, A, B = merge_case(rows, columns, rank, dtype, exact)
@@ -67,14 +68,14 @@ def merges(device: torch.device, dtype_name: str, rounding: Rounding) -> Figures
             plain, packed = (
                 masked_merge_kernel(base, A.to(device), B.to(device), 0.25, torch.full_like(on_device, torch.nan),
                                     rounding=rounding).cpu()
-                for base in (on_device, compress(on_device))
+                for base in (on_device, pack(on_device, TWO_OF_FOUR))
             )  # fmt: skip
-            figures["compressed_differs"] += int((plain != packed).sum()) + int(packed.isnan().sum())
+            figures["packed_differs"] += int((plain != packed).sum()) + int(packed.isnan().sum())
             if exact and not (device.type == "cpu" and dtype == torch.bfloat16 and rounding == "nearest"):
                 figures["wrong_bits"] += int((plain != masked_merge_formula(weight, A, B, 0.25, dtype, rounding)).sum())
             truth = weight.double() + 0.25 * (B.to(dtype).double() @ A.to(dtype).double())
             figures["off"] = max(figures["off"], off(plain, truth * (weight != 0)))
-    good = figures["wrong_bits"] == figures["compressed_differs"] == 0 and figures["off"] < LIMITS[dtype_name]
+    good = figures["wrong_bits"] == figures["packed_differs"] == 0 and figures["off"] < LIMITS[dtype_name]
     return check(good, figures)
 
 
@@ -84,7 +85,7 @@ def hints(device: torch.device) -> Figures:
 
     figures: Figures = {"merged_by": how_merged(device, torch.bfloat16)}
     weight, A, B = merge_case(*((512, 4096) if device.type == "cuda" else (64, 128)), 16, torch.bfloat16, False)
-    for name, base in (("plain", weight.to(device)), ("compressed", compress(weight.to(device)))):
+    for name, base in (("plain", weight.to(device)), ("packed", pack(weight.to(device), TWO_OF_FOUR))):
         grid, call = triton_merge.launch(base, A.to(device), B.to(device), 0.5, torch.empty_like(weight, device=device),
                                     "stochastic")  # fmt: skip
         kernel = triton_merge._merge[grid](**call)
@@ -96,11 +97,11 @@ def hints(device: torch.device) -> Figures:
 
 
 def layers(device: torch.device, dtype_name: str) -> Figures:
-    """LoRS forward and backward, plain and compressed, against float64 with the layer's own merged weight."""
+    """LoRS forward and backward, plain and packed, against float64 with the layer's own merged weight."""
     dtype = DTYPES[dtype_name]
     out_features, in_features, tokens = (384, 512, 256) if device.type == "cuda" else (48, 32, 8)
     figures: Figures = {}
-    for name, kind in (("plain", LorsLinear), ("compressed", CompressedLorsLinear)):
+    for name, kind in (("plain", LorsLinear), ("packed", PackedLorsLinear)):
         torch.manual_seed(0)
         linear = nn.Linear(in_features, out_features, bias=False)
         _make_two_of_four(linear.weight)

@@ -66,10 +66,10 @@ def _steps(items: Figures) -> list[str]:
 
 def _kernel(items: Figures) -> list[str]:
     timed = {name: found for name, found in items.items() if "gb_per_s" in found}
-    ways = ("copy", "plain nearest", "plain stochastic", "compressed nearest", "compressed stochastic",
-            "plain stochastic rank 64", "compressed stochastic rank 64")  # fmt: skip
+    ways = ("copy", "plain nearest", "plain stochastic", "packed nearest", "packed stochastic",
+            "plain stochastic rank 64", "packed stochastic rank 64")  # fmt: skip
     lines = ["  ".join(f"{name} {timed[name]['gb_per_s']:.0f} GB/s" for name in ways if name in timed)]
-    for way in ("plain stochastic", "compressed stochastic"):
+    for way in ("plain stochastic", "packed stochastic"):
         tried = {
             name: found["gb_per_s"] for name, found in timed.items() if name.startswith(way) and "rank" not in name
         }

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from lors_cli.bench.measure import AUTHORS_LOG, Cell
-from lors_cli.report.drawing import GRID, METHOD_COLOURS, figure_of, png, style
+from lors_cli.report.drawing import GRID, METHOD_COLOURS, byte_unit, figure_of, png, style
 
 Document = dict[str, Any]
 
@@ -23,8 +23,8 @@ def draw(document: Document) -> dict[str, bytes]:
         at_rank, at_length = f"rank {ranks[0]}", f"{lengths[-1]:,} tokens"
         figures[f"speed_by_length{ending}"] = _bars(by_length, _speed, f"Training speed, {at_rank}", "tokens/s")
         figures[f"speed_by_rank{ending}"] = _bars(by_rank, _speed, f"Training speed, {at_length}", "tokens/s")
-        figures[f"memory_by_length{ending}"] = _bars(by_length, _peak, f"Peak memory, {at_rank}", "GiB")
-        figures[f"memory_by_rank{ending}"] = _bars(by_rank, _peak, f"Peak memory, {at_length}", "GiB")
+        figures[f"memory_by_length{ending}"] = _memory(by_length, f"Peak memory, {at_rank}")
+        figures[f"memory_by_rank{ending}"] = _memory(by_rank, f"Peak memory, {at_length}")
     beside = _beside_the_authors(_cell(document, lengths[-1], ranks[0], settings["checkpointing"][0]))
     return figures | ({"beside_the_authors": beside} if beside else {})
 
@@ -37,8 +37,11 @@ def _speed(figures: dict[str, Any]) -> float:
     return float(figures["tokens_per_s"]["median"])
 
 
-def _peak(figures: dict[str, Any]) -> float:
-    return float(figures["peak_bytes"]) / 2**30
+def _memory(groups: dict[str, dict[str, Any]], title: str) -> bytes:
+    """Bars of peak memory, in the unit that suits the largest."""
+    peaks = [float(figures.get("peak_bytes", 0)) for cell in groups.values() for figures in cell.values()]
+    name, size = byte_unit(max(peaks))
+    return _bars(groups, lambda figures: float(figures["peak_bytes"]) / size, title, name)
 
 
 def _bars(groups: dict[str, dict[str, Any]], value: Any, title: str, unit: str) -> bytes:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lors_cli.bench.live_memory import LiveBytes
-from lors_cli.errors import MissingError, UsageError
+from lors_cli.errors import MissingError
 from lors_cli.models.shapes import SHAPES
 from lors_cli.output import console
 from lors_cli.tuning.baselines import LAYERS
@@ -23,7 +23,7 @@ from lors_cli.tuning.kernels.cache import Keep, MergedCache
 from lors_cli.tuning.kernels.rounding import Rounding, kept_thresholds
 from lors_cli.tuning.kernels.scratch import free_scratch, scratch_memory
 from lors_cli.tuning.layers import AdapterLinear
-from lors_cli.tuning.lors import CompressedLorsLinear, LorsLinear
+from lors_cli.tuning.lors import LorsLinear, PackedLorsLinear
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class Arm:
         method: of `tune.method`.
         keep: lors: how long merged weights are kept.
         float32_adapters: lora: PEFT's default; without it its adapters have the weights' dtype, which is faster.
-        compressed: lors: the 2:4 weights are held as kept values and positions.
+        packed: lors: the weights are held packed.
     """
 
     method: str
     keep: Keep = "never"
     float32_adapters: bool = True
-    compressed: bool = False
+    packed: bool = False
     rounding: Rounding = "stochastic"
 
 
@@ -50,7 +50,7 @@ ARMS: dict[str, Arm] = {
     "lors": Arm("lors"),
     "lors-cached": Arm("lors", "always"),
     "lors-nearest": Arm("lors", rounding="nearest"),
-    "lors-compressed": Arm("lors", compressed=True),
+    "lors-packed": Arm("lors", packed=True),
     **{method: Arm(method) for method in LAYERS if method not in ("lora", "lors")},
 }
 
@@ -121,7 +121,7 @@ def adapted(model: Any, linears: dict[str, nn.Linear], arm: Arm, rank: int) -> I
             layer = _layer(linear, arm, rank)
             adapters += [layer.lora_A, layer.lora_B]
             model.set_submodule(name, layer)
-            if arm.compressed:
+            if arm.packed:
                 linear.weight.data = linear.weight.data.cpu()  # or the plain weights would count too
         yield torch.optim.AdamW(adapters, lr=1e-5)
     finally:
@@ -132,10 +132,7 @@ def adapted(model: Any, linears: dict[str, nn.Linear], arm: Arm, rank: int) -> I
 
 
 def _layer(linear: nn.Linear, arm: Arm, rank: int) -> AdapterLinear:
-    try:
-        layer = (CompressedLorsLinear if arm.compressed else LAYERS[arm.method])(linear, rank, float(rank))
-    except ValueError as error:
-        raise UsageError(f"--methods: lors-compressed is for 2:4 weights: {error}.") from error
+    layer = (PackedLorsLinear if arm.packed else LAYERS[arm.method])(linear, rank, float(rank))
     if isinstance(layer, LorsLinear):
         layer.cache, layer.rounding = MergedCache(arm.keep), arm.rounding
     if not arm.float32_adapters:

@@ -12,6 +12,7 @@ from lors_cli.cli.framework import AROUND, HELP, Commands
 from lors_cli.cli.look import look_app
 from lors_cli.cli.pipelines import pipelines_app
 from lors_cli.cli.recipes import recipes_app
+from lors_cli.cli.share import share_app
 from lors_cli.cli.stages import stages_app
 from lors_cli.cli.talk import talk_app
 from lors_cli.machine import processes
@@ -30,6 +31,7 @@ app = typer.Typer(
 for panel in (pipelines_app, stages_app, talk_app, look_app):
     app.add_typer(panel)
 app.add_typer(data_app, name="data", rich_help_panel=AROUND)
+app.add_typer(share_app)
 app.add_typer(recipes_app, name="recipes", rich_help_panel=HELP)
 
 

@@ -13,7 +13,7 @@ from lors_cli.models.shapes import SHAPES
 from lors_cli.recipe.shipped import Kind, shipped_files
 
 BENCH_METHODS = (
-    "lors", "lors-cached", "lors-nearest", "lors-compressed", "sqft", "sqft-gc", "spp", "spp-gc", "hira", "lora",
+    "lors", "lors-cached", "lors-nearest", "lors-packed", "sqft", "sqft-gc", "spp", "spp-gc", "hira", "lora",
     "lora-float32",
 )  # fmt: skip
 EXAMPLES = {

@@ -7,7 +7,8 @@ import inspect
 import re
 from collections.abc import Iterable
 from functools import cache
-from typing import Annotated, Any, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from rich.markup import escape
 
@@ -16,18 +17,19 @@ from lors_cli.cli.options import CALIBRATION, MACHINE, SETTINGS, TRAINING, flag
 from lors_cli.recipe.settings import flag_name
 
 FLAGS: dict[str, dict[str, tuple[str, ...]]] = {
-    "model": {MACHINE: ("device", "dtype", "revision")},
+    "model": {MACHINE: ("device", "dtype", "revision", "add_bos_token")},
     "prune": {
-        SETTINGS: ("method", "pattern", "sparsity"),
+        SETTINGS: ("method", "pattern", "sparsity", "skip"),
         CALIBRATION: ("calibration.dataset", "calibration.num_samples", "calibration.sequence_length",
                       "calibration.seed"),
     },
     "tune": {
-        SETTINGS: ("method", "rank", "alpha", "init"),
+        SETTINGS: ("method", "rank", "alpha", "init", "skip"),
         TRAINING: ("data.dataset", "data.max_length", "learning_rate", "epochs", "max_steps", "max_tokens",
                    "batch_size", "seed"),
     },
-    "eval": {SETTINGS: ("tasks", "perplexity", "limit", "batch_size")},
+    "pack": {},
+    "eval": {SETTINGS: ("tasks", "perplexity", "limit", "num_fewshot", "apply_chat_template", "batch_size")},
 }  # fmt: skip
 """By section of a recipe and panel of the help, the settings that have a flag, `flag_name`."""
 
@@ -56,7 +58,9 @@ def parameters(sections: Iterable[str]) -> list[inspect.Parameter]:
         for panel, names in FLAGS[section].items():
             for name in names:
                 key = f"{section}.{name}"
-                found.append(flag(flag_name(name), _kind(hint(key)) | None, None, _help(key), panel, values(key)))
+                kind = _kind(hint(key))
+                found.append(flag(flag_name(name), kind | None, None, _help(key), panel, values(key),
+                                  switch=hint(key) is bool))  # fmt: skip
     return found
 
 
@@ -68,9 +72,9 @@ def _kind(kind: Any) -> type:
     if get_origin(kind) is Annotated:
         kind, *rules = get_args(kind)
         return float if kind is int and any(hasattr(rule, "func") for rule in rules) else _kind(kind)
-    if type(None) in get_args(kind):
+    if get_origin(kind) in (Union, UnionType):
         return _kind(get_args(kind)[0])
-    return kind if kind in (int, float) else str
+    return kind if kind in (int, float, bool) else str
 
 
 def _help(key: str) -> str:
@@ -91,7 +95,7 @@ def _help(key: str) -> str:
     default = next(entry.default for entry in dataclasses.fields(section) if entry.name == name)
     if default is None:
         parts += [sentence for sentence in sentences if sentence.startswith("Default")]
-    elif default != ():
+    elif default != () and default is not False:
         parts.append(f"Default: {_shown(default)}.")
     return escape(" ".join(parts))
 

@@ -23,7 +23,7 @@ from lors_cli.machine.signals import Stopped, stopping
 from lors_cli.output import console
 from lors_cli.output.redaction import redact
 
-PIPELINE, STAGES, AROUND, HELP = "Whole pipelines", "One stage", "Look and measure", "Help"
+PIPELINE, STAGES, AROUND, SHARE, HELP = "Whole pipelines", "One stage", "Look and measure", "Share", "Help"
 """Panels of `lors --help`."""
 
 

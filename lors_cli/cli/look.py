@@ -8,7 +8,6 @@ import typer
 
 from lors_cli.cli import options as o
 from lors_cli.cli.framework import AROUND, HELP, command
-from lors_cli.errors import MissingError
 from lors_cli.output import console, progress
 
 look_app = typer.Typer()
@@ -19,10 +18,13 @@ def inspect(model: o.Model, pattern: o.Against = None) -> None:
     """Show a checkpoint's sparsity; exit 5 when it breaks its pattern."""
     from lors_cli.cli.views.runs import show_inspection
     from lors_cli.models.inspection import inspect as inspect_model
+    from lors_cli.models.inspection import prompt_of
     from lors_cli.recipe.loading import load_model_config
     from lors_cli.sparsity import Pattern
 
-    document = inspect_model(load_model_config(model, device="cpu"), Pattern.parse(pattern) if pattern else None)
+    config = load_model_config(model, device="cpu")
+    document = inspect_model(config, Pattern.parse(pattern) if pattern else None)
+    document["prompt"] = prompt_of(config)
     show_inspection(model, document)
     if document["violations"]:
         console.error(
@@ -43,27 +45,19 @@ def bench(out: o.BenchOut = None, **flags: Any) -> None:
     run_bench(flags, out)
 
 
-@command(look_app, AROUND, "lors report runs/quickstart", "lors report sweeps/table1 --format html")
-def report(folder: o.ReportFolder, formats: o.Formats = None) -> None:
-    """Write the reports of a run or a sweep again."""
-    from lors_cli.pipeline.standing import standing_stages
+@command(
+    look_app, AROUND, "lors report runs/quickstart", "lors report scores --format html",
+    "lors report runs/a runs/b --out a-b",
+)  # fmt: skip
+def report(folders: o.ReportFolders, formats: o.Formats = None, out: o.ReportOut = None) -> None:
+    """Write the report of a run, sweep, eval; compare several."""
+    from lors_cli.pipeline.reports import write_reports
     from lors_cli.report.output import FORMATS, check_formats
-    from lors_cli.report.run import write_run_report
-    from lors_cli.report.sweep import write_sweep_report
 
-    chosen = formats or FORMATS
+    chosen = formats or list(FORMATS)
     check_formats(chosen)
-    if (folder / "sweep.json").is_file():
-        with progress.busy("writing the report"):
-            paths = write_sweep_report(folder, chosen)
-    elif (folder / "recipe.yaml").is_file():
-        with progress.busy("writing the report"):
-            paths = write_run_report(folder, standing_stages(folder), chosen)
-    else:
-        raise MissingError(
-            f"{folder} is no run folder and no sweep folder: it has neither recipe.yaml nor sweep.json.",
-            "Give the folder that lors run or lors sweep wrote, such as runs/quickstart.",
-        )
+    with progress.busy("writing the report"):
+        paths = write_reports(folders, chosen, out)
     for path in paths:
         console.path("report", path)
     console.document({"reports": [str(path) for path in paths]})

@@ -20,9 +20,12 @@ def option(help: str, *names: str, panel: str | None = None, complete: Any = Non
     return typer.Option(*names, help=help, rich_help_panel=panel, autocompletion=complete, **more)
 
 
-def flag(name: str, kind: Any, default: Any, help: str, panel: str, complete: Any = None) -> inspect.Parameter:
-    """An option as a command's parameter; a name of two words, a_b, is --a-b."""
-    annotation: Any = Annotated[kind, option(help, panel=panel, complete=complete)]
+def flag(
+    name: str, kind: Any, default: Any, help: str, panel: str, complete: Any = None, *, switch: bool = False
+) -> inspect.Parameter:
+    """An option as a command's parameter; a name of two words, a_b, is --a-b. Of a `switch` there is no --no-a-b."""
+    names = [f"--{name.replace('_', '-')}"] if switch else []
+    annotation: Any = Annotated[kind, option(help, *names, panel=panel, complete=complete)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
@@ -86,7 +89,7 @@ ChangedInputs = Annotated[
     bool, option("Repeat it though models or texts are no longer the same.", "--allow-changed-inputs", panel="Repeat")
 ]
 RunOut = Annotated[Path | None, option("Run folder; default runs/<name>.")]
-_stages = of("prune", "tune", "eval")
+_stages = of("prune", "tune", "pack", "eval")
 First = Annotated[str | None, option("Start at this stage.", "--from", panel="Stages", complete=_stages)]
 Last = Annotated[str | None, option("Stop after this stage.", "--until", panel="Stages", complete=_stages)]
 Force = Annotated[
@@ -110,18 +113,26 @@ PruneConfig = Annotated[str | None, _config("prune", "prune/wanda-2of4")]
 TuneSettings = Annotated[list[str] | None, _settings("tune", "warmup_steps=10")]
 TuneConfig = Annotated[str | None, _config("tune", "tune/lors-alpaca")]
 EvalArguments = Annotated[
-    list[str], _argument("Models, then any settings, e.g. perplexity_windows=20.", "MODEL|KEY=VALUE",
+    list[str], _argument("Models, maybe with a name, then any settings, e.g. perplexity_windows=20.",
+                         "[NAME=]MODEL|KEY=VALUE",
                          completion.settings("eval", keys=False))
 ]  # fmt: skip
 EvalConfig = Annotated[str | None, _config("eval", "eval/seven-tasks")]
 EvalOut = Annotated[Path | None, option("Folder for results; without it they are only shown.")]
 
-# lors merge, inspect, report, recipes copy
+# lors merge, pack, inspect, report, recipes copy
 Model = Annotated[str, _model()]
 Base = Annotated[str, _argument("The sparse base: a folder or hub id.", "MODEL")]
+SparseModel = Annotated[str, _argument("The sparse model: a folder or hub id.", "MODEL")]
+Unpack = Annotated[bool, option("Make a packed model an ordinary one again.", "--unpack")]
 Adapter = Annotated[Path, _argument("Folder with adapter_config.json, or of the tune stage.", "ADAPTER")]
 Against = Annotated[str | None, option("Hold it against this N:M.", complete=of("2:4", "4:8", "1:4"))]
-ReportFolder = Annotated[Path, _argument("The folder of a run or of a sweep.", "FOLDER")]
+ReportFolders = Annotated[
+    list[Path], _argument("The folder of a run, a sweep, or a stage's --out; several are compared.", "FOLDER")
+]
+ReportOut = Annotated[
+    Path | None, option("Folder for the report; default FOLDER itself, of several a new one beside the first.")
+]
 Formats = Annotated[
     list[str] | None, option("md, html, csv or tex; may be repeated. Default: all.", "--format",
                              complete=of("md", "html", "csv", "tex"))
@@ -147,6 +158,15 @@ TopP = Annotated[float, option("Draw from the likeliest tokens with this much pr
 Seed = Annotated[int, option("Of the draws, anew for each prompt.", panel=SETTINGS)]
 TextsOut = Annotated[Path | None, option("File for the answers, JSON lines.", panel=OUTPUT)]
 
+# lors push
+PushFolder = Annotated[Path, _argument("A checkpoint, or a run, whose tuned (else pruned) model goes.", "FOLDER")]
+Repo = Annotated[str, _argument("owner/name on the hub, or a name of your own.", "REPO")]
+Private = Annotated[bool, option("Make the new repository private.", "--private")]
+Branch = Annotated[str, option("Branch to upload to; made if it is not there.", "--revision")]
+ScoresFolder = Annotated[Path | None, option("Folder of lors eval, for the card; default: the run's own.")]
+Yes = Annotated[bool, option("Do not ask.", "--yes", "-y")]
+PushDryRun = Annotated[bool, option("Show what would go; nothing is uploaded.", "--dry-run", panel=OUTPUT)]
+
 # lors data show
 Tuned = Annotated[
     str, _argument("A recipe or a tune config: a file, or the name of a shipped one.", "RECIPE", completion.recipes)
@@ -162,7 +182,7 @@ BENCH = (
     flag("model", str | None, None, "A checkpoint's folder instead of a shape.", SETTINGS),
     flag("blocks", int | None, None, "Only so many decoder blocks.", SETTINGS),
     flag("methods", str | None, None,
-         "Comma-separated; default: all but lora-float32, lors-nearest and lors-compressed.", SETTINGS,
+         "Comma-separated; default: all but lora-float32, lors-nearest and lors-packed.", SETTINGS,
          completion.bench_methods),
     flag("lengths", str, "512,1024,2048", "Tokens a sequence, comma-separated.", SETTINGS),
     flag("ranks", str, "16,32,64", "Comma-separated.", SETTINGS),

@@ -1,8 +1,7 @@
-"""`lors prune`, `tune`, `eval` and `merge`: one stage, its settings from a file, key=value and flags."""
+"""`lors prune`, `tune`, `eval`, `merge` and `pack`: one stage, its settings from a file, key=value and flags."""
 
 from __future__ import annotations
 
-import re
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -13,8 +12,8 @@ import typer
 from lors_cli.cli import options as o
 from lors_cli.cli.flags import given
 from lors_cli.cli.framework import STAGES, command
+from lors_cli.cli.labels import read_arguments
 from lors_cli.cli.launch import together
-from lors_cli.errors import UsageError
 from lors_cli.files import atomic
 from lors_cli.machine import processes
 from lors_cli.output import console, progress
@@ -64,6 +63,7 @@ def tune(
 @command(
     stages_app, STAGES, "lors eval MODEL sparse tuned",
     "lors eval sparse tuned --tasks arc_easy,boolq --limit 200 --out scores",
+    "lors eval base=org/model mine=tuned --tasks mmlu --num-fewshot 5",
     "lors eval tuned --tasks '' --perplexity wikitext2 perplexity_windows=20",
     name="eval", sections=("eval", "model"),
 )  # fmt: skip
@@ -71,11 +71,10 @@ def evaluate(
     arguments: o.EvalArguments, out: o.EvalOut = None, config: o.EvalConfig = None, *,
     data_dir: o.DataDir = None, nproc: o.Nproc = None, dry_run: o.DryRun = False, **flags: Any,
 ) -> None:  # fmt: skip
-    """Score models side by side, zero-shot and by perplexity."""
-    overrides = [argument for argument in arguments if is_override(argument)]
+    """Score models side by side, on tasks and by perplexity."""
+    labels, overrides = read_arguments(arguments)
     overrides += [] if out else ["generations=false"]  # short texts are kept beside the results, for a report
-    paths = [argument for argument in arguments if not is_override(argument)]
-    models = {label: _model(path, flags) for label, path in model_labels(paths).items()}
+    models = {label: _model(path, flags) for label, path in labels.items()}
     with tempfile.TemporaryDirectory(prefix="lors-eval-") as scratch:
         folder = out or Path(scratch) / "eval"
         if _stage("eval", models, folder, config, overrides, flags, data_dir, nproc, dry_run):
@@ -93,9 +92,36 @@ def merge(model: o.Base, adapter: o.Adapter, out: o.Out, **flags: Any) -> None:
     if (adapter / "adapter" / "adapter_config.json").is_file():  # the folder of a tune stage
         adapter = adapter / "adapter"
     with claim(out):
-        metrics = merge_adapter(model, adapter, out, dtype=base.dtype, device=base.device, revision=base.revision)
+        metrics = merge_adapter(model, adapter, out, dtype=base.dtype, device=base.device, revision=base.revision,
+                                add_bos_token=base.add_bos_token)  # fmt: skip
     console.result(f"{metrics['layers_merged']} layers merged, {metrics['zeroed']} kept weights became zero")
     console.path("merged", out)
+    console.document({"out": str(out), **metrics})
+
+
+@command(
+    stages_app, STAGES, "lors pack tuned --out packed", "lors pack packed --out plain --unpack", sections=("model",)
+)
+def pack(
+    model: o.SparseModel, out: o.Out, *, unpack: o.Unpack = False, dry_run: o.DryRun = False, **flags: Any
+) -> None:
+    """Write a copy of a sparse model that is smaller and decodes faster."""
+    from lors_cli.cli.views.runs import show_record
+    from lors_cli.pipeline.folders import claim, guard_out
+
+    source = _model(model, flags)
+    if not unpack:
+        if _stage("pack", {"tuned": source}, out, None, None, {}, None, None, dry_run):
+            show_record(out)
+        return
+    from lors_cli.models.packed.checkpoint import unpack_model
+
+    guard_out(out, "unpack", [model])
+    with claim(out):
+        metrics = unpack_model(source, out)
+    console.result(f"{metrics['weights']} weights unpacked: {console.gib(metrics['bytes_before'])} → "
+                   f"{console.gib(metrics['bytes'])}")  # fmt: skip
+    console.path("unpacked", out)
     console.document({"out": str(out), **metrics})
 
 
@@ -107,7 +133,7 @@ def _model(path: str, flags: dict[str, Any]) -> Any:
 
 
 def _stage(
-    stage: Literal["prune", "tune", "eval"], models: dict[str, Any], out: Path, config: str | None,
+    stage: Literal["prune", "tune", "pack", "eval"], models: dict[str, Any], out: Path, config: str | None,
     overrides: list[str] | None, flags: dict[str, Any], data_dir: Path | None, nproc: int | None, dry_run: bool,
 ) -> bool:  # fmt: skip
     """Plan and run one stage; whether there are results to show, by this process and not after a dry run."""
@@ -153,25 +179,3 @@ def _show_scores(folder: Path, labels: list[str], kept: Path | None) -> None:
         console.result("The results are not kept; give --out to keep them.")
     compared = [asdict(comparison) for comparison in comparisons]
     console.document({"results": found, "comparisons": compared, "out": str(kept) if kept else None})
-
-
-def is_override(argument: str) -> bool:
-    """Whether an argument of `lors eval` is a setting and no model."""
-    key, equals, _ = argument.partition("=")
-    return bool(equals) and key.replace("_", "").replace(".", "").isalnum() and not Path(argument).exists()
-
-
-def model_labels(paths: list[str]) -> dict[str, str]:
-    """A short name for each model, fit for a file name: the last part of its path, numbered where two are alike."""
-    if not paths:
-        raise UsageError("no model is named.", "lors eval MODEL … [key=value …]")
-    labels: dict[str, str] = {}
-    for path in paths:
-        name = Path(path).resolve().name if Path(path).exists() else path.rstrip("/").rpartition("/")[2]
-        name = re.sub(r"[^A-Za-z0-9._-]+", "_", name.removesuffix(".gguf")).lstrip("._-")[:90] or "model"
-        label = name = f"{name}-model" if name in ("stage", "samples") else name
-        number = 2
-        while label in labels:
-            label, number = f"{name}-{number}", number + 1
-        labels[label] = path
-    return labels

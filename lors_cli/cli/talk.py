@@ -15,7 +15,7 @@ import typer
 from lors_cli.cli import options as o
 from lors_cli.cli.flags import given
 from lors_cli.cli.framework import AROUND, command
-from lors_cli.cli.names import named_models
+from lors_cli.cli.labels import named_models
 from lors_cli.errors import UsageError
 from lors_cli.output import console, progress
 

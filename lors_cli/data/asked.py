@@ -13,6 +13,7 @@ from typing import Any
 from lors_cli.data import text_files
 from lors_cli.data.layouts import INSTRUCTION_LAYOUTS, Layout, named_keys
 from lors_cli.data.prompts import TEMPLATES, ChatTemplate, Turn, template_text, turns_of
+from lors_cli.data.saved_prompts import template_name
 from lors_cli.data.tokenising import begin_tokens, encode, eos_token_id
 from lors_cli.errors import MissingError, UsageError, nearest
 from lors_cli.files.records import read_record
@@ -130,7 +131,8 @@ def prompt_format(folder: Path | None, tokenizer: Any, wanted: str | None = None
     if trained in TEMPLATES or (trained == CHAT and tokenizer.chat_template):
         return PromptFormat(str(trained), "which it was tuned with")
     if tokenizer.chat_template:
-        return PromptFormat(CHAT, "its own template")
+        made_of = template_name(tokenizer.chat_template)
+        return PromptFormat(made_of, "its chat template") if made_of else PromptFormat(CHAT, "its own template")
     return PromptFormat(PLAIN, "it has no chat template")
 
 

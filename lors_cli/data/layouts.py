@@ -16,8 +16,13 @@ from lors_cli.output import console
 Kind = Literal["text", "instructions"]
 Row = dict[str, Any]
 SURROGATE = re.compile("[\ud800-\udfff]")
-OPTIONAL = ("input", "context", "system", "history")
+OPTIONAL = ("input", "context", "system", "system_prompt", "history")
 """Keys that may be absent or null."""
+_PAIRS = (("human", "assistant"), ("user", "assistant"), ("input", "output"))
+"""Keys of a question and its answer that are one entry of a conversation."""
+_QUESTIONS = ("instruction", "question", "prompt", "query", "user", "human", "problem", "input")
+_ANSWERS = ("output", "response", "answer", "completion", "reply", "assistant", "solution", "target", "chosen")
+"""Words in the names of columns, for the mapping that a message shows."""
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 
 
@@ -76,8 +81,17 @@ def _talk(key: str) -> Layout:
 TEXT = Layout("text", "text", ("text",), read_text_row)
 INSTRUCTION_LAYOUTS = (
     _talk("messages"), _talk("conversations"), _pair("instruction", "output"), _pair("instruction", "response"),
-    _pair("prompt", "completion"), _pair("prompt", "response"), _pair("question", "answer"),
+    _pair("prompt", "completion"), _pair("prompt", "response"), _pair("question", "answer"), _talk("conversation"),
+    _pair("question", "response"), _pair("query", "response"), _pair("inputs", "targets"),
 )  # fmt: skip
+_NOT_READ = (
+    (("chosen", "rejected"), "a pair of preferences, and tuning learns answers, not preferences"),
+    (("text", "role", "parent_id"), "one message of a tree, as OpenAssistant has them, and no whole conversation"),
+    (("text", "label"), "text with a label, and nothing here learns labels"),
+    (("text", "labels"), "text with labels, and nothing here learns labels"),
+)
+"""Keys of rows that would be read as less than they are, and what such rows are."""
+LAYOUTS = {layout.name: layout for layout in (TEXT, *INSTRUCTION_LAYOUTS)}
 KEYS = frozenset([*TEXT.keys, *OPTIONAL, *(key for layout in INSTRUCTION_LAYOUTS for key in layout.keys)])
 """All keys that any layout reads."""
 
@@ -96,6 +110,9 @@ def layout_of(row: Row, place: str) -> Layout:
         )
     if found:
         return found[0]
+    for keys, what in _NOT_READ:
+        if all(key in row for key in keys):
+            raise UsageError(f"{place}: this row is {what}: {named_keys(row)}.", _mapping(row))
     if TEXT.fits(row):
         return TEXT
     raise UsageError(f"{place}: this row is neither text nor an instruction: {named_keys(row)}.", _mapping(row))
@@ -135,11 +152,19 @@ def named_keys(row: Row) -> str:
     return f"it has {', '.join(map(repr, row))}" if row else "it is empty"
 
 
-def _mapping(row: Iterable[str]) -> str:
-    """The mapping to write for rows with these keys."""
-    keys = [key for key in row if key not in OPTIONAL]
-    if len(keys) == 1:
-        ours = {"messages" if keys[0] in ("messages", "conversations") else "text": keys[0]}
+def _mapping(row: Row) -> str:
+    """The mapping to write for such a row, guessed by its values and the names of its columns."""
+    talk = next((key for key, value in row.items() if isinstance(value, list) and len(value) > 1), None)
+    keys = [key for key in row if key not in OPTIONAL] or [*row]
+    question = _named(_QUESTIONS, [*row])
+    answer = _named(_ANSWERS, [key for key in row if key != question])
+    if talk is not None:
+        ours = {"messages": talk}
+    elif question is not None and answer is not None:
+        ours = {"instruction": question, "output": answer}
+    elif len(keys) == 1 or "text" in row:
+        talks = ("messages", "conversations", "conversation")
+        ours = {"text": "text"} if "text" in row else {"messages" if keys[0] in talks else "text": keys[0]}
     else:
         ours = dict(zip(("instruction", "output"), [*keys, "KEY", "KEY"], strict=False))
     written = ", ".join(f"{name}: {key}" for name, key in ours.items())
@@ -147,6 +172,11 @@ def _mapping(row: Iterable[str]) -> str:
         f"Write columns: {{{written}}} in tune.data or prune.calibration; other names are input, system, history, "
         "messages, text."
     )
+
+
+def _named(words: Iterable[str], keys: list[str]) -> str | None:
+    """The key that has the first of these words in its name."""
+    return next((key for word in words for key in keys if word in key.lower()), None)
 
 
 # ---- what stands in a row
@@ -190,7 +220,7 @@ def shown_value(value: Any) -> str:
 
 
 def _system(row: Row, place: str) -> list[Turn]:
-    prompt = text_of(row, "system", place)
+    prompt = text_of(row, "system" if row.get("system") is not None else "system_prompt", place)
     return [Turn("system", prompt)] if prompt else []
 
 
@@ -206,15 +236,23 @@ def _history(row: Row, place: str) -> list[Turn]:
 
 
 def _turns(row: Row, key: str, place: str) -> list[Turn]:
-    """A list of {"role", "content"} (OpenAI, TRL) or {"from", "value"} (ShareGPT); `weight: 0` is not learnt."""
+    """A list of {"role", "content"} (OpenAI, TRL), {"from", "value"} (ShareGPT) or of questions with their answers
+    (`_PAIRS`); `weight: 0` is not learnt."""
     items = row.get(key)
+    if isinstance(items, dict) and all(isinstance(column, list) for column in items.values()):  # as `datasets` may do
+        items = [dict(zip(items, values, strict=True)) for values in zip(*items.values(), strict=True)]
     if not isinstance(items, list):
         raise UsageError(f"{place}: {key!r} must be a list of turns, not {shown_value(items)}.")
     turns: list[Turn] = []
     for number, item in enumerate(items, 1):
         what = f"turn {number} of {key!r}"
-        names = next((pair for pair in (("role", "content"), ("from", "value"))
-                      if isinstance(item, dict) and pair[0] in item), None)  # fmt: skip
+        pair = next((pair for pair in _PAIRS if isinstance(item, dict) and all(name in item for name in pair)), None)
+        if pair is not None:
+            asked, answered = (checked(item[name], f"the {name} of {what}", place) for name in pair)
+            turns += [Turn("user", asked), Turn("assistant", answered, learnt=True)]
+            continue
+        names = next((names for names in (("role", "content"), ("from", "value"))
+                      if isinstance(item, dict) and names[0] in item), None)  # fmt: skip
         if names is None:
             raise UsageError(f"{place}: {what} must have role and content, or from and value, not {shown_value(item)}.")
         role = _ROLES.get(str(item[names[0]]))

@@ -47,13 +47,31 @@ def packed_blocks(
     Raises:
         UsageError: a stream without num_blocks has no end, or the tokenizer no end-of-sequence token.
     """
-    import torch
-
     if streamed and num_blocks is None:
         raise UsageError("Streamed text has no end.", "Say how much of it to take: num_samples or max_steps.")
     pool = None
     if streamed and num_blocks is not None:
         pool = max(num_blocks, min(max(_POOL_FACTOR * num_blocks, _POOL_MIN), _POOL_MAX))
+    packed, marked = blocks_in_order(documents, tokenizer, sequence_length, pool, begin)
+    return shuffled_blocks(packed, marked, num_blocks, seed)
+
+
+def shuffled_blocks(
+    blocks: torch.Tensor, starts: torch.Tensor, num_blocks: int | None, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """So many of the blocks at random, and where documents start in them."""
+    import torch
+
+    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))[:num_blocks]
+    return blocks[order], starts[order]
+
+
+def blocks_in_order(
+    documents: Iterator[str], tokenizer: Any, sequence_length: int, most: int | None, begin: Sequence[int] = ()
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The blocks of `packed_blocks` as they lie in the text, at most so many."""
+    import torch
+
     end = eos_token_id(tokenizer)
     blocks: list[torch.Tensor] = []
     starts: list[torch.Tensor] = []
@@ -72,14 +90,12 @@ def packed_blocks(
         starts.append(marks.view(-1, sequence_length))
         del rest[:used]
         rest_starts = [place - used for place in rest_starts if place >= used]
-        if pool is not None and sum(map(len, blocks)) >= pool:
+        if most is not None and sum(map(len, blocks)) >= most:
             break
     if not blocks:
         empty = torch.empty((0, sequence_length), dtype=torch.int64)
         return empty, empty.bool()
-    packed, marked = torch.cat(blocks)[:pool], torch.cat(starts)[:pool]
-    order = torch.randperm(len(packed), generator=torch.Generator().manual_seed(seed))[:num_blocks]
-    return packed[order], marked[order]
+    return torch.cat(blocks)[:most], torch.cat(starts)[:most]
 
 
 def block_sample(tokens: Any, starts: Any | None) -> Sample:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -31,8 +31,12 @@ class TuneData:
     num_tokens: int
     num_steps: int | None = None
     """Optimiser steps that the samples are for, where they are those of the whole run, in order."""
+    origin: dict[str, Any] = field(default_factory=dict)
+    """What a run records of the source."""
     close: Callable[[], None] = lambda: None
     """Ends what goes on in the background."""
+    held_out: Sequence[Sample] = ()
+    """Samples that are not trained on."""
 
     def first_drawn(self, number: int, seed: int) -> list[int]:
         """Samples to look at before training: drawn at random, or the first of samples that are in order."""

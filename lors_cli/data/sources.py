@@ -1,30 +1,30 @@
-"""Text sources: alpaca, slimpajama, slimpajama-6b, c4, wikitext2, wikitext2-lines, pydoc, and the user's own files.
+"""Text sources: those with a name, any dataset on the hub, and the user's own files.
 
-A source is read from the hub, or, when `data_dir` (or $LORS_DATA_DIR) is given, from the files there; a file that
+A named source is read from the hub, or, when `data_dir` (or $LORS_DATA_DIR) is given, from the files there; a file that
 is missing there is an error, never a step to the hub. Opening a source reads its first row at most.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from lors_cli.data import pydoc_text
-from lors_cli.data.corpora import joined_lines, joined_rows, local_rows, subset_rows
-from lors_cli.data.layouts import Row
+from lors_cli.data import hub, pydoc_text
+from lors_cli.data.corpora import joined_rows, local_rows, subset_rows
+from lors_cli.data.known import DATA_DIR_VARIABLE as DATA_DIR_VARIABLE
+from lors_cli.data.known import KNOWN, SOURCES, Kind, Split, data_file, resolve_data_dir, split_of
+from lors_cli.data.layouts import LAYOUTS, Layout, Row, layout_of, mapped, read_row
 from lors_cli.data.prompts import whole_text
-from lors_cli.data.text_files import FORMATS, Columns, file_format, read_rows, read_text, row_layout
-from lors_cli.errors import MissingError, UsageError, nearest, translate
+from lors_cli.data.text_files import FORMATS, Columns, file_format, is_format, read_rows, read_text, row_layout
+from lors_cli.errors import MissingError, UsageError, nearest
 from lors_cli.files.hashes import cached_sha256
-from lors_cli.recipe.schema import ColumnsConfig
+from lors_cli.recipe.schema import CalibrationConfig, ColumnsConfig, TuneDataConfig
 
-Split = Literal["train", "validation"]
-Kind = Literal["text", "instructions", "tokens"]
 Want = Literal["text", "instructions"]
 
 
@@ -42,12 +42,19 @@ class TextSource:
     streamed: bool
     """Text that must not be read whole."""
     _read: Callable[[], Iterator[Row]] = field(repr=False, compare=False)
-    open_stream: Callable[[], Any] | None = field(default=None, repr=False, compare=False)
-    """Opens streamed text on the hub as a `datasets.IterableDataset`."""
+    open_stream: Callable[[], Any | None] | None = field(default=None, repr=False, compare=False)
+    """Opens streamed text on the hub as a `datasets.IterableDataset`, None where it is read from the cache here."""
+    read_streamed: Callable[[Row], Row] = field(default=lambda row: row, repr=False, compare=False)
+    """What a row of `open_stream` says."""
     num_bytes: int = 0
     """Of the local file, where there is one."""
     layout: str | None = None
-    """Of the rows of a user's file."""
+    """Of the rows of a user's file or dataset."""
+    found_at: str | None = None
+    """Commit and split of a user's dataset on the hub."""
+    original_rows: int | None = None
+    """Of the dataset that a local file is a copy of, maybe of a part."""
+    _first: Callable[[int], list[Row]] | None = field(default=None, repr=False, compare=False)
 
     def rows(self) -> Iterator[Row]:
         """The rows in their order: {"text"}, {"instruction", "input", "output"} or {"messages": turns}.
@@ -57,66 +64,29 @@ class TextSource:
         """
         return self._read()
 
-
-@dataclass(frozen=True)
-class _Known:
-    """Where a named source lies."""
-
-    kind: Kind
-    files: dict[str, str]
-    """Split to file below data_dir; a split that no one has is absent."""
-    repo: str
-    config: str | None
-    splits: dict[str, str]
-    """Split to the hub's name of it."""
-    streamed: bool = False
-    subset: str | None = None
-    """Only rows with this meta.redpajama_set_name, in local files."""
-    join: Callable[[Iterable[str]], str] | None = None
-    """What makes one document of WikiText's rows."""
-    mark: str = ""
-    """In fingerprints, after those of another join."""
-
-
-_SLIMPAJAMA_FILES = {
-    "train": "slimpajama_like/train.jsonl.gz",
-    "validation": "slimpajama_like/validation.jsonl.gz",
-}
-_BOTH_SPLITS = {"train": "train", "validation": "validation"}
-_WIKITEXT = (
-    {"validation": "wikitext2/test.txt.gz"}, "Salesforce/wikitext", "wikitext-2-raw-v1",
-    {"train": "train", "validation": "test"},
-)  # fmt: skip
-_KNOWN = {
-    "alpaca": _Known(
-        "instructions", {"train": "alpaca/train.jsonl.gz"}, "tatsu-lab/alpaca", None, {"train": "train"}
-    ),
-    "c4": _Known(
-        "text", _SLIMPAJAMA_FILES, "allenai/c4", "en", _BOTH_SPLITS, streamed=True, subset="RedPajamaC4"
-    ),
-    "slimpajama": _Known(
-        "text", _SLIMPAJAMA_FILES, "cerebras/SlimPajama-627B", None, _BOTH_SPLITS, streamed=True
-    ),
-    "slimpajama-6b": _Known(
-        "text", _SLIMPAJAMA_FILES, "DKYoon/SlimPajama-6B", None, _BOTH_SPLITS, streamed=True
-    ),
-    "wikitext2": _Known("text", *_WIKITEXT, join=joined_rows, mark="/rows"),
-    "wikitext2-lines": _Known("text", *_WIKITEXT, join=joined_lines),
-}  # fmt: skip
-SOURCES = tuple(sorted([*_KNOWN, "pydoc"]))
-DATA_DIR_VARIABLE = "LORS_DATA_DIR"
+    def first_rows(self, number: int) -> list[Row]:
+        """The first rows, without downloading the others."""
+        return list(islice(self._read(), number)) if self._first is None else self._first(number)
 
 
 def open_source(
-    name: str, *, split: Split, data_dir: Path | None, want: Want = "text", columns: ColumnsConfig | None = None
+    name: str,
+    *,
+    split: Split,
+    data_dir: Path | None,
+    want: Want = "text",
+    columns: ColumnsConfig | None = None,
+    chosen: str | None = None,
 ) -> TextSource:
-    """The source that a user named; nothing is downloaded before its rows are asked for.
+    """The source that a user named; of the hub no more than the first row is read before rows are asked for.
 
     Args:
-        name: one of `SOURCES`, or a file: .jsonl .json .csv .tsv .txt (each also .gz), .parquet, or .safetensors with
-            `input_ids` (num_samples, sequence_length).
-        split: "validation" is what perplexity is measured on: held-out rows; of wikitext2 the test split. A file
-            has no splits and gives all its rows.
+        name: one of `SOURCES`; a file: .jsonl .json .csv .tsv .txt (each also .gz or .zst), .parquet, or .safetensors
+            with `input_ids` (num_samples, sequence_length); or a dataset on the hub (`hub.FORM`). A path that is
+            there goes before a dataset of the same name.
+        split: what it is for. "validation" is what perplexity is measured on: held-out rows; of wikitext2 the test
+            split. A file has no splits and gives all its rows.
+        chosen: the split by its own name, where the user gives one.
         data_dir: folder with local copies of the named sources; default $LORS_DATA_DIR, else the hub.
         columns: our names to those of a file's columns, where they are not known.
         want: "text" turns instruction rows into prompt and response as one text. "instructions" lets pydoc give
@@ -124,57 +94,83 @@ def open_source(
 
     Raises:
         UsageError: no such source or split, or a broken file.
-        MissingError: a file is not there.
+        MissingError: a file or dataset is not there.
     """
-    source = _open(name, split, data_dir, want, columns)
+    source = _open(name, split, data_dir, want, columns, chosen)
     if want == "text" and source.kind == "instructions":
-        read = source.rows
-        return replace(source, kind="text", _read=lambda: _as_text(read()))
+        read, first = source.rows, source.first_rows
+        return replace(source, kind="text", _read=lambda: _as_text(read()),
+                       _first=lambda number: list(_as_text(iter(first(number)))))  # fmt: skip
     return source
 
 
-def fingerprint_source(name: str, *, split: Split, data_dir: Path | None, columns: ColumnsConfig | None = None) -> str:
-    """What identifies the content of `open_source`'s source, without a network and without reading more than needed.
+def tuning_source(config: TuneDataConfig, data_dir: Path | None, want: Want = "instructions") -> TextSource:
+    """The source that is tuned on."""
+    return open_source(config.dataset, split="train", data_dir=data_dir, want=want, columns=config.columns,
+                       chosen=config.split)  # fmt: skip
+
+
+def calibration_source(config: CalibrationConfig, data_dir: Path | None) -> TextSource:
+    """The source that a pruner is calibrated on."""
+    return open_source(config.dataset, split="train", data_dir=data_dir, columns=config.columns, chosen=config.split)
+
+
+def fingerprint_source(
+    name: str, *, split: Split, data_dir: Path | None, columns: ColumnsConfig | None = None, chosen: str | None = None
+) -> str:
+    """What identifies the content of `open_source`'s source, without reading more than needed.
 
     Returns:
-        A SHA-256 of the content for local files, `hub:<repo>/<config>/<split>` for the hub, Python's version and
-        this source's own for pydoc.
+        A SHA-256 of the content for local files, `hub:<repo>@<commit>/<config>/<split>` for the hub (which is asked
+        for the commit once a process), Python's version and this source's own for pydoc.
 
     Raises:
         UsageError: no such source or split.
-        MissingError: a file is not there.
+        MissingError: a file is not there, or the hub has no such dataset.
     """
-    if columns is not None and (name in SOURCES or file_format(Path(name)) in ("txt", "safetensors")):
+    mapping = json.dumps(columns.names, sort_keys=True) if columns is not None else ""
+    if name in SOURCES:
+        if mapping:
+            raise UsageError(f"columns is for rows of your own, and {name} is known.", "Leave columns out.")
+        part = split_of(name, split, chosen)
+        if name == "pydoc":
+            return f"pydoc:{pydoc_text.fingerprint()}/{part}"
+        known, folder = KNOWN[name], resolve_data_dir(data_dir)
+        if folder is None:
+            return _known_place(name).fingerprint(part) + known.mark
+        digest = cached_sha256(data_file(name, known, part, folder))
+        return f"{known.subset or name.removesuffix('-lines')}{known.mark}:{digest}"
+    place = _hub_place(name)
+    if place is not None:
+        return place.fingerprint(chosen or ("train" if split == "train" else "held-out")) + mapping
+    path = _user_file(name)
+    form = file_format(path)
+    if mapping and form in ("txt", "safetensors"):
         raise UsageError(f"columns is for files of rows, and {name} is none.", "Leave columns out.")
-    if name == "pydoc":
-        return f"pydoc:{pydoc_text.fingerprint()}/{split}"
-    known = _KNOWN.get(name)
-    if known is None:
-        path = _user_file(name)
-        mapping = json.dumps(columns.names, sort_keys=True) if columns is not None else ""
-        return f"{file_format(path)}:{cached_sha256(path)}{mapping}"
-    folder = resolve_data_dir(data_dir)
-    if folder is None:
-        return f"hub:{known.repo}/{known.config or 'default'}/{_hub_split(name, known, split)}{known.mark}"
-    path = _data_file(name, known, split, folder)
-    return f"{known.subset or name.removesuffix('-lines')}{known.mark}:{cached_sha256(path)}"
-
-
-def _open(name: str, split: Split, data_dir: Path | None, want: Want, columns: ColumnsConfig | None) -> TextSource:
-    fingerprint = fingerprint_source(name, split=split, data_dir=data_dir, columns=columns)
-    if name == "pydoc":
-        return _open_pydoc(split, want, fingerprint)
-    known = _KNOWN.get(name)
-    if known is None:
-        return _open_file(name, _user_file(name), fingerprint, columns.names if columns else None)
-    folder = resolve_data_dir(data_dir)
-    if folder is None:
-        hub_split = _hub_split(name, known, split)
-        opens = (lambda: _hub_dataset(known, hub_split)) if known.streamed else None
-        return TextSource(
-            name, known.kind, fingerprint, None, known.streamed, lambda: _hub_rows(known, hub_split), opens
+    if chosen not in (None, "train"):
+        raise UsageError(
+            f"split: {chosen} is for datasets, and {name} is one file without splits.",
+            "Leave split out, or name another file.",
         )
-    path = _data_file(name, known, split, folder)
+    return f"{form}:{cached_sha256(path)}{mapping}"
+
+
+def _open(
+    name: str, split: Split, data_dir: Path | None, want: Want, columns: ColumnsConfig | None, chosen: str | None
+) -> TextSource:
+    fingerprint = fingerprint_source(name, split=split, data_dir=data_dir, columns=columns, chosen=chosen)
+    if name not in SOURCES:
+        names, place = columns.names if columns else None, _hub_place(name)
+        if place is None:
+            return _open_file(name, _user_file(name), fingerprint, names)
+        return _open_hub(name, place, chosen or ("train" if split == "train" else None), want, fingerprint, names)
+    part = split_of(name, split, chosen)
+    if name == "pydoc":
+        return _open_pydoc(part, want, fingerprint)
+    known, folder = KNOWN[name], resolve_data_dir(data_dir)
+    if folder is None:
+        return _open_known(name, part, fingerprint)
+    path = data_file(name, known, part, folder)
     if (join := known.join) is not None:
         rows = partial(local_rows, path, blank_count=join is joined_rows)
         return TextSource(name, "text", fingerprint, None, False, lambda: iter([{"text": join(rows())}]))
@@ -182,10 +178,68 @@ def _open(name: str, split: Split, data_dir: Path | None, want: Want, columns: C
         subset = known.subset
         size = path.stat().st_size
         return TextSource(name, known.kind, fingerprint, None, False, lambda: subset_rows(path, subset), num_bytes=size)
-    return _open_file(name, path, fingerprint)
+    original = known.num_rows if part == "train" else None
+    return replace(_open_file(name, path, fingerprint), original_rows=original)
 
 
-def _open_pydoc(split: Split, want: Want, fingerprint: str) -> TextSource:
+def _open_known(name: str, split: str, fingerprint: str) -> TextSource:
+    """A named source on the hub."""
+    known, place = KNOWN[name], _known_place(name)
+    keys = ("text",) if known.kind == "text" else ("instruction", "input", "output")
+    join = known.join
+
+    def read(rows: Iterator[Row]) -> Iterator[Row]:
+        if join is not None:
+            yield {"text": join(row["text"] for row in rows)}
+            return
+        for row in rows:
+            yield {key: row[key] for key in keys}
+
+    rows = hub.streamed_rows if known.streamed else hub.all_rows
+    return TextSource(
+        name, known.kind, fingerprint, None, known.streamed, lambda: read(rows(place, split)),
+        _first=lambda number: list(read(iter(hub.first_rows(place, split, number)))),
+        open_stream=(lambda: hub.open_stream(place, split)) if known.streamed else None,
+    )  # fmt: skip
+
+
+def _open_hub(
+    name: str, place: hub.Place, wanted: str | None, want: Want, fingerprint: str, columns: Columns
+) -> TextSource:
+    """A dataset on the hub: text, and whatever is read as text, is streamed, instructions are downloaded."""
+    commit, seen = place.commit, hub.remembered(fingerprint)
+    if seen is None or seen["layout"] not in LAYOUTS:
+        split = hub.find_split(place, wanted)
+        first = hub.first_rows(place, split, 1)
+        if not first:
+            raise UsageError(f"{place.repo} has no row in its split {split}.")
+        found = layout_of(mapped(first[0], columns, f"{place.repo}:1"), f"{place.repo}:1")
+        seen = {"split": split, "layout": found.name}
+        hub.remember(fingerprint, seen)
+    split, layout = seen["split"], LAYOUTS[seen["layout"]]
+    read = partial(_read_hub_row, layout=layout, columns=columns)
+
+    def checked(rows: Iterator[Row]) -> Iterator[Row]:
+        for number, row in enumerate(rows, 1):
+            yield read(row, f"{place.repo}:{number}")
+
+    streamed = layout.kind == "text" or want == "text"
+    rows = hub.streamed_rows if streamed else hub.all_rows
+    return TextSource(
+        name, layout.kind, fingerprint, None, streamed, lambda: checked(rows(place, split)),
+        _first=lambda number: list(checked(iter(hub.first_rows(place, split, number)))),
+        open_stream=(lambda: hub.open_stream(place, split)) if layout.kind == "text" else None,
+        read_streamed=lambda row: read(row, place.repo),
+        layout=layout.name, found_at=f"commit {commit[:8]}, split {split}",
+    )  # fmt: skip
+
+
+def _read_hub_row(row: Row, place: str, *, layout: Layout, columns: Columns) -> Row:
+    return read_row(mapped(row, columns, place), layout, place)
+
+
+def _open_pydoc(part: str, want: Want, fingerprint: str) -> TextSource:
+    split: Split = "validation" if part == "validation" else "train"
     if want == "instructions":
         return TextSource("pydoc", "instructions", fingerprint, None, False, lambda: pydoc_text.instructions(split))
     return TextSource(
@@ -214,81 +268,21 @@ def _as_text(rows: Iterator[Row]) -> Iterator[Row]:
         yield {"text": whole_text(row)}
 
 
-def _hub_dataset(known: _Known, hub_split: str) -> Any:
-    """A dataset on the hub, or a MissingError where it cannot be reached."""
-    from datasets import load_dataset
-
-    try:
-        return load_dataset(known.repo, known.config, split=hub_split, streaming=known.streamed)
-    except Exception as error:
-        reason = translate(error)
-        if isinstance(reason, MissingError):
-            what = f"The dataset {known.repo} cannot be had: {reason.message}"
-            raise MissingError(what, _instead(known, reason)) from error
-        raise
-
-
-def _instead(known: _Known, reason: MissingError) -> str:
-    """What to do where a dataset cannot be had."""
-    subset = known is _KNOWN["slimpajama"]
-    other = "The dataset slimpajama-6b is a part of it from another place; or use" if subset else "Or use"
-    return f"{reason.hint} {other} data_dir=FOLDER with a local copy, or name a local file (README, Data)."
-
-
-def _hub_rows(known: _Known, hub_split: str) -> Iterator[Row]:
-    """Its rows."""
-    rows = _hub_dataset(known, hub_split)
-    if known.join is not None:
-        yield {"text": known.join(row["text"] for row in rows)}
-        return
-    keys = ("text",) if known.kind == "text" else ("instruction", "input", "output")
-    for row in rows:
-        yield {key: row[key] for key in keys}
-
-
 # ---- where things lie
 
 
-def resolve_data_dir(name: str | Path | None) -> Path | None:
-    """The folder with local datasets: `name`, else $LORS_DATA_DIR, else None for the hub.
-
-    Raises:
-        MissingError: it is no folder.
-    """
-    chosen = name or os.environ.get(DATA_DIR_VARIABLE)
-    if not chosen:
-        return None
-    folder = Path(chosen).expanduser()
-    if not folder.is_dir():
-        source = "data_dir" if name else f"${DATA_DIR_VARIABLE}"
-        raise MissingError(f"{source}: {folder} is no folder.", "It should look like the layout in the README.")
-    return folder
+def _known_place(name: str) -> hub.Place:
+    """Where a named source lies on the hub."""
+    known = KNOWN[name]
+    other = "The dataset slimpajama-6b is a part of it from another place; or use" if name == "slimpajama" else "Or use"
+    instead = f"{other} data_dir=FOLDER with a local copy, or name a local file (README, Data)."
+    return hub.Place(known.repo, known.config, instead=instead)
 
 
-def _data_file(name: str, known: _Known, split: Split, data_dir: Path) -> Path:
-    """The local copy of a named source."""
-    _hub_split(name, known, split)
-    if split not in known.files:
-        there = ", ".join(known.files.values())
-        raise MissingError(
-            f"{data_dir} has no {split} split of {name}, only {there}.",
-            "Choose another dataset, or leave data_dir out to read it from the hub.",
-        )
-    path = data_dir / known.files[split]
-    if not path.is_file():
-        raise MissingError(
-            f"No {name} data at {path}.", "Put the file there, or leave data_dir out to read from the hub."
-        )
-    return path
-
-
-def _hub_split(name: str, known: _Known, split: Split) -> str:
-    if split not in known.splits:
-        raise UsageError(
-            f"{name} has no {split} split, only {', '.join(known.splits)}.",
-            "Perplexity is measured on held-out text: wikitext2, pydoc, c4, slimpajama, or a file.",
-        )
-    return known.splits[split]
+def _hub_place(name: str) -> hub.Place | None:
+    """The dataset on the hub that `name` means; a path that is there, and a name that ends as files do, means none."""
+    path = Path(name).expanduser()
+    return None if is_format(path.name) or path.exists() else hub.parse(name)
 
 
 def _user_file(name: str) -> Path:
@@ -298,12 +292,15 @@ def _user_file(name: str) -> Path:
         file_format(path)
         return path
     if path.is_dir():
-        raise UsageError(f"{name} is a folder; a file is needed.", f"Files: {', '.join(FORMATS)}.")
-    if name.removesuffix(".gz").endswith(FORMATS):
+        hint = f"Files: {', '.join(FORMATS)}."
+        if hub.parse(name) is not None:
+            hint += " For the hub's dataset of this name, run the command in another folder."
+        raise UsageError(f"{name} is a folder; a file is needed.", hint)
+    if is_format(path.name):
         raise MissingError(f"No file {name}.", f"Seen from {Path.cwd()}.")
     close = nearest(name.lower(), SOURCES)
     suggestion = f" Did you mean {close}?" if close else ""
     raise UsageError(
         f"There is no dataset or file {name!r}.{suggestion}",
-        f"Datasets: {', '.join(SOURCES)}; or a file ({', '.join(FORMATS)}).",
+        f"Datasets: {', '.join(SOURCES)}; or a file ({', '.join(FORMATS)}). {hub.what_to_write(name)}",
     )

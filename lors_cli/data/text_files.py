@@ -17,7 +17,8 @@ from lors_cli.data.layouts import KEYS, Layout, Row, layout_of, mapped, read_row
 from lors_cli.errors import UsageError
 
 FORMATS = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt", ".safetensors")
-GZIPPED = (".jsonl", ".json", ".csv", ".tsv", ".txt")
+PACKABLE = (".jsonl", ".json", ".csv", ".tsv", ".txt")
+PACKED = (".gz", ".zst")
 Columns = Mapping[str, str] | None
 """Our names of columns to those of a file."""
 MAX_ROW_BYTES = 64 << 20
@@ -34,15 +35,27 @@ def file_format(path: Path) -> str:
     Raises:
         UsageError: its name ends otherwise.
     """
-    name = path.name.lower()
+    found = _format(path.name)
+    if found is None:
+        raise UsageError(
+            f"{path} is of no known format.",
+            f"The name must end in {', '.join(FORMATS)}; {', '.join(PACKABLE)} also with {' or '.join(PACKED)}.",
+        )
+    return found
+
+
+def is_format(name: str) -> bool:
+    """Whether a name ends as those of files that can be read do."""
+    return _format(name) is not None
+
+
+def _format(name: str) -> str | None:
+    name = name.lower()
     for suffix in FORMATS:
-        gzipped = suffix in GZIPPED and name.endswith(f"{suffix}.gz")
-        if name.endswith(suffix) or gzipped:
+        packed = suffix in PACKABLE and name.endswith(tuple(suffix + packing for packing in PACKED))
+        if name.endswith(suffix) or packed:
             return suffix[1:]
-    raise UsageError(
-        f"{path} is of no known format.",
-        f"The name must end in {', '.join(FORMATS)}; {', '.join(GZIPPED)} also with .gz.",
-    )
+    return None
 
 
 def row_layout(path: Path, columns: Columns = None) -> Layout:
@@ -78,7 +91,7 @@ def read_rows(
 
 
 def read_text(path: Path) -> str:
-    """The whole of a .txt or .txt.gz file, its line ends a newline each.
+    """The whole of a .txt file, packed or not, its line ends a newline each.
 
     Raises:
         UsageError: it is empty, or not UTF-8; the message names the line.
@@ -122,7 +135,7 @@ def json_values(path: Path, columns: Columns = None) -> Iterator[tuple[int, Any]
 
 
 def _whole(file: IO[bytes], path: Path) -> bytes:
-    """All that is left of a file, which a small gzip may unpack to more than any memory holds."""
+    """All that is left of a file, which a small packed one may unpack to more than any memory holds."""
     data = file.read(MAX_FILE_BYTES + 1)
     if len(data) > MAX_FILE_BYTES:
         raise UsageError(f"{path} holds more than {MAX_FILE_BYTES >> 20} MiB.", "Give it as JSON lines.")
@@ -196,10 +209,24 @@ def _decode(path: Path, number: int, data: bytes) -> str:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[IO[bytes]]:
-    """The file's bytes, unpacked when its name ends in .gz."""
-    gzipped = path.name.lower().endswith(".gz")
-    with gzip.open(path, "rb") if gzipped else open(path, "rb") as file:
+    """The file's bytes, unpacked when its name ends in .gz or .zst."""
+    with _unpacked(path) as file:
         try:
-            yield file  # type: ignore[misc]
+            yield file
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise UsageError(f"{path} is not a whole gzip file: {error}") from error
+        except OSError as error:
+            if error.errno is not None or not path.name.lower().endswith(".zst"):  # the machine's has a number
+                raise
+            raise UsageError(f"{path} is not a whole zstd file: {error}") from error
+
+
+def _unpacked(path: Path) -> IO[bytes]:
+    name = path.name.lower()
+    if name.endswith(".gz"):
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    if name.endswith(".zst"):
+        import pyarrow  # whose reader knows a file that was cut off, as that of zstandard does not
+
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    return open(path, "rb")

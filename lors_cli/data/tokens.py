@@ -6,15 +6,23 @@ prompts and isolated documents begin with the beginning-of-sequence token where 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lors_cli.data.held_out import hold_out_blocks, hold_out_samples, num_held_out
 from lors_cli.data.instructions import instruction_samples
-from lors_cli.data.packing import block_sample, packed_blocks, too_little_text
-from lors_cli.data.samples import EMPTY_OUTPUT, NO_LABEL, TuneData
+from lors_cli.data.packing import (
+    block_sample,
+    blocks_in_order,
+    packed_blocks,
+    shuffled_blocks,
+    too_little_text,
+)
+from lors_cli.data.samples import EMPTY_OUTPUT, NO_LABEL, Sample, TuneData
 from lors_cli.data.samples import PadCollator as PadCollator
-from lors_cli.data.sources import TextSource, open_source
+from lors_cli.data.sources import TextSource, calibration_source, open_source, tuning_source
 from lors_cli.data.tokenising import (
     BATCH_CHARS,
     DEFAULT_SAMPLES,
@@ -53,8 +61,8 @@ def calibration_tokens(
         UsageError: too little text, or a length that the model cannot take.
         MissingError: a file is not there.
     """
-    source = open_source(config.dataset, split="train", data_dir=data_dir, columns=config.columns)
-    say_layout(source)
+    source = calibration_source(config, data_dir)
+    say_source(source)
     length = window_length(config.sequence_length, model_max_length)
     if source.path is not None:
         return read_tokens(source.path, tokenizer, config.num_samples, config.sequence_length, model_max_length)
@@ -94,6 +102,7 @@ def perplexity_windows(
     import torch
 
     source = open_source(name, split="validation", data_dir=data_dir)
+    say_source(source)
     length = window_length(sequence_length, model_max_length)
     if source.path is not None:
         return read_tokens(source.path, tokenizer, None, sequence_length, model_max_length)[:max_windows]
@@ -121,13 +130,14 @@ def tuning_data(config: TuneConfig, tokenizer: Any, *, model_max_length: int, da
     """
     from lors_cli.data.stream.samples import is_streamed, stream_samples
 
-    source = open_source(config.data.dataset, split="train", data_dir=data_dir, want="instructions",
-                         columns=config.data.columns)  # fmt: skip
+    source = tuning_source(config.data, data_dir)
     if is_streamed(config, source):
+        origin = say_source(source)
         refuse_for_text(config.data, source)
-        return stream_samples(config, source, tokenizer, model_max_length=model_max_length, data_dir=data_dir)
+        data = stream_samples(config, source, tokenizer, model_max_length=model_max_length, data_dir=data_dir)
+        return replace(data, origin=origin)
     needed = config.max_steps * config.batch_size if config.max_steps else None
-    return tuning_samples(config.data, tokenizer, seed=config.seed, num_needed=needed,
+    return tuning_samples(config.data, tokenizer, seed=config.seed, num_needed=needed, val_size=config.val_size,
                           model_max_length=model_max_length, data_dir=data_dir)  # fmt: skip
 
 
@@ -139,12 +149,14 @@ def tuning_samples(
     num_needed: int | None,
     model_max_length: int,
     data_dir: Path | None,
+    val_size: float | None = None,
 ) -> TuneData:
     """What a model is tuned on: instruction rows in the source's order, or packed text.
 
     Args:
         seed: of the shuffle of packed blocks; instructions are not shuffled here.
         num_needed: samples that all steps together will take; bounds packed text when num_samples does not.
+        val_size: samples to hold out, below 1 a share of them; of num_samples where that is given.
 
     Returns:
         Samples of at most max_length tokens, each with a label at index 1 or later (the first token's label is
@@ -155,11 +167,13 @@ def tuning_samples(
         MissingError: a file is not there.
     """
     check_length(config.max_length, model_max_length, "max_length")
-    source = open_source(config.dataset, split="train", data_dir=data_dir, want="instructions", columns=config.columns)
-    say_layout(source)
+    source = tuning_source(config, data_dir)
+    origin = say_source(source)
     if source.kind == "instructions":
-        return instruction_samples(source, config, tokenizer)
+        data = hold_out_samples(instruction_samples(source, config, tokenizer), val_size)
+        return replace(data, origin=origin)
     refuse_for_text(config, source)
+    held_out: list[Sample] = []
     if source.path is not None:
         blocks = read_tokens(source.path, tokenizer, config.num_samples, None, None)
         if blocks.shape[1] > config.max_length:
@@ -169,23 +183,57 @@ def tuning_samples(
     else:
         wanted = config.num_samples if config.num_samples is not None else num_needed
         isolated = config.packing == "isolated"
-        blocks, starts = packed_blocks(
-            _texts(source), tokenizer, config.max_length, wanted, seed, source.streamed,
-            begin_tokens(tokenizer) if isolated else (),
-        )  # fmt: skip
+        begin = begin_tokens(tokenizer) if isolated else ()
+        if val_size is None:
+            blocks, starts = packed_blocks(
+                _texts(source), tokenizer, config.max_length, wanted, seed, source.streamed, begin
+            )
+        else:
+            held_out, blocks, starts = _text_without_its_start(config, source, tokenizer, val_size, begin)
+            most = wanted if config.num_samples is None else config.num_samples - len(held_out)
+            blocks, starts = shuffled_blocks(blocks, starts, most, seed)
         starts = starts if isolated else None
         if len(blocks) == 0:
             raise too_little_text(config)
     rows = blocks.numpy()
     marks = [None] * len(rows) if starts is None else starts.numpy()
     samples = [block_sample(row, mark) for row, mark in zip(rows, marks, strict=True)]
-    return TuneData(samples, len(samples), {EMPTY_OUTPUT: 0, NO_LABEL: 0}, blocks.numel())
+    data = TuneData(samples, len(samples), {EMPTY_OUTPUT: 0, NO_LABEL: 0}, blocks.numel(), held_out=held_out,
+                    origin=origin)  # fmt: skip
+    return hold_out_samples(data, val_size) if source.path is not None else data
 
 
-def say_layout(source: TextSource) -> None:
-    """Say what a file's rows were read as, where it could be doubted."""
+def _text_without_its_start(
+    config: TuneDataConfig, source: TextSource, tokenizer: Any, val_size: float, begin: Sequence[int]
+) -> tuple[list[Sample], torch.Tensor, torch.Tensor]:
+    """The first samples of a text, which are held out, and all blocks after them in order."""
+    if source.streamed:
+        raise UsageError(f"val_size: {source.name} is held out from where it is streamed.", "Leave data.stream out.")
+    blocks, starts = blocks_in_order(_texts(source), tokenizer, config.max_length, None, begin)
+    if len(blocks) == 0:
+        raise too_little_text(config)
+    number = num_held_out(val_size, min(len(blocks), config.num_samples or len(blocks)))
+    return hold_out_blocks(blocks, starts, number, isolated=config.packing == "isolated")
+
+
+def say_source(source: TextSource) -> dict[str, Any]:
+    """Say what is read where it could be doubted: a dataset's commit and split, what rows were read as, missing rows.
+
+    Returns:
+        What a run records of its data.
+    """
+    said = [source.found_at] if source.found_at else []
     if source.layout not in (None, "text", "instruction/output"):
-        console.info(f"  {source.name}: its rows are read as {source.layout}.")
+        said.append(f"its rows are read as {source.layout}")
+    if said:
+        console.info(f"  {source.name}: {'; '.join(said)}.")
+    origin: dict[str, Any] = {"source": source.fingerprint, **({"layout": source.layout} if source.layout else {})}
+    if source.original_rows is not None:
+        rows = sum(1 for _ in source.rows())
+        origin.update(rows=rows, original_rows=source.original_rows)
+        if rows < source.original_rows:
+            console.info(f"  {source.name}: {rows:,} rows here, the original has {source.original_rows:,}.")
+    return origin
 
 
 def usual_packing(source: TextSource) -> Literal["concatenated", "separate"] | None:

@@ -46,7 +46,7 @@ BELOW = {"transformers": "6", "lm-eval": "0.4.14"}
 """Distribution to the first version that is not known to work."""
 OPTIONAL = {
     "triton": "the fused merge on NVIDIA GPUs (it comes with torch's CUDA builds on Linux)",
-    "tensorboard": "tune.tensorboard=true",
+    **{name: f"tune.report_to=[{name}]" for name in ("wandb", "tensorboard", "mlflow", "trackio")},
 }
 OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 HUB_TIMEOUT_S = 4.0
@@ -216,10 +216,13 @@ def data() -> Iterator[Finding]:
         return
     yield Finding("folder", "ok", f"{folder} (${DATA_DIR_VARIABLE}); what is missing there is not downloaded")
     from lors_cli.evaluation.tasks import check_tasks
+    from lors_cli.recipe.schema import EvalConfig
 
     texts = [name for name in SOURCES if name not in ("pydoc", "wikitext2-lines")]  # which are no files of their own
     yield from _there("texts", texts, lambda name: _open_text(name, folder), "(pydoc needs no file)")
-    yield from _there("tasks", SEVEN_TASKS, lambda task: check_tasks([task], folder), f"of {len(SEVEN_TASKS)}")
+    yield from _there(
+        "tasks", SEVEN_TASKS, lambda task: check_tasks(EvalConfig(tasks=(task,)), folder), f"of {len(SEVEN_TASKS)}"
+    )
 
 
 def _there(what: str, names: Iterable[str], look: Callable[[str], object], more: str) -> Iterator[Finding]:

@@ -100,7 +100,7 @@ def fast_paths() -> Iterator[Finding]:
     fast = device.type != "cpu" or cpu_has_bfloat16()
     dtype = torch.bfloat16 if fast else torch.float32
     yield _merge(device, dtype)
-    yield _compressed(device, dtype)
+    yield _packed(device, dtype)
     yield _cache(device)
     yield _attention(device)
     yield _tokenizers()
@@ -115,14 +115,14 @@ def _merge(device: torch.device, dtype: torch.dtype) -> Finding:
     return Finding("LoRS merge", "ok", text)
 
 
-def _compressed(device: torch.device, dtype: torch.dtype) -> Finding:
+def _packed(device: torch.device, dtype: torch.dtype) -> Finding:
     from lors_cli.tuning.kernels.masked_merge import why_no_kernel
 
     if why_no_kernel(device, dtype):
-        text = "tune.base=compressed (2:4) saves memory and costs time: each weight is restored for its merge"
+        text = "tune.base=packed saves memory and costs time: each weight is unpacked for its merge"
     else:
-        text = "tune.base=compressed (2:4) saves memory at no cost: the CUDA kernel reads it as it is"
-    return Finding("compressed base", "ok", text)
+        text = "tune.base=packed (2:4) saves memory at no cost: the CUDA kernel reads it as it is"
+    return Finding("packed base", "ok", text)
 
 
 def _cache(device: torch.device) -> Finding:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from lors_cli.data import tokenising
+from lors_cli.evaluation.entries import resolve, tasks_of
 from lors_cli.evaluation.texts import NEW_TOKENS, PROMPT_TOKENS, PROMPTS
 from lors_cli.models.needs import RUNTIME, Estimate
 from lors_cli.models.size import ModelSize, forward
@@ -33,9 +34,12 @@ def needs(config: EvalConfig, size: ModelSize) -> Estimate:
 def operations(config: EvalConfig, size: ModelSize, num_models: int) -> float | None:
     """Floating-point operations, None where a text's length is not known."""
     total = 0.0
-    for task in config.tasks:
-        documents, tokens = TASK_DOCUMENTS.get(task, OTHER_TASK)
-        total += forward(size, min(documents, config.limit or documents) * tokens, tokens / 2)
+    for task in tasks_of(resolve(config)):
+        documents, tokens = TASK_DOCUMENTS.get(task.name, OTHER_TASK)
+        limit = config.limit or documents
+        scored = min(documents, limit) if limit >= 1 else math.ceil(limit * documents)
+        tokens = min(tokens * (1 + task.num_fewshot), size.max_length)
+        total += forward(size, scored * tokens, tokens / 2)
     length = config.perplexity_length or min(tokenising.DEFAULT_LENGTH, size.max_length)
     for text in config.perplexity:
         at_most = config.perplexity_windows * length if config.perplexity_windows else math.inf

@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from lors_cli.data import sources
 from lors_cli.errors import UsageError
-from lors_cli.evaluation.tasks import OWN_TASKS, task_fingerprint
+from lors_cli.evaluation.entries import OWN_TASKS, Task, groups_of, resolve, tasks_of
+from lors_cli.evaluation.tasks import task_fingerprint
 from lors_cli.files import atomic, hashes
 from lors_cli.recipe.schema import EvalConfig
 
@@ -40,6 +41,7 @@ class Piece:
     fingerprint: str
     path: Path
     samples: Path | None
+    task: Task | None = None
 
     def stored(self) -> dict[str, Any] | None:
         """What an earlier run found, None when there is nothing or it is out of date."""
@@ -71,11 +73,11 @@ def pieces_of(
         if not _LABEL.match(label) or label in ("stage", "samples"):
             raise UsageError(f"{label!r} cannot be a model's name in the results.", "Use letters, digits, . _ -")
     settings = {"batch_size": config.batch_size, "transformers": version("transformers").split(".")[0]}
-    contents: list[tuple[Kind, str, list[Any]]] = [
-        *(("tasks", name, [task_fingerprint(name, data_dir), config.limit]) for name in config.tasks),
+    contents: list[tuple[Kind, str, list[Any], Task | None]] = [
+        *(("tasks", task.name, _task_content(config, task, data_dir), task) for task in tasks_of(resolve(config))),
         *(
             ("perplexity", name, [sources.fingerprint_source(name, split="validation", data_dir=data_dir),
-                                  config.perplexity_windows, config.perplexity_length])
+                                  config.perplexity_windows, config.perplexity_length], None)
             for name in config.perplexity
         ),
     ]  # fmt: skip
@@ -87,10 +89,23 @@ def pieces_of(
             hashes.fingerprint(f"eval/{kind}", _version(kind, name), settings, {"model": model, "content": content}),
             out / ".pieces" / label / f"{_file_stem(kind, name)}.json",
             samples_path(out, label, name) if kind == "tasks" else None,
+            task,
         )
         for label, model in model_fingerprints.items()
-        for kind, name, content in contents
+        for kind, name, content, task in contents
     ]
+
+
+def _task_content(config: EvalConfig, task: Task, data_dir: Path | None) -> list[Any]:
+    """What a task's scores depend on; what is at its default is not in it."""
+    limit = config.limit if config.limit is None or config.limit < 1 else int(config.limit)
+    one_turn = config.apply_chat_template and config.fewshot_as_multiturn is False
+    prompts = {
+        "num_fewshot": task.num_fewshot, "apply_chat_template": config.apply_chat_template,
+        "examples_in_one_turn": one_turn, "system_instruction": config.system_instruction,
+    }  # fmt: skip
+    given = {key: value for key, value in prompts.items() if value}
+    return [task_fingerprint(task, data_dir), limit, *([given] if given else [])]
 
 
 def _version(kind: Kind, name: str) -> int:
@@ -110,15 +125,19 @@ def _file_stem(kind: Kind, name: str) -> str:
     return stem if kind == "tasks" else f"perplexity-{stem}"
 
 
-def whole_fingerprint(pieces: Sequence[Piece]) -> str:
-    """The stage's fingerprint, of all its pieces."""
+def whole_fingerprint(config: EvalConfig, pieces: Sequence[Piece]) -> str:
+    """The stage's fingerprint, of all its pieces and of the groups that they are in."""
     inputs = {f"{piece.label}/{piece.path.stem}": piece.fingerprint for piece in pieces}
-    return hashes.fingerprint("eval", STAGE_VERSION, None, inputs)
+    groups = {
+        group.name: [[member.name for member in group.members], [asdict(metric) for metric in group.metrics]]
+        for group in groups_of(resolve(config))
+    }
+    return hashes.fingerprint("eval", STAGE_VERSION, groups or None, inputs)
 
 
 def eval_fingerprint(config: EvalConfig, model_fingerprints: Mapping[str, str], data_dir: Path | None) -> str:
     """The fingerprint that `stage.json` has once all of this is evaluated."""
-    return whole_fingerprint(pieces_of(config, model_fingerprints, Path(), data_dir))
+    return whole_fingerprint(config, pieces_of(config, model_fingerprints, Path(), data_dir))
 
 
 def pending(pieces: Iterable[Piece]) -> list[Piece]:

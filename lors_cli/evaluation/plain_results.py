@@ -18,8 +18,8 @@ class TaskResult:
     metrics: dict[str, float | int | None]
     """acc, acc_stderr, acc_norm, acc_norm_stderr, other metrics of the task, num_samples."""
     samples: list[dict[str, Any]]
-    """A document each: doc_id, target, log_likelihoods of the choices (or responses), acc, acc_norm: 0, 1 or, where
-    the task has such, a fraction."""
+    """A document each: doc_id, target, log_likelihoods of the choices (or responses, and what was generated where a
+    filter made them of it), acc, acc_norm: 0, 1 or, where the task has such, a fraction."""
 
 
 def plain_result(task: str, title: str, results: dict[str, Any]) -> TaskResult:
@@ -48,6 +48,9 @@ def _plain_sample(sample: dict[str, Any]) -> dict[str, Any]:
         plain["log_likelihoods"] = [finite(answer[0]) for answer in answers]
     else:
         plain["responses"] = _plain_value(answers)
+        raw = _plain_value(sample["resps"])
+        if sample["filter"] != "none" and raw != [plain["responses"]]:
+            plain["generated"] = raw
     for name in sample["metrics"]:
         value = _plain_value(sample[name])
         plain[name] = int(value) if name in _SCORES and value in (0, 1) else value  # 1, not 1.0 or true

@@ -11,6 +11,7 @@ from typing import Any
 
 from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 
 from lors_cli.data.tokenising import check_known
 from lors_cli.errors import UsageError
@@ -82,8 +83,40 @@ class ShownModel(HFLM):
             yield
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
-        with self._counted(len(requests), "requests"):
-            return super().generate_until(requests, disable_tqdm=True)
+        """In lm-eval's batches, of prompts with the same settings and about as long, dealt out to the processes."""
+        generate = super().generate_until
+        found: dict[int, str] = {}
+        batches = self._generation_batches(requests)
+        with progress.progress(self.title, len(requests), "requests") as step:
+            texts = processes.deal(
+                batches,
+                lambda batch: generate([requests[number] for number in batch], disable_tqdm=True),
+                lambda batch: step.advance(len(batch)),
+            )
+        for batch, answers in zip(batches, texts, strict=True):
+            found.update(zip(batch, answers, strict=True))
+        return [found[number] for number in range(len(requests))]
+
+    def _generation_batches(self, requests: list[Any]) -> list[list[int]]:
+        """Numbers of the requests that are generated together, those with the longest prompts first."""
+        by_settings: dict[str, list[tuple[int, str, int]]] = {}
+        for number, request in enumerate(requests):
+            prompt, settings = request.args
+            most = normalize_gen_kwargs(settings, self.max_gen_toks)["max_gen_toks"]
+            room = self.max_length - most
+            if room <= 0:
+                raise UsageError(
+                    f"{self.title}: answers of {most} tokens leave no room for a question; this model takes "
+                    f"{self.max_length} tokens."
+                )
+            length = len(self.tok_encode(prompt))
+            self.num_cut += length > room
+            by_settings.setdefault(repr(settings), []).append((-length, prompt, number))
+        return [
+            [number for *_, number in part[first : first + self.batch_size]]
+            for part in map(sorted, by_settings.values())
+            for first in range(0, len(part), self.batch_size)
+        ]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
         """One document at a time, since lm-eval reports none before all are done."""

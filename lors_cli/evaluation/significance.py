@@ -185,26 +185,45 @@ def compare_models(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> li
     if not pairs:
         base, *others = results or [""]
         pairs = [(label, base) for label in others]
-    known = {label: _read_accuracies(folder, label, result) for label, result in results.items()}
+    known = {label: read_accuracies(folder, label, result) for label, result in results.items()}
     found = [compare(*pair, known[pair[0]], known[pair[1]]) for pair in pairs]
     return [comparison for comparison in found if comparison is not None]
 
 
-def _read_accuracies(folder: Path, label: str, result: Mapping[str, Any]) -> dict[str, dict[Any, float]]:
+def read_accuracies(folder: Path, label: str, result: Mapping[str, Any]) -> dict[str, dict[Any, float]]:
     """A model's accuracies by task and document; empty where a task's are not there, not numbers, or of other results.
 
     What lors wrote before it kept fractions is of other results: the documents' mean is not the task's accuracy.
     """
     accuracies = {}
-    for task in result["average"]["tasks"]:
-        path = samples_path(folder, label, task)
-        if not path.is_file():
+    for name in result["average"]["tasks"]:
+        tasks = _tasks_in(result, name)
+        rows = [_read_documents(samples_path(folder, label, task)) for task in tasks]
+        if not all(rows):
             return {}
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        found = {row["doc_id"]: row.get("acc") for row in rows if "filter" not in row}
-        if not found or None in found.values():
+        found = {
+            (task, document): acc for task, part in zip(tasks, rows, strict=True) for document, acc in part.items()
+        }
+        score = result["tasks"].get(name, {}).get("acc") or 0
+        if not math.isclose(fmean(found.values()), score, abs_tol=1e-6):  # maybe each task of a group counts the same
+            sizes = {task: len(found) / len(tasks) / len(part) for task, part in zip(tasks, rows, strict=True)}
+            found = {(task, document): sizes[task] * acc for (task, document), acc in found.items()}
+        if not math.isclose(fmean(found.values()), score, abs_tol=1e-6):
             return {}
-        if not math.isclose(fmean(found.values()), result["tasks"].get(task, {}).get("acc") or 0, abs_tol=1e-6):
-            return {}
-        accuracies[task] = found
+        accuracies[name] = found if name in result.get("groups", {}) else {key[1]: acc for key, acc in found.items()}
     return accuracies
+
+
+def _tasks_in(result: Mapping[str, Any], name: str) -> list[str]:
+    """The tasks of a group; a task's own name."""
+    members = result.get("groups", {}).get(name)
+    return [name] if members is None else [task for member in members for task in _tasks_in(result, member)]
+
+
+def _read_documents(path: Path) -> dict[Any, float]:
+    """A task's accuracies by document; nothing where they are not there or not numbers."""
+    if not path.is_file():
+        return {}
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    found = {row["doc_id"]: row.get("acc") for row in rows if "filter" not in row}
+    return {} if None in found.values() else found

@@ -10,12 +10,15 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lors_cli.errors import UsageError
+from lors_cli.evaluation.entries import Entry, groups_of, resolve
+from lors_cli.evaluation.groups import task_rows
 from lors_cli.evaluation.pieces import PERPLEXITY_FIELDS, Piece, pending, pieces_of, whole_fingerprint
 from lors_cli.evaluation.plain_results import finite
 from lors_cli.evaluation.summary import average
@@ -54,7 +57,7 @@ def evaluate(
     model_configs = {label: ModelConfig.of(model) for label, model in models.items()}
     out, data_dir = Path(out), Path(data_dir) if data_dir else None
     with processes.joined():
-        check_tasks(config.tasks, data_dir)
+        check_tasks(config, data_dir)
         fingerprints = {label: sources.model_fingerprint(model) for label, model in model_configs.items()}
         pieces = pieces_of(config, fingerprints, out, data_dir)
         shutil.rmtree(_scratch(out), ignore_errors=True)  # of a run that was killed
@@ -83,17 +86,22 @@ def _score_model(
     done = f", {already} done before" if already else ""
     console.info(f"  {label}: {len(pieces)} to score{done} ({model_config.path})")
     scratch = _scratch(out)
-    model, tokenizer = loading.load_model(model_config), loading.load_tokenizer(model_config)
+    tokenizer = loading.load_tokenizer(model_config)
+    if config.apply_chat_template:
+        check_chat_template(tokenizer, model_config)
+    model = loading.load_model(model_config)
     try:
         for number, piece in enumerate(pieces, start=1):
             started = time.monotonic()
             if piece.kind == "tasks":
                 result = _score_task(config, model, tokenizer, piece, scratch, data_dir)
                 shown = ", ".join(
-                    f"{key} {result[key]:.4f}" for key in ("acc", "acc_norm") if result.get(key) is not None
+                    f"{key} {value:.4f}"
+                    for key, value in result.items()
+                    if value is not None and key.partition(",")[0] in ("acc", "acc_norm", "exact_match")
                 )
             else:
-                result = _score_text(config, model, tokenizer, piece, data_dir)
+                result = _score_text(config, model_config, model, tokenizer, piece, data_dir)
                 shown = f"perplexity {result['value']:.3f}" if result["value"] is not None else "no finite perplexity"
             elapsed_s = time.monotonic() - started
             content = {"fingerprint": piece.fingerprint, "elapsed_s": round(elapsed_s, 3), "result": result}
@@ -116,16 +124,8 @@ def _score_task(
     """Score one task and write its documents."""
     from lors_cli.evaluation.harness import score_task
 
-    result = score_task(
-        model,
-        tokenizer,
-        piece.name,
-        limit=config.limit,
-        batch_size=config.batch_size,
-        data_dir=data_dir,
-        folder=scratch,
-        label=piece.label,
-    )
+    assert piece.task is not None
+    result = score_task(model, tokenizer, piece.task, config, data_dir=data_dir, folder=scratch, label=piece.label)
     assert piece.samples is not None
     if processes.is_main():
         lines = (json.dumps(sample, ensure_ascii=False, allow_nan=False) + "\n" for sample in result.samples)
@@ -134,19 +134,28 @@ def _score_task(
     return result.metrics
 
 
-def _score_text(config: EvalConfig, model: Any, tokenizer: Any, piece: Piece, data_dir: Path | None) -> dict[str, Any]:
+def _score_text(
+    config: EvalConfig, model_config: ModelConfig, model: Any, tokenizer: Any, piece: Piece, data_dir: Path | None
+) -> dict[str, Any]:
     """Measure one perplexity."""
+    import torch
+
+    from lors_cli.data.tokenising import window_length
     from lors_cli.data.tokens import perplexity_windows
     from lors_cli.evaluation.perplexity import token_perplexity
 
+    length, limit = config.perplexity_length, blocks.model_max_length(model)
+    with_bos = model_config.add_bos_token is True and not piece.name.endswith(".safetensors")
     windows = perplexity_windows(
         piece.name,
         tokenizer,
-        sequence_length=config.perplexity_length,
-        model_max_length=blocks.model_max_length(model),
+        sequence_length=window_length(length, limit) - 1 if with_bos else length,
+        model_max_length=limit,
         max_windows=config.perplexity_windows,
         data_dir=data_dir,
     )
+    if with_bos:
+        windows = torch.nn.functional.pad(windows, (1, 0), value=tokenizer.bos_token_id)
     with progress.progress(f"{piece.label} perplexity {piece.name}", len(windows), "windows") as step:
         found = token_perplexity(model, windows, batch_size=config.batch_size, on_progress=step.advance)
     result = {key: finite(value) for key, value in found.items()}
@@ -164,8 +173,11 @@ def _publish(
 ) -> dict[str, dict[str, Any]]:
     """Write each model's results and, last, the stage's record; files that already say so are left alone."""
     stored = [(piece, piece.stored() or {}) for piece in pieces]
+    entries = resolve(config)
     results = {
-        label: _collect(model.path, [(piece, content["result"]) for piece, content in stored if piece.label == label])
+        label: _collect(
+            model.path, entries, [(piece, content["result"]) for piece, content in stored if piece.label == label]
+        )
         for label, model in model_configs.items()
     }
     for label, content in results.items():
@@ -173,7 +185,7 @@ def _publish(
             atomic.write_json(out / f"{label}.json", content)
     files = {f"{label}.json": hashes.file_sha256(out / f"{label}.json") for label in sorted(results)}
     files |= published(config, results, out)
-    old, expected = records.read_record(out), whole_fingerprint(pieces)
+    old, expected = records.read_record(out), whole_fingerprint(config, pieces)
     if old is not None and old.fingerprint == expected and old.files == files:
         return results
     for stale in sorted(set(old.files if old else ()) - set(files)):
@@ -199,13 +211,29 @@ def _publish(
     return results
 
 
-def _collect(path: str, found: list[tuple[Piece, dict[str, Any]]]) -> dict[str, Any]:
+def _collect(path: str, entries: Sequence[Entry], found: list[tuple[Piece, dict[str, Any]]]) -> dict[str, Any]:
     """One model's results from those of its pieces: results only, no times."""
-    tasks = {piece.name: result for piece, result in found if piece.kind == "tasks"}
+    scores = {piece.name: result for piece, result in found if piece.kind == "tasks"}
     texts = {piece.name: result for piece, result in found if piece.kind == "perplexity"}
+    tasks, groups = task_rows(entries, scores), {group.name: group for group in groups_of(entries)}
+    members = {name: [member.name for member in group.members] for name, group in groups.items()}
     return {
         "model": path,
         "tasks": tasks,
-        "average": average(tasks),
+        **({"groups": members} if members else {}),
+        "average": average(tasks, [entry.name for entry in entries]),
         "perplexity": {name: {key: result[key] for key in PERPLEXITY_FIELDS} for name, result in texts.items()},
     }
+
+
+def check_chat_template(tokenizer: Any, model: ModelConfig) -> None:
+    """Refuse a model without a chat template, for prompts that are to be put into it.
+
+    Raises:
+        UsageError: it has none.
+    """
+    if not tokenizer.chat_template:
+        raise UsageError(
+            f"eval.apply_chat_template: {model.path} has no chat template.",
+            "Leave it out, or score a model that was tuned for chat.",
+        )

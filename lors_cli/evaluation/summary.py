@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from statistics import fmean
 from typing import Any
 
 
-def average(tasks: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def average(tasks: dict[str, dict[str, Any]], names: Iterable[str] | None = None) -> dict[str, Any]:
     """The unweighted mean accuracy of those `tasks` (metrics by task) that have one.
+
+    Args:
+        names: those that count, by default all: a group counts once, not its subtasks.
 
     Returns:
         {"metric": "acc", "value", "tasks"}; the value is None when no task has an accuracy, or one of them has
         none because the model is broken.
     """
-    names = [name for name, metrics in tasks.items() if "acc" in metrics]
+    names = [name for name in (tasks if names is None else names) if "acc" in tasks[name]]
     values = [tasks[name]["acc"] for name in names]
     value = fmean(values) if values and None not in values else None
     return {"metric": "acc", "value": value, "tasks": names}
 
 
-def average_stderr(tasks: dict[str, dict[str, Any]]) -> float | None:
-    """The standard error of `average`'s value, the tasks being independent; None where a task's own is missing."""
-    errors: list[Any] = [metrics.get("acc_stderr") for metrics in tasks.values() if "acc" in metrics]
+def average_stderr(result: dict[str, Any]) -> float | None:
+    """The standard error of a model's average, the tasks being independent; None where a task's own is missing."""
+    tasks = result.get("tasks") or {}
+    names = (result.get("average") or {}).get("tasks") or ()
+    errors: list[Any] = [tasks.get(name, {}).get("acc_stderr") for name in names]
     if not errors or None in errors:
         return None
     return math.sqrt(math.fsum(error**2 for error in errors)) / len(errors)
@@ -61,5 +67,5 @@ def recovered(results: dict[str, dict[str, Any]]) -> dict[str, float | None]:
 
 def _error_of_loss(dense: dict[str, Any], pruned: dict[str, Any]) -> float:
     """The standard error of the difference of two averages, taken as independent; 0 where it is not known."""
-    errors = [average_stderr(result.get("tasks", {})) for result in (dense, pruned)]
+    errors = [average_stderr(result) for result in (dense, pruned)]
     return math.hypot(*(error for error in errors if error is not None)) if None not in errors else 0.0

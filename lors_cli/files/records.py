@@ -20,6 +20,10 @@ RECORD_NAME = "stage.json"
 STAGING_NAME = ".staging"
 WORK_NAME = ".work"
 JOURNAL_NAME = ".publishing.json"
+CARD_NAME = "README.md"
+"""The model card, which is for people to edit."""
+FINGERPRINT_NAME, MADE_NAME = "fingerprint.json", "made.json"
+"""In the work folder: whose work it is, and the settings and inputs that it is done with."""
 
 
 @dataclass(frozen=True)
@@ -68,22 +72,43 @@ def inner_names(names: Any) -> list[str] | None:
 
 
 def is_finished(folder: Path, expected_fingerprint: str) -> bool:
-    """Whether `folder` holds the whole result of exactly this stage: its record and every file, as written."""
+    """Whether `folder` holds the whole result of exactly this stage: its record and every file, as written.
+
+    The model card may be another one by now, or gone.
+    """
     record = read_record(folder)
     if record is None or record.fingerprint != expected_fingerprint:
         return False
     return all((folder / name).is_file() and cached_sha256(folder / name) == digest
-               for name, digest in record.files.items())  # fmt: skip
+               for name, digest in record.files.items() if name != CARD_NAME)  # fmt: skip
 
 
-def work_dir(folder: Path, expected_fingerprint: str) -> Path:
-    """The folder for a stage's resumable state; state of another fingerprint is thrown away."""
+def work_dir(folder: Path, expected_fingerprint: str, made: dict[str, Any] | None = None) -> Path:
+    """The folder for a stage's resumable state; state of another fingerprint is thrown away.
+
+    Args:
+        made: the stage's `config` and `inputs`, noted there.
+    """
     work = folder / WORK_NAME
-    if read_json(work / "fingerprint.json") != expected_fingerprint:
+    if read_json(work / FINGERPRINT_NAME) != expected_fingerprint:
         if work.exists():
             shutil.rmtree(work)
-        write_json(work / "fingerprint.json", expected_fingerprint)
+        write_json(work / FINGERPRINT_NAME, expected_fingerprint)
+        if made is not None:
+            write_json(work / MADE_NAME, plain(made))
     return work
+
+
+def is_made(value: Any) -> bool:
+    """Whether what lies in the work folder says of its work what `work_dir` notes."""
+    known = isinstance(value, dict) and value.keys() == {"config", "inputs"}
+    return known and all(isinstance(part, dict) for part in value.values())
+
+
+def has_work(folder: Path) -> bool:
+    """Whether the work folder holds more than what it is begun with."""
+    work = folder / WORK_NAME
+    return work.is_dir() and any(path.name not in (FINGERPRINT_NAME, MADE_NAME) for path in work.iterdir())
 
 
 def staging_dir(folder: Path) -> Path:
@@ -139,6 +164,6 @@ def leftovers(folder: Path) -> list[Path]:
     record = read_record(folder)
     assert record is not None, folder
     left = [folder / STAGING_NAME, folder / JOURNAL_NAME]
-    if read_json(folder / WORK_NAME / "fingerprint.json") in (None, record.fingerprint):
+    if read_json(folder / WORK_NAME / FINGERPRINT_NAME) in (None, record.fingerprint):
         left.append(folder / WORK_NAME)
     return [path for path in left if path.exists()]

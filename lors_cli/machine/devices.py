@@ -27,6 +27,14 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+@cache
+def processor_features() -> str:
+    """The processor's instruction sets in the system's words, empty where it does not list them."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    return next((line for line in lines if line.partition(":")[0].strip() in ("flags", "Features")), "")
+
+
 def usable_processors() -> int:
     """Logical processors that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

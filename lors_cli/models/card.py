@@ -1,69 +1,89 @@
-"""The model card: README.md of a pruned or tuned checkpoint."""
+"""The model card: README.md of a checkpoint, with the front matter that the hub reads."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+from lors_cli.data.prompts import TEMPLATES
+from lors_cli.models.origins import TAG, Fields, looks_like_hub_id, portable
 from lors_cli.models.sources import short_name
-from lors_cli.output.markdown import escape, markdown_table, table
+from lors_cli.output.markdown import Block, Code, Table, escape, table, to_markdown
+from lors_cli.recipe.loading import without_none
+from lors_cli.recipe.yaml12 import write
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_FILE_ENDINGS = (".gguf", ".safetensors", ".bin", ".json")
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
+_SHOWN = (
+    "loss_before", "loss_after", "loss_samples", "loss_held_out", "val_loss_best", "val_loss_last", "val_samples",
+    "model_step", "moved", "steps", "num_samples", "violations", "trainable_parameters",
+)  # fmt: skip
+"""A stage's numbers that a card has."""
+_QUESTION = "Name three colours."
+
+
+@dataclass(frozen=True)
+class CardScores:
+    """What an evaluation says of a checkpoint, and of the model that it was made from."""
+
+    table: Table
+    note: str
+    results: list[EvalResult]
+    settings: dict[str, Any]
+    """The eval stage's."""
 
 
 def model_card(
-    *,
-    base_model: str,
-    prune: dict[str, Any] | None,
-    tune: dict[str, Any] | None,
-    metrics: dict[str, Any],
-    environment: dict[str, Any],
-) -> str:
-    """README.md for a checkpoint folder, with the hub's front matter.
+    *, base_model: str, prune: dict[str, Any] | None, tune: dict[str, Any] | None, metrics: dict[str, Any],
+    environment: dict[str, Any], fields: Fields, name: str = ".", scores: CardScores | None = None,
+) -> str:  # fmt: skip
+    """README.md for a checkpoint.
 
     Args:
         base_model: what the pipeline started from: hub id, folder or file.
         prune: the prune stage's config, None when the model was not pruned here; `tune` likewise.
         metrics: of the stage that wrote the checkpoint.
+        fields: what is known of its origin, as `origins.inherited` gives it.
+        name: what to load it by: a hub id, or "." for the folder it lies in.
     """
+    base = fields.get("base_model") or short_name(base_model)
     pattern = metrics.get("pattern") or (prune or {}).get("pattern")
     done = [word for word, stage in (("pruned", prune), ("tuned", tune)) if stage] or ["pruned"]
-    parts = [
-        _front_matter(base_model, prune, tune, pattern),
-        f"# {escape(short_name(base_model))}, {' and '.join(done)}",
-        _description(base_model, prune, tune, metrics, pattern),
-        "## Settings\n\n" + markdown_table(table(["setting", "value"], _settings(prune, tune, metrics))),
-        _usage(pattern),
-        "## Licence\n\nThe licence and the terms of use are those of the base model.",
+    is_whole = "data" in (tune or {})  # of a merge only what the adapter does is known
+    settings = {"prune": prune, "tune": tune if is_whole else None, "eval": scores.settings if scores else None}
+    blocks: list[Block] = [
+        f"# {escape(short_name(base))}, {' and '.join(done)}",
+        _description(base, prune, tune, metrics, pattern),
+        *_scores(scores),
+        *_prompt(metrics.get("prompt")),
+        "## Use", *_usage(name, pattern, metrics.get("prompt")),
+        "## How it was made", Code(recipe_text(base, settings), "yaml"),
+        *_results(metrics),
+        "## Licence", "The licence and the terms of use are those of the base model.",
         f"Made with lors: {versions(environment)}.",
-    ]
-    return "\n\n".join(parts) + "\n"
+    ]  # fmt: skip
+    results = scores.results if scores else []
+    return f"---\n{_front_matter(name, fields, prune, tune, pattern, results)}---\n\n{to_markdown(blocks)}"
 
 
-def _front_matter(base_model: str, prune: dict[str, Any] | None, tune: dict[str, Any] | None, pattern: Any) -> str:
-    """The YAML block between `---` lines that the hub reads; it names a base model that looks like a hub id."""
-    from lors_cli.recipe.yaml12 import write
+def _front_matter(
+    name: str, fields: Fields, prune: dict[str, Any] | None, tune: dict[str, Any] | None, pattern: Any,
+    results: Sequence[EvalResult],
+) -> str:  # fmt: skip
+    """The YAML that the hub reads, as its own library arranges it."""
+    from huggingface_hub import ModelCardData
 
     methods = [str(stage["method"]) for stage in (prune, tune) if stage and stage.get("method")]
     named = [str(pattern)] if pattern and pattern != "dense" else []
-    tags = ["sparsity", "lors", *(["pruning"] if prune else []), *methods, *named]
-    fields: dict[str, Any] = {"base_model": base_model} if looks_like_hub_id(base_model) else {}
-    fields |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": list(dict.fromkeys(tags))}
-    return f"---\n{write(fields)}---"
-
-
-def looks_like_hub_id(name: str) -> bool:
-    """Whether `name` can be `owner/model` on the hub rather than a folder or a file here."""
-    return (
-        bool(_HUB_ID.fullmatch(name))
-        and len(name) <= 96
-        and not name.endswith(_FILE_ENDINGS)
-        and "--" not in name
-        and ".." not in name
-        and not Path(name).exists()
-    )
+    tags = ["sparse", TAG, *(["pruned"] if prune else []), *methods, *named]
+    data = ModelCardData(
+        **fields, library_name="transformers", pipeline_tag="text-generation", tags=tags,
+        model_name=short_name(name) if results else None, eval_results=list(results) or None,
+    )  # fmt: skip
+    return write(data.to_dict())
 
 
 def versions(environment: dict[str, Any]) -> str:
@@ -76,63 +96,86 @@ def versions(environment: dict[str, Any]) -> str:
 
 
 def _description(
-    base_model: str, prune: dict[str, Any] | None, tune: dict[str, Any] | None, metrics: dict[str, Any], pattern: Any
+    base: str, prune: dict[str, Any] | None, tune: dict[str, Any] | None, metrics: dict[str, Any], pattern: Any
 ) -> str:
-    sentences = [f"A sparse version of {escape(base_model)}."]
-    sparsity = metrics.get("sparsity")
+    link = f"[{escape(base)}](https://huggingface.co/{base})" if looks_like_hub_id(base) else escape(base)
+    sentences = [f"A sparse version of {link}."]
+    sparsity, dense = metrics.get("sparsity"), metrics.get("dense_layers")
     if sparsity is not None:
+        linears = "pruned linear layers" if dense else "decoder blocks' linear layers"
         sentences.append(
-            f"{sparsity:.2%} of the weights in the decoder blocks' linear layers are zero"
-            f"{f' (pattern {escape(pattern)})' if pattern else ''}; embeddings and output head are dense."
+            f"{sparsity:.2%} of the weights in the {linears} are zero"
+            f"{f' (pattern {escape(pattern)})' if pattern else ''}; "
+            f"{f'{len(dense)} linear layers, ' if dense else ''}embeddings and output head are dense."
         )
     if prune:
         calibration = prune.get("calibration") or {}
-        data = f", calibrated on {escape(calibration['dataset'])}" if "calibration" in metrics and calibration else ""
+        data = ""
+        if "calibration" in metrics and calibration:
+            data = f", calibrated on {escape(portable(calibration['dataset']))}"
         sentences.append(f"It was pruned with {escape(prune.get('method'))}{data}.")
     if tune:
-        data = escape((tune.get("data") or {}).get("dataset", "text"))
+        dataset = (tune.get("data") or {}).get("dataset")
+        data = f" on {escape(portable(dataset))}" if dataset else ""
         keeps = ", which keeps every zero" if tune.get("method") != "lora" else ""
         sentences.append(
-            f"It was then tuned on {data} with {escape(tune.get('method'))} at rank {tune.get('rank')}{keeps}; "
+            f"It was then tuned{data} with {escape(tune.get('method'))} at rank {tune.get('rank')}{keeps}; "
             "the adapter is merged into these weights."
         )
     return " ".join(sentences)
 
 
-def _settings(prune: dict[str, Any] | None, tune: dict[str, Any] | None, metrics: dict[str, Any]) -> list[list[str]]:
-    """Config values by dotted key, then the stage's plain numbers."""
-    rows = []
-    for stage, config in (("prune", prune), ("tune", tune)):
-        rows += [[f"{stage}.{key}", value] for key, value in _flat(config or {})]
-    shown = (
-        "loss_before", "loss_after", "loss_samples", "loss_held_out", "moved", "steps", "num_samples", "violations",
-        "trainable_parameters",
-    )  # fmt: skip
-    rows += [[f"result: {key}", str(metrics[key])] for key in shown if key in metrics]
-    return rows
+def _scores(scores: CardScores | None) -> list[Block]:
+    return ["## Scores", scores.table, scores.note] if scores else []
 
 
-def _flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    rows: list[tuple[str, str]] = []
-    for key, value in config.items():
-        if isinstance(value, dict):
-            rows += _flat(value, f"{prefix}{key}.")
-        elif value is not None:
-            rows.append((f"{prefix}{key}", str(value)))
-    return rows
+def _prompt(prompt: Mapping[str, str] | None) -> list[Block]:
+    """The format that instructions were learnt in, with an example."""
+    if not prompt:
+        return []
+    name, end = prompt["format"], f"An answer ends in `{prompt['ends_with']}`."
+    said = f"`tokenizer.apply_chat_template` writes it; it is in `chat_template.jinja`. {end}"
+    if name not in TEMPLATES:
+        return ["## Prompt format", f"The base model's own chat template. {said}"]
+    return [
+        "## Prompt format", f"{name}: one question and its answer, without a system prompt. {said}",
+        Code(TEMPLATES[name].prompt(_QUESTION, "")),
+    ]  # fmt: skip
 
 
-def _usage(pattern: Any) -> str:
-    is_n_of_m = bool(re.fullmatch(r"\d+:\d+", str(pattern)))
-    kind = f"The {pattern} zeros" if is_n_of_m else "The zeros"
-    return (
-        "## Use\n\n"
-        "```python\n"
+def _usage(name: str, pattern: Any, prompt: Mapping[str, str] | None) -> list[Block]:
+    """How to load it, and what sparse weights do not do by themselves."""
+    ask = 'inputs = tokenizer("Once upon a time", return_tensors="pt")\n'
+    if prompt:
+        ask = (
+            f'talk = [{{"role": "user", "content": "{_QUESTION}"}}]\n'
+            'inputs = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_tensors="pt")\n'
+        )
+    code = (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'folder = "."  # this folder, or the repository it was uploaded to\n'
-        "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
-        'model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")\n'
-        "```\n\n"
-        f"{kind} are stored as ordinary dense tensors. Loading the model in transformers or vLLM makes it neither "
-        "faster nor smaller by itself: that needs kernels or a format made for sparse weights."
+        f'name = "{name}"{"  # this folder" if name == "." else ""}\n'
+        "tokenizer = AutoTokenizer.from_pretrained(name)\n"
+        'model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")\n'
+        f"{ask}"
+        "output = model.generate(**inputs, max_new_tokens=64)\n"
+        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))'
     )
+    is_n_of_m = bool(re.fullmatch(r"\d+:\d+", str(pattern)))
+    return [
+        Code(code, "python"),
+        f"{f'The {pattern} zeros' if is_n_of_m else 'The zeros'} are stored as ordinary dense tensors. Loading the "
+        "model in transformers or vLLM makes it neither faster nor smaller by itself: that needs kernels or a format "
+        "made for sparse weights.",
+    ]  # fmt: skip
+
+
+def recipe_text(base: str, settings: dict[str, dict[str, Any] | None]) -> str:
+    """The settings as a recipe, without what only this machine has."""
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", short_name(base)).lstrip("._-") or "model"
+    stages = {stage: without_none(portable(config)) for stage, config in settings.items() if config}
+    return write({"name": f"{name[:90]}-sparse", "model": {"path": portable(base)}, **stages})
+
+
+def _results(metrics: dict[str, Any]) -> list[Block]:
+    rows = [[key, str(metrics[key])] for key in _SHOWN if key in metrics]
+    return [table(["result", "value"], rows)] if rows else []

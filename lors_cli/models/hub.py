@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lors_cli.errors import MissingError, UsageError, translate
+from lors_cli.files.revisions import known_commit, listing_of
 from lors_cli.models.checks import PICKLE_HINT
-from lors_cli.models.revisions import known_commit, listing_of
 from lors_cli.models.sources import ModelSource, check_folder, locate
 from lors_cli.output import console, progress
 

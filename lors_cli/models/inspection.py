@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lors_cli.data.saved_prompts import template_name
 from lors_cli.errors import UsageError
-from lors_cli.files import records
+from lors_cli.files import atomic, records
 from lors_cli.models.blocks import PrunableWeight, prunable_weights
 from lors_cli.models.checks import safetensors_files
+from lors_cli.models.hub import here
 from lors_cli.models.sources import locate
 from lors_cli.sparsity import DENSE_BELOW, Pattern, measure, num_violations, summarise
 
@@ -27,7 +29,8 @@ def inspect(model: ModelConfig, pattern: Pattern | None = None) -> dict[str, Any
         pattern: what to hold it against; by default what its stage.json says, else what its zeros look like.
 
     Returns:
-        The document of `lors inspect --json`: pattern, sparsity, violations, layers.
+        The document of `lors inspect --json`: pattern, sparsity, violations, layers; `dense_layers`, by name, are those
+        of a sparse model that are none of these.
     """
     from lors_cli.models.loading import load_model
 
@@ -37,12 +40,47 @@ def inspect(model: ModelConfig, pattern: Pattern | None = None) -> dict[str, Any
         locate(model.path)
         layers = _measure_recorded(folder, record)
         if layers is not None:
-            return summarise(layers, _held_to(record, [layer.name for layer in layers])[layers[0].name])
+            found = summarise(layers, _held_to(record, [layer.name for layer in layers])[layers[0].name])
+            return _with_dense(found, dense_layers(record))
     weights = prunable_weights(load_model(model))
     held_to = {} if pattern else layer_patterns(weights, record)
-    patterns: dict[str, Pattern | None] = {**held_to} if held_to else dict.fromkeys(weights, pattern)
+    if pattern:
+        held_to = dict.fromkeys((name for name in weights if name not in dense_layers(record)), pattern)
+    patterns: dict[str, Pattern | None] = {**held_to} if held_to else dict.fromkeys(weights)
     layers = [measure(name, weights[name].matrix, held) for name, held in patterns.items()]
-    return summarise(layers, next(iter(patterns.values()), None))
+    dense = [name for name in weights if name not in patterns]
+    return _with_dense(summarise(layers, next(iter(patterns.values()), None)), dense)
+
+
+def dense_layers(record: records.StageRecord | None) -> list[str]:
+    """The layers that pruning was told to skip, by the record of a sparse model."""
+    return list(record.metrics.get("dense_layers", ())) if record else []
+
+
+def _with_dense(found: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    return {**found, "dense_layers": names} if names else found
+
+
+def prompt_of(model: ModelConfig) -> dict[str, str | None]:
+    """The prompt that a checkpoint's chat template writes: which format it is, and what says so.
+
+    Returns:
+        {"format", "from"}: one of ours, `chat` for any other template, None where there is no template.
+    """
+    source = here(model)
+    if source.gguf_file is not None or source.folder is None:
+        return {"format": None, "from": None}
+    record, file = records.read_record(source.folder), source.folder / "chat_template.jinja"
+    template = file.read_text(encoding="utf-8") if file.is_file() else None
+    if template is None:
+        settings: Any = atomic.read_json(source.folder / "tokenizer_config.json")
+        template = settings.get("chat_template") if isinstance(settings, dict) else None
+        file = file.with_name("tokenizer_config.json")
+    if template is None:
+        return {"format": None, "from": None}
+    name = template_name(template) if isinstance(template, str) else None
+    tuned = bool(name or (record and record.metrics.get("prompt")))
+    return {"format": name or "chat", "from": f"{file.name}, {'as it was tuned' if tuned else 'as the base has it'}"}
 
 
 def _measure_recorded(folder: Path, record: records.StageRecord) -> list[Any] | None:
@@ -102,11 +140,13 @@ def layer_patterns(weights: dict[str, PrunableWeight], record: records.StageReco
 
 def detect_pattern(weights: dict[str, PrunableWeight]) -> Pattern | None:
     """The pattern that the zeros of a model look like; None when it is dense."""
-    matrices = [weight.matrix for weight in weights.values()]
+    zeros = {name: int((weight.matrix == 0).sum()) for name, weight in weights.items()}
+    if sum(zeros.values()) < DENSE_BELOW * sum(weight.matrix.numel() for weight in weights.values()):
+        return None
+    matrices = [weight.matrix for name, weight in weights.items()
+                if zeros[name] >= DENSE_BELOW * weight.matrix.numel()]  # fmt: skip
     total = sum(matrix.numel() for matrix in matrices)
     sparsity = sum(int((matrix == 0).sum()) for matrix in matrices) / max(total, 1)
-    if sparsity < DENSE_BELOW:
-        return None
     for n, m in CANDIDATES:
         candidate = Pattern(n, m, 1 - n / m)
         if sparsity < candidate.sparsity - TOLERATED or any(matrix.shape[1] % m for matrix in matrices):

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lors_cli.errors import UsageError
+from lors_cli.files.revisions import known_commit
 from lors_cli.machine.devices import cpu_has_bfloat16, resolve_device
 from lors_cli.models.checks import check_size, check_vocabulary, forget_own_code, loading
 from lors_cli.models.hub import here, is_whole
 from lors_cli.models.quiet import library_bars, quiet_libraries
-from lors_cli.models.revisions import known_commit
 from lors_cli.models.sources import ModelSource, locate
 from lors_cli.models.stored import check_files, refuse, settle_ties
 from lors_cli.output import console, progress
@@ -93,7 +93,7 @@ def load_model(config: ModelConfig, *, device: torch.device | None = None) -> Pr
         dtype = resolve_dtype(config, getattr(settings, "dtype", None), computing)
         quantised = check_files(settings, config)
         if quantised is not None:
-            console.info(f"  {config.path} is quantised ({quantised.method}): its weights are made plain again")
+            console.info(f"  {config.path} is {quantised.what}: its weights are made plain again")
             settings.dtype = dtype
             settings.quantization_config = {**quantised.settings, "dequantize": True}
             options["config"] = settings
@@ -150,9 +150,20 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         raise UsageError(f"{config.path}: its tokenizer has no EOS token, which separates documents.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if config.add_bos_token is not None:
+        _set_bos(tokenizer, config)
     if source.gguf_file is None:
         check_vocabulary(tokenizer, load_config(config).get_text_config().vocab_size, config.path)
     return tokenizer
+
+
+def _set_bos(tokenizer: Any, config: ModelConfig) -> None:
+    """Let the tokenizer put its BOS token before texts, or not; it is saved so."""
+    tokenizer.add_bos_token = config.add_bos_token
+    ids, bos = tokenizer("").input_ids, tokenizer.bos_token_id
+    if (bos is not None and list(ids[:1]) == [bos]) is not config.add_bos_token:
+        why = "has none" if bos is None else f"is a {type(tokenizer).__name__}, which cannot be told so"
+        raise UsageError(f"model.add_bos_token: {str(config.add_bos_token).lower()}: the tokenizer {why}.")
 
 
 def _where(source: ModelSource) -> dict[str, Any]:

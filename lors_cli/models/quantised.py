@@ -11,12 +11,15 @@ from lors_cli.models.checks import is_installed
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """safetensors' names of the number formats that plain weights are in."""
-DEQUANTISED: dict[str, tuple[str, ...]] = {"fp8": (), "mxfp4": (), "compressed-tensors": ("compressed_tensors",)}
+PACKED = "lors_packed"
+"""`quant_method` of what `lors pack` writes."""
+DEQUANTISED: dict[str, tuple[str, ...]] = {"fp8": (), "mxfp4": (), "compressed-tensors": ("compressed_tensors",),
+                                          PACKED: ()}  # fmt: skip
 """What transformers turns back into plain weights while it loads: `quant_method` and the packages that it needs."""
 DENSE_HINT = "Give the checkpoint in bfloat16, float16 or float32 that it was made from."
 
 LEFT_BY_QUANTISING = re.compile(
-    r"(scales?|scale_inv|scale_2|amax|zero_point|zeros|qweight|g_idx|weight_packed|bitmask|compressed|absmax|quant_map"
+    r"(scales?|scale_inv|scale_2|amax|zero_point|zeros|qweight|weight_mask|g_idx|weight_packed|bitmask|compressed|absmax|quant_map"
     r"|SCB|weight_format)$|\.quant_state\."
 )
 """What scales, zero points and packed weights are called; not all that is called so is one."""
@@ -28,6 +31,11 @@ class Quantised:
 
     method: str
     settings: dict[str, Any]
+
+    @property
+    def what(self) -> str:
+        """What that is, in words."""
+        return "packed" if self.method == PACKED else f"quantised ({self.method})"
 
     @classmethod
     def of(cls, settings: Any) -> Quantised | None:
@@ -58,7 +66,9 @@ class Quantised:
                 "weights, is not installed.",
                 f"pip install {' '.join(lacking)}, or give the checkpoint that it was made from.",
             )
-        if all(tensor.get_dtype() in FLOATS and not LEFT_BY_QUANTISING.search(key) for key, tensor in tensors.items()):
+        if self.method != PACKED and all(
+            tensor.get_dtype() in FLOATS and not LEFT_BY_QUANTISING.search(key) for key, tensor in tensors.items()
+        ):
             raise UsageError(
                 f"{path}: config.json says that the weights are quantised ({self.method}), and the files hold plain "
                 "ones.",

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lors_cli.errors import LorsError, MissingError, UsageError
 from lors_cli.files import atomic
 from lors_cli.files.hashes import user_cache
+from lors_cli.models.skip import skipped
 from lors_cli.output import console
 from lors_cli.recipe.schema import ModelConfig
 
-MEMORY_VERSION = 1
+_BLOCK = re.compile(r".*?\.\d+(?=\.|$)")
+"""The start of a layer's name that names its block."""
+MEMORY_VERSION = 2
 """Raised when the same configuration gives other sizes."""
 _known_sizes: dict[str, ModelSize | None] = {}
 """By fingerprint."""
@@ -23,10 +29,9 @@ class ModelSize:
     """A model's sizes."""
 
     num_parameters: int
-    linears: tuple[tuple[int, int], ...]
-    """(out_features, in_features) of each linear in the decoder blocks."""
-    block: tuple[tuple[int, int, bool], ...]
-    """Those of the largest block, and whether each is one of several experts."""
+    layers: tuple[tuple[str, int, int, bool], ...]
+    """Full name, out_features and in_features of each linear in the decoder blocks, and whether it is one of several
+    experts in one tensor."""
     hidden_size: int
     intermediate_size: int
     num_blocks: int
@@ -35,6 +40,28 @@ class ModelSize:
     bytes_a_weight: int
     streamed: bool = True
     """Whether blocks can be read one at a time."""
+
+    @cached_property
+    def linears(self) -> tuple[tuple[int, int], ...]:
+        """(out_features, in_features) of each linear in the decoder blocks."""
+        return tuple((rows, columns) for _, rows, columns, _ in self.layers)
+
+    @cached_property
+    def block(self) -> tuple[tuple[int, int, bool], ...]:
+        """Those of the largest block, and whether each is one of several experts."""
+        blocks: dict[str, list[tuple[int, int, bool]]] = {}
+        for name, rows, columns, expert in self.layers:
+            blocks.setdefault(_BLOCK.match(name)[0], []).append((rows, columns, expert))  # type: ignore[index]
+        return tuple(max(blocks.values(), key=lambda block: sum(rows * columns for rows, columns, _ in block)))
+
+    def without(self, globs: Sequence[str]) -> ModelSize:
+        """The same with the layers that a stage works on alone.
+
+        Raises:
+            UsageError: a glob matches none, or all are matched.
+        """
+        out = set(skipped(globs, [layer[0] for layer in self.layers])) if globs else ()
+        return replace(self, layers=tuple(layer for layer in self.layers if layer[0] not in out)) if out else self
 
     @property
     def num_prunable(self) -> int:
@@ -71,10 +98,9 @@ def _remembered(fingerprint: str, config: ModelConfig) -> ModelSize | None:
     path, key = _memory(fingerprint)
     try:
         known = dict(_read(path)[key])
-        linears = tuple((rows, columns) for rows, columns in known["linears"])
-        block = tuple((rows, columns, expert) for rows, columns, expert in known["block"])
+        layers = tuple((name, rows, columns, expert) for name, rows, columns, expert in known["layers"])
         bytes_a_weight = _bytes_a_weight(config, known.pop("stored"))
-        return ModelSize(**{**known, "linears": linears, "block": block, "bytes_a_weight": bytes_a_weight})
+        return ModelSize(**{**known, "layers": layers, "bytes_a_weight": bytes_a_weight})
     except (KeyError, TypeError, ValueError):  # not there, or of another version
         return None
 
@@ -121,18 +147,16 @@ def _measured(config: ModelConfig, fingerprint: str) -> ModelSize | None:
     except Exception as error:  # sizes that no model can have
         raise load_error(config.path, "its configuration", error) from error
     prefix, modules = decoder_blocks(model)
-    blocks = [[(*weight.shape, weight.expert is not None) for weight in block_weights(block, prefix).values()]
-              for block in modules]  # fmt: skip
-    linears = tuple((rows, columns) for block in blocks for rows, columns, _ in block)
-    if not linears:
+    layers = tuple((name, *weight.shape, weight.expert is not None) for index, block in enumerate(modules)
+                   for name, weight in block_weights(block, f"{prefix}.{index}").items())  # fmt: skip
+    if not layers:
         raise UsageError(f"{config.path}: its decoder blocks hold no linear that could be pruned.")
     text = settings.get_text_config()
     inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     stored = str(getattr(settings, "dtype", None)).removeprefix("torch.")
     size = ModelSize(
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        linears=linears,
-        block=tuple(max(blocks, key=lambda block: sum(rows * columns for rows, columns, _ in block))),
+        layers=layers,
         hidden_size=text.hidden_size,
         intermediate_size=max(inner) if isinstance(inner, list) else inner,  # Gemma 3n has one for each block
         num_blocks=text.num_hidden_layers,
@@ -160,9 +184,9 @@ def _bytes_a_weight(config: ModelConfig, stored: str) -> int:
 def _local_settings(config: ModelConfig) -> Any | None:
     from transformers import AutoConfig
 
+    from lors_cli.files.revisions import pinned_revision
     from lors_cli.models.checks import loading
     from lors_cli.models.loading import load_config
-    from lors_cli.models.revisions import pinned_revision
     from lors_cli.models.shapes import SHAPES
     from lors_cli.models.sources import locate
 

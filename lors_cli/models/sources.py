@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from lors_cli.errors import MissingError, UsageError
 from lors_cli.files import hashes, records
-from lors_cli.models.revisions import pinned_revision
+from lors_cli.files.revisions import pinned_revision
 
 if TYPE_CHECKING:
     from lors_cli.recipe.schema import ModelConfig
@@ -87,7 +87,7 @@ def check_folder(folder: Path, path: str) -> None:
     """
     if not (folder / "config.json").is_file():
         raise MissingError(f"{path} is not a checkpoint folder: it has no config.json.", _folder_hint(folder))
-    for name in _checkpoint_files(folder):
+    for name in checkpoint_files(folder):
         if not (folder / name).is_file():
             raise UsageError(f"{path}: {name} is no file that can be read.")
     if (folder / "adapter_config.json").exists():  # transformers would load the base that it names in place of this
@@ -113,6 +113,12 @@ def _locate_package(path: str) -> ModelSource:
     return ModelSource(folder=file.parent, gguf_file=file.name)
 
 
+def fingerprint_suffix(config: ModelConfig) -> str:
+    """What of the settings of a model that lies there moves results: at the end of its fingerprint."""
+    bos = "" if config.add_bos_token is None else f":bos={str(config.add_bos_token).lower()}"
+    return f":{config.dtype}{bos}"
+
+
 def model_fingerprint(config: ModelConfig) -> str:
     """A short text that changes when the model's weights, tokenizer or number format would.
 
@@ -120,7 +126,7 @@ def model_fingerprint(config: ModelConfig) -> str:
     by content; a hub id by name and commit.
     """
     source = locate(config.path)
-    suffix = f":{config.dtype}"
+    suffix = fingerprint_suffix(config)
     if source.repo is not None:
         return f"hub:{source.repo}@{pinned_revision(source.repo, config.revision)}{suffix}"
     assert source.folder is not None
@@ -129,7 +135,7 @@ def model_fingerprint(config: ModelConfig) -> str:
     record = records.read_record(source.folder)
     if record is not None and _as_recorded(source.folder, record.files):
         return f"{record.stage}:{record.fingerprint}{suffix}"
-    digests = {name: hashes.cached_sha256(source.folder / name) for name in _checkpoint_files(source.folder)}
+    digests = {name: hashes.cached_sha256(source.folder / name) for name in checkpoint_files(source.folder)}
     return f"folder:{hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()}{suffix}"
 
 
@@ -139,7 +145,7 @@ def _as_recorded(folder: Path, files: dict[str, str]) -> bool:
                for name, digest in wanted.items() if "/" not in name)  # fmt: skip
 
 
-def _checkpoint_files(folder: Path) -> list[str]:
+def checkpoint_files(folder: Path) -> list[str]:
     patterns = ("*.safetensors", "*.index.json", "config.json", "generation_config.json", "tokenizer*", "vocab*",
                 "merges.txt", "*.model", "chat_template*", "special_tokens_map.json", "added_tokens.json")  # fmt: skip
     return sorted({file.name for pattern in patterns for file in folder.glob(pattern) if not file.is_dir()})
@@ -161,11 +167,17 @@ def _gguf_files(folder: Path) -> list[str]:
     return sorted(file.name for file in folder.glob("*.[gG][gG][uU][fF]"))
 
 
-_IN_HUB_CACHE = re.compile(r"models--[^/]+--([^/]+)/snapshots/[^/]+$")
+_IN_HUB_CACHE = re.compile(r"models--([^/]+)--([^/]+)/snapshots/[^/]+$")
 
 
 def short_name(model: str) -> str:
     """A model's own name: `meta-llama/Llama-2-7b-hf` and its folder in the hub's cache are Llama-2-7b-hf."""
     path = model.replace("\\", "/").rstrip("/")
     cached = _IN_HUB_CACHE.search(path)
-    return cached.group(1) if cached else path.rpartition("/")[2] or "model"
+    return cached.group(2) if cached else path.rpartition("/")[2] or "model"
+
+
+def hub_cache_id(folder: Path) -> str | None:
+    """The hub id of a model that lies in the hub's cache, None of a folder elsewhere."""
+    cached = _IN_HUB_CACHE.search(folder.as_posix().rstrip("/"))
+    return f"{cached[1]}/{cached[2]}" if cached else None

@@ -204,13 +204,13 @@ def open_blockwise(config: ModelConfig) -> BlockwiseModel:
         console.detail("  a quantised checkpoint is read whole: blocks are not streamed")
         return BlockwiseModel(load_model(config, device=torch.device("cpu")), device, None)
     dtype = resolve_dtype(config, getattr(settings, "dtype", None), device)
-    network = _without_weights(settings, dtype, config)
+    network = network_without_weights(settings, dtype, config)
     weights = _Weights(network, files, dtype, config.path)
     settle_ties(network, config.path)
     return BlockwiseModel(network, device, weights)
 
 
-def _without_weights(settings: Any, dtype: torch.dtype, config: ModelConfig) -> PreTrainedModel:
+def network_without_weights(settings: Any, dtype: torch.dtype, config: ModelConfig) -> PreTrainedModel:
     """The network of a configuration, its parameters on the meta device, its buffers computed."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM, GenerationConfig

@@ -113,12 +113,20 @@ def _write(tensors: Sequence[tuple[Entry, Loader]], path: Path, metadata: dict[s
         raise
 
 
-def write_checkpoint(folder: Path, tensors: Iterable[tuple[Entry, Loader]], *, max_shard_size: str) -> None:
+def write_checkpoint(
+    folder: Path, tensors: Iterable[tuple[Entry, Loader]], *, max_shard_size: str,
+    metadata: dict[str, str] | None = None, goes_on: bool = False,
+) -> list[str]:  # fmt: skip
     """Write a checkpoint's weights: one model.safetensors, or shards with an index where it is larger.
 
     Args:
         tensors: every tensor's entry and how to get it; one is held at a time.
         max_shard_size: such as "5GB".
+        metadata: what files say of themselves beside their format.
+        goes_on: leave files that are there as they are, which an interrupted call has written.
+
+    Returns:
+        The files' names.
     """
     from huggingface_hub import split_state_dict_into_shards_factory
     from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
@@ -131,18 +139,25 @@ def write_checkpoint(folder: Path, tensors: Iterable[tuple[Entry, Loader]], *, m
         max_shard_size=max_shard_size,
     )
     for file_name, names in split.filename_to_tensors.items():
-        _write([loaders[name] for name in names], folder / file_name, {"format": "pt"})
+        if not (goes_on and (folder / file_name).is_file()):
+            _write([loaders[name] for name in names], folder / file_name, {"format": "pt", **(metadata or {})})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
         atomic.write_json(folder / SAFE_WEIGHTS_INDEX_NAME, index)
+    return [*split.filename_to_tensors, *([SAFE_WEIGHTS_INDEX_NAME] if split.is_sharded else [])]
+
+
+def entry_of(name: str, stored: Any) -> Entry:
+    """What a tensor of a safetensors file takes; `stored` is its slice."""
+    import torch
+
+    formats = {known: getattr(torch, key) for key, known in TYPE_NAMES.items()}
+    return Entry(name, tuple(stored.get_shape()), formats[stored.get_dtype()])
 
 
 def saved_tensors(path: Path) -> Iterator[tuple[Entry, Loader]]:
     """Every tensor of a safetensors file: its entry, and how to read it; the file is opened anew for each."""
-    import torch
     from safetensors import safe_open
-
-    formats = {name: getattr(torch, key) for key, name in TYPE_NAMES.items()}
 
     def load(name: str) -> torch.Tensor:
         with safe_open(path, framework="pt") as file:
@@ -150,5 +165,4 @@ def saved_tensors(path: Path) -> Iterator[tuple[Entry, Loader]]:
 
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 - no mapping
-            tensor = file.get_slice(name)
-            yield Entry(name, tuple(tensor.get_shape()), formats[tensor.get_dtype()]), partial(load, name)
+            yield entry_of(name, file.get_slice(name)), partial(load, name)

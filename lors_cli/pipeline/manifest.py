@@ -59,10 +59,10 @@ def inputs(recipe: Recipe, data_dir: Path | None, known: Mapping[tuple[str, str]
             continue
         reads = doors.reads(config)
         for task in reads.tasks:
-            add(stage, task, partial(task_fingerprint, task, data_dir))
+            add(stage, task.name, partial(task_fingerprint, task, data_dir))
         for text in reads.texts:
             add(stage, text.name, partial(fingerprint_source, text.name, split=text.split, data_dir=data_dir,
-                                          columns=text.columns))  # fmt: skip
+                                          columns=text.columns, chosen=text.chosen))  # fmt: skip
         if reads.teacher is not None:
             add(f"{stage}.distill", reads.teacher.path, partial(model_fingerprint, reads.teacher))
     return found
@@ -72,18 +72,20 @@ def hub_commit(fingerprint: str) -> str | None:
     """The commit that this machine's hub cache has of a model or dataset, None for what is no hub's or not cached.
 
     Args:
-        fingerprint: `hub:<repo>@<revision>:<dtype>` of a model, `hub:<owner>/<name>/<config>/<split>` of a dataset.
+        fingerprint: `hub:<repo>@<revision>:<dtype>` of a model, `hub:<repo>@<commit>/<config>/<split>` of a dataset
+            (without the commit where an older version wrote it).
     """
     kind, _, place = fingerprint.partition(":")
     if kind != "hub":
         return None
-    from lors_cli.models.revisions import cache_folder, cached_reference
+    from lors_cli.files.revisions import cache_folder, cached_reference
 
+    pinned = re.match("[^@]+@([0-9a-f]{40})[:/]", place)
+    if pinned is not None:
+        return pinned[1]
     repo, at, rest = place.partition("@")
     revision = rest.rpartition(":")[0] if at else "main"
     repo = repo if at else "/".join(repo.split("/")[:2])
-    if re.fullmatch("[0-9a-f]{40}", revision):
-        return revision
     folder = cache_folder("model" if at else "dataset", repo)
     found = cached_reference(folder, revision)
     if found is not None:
@@ -165,7 +167,7 @@ def _of_the_call(recipe: Recipe, data_dir: Path | None) -> Entry:
 
 def _origin(recipe: Recipe) -> Entry:
     """Which model the run starts from; of one on the hub the commit too."""
-    from lors_cli.models.revisions import commit_of
+    from lors_cli.files.revisions import commit_of
     from lors_cli.models.sources import locate
 
     repo = locate(recipe.model.path).repo

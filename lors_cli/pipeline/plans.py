@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from lors_cli.errors import UsageError, nearest
-from lors_cli.files import atomic, records
-from lors_cli.pipeline.stages import STAGES, Config
+from lors_cli.files import atomic, hashes, records
+from lors_cli.output import console
+from lors_cli.pipeline.changes import Made, what_changes, what_scores_change
+from lors_cli.pipeline.stages import STAGES, Config, Stage
 from lors_cli.recipe.schema import EvalConfig, ModelConfig, Recipe
 
 NOT_DONE = "not done yet"
@@ -31,6 +33,8 @@ class StagePlan:
     status: Literal["done", "resume", "run"]
     detail: str
     """On the status, for people."""
+    replaces: str = ""
+    """What of an earlier result it replaces, and why."""
 
 
 def plan_stages(recipe: Recipe, out: Path, data_dir: Path | None) -> list[StagePlan]:
@@ -57,13 +61,13 @@ def plan_chain(recipe: Recipe, place: Callable[[str, str], Path], data_dir: Path
         place: stage and fingerprint to the stage's folder.
     """
     from lors_cli.evaluation.tasks import check_tasks
-    from lors_cli.models.sources import model_fingerprint
+    from lors_cli.models.sources import fingerprint_suffix, model_fingerprint
 
     recipe = recipe.with_defaults()
     current = "dense"
     chain = Chain([], {current: recipe.model}, {current: model_fingerprint(recipe.model)})
     if recipe.eval is not None:
-        check_tasks(recipe.eval.tasks, data_dir)
+        check_tasks(recipe.eval, data_dir)
     for stage, doors in STAGES.items():
         config = getattr(recipe, stage)
         if config is None or doors.makes is None or doors.fingerprint is None:
@@ -72,30 +76,40 @@ def plan_chain(recipe: Recipe, place: Callable[[str, str], Path], data_dir: Path
         fingerprint = doors.fingerprint(config, chain.fingerprints[current], data_dir)
         folder = place(stage, fingerprint)
         read = {current: chain.models[current]}
-        chain.plans.append(_plan(stage, folder, config, read, recipe.model, fingerprint))
+        made = partial(_made, doors, config, chain.models[current], chain.fingerprints[current], data_dir)
+        chain.plans.append(_plan(stage, folder, config, read, recipe.model, fingerprint, made))
         current = doors.makes
         chain.models[current] = replace(recipe.model, path=str(folder), revision="main")
-        chain.fingerprints[current] = f"{stage}:{fingerprint}:{recipe.model.dtype}"  # what the folder will answer with
+        chain.fingerprints[current] = f"{stage}:{fingerprint}{fingerprint_suffix(recipe.model)}"  # the folder's answer
     return chain
 
 
 def _plan(
-    stage: str, folder: Path, config: Any, models: dict[str, ModelConfig], origin: ModelConfig, fingerprint: str
+    stage: str, folder: Path, config: Any, models: dict[str, ModelConfig], origin: ModelConfig, fingerprint: str,
+    made: Callable[[], Made],
 ) -> StagePlan:  # fmt: skip
     plan = partial(StagePlan, stage, folder, config, models, origin, fingerprint)
     if records.is_finished(folder, fingerprint):
         return plan("done", "finished earlier")
     if _is_begun(folder, fingerprint):
         return plan("resume", "begun earlier, goes on from there")
-    return plan("run", NOT_DONE if records.read_record(folder) is None else "its settings or its input changed")
+    replaces = what_changes(stage, folder, fingerprint, made)
+    return plan("run", replaces or NOT_DONE, replaces)
+
+
+def _made(doors: Stage, config: Any, model: ModelConfig, model_fingerprint: str, data_dir: Path | None) -> Made:
+    """What a stage that makes a model is to make it from."""
+    assert doors.inputs is not None
+    inputs = {**doors.inputs(config, model_fingerprint, data_dir), "path": model.path}
+    return Made(hashes.plain(doors.stored(config, data_dir)), inputs)
 
 
 def _is_begun(folder: Path, fingerprint: str) -> bool:
     """Whether an interrupted call left something to go on from."""
     work, checkpoints = folder / records.WORK_NAME, folder / "checkpoints"
-    if atomic.read_json(work / "fingerprint.json") != fingerprint:
+    if atomic.read_json(work / records.FINGERPRINT_NAME) != fingerprint:
         return False
-    return len(list(work.iterdir())) > 1 or (checkpoints.is_dir() and any(checkpoints.iterdir()))
+    return records.has_work(folder) or (checkpoints.is_dir() and any(checkpoints.iterdir()))
 
 
 def plan_single(stage: str, config: Any, models: dict[str, ModelConfig], out: Path, data_dir: Path | None) -> StagePlan:
@@ -106,12 +120,13 @@ def plan_single(stage: str, config: Any, models: dict[str, ModelConfig], out: Pa
     doors = STAGES[stage]
     fingerprints = {label: model_fingerprint(model) for label, model in models.items()}
     if doors.fingerprint is None:
-        check_tasks(config.tasks, data_dir)
+        check_tasks(config, data_dir)
         return plan_eval(config, out, models, fingerprints, data_dir)
     (base,) = fingerprints.values()
     (model,) = models.values()
     config = doors.prepare(config, model)
-    return _plan(stage, out, config, models, model, doors.fingerprint(config, base, data_dir))
+    made = partial(_made, doors, config, model, base, data_dir)
+    return _plan(stage, out, config, models, model, doors.fingerprint(config, base, data_dir), made)
 
 
 def plan_eval(
@@ -126,7 +141,7 @@ def plan_eval(
     if not chosen:
         raise UsageError("models: dense, pruned and tuned are a recipe's; `lors eval` scores the MODELs it is given.")
     pieces = pieces_of(config, {role: fingerprints[role] for role in chosen}, folder, data_dir)
-    fingerprint, missing = whole_fingerprint(pieces), pending(pieces)
+    fingerprint, missing = whole_fingerprint(config, pieces), pending(pieces)
     plan = partial(StagePlan, "eval", folder, config, chosen, next(iter(models.values())), fingerprint)
     without_texts = lacking_texts(config, {role: fingerprints[role] for role in chosen}, folder)
     if not missing and not without_texts and records.is_finished(folder, fingerprint):
@@ -134,7 +149,9 @@ def plan_eval(
     detail = f"{len(missing)} of {len(pieces)} measurements to do"
     if not missing and without_texts:
         detail = f"short texts of {', '.join(without_texts)} to do"
-    return plan("resume", detail) if len(missing) < len(pieces) else plan("run", detail)
+    replaces = what_scores_change(folder, fingerprint, config, {role: fingerprints[role] for role in chosen})
+    detail += f"; {replaces}" if replaces else ""
+    return plan("resume" if len(missing) < len(pieces) else "run", detail, replaces)
 
 
 def select(plans: list[StagePlan], first: str | None, last: str | None, force: tuple[str, ...] = ()) -> list[StagePlan]:
@@ -174,5 +191,13 @@ def describe(plan: StagePlan) -> str:
 
 
 def announce(plan: StagePlan) -> str:
-    """`describe` for a stage that starts now: its state is told only where it is news."""
-    return describe(plan).removesuffix(f" ({NOT_DONE})")
+    """`describe` for a stage that starts now: its state is told only where it is news, and was not told before."""
+    detail = plan.detail.removesuffix(plan.replaces).removesuffix("; ")
+    return describe(replace(plan, detail=detail or NOT_DONE)).removesuffix(f" ({NOT_DONE})")
+
+
+def warn_of_replaced(plans: Sequence[StagePlan]) -> None:
+    """Say which earlier results will be replaced, and why."""
+    for plan in plans:
+        if plan.replaces and plan.status != "done":
+            console.warn(f"{plan.stage}: {plan.replaces}")

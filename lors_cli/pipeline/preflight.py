@@ -6,12 +6,12 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from lors_cli.data.sources import open_source
 from lors_cli.errors import LorsError, ResourceError, UsageError, translate
+from lors_cli.evaluation.entries import Task
 from lors_cli.machine import processes
 from lors_cli.machine.devices import free_memory
 from lors_cli.models.size import try_size
@@ -87,6 +87,7 @@ def _met(look: Callable[[], Any]) -> LorsError | None:
 
 def _looks(plan: StagePlan, models: Sequence[ModelConfig], data_dir: Path | None) -> Iterator[Callable[[], Any]]:
     """Everything to look at before one stage."""
+    yield partial(STAGES[plan.stage].check_packages, plan.config)
     chat = getattr(getattr(plan.config, "data", None), "template", None) == "chat"
     for model in models:
         yield partial(_check_model, model, chat)
@@ -95,7 +96,10 @@ def _looks(plan: StagePlan, models: Sequence[ModelConfig], data_dir: Path | None
         yield partial(_check_model, reads.teacher)
     for text in reads.texts:
         yield partial(_check_text, text, data_dir)
-    for task in reads.tasks:
+    if reads.chat:
+        for model in (*models, *([] if models else [plan.origin])):
+            yield partial(_check_chat_template, model)
+    for task in {task.settings.get("dataset_path"): task for task in reversed(reads.tasks)}.values():
         yield partial(_check_task, task, data_dir)
     size = try_size(plan.origin)
     if size is not None:
@@ -120,16 +124,25 @@ def _check_text(text: Text, data_dir: Path | None) -> None:
     """A source's first rows."""
     if text.name == "pydoc":  # always there, and all of it is read before its first row
         return
-    source = open_source(text.name, split=text.split, data_dir=data_dir, want=text.want, columns=text.columns)
-    if source.path is None and not any(any(row.values()) for row in islice(source.rows(), ROWS)):
+    source = open_source(text.name, split=text.split, data_dir=data_dir, want=text.want, columns=text.columns,
+                         chosen=text.chosen)  # fmt: skip
+    if source.path is None and not any(any(row.values()) for row in source.first_rows(ROWS)):
         raise UsageError(f"The first {ROWS} rows of {text.name} are empty.")
 
 
-def _check_task(name: str, data_dir: Path | None) -> None:
-    """The builder of a task's dataset, where that comes from the hub."""
+def _check_chat_template(model: ModelConfig) -> None:
+    """The chat template that prompts of tasks are put into."""
+    from lors_cli.evaluation.stage import check_chat_template
+    from lors_cli.models.loading import load_tokenizer
+
+    check_chat_template(load_tokenizer(model), model)
+
+
+def _check_task(task: Task, data_dir: Path | None) -> None:
+    """The builder of a task's dataset, where that comes from the hub; of a dataset's parts, one's."""
     from lors_cli.evaluation.tasks import open_dataset
 
-    open_dataset(name, data_dir)
+    open_dataset(task, data_dir)
 
 
 def _check_memory(plan: StagePlan) -> None:

@@ -16,7 +16,7 @@ from lors_cli.machine.determinism import determinism
 from lors_cli.output import console, progress
 from lors_cli.pipeline.folders import claim, forget, guard_out, tidy
 from lors_cli.pipeline.manifest import has_new, write_manifest
-from lors_cli.pipeline.plans import StagePlan, announce, plan_stages, select
+from lors_cli.pipeline.plans import StagePlan, announce, plan_stages, select, warn_of_replaced
 from lors_cli.pipeline.preflight import refuse, troubles
 from lors_cli.pipeline.resources import check_disk, check_memory
 from lors_cli.pipeline.stages import STAGES
@@ -32,6 +32,7 @@ def run_single(plan: StagePlan, data_dir: Path | None) -> bool:
                 atomic.remove(records.leftovers(plan.folder))
             console.heading(f"{plan.stage}: finished earlier, nothing to do")
             return False
+        warn_of_replaced([plan])
         console.heading(f"{plan.stage}: {announce(plan)}")
         run_stage(plan, data_dir)
         return True
@@ -88,6 +89,7 @@ def run_recipe(
         with progress.busy("looking at what is done"):
             plans = select(plan_stages(recipe, out, data_dir), first, last, force)
         refuse(troubles(plans, data_dir))
+        warn_of_replaced(plans)
         return [plan.stage for plan in plans]
 
     with processes.joined():

@@ -1,28 +1,32 @@
-"""The doors to the three stages. Nothing else in the pipeline or above it asks what kind of stage it has before it."""
+"""The doors to the stages. Nothing else in the pipeline or above it asks what kind of stage it has before it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lors_cli.data.sources import Split, Want
 from lors_cli.evaluation import estimate as evaluation_estimate
+from lors_cli.evaluation.entries import Task, resolve, shots_text, tasks_of
 from lors_cli.models.needs import RECORDS, Estimate
+from lors_cli.models.packed import stage as packing
 from lors_cli.models.size import ModelSize
 from lors_cli.output.console import counted
 from lors_cli.pruning import estimate as pruning_estimate
 from lors_cli.pruning import stage as pruning
 from lors_cli.pruning.facts import statistics_kind
 from lors_cli.recipe.columns import ColumnsConfig
-from lors_cli.recipe.schema import EvalConfig, ModelConfig, PruneConfig, TuneConfig
+from lors_cli.recipe.resolved import resolved_prune
+from lors_cli.recipe.schema import EvalConfig, ModelConfig, PackConfig, PruneConfig, TuneConfig
 from lors_cli.sparsity import Pattern
 from lors_cli.tuning import estimate as tuning_estimate
 from lors_cli.tuning import stage as tuning
+from lors_cli.tuning.needed import require_packages
 from lors_cli.tuning.teacher import teacher_model, with_teacher
 
-Config = PruneConfig | TuneConfig | EvalConfig
+Config = PruneConfig | TuneConfig | PackConfig | EvalConfig
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Text:
     split: Split
     want: Want = "text"
     columns: ColumnsConfig | None = None
+    chosen: str | None = None
 
 
 @dataclass(frozen=True)
@@ -40,8 +45,10 @@ class Reads:
     """What a stage reads beside its models."""
 
     texts: Sequence[Text] = ()
-    tasks: Sequence[str] = ()
+    tasks: Sequence[Task] = ()
     teacher: ModelConfig | None = None
+    chat: bool = False
+    """Whether the models must have a chat template."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,11 @@ class Stage:
         fingerprint: of the one model it reads, data_dir; None for scores, which have theirs piece by piece.
         prepare: the model; the config with what depends on it filled in.
         shortage: the model and its size; why the free memory is too small, and what to do, where that is known.
-        fits: the model's size; UsageError if its linears cannot take the pattern or rank.
+        fits: the model's size; UsageError if its linears cannot take the pattern or rank, or are none to skip.
+        check_packages: MissingError if a package that the settings ask for is not installed.
+        stored: data_dir; the config as `stage.json` has it.
+        inputs: of the one model it reads, its fingerprint, and data_dir; what `stage.json` has of what it reads.
+        without_effect: dotted keys of settings that change how the work is done, not what comes out.
     """
 
     run: Callable[[Any, dict[str, ModelConfig], Path, Path | None], None]
@@ -71,6 +82,10 @@ class Stage:
     prepare: Callable[[Any, ModelConfig], Any] = lambda config, model: config
     shortage: Callable[[Any, ModelConfig, ModelSize], tuple[str, str] | None] = lambda config, model, size: None
     fits: Callable[[Any, ModelSize], None] = lambda config, size: None
+    check_packages: Callable[[Any], None] = lambda config: None
+    stored: Callable[[Any, Path | None], Any] = lambda config, data_dir: config
+    inputs: Callable[[Any, str, Path | None], dict[str, Any]] | None = None
+    without_effect: Collection[str] = ()
 
     def leaves(self, config: Config, size: ModelSize) -> int:
         """Bytes on disk once it is done."""
@@ -91,11 +106,12 @@ def _pruning(config: PruneConfig, models: dict[str, ModelConfig]) -> str:
 def _pruning_reads(config: PruneConfig) -> Reads:
     if statistics_kind(config) == "none":
         return Reads()
-    return Reads([Text(config.calibration.dataset, "train", columns=config.calibration.columns)])
+    calibration = config.calibration
+    return Reads([Text(calibration.dataset, "train", columns=calibration.columns, chosen=calibration.split)])
 
 
 def _pruning_fits(config: PruneConfig, size: ModelSize) -> None:
-    for shape in dict.fromkeys(size.linears):
+    for shape in dict.fromkeys(size.without(config.skip).linears):
         Pattern.of(config).check_shape("a linear", shape)
 
 
@@ -112,13 +128,14 @@ def _tuning(config: TuneConfig, models: dict[str, ModelConfig]) -> str:
 
 def _tuning_reads(config: TuneConfig) -> Reads:
     teacher = teacher_model(config.distill) if config.distill and config.distill.teacher else None
-    return Reads([Text(config.data.dataset, "train", "instructions", config.data.columns)], teacher=teacher)
+    data = config.data
+    return Reads([Text(data.dataset, "train", "instructions", data.columns, data.split)], teacher=teacher)
 
 
 def _tuning_fits(config: TuneConfig, size: ModelSize) -> None:
     from lors_cli.tuning.baselines import check_rank
 
-    check_rank(config.method, config.rank, [rows for rows, _, expert in size.block if not expert])
+    check_rank(config.method, config.rank, [rows for rows, _, expert in size.without(config.skip).block if not expert])
 
 
 def _evaluate(config: EvalConfig, models: dict[str, ModelConfig], out: Path, data_dir: Path | None) -> None:
@@ -128,9 +145,17 @@ def _evaluate(config: EvalConfig, models: dict[str, ModelConfig], out: Path, dat
 
 
 def _evaluation(config: EvalConfig, models: dict[str, ModelConfig]) -> str:
-    tasks = config.tasks if len(config.tasks) < 3 else (f"{len(config.tasks)} tasks",)
+    entries = resolve(config)
+    shots = shots_text(entries)
+    tasks = [entry.name for entry in entries] if len(entries) < 3 else [f"{len(entries)} tasks"]
     texts = ("3 short texts",) if config.generations else ()
-    return f"{', '.join(models)}: {', '.join((*tasks, *config.perplexity, *texts))}"
+    named = ", ".join((*tasks, *config.perplexity, *texts))
+    return f"{', '.join(models)}: {named}{f' ({shots})' if shots else ''}"
+
+
+def _pack(config: PackConfig, models: dict[str, ModelConfig], out: Path, data_dir: Path | None) -> None:
+    (model,) = models.values()
+    packing.pack_model(config, model, out, data_dir=data_dir)
 
 
 STAGES = {
@@ -144,6 +169,9 @@ STAGES = {
         makes="pruned",
         fingerprint=pruning.stage_fingerprint,
         shortage=pruning_estimate.shortage,
+        stored=lambda config, data_dir: resolved_prune(config),
+        inputs=pruning.stage_inputs,
+        without_effect=("calibration.offload",),
     ),
     "tune": Stage(
         run=_tune,
@@ -155,13 +183,31 @@ STAGES = {
         makes="tuned",
         fingerprint=tuning.stage_fingerprint,
         prepare=with_teacher,
+        check_packages=require_packages,
+        stored=tuning.stored_config,
+        inputs=tuning.stage_inputs,
+        without_effect=tuning.WITHOUT_EFFECT,
+    ),
+    "pack": Stage(
+        run=_pack,
+        needs=packing.needs,
+        operations=lambda config, size, num_models, data_dir: float(size.num_parameters),
+        describe=lambda config, models: "kept values and a mask of one bit a place",
+        reads=lambda config: Reads(),
+        makes="packed",
+        fingerprint=packing.stage_fingerprint,
     ),
     "eval": Stage(
         run=_evaluate,
         needs=evaluation_estimate.needs,
         operations=lambda config, size, num_models, data_dir: evaluation_estimate.operations(config, size, num_models),
         describe=_evaluation,
-        reads=lambda config: Reads([Text(name, "validation") for name in config.perplexity], config.tasks),
+        without_effect=("models",),
+        reads=lambda config: Reads(
+            [Text(name, "validation") for name in config.perplexity],
+            tasks_of(resolve(config)),
+            chat=config.apply_chat_template,
+        ),
     ),
 }
 """In the order of a run."""

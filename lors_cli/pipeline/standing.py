@@ -34,6 +34,8 @@ def standing_stages(out: Path) -> dict[str, StageRecord]:
             if not _is_from_elsewhere(record, out / "prune"):
                 continue  # what it was made from has been replaced
             del found["prune"]  # another recipe's, which tuned a model that it did not prune
+        if stage == "pack" and not _is_packed_from(record, found, out):
+            continue
         if stage == "eval" and not _is_of(record, found):
             continue
         found[stage] = record
@@ -42,6 +44,14 @@ def standing_stages(out: Path) -> dict[str, StageRecord]:
 
 def _is_made_from(tuned: StageRecord, pruned: StageRecord) -> bool:
     return str(tuned.inputs.get("model")).startswith(f"prune:{pruned.fingerprint}:")
+
+
+def _is_packed_from(packed: StageRecord, found: Mapping[str, StageRecord], out: Path) -> bool:
+    """Whether it was made from the last model that stands there, or from one elsewhere where there is none."""
+    last = found.get("tune") or found.get("prune")
+    if last is None:
+        return Path(str(packed.inputs.get("path"))).parent.absolute() != out.absolute()
+    return str(packed.inputs.get("model")).startswith(f"{last.stage}:{last.fingerprint}:")
 
 
 def _is_from_elsewhere(tuned: StageRecord, folder: Path) -> bool:

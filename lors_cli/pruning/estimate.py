@@ -39,7 +39,7 @@ def memory_parts(config: PruneConfig, size: ModelSize, num_processes: int = 1) -
     block = sum(rows * columns for rows, columns, _ in size.block) * size.bytes_a_weight
     weights = 2 * block if size.streamed else size.num_bytes
     if statistics_kind(config) == "none":
-        largest = max(rows * columns for rows, columns, _ in size.block)
+        largest = max(rows * columns for rows, columns in size.without(config.skip).linears)
         return {"weights": weights, "activations": 0, "statistics": 0, "solver": 3 * FLOAT * largest,
                 "hidden_states": 0}  # fmt: skip
     tokens, in_flight = calibration_tokens(config, size)
@@ -48,7 +48,7 @@ def memory_parts(config: PruneConfig, size: ModelSize, num_processes: int = 1) -
     activations = in_flight * width * size.bytes_a_weight + CAST
     if config.sequential and not any(expert for *_, expert in size.block):
         activations += mine * (2 * size.hidden_size + size.intermediate_size) * size.bytes_a_weight
-    statistics, solver = _statistics(config, size), _solver(config, size)
+    statistics, solver = _statistics(config, size), _solver(config, size.without(config.skip))
     if config.reconstruct_epochs:
         samples = RECONSTRUCTION_SAMPLES * in_flight // config.calibration.batch_size
         kept = samples * (10 * size.hidden_size + 6 * size.intermediate_size) * FLOAT
@@ -135,7 +135,7 @@ def _statistics(config: PruneConfig, size: ModelSize) -> int:
     """The sums of a block, one for each input: of all of them, or with `true_sequential` of the widest."""
     if statistics_kind(config) == "norm":
         return 0
-    inputs = distinct_inputs(size)
+    inputs = distinct_inputs(size.without(config.skip))
     alone = config.sequential and not any(expert for *_, expert in size.block)
     return FLOAT * (max(inputs) ** 2 if alone else sum(columns**2 for columns in inputs))
 
@@ -160,6 +160,7 @@ def operations(config: PruneConfig, size: ModelSize) -> float:
     total = (1 if config.sequential else 2) * forward(size, tokens, length, head=False)
     total += config.reconstruct_epochs * 3 * forward(size, tokens, length, head=False)
     if statistics_kind(config) == "hessian":
+        size = size.without(config.skip)
         inputs = distinct_inputs(size)
         total += size.num_blocks * sum(2.0 * tokens * columns**2 + 2.0 * columns**3 for columns in inputs)
         sweeps = (2 * ADMM_ITERATIONS if config.method == "admm" else 1) + (2 * ADMM_ITERATIONS if config.refit else 0)

@@ -34,19 +34,31 @@ STAGE_VERSION = 3
 
 def stage_fingerprint(config: PruneConfig, model_fingerprint: str, data_dir: Path | None) -> str:
     """The fingerprint of `prune`'s result from that of the dense model; cheap, no model is loaded."""
+    return hashes.fingerprint("prune", *_identity(config, model_fingerprint, data_dir))
+
+
+def stage_inputs(config: PruneConfig, model_fingerprint: str, data_dir: Path | None) -> dict[str, Any]:
+    """What a result is made from beside its settings: fingerprints of what is read, and the version of the code."""
+    version, _, inputs = _identity(config, model_fingerprint, data_dir)
+    return {**inputs, "version": version}
+
+
+def _identity(
+    config: PruneConfig, model_fingerprint: str, data_dir: Path | None
+) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    """The version of the code, the settings and the inputs that make a result what it is."""
     settings = {**asdict(config), "sparsity": Pattern.of(config).sparsity, "true_sequential": config.sequential}
     del settings["calibration"]["offload"]
+    if not config.skip:  # earlier versions had none
+        del settings["skip"]
     inputs = {"model": model_fingerprint}
     if statistics_kind(config) == "none":
         del settings["calibration"]
     else:
-        from lors_cli.data.sources import fingerprint_source
-
-        dataset = settings["calibration"].pop("dataset")
-        del settings["calibration"]["columns"]  # in the text's fingerprint
-        inputs["calibration"] = fingerprint_source(dataset, split="train", data_dir=data_dir,
-                                                   columns=config.calibration.columns)  # fmt: skip
-    return hashes.fingerprint("prune", STAGE_VERSION, settings, inputs)
+        for key in ("dataset", "split", "columns"):  # in the text's fingerprint
+            del settings["calibration"][key]
+        inputs["calibration"] = _text_fingerprint(config, data_dir)
+    return STAGE_VERSION, settings, inputs
 
 
 def prune(
@@ -72,6 +84,7 @@ def prune(
     """
     from lors_cli.models.blocks import left_out, prunable_weights
     from lors_cli.models.loading import load_tokenizer
+    from lors_cli.models.skip import say_skipped, skipped
     from lors_cli.models.sources import model_fingerprint
     from lors_cli.models.streaming import open_blockwise
     from lors_cli.pruning.walk.driver import prune_blocks
@@ -82,35 +95,49 @@ def prune(
     _check(config, pattern, model, out)
     base_fingerprint = model_fingerprint(model)
     fingerprint = stage_fingerprint(config, base_fingerprint, data_dir)
+    inputs = {**stage_inputs(config, base_fingerprint, data_dir), "path": model.path}
     console.info(f"  model: {model.path}")
     with progress.busy("reading the tokenizer"):
         tokenizer = load_tokenizer(model)
     source = open_blockwise(model)
     if config.reconstruct_epochs and str(source.network.dtype) == "torch.float16":
         raise UsageError("reconstruct_epochs: gradients do not fit into float16.", "Set dtype=bfloat16 for the model.")
-    for name, weight in prunable_weights(source.network).items():
-        pattern.check_shape(name, weight.shape)
+    weights = prunable_weights(source.network)
+    dense = skipped(config.skip, weights)
+    for name, weight in weights.items():
+        if name not in dense:
+            pattern.check_shape(name, weight.shape)
+    say_skipped(dense, "stay dense")
     parts = left_out(source.network)
     if parts:
         console.info(f"  left as they are: {', '.join(parts)}")
     batches = _calibration_batches(config, source, tokenizer, data_dir)
     alone = processes.start()
     if processes.is_main():
-        records.work_dir(out, fingerprint)
+        records.work_dir(out, fingerprint, {"config": resolved_prune(config), "inputs": inputs})
     processes.wait_for_all()
     outcome = prune_blocks(config, source, pattern, out / records.WORK_NAME, batches)
-    metrics = _metrics(outcome, pattern, source, batches) | ({"left_out": parts} if parts else {})
+    metrics = _metrics(outcome, pattern, source, batches)
+    metrics |= {key: names for key, names in (("left_out", parts), ("dense_layers", dense)) if names}
+    if batches:
+        metrics["calibration"]["source"] = inputs["calibration"]
     record = records.StageRecord(
-        "prune", fingerprint, hashes.plain(resolved_prune(config)), {"model": base_fingerprint, "path": model.path},
-        metrics,
+        "prune", fingerprint, hashes.plain(resolved_prune(config)), inputs, metrics,
         environment.environment(), round(time.monotonic() - started, 2), {},
     )  # fmt: skip
     if processes.is_main():
-        _write_checkpoint(out, source, tokenizer, config, model, metrics)
+        _write_checkpoint(out, source, tokenizer, config, model, metrics, data_dir)
         record = records.publish(out, record)
     if alone:
         processes.stop()
     return record
+
+
+def _text_fingerprint(config: PruneConfig, data_dir: Path | None) -> str:
+    from lors_cli.data.sources import fingerprint_source
+
+    text = config.calibration
+    return fingerprint_source(text.dataset, split="train", data_dir=data_dir, columns=text.columns, chosen=text.split)
 
 
 def _check(config: PruneConfig, pattern: Pattern, model: ModelConfig, out: Path) -> None:
@@ -178,18 +205,25 @@ def _report_few_tokens(few_tokens: dict[str, int]) -> None:
 
 
 def _write_checkpoint(
-    out: Path, source: BlockwiseModel, tokenizer: Any, config: PruneConfig, model: ModelConfig, metrics: dict[str, Any]
-) -> None:
+    out: Path, source: BlockwiseModel, tokenizer: Any, config: PruneConfig, model: ModelConfig,
+    metrics: dict[str, Any], data_dir: Path | None,
+) -> None:  # fmt: skip
+    from lors_cli.data.sources import fingerprint_source
     from lors_cli.models.card import model_card
     from lors_cli.models.loading import MAX_SHARD_SIZE, save_settings
+    from lors_cli.models.origins import inherited, with_dataset
     from lors_cli.models.tensor_files import write_checkpoint
 
     staging = records.staging_dir(out)
     save_settings(source.network, tokenizer, staging)
     write_checkpoint(staging, _tensors(source, out / records.WORK_NAME), max_shard_size=MAX_SHARD_SIZE)
+    fields, calibration = inherited(model), config.calibration
+    if "calibration" in metrics:
+        read = fingerprint_source(calibration.dataset, split="train", data_dir=data_dir, columns=calibration.columns)
+        fields = with_dataset(fields, read)
     card = model_card(base_model=model.path, prune=hashes.plain(resolved_prune(config)), tune=None, metrics=metrics,
-                      environment=environment.environment())  # fmt: skip
-    atomic.write_text(staging / "README.md", card)
+                      environment=environment.environment(), fields=fields)  # fmt: skip
+    atomic.write_text(staging / records.CARD_NAME, card)
 
 
 def _tensors(source: BlockwiseModel, work: Path) -> Iterator[tuple[Entry, Callable[[], torch.Tensor]]]:

@@ -20,7 +20,7 @@ from lors_cli.recipe.schema import STAGE_CONFIGS, STAGES, EvalConfig, ModelConfi
 from lors_cli.recipe.settings import Place, Settings, flag_name
 from lors_cli.recipe.yaml12 import MAX_BYTES, YamlError, read, write
 
-Stage = Literal["prune", "tune", "eval"]
+Stage = Literal["prune", "tune", "pack", "eval"]
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
@@ -67,7 +67,7 @@ def stage_config(stage: str, values: dict[str, Any]) -> PruneConfig | TuneConfig
         UsageError: this version knows no such settings.
     """
     config: PruneConfig | TuneConfig | EvalConfig = check(
-        STAGE_CONFIGS[stage], Settings(_without_none(values), {(): Place(f"{stage}/stage.json", (0, 0))})
+        STAGE_CONFIGS[stage], Settings(without_none(values), {(): Place(f"{stage}/stage.json", (0, 0))})
     )
     return config
 
@@ -95,7 +95,7 @@ def dump_recipe(recipe: Recipe | PruneConfig | TuneConfig | EvalConfig) -> str:
 
 def recipe_values(recipe: Recipe | PruneConfig | TuneConfig | EvalConfig) -> dict[str, Any]:
     """A recipe's (or config's) settings as plain values, those that are None left out."""
-    values: dict[str, Any] = _without_none(plain(recipe))
+    values: dict[str, Any] = without_none(plain(recipe))
     return values
 
 
@@ -187,9 +187,10 @@ def _hand_down_seed(settings: Settings) -> None:
             section.setdefault("seed", seed)
 
 
-def _without_none(value: Any) -> Any:
+def without_none(value: Any) -> Any:
+    """Plain values without those that are None."""
     if isinstance(value, dict):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
+        return {key: without_none(item) for key, item in value.items() if item is not None}
     return value
 
 

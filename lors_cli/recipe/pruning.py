@@ -16,9 +16,13 @@ class CalibrationConfig(Section):
     """The text that shows the pruner what the inputs of each layer look like."""
 
     dataset: Name = "c4"
-    """alpaca, c4, pydoc, slimpajama, wikitext2, or a file (.jsonl .json .csv .parquet .txt …; tokens: .safetensors)."""
+    """alpaca, c4, pydoc, slimpajama, wikitext2, a file (.jsonl .json .csv .parquet .txt …; tokens: .safetensors), or a
+    dataset on the hub (org/name, org/name:configuration@revision)."""
+    split: Name = "train"
+    """Of a dataset; a file has no other."""
     columns: ColumnsConfig | None = None
-    """What a file's columns are called, where they are not found or several would do; others are not looked at."""
+    """What the columns of a file or dataset are called, where they are not found or several would do; others are not
+    looked at."""
     num_samples: Positive | None = None
     """Sequences. Default 128; a pre-tokenised file is used whole."""
     sequence_length: Positive | None = None
@@ -57,6 +61,9 @@ class PruneConfig(Section):
     scores share fewer groups; the dense model's function stays."""
     layer_sparsity: Literal["uniform", "owl"] = "uniform"
     """Unstructured only: the same sparsity for every block, or less for blocks with many outliers (OWL)."""
+    skip: tuple[Name, ...] = ()
+    """Weights that stay dense: full names, or globs of them such as `model.layers.0.*` and `*.down_proj`. The sparsity
+    asked for is that of the others."""
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     """Which text, and how much of it."""
 

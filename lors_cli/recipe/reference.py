@@ -108,13 +108,15 @@ def _default(value: Any) -> str | None:
 def _kind(schema: dict[str, Any]) -> str:
     """What a setting may be, in words."""
     if "anyOf" in schema:
-        return _kind(next(part for part in schema["anyOf"] if part.get("type") != "null"))
+        return " or ".join(_kind(part) for part in schema["anyOf"] if part.get("type") != "null")
     if "$ref" in schema:
         return "a section"
     if "enum" in schema:
         return ", ".join(f"`{word}`" for word in schema["enum"])
     if schema["type"] == "array":
         return f"list of {_kind(schema['items'])}"
+    if schema["type"] == "object":
+        return f"a {_kind(schema['additionalProperties'])} by name"
     if schema["type"] == "boolean":
         return "`true`, `false`"
     return {"integer": "whole number", "number": "number", "string": "text"}[schema["type"]] + _bounds(schema)

@@ -16,7 +16,9 @@ def resolved_prune(config: PruneConfig) -> PruneConfig:
 
 def resolved_tune(config: TuneConfig) -> TuneConfig:
     """Tuning's settings with what the method implies."""
-    return replace(config, init=config.start, rounding=config.weight_rounding)
+    found = replace(config, init=config.start, rounding=config.weight_rounding,
+                    learning_rate=config.peak_learning_rate)  # fmt: skip
+    return found if config.val_size is None else replace(found, load_best_model_at_end=config.loads_best)
 
 
 def resolved_recipe(recipe: Recipe) -> Recipe:

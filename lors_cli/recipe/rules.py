@@ -42,10 +42,23 @@ def _contradicted_sparsity(c: Any) -> float | None:
     return None if agrees else implied
 
 
+def _above_peak(c: Any) -> str | None:
+    """The peak of the learning rate, when its floor is above it."""
+    if c.min_learning_rate <= c.peak_learning_rate:
+        return None
+    return f"{c.peak_learning_rate:g}" + ("" if c.learning_rate is not None else f", the default of method: {c.method}")
+
+
 def _not_shardable(c: Any) -> str | None:
     """What needs whole weights, when they are sharded."""
-    whole = {"init": "gradient-exact", "base": "compressed", "merged_cache": "on"} if c.parallelism == "fsdp" else {}
+    whole = {"init": "gradient-exact", "base": "packed", "merged_cache": "on"} if c.parallelism == "fsdp" else {}
     return next((f"{key}: {value}" for key, value in whole.items() if getattr(c, key) == value), None)
+
+
+def _without_val_size(c: Any) -> str | None:
+    """The first setting that is about held-out losses, where there are none."""
+    about = ("eval_steps", "early_stopping_patience", "load_best_model_at_end") if c.val_size is None else ()
+    return next((key for key in about if getattr(c, key)), None)
 
 
 def _twice(values: Any) -> str:
@@ -71,9 +84,9 @@ def _no_row(c: Any) -> bool:
 
 RULES: dict[str, tuple[Rule, ...]] = {
     "Recipe": (
-        ("", lambda c: not (c.prune or c.tune or c.eval),
-         "there is no stage: give at least one of prune, tune, eval",
-         "At least one of `prune`, `tune` and `eval` is there. A stage without settings is `prune: {}`."),
+        ("", lambda c: not (c.prune or c.tune or c.pack or c.eval),
+         "there is no stage: give at least one of prune, tune, pack, eval",
+         "At least one of `prune`, `tune`, `pack` and `eval` is there. A stage without settings is `prune: {}`."),
         ("eval.models", _not_made, "{found}",
          "`eval.models` names only models that the recipe makes."),
     ),
@@ -116,11 +129,11 @@ RULES: dict[str, tuple[Rule, ...]] = {
         ("rounding", lambda c: c.rounding == "stochastic" and c.method != "lors",
          "stochastic is for method: lors, and method is {c.method}",
          "`rounding: stochastic` is for `lors`."),
-        ("base", lambda c: c.base == "compressed" and c.method != "lors",
-         "compressed is for method: lors, and method is {c.method}",
-         "`base: compressed` is for `lors`, on a 2:4 model."),
+        ("base", lambda c: c.base == "packed" and c.method != "lors",
+         "packed is for method: lors, and method is {c.method}",
+         "`base: packed` is for `lors`."),
         ("parallelism", _not_shardable, "fsdp shards the weights, and {found} needs them whole",
-         "`parallelism: fsdp` excludes `init: gradient-exact`, `base: compressed` and `merged_cache: on`."),
+         "`parallelism: fsdp` excludes `init: gradient-exact`, `base: packed` and `merged_cache: on`."),
         ("train_norms", lambda c: c.train_norms and c.method == "lora",
          "PEFT's LoRA files have no place for trained norms; choose another method",
          "`train_norms` is not for `lora`."),
@@ -132,9 +145,18 @@ RULES: dict[str, tuple[Rule, ...]] = {
         ("max_tokens", lambda c: c.max_tokens is not None and c.data.stream == "off",
          "it counts streamed text, and data.stream is off",
          "`max_tokens` needs streamed text: not `data.stream: off`."),
-        ("min_learning_rate", lambda c: c.min_learning_rate > c.learning_rate,
-         "{c.min_learning_rate:g} is above learning_rate: {c.learning_rate:g}",
-         "`min_learning_rate` is at most `learning_rate`."),
+        ("min_learning_rate", _above_peak, "{c.min_learning_rate:g} is above learning_rate: {found}",
+         "`min_learning_rate` is at most `learning_rate`, or what the method implies for it."),
+        ("min_learning_rate", lambda c: c.min_learning_rate and c.lr_schedule == "constant",
+         "it is the floor of a rate that falls, and lr_schedule is constant",
+         "`min_learning_rate` is for `lr_schedule: cosine` and `linear`."),
+        ("val_size", lambda c: c.val_size is not None and c.val_size > 1 and c.val_size % 1,
+         "{c.val_size:g} is neither a number of samples nor a share below 1",
+         "`val_size` is a whole number of samples, or a share below 1."),
+        ("eval_steps", _without_val_size, "{found} needs val_size, the samples to hold out",
+         "`eval_steps`, `early_stopping_patience` and `load_best_model_at_end` need `val_size`."),
+        ("report_to", lambda c: _twice(c.report_to), "{found} is listed twice",
+         "Nothing is listed twice in `report_to`."),
         ("batch_size", lambda c: c.per_device_batch_size is not None and c.batch_size % c.per_device_batch_size,
          "{c.batch_size} is not a multiple of per_device_batch_size: {c.per_device_batch_size}",
          "`batch_size` is a multiple of `per_device_batch_size`."),
@@ -146,6 +168,12 @@ RULES: dict[str, tuple[Rule, ...]] = {
          "Nothing is listed twice in `models`, `tasks` or `perplexity`."),
         ("perplexity", lambda c: _twice(c.perplexity), "{found} is listed twice",
          "Nothing is listed twice in `models`, `tasks` or `perplexity`."),
+        ("limit", lambda c: c.limit is not None and c.limit > 1 and c.limit % 1,
+         "{c.limit:g} is neither a whole number of documents nor a share below 1",
+         "`limit` is a whole number, or a share below 1."),
+        ("fewshot_as_multiturn", lambda c: c.fewshot_as_multiturn and not c.apply_chat_template,
+         "it needs apply_chat_template: true",
+         "`fewshot_as_multiturn` needs `apply_chat_template: true`."),
         ("", lambda c: not c.tasks and not c.perplexity,
          "neither tasks nor perplexity is given: there is nothing to evaluate",
          "`tasks` or `perplexity` names something."),

@@ -18,6 +18,7 @@ from lors_cli.recipe.columns import Name, Seed
 from lors_cli.recipe.evaluation import SEVEN_TASKS as SEVEN_TASKS
 from lors_cli.recipe.evaluation import EvalConfig as EvalConfig
 from lors_cli.recipe.evaluation import ModelRole as ModelRole
+from lors_cli.recipe.packing import PackConfig as PackConfig
 from lors_cli.recipe.pruning import CalibrationConfig as CalibrationConfig
 from lors_cli.recipe.pruning import PruneConfig as PruneConfig
 from lors_cli.recipe.section import Section
@@ -44,6 +45,10 @@ class ModelConfig(Section):
     """Branch, tag or commit on the hub."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     """auto: the first GPU, else the CPU. Not part of a stage's fingerprint."""
+    add_bos_token: bool | None = None
+    """Whether the tokenizer puts its BOS token before a text: before prompts of tasks, instructions and isolated
+    texts; if true also before each window of a perplexity. Calibration and concatenated text are cut from running
+    text, without. Default: as the tokenizer has it. Gemma needs true where its tokenizer adds none."""
 
     @classmethod
     def of(cls, model: ModelConfig | str | Path) -> ModelConfig:
@@ -63,6 +68,8 @@ class Recipe(Section):
     """Dense to sparse."""
     tune: TuneConfig | None = None
     """Sparse to recovered, zeros kept."""
+    pack: PackConfig | None = None
+    """The last of these models in a packed copy."""
     eval: EvalConfig | None = None
     """Scores of the models there are."""
     data_dir: Name | None = None
@@ -94,5 +101,5 @@ class Recipe(Section):
         return replace(self, tune=tune, eval=evaluation) if changed else self
 
 
-STAGES = ("prune", "tune", "eval")
-STAGE_CONFIGS: dict[str, Any] = {"prune": PruneConfig, "tune": TuneConfig, "eval": EvalConfig}
+STAGES = ("prune", "tune", "pack", "eval")
+STAGE_CONFIGS: dict[str, Any] = {"prune": PruneConfig, "tune": TuneConfig, "pack": PackConfig, "eval": EvalConfig}

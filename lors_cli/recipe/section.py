@@ -16,8 +16,8 @@ from lors_cli.recipe.settings import Place, Settings
 
 OWN_METHODS: set[str] = set()
 """Names that `method` may have too: of methods that are added from Python (docs/how-to.md)."""
-_MODELS = ("path", "teacher")
-"""Settings that name a model, whose ~ is the user's home."""
+_MODELS = ("path", "teacher", "include_path")
+"""Settings that name a model or a folder, whose ~ is the user's home."""
 
 
 class SettingError(UsageError, ValueError):

@@ -6,12 +6,18 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
+from lors_cli.errors import UsageError
 from lors_cli.recipe.columns import ColumnsConfig, Name, NotNegative, Positive, Rate, Seed
 from lors_cli.recipe.section import Section
 
 TuneMethod = Literal["lors", "sqft", "sqft-gc", "spp", "spp-gc", "hira", "lora"]
+Tracker = Literal["wandb", "tensorboard", "mlflow", "trackio"]
+RATES = {"lors": 3e-3, "sqft": 3e-3, "spp": 3e-2, "hira": 1e-2, "lora": 3e-3}
+GRADIENT_RATE = 1e-3
+"""Learning rates that are taken where none is given: by method from a random start, and from the gradient's directions.
+Found on SmolLM2-135M at a scale of 4 (docs/tuning.md)."""
 
 
 def _whole(value: Any) -> Any:
@@ -24,9 +30,13 @@ class TuneDataConfig(Section):
     """The text to tune on."""
 
     dataset: Name = "alpaca"
-    """alpaca, c4, pydoc, slimpajama, wikitext2, or a file."""
+    """alpaca, c4, pydoc, slimpajama, wikitext2, a file, or a dataset on the hub (org/name,
+    org/name:configuration@revision)."""
+    split: Name = "train"
+    """Of a dataset; a file has no other."""
     columns: ColumnsConfig | None = None
-    """What a file's columns are called, where they are not found or several would do; others are not looked at."""
+    """What the columns of a file or dataset are called, where they are not found or several would do; others are not
+    looked at."""
     max_length: Positive = 512
     """Tokens a sample: instructions are cut there, text is packed to it."""
     num_samples: Positive | None = None
@@ -88,14 +98,18 @@ class TuneConfig(Section):
     """lors: keep every merged weight while its adapters are unchanged (from the forward pass to the backward pass, and
     over the micro-batches of a step), or build it anew for each use. auto: on if that takes at most a quarter of the
     free memory. Not part of a stage's fingerprint."""
-    base: Literal["plain", "compressed"] = "plain"
-    """lors: hold the sparse weights as they are, or, of 2:4 weights, only the kept values and their positions (9/16 of
-    the memory in bfloat16, the same results; without a CUDA GPU each is restored before it is merged, which takes
-    longer). Not part of a stage's fingerprint."""
+    base: Literal["plain", "packed"] = "plain"
+    """lors: hold the sparse weights as they are, or packed, their kept values and a bit a place (at 50 % in bfloat16
+    9/16 of the memory, the same results; each is unpacked before it is merged, which takes longer, but for 2:4 on a
+    CUDA GPU). Not part of a stage's fingerprint."""
     data: TuneDataConfig = field(default_factory=TuneDataConfig)
     """Which text, and how much of it."""
-    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2e-5
-    """Peak of the cosine schedule. Scale times rate acts as one knob: each method needs its own."""
+    skip: tuple[Name, ...] = ()
+    """Pruned linears that get no adapter and stay as they are: full names, or globs of them such as `model.layers.0.*`
+    and `*.down_proj`."""
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Peak of the schedule. Scale times rate acts as one knob: each method needs its own. Default: what a search found
+    at a scale of 4, 3e-3 for lors, sqft and lora (1e-3 with init: gradient), 3e-2 for spp, 1e-2 for hira."""
     loraplus_lr_ratio: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Learning rate of lora_B over that of lora_A, which is learning_rate (LoRA+, arXiv:2402.12354)."""
     train_norms: bool = False
@@ -106,11 +120,17 @@ class TuneConfig(Section):
     distill: DistillConfig | None = None
     """Learn from the dense model's predictions too."""
     min_learning_rate: Rate = 0.0
-    """Floor of the cosine schedule; lora_B's is loraplus_lr_ratio times it."""
+    """Floor of a cosine or linear schedule; lora_B's is loraplus_lr_ratio times it."""
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate goes on after the warm-up: down to min_learning_rate along half a cosine or a line, or
+    not at all."""
     warmup_steps: NotNegative = 0
     """Optimiser steps in which the learning rate rises to its peak."""
     weight_decay: Rate = 0.0
     """AdamW's, on the adapters."""
+    optim: Literal["adamw", "adamw_8bit"] = "adamw"
+    """adamw_8bit keeps the optimiser's state in 8 bits, a quarter of the memory (arXiv:2110.02861; needs the
+    bitsandbytes package; tensors below 4,096 numbers stay in 32 bits)."""
     max_grad_norm: Rate = 1.0
     """Clip the gradient's norm to this; 0 turns clipping off."""
     epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3.0
@@ -141,8 +161,21 @@ class TuneConfig(Section):
     spike_factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
     """A step is bad too if its loss or its gradient's norm is above so many times its median over the last 50 good
     steps (from the tenth on). Default: only what is not finite is bad."""
-    tensorboard: bool = False
-    """Write TensorBoard events to tune/tensorboard too (needs the tensorboard package)."""
+    val_size: Annotated[float, Field(gt=0, allow_inf_nan=False), AfterValidator(_whole)] | None = None
+    """Samples that are held out, or below 1 a share of them: never trained on, and their loss is measured during
+    training. The same for every method, rank and seed. Default: none."""
+    eval_steps: Positive | None = None
+    """Optimiser steps between two held-out losses; there is one after the last step too. Default: a tenth of the
+    run."""
+    early_stopping_patience: Positive | None = None
+    """End training after so many held-out losses in a row that are no better than the best before them. Default:
+    train to the end."""
+    load_best_model_at_end: bool | None = None
+    """Merge the adapters of the step with the best held-out loss, not those of the last step; their checkpoint stays.
+    Default: true with early_stopping_patience, else false."""
+    report_to: tuple[Tracker, ...] = ()
+    """Send the numbers of each step to these trackers too; each needs its package. Not part of a stage's
+    fingerprint."""
     seed: Seed = 0
     """Of the samples' order and of the adapters' start. Default: the recipe's."""
 
@@ -152,9 +185,26 @@ class TuneConfig(Section):
         return self.init or ("gradient" if self.method == "lors" else "kaiming")
 
     @property
+    def peak_learning_rate(self) -> float:
+        """The schedule's peak: `learning_rate`, or what method and start imply."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        method = self.method.removesuffix("-gc")
+        if method not in RATES:
+            raise UsageError(f"learning_rate: {method} has none of its own; give one.")
+        return RATES[method] if self.start == "kaiming" else GRADIENT_RATE
+
+    @property
     def weight_rounding(self) -> Literal["nearest", "stochastic"]:
         """How merged weights are rounded to bfloat16: `rounding`, or what the method implies."""
         return self.rounding or ("stochastic" if self.method == "lors" else "nearest")
+
+    @property
+    def loads_best(self) -> bool:
+        """Whether the merged model is that of the best held-out loss: `load_best_model_at_end`, or what is implied."""
+        if self.load_best_model_at_end is None:
+            return self.early_stopping_patience is not None
+        return self.load_best_model_at_end
 
     @property
     def scale(self) -> float:

@@ -118,6 +118,8 @@ def _syntax_error(error: yaml.MarkedYAMLError, text: str) -> YamlError:
     written = lines[line - 1] if line <= len(lines) else ""
     if "\t" in written[: len(written) - len(written.lstrip())] or ("start any token" in problem and "\t" in written):
         return YamlError(line, "a tab is used where YAML wants spaces")
+    if "scanning an alias" in str(error.context):
+        return YamlError(line, "a text that starts with * must be in quotes")
     if "start any token" in problem:
         return YamlError(line, "a text that starts with a special character must be in quotes")
     if "mapping values are not allowed" in problem:
@@ -177,7 +179,8 @@ class _Composer:
     def alias(self, name: str, line: int) -> Node:
         """The node that was anchored before."""
         if name not in self.anchors:
-            raise YamlError(line, f"*{name} refers to an anchor &{name} that is not defined before it")
+            said = f"*{name} refers to an anchor &{name} that is not defined before it"
+            raise YamlError(line, f"{said}; a text that starts with * must be in quotes")
         known = self.anchors[name]
         if known is None:
             raise YamlError(line, f"*{name} refers to a value that contains it")

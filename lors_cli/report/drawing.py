@@ -19,11 +19,12 @@ INK, AXIS, GRID, PAGE = "#222222", "#888888", "#DDDDDD", "#FFFFFF"
 DENSE = "#4D4D4D"
 PALETTE = {"dense": DENSE, "pruned": "#E69F00", "tuned": "#0072B2"}  # Okabe and Ito, safe for colour-blind eyes
 METHOD_COLOURS = {
-    "lora": "#4D4D4D", "lora-float32": "#999999", "lors": "#0072B2", "lors-cached": "#56B4E9",
-    "lors-nearest": "#003F66", "lors-compressed": "#CC79A7",
-    "sqft": "#E69F00", "sqft-gc": "#F0C869", "spp": "#D55E00", "spp-gc": "#F0997A",
+    "lora": "#7A5230", "lora-float32": "#B89B7F", "lors": PALETTE["tuned"], "lors-cached": "#56B4E9",
+    "lors-nearest": "#003F66", "lors-packed": "#CC79A7",
+    "sqft": "#8C6BB1", "sqft-gc": "#C5B3DB", "spp": "#D55E00", "spp-gc": "#F0997A",
     "hira": "#009E73",
 }  # fmt: skip
+"""None of them is that of a dense or a pruned model."""
 THEMED = {INK: "currentColor", AXIS: "var(--axis)", GRID: "var(--grid)", PAGE: "var(--page)", DENSE: "var(--dense)"}
 """What an SVG leaves to the page's style, so that it fits light and dark pages."""
 _SETTINGS = {
@@ -36,6 +37,17 @@ _SETTINGS = {
 
 Draw: TypeAlias = "Callable[[], Figure | None]"
 """Draws a figure; None when there is nothing to draw."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """How the figures of a report show a model."""
+
+    colour: str = PALETTE["tuned"]
+    dashes: Any = "solid"
+    family: str = ""
+    """What its hue stands for, as in a legend."""
+    hue: str = PALETTE["tuned"]
 
 
 @dataclass(frozen=True)
@@ -86,27 +98,39 @@ def short(label: str) -> str:
     return shorten(label, 48)
 
 
-def sparsity_map(rows: Mapping[str, Mapping[int, float]]) -> Figure:
-    """Shares of zeros by label and block, colours fixed from 0 to 1; a block that a row lacks stays empty."""
+def sparsity_map(rows: Mapping[str, Mapping[int, float]]) -> Figure | None:
+    """Shares of zeros by label and block; a block that a row lacks stays empty. None where all shares are the same."""
     blocks = sorted({block for shares in rows.values() for block in shares})
-    figure, axes = figure_of(max(6.0, min(14.0, 3.2 + 0.3 * len(blocks))), 1.7 + 0.36 * len(rows))
+    found = [share for shares in rows.values() for share in shares.values()]
+    if not found or max(found) - min(found) < 5e-4:
+        return None
+    longest = max(len(short(label)) for label in rows)
+    cell = 0.3 if len(blocks) <= 36 else 11 / len(blocks)
+    figure, axes = figure_of(max(4.2, 1.3 + 0.085 * longest + cell * len(blocks)), 1.3 + 0.3 * len(rows))
     grid = [[shares.get(block, math.nan) for block in blocks] for shares in rows.values()]
-    image = axes.imshow(grid, vmin=0, vmax=1, cmap="Blues", aspect="auto", interpolation="nearest")
-    axes.set(title="Share of weights that are zero", xlabel="decoder block")
+    ends = {"vmin": math.floor(20 * min(found)) / 20, "vmax": math.ceil(20 * max(found)) / 20}
+    image = axes.imshow(grid, **ends, cmap="Blues", aspect="auto", interpolation="nearest")
+    axes.set_title("Share of weights that are zero", fontsize=11, pad=8)
+    axes.set_xlabel("decoder block", fontsize=10)
     every = max(1, math.ceil(len(blocks) / 16))
     axes.set_xticks(range(0, len(blocks), every), [str(block) for block in blocks[::every]])
     axes.set_yticks(range(len(rows)), [short(label) for label in rows])
     axes.set_xticks([column + 0.5 for column in range(len(blocks) - 1)], minor=True)
     axes.set_yticks([row + 0.5 for row in range(len(rows) - 1)], minor=True)
     axes.grid(which="minor", color=PAGE, linewidth=1)
-    axes.tick_params(which="both", length=0)
+    axes.tick_params(which="both", length=0, labelsize=10)
     axes.spines[:].set_visible(False)
-    bar = figure.colorbar(image, ax=axes, pad=0.02, ticks=[0, 0.25, 0.5, 0.75, 1])
-    bar.set_label("sparsity")
+    bar = figure.colorbar(image, ax=axes, pad=0.03, fraction=0.05, ticks=list(ends.values()))
+    bar.ax.tick_params(labelsize=9)
     bar.outline.set_visible(False)
     solids: Any = bar.solids
     solids.set_rasterized(True)  # 256 shapes otherwise
     return figure
+
+
+def byte_unit(most: float) -> tuple[str, int]:
+    """The unit that suits numbers of bytes up to `most`, and its size."""
+    return ("GiB", 2**30) if most >= 2**30 else ("MiB", 2**20) if most >= 2**20 else ("KiB", 2**10)
 
 
 def plain_ticks(axis: Any) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 
 from lors_cli.evaluation.summary import recovered
 from lors_cli.models.sources import short_name
+from lors_cli.report.colours import coloured
 from lors_cli.report.measures import Group, ScoredModel
 from lors_cli.report.paper import METHODS
-from lors_cli.report.results import Cell, Results, Scores
+from lors_cli.report.results import ROLES, Cell, Results, Scores
 
 _IN_TITLES = ("model.path", "prune.method", "prune.pattern", "prune.sparsity", "tune.method")
 """Settings that labels and titles say anyway."""
@@ -19,9 +20,11 @@ _MAKERS = {"pruned": "prune", "tuned": "tune"}
 
 
 def run_group(run: Results) -> Group:
-    """The models of a run that were scored, together."""
-    models = [model for group in groups(run) for model in group.models if model.scores]
-    return Group(short_name(models[0].base) if models else "", tuple(models))
+    """The models of a run or of a stage that were scored, together; where none was, those that were made."""
+    found = [model for group in groups(run) for model in group.models]
+    models = [model for model in found if model.scores] or [model for model in found if model.made]
+    title = short_name(models[0].base) if models and models[0].role else run.name
+    return coloured([Group(title, tuple(models))])[0]
 
 
 def groups(results: Results) -> list[Group]:
@@ -31,14 +34,25 @@ def groups(results: Results) -> list[Group]:
     for cell in results.cells:
         base = str(cell.base or known.get(cell.recipe) or cell.recipe)
         by_base.setdefault(base, {}).setdefault(cell.folders.get("prune", ""), []).append(cell)
-    found = []
+    named = [model for cell in results.cells for model in _named(cell)]
+    found = [Group(results.name, tuple(named))] if named else []
     for base, origins in by_base.items():
         title = short_name(base)
         found.append(Group(title, _models("dense", base, [cell for cells in origins.values() for cell in cells])))
         for cells in origins.values():
             models = (*_models("pruned", base, cells), *_models("tuned", base, cells))
             found.append(Group(_title(title if len(by_base) > 1 else "", cells[0]), models))
-    return [Group(group.title, _told_apart(group.models)) for group in found if group.models]
+    return coloured([Group(group.title, _told_apart(group.models)) for group in found if group.models])
+
+
+def _named(cell: Cell) -> list[ScoredModel]:
+    """The models that `lors eval` was given names for."""
+    return [
+        ScoredModel("", name, str((scores.content or {}).get("model")), cells=(cell.name,), scores=scores.content,
+                    limit=scores.limit, folder=scores.folder, chance=scores.chance)
+        for name, scores in cell.scores.items()
+        if name not in ROLES
+    ]  # fmt: skip
 
 
 def _title(base: str, cell: Cell) -> str:
@@ -52,7 +66,7 @@ def _models(role: str, base: str, cells: Sequence[Cell]) -> tuple[ScoredModel, .
     """The models of one role that the cells have, each once; one that is yet to come belongs to its cell."""
     owners: dict[str, list[Cell]] = {}
     for cell in cells:
-        last = "tuned" if "tune" in cell.folders or not cell.folders else "pruned"
+        last = "tuned" if "tune" in cell.folders or not cell.folders else "pruned" if "prune" in cell.folders else ""
         if role in cell.scores:
             owners.setdefault(cell.scores[role].folder, []).append(cell)
         elif role == last:
@@ -72,7 +86,8 @@ def _model(role: str, base: str, cells: list[Cell]) -> ScoredModel:
         cells=tuple(other.name for other in cells), settings=settings, prune=prune, tune=tune,
         status="done" if is_scored else _status(cells), error=None if is_scored else cell.error,
         scores=scores.content, shares=recovered(cell.evaluated()) if role == "tuned" else {}, limit=scores.limit,
-        made=cell.records.get(_MAKERS.get(role, "")), eval_s=scores.elapsed_s,
+        made=cell.records.get(_MAKERS.get(role, "")), eval_s=scores.elapsed_s, chance=scores.chance,
+        folder=scores.folder,
     )  # fmt: skip
 
 

@@ -10,7 +10,12 @@ from typing import Any, Literal
 from lors_cli.evaluation.summary import average_stderr, recovered
 from lors_cli.files.records import StageRecord
 from lors_cli.models.sources import short_name
+from lors_cli.report.drawing import Look
 from lors_cli.report.paper import TASKS, PaperRow, find_paper_row
+
+SHARES = ("acc", "acc_norm", "exact_match")
+"""Metrics that are shown in percent."""
+_COUNTS = ("num_samples", "num_fewshot")
 
 
 @dataclass(frozen=True)
@@ -18,7 +23,7 @@ class ScoredModel:
     """A model with its scores, or with why it has none."""
 
     role: str
-    """dense, pruned or tuned."""
+    """dense, pruned or tuned; empty where it only has a name, as `lors eval NAME=MODEL` gives it."""
     label: str
     base: str
     """Path of the dense model it was made from."""
@@ -35,15 +40,23 @@ class ScoredModel:
     """As in eval/*.json, None when it has not been evaluated."""
     shares: dict[str, float | None] = field(default_factory=dict)
     """Of `evaluation.recovered`, for a tuned model; None where the loss is inside its own error."""
-    limit: int | None = None
-    """Documents a task that it was scored on at most."""
+    limit: float | None = None
+    """Documents a task that it was scored on at most; below 1, a share of them."""
+    folder: str = ""
+    """Where its scores lie, relative to the run, sweep or stage."""
     made: StageRecord | None = None
     """The stage that made it; None for a dense model."""
     eval_s: float | None = None
+    chance: dict[str, float] = field(default_factory=dict)
+    """Task to the accuracy of guessing, where it is known."""
+    look: Look = field(default_factory=Look)
 
     @property
     def paper(self) -> PaperRow | None:
-        """The paper's row for the same model, methods, pattern and data."""
+        """The paper's row for the same model, methods, pattern and data, which is of zero-shot scores."""
+        tasks = (self.scores or {}).get("tasks") or {}
+        if any((tasks.get(task) or {}).get("num_fewshot") for task in TASKS):
+            return None
         return _paper_row(self, self.role)
 
 
@@ -73,12 +86,13 @@ class Measure:
     kind: Literal["task", "average", "perplexity", "recovered"]
     name: str
     metric: str = ""
+    num_fewshot: int = 0
 
     @property
     def title(self) -> str:
         """As a column's head."""
         if self.kind == "task":
-            task = TASKS.get(self.name, self.name)
+            task = TASKS.get(self.name, self.name) + self.shots
             return task if self.metric == "acc" else f"{task} {self.metric}"
         if self.kind == "average":
             return "average"
@@ -86,9 +100,14 @@ class Measure:
         return f"recovered {text}" if self.kind == "recovered" else text
 
     @property
+    def shots(self) -> str:
+        """` (5-shot)`; nothing where there are no examples."""
+        return f" ({self.num_fewshot}-shot)" if self.num_fewshot else ""
+
+    @property
     def is_percent(self) -> bool:
         """Whether `value` is a share times 100."""
-        return self.kind in ("average", "recovered") or self.metric in ("acc", "acc_norm")
+        return self.kind in ("average", "recovered") or self.metric.partition(",")[0] in SHARES
 
     @property
     def scale(self) -> int:
@@ -99,7 +118,8 @@ class Measure:
         """The model's number as it is on disk, None when it has none."""
         scores = model.scores or {}
         if self.kind == "task":
-            return finite(scores.get("tasks", {}).get(self.name, {}).get(self.metric))
+            found = scores.get("tasks", {}).get(self.name, {})
+            return finite(found.get(self.metric)) if (found.get("num_fewshot") or 0) == self.num_fewshot else None
         if self.kind == "average":
             return finite((scores.get("average") or {}).get("value"))
         if self.kind == "perplexity":
@@ -114,11 +134,20 @@ class Measure:
     def stderr(self, model: ScoredModel) -> float | None:
         """The shown number's standard error; an average's takes the tasks as independent."""
         tasks = (model.scores or {}).get("tasks", {})
-        found = tasks.get(self.name, {}).get(f"{self.metric}_stderr") if self.kind == "task" else None
+        metric, comma, name = self.metric.partition(",")
+        found = tasks.get(self.name, {}).get(f"{metric}_stderr{comma}{name}") if self.kind == "task" else None
         if self.kind == "average" and self.stored(model) is not None:
-            found = average_stderr(tasks)
+            found = average_stderr(model.scores or {})
         error = finite(found)
         return None if error is None else self.scale * error
+
+    def chance(self, model: ScoredModel) -> float | None:
+        """What guessing would give, as it is shown; of an average where it is known of all its tasks."""
+        names = (
+            [self.name] if self.metric in ("acc", "acc_norm") else _averaged(model) if self.kind == "average" else []
+        )
+        levels = [model.chance[name] for name in names if name in model.chance]
+        return 100 * math.fsum(levels) / len(levels) if levels and len(levels) == len(names) else None
 
     def paper(self, model: ScoredModel) -> float | None:
         """The paper's number for the model, of the same tasks; None when it has none."""
@@ -153,23 +182,29 @@ def _paper_share(model: ScoredModel) -> float | None:
 
 
 def measures(
-    models: Iterable[ScoredModel], *, with_norm: bool = False, first: Collection[str] = tuple(TASKS)
-) -> list[Measure]:
+    models: Iterable[ScoredModel], *, with_norm: bool = False, subtasks: bool = False,
+    first: Collection[str] = tuple(TASKS),
+) -> list[Measure]:  # fmt: skip
     """What any of the models has a number for: tasks, the average, perplexities, recovered shares.
 
     Args:
         with_norm: acc_norm as well, which the paper's tables do not have.
+        subtasks: those of groups as well.
         first: tasks that lead, in this order; the others follow as they come.
     """
     models = list(models)
-    metrics: dict[str, dict[str, None]] = {task: {} for task in first}
+    metrics: dict[tuple[str, int], dict[str, None]] = {(task, 0): {} for task in first}
     for model in models:
-        for task, found in ((model.scores or {}).get("tasks") or {}).items():
-            metrics.setdefault(task, {}).update(dict.fromkeys(_metrics_of(found, with_norm)))
+        scores = model.scores or {}
+        inside = {member for members in (scores.get("groups") or {}).values() for member in members}
+        for task, found in (scores.get("tasks") or {}).items():
+            if subtasks or task not in inside:
+                key = task, found.get("num_fewshot") or 0
+                metrics.setdefault(key, {}).update(dict.fromkeys(_metrics_of(found, with_norm)))
     texts = dict.fromkeys(text for model in models for text in (model.scores or {}).get("perplexity") or {})
     average = Measure("average", "accuracy")
     return [
-        *(Measure("task", task, metric) for task, found in metrics.items() for metric in found),
+        *(Measure("task", task, metric, shots) for (task, shots), found in metrics.items() for metric in found),
         *([average] if any(average.stored(model) is not None for model in models) else []),
         *(Measure("perplexity", text) for text in texts),
         *(Measure("recovered", name) for name in dict.fromkeys(name for model in models for name in model.shares)),
@@ -178,4 +213,4 @@ def measures(
 
 def _metrics_of(found: dict[str, Any], with_norm: bool) -> list[str]:
     usual: list[str] = [name for name in ("acc", "acc_norm") if name in found and (with_norm or name == "acc")]
-    return usual or [name for name in found if "_stderr" not in name and name != "num_samples"]
+    return usual or [name for name in found if "_stderr" not in name and name not in _COUNTS]

@@ -9,11 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from lors_cli.errors import UsageError
 from lors_cli.files import atomic
 from lors_cli.files import records as run_dir
 from lors_cli.recipe.loading import read_settings
 from lors_cli.recipe.schema import STAGES
+from lors_cli.report.chance import chance_levels
 from lors_cli.report.measures import finite
 
 ROLES = ("dense", "pruned", "tuned")
@@ -31,6 +34,8 @@ class Scores:
     """Documents a task at most."""
     elapsed_s: float | None = None
     """None where the evaluation was of several models."""
+    chance: dict[str, float] = field(default_factory=dict)
+    """Task to the accuracy of guessing, where it is known."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +49,9 @@ class Cell:
     """Stage to folder, relative to the run or sweep."""
     records: dict[str, run_dir.StageRecord]
     scores: dict[str, Scores]
-    """In the order of `ROLES`."""
+    """By role, in the order of `ROLES`, or by the names that `lors eval` was given, in its order."""
     log: list[dict[str, Any]]
+    """Rows with a training loss."""
     recipe: str = ""
     """Its name in the sweep."""
     settings: dict[str, Any] = field(default_factory=dict)
@@ -54,6 +60,8 @@ class Cell:
     """Those of them that vary in the sweep."""
     status: str = "done"
     error: str | None = None
+    held_out: list[dict[str, Any]] = field(default_factory=list)
+    """Rows of the log with a `val_loss`."""
 
     def config(self, stage: str) -> dict[str, Any]:
         """The stage's settings: all of them once it is finished, before that those that the sweep overrides."""
@@ -96,11 +104,42 @@ def read_run(folder: Path, finished: Collection[str] | None = None) -> Results:
     folders = {stage: stage for stage in records}
     base = (recipe.get("model") or {}).get("path") or _origin(folders, records)
     name = str(recipe.get("name") or folder.resolve().name)
+    chance = chance_levels(folder / "eval", contents)
+    log = folder / "tune" / "log.jsonl" if "tune" in stages else None
     cell = Cell(
         name, base or next((content.get("model") for content in contents.values()), None), folders, records,
-        {role: Scores("eval", content, limit) for role, content in contents.items()},
-        read_log(folder / "tune" / "log.jsonl") if "tune" in stages else [],
+        {role: Scores("eval", content, limit, chance=chance) for role, content in contents.items()},
+        read_log(log), held_out=read_log(log, "val_loss"),
     )  # fmt: skip
+    return Results(name, text, [cell])
+
+
+def read_stage(folder: Path) -> Results:
+    """The results of a single stage, as `lors prune`, `tune` and `eval` write them to --out.
+
+    Raises:
+        UsageError: its record is broken, or the scores are no longer those that were measured.
+    """
+    record = run_dir.read_record(folder)
+    if record is None:
+        raise UsageError(f"{folder / run_dir.RECORD_NAME} is not the record of a stage.", "Run the stage again.")
+    name, contents = folder.resolve().name, dict[str, dict[str, Any]]()
+    if record.stage == "eval":
+        read = {label: atomic.read_json(folder / f"{label}.json") for label in record.inputs}
+        contents = {label: content for label, content in read.items() if isinstance(content, dict)}
+        if len(contents) < len(read) or not run_dir.is_finished(folder, record.fingerprint):
+            raise UsageError(f"The scores in {folder} have been changed since they were measured.",
+                             "Run lors eval again with the same --out: what is missing is measured.")  # fmt: skip
+    chance = chance_levels(folder, contents)
+    scores = {
+        label: Scores(".", content, record.config.get("limit"), chance=chance) for label, content in contents.items()
+    }
+    log = folder / "log.jsonl" if record.stage == "tune" else None
+    cell = Cell(
+        name, record.inputs.get("path") or next((content["model"] for content in contents.values()), None),
+        {record.stage: "."}, {record.stage: record}, scores, read_log(log), held_out=read_log(log, "val_loss"),
+    )  # fmt: skip
+    text = yaml.safe_dump(record.config, sort_keys=False, allow_unicode=True)
     return Results(name, text, [cell])
 
 
@@ -124,10 +163,11 @@ def _read_cell(folder: Path, cell: dict[str, Any]) -> Cell:
     scores = {role: _read_scores(folder, models[role], role) for role in ROLES if role in models}
     settings = {**(cell.get("overrides") or {}), **values}
     dense = scores["dense"].content if "dense" in scores else None
+    log = folder / folders["tune"] / "log.jsonl" if "tune" in folders else None
     return Cell(
         str(cell["name"]), _origin(folders, records) or (dense or {}).get("model") or settings.get("model.path"),
-        folders, records, scores, read_log(folder / folders["tune"] / "log.jsonl") if "tune" in folders else [],
-        str(cell.get("recipe") or ""), settings, values, str(cell.get("status") or "pending"), cell.get("error"),
+        folders, records, scores, read_log(log), str(cell.get("recipe") or ""), settings, values,
+        str(cell.get("status") or "pending"), cell.get("error"), read_log(log, "val_loss"),
     )  # fmt: skip
 
 
@@ -136,7 +176,9 @@ def _read_scores(folder: Path, path: str, role: str) -> Scores:
     if record is None:
         return Scores(path)
     content = atomic.read_json(folder / path / f"{role}.json")
-    return Scores(path, content if isinstance(content, dict) else None, record.config.get("limit"), record.elapsed_s)
+    content = content if isinstance(content, dict) else None
+    chance = chance_levels(folder / path, {role: content} if content else {})
+    return Scores(path, content, record.config.get("limit"), record.elapsed_s, chance)
 
 
 def _origin(folders: dict[str, str], records: dict[str, run_dir.StageRecord]) -> str | None:
@@ -145,9 +187,9 @@ def _origin(folders: dict[str, str], records: dict[str, run_dir.StageRecord]) ->
     return first.inputs.get("path") if first else None
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The rows of a `log.jsonl` that have a finite loss, by step; a last line that a kill has torn is left out."""
-    if not path.is_file():
+def read_log(path: Path | None, key: str = "loss") -> list[dict[str, Any]]:
+    """The rows of a `log.jsonl` that have a finite `key`, by step; a last line that a kill has torn is left out."""
+    if path is None or not path.is_file():
         return []
     by_step = {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -155,6 +197,6 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int) and finite(row.get("loss")) is not None:
+        if isinstance(row, dict) and isinstance(row.get("step"), int) and finite(row.get(key)) is not None:
             by_step[row["step"]] = row
     return [by_step[step] for step in sorted(by_step)]

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from lors_cli.errors import UsageError
-from lors_cli.evaluation.significance import FRACTIONS_NOTE, compare_models, p_text
+from lors_cli.evaluation.significance import compare_models
 from lors_cli.evaluation.summary import LOST_IN_ERROR, recovered
 from lors_cli.models.card import versions
 from lors_cli.output.markdown import Block, Code, escape, table
 from lors_cli.output.progress import duration
+from lors_cli.report.differences import differences
 from lors_cli.report.groups import run_group
 from lors_cli.report.measures import Group
 from lors_cli.report.output import FORMATS, assemble, pictures, table_of, write_files
-from lors_cli.report.results import Cell, Results, read_run
+from lors_cli.report.results import Cell, Results, read_run, read_stage
 from lors_cli.report.samples import samples
 from lors_cli.report.score_figures import accuracy_bars, perplexity_bars
 from lors_cli.report.scores import by_model, by_task, notes, share_text
@@ -23,7 +24,7 @@ from lors_cli.report.stage_figures import loss_of_run, sparsity_by_kind
 from lors_cli.tuning.training.step_log import loss_text
 
 _OF_SCORES = {
-    "accuracy": "Zero-shot accuracy by task and model; lines are standard errors.",
+    "accuracy": "Zero-shot accuracy by task and model; lines are standard errors, dashes what guessing gives.",
     "perplexity": "Perplexity by text and model.",
 }
 
@@ -34,7 +35,7 @@ def write_report(run: Path, finished: Collection[str] | None = None) -> Path:
 
 
 def write_run_report(
-    run: Path, finished: Collection[str] | None = None, formats: Collection[str] = FORMATS
+    run: Path, finished: Collection[str] | None = None, formats: Collection[str] = FORMATS, out: Path | None = None
 ) -> list[Path]:
     """Write a run's reports and `figures/*.png`; the same results give the same bytes.
 
@@ -42,6 +43,7 @@ def write_run_report(
         run: a run folder; any stage may be missing.
         finished: the stages whose results belong to the recipe; what others left from earlier settings is not
             shown. None for all that are there.
+        out: where the reports go, None for the run folder.
 
     Raises:
         UsageError: the folder holds no run.
@@ -52,24 +54,39 @@ def write_run_report(
     (cell,) = results.cells
     if not (results.text or cell.records or cell.scores):
         raise UsageError(f"{run} holds no run.", "Give the folder of a run, such as runs/quickstart.")
+    return _write(run, results, formats, out or run)
+
+
+def write_stage_report(folder: Path, formats: Collection[str] = FORMATS, out: Path | None = None) -> list[Path]:
+    """Write the reports of a single stage, as `lors prune`, `tune` or `eval` wrote it to --out.
+
+    Raises:
+        UsageError: its record is broken, or its scores have been changed.
+    """
+    return _write(folder, read_stage(folder), formats, out or folder)
+
+
+def _write(root: Path, results: Results, formats: Collection[str], out: Path) -> list[Path]:
+    (cell,) = results.cells
     group = run_group(results)
     figures = {
         "accuracy": lambda: accuracy_bars(group), "perplexity": lambda: perplexity_bars(group),
         "loss": lambda: loss_of_run(cell), "sparsity": lambda: sparsity_by_kind(cell),
     }  # fmt: skip
     return write_files(
-        run, formats, figures=figures, blocks=lambda drawn: _blocks(run, results, group, drawn),
+        out, formats, figures=figures, blocks=lambda drawn: _blocks(root, results, group, drawn),
         groups=[group] if group.models else [], caption=f"{escape(group.title)}.",
     )  # fmt: skip
 
 
-def _blocks(run: Path, results: Results, group: Group, drawn: Collection[str]) -> list[Block]:
+def _blocks(root: Path, results: Results, group: Group, drawn: Collection[str]) -> list[Block]:
     """The whole report, the same for the same results; a stage that was not run has no section."""
     (cell,) = results.cells
     has_paper = any(model.paper for model in group.models)
-    return assemble(results.name, [_summary(cell)], {
-        "Results": [*_scores(cell), *pictures(_OF_SCORES, drawn), *_significance(run, cell)],
-        "Texts": samples(run, cell.scores),
+    return assemble(results.name, [summary(cell)], {
+        "Models": table_of(["model", "path"], _named_models(group), prose=True),
+        "Results": [*_scores(cell), *pictures(_OF_SCORES, drawn), *_significance(root, cell)],
+        "Texts": samples(root, cell.scores),
         "Beside the paper": [by_model([group]), *notes([group])] if has_paper else [],
         "Tuning": [*_training(cell), *pictures({"loss": "Training loss by optimiser step."}, drawn)],
         "Sparsity": [*_sparsity(cell),
@@ -80,7 +97,7 @@ def _blocks(run: Path, results: Results, group: Group, drawn: Collection[str]) -
     })  # fmt: skip
 
 
-def _summary(cell: Cell) -> str:
+def summary(cell: Cell) -> str:
     """One line of what was done: method, pattern, sparsity, rank, base model."""
     words = []
     if "prune" in cell.records:
@@ -92,6 +109,8 @@ def _summary(cell: Cell) -> str:
         words.append(f"tuned with {config.get('method')} at rank {config.get('rank')}")
     if cell.scores:
         words.append("evaluated")
+    if "eval" in cell.folders and len(cell.folders) == 1:
+        return f"{escape(', '.join(cell.scores))}: evaluated."
     return f"{escape(cell.base or 'A model')}: {escape(', '.join(words) or 'nothing has been run yet')}."
 
 
@@ -108,27 +127,16 @@ def _scores(cell: Cell) -> list[Block]:
     return [table(columns, rows), *([said] if shares else [])]
 
 
-def _significance(run: Path, cell: Cell) -> list[Block]:
+def _named_models(group: Group) -> list[list[str]]:
+    """Models that have only a name, with their paths."""
+    return [[model.label, model.base] for model in group.models if not model.role]
+
+
+def _significance(root: Path, cell: Cell) -> list[Block]:
     """The models two by two: difference of accuracy in points, and whether it may be chance."""
-    found = compare_models(run / "eval", cell.evaluated())
-    if not found:
-        return []
-    rows = [
-        [name, *(f"{100 * pair.tasks[name].difference:+.2f}, {p_text(pair.tasks[name].p_value)}" for pair in found)]
-        for name in found[0].tasks
-    ]
-    whole = [
-        f"{100 * pair.difference:+.2f} ({100 * pair.low:+.2f} … {100 * pair.high:+.2f}), {p_text(pair.p_value)}"
-        for pair in found
-    ]
-    note = (
-        "Points of accuracy on the same documents. p is McNemar's exact test, in the last row over all documents; the "
-        "interval there (95 %) is a paired bootstrap of the average over tasks. Of many p some are small by chance."
-    )
-    if any(pair.test == "permutation" for pair in found):
-        note = f"{note} {FRACTIONS_NOTE}"
-    columns = ["task", *(f"{pair.first} − {pair.second}" for pair in found)]
-    return ["### Significance", table(columns, [*rows, ["average", *whole]]), note]
+    folder = next((root / scores.folder for scores in cell.scores.values()), root)
+    found = differences(compare_models(folder, cell.evaluated()))
+    return ["### Significance", *found] if found else []
 
 
 def _training(cell: Cell) -> list[Block]:
@@ -179,7 +187,7 @@ def _making(cell: Cell) -> list[Block]:
 
 def _files(cell: Cell) -> list[Block]:
     rows = [
-        [f"{stage}/{name}", digest[:16]]
+        [str(Path(cell.folders[stage], name)), digest[:16]]
         for stage, record in cell.records.items()
         for name, digest in record.files.items()
         if not name.startswith("samples/")

@@ -56,9 +56,9 @@ def by_task(results: Mapping[str, dict[str, Any]]) -> tuple[list[str], list[list
     columns = ["task"]
     for model in models:
         columns += [model.label] if model is base else [model.label, f"Δ {base.label}"]
-    rows = []
-    for item in measures(models, with_norm=True, first=()):
-        row = [_row_title(item)]
+    rows, depths = [], _depths(results)
+    for item in measures(models, with_norm=True, subtasks=True, first=()):
+        row = ["  " * depths.get(item.name, 0) + _row_title(item)]
         for model in models:
             row += [_with_error(item, model)] if model is base else [_with_error(item, model), _gap(item, model, base)]
         if shares:
@@ -68,6 +68,15 @@ def by_task(results: Mapping[str, dict[str, Any]]) -> tuple[list[str], list[list
     return [*columns, "recovered"] if shares else columns, rows
 
 
+def _depths(results: Mapping[str, dict[str, Any]]) -> dict[str, int]:
+    """How many groups a task or group is in."""
+    depths: dict[str, int] = {}
+    for content in results.values():
+        for group, members in (content.get("groups") or {}).items():  # a group stands before those in it
+            depths.update(dict.fromkeys(members, depths.get(group, 0) + 1))
+    return depths
+
+
 def share_text(share: float | None) -> str:
     """`66.7%`, or “—” for a share of a loss inside its own error."""
     return INSIDE_ERROR if share is None else f"{share:.1%}"
@@ -75,7 +84,8 @@ def share_text(share: float | None) -> str:
 
 def _row_title(item: Measure) -> str:
     if item.kind == "task":
-        return {"acc": item.name, "acc_norm": "  acc_norm"}.get(item.metric, f"{item.name} {item.metric}")
+        name = item.name + item.shots
+        return {"acc": name, "acc_norm": "  acc_norm"}.get(item.metric, f"{name} {item.metric}")
     return "average acc" if item.kind == "average" else f"perplexity {item.name}"
 
 
@@ -225,7 +235,8 @@ def _paper_note(models: Sequence[ScoredModel]) -> str:
             )
     limits = sorted({model.limit for model, _ in found if model.limit is not None})
     if limits:
-        texts.append(f"Ours are of the first {', '.join(map(str, limits))} documents of each task, the paper's of all.")
+        parts = [f"{limit:g} documents" if limit >= 1 else f"{100 * limit:g} % of the documents" for limit in limits]
+        texts.append(f"Ours are of the first {', '.join(parts)} of each task, the paper's of all.")
     extras = sorted({name for model, _ in found for name in _beyond_the_paper(model.prune)})
     if extras:
         texts.append(f"Pruning here had settings that the paper's had not: {escape(', '.join(extras))}.")

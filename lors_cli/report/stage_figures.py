@@ -7,18 +7,17 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lors_cli.report.drawing import GRID, METHOD_COLOURS, PALETTE, canvas, figure_of, short, sparsity_map
+from lors_cli.report.drawing import GRID, INK, PALETTE, Look, byte_unit, canvas, figure_of, short, sparsity_map
 from lors_cli.report.measures import Group, ScoredModel
 from lors_cli.report.results import Cell
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_CYCLE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C6BB1", "#7F7F7F")
-_DASHES: tuple[Any, ...] = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (5, 1.5, 1.5, 1.5)))
 _POINTS = 200
 """Of a curve, at most."""
-_STAGE_COLOURS = {"prune": "#E69F00", "tune": "#0072B2", "eval": "#999999"}
+_STAGE_COLOURS = {"prune": "#C9B18B", "tune": "#5F7285", "eval": "#B4C3CC"}
+"""None of them is a model's."""
 
 
 def loss_of_run(cell: Cell) -> Figure | None:
@@ -32,30 +31,49 @@ def loss_of_run(cell: Cell) -> Figure | None:
         axes.plot(steps, losses, color="#9CC3DD", linewidth=1, label="each step")
         axes.plot(steps, _running_mean(losses, window), color=PALETTE["tuned"], linewidth=2.2,
                   label=f"mean of {window} steps")  # fmt: skip
-        axes.legend()
     else:
         few = len(steps) <= 40
-        axes.plot(steps, losses, color=PALETTE["tuned"], linewidth=2, marker="o" if few else None, markersize=4)
+        axes.plot(steps, losses, color=PALETTE["tuned"], linewidth=2, marker="o" if few else None, markersize=4,
+                  label="training")  # fmt: skip
+    if cell.held_out:
+        _plot_held_out(axes, cell, INK, "held out")
+    if len(axes.lines) > 1:
+        axes.legend()
     _finish_loss(axes, "Training loss")
     return figure
 
 
+def _plot_held_out(axes: Any, cell: Cell, colour: str, label: str) -> None:
+    """The loss on held-out samples, dashed."""
+    axes.plot([row["step"] for row in cell.held_out], [row["val_loss"] for row in cell.held_out], color=colour,
+              linestyle=(0, (4, 2)), linewidth=1.6, marker="o", markersize=3.5, label=label)  # fmt: skip
+
+
 def loss_of_cells(cells: Sequence[Cell], groups: Sequence[Group]) -> Figure | None:
-    """Training loss of every cell by optimiser step, as a running mean."""
+    """Training loss of every cell by optimiser step, as a running mean, in its tuned model's colour."""
     cells = [cell for cell in cells if cell.log]
     cells = list({cell.folders["tune"]: cell for cell in reversed(cells)}.values())[::-1]
     if not cells:
         return None
     tuned = [model for group in groups for model in group.models if model.role == "tuned"]
     figure, axes = figure_of(9.5, max(4.2, 1.0 + 0.22 * len(cells)))
-    for cell, (colour, dashes) in zip(cells, _line_styles(cells), strict=True):
-        label = next((model.label for model in tuned if cell.name in model.cells), cell.name)
+    for cell in cells:
+        model = next((model for model in tuned if cell.name in model.cells), None)
+        label, look = (short(model.label), model.look) if model else (short(cell.name), Look())
         window = max(1, len(cell.log) // 10)
         means = _running_mean([row["loss"] for row in cell.log], window)
         every = max(1, math.ceil(len(means) / _POINTS))
         at = sorted({*range(window - 1, len(means), every), len(means) - 1})
-        axes.plot([cell.log[index]["step"] for index in at], [means[index] for index in at], color=colour,
-                  linestyle=dashes, linewidth=1.8, label=short(label))  # fmt: skip
+        axes.plot(
+            [cell.log[index]["step"] for index in at],
+            [means[index] for index in at],
+            color=look.colour,
+            linestyle=look.dashes,
+            linewidth=1.8,
+            label=label,
+        )
+        if cell.held_out:
+            _plot_held_out(axes, cell, look.colour, f"{label}, held out")
     _finish_loss(axes, "Training loss, mean of a tenth of the steps")
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=9, borderaxespad=0)
     return figure
@@ -75,16 +93,6 @@ def _running_mean(values: Sequence[float], window: int) -> list[float]:
         total += value - (values[index - window] if index >= window else 0.0)
         means.append(total / min(index + 1, window))
     return means
-
-
-def _line_styles(cells: Sequence[Cell]) -> list[tuple[str, Any]]:
-    """Colour and dashes of each curve: a method's colour and a pruner's dashes where that tells them apart."""
-    pairs = [(str(cell.config("tune").get("method")), cell.folders.get("prune")) for cell in cells]
-    origins = list(dict.fromkeys(origin for _, origin in pairs))
-    is_known = {method for method, _ in pairs} <= METHOD_COLOURS.keys()
-    if len(set(pairs)) == len(pairs) and len(origins) <= len(_DASHES) and is_known:
-        return [(METHOD_COLOURS[method], _DASHES[origins.index(origin)]) for method, origin in pairs]
-    return [(_CYCLE[i % len(_CYCLE)], _DASHES[i // len(_CYCLE) % len(_DASHES)]) for i in range(len(cells))]
 
 
 def sparsity_by_kind(cell: Cell) -> Figure | None:
@@ -137,11 +145,13 @@ def cost(cells: Sequence[Cell]) -> Figure | None:
     cells = [cell for cell in cells if cell.records]
     if not cells:
         return None
-    peaks = [max((r.metrics.get("peak_bytes") or 0) / 2**30 for r in cell.records.values()) for cell in cells]
+    peaks = [max(record.metrics.get("peak_bytes") or 0 for record in cell.records.values()) for cell in cells]
     figure = canvas(11.0 if any(peaks) else 8.0, 1.5 + 0.32 * len(cells))
+    engine: Any = figure.get_layout_engine()
+    engine.set(w_pad=0.14)
     grid = figure.subplots(1, 2 if any(peaks) else 1, sharey=True, squeeze=False)[0]
-    times = {stage: [cell.seconds().get(stage, 0.0) for cell in cells] for stage in _STAGE_COLOURS}
-    longest = max(sum(row) for row in zip(*times.values(), strict=True))
+    times = {stage: row for stage in _STAGE_COLOURS if any(row := [cell.seconds().get(stage, 0.0) for cell in cells])}
+    longest = max((sum(row) for row in zip(*times.values(), strict=True)), default=0.0)
     unit, seconds = ("hours", 3600) if longest > 2 * 3600 else ("minutes", 60) if longest > 120 else ("seconds", 1)
     left = [0.0] * len(cells)
     for stage, row in times.items():
@@ -151,10 +161,12 @@ def cost(cells: Sequence[Cell]) -> Figure | None:
     grid[0].set_yticks(range(len(cells)), [short(cell.name) for cell in cells])
     grid[0].invert_yaxis()
     grid[0].set_title(f"Time ({unit})", pad=26)
-    grid[0].legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=3, borderaxespad=0.2, fontsize=9)
+    if times:
+        grid[0].legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=3, borderaxespad=0.2, fontsize=9)
     if any(peaks):
-        grid[1].barh(range(len(cells)), peaks, 0.72, color=PALETTE["tuned"])
-        grid[1].set_title("Peak memory (GiB)", pad=26)
+        name, size = byte_unit(max(peaks))
+        grid[1].barh(range(len(cells)), [peak / size for peak in peaks], 0.72, color=_STAGE_COLOURS["tune"])
+        grid[1].set_title(f"Peak memory ({name})", pad=26)
     for axes in grid:
         axes.grid(axis="x", color=GRID)
         axes.tick_params(axis="y", length=0)

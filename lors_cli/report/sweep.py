@@ -17,18 +17,21 @@ from lors_cli.report.score_figures import accuracy_panels, perplexity_panels
 from lors_cli.report.scores import by_model, notes
 from lors_cli.report.stage_figures import cost, loss_of_cells, sparsity_by_model
 
-_OF_SCORES = {
-    "accuracy": "Zero-shot accuracy; lines are standard errors.",
+OF_SCORES = {
+    "accuracy": "Zero-shot accuracy; lines are standard errors, dashes what guessing gives.",
     "perplexity": "Perplexity by text.",
 }
-_OF_COST = {
+OF_COST = {
     "sparsity": "Sparsity by decoder block of the pruned models, and of tuned ones that have not kept it.",
     "cost": "Time of every cell; a stage that cells share counts in each of them.",
 }
 
 
-def write_sweep_report(sweep_folder: Path, formats: Collection[str] = FORMATS) -> list[Path]:
+def write_sweep_report(sweep_folder: Path, formats: Collection[str] = FORMATS, out: Path | None = None) -> list[Path]:
     """Write a sweep's reports and `figures/*.png`; the same results give the same bytes; cells may be unfinished.
+
+    Args:
+        out: where the reports go, None for the sweep's folder.
 
     Raises:
         UsageError: the folder holds no sweep.
@@ -41,8 +44,8 @@ def write_sweep_report(sweep_folder: Path, formats: Collection[str] = FORMATS) -
         "cost": lambda: cost(sweep.cells),
     }  # fmt: skip
     return write_files(
-        sweep_folder, formats, figures=figures, blocks=lambda drawn: sweep_blocks(sweep, found, drawn), groups=found,
-        caption=f"Sweep {escape(sweep.name)}.",
+        out or sweep_folder, formats, figures=figures, blocks=lambda drawn: sweep_blocks(sweep, found, drawn),
+        groups=found, caption=f"Sweep {escape(sweep.name)}.",
     )  # fmt: skip
 
 
@@ -54,10 +57,10 @@ def sweep_blocks(sweep: Results, found: Sequence[Group], drawn: Collection[str])
         if cell.status != "done"
     ]
     return assemble(sweep.name, _summary(sweep), {
-        "Results": [by_model(found), *notes(found), *pictures(_OF_SCORES, drawn)] if found else [],
+        "Results": [by_model(found), *notes(found), *pictures(OF_SCORES, drawn)] if found else [],
         "Not finished": table_of(["cell", "status", "stages done", "error"], unfinished, prose=True),
         "Tuning": pictures({"loss": "Training loss of every cell."}, drawn),
-        "Sparsity and cost": [*_cost(sweep), *pictures(_OF_COST, drawn)],
+        "Sparsity and cost": [*cost_table(sweep.cells), *pictures(OF_COST, drawn)],
         "Settings": [Code(sweep.text, "yaml")] if sweep.text else [],
     })  # fmt: skip
 
@@ -72,9 +75,9 @@ def _summary(sweep: Results) -> list[Block]:
     return [first, f"Varied: {escape('; '.join(axes))}."] if axes else [first]
 
 
-def _cost(sweep: Results) -> list[Block]:
+def cost_table(cells: Sequence[Cell]) -> list[Block]:
     """Time, speed, size and sparsity of every cell that has finished a stage."""
-    rows = [[cell.name, *_cost_cells(cell)] for cell in sweep.cells if cell.records]
+    rows = [[cell.name, *_cost_cells(cell)] for cell in cells if cell.records]
     if not rows:
         return []
     columns = ["cell", "prune", "tune", "eval", "tokens/s", "steps", "loss before", "loss after",
@@ -82,7 +85,7 @@ def _cost(sweep: Results) -> list[Block]:
                "trainable parameters", "pattern", "sparsity", "violations", "peak memory"]  # fmt: skip
     kept = [index for index in range(len(columns)) if any(row[index] != NONE for row in rows)]
     seconds = {}  # of every stage folder, each once
-    for cell in sweep.cells:
+    for cell in cells:
         seconds.update({cell.folders[stage]: record.elapsed_s for stage, record in cell.records.items()})
         seconds.update({item.folder: item.elapsed_s or 0.0 for item in cell.scores.values()})
     return [

@@ -71,7 +71,7 @@ def _plan_cell(cell: Cell, out: Path) -> CellPlan:
         return out / STAGES_NAME / f"{stage}-{fingerprint[:FINGERPRINT_DIGITS]}"
 
     chain = plan_chain(recipe, place, data_dir)
-    makers = {"pruned": "prune", "tuned": "tune"}
+    makers = {doors.makes: stage for stage, doors in STAGES.items() if getattr(recipe, stage) is not None}
     by_stage = {plan.stage: plan for plan in chain.plans}
     ordered: list[StagePlan] = []
     models: dict[str, Path] = {}

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from lors_cli.data.prompts import TEMPLATES
 from lors_cli.errors import UsageError, require_file
 from lors_cli.files import atomic
 from lors_cli.tuning.attach import adapter_parameters, adapter_tensors, attach, base_mask
@@ -42,6 +43,8 @@ class AdapterConfig:
         base_mask: digest of where the adapted weights, and those that no adapter can be put on, are zero.
         norms: full names of the trained parameters of normalisation layers.
         rounding: of merged bfloat16 weights.
+        prompt: `data.template` of what was learnt, None of text.
+        skipped: full names of the sparse linears that were to have no adapter; their zeros are in `base_mask` too.
     """
 
     method: str
@@ -54,6 +57,8 @@ class AdapterConfig:
     base_mask: str
     norms: tuple[str, ...] = ()
     rounding: Rounding = "nearest"
+    prompt: str | None = None
+    skipped: tuple[str, ...] = ()
 
 
 def save_adapter(model: nn.Module, folder: Path, config: AdapterConfig) -> None:
@@ -72,8 +77,12 @@ def save_adapter(model: nn.Module, folder: Path, config: AdapterConfig) -> None:
     }
     if content["peft_type"] != "LORA":  # which PEFT reads, and it warns of keys that it does not know
         content.update(base_fingerprint=config.base_fingerprint, base_mask=config.base_mask)
+        if config.prompt is not None:
+            content["prompt_format"] = config.prompt
     if config.rounding != "nearest":
         content["rounding"] = config.rounding
+    if config.skipped and content["peft_type"] != "LORA":
+        content["skipped_modules"] = list(config.skipped)
     if config.norms:
         content["trained_norms"] = list(config.norms)
     atomic.write_json(folder / CONFIG_NAME, content)
@@ -103,7 +112,11 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
             base_mask=str(content["base_mask"]),
             norms=_names(content.get("trained_norms", [])),
             rounding=content.get("rounding", "nearest"),
+            prompt=content.get("prompt_format"),
+            skipped=_names(content.get("skipped_modules", [])),
         )
+        if found.prompt not in (None, "chat", *TEMPLATES):
+            raise ValueError(f"prompt_format is {found.prompt!r}, none of chat, {', '.join(TEMPLATES)}")
         if found.rounding not in get_args(Rounding):
             raise ValueError(f"rounding is {found.rounding!r}, none of {', '.join(get_args(Rounding))}")
         if not 0 < found.rank <= MAX_RANK or not 0 < found.alpha <= MAX_ALPHA:
@@ -155,7 +168,7 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
         if not isinstance(module, nn.Linear):
             raise UsageError(f"the adapter in {folder} was made for another model: this one has no linear {name}.")
         linears[name] = module
-    if base_mask(base, linears) != config.base_mask:
+    if base_mask(base, linears, config.skipped) != config.base_mask:
         raise UsageError(
             f"the adapter in {folder} belongs to another sparse model: the zeros lie elsewhere.",
             f"It was trained on {config.base}; merging it here would not keep what was tuned.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -12,13 +12,14 @@ from transformers import PreTrainedModel
 
 from lors_cli.errors import UsageError
 from lors_cli.models.blocks import left_out, prunable_weights
+from lors_cli.models.skip import say_skipped, skipped
 from lors_cli.output import console
 from lors_cli.recipe.schema import TuneConfig
 from lors_cli.sparsity import mask_digest
 from lors_cli.tuning.baselines import LAYERS, check_rank
 from lors_cli.tuning.kernels.rounding import Rounding
 from lors_cli.tuning.layers import AdapterLinear
-from lors_cli.tuning.lors import CompressedLorsLinear, LorsLinear
+from lors_cli.tuning.lors import LorsLinear, PackedLorsLinear
 from lors_cli.tuning.norms import norm_parameters, norm_shifts, train_norms
 
 PREFIX = "base_model.model."
@@ -32,24 +33,21 @@ def attach(
     *,
     use_rslora: bool,
     method: str = "lors",
-    compressed: bool = False,
+    packed: bool = False,
     rounding: Rounding = "nearest",
 ) -> dict[str, AdapterLinear]:
     """Replace linears by layers with adapters, in place; the new layers by name.
 
     Args:
         layers: full names of its linears.
-        compressed: hold the weights, which must be 2:4, as their kept values; for lors alone.
+        packed: hold the weights packed; for lors alone.
         rounding: of merged bfloat16 weights; stochastic for lors alone.
     """
     check_rank(method, rank, (model.get_submodule(name).out_features for name in layers))  # type: ignore[misc]
-    layer_class = CompressedLorsLinear if compressed else LAYERS[method]
+    layer_class = PackedLorsLinear if packed else LAYERS[method]
     adapted = {}
     for name in layers:
-        try:
-            adapted[name] = layer_class(model.get_submodule(name), rank, alpha, use_rslora=use_rslora)  # type: ignore[arg-type]
-        except ValueError as error:
-            raise UsageError(f"base: compressed is for 2:4 weights, and that of {name} is none: {error}") from error
+        adapted[name] = layer_class(model.get_submodule(name), rank, alpha, use_rslora=use_rslora)  # type: ignore[arg-type]
         model.set_submodule(name, adapted[name])
     for layer in adapted.values():
         if isinstance(layer, LorsLinear):
@@ -62,13 +60,21 @@ def adapter_layers(model: nn.Module) -> dict[str, AdapterLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, AdapterLinear)}
 
 
-def adaptable_layers(model: PreTrainedModel, pruned: Iterable[str]) -> list[str]:
+def adaptable_layers(model: PreTrainedModel, pruned: Iterable[str], skip: Sequence[str] = ()) -> list[str]:
     """Those of the pruned weights that can have an adapter: linears. Experts and Conv1D stay as they are.
 
+    Args:
+        skip: globs of those that get none.
+
     Raises:
-        UsageError: there is none.
+        UsageError: there is none, or a glob matches nothing.
     """
     weights = prunable_weights(model)
+    out = set(skipped(skip, weights)) if skip else set[str]()
+    say_skipped([name for name in pruned if name in out], "get no adapter")
+    pruned = [name for name in pruned if name not in out]
+    if not pruned:
+        raise UsageError("skip: every pruned layer is left out, none is left to tune.", "Skip fewer.")
     layers = [name for name in pruned if isinstance(weights[name].module, nn.Linear)]
     others = [name for name in pruned if not isinstance(weights[name].module, nn.Linear)]
     if not layers:
@@ -81,10 +87,10 @@ def adaptable_layers(model: PreTrainedModel, pruned: Iterable[str]) -> list[str]
     return layers
 
 
-def base_mask(model: PreTrainedModel, layers: dict[str, Any]) -> str:
-    """The digest of where a sparse model is zero: in `layers`, and in what no adapter can be put on."""
+def base_mask(model: PreTrainedModel, layers: dict[str, Any], skipped: Collection[str] = ()) -> str:
+    """The digest of where a sparse model is zero: in `layers`, in `skipped`, and in what can have no adapter."""
     others = ((name, weight.matrix) for name, weight in prunable_weights(model).items()
-              if name not in layers and not isinstance(weight.module, nn.Linear))  # fmt: skip
+              if name not in layers and (name in skipped or not isinstance(weight.module, nn.Linear)))  # fmt: skip
     return mask_digest(chain(((name, layer.weight) for name, layer in layers.items()), others))
 
 
@@ -103,7 +109,7 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def put_adapters(config: TuneConfig, network: PreTrainedModel, layers: list[str]) -> dict[str, AdapterLinear]:
     """Put all that is trained on a model, in place; the adapted layers by name."""
     adapted = attach(network, layers, config.rank, config.alpha, use_rslora=config.use_rslora, method=config.method,
-                     compressed=config.base == "compressed", rounding=config.weight_rounding)  # fmt: skip
+                     packed=config.base == "packed", rounding=config.weight_rounding)  # fmt: skip
     if config.train_norms:
         apart = tuple(f"{part}." for part in left_out(network))
         train_norms(network, [name for name in norm_parameters(network) if not name.startswith(apart)])

@@ -20,25 +20,28 @@ MERGES = {"lors": 2, "sqft": 2, "sqft-gc": 3, "hira": 2}
 
 def needs(config: TuneConfig, size: ModelSize) -> Estimate:
     """Libraries, weights, activations, the head's logits, adapters with their optimiser state."""
-    adapters = sum(config.rank * (rows + columns) for rows, columns in size.linears)
+    adapted = size.without(config.skip)
+    adapters = sum(config.rank * (rows + columns) for rows, columns in adapted.linears)
+    state = 2 if config.optim == "adamw_8bit" else 8
     tokens = config.micro_batch_size * config.data.max_length
     block = tokens * (12 * size.hidden_size + 4 * size.intermediate_size) * size.bytes_a_weight
     kept = size.num_blocks * tokens * size.hidden_size * size.bytes_a_weight + block
     activations = kept if config.gradient_checkpointing else size.num_blocks * block
     logits = min(tokens * size.vocab_size * (size.bytes_a_weight + 8), HEAD_CHUNKS)
     width = {"sqft": size.bytes_a_weight + 1, "spp": 2 * size.bytes_a_weight, "hira": size.bytes_a_weight}
-    merged = size.num_prunable * width.get(config.method, 0)  # what a method keeps of every weight for backward
+    merged = adapted.num_prunable * width.get(config.method, 0)  # what a method keeps of every weight for backward
     if config.gradient_checkpointing:
         merged //= size.num_blocks
     if config.method == "lors" and config.merged_cache == "on":
-        merged = size.num_prunable * size.bytes_a_weight
-    gradient = {"gradient": 12 * adapters, "gradient-exact": size.num_prunable // 8 * 4}.get(config.start, 0)
-    training = 16 * adapters + merged
-    if config.base == "compressed":  # once the start is computed, on the plain weights
-        training -= size.num_prunable * size.bytes_a_weight // 2 - size.num_prunable // 8
+        merged = adapted.num_prunable * size.bytes_a_weight
+    gradient = {"gradient": 12 * adapters, "gradient-exact": adapted.num_prunable // 8 * 4}.get(config.start, 0)
+    training = (8 + state) * adapters + merged
+    if config.base == "packed":  # once the start is computed, on the plain weights
+        training -= adapted.num_prunable * size.bytes_a_weight // 2 - adapted.num_prunable // 8
     teacher = size.num_bytes if config.distill else 0
     memory = RUNTIME + size.num_bytes + teacher + activations + logits + max(training, gradient)
-    return Estimate(memory, size.num_bytes + (config.keep_checkpoints + 1) * 12 * adapters + RECORDS)
+    checkpoints = config.keep_checkpoints + 1 + config.loads_best
+    return Estimate(memory, size.num_bytes + checkpoints * (4 + state) * adapters + RECORDS)
 
 
 def operations(config: TuneConfig, size: ModelSize, data_dir: Path | None) -> float | None:
@@ -55,21 +58,22 @@ def operations(config: TuneConfig, size: ModelSize, data_dir: Path | None) -> fl
     tokens = float(samples * length)
     passes = 3 + (1 if config.gradient_checkpointing else 0)
     rest = forward(size, tokens, length) - 2 * tokens * size.num_prunable  # attention and head
-    products = PRODUCTS[config.method] + (2 if config.gradient_checkpointing else 0)
-    merges = 2 * config.rank * size.num_prunable * MERGES.get(config.method, 0) * samples / config.micro_batch_size
+    adapted = size.without(config.skip).num_prunable
+    again = 2 if config.gradient_checkpointing else 0
+    products = PRODUCTS[config.method] * adapted + 4 * (size.num_prunable - adapted) + again * size.num_prunable
+    merges = 2 * config.rank * adapted * MERGES.get(config.method, 0) * samples / config.micro_batch_size
     start = 0.0 if config.start == "kaiming" else 3 * forward(size, config.init_samples * length, length)
     teacher = forward(size, tokens, length) if config.distill else 0.0
-    return products * tokens * size.num_prunable + passes * rest + merges + start + teacher
+    return products * tokens + passes * rest + merges + start + teacher
 
 
 def _samples(config: TuneConfig, data_dir: Path | None) -> int | None:
     """Samples of all epochs, None where counting them would need the hub."""
-    from lors_cli.data.sources import open_source
+    from lors_cli.data.sources import tuning_source
 
     rows = config.data.num_samples
     if rows is None:
-        source = open_source(config.data.dataset, split="train", data_dir=data_dir, want="instructions",
-                             columns=config.data.columns)  # fmt: skip
+        source = tuning_source(config.data, data_dir)
         if source.fingerprint.startswith("hub:"):
             rows = ALPACA_ROWS if config.data.dataset == "alpaca" else None
         elif source.kind == "instructions":

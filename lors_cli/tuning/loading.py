@@ -64,9 +64,13 @@ def is_adapter(path: str) -> bool:
 
 
 def prompt_of(config: ModelConfig, tokenizer: Any, wanted: str | None = None) -> PromptFormat:
-    """The prompt format of a model; an adapter's is that of the tuned model it lies in."""
+    """The prompt format of a model; an adapter says its own, or the tuned model that it lies in."""
     folder = Path(config.path)
-    folder = folder.resolve().parent if is_adapter(config.path) else folder
+    if is_adapter(config.path):
+        trained = read_adapter_config(folder).prompt
+        if trained is not None and wanted is None:
+            return PromptFormat(trained, "which it was tuned with")
+        folder = folder.resolve().parent
     return prompt_format(folder if folder.is_dir() else None, tokenizer, wanted)
 
 

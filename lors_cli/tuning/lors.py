@@ -16,8 +16,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lors_cli.errors import UsageError
+from lors_cli.models.packed.format import Packed, pack
+from lors_cli.models.packed.kernels.choice import unpack
+from lors_cli.sparsity import TWO_OF_FOUR, num_violations
 from lors_cli.tuning.kernels.cache import Keep, MergedCache
-from lors_cli.tuning.kernels.compressed import Compressed24, compress, decompress
 from lors_cli.tuning.kernels.masked_merge import masked_merge, masked_merge_formula
 from lors_cli.tuning.kernels.rounding import Rounding
 from lors_cli.tuning.layers import AdapterLinear
@@ -32,7 +34,7 @@ class _LorsFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        weight: torch.Tensor | Compressed24,
+        weight: torch.Tensor | Packed,
         bias: torch.Tensor | None,
         lora_A: torch.Tensor,
         lora_B: torch.Tensor,
@@ -40,16 +42,17 @@ class _LorsFunction(torch.autograd.Function):
         cache: MergedCache | None,
         rounding: Rounding,
     ) -> torch.Tensor:
-        parts = (weight.values, weight.positions) if isinstance(weight, Compressed24) else (weight,)
+        parts = (weight.values, weight.mask, weight.starts) if isinstance(weight, Packed) else (weight,)
         ctx.save_for_backward(x, lora_A, lora_B, *parts)
-        ctx.scale, ctx.cache, ctx.rounding, ctx.shape = scale, cache, rounding, weight.shape
+        ctx.scale, ctx.cache, ctx.rounding = scale, cache, rounding
+        ctx.packing = (weight.columns, weight.pattern) if isinstance(weight, Packed) else ()
         return F.linear(x, _merged(weight, lora_A, lora_B, scale, x.dtype, cache, rounding, last_use=False), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dY: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, lora_A, lora_B, *parts = ctx.saved_tensors
-        weight = Compressed24(parts[0], parts[1], ctx.shape) if len(parts) == 2 else parts[0]
+        weight = Packed(*parts, *ctx.packing) if ctx.packing else parts[0]
         s = ctx.scale
         dX = dbias = dA = dB = None
         if ctx.needs_input_grad[0]:
@@ -65,18 +68,18 @@ class _LorsFunction(torch.autograd.Function):
 
 
 def _merged(
-    weight: torch.Tensor | Compressed24, lora_A: torch.Tensor, lora_B: torch.Tensor, scale: float, dtype: torch.dtype,
+    weight: torch.Tensor | Packed, lora_A: torch.Tensor, lora_B: torch.Tensor, scale: float, dtype: torch.dtype,
     cache: MergedCache | None, rounding: Rounding, *, last_use: bool,
 ) -> torch.Tensor:  # fmt: skip
     if cache is None:
-        weight = decompress(weight) if isinstance(weight, Compressed24) else weight
+        weight = unpack(weight) if isinstance(weight, Packed) else weight
         return masked_merge_formula(weight, lora_A, lora_B, scale, dtype, rounding)
     return cache.merged(weight, lora_A, lora_B, scale, dtype, last_use=last_use, rounding=rounding)
 
 
 def lors_linear(
     x: torch.Tensor,
-    weight: torch.Tensor | Compressed24,
+    weight: torch.Tensor | Packed,
     bias: torch.Tensor | None,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
@@ -93,7 +96,7 @@ def lors_linear(
 
     Args:
         x: (…, C).
-        weight: (R, C), frozen, plain or compressed (the same bits).
+        weight: (R, C), frozen, plain or packed (the same bits).
         lora_A: (r, C), usually float32.
         lora_B: (R, r), usually float32.
         cache: keeps W_t between calls; default: W_t is built in scratch memory each time it is needed.
@@ -131,7 +134,7 @@ class LorsLinear(AdapterLinear):
         self.cache = MergedCache("never")
 
     @property
-    def held(self) -> torch.Tensor | Compressed24:
+    def held(self) -> torch.Tensor | Packed:
         """The weight as it is held."""
         return self.weight
 
@@ -145,33 +148,33 @@ class LorsLinear(AdapterLinear):
         return masked_merge(self.held, self.lora_A, self.lora_B, self.scale, rounding=self.rounding)
 
 
-class CompressedLorsLinear(LorsLinear):
-    """A LorsLinear that holds its 2:4 weight compressed: 9/16 of the memory in bfloat16, the same bits.
+class PackedLorsLinear(LorsLinear):
+    """A LorsLinear that holds its weight packed, at 50 % in bfloat16 9/16 of the memory, and gives the same bits.
 
-    `weight` restores it, for what looks at the base's zeros.
-
-    Raises:
-        ValueError: the weight is not 2:4.
+    `weight` unpacks it, for what looks at the base's zeros.
     """
 
     values: torch.Tensor
-    positions: torch.Tensor
+    mask: torch.Tensor
+    starts: torch.Tensor
 
     def take_weight(self, weight: torch.Tensor) -> None:
-        """Hold it compressed."""
-        compressed = compress(weight)
-        self.register_buffer("values", compressed.values, persistent=False)
-        self.register_buffer("positions", compressed.positions, persistent=False)
+        """Hold it packed, as 2:4 where it is that: the CUDA kernel reads it so."""
+        is_two_of_four = weight.shape[1] % 4 == 0 and not num_violations(weight, TWO_OF_FOUR)
+        packed = pack(weight, TWO_OF_FOUR if is_two_of_four else None)
+        self.pattern = packed.pattern
+        for name in ("values", "mask", "starts"):
+            self.register_buffer(name, getattr(packed, name), persistent=False)
 
     @property
-    def held(self) -> Compressed24:
+    def held(self) -> Packed:
         """The weight as it is held."""
-        return Compressed24(self.values, self.positions, torch.Size((self.out_features, self.in_features)))
+        return Packed(self.values, self.mask, self.starts, self.in_features, self.pattern)
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
         """(R, C), made anew at every call."""
-        return decompress(self.held)
+        return unpack(self.held)
 
 
 def keep_merged(model: nn.Module, keep: Keep) -> None:

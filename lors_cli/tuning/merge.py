@@ -11,15 +11,21 @@ import torch
 from transformers import PreTrainedModel
 
 from lors_cli.errors import MissingError, SparsityError, UsageError
-from lors_cli.files import hashes, records
+from lors_cli.files import atomic, hashes, records
 from lors_cli.machine import environment
+from lors_cli.models.blocks import prunable_weights
+from lors_cli.models.card import model_card
+from lors_cli.models.inspection import layer_patterns
 from lors_cli.models.loading import load_model, load_tokenizer, save_checkpoint
+from lors_cli.models.origins import inherited
 from lors_cli.models.sources import model_fingerprint
 from lors_cli.output import console, progress
 from lors_cli.recipe.schema import ModelConfig
+from lors_cli.sparsity import Pattern, measure, summarise
 from lors_cli.tuning.adapter import WEIGHTS_NAME, load_adapter, read_adapter_config
 from lors_cli.tuning.attach import adapter_layers
 from lors_cli.tuning.norms import merge_norms
+from lors_cli.tuning.prompt_format import fit_to_prompt
 
 
 @dataclass
@@ -63,25 +69,46 @@ def merge_counted(model: PreTrainedModel) -> MergeCounts:
 
 
 def merge(
-    base_path: str, adapter: Path, out: Path, *, dtype: str = "auto", device: str = "auto", revision: str = "main"
+    base_path: str, adapter: Path, out: Path, *, dtype: str = "auto", device: str = "auto", revision: str = "main",
+    add_bos_token: bool | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """`lors merge`: the masked merge of a saved adapter into its sparse base, as a checkpoint; counts for the user."""
     started = time.monotonic()
     if not adapter.is_dir():
         raise MissingError(f"No adapter folder at {adapter}.")
     config = read_adapter_config(adapter)
-    source = ModelConfig(path=base_path, dtype=dtype, device=device, revision=revision)  # type: ignore[arg-type]
+    source = ModelConfig(path=base_path, dtype=dtype, device=device, revision=revision,  # type: ignore[arg-type]
+                         add_bos_token=add_bos_token)  # fmt: skip
     fingerprint = model_fingerprint(source)
     if fingerprint != config.base_fingerprint:
         console.detail("  the base's fingerprint differs from training time; its zeros are compared instead")
     tokenizer = load_tokenizer(source)
-    model = load_adapter(load_model(source), adapter)
-    metrics = {"layers_merged": len(config.layers), "zeroed": merge_adapters(model)}
-    save_checkpoint(model, tokenizer, records.staging_dir(out))
+    model = load_model(source)
+    base = records.read_record(Path(base_path)) if Path(base_path).is_dir() else None
+    patterns: dict[str, Pattern | None] = {**layer_patterns(prunable_weights(model), base)}
+    load_adapter(model, adapter)
+    counts = {"layers_merged": len(config.layers), "zeroed": merge_adapters(model)}
+    weights = prunable_weights(model)
+    layers = [measure(name, weights[name].matrix, pattern) for name, pattern in patterns.items()]
+    method = {key: getattr(config, key) for key in ("method", "rank", "alpha", "use_rslora")}
+    metrics = {**counts, **summarise(layers, next(iter(patterns.values()), None)),
+               **fit_to_prompt(model, tokenizer, config.prompt), "adapter": method}  # fmt: skip
+    staging = records.staging_dir(out)
+    save_checkpoint(model, tokenizer, staging)
     inputs = {"model": fingerprint, "adapter": hashes.file_sha256(adapter / WEIGHTS_NAME)}
     record = records.StageRecord(
-        "merge", hashes.fingerprint("merge", 1, {}, inputs), {"adapter": str(adapter)}, inputs, metrics,
-        environment.environment(), round(time.monotonic() - started, 2), {},
+        "merge", hashes.fingerprint("merge", 1, {}, inputs), {"adapter": str(adapter)}, {**inputs, "path": base_path},
+        metrics, environment.environment(), round(time.monotonic() - started, 2), {},
     )  # fmt: skip
+    atomic.write_text(staging / records.CARD_NAME, _card(source, base, metrics))
     records.publish(out, record)
     return metrics
+
+
+def _card(source: ModelConfig, base: records.StageRecord | None, metrics: dict[str, Any]) -> str:
+    """The model card; of the training it says what the adapter does."""
+    return model_card(
+        base_model=base.inputs.get("path", source.path) if base else source.path,
+        prune=base.config if base and base.stage == "prune" else None, tune=metrics["adapter"], metrics=metrics,
+        environment=environment.environment(), fields=inherited(source),
+    )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from lors_cli.machine import environment
 from lors_cli.models.blocks import prunable_weights
 from lors_cli.models.card import model_card
 from lors_cli.models.loading import save_checkpoint
+from lors_cli.models.origins import inherited, with_dataset
 from lors_cli.output import console
 from lors_cli.recipe.schema import ModelConfig, TuneConfig
 from lors_cli.sparsity import Pattern, measure, summarise
@@ -28,14 +30,18 @@ ALMOST_NONE = 0.001
 
 
 def adapter_config(
-    config: TuneConfig, network: PreTrainedModel, layers: list[str], model: ModelConfig, base_fingerprint: str
-) -> AdapterConfig:
-    """What adapter_config.json says of this training."""
+    config: TuneConfig, network: PreTrainedModel, layers: list[str], model: ModelConfig, base_fingerprint: str,
+    prompt: str | None, pruned: Iterable[str],
+) -> AdapterConfig:  # fmt: skip
+    """What adapter_config.json says of this training; `pruned` are the names of all sparse weights."""
+    skipped = tuple(name for name in pruned if name not in layers) if config.skip else ()
     return AdapterConfig(
         method=config.method, rank=config.rank, alpha=config.alpha, use_rslora=config.use_rslora,
         layers=tuple(layers), base=model.path,
-        base_fingerprint=base_fingerprint, base_mask=base_mask(network, adapter_layers(network)),
+        base_fingerprint=base_fingerprint, base_mask=base_mask(network, adapter_layers(network), skipped),
         norms=tuple(norm_shifts(network)), rounding=config.weight_rounding,
+        prompt=prompt,
+        skipped=skipped,
     )  # fmt: skip
 
 
@@ -65,15 +71,19 @@ def write_results(
         )
     save_checkpoint(network, tokenizer, staging)
     return {**summary, "trainable_parameters": trainable, "zeroed": counts.zeroed, "moved": round(moved, 6),
-            "base_mask": adapter.base_mask}  # fmt: skip
+            "base_mask": adapter.base_mask,
+            **({"skipped_layers": list(adapter.skipped)} if adapter.skipped else {})}  # fmt: skip
 
 
-def write_card(staging: Path, config: TuneConfig, model: ModelConfig, metrics: dict[str, Any]) -> None:
+def write_card(
+    staging: Path, config: TuneConfig, model: ModelConfig, metrics: dict[str, Any], data_fingerprint: str
+) -> None:
     """The model card of the tuned model."""
     record = records.read_record(Path(model.path)) if Path(model.path).is_dir() else None
     card = model_card(
         base_model=record.inputs.get("path", model.path) if record else model.path,
         prune=record.config if record and record.stage == "prune" else None,
         tune=hashes.plain(config), metrics=metrics, environment=environment.environment(),
+        fields=with_dataset(inherited(model), data_fingerprint),
     )  # fmt: skip
-    atomic.write_text(staging / "README.md", card)
+    atomic.write_text(staging / records.CARD_NAME, card)

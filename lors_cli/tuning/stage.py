@@ -14,25 +14,32 @@ from lors_cli.models.blocks import prunable_weights
 from lors_cli.output import console, progress
 from lors_cli.output.console import counted
 from lors_cli.recipe.resolved import resolved_tune
+from lors_cli.recipe.schema import ModelConfig, TuneConfig
 from lors_cli.sparsity import Pattern
+from lors_cli.tuning.needed import require_packages
 from lors_cli.tuning.teacher import teacher_model, with_teacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lors_cli.data.samples import TuneData
-    from lors_cli.recipe.schema import ModelConfig, TuneConfig
     from lors_cli.tuning.training.step_log import StepLog
+    from lors_cli.tuning.training.trackers import TrackedRun
     from lors_cli.tuning.training.trainer import AdapterTrainer
 
 STAGE_VERSION = 3
 INSTRUCTIONS_VERSION = 4
 """The same for instructions: 4 since their text is tokenised whole."""
 WITHOUT_EFFECT = (
-    "save_steps", "keep_checkpoints", "max_bad_steps", "tensorboard", "gradient_checkpointing", "merged_cache", "base",
+    "save_steps", "keep_checkpoints", "max_bad_steps", "report_to", "gradient_checkpointing", "merged_cache", "base",
     "parallelism",
 )  # fmt: skip
 """Settings that change how the work is done, not what comes out."""
+UNSAID: dict[str, Any] = {
+    "skip": (), "lr_schedule": "cosine", "optim": "adamw", "spike_factor": None, "val_size": None, "eval_steps": None,
+    "early_stopping_patience": None, "load_best_model_at_end": None,
+}  # fmt: skip
+"""Settings that fingerprints have only where they are not this, since earlier versions did not have them."""
 CHECKPOINTS_NAME = "checkpoints"
 LOG_NAME = "log.jsonl"
 
@@ -43,24 +50,41 @@ def stage_fingerprint(config: TuneConfig, model_fingerprint: str, data_dir: Path
     Args:
         config: the stage's settings, their teacher filled in (`with_teacher`).
     """
-    from lors_cli.data.sources import open_source
+    return hashes.fingerprint("tune", *_identity(config, model_fingerprint, data_dir))
+
+
+def stage_inputs(config: TuneConfig, model_fingerprint: str, data_dir: Path | None) -> dict[str, Any]:
+    """What a result is made from beside its settings: fingerprints of what is read, and the version of the code."""
+    version, _, inputs = _identity(config, model_fingerprint, data_dir)
+    return {**inputs, "version": version}
+
+
+def _identity(
+    config: TuneConfig, model_fingerprint: str, data_dir: Path | None
+) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    """The version of the code, the settings and the inputs that make a result what it is."""
+    from lors_cli.data.sources import tuning_source
     from lors_cli.data.stream.samples import is_streamed
     from lors_cli.data.tokens import usual_packing
     from lors_cli.models.sources import model_fingerprint as fingerprint_model
 
     settings = {key: value for key, value in asdict(config).items() if key not in WITHOUT_EFFECT}
     settings.update(alpha=float(config.alpha), per_device_batch_size=config.micro_batch_size, init=config.start,
-                    rounding=config.weight_rounding)  # fmt: skip
+                    rounding=config.weight_rounding, learning_rate=config.peak_learning_rate)  # fmt: skip
+    settings.update(load_best_model_at_end=config.loads_best or None,
+                    val_size=config.val_size and float(config.val_size))  # fmt: skip
+    if config.early_stopping_patience is None and not config.loads_best:
+        settings["eval_steps"] = None  # it moves no weight
+    for key, usual in UNSAID.items():
+        if settings[key] == usual:
+            del settings[key]
     if config.max_steps is not None or config.max_tokens is not None:
         del settings["epochs"]
     if config.start == "kaiming":
         del settings["init_samples"]
-    if config.spike_factor is None:
-        del settings["spike_factor"]
-    dataset = settings["data"].pop("dataset")
-    del settings["data"]["columns"]  # in the data's fingerprint
-    columns = config.data.columns
-    source = open_source(dataset, split="train", data_dir=data_dir, want="instructions", columns=columns)
+    for key in ("dataset", "split", "columns"):  # in the data's fingerprint
+        del settings["data"][key]
+    source = tuning_source(config.data, data_dir)
     if config.data.packing == usual_packing(source):
         settings["data"]["packing"] = None
     settings["data"]["stream"] = is_streamed(config, source)
@@ -73,8 +97,7 @@ def stage_fingerprint(config: TuneConfig, model_fingerprint: str, data_dir: Path
     if config.distill is not None:
         inputs["teacher"] = fingerprint_model(teacher_model(config.distill))
         settings["distill"] = {"weight": config.distill.weight, "temperature": float(config.distill.temperature)}
-    version = INSTRUCTIONS_VERSION if source.kind == "instructions" else STAGE_VERSION
-    return hashes.fingerprint("tune", version, settings, inputs)
+    return INSTRUCTIONS_VERSION if source.kind == "instructions" else STAGE_VERSION, settings, inputs
 
 
 def tune(
@@ -94,8 +117,6 @@ def tune(
         UsageError: the model has no sparse linear, or the loss broke.
         SparsityError: the merged model breaks the base's zeros; nothing is published.
     """
-    from lors_cli.recipe.schema import ModelConfig
-
     with processes.joined():
         return _tune(config, ModelConfig.of(model), Path(out), Path(data_dir) if data_dir else None)
 
@@ -105,6 +126,7 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
     from lors_cli.models.loading import load_tokenizer
     from lors_cli.models.sources import model_fingerprint
     from lors_cli.tuning.attach import adaptable_layers
+    from lors_cli.tuning.prompt_format import fit_to_prompt
     from lors_cli.tuning.results import adapter_config, write_card, write_results
     from lors_cli.tuning.training.distributed import say_how
     from lors_cli.tuning.training.preparation import prepare_trainer
@@ -112,36 +134,42 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
     from lors_cli.tuning.training.step_log import StepLog
 
     started = time.monotonic()
+    require_packages(config)
     config = with_teacher(config, model)
     base_fingerprint = model_fingerprint(model)
     fingerprint = stage_fingerprint(config, base_fingerprint, data_dir)
+    stored = stored_config(config, data_dir)
+    inputs = {**stage_inputs(config, base_fingerprint, data_dir), "path": model.path}
     console.info(f"  model: {model.path}")
     with progress.busy("reading the tokenizer"):
         tokenizer = load_tokenizer(model)
     say_how(config)
     network = load_trainable(config, model)
     patterns = sparse_layers(network, Path(model.path))
-    layers = adaptable_layers(network, patterns)
+    layers = adaptable_layers(network, patterns, config.skip)
     data = _load_data(config, network, tokenizer, data_dir)
     set_seed(config.seed)
-    log = StepLog(processes.from_main(lambda: _running_log(out, records.work_dir(out, fingerprint))))
+    made = {"config": stored, "inputs": inputs}
+    log = StepLog(processes.from_main(lambda: _running_log(out, records.work_dir(out, fingerprint, made))))
     schedule = config if data.num_steps is None else replace(config, max_steps=data.num_steps, max_tokens=None)
     trainer = prepare_trainer(schedule, network, layers, data, tokenizer, out / CHECKPOINTS_NAME, fingerprint,
                               device=resolve_device(model.device))  # fmt: skip
-    training = _train(trainer, data, out, log)
+    training = _train(trainer, data, log, _tracked_run(config, model, out, fingerprint))
     data.close()
 
     def write() -> records.StageRecord:
         tuned = whole_model(config, model, network, layers)
-        adapter = adapter_config(config, tuned, layers, model, base_fingerprint)
+        _, template, read = _as_read(config, data_dir)
+        adapter = adapter_config(config, tuned, layers, model, base_fingerprint, template, patterns)
         staging = records.staging_dir(out)
-        metrics = {**training, **_data_metrics(data),
-                   **write_results(staging, tuned, tokenizer, adapter, patterns)}  # fmt: skip
-        stored = _with_packing(resolved_tune(config), data_dir)
-        write_card(staging, stored, model, metrics)
+        prompt = fit_to_prompt(tuned, tokenizer, template)
+        metrics = {**training, **_data_metrics(data), **prompt,
+                   **write_results(staging, tuned, tokenizer, adapter, patterns),
+                   **_left_dense(Path(model.path))}  # fmt: skip
+        write_card(staging, stored, model, metrics, read)
         atomic.write_bytes(staging / LOG_NAME, log.path.read_bytes())
         record = records.StageRecord(
-            "tune", fingerprint, hashes.plain(stored), {"model": base_fingerprint, "path": model.path}, metrics,
+            "tune", fingerprint, hashes.plain(stored), inputs, metrics,
             environment.environment(), round(time.monotonic() - started, 2), {},
         )  # fmt: skip
         return records.publish(out, record)
@@ -149,14 +177,38 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
     return processes.from_main(write)
 
 
-def _with_packing(config: TuneConfig, data_dir: Path | None) -> TuneConfig:
-    """The config with how texts shared a sample said."""
-    from lors_cli.data.sources import open_source
+def _tracked_run(config: TuneConfig, model: ModelConfig, out: Path, fingerprint: str) -> TrackedRun:
+    """What trackers are told of this run; it is called as its run folder is."""
+    from lors_cli.tuning.training.trackers import TrackedRun
+
+    folder = out.absolute()
+    told = {"model": model.path, "tune": hashes.plain(resolved_tune(config)), "code": environment.code_version()}
+    name = folder.parent.name if folder.name == "tune" else folder.name
+    return TrackedRun(name, told, folder, processes.from_main(lambda: records.work_dir(out, fingerprint)))
+
+
+def _as_read(config: TuneConfig, data_dir: Path | None) -> tuple[TuneConfig, str | None, str]:
+    """The config with how texts shared a sample said, instructions' prompt, and the fingerprint of the data."""
+    from lors_cli.data.sources import tuning_source
     from lors_cli.data.tokens import usual_packing
 
-    source = open_source(config.data.dataset, split="train", data_dir=data_dir, want="instructions")
-    packing = config.data.packing or usual_packing(source)
-    return replace(config, data=replace(config.data, packing=packing))
+    data, source = config.data, tuning_source(config.data, data_dir)
+    packing = data.packing or usual_packing(source)
+    template = data.template if source.kind == "instructions" else None
+    return replace(config, data=replace(data, packing=packing)), template, source.fingerprint
+
+
+def stored_config(config: TuneConfig, data_dir: Path | None) -> TuneConfig:
+    """The config as `stage.json` has it: what method and text imply is said."""
+    return _as_read(resolved_tune(config), data_dir)[0]
+
+
+def _left_dense(folder: Path) -> dict[str, list[str]]:
+    """What pruning skipped, for the record of the tuned model too."""
+    from lors_cli.models.inspection import dense_layers
+
+    names = dense_layers(records.read_record(folder)) if folder.is_dir() else []
+    return {"dense_layers": names} if names else {}
 
 
 def sparse_layers(model: PreTrainedModel, folder: Path) -> dict[str, Pattern]:
@@ -193,7 +245,7 @@ def _load_data(config: TuneConfig, network: PreTrainedModel, tokenizer: Any, dat
         in_last = len(data.samples) - (data.num_steps - 1) * config.batch_size
         steps = f" in {counted(data.num_steps, 'step')}"
         steps += f", {in_last} in the last" if in_last < config.batch_size else ""
-    samples = counted(len(data.samples), "sample")
+    samples = counted(len(data.samples), "sample") + (f" and {len(data.held_out)} held out" if data.held_out else "")
     skips = f" (skipped: {skipped})" if skipped else ""
     console.info(f"  data: {config.data.dataset}, {samples}, {data.num_tokens} tokens{steps}{skips}")
     return data
@@ -208,7 +260,7 @@ def _running_log(out: Path, work: Path) -> Path:
     return (work if begun or records.read_record(out) is not None else out) / LOG_NAME
 
 
-def _train(trainer: AdapterTrainer, data: TuneData, out: Path, log: StepLog) -> dict[str, Any]:
+def _train(trainer: AdapterTrainer, data: TuneData, log: StepLog, run: TrackedRun) -> dict[str, Any]:
     """Run the trainer to its end, from the last checkpoint where there is one; the losses' metrics."""
     from lors_cli.models.quiet import quiet_libraries
     from lors_cli.tuning.training import fixed_batch
@@ -221,32 +273,48 @@ def _train(trainer: AdapterTrainer, data: TuneData, out: Path, log: StepLog) -> 
     if last:
         trainer.resume(last)
         console.info(f"  going on after step {trainer.step} of {trainer.num_steps} from {last}")
+    logged = trainer.step - 1 if trainer.unlogged else trainer.step
     if processes.is_main():
         remove_others(trainer.folder, trainer.fingerprint)
-        log.cut_after(trainer.step)
+        log.cut_after(logged)
+    if trainer.validation.samples:
+        samples = counted(len(trainer.validation.samples), "sample")
+        console.info(f"  held-out loss: of {samples}, every {counted(trainer.validation.every, 'step')} (eval_steps)")
     batch = fixed_batch.choose(trainer, data)
     before = fixed_batch.measure(trainer, batch, untrained=True)
     with (
-        progress.progress("tune", trainer.num_steps, "steps") as task, tracking(trainer.config, out) as trackers,
-        quiet_libraries(), stopping_gently(trainer.stop),
+        progress.progress("tune", trainer.num_steps, "steps") as task,
+        tracking(trainer.config.report_to, run, logged + 1) as track, quiet_libraries(), stopping_gently(trainer.stop),
     ):  # fmt: skip
         task.skip(trainer.step)
 
         def report(row: dict[str, Any]) -> None:
-            for tell in (log.append, *trackers):
-                tell(row)
+            log.append(row)
+            track(row)
+            if "val_loss" in row:
+                console.info(f"  step {row['step']}: {trainer.validation.text}")
             task.update(row["step"], f"loss {trainer.guard.loss:.3f} · {row['tokens_per_s']:.0f} tokens/s")
 
         trainer.run(report if processes.is_main() else lambda row: None)
     trainer.model.eval()
+    if trainer.validation.is_over:
+        console.info(f"  training ended early, after step {trainer.step} of {trainer.num_steps}")
+    if trainer.config.loads_best:
+        trainer.take_best()
+        console.info(f"  the model is that of step {trainer.validation.best_step}")
     losses = {
         "loss_before": round(before, 6), "loss_after": round(fixed_batch.measure(trainer, batch), 6),
         "loss_samples": len(batch.indices), "loss_held_out": batch.held_out,
     }  # fmt: skip
     console.info(f"  loss {loss_text(losses)}")
-    return {**step_metrics(log.rows()), **losses} if processes.is_main() else {}
+    if not processes.is_main():
+        return {}
+    rows = log.rows()
+    return {**step_metrics(rows), **losses, **trainer.validation.metrics(rows)}
 
 
 def _data_metrics(data: TuneData) -> dict[str, Any]:
     tokens = "tokens_an_epoch" if data.num_steps is None else "tokens"
-    return {"num_samples": len(data.samples), "skipped": dict(data.skipped), tokens: data.num_tokens}
+    held_out = {"val_samples": len(data.held_out)} if data.held_out else {}
+    return {"num_samples": len(data.samples), "skipped": dict(data.skipped), tokens: data.num_tokens, **held_out,
+            "data": dict(data.origin)}  # fmt: skip

@@ -66,7 +66,7 @@ def test_the_document_and_its_ratios() -> None:
 
 def test_memory_is_what_the_formulas_say() -> None:
     """LoRS keeps nothing of the weights' size; its cache a bfloat16 copy; SQFT a mask and a bfloat16 copy."""
-    methods = ("lora", "lors", "lors-cached", "lors-compressed", "sqft", "sqft-gc")
+    methods = ("lora", "lors", "lors-cached", "lors-packed", "sqft", "sqft-gc")
     (cell,) = bench(_config(methods=methods, rounds=1))["cells"].values()
     saved = {name: figures["saved_bytes"] for name, figures in cell.items()}
     assert saved["lors"] <= saved["lora"]
@@ -74,8 +74,8 @@ def test_memory_is_what_the_formulas_say() -> None:
     assert saved["sqft"] - saved["lors"] >= 3 * LINEARS
     assert saved["sqft-gc"] < saved["lors"] + LINEARS
     # 9/8 bytes an element instead of 2, and one weight restored
-    assert saved["lors-compressed"] == saved["lors"]
-    won = cell["lors"]["peak_bytes"] - cell["lors-compressed"]["peak_bytes"]
+    assert saved["lors-packed"] == saved["lors"]
+    won = cell["lors"]["peak_bytes"] - cell["lors-packed"]["peak_bytes"]
     assert LINEARS / 2 < won <= LINEARS * 7 / 8
     # in the peak: the largest merged weight for LoRS, all of them for its cache
     assert cell["lors-cached"]["peak_bytes"] - cell["lors"]["peak_bytes"] > LINEARS

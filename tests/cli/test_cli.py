@@ -14,8 +14,6 @@ import pytest
 from typer.testing import Result
 
 from lors_cli.cli.flags import given
-from lors_cli.cli.stages import is_override, model_labels
-from lors_cli.errors import UsageError
 
 Lors = Callable[..., Result]
 PRUNED, TUNED = "runs/tiny/prune", "runs/tiny/tune"
@@ -245,7 +243,7 @@ MISTAKES: list[tuple[list[str], int, list[str]]] = [
     (["prune", "./gone", "--out", "o"], 3, ["./gone"]),
     (["tune", "dense", "--out", "o", "--dataset", "rows.jsonl"], 2, ["the model is dense", "lors prune"]),
     (["tune", "dense", "--out", "o", "--rank", "0"], 2, ["--rank", "above 0"]),
-    (["eval", "limit=3"], 2, ["no model is named", "lors eval MODEL"]),
+    (["eval", "limit=3"], 2, ["no model is named", "lors eval [NAME=]MODEL"]),
     (["eval", "dense", "--tasks", "nope"], 2, ["'nope'", "Tasks:"]),
     (["eval", "dense", "--tasks", ""], 2, ["nothing to evaluate"]),
     (["eval", "dense", "--tasks", "", "--perplexity", "wikitext3"], 2, ["Did you mean wikitext2?"]),
@@ -305,28 +303,8 @@ def test_mistakes_in_the_command_line_itself(lors: Lors, arguments: list[str], s
 # The small parts ------------------------------------------------------------------------------------------------
 
 
-def test_model_labels(at_workshop: Path) -> None:
-    assert model_labels(["dense", "./dense", "org/name", "package://m/x.Q4_1.gguf"]) == {
-        "dense": "dense", "dense-2": "./dense", "name": "org/name", "x.Q4_1": "package://m/x.Q4_1.gguf",
-    }  # fmt: skip
-    assert list(model_labels([".", "a b/c d", "x/stage", "y/.hidden"])) == [
-        "workshop", "c_d", "stage-model", "hidden",
-    ]  # fmt: skip
-    with pytest.raises(UsageError, match="no model"):
-        model_labels([])
-
-
-def test_overrides_are_told_from_models(at_workshop: Path) -> None:
-    assert is_override("limit=3")
-    assert is_override("perplexity_length=64")
-    assert not is_override("runs/a=b")
-    assert not is_override("dense")
-    Path("a=b").mkdir()
-    assert not is_override("a=b")
-
-
 def test_lists() -> None:
-    others = dict.fromkeys(("perplexity", "limit", "batch_size"))
+    others = dict.fromkeys(("perplexity", "limit", "num_fewshot", "apply_chat_template", "batch_size"))
     assert given("eval", {**others, "tasks": None}) == {}
     assert given("eval", {**others, "tasks": ""}) == {"tasks": []}
     assert given("eval", {**others, "tasks": " a, b ,"}) == {"tasks": ["a", "b"]}

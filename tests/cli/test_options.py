@@ -89,7 +89,7 @@ def test_defaults_in_the_help_are_the_schemas(command: str, flag: str, section: 
         value = getattr(value, part)
     assert parameter.default is None, "a flag that was not given must not outrank the file"
     said = re.search(r"Default: (\S+)\.$", parameter.help)
-    if value is None or value == ():
+    if value is None or value == () or value is False:
         assert said is None
     else:
         assert said is not None

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from lors_cli.cli.app import app
-from lors_cli.cli.names import named_models
+from lors_cli.cli.labels import named_models
 from lors_cli.errors import UsageError
 
 Lors = Callable[..., Result]
@@ -185,5 +185,5 @@ def test_folder_with_an_equals_sign_is_a_model(tmp_path: Path, monkeypatch: pyte
 
 
 def test_name_given_twice_is_refused() -> None:
-    with pytest.raises(UsageError, match="two models are called a"):
+    with pytest.raises(UsageError, match="a= names two models"):
         named_models(["a=x", "a=y"])

@@ -54,6 +54,15 @@ SHAREGPT = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
         ({"instruction": "Q", "context": "C", "response": "A", "category": "x"}, "instruction/response",
          {**PLAIN, "input": "C"}),
         ({"question": "Q", "answer": "A"}, "question/answer", PLAIN),
+        ({"conversation": [{"human": "Q", "assistant": "A"}] * 2, "id": 1}, "conversation", _turns("Q", "A", "Q", "A")),
+        ({"conversation": [{"input": "Q", "output": "A"}], "source": "x"}, "conversation", _turns("Q", "A")),
+        ({"id": "t0.1", "system_prompt": "S", "question": "Q", "response": "A"}, "question/response",  # OpenOrca
+         _turns("Q", "A", system="S")),
+        ({"id": "t0.2", "system_prompt": "", "question": "Q", "response": "A"}, "question/response", PLAIN),
+        ({"type": "GSM", "query": "Q", "response": "A", "original_question": "x"}, "query/response", PLAIN),  # MetaMath
+        ({"inputs": "Q", "targets": "A", "task": "x"}, "inputs/targets", PLAIN),  # FLAN
+        ({"messages": {"role": ["user", "assistant"], "content": ["Q", "A"]}}, "messages", _turns("Q", "A")),
+        ({"messages": OPENAI, "chosen": OPENAI, "rejected": OPENAI}, "messages", _turns("Q", "A")),  # UltraFeedback
         ({"instruction": "Q", "input": None, "output": "A", "system": "", "history": []}, "instruction/output", PLAIN),
         ({"instruction": "Q", "input": "I", "output": "A", "system": "S", "history": [["q", "a"]]},
          "instruction/output", _turns("q", "a", "Q\nI", "A", system="S")),
@@ -71,6 +80,15 @@ def test_layouts(tmp_path: Path, row: dict[str, Any], layout: str, expected: dic
         ([{"query": "Q", "reply": "A"}],
          r"a.jsonl:1: .*neither text nor an .*: it has 'query', 'reply'.*\n.*instruction: query, output: reply"),
         ([{"story": "Q"}], r"it has 'story'.*\n.*columns: {text: story}"),
+        ([{"prompt": "Q", "chosen": "A", "rejected": "B"}],
+         r"a.jsonl:1: .* a pair of preferences.*'rejected'.\n.*columns: {instruction: prompt, output: chosen}"),
+        ([{"chosen": OPENAI, "rejected": OPENAI}], r"pair of preferences.*\n.*columns: {messages: chosen}"),
+        ([{"message_id": "1", "parent_id": None, "text": "T", "role": "prompter"}],
+         r"one message of a tree, as OpenAssistant.*\n.*columns: {text: text}"),
+        ([{"text": "T", "label": 1}], r"text with a label.*\n.*columns: {text: text}"),
+        ([{"input": "Q", "output": "A"}], r"neither text nor an .*\n.*columns: {instruction: input, output: output}"),
+        ([{"id": 3, "user_query": "Q", "bot_answer": "A"}], r"columns: {instruction: user_query, output: bot_answer}"),
+        ([{"conversation": [{"human": "Q", "assistant": None}]}], "the assistant of turn 1 of 'conversation' must be"),
         ([{"prompt": "Q", "completion": "A", "messages": OPENAI}], "both messages and prompt/completion"),
         ([{"instruction": "Q", "output": "A", "response": "B"}], "both instruction/output and instruction/response"),
         ([{"text": "T"}, {"text": "T", **PLAIN}], "a.jsonl:2: this row is instruction/output, while .* read as text"),
@@ -102,8 +120,9 @@ def test_columns_name_what_is_not_known(tmp_path: Path) -> None:
 
 def test_columns_are_for_files_of_rows_and_in_the_fingerprint(tmp_path: Path) -> None:
     columns = ColumnsConfig(text="body")
+    (tmp_path / "a.txt").write_text("text")
     for name in ("alpaca", "pydoc", str(tmp_path / "a.txt")):
-        with pytest.raises(UsageError, match="columns is for files of rows"):
+        with pytest.raises(UsageError, match=r"columns is for (rows of your own|files of rows)"):
             open_source(name, split="train", data_dir=None, columns=columns)
     path = str(tmp_path / "a.jsonl")
     prints = set()

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jinja2 import TemplateError
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lors_cli.data.prompts import ChatTemplate, Turn
+from lors_cli.data.saved_prompts import answer_ending, template_name, trained_template
 from lors_cli.data.tokens import tuning_samples
 from lors_cli.errors import UsageError
 from lors_cli.recipe.schema import TuneDataConfig
@@ -205,3 +207,58 @@ def test_what_a_template_makes_of_an_answer_is_the_answer() -> None:
 def test_an_end_that_the_answer_brings_is_not_learnt_twice() -> None:
     found = _render(TEMPLATES["chatml"], Turn("user", "q"), Turn("assistant", "A<|im_end|>", learnt=True))
     assert found.text[found.spans[0][0] : found.spans[0][1]] == "A<|im_end|>"
+
+
+# ---- as a checkpoint says them
+
+ROWS = [
+    {"instruction": "Tell a story.", "output": "Lily went."},
+    {"instruction": " Tell {x} {{ y }} 'a' \"b\" \\n\n", "input": "日本語\n{% z %}", "output": " hello!\n"},
+    {"instruction": "Tell.", "input": "", "output": "USER: x ASSISTANT:"},
+]
+
+
+def with_bos(tokenizer: Any) -> Any:
+    """A tokenizer like `tokenizer` that puts BOS before a text, as Llama's."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("template", ["alpaca", "alpaca_short", "vicuna"])
+def test_the_saved_template_gives_what_training_saw(
+    tmp_path: Path, tokenizer: Any, template: str, bos: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = with_bos(tokenizer) if bos else tokenizer
+    tokenizer.chat_template = trained_template(template, tokenizer)
+    tokenizer.save_pretrained(tmp_path / "saved")
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    samples = _samples(tmp_path, tokenizer, ROWS, template=template, max_length=4096)
+    for row, sample in zip(ROWS, samples, strict=True):
+        question = {"role": "user", "content": row["instruction"], "input": row.get("input")}
+        whole = loaded.apply_chat_template([question, {"role": "assistant", "content": row["output"]}])["input_ids"]
+        assert whole == sample["input_ids"]
+        asked = loaded.apply_chat_template([question], add_generation_prompt=True, tokenize=False)
+        text = loaded.apply_chat_template([question, {"role": "assistant", "content": "x"}], tokenize=False)
+        assert text == f"{asked}{' ' if template == 'vicuna' else ''}x</s>"
+    assert template_name(loaded.chat_template) == template
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("roles", [["system", "user"], ["user", "assistant", "user"], ["assistant"]])
+def test_the_saved_template_refuses_what_was_not_trained(roles: list[str]) -> None:
+    tokenizer = _made.setdefault("bytes", _trained("bytes"))
+    talk = [{"role": role, "content": "x"} for role in roles]
+    with pytest.raises(TemplateError, match="one question and its answer"):
+        tokenizer.apply_chat_template(talk, chat_template=trained_template("alpaca", tokenizer), tokenize=False)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_an_answer_ends_as_in_training(tmp_path: Path, template: str) -> None:
+    tokenizer = _made.setdefault("bytes", _trained("bytes"))
+    tokenizer.chat_template = TEMPLATES[template]
+    (sample,) = _samples(tmp_path, tokenizer, ROWS[:1], template="chat")
+    assert answer_ending("chat", tokenizer)[-1] == sample["labels"][-1]
+    assert tokenizer.decode(answer_ending("chat", tokenizer)).strip() == ENDS[template]
+    assert answer_ending("alpaca", tokenizer) == answer_ending(None, tokenizer) == [tokenizer.eos_token_id]

@@ -7,14 +7,20 @@ import hashlib
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import zstandard
 
+from lors_cli.data import hub
+from lors_cli.data.known import KNOWN
 from lors_cli.data.prompts import alpaca_prompt
 from lors_cli.data.sources import SOURCES, TextSource, fingerprint_source, open_source
 from lors_cli.errors import MissingError, UsageError
+from lors_cli.files.revisions import commit_of, listing_of
 from lors_cli.output import console
 
 TEXTS = [{"text": "one"}, {"text": "zwei ä"}, {"text": "three\nlines"}]
@@ -36,10 +42,11 @@ def _write(path: Path, rows: list[Any]) -> Path:
 
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
         return path
-    name = path.name.removesuffix(".gz")
+    name = path.name.removesuffix(".gz").removesuffix(".zst")
     text = json.dumps(rows) if name.endswith(".json") else "".join(json.dumps(row) + "\n" for row in rows)
     data = text.encode()
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    pack = {".gz": gzip.compress, ".zst": zstandard.compress}.get(path.suffix, bytes)
+    path.write_bytes(pack(data))
     return path
 
 
@@ -50,7 +57,9 @@ def test_importing_loads_no_torch() -> None:
     assert run.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz", "a.parquet"])
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "a.json.gz", "a.json.zst", "a.parquet"]
+)
 def test_local_rows(tmp_path: Path, name: str) -> None:
     texts = _open(_write(tmp_path / name, TEXTS))
     assert (texts.kind, texts.streamed, texts.path) == ("text", False, None)
@@ -94,6 +103,8 @@ def test_row_with_text_and_instruction_is_an_instruction(tmp_path: Path) -> None
 def test_text_file_is_one_document(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("ä\r\n\n b \n".encode())
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"x\n\ny"))
+    (tmp_path / "c.txt.zst").write_bytes(zstandard.compress(b"x\n") + zstandard.compress(b"\ny"))  # in two frames
+    assert list(_open(tmp_path / "c.txt.zst").rows()) == [{"text": "x\n\ny"}]
     assert list(_open(tmp_path / "a.txt").rows()) == [{"text": "ä\n\n b \n"}]
     assert list(_open(tmp_path / "b.txt.gz").rows()) == [{"text": "x\n\ny"}]
 
@@ -140,6 +151,8 @@ def test_broken_instruction_rows_are_named(tmp_path: Path) -> None:
         ("a.txt", b"a\nb\n\xff", "a.txt:3: not UTF-8"),
         ("a.jsonl", b'{"prompt": "a"}', "a.jsonl:1: this row is neither text nor an instruction"),
         ("a.jsonl.gz", b"not packed", "a.jsonl.gz is not a whole gzip file"),
+        ("a.jsonl.zst", b"not packed", "a.jsonl.zst is not a whole zstd file"),
+        ("a.jsonl.zst", zstandard.compress(b'{"text": "a"}\n' * 999)[:-3], "a.jsonl.zst is not a whole zstd file"),
         ("a.txt.gz", gzip.compress(b"abc" * 999, mtime=0)[:-9], "a.txt.gz is not a whole gzip file"),
         ("a.parquet", b"PAR1 nonsense", "a.parquet:1: not a sound Parquet file"),
         ("a.xlsx", b"text\na", "a.xlsx is of no known format"),
@@ -238,15 +251,37 @@ def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
     assert fingerprint_source(str(a), split="train", data_dir=None) != before
 
 
-def test_hub_fingerprints_need_no_network() -> None:
+COMMIT = "c" * 40
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A hub cache, offline, that knows the commit of the main branch of the datasets with a name."""
+    from huggingface_hub import constants
+
+    for repo in {known.repo for known in KNOWN.values()}:
+        folder = tmp_path / f"datasets--{repo.replace('/', '--')}" / "refs"
+        folder.mkdir(parents=True)
+        (folder / "main").write_text(COMMIT)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for remembered in (commit_of, listing_of, hub._asked, hub._builder):
+        remembered.cache_clear()
+    yield
+    for remembered in (commit_of, listing_of, hub._asked, hub._builder):
+        remembered.cache_clear()
+
+
+@pytest.mark.usefixtures("hub_cache")
+def test_hub_fingerprints_hold_the_commit_and_need_no_network() -> None:
     found = {
         name: _open(name, want="instructions").fingerprint for name in ("alpaca", "c4", "wikitext2", "wikitext2-lines")
     }
     assert found == {
-        "alpaca": "hub:tatsu-lab/alpaca/default/train",
-        "c4": "hub:allenai/c4/en/train",
-        "wikitext2": "hub:Salesforce/wikitext/wikitext-2-raw-v1/train/rows",
-        "wikitext2-lines": "hub:Salesforce/wikitext/wikitext-2-raw-v1/train",  # as wikitext2 was called before
+        "alpaca": f"hub:tatsu-lab/alpaca@{COMMIT}/default/train",
+        "c4": f"hub:allenai/c4@{COMMIT}/en/train",
+        "wikitext2": f"hub:Salesforce/wikitext@{COMMIT}/wikitext-2-raw-v1/train/rows",
+        "wikitext2-lines": f"hub:Salesforce/wikitext@{COMMIT}/wikitext-2-raw-v1/train",  # as wikitext2 was
     }
     assert _open("c4").streamed
     assert _open("slimpajama").streamed
@@ -255,6 +290,7 @@ def test_hub_fingerprints_need_no_network() -> None:
         _open("alpaca", split="validation")
 
 
+@pytest.mark.usefixtures("hub_cache")
 def test_hub_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
@@ -265,15 +301,31 @@ def test_hub_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         "Salesforce/wikitext": [{"text": ""}, {"text": " = A = \n"}, {"text": ""}, {"text": " text . \n"}],
     }
 
-    def fake(repo: str, config: str | None, *, split: str, streaming: bool) -> Any:
-        calls.append((repo, config, split, streaming))
-        return iter(tables[repo])
+    class Builder:
+        hash, cache_dir = COMMIT, "/nowhere"
+        config = SimpleNamespace(data_files=dict.fromkeys(("train", "validation", "test")))
 
-    monkeypatch.setattr(datasets, "load_dataset", fake)
+        def __init__(self, repo: str, config: str | None, revision: str) -> None:
+            assert revision == COMMIT
+            self.asked = (repo, config)
+
+        def download_and_prepare(self) -> None:
+            pass
+
+        def as_dataset(self, *, split: str, streaming: bool = False) -> Any:
+            calls.append((*self.asked, split, streaming))
+            return iter(tables[self.asked[0]])
+
+        def as_streaming_dataset(self, *, split: str) -> Any:
+            return self.as_dataset(split=split, streaming=True)
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", Builder)
     assert list(_open("alpaca", want="instructions").rows()) == [PAIRS[0]]
     assert list(_open("c4", split="validation").rows()) == [{"text": "a"}]
     assert list(_open("wikitext2", split="validation").rows()) == [{"text": "\n\n = A = \n\n\n\n\n text . \n"}]
     assert list(_open("wikitext2-lines", split="validation").rows()) == [{"text": " = A = \n text . "}]
+    assert _open("alpaca", want="instructions").first_rows(1) == [PAIRS[0]]
+    assert calls.pop() == ("tatsu-lab/alpaca", None, "train", True)
     assert calls == [
         ("tatsu-lab/alpaca", None, "train", False),
         ("allenai/c4", "en", "validation", True),
@@ -329,3 +381,39 @@ def test_a_number_that_python_does_not_read(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"text": ' + "9" * 10_000 + "}\n")
     with pytest.raises(UsageError, match=r"x\.jsonl:1: broken JSON: a number that is too long"):
         _open(tmp_path / "x.jsonl")
+
+
+def test_splits_by_name(tmp_path: Path, shared_dir: Path) -> None:
+    """The split that a user names is that of the dataset or the folder; a single file has none."""
+    data = shared_dir / "data"
+    held = list(open_source("slimpajama", split="train", data_dir=data, chosen="validation").rows())
+    assert len(held) == 158
+    with pytest.raises(MissingError, match="has no test split of slimpajama, only"):
+        open_source("slimpajama", split="train", data_dir=data, chosen="test")
+    with pytest.raises(UsageError, match=r"alpaca has no held split, only train.\n.*Write split: train"):
+        open_source("alpaca", split="train", data_dir=data, chosen="held")
+    test = open_source("wikitext2-lines", split="train", data_dir=data, chosen="test")
+    assert test.fingerprint == fingerprint_source("wikitext2-lines", split="validation", data_dir=data)
+    file = str(_write(tmp_path / "a.jsonl", TEXTS))
+    assert open_source(file, split="train", data_dir=None, chosen="train").fingerprint == _open(file).fingerprint
+    with pytest.raises(UsageError, match=r"split: test is for datasets, and .*a.jsonl is one file without splits"):
+        open_source(file, split="train", data_dir=None, chosen="test")
+    parts = {
+        open_source("pydoc", split="train", data_dir=None, chosen=name).fingerprint for name in ("train", "validation")
+    }
+    assert len(parts) == 2
+
+
+def test_a_part_of_alpaca_says_so(
+    shared_dir: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from lors_cli.data.tokens import tuning_samples
+    from lors_cli.recipe.schema import TuneDataConfig
+
+    said: list[str] = []
+    monkeypatch.setattr(console, "info", said.append)
+    config = TuneDataConfig(num_samples=3)
+    found = tuning_samples(config, tiny_tokenizer, seed=0, num_needed=None, model_max_length=4096,
+                           data_dir=shared_dir / "data")  # fmt: skip
+    assert said == ["  alpaca: 15,130 rows here, the original has 52,002."]
+    assert (found.origin["rows"], found.origin["original_rows"]) == (15130, 52002)

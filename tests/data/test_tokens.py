@@ -325,13 +325,11 @@ def test_pydoc_windows_are_held_out(tiny_tokenizer: Any) -> None:
 
 
 def test_streamed_perplexity_is_bounded(tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    def endless(*_: Any, **__: Any) -> Any:
+    def endless(*_: Any) -> Any:
         while True:
             yield {"text": "0123456789"}
 
-    monkeypatch.setattr(datasets, "load_dataset", endless)
+    monkeypatch.setattr("lors_cli.data.hub.streamed_rows", endless)
     windows = _windows("c4", tiny_tokenizer, 24, most=7)
     assert bytes(windows.flatten().tolist()) == (b"0123456789\n\n" * 20)[: 7 * 24]
     assert len(_windows("c4", tiny_tokenizer, 24)) == 256

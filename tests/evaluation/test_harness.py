@@ -13,10 +13,19 @@ import torch
 
 from lors_cli.data.pydoc_text import choice_items
 from lors_cli.evaluation import harness, tasks
-from lors_cli.evaluation.harness import score_task
+from lors_cli.evaluation.entries import Task, resolve
+from lors_cli.evaluation.plain_results import TaskResult
 from lors_cli.output import console, progress
+from lors_cli.recipe.schema import EvalConfig
 
 LIMIT = 6
+
+
+def score_task(model: Any, tokenizer: Any, name: str, folder: Path, data_dir: Path | None, **more: Any) -> TaskResult:
+    config = EvalConfig(tasks=(name,), batch_size=4, **more)
+    (task,) = resolve(config)
+    assert isinstance(task, Task)
+    return harness.score_task(model, tokenizer, task, config, data_dir=data_dir, folder=folder, label="x")
 
 
 def _choice_scores(model: Any, tokenizer: Any, prompt: str, choices: list[str]) -> list[float]:
@@ -47,9 +56,7 @@ def test_equals_hand_written_loop(
     task: str, stories: tuple[Any, Any], shared_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     model, tokenizer = stories
-    result = score_task(
-        model, tokenizer, task, limit=LIMIT, batch_size=4, data_dir=shared_dir / "data", folder=tmp_path
-    )
+    result = score_task(model, tokenizer, task, tmp_path, shared_dir / "data", limit=LIMIT)
     right = right_norm = 0
     documents = _arc_easy(shared_dir) if task == "arc_easy" else _pydoc()
     for sample, (question, choices, answer) in zip(result.samples, documents, strict=True):
@@ -88,15 +95,16 @@ def test_truthfulqa_mc2_keeps_its_fractions(
     documents = tmp_path / "rows.jsonl"
     documents.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def local(name: str, *, data_dir: Path | None, folder: Path) -> Path:
-        whole = tasks.task_definition(name, data_dir=data_dir, folder=folder)
+    def local(task: Task, *, data_dir: Path | None, folder: Path) -> Path:
+        whole = tasks.task_definition(task, data_dir=data_dir, folder=folder)
+        assert whole is not None
         path = tmp_path / "definition.yaml"
-        content = tasks._local_definition(name, whole, "validation", documents, tmp_path / "cache")
+        content = tasks._local_definition(task.name, whole, {"validation": documents}, tmp_path / "cache")
         path.write_text(content + 'doc_to_text: "Q: {{question}}\\nA:"\n')  # without the examples, which are long
         return path
 
     monkeypatch.setattr(harness, "task_definition", local)
-    result = score_task(model, tokenizer, "truthfulqa_mc2", limit=None, batch_size=4, data_dir=None, folder=tmp_path)
+    result = score_task(model, tokenizer, "truthfulqa_mc2", tmp_path, None)
     found = [sample["acc"] for sample in result.samples]
     assert found == pytest.approx(expected, abs=1e-4)
     assert all(1e-3 < value < 1 - 1e-3 for value in found)
@@ -124,9 +132,7 @@ def test_progress_counts_every_request_and_truncation_is_told(
     monkeypatch.setattr(progress, "progress", kept)
     monkeypatch.setattr(console, "warn", told.append)
     model, tokenizer = stories
-    score_task(
-        model, tokenizer, "boolq", limit=4, batch_size=4, data_dir=shared_dir / "data", folder=tmp_path, label="x"
-    )
+    score_task(model, tokenizer, "boolq", tmp_path, shared_dir / "data", limit=4)
     (step,) = counts
     assert (step.completed, step.total, step.description) == (8, 8, "x boolq")
     assert told
@@ -142,8 +148,7 @@ def test_nan_gives_no_score_but_a_warning(
     monkeypatch.setattr(console, "warn", told.append)
     broken = copy.deepcopy(stories[0])
     broken.model.norm.weight.data.fill_(float("nan"))
-    options = {"limit": 2, "batch_size": 4, "data_dir": shared_dir / "data", "folder": tmp_path}
-    result = score_task(broken, stories[1], "openbookqa", **options)  # type: ignore[arg-type]
+    result = score_task(broken, stories[1], "openbookqa", tmp_path, shared_dir / "data", limit=2)
     assert result.metrics["acc"] is None
     assert result.samples[0]["log_likelihoods"] == [None] * 4
     assert "NaN on 2 of 2" in told[0]

@@ -10,21 +10,22 @@ from same_scores import assert_same
 
 from lors_cli.errors import UsageError
 from lors_cli.evaluation import harness
+from lors_cli.evaluation.entries import resolve
 from lors_cli.evaluation.shown_model import ShownModel
-from lors_cli.evaluation.tasks import task_definition
 from lors_cli.models.checks import check_vocabulary
+from lors_cli.recipe.schema import EvalConfig
 
 
 def both(model: Any, tokenizer: Any, requests: list[Any]) -> tuple[list[Any], list[Any], int]:
     """Our results, lm-eval's, and how many requests were cut."""
     from lm_eval.models.huggingface import HFLM
 
-    with harness._quiet() as cut:
+    with harness._quiet() as told:
         ours = ShownModel(model, tokenizer, 8, "x")
         found = ours.loglikelihood(requests)
         plain = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8, softmax_dtype="float32")
         expected = plain.loglikelihood(requests, disable_tqdm=True)
-    assert ours.num_cut >= len(cut)  # lm-eval tells of one of those that share all but their last token
+    assert ours.num_cut >= len(told[harness._CUT])  # lm-eval tells of one of those that share all but their last token
     return found, expected, ours.num_cut
 
 
@@ -33,7 +34,8 @@ def both(model: Any, tokenizer: Any, requests: list[Any]) -> tuple[list[Any], li
 )
 def test_equals_lm_eval(task: str, stories: tuple[Any, Any], shared_dir: Path, tmp_path: Path) -> None:
     with harness._quiet():
-        loaded = harness._load_task(task, task_definition(task, data_dir=shared_dir / "data", folder=tmp_path), None)
+        (entry,) = resolve(EvalConfig(tasks=(task,)))
+        loaded = harness.load_task(entry, data_dir=shared_dir / "data", folder=tmp_path)
         loaded.build_all_requests(limit=12, rank=0, world_size=1)
     found, expected, num_cut = both(*stories, loaded.instances)
     assert_same(found, expected)

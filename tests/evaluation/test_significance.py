@@ -190,3 +190,20 @@ def test_broken_models_and_lost_documents_are_left_out(tmp_path: Path) -> None:
     assert [(pair.first, pair.second) for pair in compare_models(tmp_path, results)] == [("tuned", "dense")]
     (tmp_path / "samples/dense/a.jsonl").unlink()
     assert compare_models(tmp_path, results) == []
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_a_group_is_compared_over_the_documents_of_its_tasks(weighted: bool, tmp_path: Path) -> None:
+    scores = {"a": {"x": [1, 1, 0, 1], "y": [1, 0]}, "b": {"x": [0, 1, 0, 0], "y": [1, 1]}}
+    results = {}
+    for label, tasks in scores.items():
+        result = write_samples(tmp_path, label, tasks)
+        x, y = (sum(tasks[name]) / len(tasks[name]) for name in "xy")
+        result["tasks"]["g"] = {"acc": (4 * x + 2 * y) / 6 if weighted else (x + y) / 2}
+        result |= {"groups": {"g": ["inner", "y"], "inner": ["x"]}, "average": {"tasks": ["g"]}}
+        results[label] = result
+    (found,) = compare_models(tmp_path, results)
+    # b − a: of x −2/4, of y +1/2
+    assert found.difference == pytest.approx((-2 + 1) / 6 if weighted else 0)
+    assert (found.tasks["g"].num_documents, found.tasks["g"].better, found.tasks["g"].worse) == (6, 1, 2)
+    assert found.test == ("McNemar" if weighted else "permutation")

@@ -13,6 +13,7 @@ import torch
 from lors_cli.data import tokens
 from lors_cli.errors import UsageError
 from lors_cli.evaluation import harness, perplexity, pieces
+from lors_cli.evaluation.entries import Task
 from lors_cli.evaluation.pieces import eval_fingerprint, pending, pieces_of
 from lors_cli.evaluation.plain_results import TaskResult
 from lors_cli.evaluation.stage import evaluate
@@ -61,10 +62,10 @@ class Bench:
 
         return Model()
 
-    def score(self, model: Any, tokenizer: Any, task: str, *, label: str, **options: Any) -> Any:
-        if self.fail_at == (label, task):
+    def score(self, model: Any, tokenizer: Any, task: Task, config: EvalConfig, *, label: str, **more: Any) -> Any:
+        if self.fail_at == (label, task.name):
             raise KeyboardInterrupt
-        self.scored.append((label, task))
+        self.scored.append((label, task.name))
         sample = {"doc_id": 0, "target": 1, "log_likelihoods": [-1.0, -2.0], "acc": 0}
         return TaskResult({"acc": 0.5, "acc_stderr": 0.1, "num_samples": 4}, [sample])
 
@@ -88,7 +89,7 @@ def test_results_have_the_documented_form(bench: Bench, tmp_path: Path) -> None:
     results = evaluate(CONFIG, MODELS, tmp_path, data_dir=None)
     assert bench.loaded == ["d", "p"]
     assert len(bench.scored) == 6
-    metrics = {"acc": 0.5, "acc_stderr": 0.1, "num_samples": 4}
+    metrics = {"acc": 0.5, "acc_stderr": 0.1, "num_samples": 4, "num_fewshot": 0}
     assert results["pruned"] == {
         "model": "p",
         "tasks": {"rte": metrics, "pydoc_choice": metrics},

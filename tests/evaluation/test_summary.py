@@ -40,10 +40,13 @@ def test_nothing_is_recovered_where_nothing_was_lost(trio: dict[str, Any]) -> No
 
 
 def test_the_averages_standard_error() -> None:
+    def of(tasks: dict[str, Any]) -> float | None:
+        return average_stderr({"tasks": tasks, "average": average(tasks)})
+
     tasks = {"a": {"acc": 0.5, "acc_stderr": 0.03}, "b": {"acc": 0.1, "acc_stderr": 0.04}, "c": {"bleu": 3.0}}
-    assert average_stderr(tasks) == pytest.approx(0.05 / 2)
-    assert average_stderr({**tasks, "d": {"acc": 0.2, "acc_stderr": None}}) is None
-    assert average_stderr({"c": {"bleu": 3.0}}) is None
+    assert of(tasks) == pytest.approx(0.05 / 2)
+    assert of({**tasks, "d": {"acc": 0.2, "acc_stderr": None}}) is None
+    assert of({"c": {"bleu": 3.0}}) is None
 
 
 @pytest.mark.parametrize(("lost", "expected"), [(0.0117, None), (0.0119, 2.0), (-0.1, "absent")])

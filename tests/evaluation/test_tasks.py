@@ -13,7 +13,8 @@ import yaml
 
 from lors_cli.errors import MissingError, UsageError
 from lors_cli.evaluation import tasks
-from lors_cli.recipe.schema import SEVEN_TASKS
+from lors_cli.evaluation.entries import Task, resolve
+from lors_cli.recipe.schema import SEVEN_TASKS, EvalConfig
 
 
 def _local_rte(folder: Path, *, label: int = 0) -> Path:
@@ -24,34 +25,65 @@ def _local_rte(folder: Path, *, label: int = 0) -> Path:
     return path
 
 
+def named(name: str) -> Task:
+    (task,) = resolve(EvalConfig(tasks=(name,)))
+    assert isinstance(task, Task)
+    return task
+
+
 def test_unknown_names_are_all_named_with_suggestions() -> None:
     with pytest.raises(UsageError) as caught:
-        tasks.check_tasks(["arc_esay", "rte", "wikitxt", "mmlu"], None)
+        tasks.check_tasks(EvalConfig(tasks=("arc_esay", "rte", "wikitxt")), None)
     assert caught.value.exit_code == 2
-    for part in ("'arc_esay'", "arc_easy", "'wikitxt'", "wikitext", "mmlu is a group"):
+    for part in ("'arc_esay'", "arc_easy", "'wikitxt'", "wikitext"):
         assert part in caught.value.message
     assert "boolq" in (caught.value.hint or "")
 
 
 def test_other_tasks_of_lm_eval_are_found_in_its_definitions(tmp_path: Path) -> None:
-    tasks.check_tasks(["wikitext", "mmlu_abstract_algebra", "scrolls_qasper"], None)
-    path = tasks.task_definition("mmlu_abstract_algebra", data_dir=None, folder=tmp_path)
+    tasks.check_tasks(
+        EvalConfig(
+            tasks=(
+                "wikitext",
+                "mmlu_abstract_algebra",
+                "scrolls_qasper",
+            )
+        ),
+        None,
+    )
+    path = tasks.task_definition(named("mmlu_abstract_algebra"), data_dir=None, folder=tmp_path)
     assert path.is_file()
     assert "mmlu_abstract_algebra" in path.read_text()
 
 
 def test_tasks_that_run_the_models_code_are_refused() -> None:
     with pytest.raises(UsageError, match="runs code"):
-        tasks.check_tasks(["humaneval"], None)
+        tasks.check_tasks(EvalConfig(tasks=("humaneval",)), None)
 
 
 def test_missing_local_file_is_named(tmp_path: Path) -> None:
     _local_rte(tmp_path)
-    tasks.check_tasks(["rte", "pydoc_choice"], tmp_path)
+    tasks.check_tasks(
+        EvalConfig(
+            tasks=(
+                "rte",
+                "pydoc_choice",
+            )
+        ),
+        tmp_path,
+    )
     for call in (
-        lambda: tasks.check_tasks(["rte", "boolq"], tmp_path),
-        lambda: tasks.task_definition("boolq", data_dir=tmp_path, folder=tmp_path / "work"),
-        lambda: tasks.task_fingerprint("boolq", tmp_path),
+        lambda: tasks.check_tasks(
+            EvalConfig(
+                tasks=(
+                    "rte",
+                    "boolq",
+                )
+            ),
+            tmp_path,
+        ),
+        lambda: tasks.task_definition(named("boolq"), data_dir=tmp_path, folder=tmp_path / "work"),
+        lambda: tasks.task_fingerprint(named("boolq"), tmp_path),
     ):
         with pytest.raises(MissingError, match=r"eval/boolq/validation\.jsonl\.gz") as caught:
             call()
@@ -62,8 +94,8 @@ def test_checking_the_usual_tasks_needs_no_lm_eval() -> None:
     code = (
         "import sys\n"
         "from lors_cli.evaluation.tasks import check_tasks\n"
-        "from lors_cli.recipe.schema import SEVEN_TASKS\n"
-        "check_tasks([*SEVEN_TASKS, 'pydoc_choice'], None)\n"
+        "from lors_cli.recipe.schema import SEVEN_TASKS, EvalConfig\n"
+        "check_tasks(EvalConfig(tasks=(*SEVEN_TASKS, 'pydoc_choice')), None)\n"
         "assert not {'torch', 'transformers', 'lm_eval', 'datasets'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=Path(__file__).parents[2])
@@ -71,7 +103,7 @@ def test_checking_the_usual_tasks_needs_no_lm_eval() -> None:
 
 def test_generated_definition_reads_the_local_file_alone(tmp_path: Path) -> None:
     data = _local_rte(tmp_path)
-    path = tasks.task_definition("rte", data_dir=tmp_path, folder=tmp_path / "work")
+    path = tasks.task_definition(named("rte"), data_dir=tmp_path, folder=tmp_path / "work")
     content = yaml.safe_load(path.read_text())
     assert content["dataset_path"] == "json"
     assert content["dataset_kwargs"]["data_files"] == {"validation": str(data)}
@@ -82,7 +114,7 @@ def test_generated_definition_reads_the_local_file_alone(tmp_path: Path) -> None
 
 def test_without_data_folder_the_built_in_definition_is_used(tmp_path: Path) -> None:
     for name in SEVEN_TASKS:
-        path = tasks.task_definition(name, data_dir=None, folder=tmp_path)
+        path = tasks.task_definition(named(name), data_dir=None, folder=tmp_path)
         assert f"task: {name}\n" in path.read_text()
     assert not list(tmp_path.iterdir())
 
@@ -91,14 +123,33 @@ def test_fingerprint_follows_content_not_place(tmp_path: Path) -> None:
     _local_rte(tmp_path / "one")
     _local_rte(tmp_path / "two")
     _local_rte(tmp_path / "other", label=1)
-    one, two, other = (tasks.task_fingerprint("rte", tmp_path / name) for name in ("one", "two", "other"))
+    one, two, other = (tasks.task_fingerprint(named("rte"), tmp_path / name) for name in ("one", "two", "other"))
     assert one == two
-    assert len({one, other, tasks.task_fingerprint("rte", None)}) == 3
+    assert len({one, other, tasks.task_fingerprint(named("rte"), None)}) == 3
 
 
 def test_pydoc_choice_documents(tmp_path: Path) -> None:
-    path = tasks.task_definition("pydoc_choice", data_dir=None, folder=tmp_path)
+    path = tasks.task_definition(named("pydoc_choice"), data_dir=None, folder=tmp_path)
     (documents,) = yaml.safe_load(path.read_text())["dataset_kwargs"]["data_files"].values()
     items = [json.loads(line) for line in Path(documents).read_text().splitlines()]
     assert len(items) == 120
     assert all(len(item["choices"]) == 4 and 0 <= item["answer"] < 4 for item in items)
+
+
+def test_local_examples_are_the_training_documents(tmp_path: Path) -> None:
+    """With examples, lm-eval draws them from the training split: documents that are scored are no stand-in."""
+    _local_rte(tmp_path)
+    (task,) = resolve(EvalConfig(tasks=("rte",), num_fewshot=2))
+    assert isinstance(task, Task)
+    with pytest.raises(MissingError, match=r"No examples for the task rte at .*train\.jsonl\.gz"):
+        tasks.local_documents(task, tmp_path)
+    before = tasks.task_fingerprint(named("rte"), tmp_path)
+    train = tmp_path / "eval/rte/train.jsonl"
+    train.write_bytes(gzip.decompress((tmp_path / "eval/rte/validation.jsonl.gz").read_bytes()))
+    path = tasks.task_definition(task, data_dir=tmp_path, folder=tmp_path / "work")
+    assert path is not None
+    content = yaml.safe_load(path.read_text())
+    assert content["training_split"] == "train"
+    assert content["dataset_kwargs"]["data_files"]["train"] == str(train)
+    assert tasks.task_fingerprint(named("rte"), tmp_path) == before
+    assert tasks.task_fingerprint(task, tmp_path) != before

@@ -36,6 +36,7 @@ tune:
   max_steps: 7
   batch_size: 4
   save_steps: {save_steps}
+pack: {{}}
 eval:
   tasks: [arc_easy, openbookqa]
   limit: 2
@@ -153,7 +154,7 @@ def place(key: str) -> tuple[str, str, str]:
     parts = path.split("/")[2:]
     if parts[:1] == ["stages"]:
         parts = [parts[1].split("-")[0], *parts[2:]] if len(parts) > 1 else []
-    stage = parts[0] if parts and parts[0] in ("prune", "tune", "eval") else "run"
+    stage = parts[0] if parts and parts[0] in ("prune", "tune", "pack", "eval") else "run"
     area = next((part for part in parts if part in AREAS), "results" if stage != "run" else "top")
     return stage, area, kind
 
@@ -295,7 +296,7 @@ def summary(chains: dict[str, list[Chain]]) -> str:
     """
     every = [chain for group in chains.values() for chain in group]
     kills = Counter(kill for chain in every for kill in chain.kills)
-    stages = ("run", "prune", "tune", "eval")
+    stages = ("run", "prune", "tune", "pack", "eval")
     kinds = sorted({kind for _, _, kind in kills})
     lines = [f"{'killed':<18}" + "".join(f"{stage:>8}" for stage in stages)]
     for kind in kinds:

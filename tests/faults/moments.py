@@ -232,4 +232,4 @@ def _count_work(watch: Watch) -> None:
     )
     told(initialization, "gradient_directions", lambda *_: "start")
     told(stage, "_score_task", lambda *args: f"piece {watch.name(args[3].path)}")
-    told(stage, "_score_text", lambda *args: f"piece {watch.name(args[3].path)}")
+    told(stage, "_score_text", lambda *args: f"piece {watch.name(args[4].path)}")

@@ -43,6 +43,43 @@ def checkpoint_case(rng: Random, place: Path) -> list[str]:
     return ["data", "show", "tiny.yaml", "--model", "model", "--num", "1"]
 
 
+def packed_case(rng: Random, place: Path) -> list[str]:
+    """A broken packed checkpoint, or a broken one to pack."""
+    model = place / "model"
+    shutil.copytree(place / rng.choice(("packed", "packed", "packed", "sparse")), model)
+    kind = rng.random()
+    if kind < 0.4:
+        _packing(model, rng)
+    else:
+        (_weights if kind < 0.8 else _config)(model, rng)
+    command = rng.random()
+    if command < 0.3:
+        return ["inspect", "model"]
+    if command < 0.5:
+        return ["pack", "model", "--out", "out", *rng.choice(([], ["--dtype", "float16"], ["--dry-run"]))]
+    if command < 0.8:
+        return ["pack", "model", "--out", "out", "--unpack"]
+    return ["eval", "model", "--tasks", "", "--perplexity", "text.jsonl", "--out", "out", "perplexity_windows=1",
+            "perplexity_length=16"]  # fmt: skip
+
+
+def _packing(model: Path, rng: Random) -> None:
+    """A config.json that says something else of what is packed."""
+    path = model / "config.json"
+    content = json.loads(path.read_text())
+    packing = content.setdefault("quantization_config", {})
+    modules = packing.get("modules")
+    if isinstance(modules, dict) and modules and rng.random() < 0.6:
+        name = rng.choice(sorted(modules))
+        kept = modules.pop(name)
+        modules[rng.choice((name, "lm_head", "model.norm", f"{name}.x", "", "\x00"))] = rng.choice((kept, *VALUES))
+    else:
+        packing[rng.choice(("version", "pattern", "modules", "quant_method", "dequantize"))] = rng.choice(
+            (*VALUES, "1:4", "4:8", "0:0", "9999:9999", "unstructured")
+        )
+    path.write_text(json.dumps(content))
+
+
 def adapter_case(rng: Random, place: Path) -> list[str]:
     """A broken adapter, or one of another base, merged."""
     adapter = place / "adapter"
@@ -190,9 +227,10 @@ def _tensors(path: Path, rng: Random) -> None:
         tensors = load_file(path)
         name = rng.choice(sorted(tensors))
         old = tensors[name]
+        values = (float("nan"), float("inf"), 3e38) if old.is_floating_point() else (-1, 0, 2**31 - 1)
         new = rng.choice((
-            torch.full_like(old, float("nan")), torch.full_like(old, float("inf")), torch.zeros_like(old),
-            torch.full_like(old, 3e38), old.flatten()[:-1].clone(), old[:1].clone(), old.T.contiguous(),
+            *(torch.full_like(old, value) for value in values), torch.zeros_like(old), old.flatten()[:-1].clone(),
+            old[:1].clone(), old.mT.contiguous() if old.dim() == 2 else old.flip(0),
             old.to(torch.int8), old.to(torch.bool), old.to(torch.float64), old.to(torch.float8_e4m3fn),
             torch.zeros(0), torch.tensor(1.0),
         ))  # fmt: skip

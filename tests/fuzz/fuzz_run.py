@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
 from fuzz_files import data_case, data_folder_case
-from fuzz_models import adapter_case, checkpoint_case, run_folder_case
+from fuzz_models import adapter_case, checkpoint_case, packed_case, run_folder_case
 from fuzz_text import override_case, recipe_case, sweep_case
 from fuzz_world import World, alone, at
 
@@ -46,9 +46,10 @@ KINDS: dict[str, tuple[Case, float]] = {
     "recipe": (recipe_case, 0.35),
     "override": (override_case, 0.27),
     "sweep": (sweep_case, 0.14),
-    "data": (data_case, 0.12),
+    "data": (data_case, 0.11),
     "data_folder": (data_folder_case, 0.02),
-    "checkpoint": (checkpoint_case, 0.05),
+    "checkpoint": (checkpoint_case, 0.04),
+    "packed": (packed_case, 0.02),
     "adapter": (adapter_case, 0.025),
     "run_folder": (run_folder_case, 0.025),
 }

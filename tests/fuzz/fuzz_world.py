@@ -79,6 +79,7 @@ class World:
             for arguments in (
                 ["run", "tiny.yaml", "--out", "run"],
                 ["prune", "dense", "--out", "sparse", "--method", "magnitude", "--dtype", "float32"],
+                ["pack", "sparse", "--out", "packed"],
             ):
                 result = CliRunner().invoke(app, arguments)
                 assert result.exit_code == 0, result.output
@@ -87,7 +88,7 @@ class World:
         """The empty current folder of the next case, with the base's files and models as links."""
         shutil.rmtree(self.place, ignore_errors=True)
         self.place.mkdir()
-        for entry in ("dense", "sparse", "tiny.yaml", "rows.jsonl", "text.jsonl"):
+        for entry in ("dense", "sparse", "packed", "tiny.yaml", "rows.jsonl", "text.jsonl"):
             (self.place / entry).symlink_to(self.base / entry)
         return self.place
 

@@ -37,6 +37,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def serving(hub: Hub, home: Path, **more: str) -> Iterator[Server]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING", "LORS_"))}
     there = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "LORS_CACHE_DIR": str(home / "lors"), "OMP_NUM_THREADS": "1",
+             "HF_HUB_DISABLE_XET": "1",
              "PYTHONPATH": str(Path(__file__).parents[2])}  # fmt: skip
     server = Server(Path(__file__).with_name("hub_server.py"), {**kept, **there, **more})
     try:

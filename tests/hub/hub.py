@@ -1,11 +1,15 @@
 """A hub on loopback for the real client libraries: repositories in memory, tokens, and faults on demand.
 
+Files are written as the real hub has it: it says which go as large files, takes these by themselves (Git LFS), then a
+commit with the others in it.
+
 Weights are answered with a redirect to another host (`localhost`, the hub itself being 127.0.0.1), as the real hub
 does, so a token that follows the redirect is seen.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -18,17 +22,25 @@ from typing import Any, Literal
 
 TOKEN, STRANGER = "hf_" + "goodTokenOfTheTests0123456789", "hf_" + "tokenWithoutAccess0123456789ab"
 LARGE = (".safetensors", ".bin", ".parquet", ".zst")
+WRITER = f"Bearer {TOKEN}"
+"""What may write; its user is `me`."""
+CREATE, WHO, VALIDATE = "/api/repos/create", "/api/whoami-v2", "/api/validate-yaml"
+WRITE = re.compile(r"/api/models/([\w.-]+/[\w.-]+)/(preupload|commit|branch)/(.+)")
+BATCH = re.compile(r"/([\w.-]+/[\w.-]+)\.git/info/lfs/objects/batch")
 ROUTE = re.compile(r"/api/(model|dataset)s/([\w.-]+/[\w.-]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?")
 FILE = re.compile(r"/(?:(dataset)s/)?([\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)")
 
 
 @dataclass
 class Repo:
-    """One repository; its only branch is main."""
+    """One repository; `files` are those of main."""
 
     files: dict[str, bytes]
     gated: bool = False
     disabled: bool = False
+    private: bool = False
+    card: dict[str, Any] = field(default_factory=dict)
+    branches: dict[str, dict[str, bytes]] = field(default_factory=dict)
 
     @property
     def commit(self) -> str:
@@ -72,6 +84,8 @@ class Hub:
     repos: dict[tuple[str, str], Repo] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
     asked: list[tuple[str, str, str | None]] = field(default_factory=list)
+    stored: dict[str, bytes] = field(default_factory=dict)
+    """Large files by SHA-256, whether committed or not."""
 
     def __enter__(self) -> Hub:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": self}))
@@ -115,6 +129,10 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(self.broken.status, b"not now")
         elif self.token is not None and self.token.removeprefix("Bearer ") not in (TOKEN, STRANGER):
             self.answer(401, b"", {"X-Error-Message": "Invalid credentials in Authorization header"})
+        elif self.command in ("POST", "PUT") and self.written(path, body):
+            pass
+        elif path == WHO:
+            self.answer(200, json.dumps({"name": "me", "type": "user"}).encode())
         elif found := FILE.fullmatch(path):
             self.file(self.hub.repos.get((found[1] or "model", found[2])), found[3], found[4])
         elif found := ROUTE.fullmatch(path):
@@ -123,12 +141,76 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.answer(404, b"")
 
-    do_HEAD = do_POST = do_GET
+    do_HEAD = do_POST = do_PUT = do_GET
+
+    def written(self, path: str, body: bytes) -> bool:
+        """Answer what writes, or says what it is about to write; False where it is none of that."""
+        if path.startswith("/lfs/"):
+            digest = path.removeprefix("/lfs/")
+            assert hashlib.sha256(body).hexdigest() == digest
+            self.hub.stored[digest] = body
+            self.answer(200, b"")
+            return True
+        batch, write = BATCH.fullmatch(path), WRITE.fullmatch(path)
+        if not (path in (CREATE, VALIDATE) or batch or write):
+            return False
+        if path == VALIDATE:
+            broken = "license: [" in json.loads(body)["content"]
+            errors = [{"message": "license is no text"}] if broken else []
+            self.answer(400 if broken else 200, json.dumps({"errors": errors, "warnings": []}).encode())
+        elif self.token != WRITER:
+            self.answer(403, b"", {"X-Error-Message": "You don't have the rights to do that."})
+        elif path == CREATE:
+            self.create(json.loads(body))
+        elif batch:
+            objects = [self.place(each) for each in json.loads(body)["objects"]]
+            self.answer(200, json.dumps({"transfer": "basic", "objects": objects}).encode())
+        elif write:
+            self.change(self.hub.repos["model", write[1]], write[1], write[2], write[3], body)
+        return True
+
+    def create(self, wanted: dict[str, Any]) -> None:
+        name = f"{wanted['organization'] or 'me'}/{wanted['name']}"
+        if ("model", name) in self.hub.repos:
+            self.answer(409, b"", {"X-Error-Message": "You already created this model repo"})
+            return
+        self.hub.repos["model", name] = Repo({}, private=wanted.get("visibility") == "private")
+        self.answer(200, json.dumps({"url": f"{self.hub.url}/{name}"}).encode())
+
+    def place(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        """Where a large file is to be sent; nowhere if it is there already."""
+        if wanted["oid"] in self.hub.stored:
+            return wanted
+        href = f"http://localhost:{self.server.server_address[1]}/lfs/{wanted['oid']}"
+        return {**wanted, "actions": {"upload": {"href": href, "header": {}}}}
+
+    def change(self, repo: Repo, name: str, what: str, branch: str, body: bytes) -> None:
+        files = repo.files if branch == "main" else repo.branches.get(branch)
+        if what == "branch":
+            repo.branches.setdefault(branch, dict(repo.files))
+            self.answer(409 if files is not None else 200, b"{}")
+        elif files is None:
+            self.answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
+        elif what == "preupload":
+            modes = [{"path": each["path"], "shouldIgnore": False,
+                      "uploadMode": "lfs" if each["path"].endswith(LARGE) else "regular"}
+                     for each in json.loads(body)["files"]]  # fmt: skip
+            self.answer(200, json.dumps({"files": modes}).encode())
+        else:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                elif line["key"] == "lfsFile":
+                    files[line["value"]["path"]] = self.hub.stored[line["value"]["oid"]]
+            done = {"commitUrl": f"{self.hub.url}/{name}/commit/{repo.commit}", "commitOid": repo.commit}
+            self.answer(200, json.dumps(done).encode())
 
     def may(self, repo: Repo | None, revision: str | None) -> Repo | None:
         """The repository, unless it or its revision is not to be had: then that is answered."""
         if repo is None:
             self.answer(404 if self.token else 401, b"", {"X-Error-Code": "RepoNotFound"})
+        elif repo.private and self.token != WRITER and self.host != "localhost":
+            self.answer(401, b"", {"X-Error-Code": "RepoNotFound"})
         elif repo.disabled:
             self.answer(403, b"", {"X-Error-Message": "Access to this resource is disabled."})
         elif revision not in (None, "main", repo.commit):
@@ -150,7 +232,8 @@ class Handler(BaseHTTPRequestHandler):
         if what == "tree" and below and not paths:
             self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
             return
-        about = {"id": name, "sha": repo.commit, "private": False, "disabled": False, "downloads": 0, "likes": 0,
+        about = {"id": name, "sha": repo.commit, "private": repo.private, "cardData": repo.card,
+                 "disabled": False, "downloads": 0, "likes": 0,
                  "gated": "manual" if repo.gated else False, "tags": [],
                  "siblings": [{"rfilename": path, "size": len(data)} for path, data in repo.files.items()]}  # fmt: skip
         content = repo.entries(paths) if what in ("tree", "paths-info") else about

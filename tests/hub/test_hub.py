@@ -263,7 +263,7 @@ def test_datasets_say_why(hub: Hub, lors: Lors, shared_dir: Path) -> None:
     gated = calibrated(lors, shared_dir, "alpaca")
     bad = calibrated(lors, shared_dir, "alpaca", token="hf_" + "y" * 30)
     assert (missing.code, gated.code, bad.code) == (3, 3, 3), missing.output + gated.output + bad.output
-    assert "doesn't exist on the Hub" in said(missing)
+    assert "tatsu-lab/alpaca cannot be had: tatsu-lab/alpaca is not on the hub" in said(missing)
     assert "gated" in said(gated)
     assert "refuses the token" in said(bad)
 

@@ -82,7 +82,8 @@ def test_hub_commits_come_from_the_cache(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "datasets--allenai--c4" / "snapshots" / "123").mkdir(parents=True)
     assert hub_commit("hub:owner/name@main:auto") == "abc"
     assert hub_commit("hub:owner/name@def:bfloat16") == "def"
-    assert hub_commit("hub:allenai/c4/en/train") == "123"
+    assert hub_commit("hub:allenai/c4/en/train") == "123"  # as it was written before
+    assert hub_commit(f"hub:allenai/c4@{'c' * 40}/en/train") == "c" * 40
     assert hub_commit("hub:owner/other@main:auto") is None
     assert hub_commit("jsonl:0123") is None
 

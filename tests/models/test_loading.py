@@ -513,3 +513,22 @@ def test_a_broken_load_ends_its_bar() -> None:
     with pytest.raises(ValueError, match="broken"):
         load()
     assert logging.set_tqdm_hook(None) is None
+
+
+@pytest.mark.parametrize("add_bos_token", [True, False])
+def test_bos_token_is_added_or_not_and_saved_so(add_bos_token: bool, shared_dir: Path, tmp_path: Path) -> None:
+    from lors_cli.data.tokenising import begin_tokens
+    from lors_cli.models.sources import model_fingerprint
+
+    path = str(shared_dir / "data/models/stories260k")
+    plain, told = ModelConfig(path=path), ModelConfig(path=path, add_bos_token=add_bos_token)
+    tokenizer = loading.load_tokenizer(told)
+    assert (
+        tokenizer("The cat").input_ids == [1] * add_bos_token + tokenizer("The cat", add_special_tokens=False).input_ids
+    )
+    assert begin_tokens(tokenizer) == [1] * add_bos_token
+    assert model_fingerprint(told) == f"{model_fingerprint(plain)}:bos={str(add_bos_token).lower()}"
+    tokenizer.save_pretrained(tmp_path)
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((Path(path) / name).read_bytes())
+    assert begin_tokens(loading.load_tokenizer(ModelConfig(path=str(tmp_path)))) == [1] * add_bos_token

@@ -152,8 +152,9 @@ def test_what_takes_memory_in_pruning() -> None:
 
 def test_a_mixture_holds_every_experts_sums() -> None:
     size = size_of("HuggingFaceTB/SmolLM2-135M")
-    experts = ((3072, 576, True), (576, 1536, True)) * 8
-    mixture = replace(size, block=(*size.block[:4], *experts))
+    experts = [(f"model.layers.0.mlp.experts.{index}.{key}", *shape, True) for index in range(8)
+               for key, shape in (("gate_up_proj", (3072, 576)), ("down_proj", (576, 1536)))]  # fmt: skip
+    mixture = replace(size, layers=(*size.layers[:4], *experts))
     parts = memory_parts(PruneConfig(method="sparsegpt"), mixture)
     assert parts["statistics"] == 4 * (8 * (576**2 + 1536**2) + 3 * 576**2)
 

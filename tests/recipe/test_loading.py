@@ -115,7 +115,7 @@ rank: 3
         "x.yaml:15: tune.data.datset: unknown key; did you mean dataset?",
         "x.yaml:17: eval.tasks: must be a list, for example [boolq]",
         "x.yaml:18: eval.models: must be one of dense, pruned, tuned, not prund; did you mean pruned?",
-        "x.yaml:19: eval.limit: must be a whole number, not 1.5",
+        "x.yaml:19: eval.limit: 1.5 is neither a whole number of documents nor a share below 1",
         "x.yaml:20: eval.batch_size: is empty; give a value, or remove the key to use the default",
         "x.yaml:21: seed: must be at least 0, not -1",
         "x.yaml:22: rank: unknown key; did you mean tune.rank?",
@@ -131,7 +131,7 @@ rank: 3
     ("rest", "expected"),
     [
         ("tune:\n", "x.yaml:3: tune: is empty; write `tune: {}` for the defaults, or remove the stage"),
-        ("", "x.yaml:1: there is no stage: give at least one of prune, tune, eval"),
+        ("", "x.yaml:1: there is no stage: give at least one of prune, tune, pack, eval"),
         ("tune: 5\n", "x.yaml:3: tune: must be a section with keys of its own, not 5"),
         ("tune: {}\neval:\n  models: [pruned]\n",
          "x.yaml:5: eval.models: pruned is not made by this recipe, which has dense, tuned"),
@@ -153,7 +153,7 @@ rank: 3
         ("eval:\n  tasks: [rte, rte]\n", "x.yaml:4: eval.tasks: rte is listed twice"),
         ("eval:\n  tasks: []\n", "x.yaml:4: eval: neither tasks nor perplexity is given: there is nothing to evaluate"),
         ("tune: {}\nzzz: 1\n",
-         "x.yaml:4: zzz: unknown key; known here: name, model, prune, tune, eval, data_dir, seed, deterministic"),
+         "x.yaml:4: zzz: unknown key; known here: name, model, prune, tune, pack, eval, data_dir, seed, deterministic"),
         ("tune: {data: {max_length: a}}\n", "x.yaml:3: tune.data.max_length: must be a whole number, not a"),
     ],
 )  # fmt: skip
@@ -163,7 +163,7 @@ def test_one_problem(rest: str, expected: str) -> None:
 
 def test_rules_between_keys_are_checked_beside_wrong_types() -> None:
     assert problems(BASE + "tune:\n  min_learning_rate: 1\n  rank: x\n") == [
-        "x.yaml:4: tune.min_learning_rate: 1 is above learning_rate: 2e-05",
+        "x.yaml:4: tune.min_learning_rate: 1 is above learning_rate: 0.001, the default of method: lors",
         "x.yaml:5: tune.rank: must be a whole number, not x",
     ]
 
@@ -284,7 +284,7 @@ def test_override_problems() -> None:
         r"override data_dir=\x00: the character U+0000 may not stand in a YAML file",
     ]
     assert problems(BASE + "tune: {}\n", "tune=null") == [
-        "override tune=null: there is no stage: give at least one of prune, tune, eval"
+        "override tune=null: there is no stage: give at least one of prune, tune, pack, eval"
     ]
     assert problems(BASE + "tune: {rank: 5, rnk: 1}", "tune={}", "model={}") == [
         "override model={}: model.path: this key is missing"
@@ -318,7 +318,7 @@ def test_load_stage_problems() -> None:
     assert caught.value.message.splitlines() == [
         "p.yaml:1: method: must be one of magnitude, wanda, sparsegpt, ria, admm, not wnda; did you mean wanda?",
         "p.yaml:2: tune: unknown key; known here: method, pattern, sparsity, refit, reconstruct_epochs, "
-        "true_sequential, channel_permutation, layer_sparsity, calibration",
+        "true_sequential, channel_permutation, layer_sparsity, skip, calibration",
         "override sparsity=2: must be below 1, not 2",
         "override foo: must be key=value",
         "--num-samples: must be above 0, not 0",

@@ -23,7 +23,8 @@ from lors_cli.recipe.schema import (
 
 OFF = {
     "tune.data.num_samples", "tune.max_steps", "tune.max_tokens", "tune.spike_factor", "eval.limit",
-    "eval.perplexity_windows", "data_dir",
+    "tune.val_size", "tune.eval_steps", "tune.early_stopping_patience", "tune.load_best_model_at_end",
+    "eval.perplexity_windows", "eval.system_instruction", "eval.include_path", "data_dir",
     *(f"{section}.columns.{name}" for section in ("prune.calibration", "tune.data")
       for name in ("text", "messages", "instruction", "input", "output", "system", "history")),
 }  # fmt: skip
@@ -32,6 +33,9 @@ FROM_THE_INPUTS = {
     "prune.calibration.num_samples": "128, or all rows of a token file: stage.json's metrics.calibration",
     "prune.calibration.sequence_length": "the model's limit decides: stage.json's metrics.calibration",
     "eval.perplexity_length": "the model's limit decides: beside each perplexity in eval/*.json",
+    "model.add_bos_token": "the tokenizer decides",
+    "eval.num_fewshot": "the tasks' definitions decide: beside each task in eval/*.json",
+    "eval.fewshot_as_multiturn": "apply_chat_template, as in lm-eval",
     "tune.data.packing": "the kind of text decides: in the recipe once the stage is done",
     "tune.per_device_batch_size": "batch_size and the number of processes decide",
 }
@@ -66,12 +70,16 @@ def test_every_setting_of_the_schema_is_said() -> None:
 @pytest.mark.parametrize(
     ("prune", "tune", "expected"),
     [
-        (PruneConfig(), TuneConfig(), (0.5, False, "gradient", "stochastic")),
-        (PruneConfig(method="admm", pattern="4:16"), TuneConfig(method="spp"), (0.75, True, "kaiming", "nearest")),
+        (PruneConfig(), TuneConfig(), (0.5, False, "gradient", "stochastic", 1e-3)),
+        (
+            PruneConfig(method="admm", pattern="4:16"),
+            TuneConfig(method="spp"),
+            (0.75, True, "kaiming", "nearest", 3e-2),
+        ),
         (
             PruneConfig(method="magnitude", pattern="unstructured", sparsity=0.6),
             TuneConfig(init="kaiming", rounding="nearest"),
-            (0.6, False, "kaiming", "nearest"),
+            (0.6, False, "kaiming", "nearest", 3e-3),
         ),
     ],
 )
@@ -81,7 +89,8 @@ def test_what_follows_from_the_method_is_said(
     found = resolved_recipe(recipe(prune=prune, tune=tune))
     assert found.prune is not None
     assert found.tune is not None
-    assert (found.prune.sparsity, found.prune.true_sequential, found.tune.init, found.tune.rounding) == expected
+    prune, tune = found.prune, found.tune
+    assert (prune.sparsity, prune.true_sequential, tune.init, tune.rounding, tune.learning_rate) == expected
     assert resolved_recipe(found) == found
 
 

@@ -36,13 +36,24 @@ def test_prune_rules(values: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"learning_rate": 1e-5, "min_learning_rate": 1e-4}, "min_learning_rate: 0.0001 is above"),
+        (
+            {"learning_rate": 1e-5, "min_learning_rate": 1e-4},
+            "min_learning_rate: 0.0001 is above learning_rate: 1e-05$",
+        ),
+        ({"min_learning_rate": 2e-3}, "0.002 is above learning_rate: 0.001, the default of method: lors"),
+        ({"method": "spp", "min_learning_rate": 0.1}, "0.1 is above learning_rate: 0.03, the default of method: spp"),
+        ({"lr_schedule": "constant", "min_learning_rate": 1e-5}, "the floor of a rate that falls"),
         ({"batch_size": 10, "per_device_batch_size": 4}, "not a multiple of per_device_batch_size: 4"),
     ],
 )
 def test_tune_rules(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TuneConfig(**values)
+
+
+def test_a_floor_below_the_implied_rate_is_taken() -> None:
+    for method, init in (("lors", "kaiming"), ("sqft", None), ("lora", None), ("spp-gc", None), ("hira", None)):
+        assert TuneConfig(method=method, init=init, min_learning_rate=2e-3).learning_rate is None  # type: ignore[arg-type]
 
 
 def test_scale() -> None:

@@ -105,8 +105,10 @@ def test_method_added_from_python_is_taken_once_it_is_named(monkeypatch: pytest.
     with pytest.raises(LorsError, match="method: must be one of"):
         TuneConfig(method="mine")  # type: ignore[arg-type]
     monkeypatch.setattr("lors_cli.recipe.section.OWN_METHODS", {"mine"})
-    config = TuneConfig(method="mine", rank=4)  # type: ignore[arg-type]
+    with pytest.raises(LorsError, match="learning_rate: mine has none of its own"):
+        TuneConfig(method="mine")  # type: ignore[arg-type]
+    config = TuneConfig(method="mine", rank=4, learning_rate=1e-3)  # type: ignore[arg-type]
     assert (config.method, config.rank) == ("mine", 4)
     assert Recipe(name="r", model=ModelConfig(path="m"), tune=config).tune is config
     with pytest.raises(LorsError, match="rank: must be above 0"):
-        TuneConfig(method="mine", rank=0)  # type: ignore[arg-type]
+        TuneConfig(method="mine", rank=0, learning_rate=1e-3)  # type: ignore[arg-type]

@@ -45,7 +45,7 @@ def test_recipes_are_valid(path: Path) -> None:
     if recipe.tune:
         assert recipe.tune.data.dataset in SOURCES
     if recipe.eval:
-        check_tasks(recipe.eval.tasks, None)
+        check_tasks(recipe.eval, None)
         assert set(recipe.eval.perplexity) <= set(SOURCES)
 
 
@@ -58,7 +58,7 @@ def test_sweeps_are_valid(path: Path) -> None:
     for cell in sweep.cells:
         assert cell.base in shipped_files("recipe")
         assert cell.recipe.eval is not None
-        check_tasks(cell.recipe.eval.tasks, None)
+        check_tasks(cell.recipe.eval, None)
 
 
 def test_the_sweeps_cells_are_the_papers_rows(shared_dir: Path) -> None:
@@ -96,7 +96,7 @@ def test_slimpajama_is_half_a_billion_tokens() -> None:
 def test_configs_are_valid(path: Path) -> None:
     config: Any = load_stage(cast(Stage, path.relative_to(ROOT).parts[1]), path, [])
     if isinstance(config, EvalConfig):
-        check_tasks(config.tasks, None)
+        check_tasks(config, None)
     assert len(recipe_summary(path)) > 10
 
 

@@ -80,7 +80,7 @@ class SweepFolder:
 
 def sparse_metrics() -> dict[str, Any]:
     layers = [
-        {"name": f"model.layers.{block}.{kind}", "shape": [8, 8], "sparsity": 0.5}
+        {"name": f"model.layers.{block}.{kind}", "shape": [8, 8], "sparsity": 0.5 + 0.01 * (block % 3 - 1)}
         for block in range(16)
         for kind in KINDS
     ]

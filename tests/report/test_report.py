@@ -61,7 +61,7 @@ def run(tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "recipe.yaml").write_text(RECIPE)
     layers = [
-        {"name": f"model.layers.{block}.{kind}", "shape": [8, 8], "sparsity": 0.5}
+        {"name": f"model.layers.{block}.{kind}", "shape": [8, 8], "sparsity": 0.5 + 0.01 * (block % 3 - 1)}
         for block in range(30)
         for kind in KINDS
     ]

@@ -176,7 +176,7 @@ def test_missing_values_are_dashes_and_no_average_is_invented() -> None:
 def test_task_without_accuracy_shows_its_own_metric() -> None:
     tasks = {"gsm8k": {"exact_match,strict-match": 0.25, "exact_match_stderr,strict-match": 0.1, "num_samples": 4}}
     result = {"model": "m", "tasks": tasks, "average": average(tasks), "perplexity": {}}
-    assert by_task({"m": result}) == (["task", "m"], [["gsm8k exact_match,strict-match", "0.250"]])
+    assert by_task({"m": result}) == (["task", "m"], [["gsm8k exact_match,strict-match", "25.00 ± 10.00"]])
 
 
 # By cell --------------------------------------------------------------------------------------------------------
@@ -233,3 +233,34 @@ def test_notes_say_which_text_of_wikitext2_a_perplexity_is_of(text: str, said: s
     assert found.count("Perplexity of") == 1
     assert f"Perplexity of {text} is" in found
     assert said in found
+
+
+def test_groups_and_examples_in_tables() -> None:
+    tasks = {
+        "mmlu": {"acc": 0.5, "acc_stderr": 0.01, "num_samples": 30, "num_fewshot": 5},
+        "stem": {"acc": 0.4, "num_samples": 20, "num_fewshot": 5},
+        "physics": {"acc": 0.3, "num_samples": 10, "num_fewshot": 5},
+        "sums": {"exact_match,first": 0.25, "exact_match_stderr,first": 0.02, "num_samples": 9, "num_fewshot": 0},
+    }
+    result = {"model": "m", "tasks": tasks, "groups": {"mmlu": ["stem"], "stem": ["physics"]},
+              "average": {"metric": "acc", "value": 0.5, "tasks": ["mmlu"]}, "perplexity": {}}  # fmt: skip
+    assert by_task({"m": result})[1] == [
+        ["mmlu (5-shot)", "50.00 ± 1.00"], ["  stem (5-shot)", "40.00"], ["    physics (5-shot)", "30.00"],
+        ["sums exact_match,first", "25.00 ± 2.00"], ["average acc", "50.00"],
+    ]  # fmt: skip
+    zero = {**result, "tasks": {"mmlu": {"acc": 0.2, "num_samples": 30, "num_fewshot": 0}}, "groups": {}}
+    model = ScoredModel("dense", "dense", "m", scores=result)
+    table = by_model([Group("", (model, ScoredModel("tuned", "tuned", "m", scores=zero)))])
+    assert [column for column in table.columns if "mmlu" in column] == ["mmlu (5-shot)", "mmlu"]
+    assert not any("stem" in column for column in table.columns)
+    assert model.paper is None
+
+
+def test_few_shot_scores_are_not_held_against_the_papers() -> None:
+    def paper(shots: int) -> object:
+        tasks = {"arc_easy": {"acc": 0.5, "num_samples": 9, "num_fewshot": shots}}
+        model = ScoredModel("dense", "dense", "meta-llama/Llama-2-7b-hf", scores={"tasks": tasks})
+        return model.paper
+
+    assert paper(0) is not None
+    assert paper(5) is None

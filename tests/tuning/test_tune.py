@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +13,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from lors_cli.data.tokens import tuning_samples
 from lors_cli.errors import SparsityError, UsageError
 from lors_cli.files import records
 from lors_cli.models.blocks import prunable_weights
-from lors_cli.models.inspection import inspect
-from lors_cli.recipe.schema import ModelConfig, TuneConfig, TuneDataConfig
+from lors_cli.models.inspection import inspect, prompt_of
+from lors_cli.recipe.schema import ColumnsConfig, ModelConfig, TuneConfig, TuneDataConfig
 from lors_cli.tuning.adapter import load_adapter
+from lors_cli.tuning.merge import merge
 from lors_cli.tuning.stage import stage_fingerprint, tune
 from lors_cli.tuning.training import sampling
 from lors_cli.tuning.training.checkpoints import whole_checkpoints
@@ -359,9 +363,101 @@ def test_settings_without_effect_do_not_change_the_fingerprint(sparse_checkpoint
     assert fingerprint(max_steps=None) != fingerprint(max_steps=None, epochs=9.0)
 
 
-def test_tensorboard_events_are_written_when_asked_for(
+# ---- the prompt in the checkpoint
+
+QUESTION = [{"role": "user", "content": "say 3"}]
+
+
+@pytest.mark.parametrize("template", ["alpaca", "alpaca_short", "vicuna"])
+def test_the_checkpoint_has_the_prompt_it_was_trained_with(
+    sparse_checkpoint: Path, config: TuneConfig, tmp_path: Path, template: str
+) -> None:
+    """A generation prompt of the saved tokenizer is the beginning of a training sample."""
+    config = replace(config, max_steps=1, data=replace(config.data, template=template))
+    out = tmp_path / "tune"
+    record = tune(config, ModelConfig(path=str(sparse_checkpoint)), out)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    samples = tuning_samples(config.data, tokenizer, seed=0, num_needed=None, model_max_length=512, data_dir=None)
+    asked = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True)["input_ids"]
+    sample = samples.samples[3]
+    assert sample["input_ids"][: len(asked)] == asked
+    assert all(label == -100 for label in sample["labels"][: len(asked)])
+    assert sample["labels"][len(asked)] != -100
+    assert record.metrics["prompt"] == {"format": template, "ends_with": "</s>"}
+
+
+def test_a_merge_carries_prompt_and_card(sparse_checkpoint: Path, config: TuneConfig, tmp_path: Path) -> None:
+    """A merged checkpoint once had the base's chat template, and no card."""
+    config = replace(config, max_steps=1, data=replace(config.data, template="vicuna"))
+    tune(config, ModelConfig(path=str(sparse_checkpoint)), tmp_path / "tune")
+    merge(str(sparse_checkpoint), tmp_path / "tune" / "adapter", tmp_path / "merged")
+    for name in ("chat_template.jinja", "generation_config.json", "model.safetensors"):
+        assert (tmp_path / "merged" / name).read_bytes() == (tmp_path / "tune" / name).read_bytes(), name
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "vicuna: one question" in card
+    assert "tuned with lors at rank 4" in card
+    assert str(tmp_path) not in card
+    source = ModelConfig(path=str(tmp_path / "merged"))
+    assert prompt_of(source) == {"format": "vicuna", "from": "chat_template.jinja, as it was tuned"}
+    assert prompt_of(ModelConfig(path=str(sparse_checkpoint))) == {"format": None, "from": None}
+
+
+def test_a_chat_model_keeps_its_template_and_generation_ends_where_answers_did(
     sparse_checkpoint: Path, config: TuneConfig, tmp_path: Path
 ) -> None:
-    pytest.importorskip("tensorboard")
-    tune(replace(config, max_steps=1, tensorboard=True), ModelConfig(path=str(sparse_checkpoint)), tmp_path / "tune")
-    assert list((tmp_path / "tune" / "tensorboard").rglob("events.out.tfevents*"))
+    """As Qwen's base models: the template ends an answer in another token than the tokenizer's EOS."""
+    tokenizer = AutoTokenizer.from_pretrained(sparse_checkpoint)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + '~\n' }}{% endfor %}"
+    tokenizer.save_pretrained(sparse_checkpoint)
+    out = tmp_path / "tune"
+    data = replace(config.data, template="chat")
+    tune(replace(config, max_steps=1, data=data), ModelConfig(path=str(sparse_checkpoint)), out)
+    assert AutoTokenizer.from_pretrained(out).chat_template == tokenizer.chat_template
+    settings = json.loads((out / "generation_config.json").read_text())
+    assert settings["eos_token_id"] == [ord("~"), 257]
+    assert prompt_of(ModelConfig(path=str(out)))["format"] == "chat"
+    assert prompt_of(ModelConfig(path=str(sparse_checkpoint)))["from"] == "chat_template.jinja, as the base has it"
+
+
+def test_text_leaves_the_base_s_template(sparse_checkpoint: Path, config: TuneConfig, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("It is a story about a fox. " * 60)
+    data = TuneDataConfig(dataset=str(tmp_path / "text.txt"), max_length=32)
+    record = tune(replace(config, max_steps=1, data=data), ModelConfig(path=str(sparse_checkpoint)), tmp_path / "tune")
+    assert AutoTokenizer.from_pretrained(tmp_path / "tune").chat_template is None
+    assert "prompt" not in record.metrics
+
+
+def test_generation_ends_and_says_nothing(
+    sparse_checkpoint: Path, config: TuneConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """An answer that was learnt by heart comes, ends in EOS, and no warning is given; pad is EOS, as in SmolLM2."""
+    path = tmp_path / "one.jsonl"
+    path.write_text(json.dumps({"instruction": "say 3", "input": "", "output": "ab"}) + "\n")
+    settings = json.loads((sparse_checkpoint / "generation_config.json").read_text())
+    del settings["pad_token_id"]
+    (sparse_checkpoint / "generation_config.json").write_text(json.dumps(settings))
+    data = replace(config.data, dataset=str(path), template="alpaca_short")
+    out = tmp_path / "tune"
+    config = replace(config, rank=16, batch_size=1, per_device_batch_size=1, max_steps=60, data=data)
+    tune(config, ModelConfig(path=str(sparse_checkpoint)), out)
+    model, tokenizer = _model(out), AutoTokenizer.from_pretrained(out)
+    asked = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_tensors="pt")
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = model.generate(**asked, max_new_tokens=20, do_sample=False)
+    assert tokenizer.decode(found[0, asked["input_ids"].shape[1] :]) == "ab</s>"
+    assert not caplog.records
+    assert model.generation_config.pad_token_id == model.generation_config.eos_token_id == 257
+
+
+def test_columns_are_those_of_the_recipe_to_the_end(
+    sparse_checkpoint: Path, config: TuneConfig, tmp_path: Path
+) -> None:
+    """The file was opened again without `columns` once all steps were done, and refused then."""
+    path = tmp_path / "odd.jsonl"
+    path.write_text("".join(json.dumps({"ask": f"say {i}", "reply": f"it is {i}"}) + "\n" for i in range(8)))
+    data = replace(config.data, dataset=str(path), columns=ColumnsConfig(instruction="ask", output="reply"))
+    record = tune(replace(config, max_steps=1, data=data), ModelConfig(path=str(sparse_checkpoint)), tmp_path / "tune")
+    assert record.config["data"]["packing"] == "separate"

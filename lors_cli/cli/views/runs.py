@@ -111,21 +111,28 @@ def _shorter_error(cell: str) -> str:
 
 
 def show_record(folder: Path) -> None:
-    """What pruning or tuning made, and where it is."""
+    """What a stage made of a model, and where it is."""
     record = records.read_record(folder)
     assert record is not None
     metrics = record.metrics
     console.facts([*_facts(record), ("pattern", _zeros(metrics)), ("time", progress.duration(record.elapsed_s))])
     console.path(record.stage, folder)
-    dense = record.inputs["path"]
-    following = f"lors tune {folder} --out DIR" if record.stage == "prune" else f"lors eval {dense} {folder}"
-    console.info(f"next: {following}")
+    following = {"prune": f"tune {folder} --out DIR", "pack": f"generate {folder}"}
+    usual = f"eval {record.inputs['path']} {folder}"
+    console.info(f"next: lors {following.get(record.stage, usual)}")
     console.document({"out": str(folder), **asdict(record)})
 
 
 def _zeros(metrics: dict[str, Any]) -> str:
     broken = f", {metrics['violations']} violations" if metrics["violations"] else ""
-    return f"{metrics['pattern']}, {100 * metrics['sparsity']:.2f} % zeros in {len(metrics['layers'])} linears{broken}"
+    zeros = f"{100 * metrics['sparsity']:.2f} % zeros in {len(metrics['layers'])} linears"
+    return f"{metrics['pattern']}, {zeros}{broken}{_apart(metrics)}"
+
+
+def _apart(metrics: dict[str, Any]) -> str:
+    """The layers that were skipped, which are in no sum."""
+    dense, frozen = (len(metrics.get(key, ())) for key in ("dense_layers", "skipped_layers"))
+    return (f"; {dense} skipped and dense" if dense else "") + (f"; {frozen} without an adapter" if frozen else "")
 
 
 def _facts(record: records.StageRecord) -> list[tuple[str, str]]:
@@ -137,6 +144,9 @@ def _facts(record: records.StageRecord) -> list[tuple[str, str]]:
         seen = metrics.get("calibration")
         data = f", calibrated on {seen['tokens']:,} tokens of {config['calibration']['dataset']}" if seen else ""
         return [("method", f"{config['method']}{data}")]
+    if record.stage == "pack":
+        sizes = [console.gib(metrics[key]) for key in ("bytes_before", "bytes")]
+        return [("size", f"{sizes[0]} → {sizes[1]}, {metrics['bytes'] / metrics['bytes_before']:.1%}")]
     return [
         ("method", f"{config['method']} rank {config['rank']}, {metrics['trainable_parameters']:,} parameters trained"),
         ("loss", f"{loss_text(metrics)}; {console.counted(metrics['steps'], 'step')}"),
@@ -170,6 +180,8 @@ def show_inspection(path: str, document: dict[str, Any]) -> None:
     console.table(["linear", "shape", "zeros"], rows)
     console.result(
         f"{path}: {document['pattern']}, {100 * document['sparsity']:.2f} % zeros in {len(document['layers'])} "
-        f"linears, {document['violations']} violations"
+        f"linears, {document['violations']} violations{_apart(document)}"
     )
+    prompt = document["prompt"]
+    console.result(f"prompt: {prompt['format']} ({prompt['from']})" if prompt["format"] else "prompt: no chat template")
     console.document(document)

@@ -22,7 +22,7 @@ def read_documents(source: TextSource, position: Position) -> Iterator[tuple[lis
     else:
         if "state" in position:
             dataset.load_state_dict(position["state"])
-        rows = iter(dataset)
+        rows = map(source.read_streamed, dataset)
     number = position["documents"]
     for texts in batches(row["text"] for row in rows):
         number += len(texts)

@@ -7,9 +7,13 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from lors_cli.data.held_out import num_held_out
 from lors_cli.data.packing import block_sample, too_little_text
 from lors_cli.data.samples import Sample, TuneData
 from lors_cli.data.sources import TextSource
@@ -43,6 +47,8 @@ class TokenStream(Sequence[Sample]):
         self._worker: Worker | None = None
         self._ready = 0
         """Blocks that are known to be in the cache."""
+        self._skipped = 0
+        """Tokens at the start of the text that are not trained on."""
         self._total: int | None = None
         self._num_samples = 0
         self._last_length = config.max_length
@@ -50,6 +56,26 @@ class TokenStream(Sequence[Sample]):
     def plan(self, num_samples: int, last_length: int) -> None:
         """Say how many samples the run takes, and how many tokens the last of them has."""
         self._num_samples, self._last_length = num_samples, last_length
+
+    def hold_out(self, number: int) -> list[Sample]:
+        """The text's first samples; those of the run begin with the next document, or, without one, after them."""
+        length, most = self.config.max_length, self.config.num_samples
+        self.config = replace(self.config, num_samples=None)
+        following: Any = np.zeros(0, dtype=bool)
+        place = number
+        while not following.any():
+            self._ask(place + 1)
+            self._wait_for(place + 1)
+            if self._available() <= place:
+                break
+            following = self.cache.read(place * length, (place + 1) * length)[1]
+            place += 1
+        if self._available() < number:
+            raise too_little_text(self.config)
+        samples = [self._sample(block * length, length) for block in range(number)]
+        self._skipped = (place - 1) * length + int(following.argmax()) if following.any() else number * length
+        self.config = replace(self.config, num_samples=most and most - num_held_out(number, most))
+        return samples
 
     def __len__(self) -> int:
         return self._num_samples
@@ -62,7 +88,10 @@ class TokenStream(Sequence[Sample]):
         position = index % len(self)
         block = self._block(position)
         length = self._last_length if position == len(self) - 1 else self.config.max_length
-        first = block * self.config.max_length
+        return self._sample(self._skipped + block * self.config.max_length, length)
+
+    def _sample(self, first: int, length: int) -> Sample:
+        """The sample of the tokens from `first` on."""
         tokens, starts = self.cache.read(first, first + length)
         check_known(tokens.tolist(), self.tokenizer)
         return block_sample(tokens, starts if self.config.packing == "isolated" else None)
@@ -75,9 +104,9 @@ class TokenStream(Sequence[Sample]):
         """
         end, most = self.cache.end(), self.config.num_samples
         if end is not None:
-            if end < self.config.max_length:
+            if end - self._skipped < self.config.max_length:
                 raise too_little_text(self.config)
-            return min(end // self.config.max_length, most or sys.maxsize)
+            return min((end - self._skipped) // self.config.max_length, most or sys.maxsize)
         return most if most is not None and self._available() >= most else None
 
     def count_blocks(self) -> int:
@@ -96,7 +125,7 @@ class TokenStream(Sequence[Sample]):
         self.cache.release()
 
     def _available(self) -> int:
-        return self.cache.available() // self.config.max_length
+        return max(0, self.cache.available() - self._skipped) // self.config.max_length
 
     def _block(self, position: int) -> int:
         """The block at a position, once the cache has all blocks that it is shuffled with."""
@@ -114,14 +143,14 @@ class TokenStream(Sequence[Sample]):
             return
         if self._worker is None:
             self._worker = Worker(self._job)
-        self._worker.ask(num_blocks * self.config.max_length)
+        self._worker.ask(self._skipped + num_blocks * self.config.max_length)
 
     def _wait_for(self, num_blocks: int) -> None:
         """Until the cache has so many blocks, or has come to its end."""
         if self._available() >= num_blocks or self.num_blocks() is not None:
             return
         assert self._worker is not None
-        wanted = num_blocks * self.config.max_length
+        wanted = self._skipped + num_blocks * self.config.max_length
         total = wanted if wanted < sys.maxsize // 4 else None
         with progress.progress("tokenise", total, "tokens") as task:
             task.skip(self.cache.available())
@@ -167,6 +196,7 @@ def stream_samples(
             f"Streaming needs a fast tokenizer, and {type(tokenizer).__name__} is not one.", "Set data.stream: off."
         )
     stream = _open_stream(config, source, tokenizer, data_dir)
+    held_out = [] if config.val_size is None else stream.hold_out(_whole_number(config.val_size))
     if config.max_tokens is not None:
         num_samples, last = token_budget(config.max_tokens, data.max_length)
     elif config.max_steps is not None:
@@ -179,7 +209,18 @@ def stream_samples(
         num_samples, last = math.ceil(config.epochs * stream.count_blocks()), data.max_length
     stream.plan(num_samples, last)
     num_tokens = (num_samples - 1) * data.max_length + last
-    return TuneData(stream, num_samples, {}, num_tokens, math.ceil(num_samples / config.batch_size), stream.close)
+    num_steps = math.ceil(num_samples / config.batch_size)
+    return TuneData(stream, num_samples, {}, num_tokens, num_steps, close=stream.close, held_out=held_out)
+
+
+def _whole_number(val_size: float) -> int:
+    """`val_size` of a stream, whose length is not known."""
+    if val_size < 1:
+        raise UsageError(
+            f"val_size: {val_size:g} is a share, and how long streamed text is shows at its end.",
+            "Give a number of samples.",
+        )
+    return int(val_size)
 
 
 def token_budget(max_tokens: int, length: int) -> tuple[int, int]:
@@ -201,7 +242,8 @@ def _open_stream(config: TuneConfig, source: TextSource, tokenizer: Any, data_di
     there = "all there" if cache.end() is not None else f"{cache.available():,} tokens there"
     console.info(f"  token cache: {cache.folder}, {console.gib(folder_bytes(cache.folder))}, {there}")
     job = {"folder": str(cache.folder), "dataset": data.dataset, "data_dir": str(data_dir) if data_dir else None,
-           "columns": data.columns and data.columns.names, "fingerprint": source.fingerprint, **stream}  # fmt: skip
+           "columns": data.columns and data.columns.names, "split": data.split, "fingerprint": source.fingerprint,
+           **stream}  # fmt: skip
     return TokenStream(cache, job, data, config.seed, tokenizer)
 
 

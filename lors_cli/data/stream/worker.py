@@ -103,7 +103,7 @@ class Filler:
 
 
 def make_filler(job: dict[str, Any]) -> Filler:
-    """The filler of a job: folder of the cache, dataset, data_dir, columns, fingerprint, begin, end, dtype.
+    """The filler of a job: folder of the cache, dataset, data_dir, columns, split, fingerprint, begin, end, dtype.
 
     Raises:
         UsageError: the text is another one by now.
@@ -114,7 +114,7 @@ def make_filler(job: dict[str, Any]) -> Filler:
     cache.hold()
     data_dir = Path(job["data_dir"]) if job["data_dir"] else None
     columns = ColumnsConfig(**job["columns"]) if job.get("columns") else None
-    source = open_source(job["dataset"], split="train", data_dir=data_dir, want="text", columns=columns)
+    source = open_source(job["dataset"], split="train", data_dir=data_dir, columns=columns, chosen=job.get("split"))
     if source.fingerprint != job["fingerprint"]:
         raise UsageError(f"{job['dataset']} changed while it was read.", "Run the same command again.")
     tokenizer = Tokenizer.from_file(str(cache.folder / TOKENIZER_NAME))

@@ -19,6 +19,7 @@ import torch
 from lors_cli.errors import UsageError
 from lors_cli.machine import processes
 from lors_cli.models.blocks import PrunableWeight, block_weights
+from lors_cli.models.skip import is_skipped
 from lors_cli.output import console
 from lors_cli.pruning import methods
 from lors_cli.pruning.methods.reconstruct import reconstruct
@@ -43,7 +44,10 @@ Orders = dict[tuple[Any, ...], list[list[str]] | None]
 
 @dataclass
 class Block:
-    """A decoder block that is being pruned; `weights` and `free` (inputs that may be permuted) are by full name."""
+    """A decoder block that is being pruned.
+
+    `weights`, without those to skip, and `free` (inputs that may be permuted) are by full name.
+    """
 
     config: PruneConfig
     phases: Phases
@@ -69,11 +73,14 @@ def open_block(
     free = free_inputs(module) if config.channel_permutation else []
     if config.channel_permutation and not free and index == 0:
         console.warn("channel_permutation: no inputs of this architecture's blocks can be permuted; nothing is.")
-    weights = block_weights(module, prefix)
-    for name, weight in weights.items():
+    found = block_weights(module, prefix)
+    for name, weight in found.items():
         if not bool(weight.matrix.isfinite().all()):
             raise UsageError(f"{name} holds NaN or Inf: the checkpoint is broken, or its dtype too narrow.")
-    by_name = {f"{prefix}.{item.name}": item for item in free}
+    weights = {name: weight for name, weight in found.items() if not is_skipped(name, config.skip)}
+    pruned = {weight.module for weight in weights.values()}
+    by_name = {f"{prefix}.{item.name}": item for item in free
+               if all(producer.module in pruned for producer in item.producers)}  # fmt: skip
     return Block(config, phases, index, prefix, module, weights, pattern, by_name)
 
 
@@ -87,9 +94,11 @@ def prune_block(block: Block, states: HiddenStates, arguments: BlockArguments, o
     """Prune a block on its inputs in `states`, and put the pruned block's outputs there."""
     forwards = [partial(_pass, block.module, states, arguments, number) for number in states.numbers]
     with block.phases("forward"):
-        stages = _stages(block, forwards[-1], orders) if block.config.sequential else None
-        outputs = at_once(block, forwards) if stages is None else in_stages(block, stages, forwards)
-        if block.config.reconstruct_epochs:
+        stages = _stages(block, forwards[-1], orders) if block.config.sequential and block.weights else None
+        outputs: Iterator[torch.Tensor] = (forward() for forward in forwards)
+        if block.weights:
+            outputs = at_once(block, forwards) if stages is None else in_stages(block, stages, forwards)
+        if block.config.reconstruct_epochs and block.weights:
             _reconstruct(block, outputs, states, arguments)
             outputs = (forward() for forward in forwards)
         for number, output in zip(states.numbers, outputs, strict=True):

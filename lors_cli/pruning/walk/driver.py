@@ -113,7 +113,7 @@ def _patterns(
     if config.layer_sparsity == "uniform":
         return [pattern] * len(model.blocks)
     with phases("outliers"):
-        shares = owl_shares(model, batches, config.calibration, work, pattern.sparsity)
+        shares = owl_shares(model, batches, config.calibration, work, pattern.sparsity, config.skip)
     console.info(f"  OWL: blocks get {min(shares):.3f} to {max(shares):.3f} zeros")
     return [Pattern(None, None, share) for share in shares]
 

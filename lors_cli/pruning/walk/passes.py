@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from lors_cli.errors import UsageError
 from lors_cli.files import atomic
 from lors_cli.machine import processes
 from lors_cli.models.blocks import block_weights
+from lors_cli.models.skip import is_skipped
 from lors_cli.output import console, progress
 from lors_cli.pruning.methods.owl import allocate, outlier_ratio
 from lors_cli.pruning.walk.calibration import BlockArguments, first_inputs
@@ -79,11 +81,12 @@ def note_shared(folder: Path, arguments: BlockArguments) -> None:
 
 @torch.no_grad()
 def owl_shares(
-    model: BlockwiseModel, batches: list[torch.Tensor], config: CalibrationConfig, work: Path, sparsity: float
-) -> list[float]:
+    model: BlockwiseModel, batches: list[torch.Tensor], config: CalibrationConfig, work: Path, sparsity: float,
+    skip: Sequence[str] = (),
+) -> list[float]:  # fmt: skip
     """OWL's share of zeros for every block, from one pass of all processes' batches through the dense model.
 
-    `work` keeps what an interrupted run goes on from; `sparsity` is the model's.
+    `work` keeps what an interrupted run goes on from; `sparsity` is that of all weights that no glob of `skip` names.
     """
     found = atomic.read_json(work / "owl.json") or {"ratios": [], "sizes": []}
     if len(found["ratios"]) < len(model.blocks):
@@ -94,7 +97,7 @@ def owl_shares(
         with progress.progress("outliers", len(model.blocks), "blocks") as task, closing(states):
             task.skip(first)
             for index in range(first, len(model.blocks)):
-                ratio, size = _outliers(model, index, states, arguments[index])
+                ratio, size = _outliers(model, index, states, arguments[index], skip)
                 found["ratios"].append(ratio)
                 found["sizes"].append(size)
                 if processes.is_main():
@@ -106,13 +109,19 @@ def owl_shares(
         processes.wait_for_all()
         if processes.is_main():
             shutil.rmtree(folder)
-    return allocate(found["ratios"], found["sizes"], sparsity)
+    places = [place for place, size in enumerate(found["sizes"]) if size]
+    ratios, sizes = ([values[place] for place in places] for values in (found["ratios"], found["sizes"]))
+    shares = dict(zip(places, allocate(ratios, sizes, sparsity), strict=True))
+    return [shares.get(place, sparsity) for place in range(len(model.blocks))]
 
 
-def _outliers(model: BlockwiseModel, index: int, states: HiddenStates, arguments: BlockArguments) -> tuple[float, int]:
-    """A dense block's outlier ratio and number of weights; its outputs are the next block's inputs."""
+def _outliers(
+    model: BlockwiseModel, index: int, states: HiddenStates, arguments: BlockArguments, skip: Sequence[str]
+) -> tuple[float, int]:
+    """A dense block's outlier ratio and number of weights, without those to skip; its outputs are the next's inputs."""
     with model.block(index) as block:
-        weights = block_weights(block, f"{model.prefix}.{index}")
+        weights = {name: weight for name, weight in block_weights(block, f"{model.prefix}.{index}").items()
+                   if not is_skipped(name, skip)}  # fmt: skip
         recorder = InputRecorder(weights, "norm")
         with closing(recorder):
             for number in states.numbers:
@@ -126,5 +135,7 @@ def _outliers(model: BlockwiseModel, index: int, states: HiddenStates, arguments
             norm = group.statistics.input_norms() if seen else torch.zeros(matrix.shape[1], device=matrix.device)
             norms.update(dict.fromkeys(group.names, norm))
         matrices = [weight.matrix for weight in weights.values()]
+        if not matrices:
+            return 0.0, 0
         ratio = outlier_ratio(matrices, [norms[name] for name in weights])
         return ratio, sum(matrix.numel() for matrix in matrices)

@@ -122,8 +122,10 @@ class InputRecorder:
             raise BlockDone
 
     def _routed(self, experts: nn.Module, expert: int, key: str, x: torch.Tensor) -> None:
-        with self._clock("statistics"):
-            self._experts[experts, key, expert].statistics.update(x)
+        group = self._experts.get((experts, key, expert))
+        if group is not None:  # not one to skip
+            with self._clock("statistics"):
+                group.statistics.update(x)
 
     def _shared(self) -> list[InputGroup]:
         """Weights that were called with the same tensors in the first batch."""

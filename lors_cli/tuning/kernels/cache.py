@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 import torch
 
+from lors_cli.models.packed.format import Packed
 from lors_cli.output import console
-from lors_cli.tuning.kernels.compressed import Compressed24
 from lors_cli.tuning.kernels.masked_merge import masked_merge
 from lors_cli.tuning.kernels.rounding import Rounding
 from lors_cli.tuning.kernels.scratch import scratch
@@ -39,7 +39,7 @@ class MergedCache:
 
     def merged(
         self,
-        weight: torch.Tensor | Compressed24,
+        weight: torch.Tensor | Packed,
         lora_A: torch.Tensor,
         lora_B: torch.Tensor,
         scale: float,
@@ -49,7 +49,7 @@ class MergedCache:
         rounding: Rounding = "nearest",
     ) -> torch.Tensor:
         """W_t in `dtype`, to be used before any other layer's is asked for; `last_use`: this is the backward pass."""
-        base = weight.values if isinstance(weight, Compressed24) else weight
+        base = weight.values if isinstance(weight, Packed) else weight
         key = (dtype, scale, rounding, *((part.data_ptr(), part._version) for part in (base, lora_A, lora_B)))
         if self._merged is not None and self._key == key:
             found = self._merged

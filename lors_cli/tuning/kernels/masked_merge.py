@@ -9,7 +9,9 @@ from functools import cache
 
 import torch
 
-from lors_cli.tuning.kernels.compressed import Compressed24, decompress
+from lors_cli.models.packed.format import Packed
+from lors_cli.models.packed.kernels.choice import unpack
+from lors_cli.sparsity import TWO_OF_FOUR
 from lors_cli.tuning.kernels.rounding import (
     PERIOD,
     Rounding,
@@ -25,7 +27,7 @@ TILE_ELEMENTS = 1 << 18
 
 @torch.no_grad()
 def masked_merge(
-    weight: torch.Tensor | Compressed24,
+    weight: torch.Tensor | Packed,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
     scale: float,
@@ -38,20 +40,21 @@ def masked_merge(
     The adapters are cast to the weight's dtype, the sum is accumulated in float32 (float64 for a float64 weight)
     and rounded once: to bfloat16 as `rounding` says, to other dtypes to the nearest. On CUDA one kernel reads W once
     and writes W_t once; on a CPU one `addmm` that accumulates in float32 itself, where there is such a one, else row
-    tiles that stay in the cache. None makes a mask or a second matrix of W's size; only a compressed weight is
-    restored first where there is no CUDA kernel, in scratch memory.
+    tiles that stay in the cache. None makes a mask or a second matrix of W's size; only a packed weight is
+    unpacked first, in scratch memory, where no CUDA kernel reads it: that needs 2:4.
 
     Args:
-        weight: (R, C), plain or compressed: the result has the same bits.
+        weight: (R, C), plain or packed: the result has the same bits.
         out: (R, C), where to put the result; its dtype may be another than the weight's. Default: a new tensor.
     """
     merged = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if out is None else out
-    if weight.device.type == "cuda" and not why_no_kernel(weight.device, weight.dtype):
+    readable = not isinstance(weight, Packed) or weight.pattern == TWO_OF_FOUR
+    if weight.device.type == "cuda" and readable and not why_no_kernel(weight.device, weight.dtype):
         from lors_cli.tuning.kernels.triton_merge import masked_merge_kernel
 
         return masked_merge_kernel(weight, lora_A, lora_B, scale, merged, rounding=rounding)
-    if isinstance(weight, Compressed24):
-        weight = decompress(weight, out=scratch(weight.shape, weight.dtype, weight.device, use="restored"))
+    if isinstance(weight, Packed):
+        weight = unpack(weight, out=scratch(weight.shape, weight.dtype, weight.device, use="restored"))
     A, B = lora_A.to(weight.dtype), lora_B.to(weight.dtype)
     by_thresholds = is_stochastic(rounding, merged.dtype)
     if merged.dtype == weight.dtype and not by_thresholds and _addmm_rounds_once(weight.device, weight.dtype):

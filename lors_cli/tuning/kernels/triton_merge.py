@@ -13,8 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
+from lors_cli.models.packed.format import Packed
+from lors_cli.sparsity import TWO_OF_FOUR
 from lors_cli.tuning.kernels import rounding as thresholds
-from lors_cli.tuning.kernels.compressed import Compressed24
 from lors_cli.tuning.kernels.rounding import Rounding
 
 BLOCK = {"ROWS": 64, "COLUMNS": 64, "num_warps": 8, "num_stages": 1}
@@ -42,24 +43,24 @@ def _thresholds(columns, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _restored(
-    values, positions, row_starts, inside_rows, num_columns, stride_values, stride_positions,
+def _unpacked(
+    values, mask, row_starts, inside_rows, num_columns, stride_values, stride_mask,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of a compressed weight: values are read as vectors, positions as words of eight groups."""
+    """A tile of a packed 2:4 weight: two values and four bits a group, read as vectors and words of eight groups."""
     halves = tl.program_id(1) * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)[None, :]
     kept = tl.load(values + row_starts * stride_values + halves, mask=inside_rows & (halves < num_columns // 2),
                    other=0.0)  # fmt: skip
     first, second = tl.split(kept.reshape(ROWS, COLUMNS // 4, 2))
     words = tl.program_id(1) * (COLUMNS // 32) + tl.arange(0, COLUMNS // 32)[None, :]
-    packed = tl.load(positions + row_starts * stride_positions + words, mask=inside_rows & (words * 32 < num_columns),
+    packed = tl.load(mask + row_starts * stride_mask + words, mask=inside_rows & (words * 32 < num_columns),
                      other=0)  # fmt: skip
-    nibble = (packed[:, :, None] >> (tl.arange(0, 8) * 4)[None, None, :]).reshape(ROWS, COLUMNS // 4)
-    low, high = nibble & 3, nibble >> 2 & 3  # low < high: slots of the first and of the second value
-    slot_0 = tl.where(low == 0, first, 0.0)
-    slot_1 = tl.where(low == 1, first, tl.where(high == 1, second, 0.0))
-    slot_2 = tl.where(low == 2, first, tl.where(high == 2, second, 0.0))
-    slot_3 = tl.where(high == 3, second, 0.0)
+    bits = (packed[:, :, None] >> (tl.arange(0, 8) * 4)[None, None, :]).reshape(ROWS, COLUMNS // 4)
+    low, high = bits & 3, bits & 12  # which of the first two and of the last two places are kept
+    slot_0 = tl.where(bits & 1 != 0, first, 0.0)
+    slot_1 = tl.where(low == 2, first, tl.where(low == 3, second, 0.0))
+    slot_2 = tl.where(high == 12, first, tl.where(high == 4, second, 0.0))
+    slot_3 = tl.where(bits & 8 != 0, second, 0.0)
     return tl.join(tl.join(slot_0, slot_2), tl.join(slot_1, slot_3)).reshape(ROWS, COLUMNS)
 
 
@@ -73,8 +74,8 @@ def _factor(factor, rows, columns, num_rows, num_columns, stride, dtype, DOT: tl
 
 @triton.jit
 def _merge(
-    weight, positions, lora_A, lora_B, merged, num_rows, num_columns, scale,
-    stride_weight, stride_positions, stride_merged, COMPRESSED: tl.constexpr, RANK: tl.constexpr,
+    weight, kept_mask, lora_A, lora_B, merged, num_rows, num_columns, scale,
+    stride_weight, stride_mask, stride_merged, PACKED: tl.constexpr, RANK: tl.constexpr,
     RANK_STEP: tl.constexpr, DOT: tl.constexpr, STOCHASTIC: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
@@ -88,8 +89,8 @@ def _merge(
         rows = (tl.program_id(0) * TILES + tile) * ROWS + tl.arange(0, ROWS)
         row_starts, inside_rows = rows[:, None].to(tl.int64), rows[:, None] < num_rows
         inside = inside_rows & (columns[None, :] < num_columns)
-        if COMPRESSED:
-            W = _restored(weight, positions, row_starts, inside_rows, num_columns, stride_weight, stride_positions,
+        if PACKED:
+            W = _unpacked(weight, kept_mask, row_starts, inside_rows, num_columns, stride_weight, stride_mask,
                           ROWS, COLUMNS)  # fmt: skip
         else:
             W = tl.load(weight + row_starts * stride_weight + columns[None, :], mask=inside, other=0.0)
@@ -113,24 +114,25 @@ DOTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def launch(
-    weight: torch.Tensor | Compressed24, lora_A: torch.Tensor, lora_B: torch.Tensor, scale: float,
+    weight: torch.Tensor | Packed, lora_A: torch.Tensor, lora_B: torch.Tensor, scale: float,
     merged: torch.Tensor, rounding: Rounding, block: dict[str, int] = BLOCK,
 ) -> tuple[tuple[int, int], dict[str, Any]]:  # fmt: skip
     """The grid and the arguments by name with which the kernel is called."""
     num_rows, num_columns = weight.shape
     rank, is_float32 = lora_A.shape[0], weight.dtype == torch.float32
-    if isinstance(weight, Compressed24):
-        base, positions = weight.values, weight.positions.view(torch.int32)
+    if isinstance(weight, Packed):
+        assert weight.pattern == TWO_OF_FOUR
+        base, mask, stride = weight.values, weight.mask, num_columns // 2
     else:
-        base = positions = weight
-    assert base.stride(1) == positions.stride(1) == merged.stride(1) == 1
+        base, mask, stride = weight, weight, weight.stride(0)
+    assert base.stride(-1) == mask.stride(1) == merged.stride(1) == 1
     down, across = triton.cdiv(num_rows, block["ROWS"]), triton.cdiv(num_columns, block["COLUMNS"])
     block = {"TILES": min(MAX_TILES, 2 ** (max(1, down * across // MIN_PROGRAMS).bit_length() - 1)), **block}
     return (triton.cdiv(down, block["TILES"]), across), {
-        "weight": base, "positions": positions, "lora_A": lora_A.contiguous(), "lora_B": lora_B.contiguous(),
+        "weight": base, "kept_mask": mask, "lora_A": lora_A.contiguous(), "lora_B": lora_B.contiguous(),
         "merged": merged, "num_rows": num_rows, "num_columns": num_columns, "scale": float(scale),
-        "stride_weight": base.stride(0), "stride_positions": positions.stride(0),
-        "stride_merged": merged.stride(0), "COMPRESSED": isinstance(weight, Compressed24), "RANK": rank,
+        "stride_weight": stride, "stride_mask": mask.stride(0),
+        "stride_merged": merged.stride(0), "PACKED": isinstance(weight, Packed), "RANK": rank,
         "RANK_STEP": SMALLEST_DOT if is_float32 else min(64, max(SMALLEST_DOT, triton.next_power_of_2(rank))),
         "DOT": tl.float32 if is_float32 or INTERPRETED else DOTS[weight.dtype],
         "STOCHASTIC": thresholds.is_stochastic(rounding, merged.dtype), **block,
@@ -138,13 +140,13 @@ def launch(
 
 
 def masked_merge_kernel(
-    weight: torch.Tensor | Compressed24, lora_A: torch.Tensor, lora_B: torch.Tensor, scale: float,
+    weight: torch.Tensor | Packed, lora_A: torch.Tensor, lora_B: torch.Tensor, scale: float,
     merged: torch.Tensor, *, rounding: Rounding = "nearest",
 ) -> torch.Tensor:  # fmt: skip
     """W_t = (W + s·B·A) ⊙ (W ≠ 0), rounded once from float32 (as `rounding` says where that is to bfloat16).
 
     Args:
-        weight: (R, C) bfloat16, float16 or float32, rows contiguous, or compressed.
+        weight: (R, C) bfloat16, float16 or float32, rows contiguous, or packed as 2:4.
         lora_A: (r, C), any float dtype; read as it is and cast to the weight's dtype.
         lora_B: (R, r), likewise.
         merged: (R, C), rows contiguous: where the result goes.

@@ -11,6 +11,7 @@ from typing import Any
 from lors_cli.files import atomic
 from lors_cli.tuning.adapter import WEIGHTS_NAME
 from lors_cli.tuning.training.guards import is_state
+from lors_cli.tuning.training.validation import is_validation
 
 MARKER_NAME = "lors.json"
 OPTIMIZER_NAME, SCHEDULE_NAME, RANDOM_NAME, STATE_NAME = (
@@ -25,18 +26,24 @@ def step_of(checkpoint: Path) -> int:
 
 
 def whole_checkpoints(folder: Path, fingerprint: str) -> list[Path]:
-    """The complete checkpoints of the stage with this fingerprint, oldest first; others are passed over."""
+    """The complete checkpoints of the stage with this fingerprint, oldest first; others are passed over.
+
+    One that speaks of an earlier, best one is complete while that is there.
+    """
     needed = (WEIGHTS_NAME, OPTIMIZER_NAME, SCHEDULE_NAME, RANDOM_NAME, STATE_NAME)
-    found = []
+    found: dict[Path, int | None] = {}
     for path in folder.glob("checkpoint-*") if folder.is_dir() else ():
         marker = atomic.read_json(path / MARKER_NAME)
         if not isinstance(marker, dict) or marker.get("fingerprint") != fingerprint:
             continue
         if "guard" in marker and not is_state(marker["guard"]):  # earlier versions have none
             continue
+        if "validation" in marker and not is_validation(marker):
+            continue
         if path.name.removeprefix("checkpoint-").isdecimal() and all((path / name).is_file() for name in needed):
-            found.append(path)
-    return sorted(found, key=step_of)
+            found[path] = marker.get("best_step")
+    there = set(map(step_of, found))
+    return sorted((path for path, best in found.items() if best is None or best in there), key=step_of)
 
 
 def latest_checkpoint(folder: Path, fingerprint: str) -> Path | None:
@@ -48,9 +55,10 @@ def latest_checkpoint(folder: Path, fingerprint: str) -> Path | None:
 def write_checkpoint(
     folder: Path, step: int, marker: dict[str, Any], write: Callable[[Path], None], *, keep: int
 ) -> None:
-    """Add a checkpoint, unless a whole one of that step lies there, and keep so many of the newest.
+    """Add a checkpoint, unless a whole one of that step lies there, and keep so many of the newest, and their best.
 
-    `marker` holds the stage's `fingerprint` and what else is to be known; `write` puts the files into a folder.
+    `marker` holds the stage's `fingerprint`, the `best_step` that is to stay, and what else is to be known; `write`
+    puts the files into a folder.
     """
     partial, target = folder / PARTIAL_NAME / f"checkpoint-{step}", folder / f"checkpoint-{step}"
     if target in whole_checkpoints(folder, marker["fingerprint"]):
@@ -66,8 +74,11 @@ def write_checkpoint(
     os.replace(partial, target)
     atomic.sync_folder(folder)
     shutil.rmtree(partial.parent)
-    for old in whole_checkpoints(folder, marker["fingerprint"])[:-keep]:
-        shutil.rmtree(old)
+    whole = whole_checkpoints(folder, marker["fingerprint"])
+    best = {(atomic.read_json(path / MARKER_NAME) or {}).get("best_step") for path in whole[-keep:]}
+    for old in whole[:-keep]:
+        if step_of(old) not in best:
+            shutil.rmtree(old)
 
 
 def remove_others(folder: Path, fingerprint: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from lors_cli.data.samples import IGNORED, Sample
 from lors_cli.tuning.attach import adapter_layers
 from lors_cli.tuning.norms import norm_shifts
-from lors_cli.tuning.training.randomness import random_state, restore_random_state
+from lors_cli.tuning.training.randomness import undisturbed
 from lors_cli.tuning.training.sampling import step_samples
 
 if TYPE_CHECKING:
@@ -34,10 +34,13 @@ class FixedBatch:
 
 
 def choose(trainer: AdapterTrainer, data: TuneData) -> FixedBatch:
-    """The last samples that the run never takes, where there are enough of those; else the first that it takes.
+    """Of held-out samples the first; else the last that the run never takes, or, if too few, the first that it takes.
 
-    Training takes what it would take anyway: nothing is kept from it.
+    Training takes what it would take anyway: nothing is kept from it here.
     """
+    if data.held_out:
+        few = list(data.held_out[:NUM_SAMPLES])
+        return FixedBatch(few, list(range(len(few))), held_out=True)
     config, number = trainer.config, len(data.samples)
     if data.num_steps is None and trainer.num_steps * config.batch_size + NUM_SAMPLES <= number:
         taken: set[int] = set()
@@ -52,7 +55,6 @@ def choose(trainer: AdapterTrainer, data: TuneData) -> FixedBatch:
     return FixedBatch([data.samples[index] for index in first], first, held_out=False)
 
 
-@torch.no_grad()
 def measure(trainer: AdapterTrainer, batch: FixedBatch, *, untrained: bool = False) -> float:
     """The mean loss of the batch's labels, without dropout; weights and random generators are left as they were.
 
@@ -61,20 +63,14 @@ def measure(trainer: AdapterTrainer, batch: FixedBatch, *, untrained: bool = Fal
     Args:
         untrained: of the sparse model as it was before the first step, also in a run that goes on from a checkpoint.
     """
-    model, samples, size, state = trainer.model, batch.samples, trainer.size, random_state()
+    model, samples, size = trainer.model, batch.samples, trainer.size
     batches = [trainer.collate(samples[first : first + size]) for first in range(0, len(samples), size)]
     num_labels = torch.tensor(float(sum(int((each["labels"][:, 1:] != IGNORED).sum()) for each in batches)))
-    was_training = model.training
-    model.eval()
-    try:
-        with _without_updates(model, untrained):
-            device = model.device
-            losses = [trainer.loss(model, {key: value.to(device) for key, value in each.items()}, num_labels.to(device))
-                      for each in batches]  # fmt: skip
-            return float(sum(map(float, losses)))
-    finally:
-        model.train(was_training)
-        restore_random_state(state)
+    with undisturbed(model), _without_updates(model, untrained):
+        device = model.device
+        losses = [trainer.loss(model, {key: value.to(device) for key, value in each.items()}, num_labels.to(device))
+                  for each in batches]  # fmt: skip
+        return float(sum(map(float, losses)))
 
 
 @contextmanager

@@ -61,7 +61,7 @@ def prepare_trainer(
     gc.collect()
     torch.cuda.empty_cache()  # what the start took
     set_seed(config.seed)  # dropout is the same after any start
-    return AdapterTrainer(config, network, data.samples, collator, loss, checkpoints, fingerprint)
+    return AdapterTrainer(config, network, data.samples, collator, loss, checkpoints, fingerprint, data.held_out)
 
 
 def _start(

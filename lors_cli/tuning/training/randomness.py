@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 
 def random_state() -> dict[str, Any]:
@@ -33,6 +36,19 @@ def restore_random_state(state: dict[str, Any]) -> None:
             torch.cuda.set_rng_state(each, index)
     if "mps" in state and torch.backends.mps.is_available():
         torch.mps.set_rng_state(state["mps"])
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients, after which mode and random generators are as they were."""
+    state, was_training = random_state(), model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+        restore_random_state(state)
 
 
 def read_random_state(path: Path) -> dict[str, Any]:

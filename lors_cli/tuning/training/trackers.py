@@ -1,41 +1,181 @@
 """Where the numbers of each step go besides `log.jsonl`.
 
-A tracker is a function that takes a row of the log. To add one: a context manager that makes it, a line in `tracking`.
+A tracker is a function that takes named numbers and their step. To add one: a context manager that makes it, a line in
+`TRACKERS`, its name in the recipe's schema. A library is imported where it is asked for, and nowhere else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+import importlib.util
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lors_cli.errors import MissingError
+from lors_cli.files import atomic
 from lors_cli.machine import processes
-from lors_cli.recipe.schema import TuneConfig
+from lors_cli.tuning.training.randomness import random_state, restore_random_state
 
-Tracker = Callable[[dict[str, Any]], None]
+Tracker = Callable[[dict[str, float], int], object]
+PROJECT = "LORS"
+IDS_NAME = "trackers.json"
+NAMES = {
+    "loss": "train/loss", "grad_norm": "train/grad_norm", "learning_rate": "train/learning_rate",
+    "epoch": "train/epoch", "tokens_per_s": "train/tokens_per_s", "val_loss": "eval/loss",
+}  # fmt: skip
+"""What a row of the log has, by the names that transformers' Trainer gives it."""
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """What trackers are told of a run.
+
+    Args:
+        name: for people.
+        config: plain data.
+        folder: for what a tracker writes here.
+        work: the stage's folder for resumable state, in which a run's ids at its trackers are kept.
+    """
+
+    name: str
+    config: dict[str, Any]
+    folder: Path
+    work: Path
+
+    def kept_id(self, tracker: str, make: Callable[[], str]) -> str:
+        """This run's id at a tracker, made once."""
+        ids = self._ids()
+        if tracker not in ids:
+            ids[tracker] = make()
+            atomic.write_json(self.work / IDS_NAME, ids)
+        return ids[tracker]
+
+    def known_id(self, tracker: str) -> str | None:
+        """This run's id at a tracker, None before it has one."""
+        return self._ids().get(tracker)
+
+    def _ids(self) -> dict[str, str]:
+        found = atomic.read_json(self.work / IDS_NAME)
+        return found if isinstance(found, dict) else {}
+
+
+def check_installed(names: Sequence[str]) -> None:
+    """Refuse trackers whose package is not here; a folder of that name, as wandb makes it, is none.
+
+    Raises:
+        MissingError: naming what to install.
+    """
+    found = {name: importlib.util.find_spec(name) for name in names}
+    missing = [name for name, spec in found.items() if spec is None or spec.origin is None]
+    if missing:
+        raise MissingError(
+            f"report_to: {', '.join(missing)} is not installed.", f"pip install {' '.join(missing)}, or leave it out."
+        )
 
 
 @contextmanager
-def tracking(config: TuneConfig, folder: Path) -> Iterator[list[Tracker]]:
-    """The trackers that are asked for, for as long as a run lasts; what they write is below the stage's folder."""
+def tracking(names: Sequence[str], run: TrackedRun, first_step: int) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """What takes the rows of the log, from `first_step` on, for all the trackers; in the main process alone.
+
+    Training draws the random numbers that it would draw without them.
+    """
+    trackers: list[Tracker] = []
+
+    def tell(row: dict[str, Any]) -> None:
+        values = {name: row[key] for key, name in NAMES.items() if row.get(key) is not None}
+        for tracker in trackers:
+            tracker(values, row["step"])
+
     with ExitStack() as opened:
-        trackers = []
-        if config.tensorboard and processes.is_main():
-            trackers.append(opened.enter_context(_tensorboard(folder / "tensorboard")))
-        yield trackers
+
+        def begin() -> None:
+            state = random_state()
+            if processes.is_main():
+                trackers.extend(opened.enter_context(TRACKERS[name](run, first_step)) for name in names)
+            restore_random_state(state)
+
+        processes.from_main(begin)
+        yield tell
 
 
 @contextmanager
-def _tensorboard(folder: Path) -> Iterator[Tracker]:
-    """Scalars in TensorBoard's event files."""
+def _tensorboard(run: TrackedRun, first_step: int) -> Iterator[Tracker]:
+    """Scalars in event files; those of steps that are done again are dropped when they are read."""
     from torch.utils.tensorboard import SummaryWriter
 
-    def add(row: dict[str, Any]) -> None:
-        for name in ("loss", "grad_norm", "learning_rate", "epoch"):
-            if row[name] is not None:
-                writer.add_scalar(f"train/{name}", row[name], row["step"])
+    def add(values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
         writer.flush()
 
-    with SummaryWriter(folder) as writer:
+    with SummaryWriter(run.folder / "tensorboard", purge_step=first_step) as writer:
+        writer.add_text("config", f"```\n{json.dumps(run.config, indent=2)}\n```", first_step)
         yield add
+
+
+@contextmanager
+def _wandb(run: TrackedRun, first_step: int) -> Iterator[Tracker]:
+    """Weights & Biases; offline, logged in and so on by its own environment variables."""
+    import wandb
+
+    number = run.kept_id("wandb", lambda: uuid.uuid4().hex)
+    try:
+        there = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT), name=os.environ.get("WANDB_NAME", run.name),
+            id=number, resume="allow", dir=os.environ.get("WANDB_DIR", str(run.folder)), config=run.config,
+        )  # fmt: skip
+    except wandb.Error as error:
+        hint = "Log in with `wandb login`, or set WANDB_MODE=offline and send it later with `wandb sync`."
+        raise MissingError(f"report_to: wandb cannot begin: {error}", hint) from error
+    with there:
+        step_name = "train/global_step"  # rows that come twice do no harm
+        there.define_metric("*", step_metric=step_name, step_sync=True)
+        yield lambda values, step: there.log({**values, step_name: step})
+
+
+@contextmanager
+def _mlflow(run: TrackedRun, first_step: int) -> Iterator[Tracker]:
+    """MLflow, at the server or in the folder that its own environment variables name."""
+    import mlflow
+
+    try:
+        if not {"MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"} & os.environ.keys():
+            mlflow.set_experiment(PROJECT)
+        active = mlflow.start_run(run_id=run.known_id("mlflow"), run_name=run.name)
+        run.kept_id("mlflow", lambda: active.info.run_id)
+        mlflow.log_params(_flat(run.config))
+    except mlflow.MlflowException as error:
+        raise MissingError(f"report_to: mlflow cannot begin: {error}", "Look at MLFLOW_TRACKING_URI.") from error
+    with active:
+        yield lambda values, step: mlflow.log_metrics(values, step=step)
+
+
+@contextmanager
+def _trackio(run: TrackedRun, first_step: int) -> Iterator[Tracker]:
+    """trackio, which knows a run by its name."""
+    import trackio
+
+    name = run.kept_id("trackio", lambda: f"{run.name}-{uuid.uuid4().hex[:8]}")
+    trackio.init(project=PROJECT, name=name, resume="allow", config=_flat(run.config))
+    try:
+        yield lambda values, step: trackio.log(values, step=step)
+    finally:
+        trackio.finish()
+
+
+TRACKERS: dict[str, Callable[[TrackedRun, int], AbstractContextManager[Tracker]]] = {
+    "wandb": _wandb, "tensorboard": _tensorboard, "mlflow": _mlflow, "trackio": _trackio,
+}  # fmt: skip
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys to plain values."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat

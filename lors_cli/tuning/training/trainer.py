@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
-from transformers import PreTrainedModel, get_scheduler
+from transformers import PreTrainedModel
 
 from lors_cli.data.samples import IGNORED, PadCollator, Sample, count_tokens
 from lors_cli.errors import UsageError
@@ -26,8 +26,10 @@ from lors_cli.tuning.norms import norm_shifts
 from lors_cli.tuning.training import checkpoints, sampling
 from lors_cli.tuning.training.distributed import add_up_step, micro_batch_size
 from lors_cli.tuning.training.guards import StepGuard
+from lors_cli.tuning.training.optimisers import make_optimizer, make_schedule
 from lors_cli.tuning.training.randomness import random_state, read_random_state, restore_random_state
 from lors_cli.tuning.training.stopping import StopRequest
+from lors_cli.tuning.training.validation import Validation, held_out_loss
 
 
 class AdapterTrainer:
@@ -43,11 +45,12 @@ class AdapterTrainer:
         loss: of a batch, a share of its step's.
         folder: for `checkpoint-N`.
         fingerprint: of the stage; checkpoints of another are never resumed from.
+        held_out: samples whose loss is measured during training.
     """
 
     def __init__(
         self, config: TuneConfig, model: PreTrainedModel, samples: Sequence[Sample], collate: PadCollator, loss: Loss,
-        folder: Path, fingerprint: str,
+        folder: Path, fingerprint: str, held_out: Sequence[Sample] = (),
     ) -> None:  # fmt: skip
         self.config, self.model, self.samples, self.collate, self.loss = config, model, samples, collate, loss
         self.folder, self.fingerprint = folder, fingerprint
@@ -56,16 +59,16 @@ class AdapterTrainer:
         self.num_steps = num_steps(config, len(samples))
         self.size = micro_batch_size(config, parallel.num_processes())
         self.guard = StepGuard(config.max_bad_steps, config.spike_factor)
+        self.validation = Validation(config, held_out, self.num_steps)
         self.stop = StopRequest()
+        self.unlogged: dict[str, Any] | None = None
+        """The row of a step that is done, while its held-out loss is yet to be measured."""
         groups = parameter_groups(model, config)
         self.trained = [parameter for group in groups for parameter in group["params"]]
         for parameter in self.trained:
             parallel.send_to_all(parameter.data, 0)
-        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
-        self.schedule = get_scheduler(
-            "cosine_with_min_lr", self.optimizer, config.warmup_steps, self.num_steps,
-            {"min_lr": config.min_learning_rate},
-        )  # fmt: skip
+        self.optimizer = make_optimizer(config, groups)
+        self.schedule = make_schedule(config, self.optimizer, self.num_steps)
 
     def run(self, report: Callable[[dict[str, Any]], None]) -> None:
         """Every step from here to the last, or to the one in which the run is asked to stop; the last one is saved.
@@ -74,31 +77,59 @@ class AdapterTrainer:
         """
         self.model.train()
         since = time.monotonic()
-        while self.step < self.num_steps:
-            before = random_state()
-            found = self.gradients()
-            if found is None:  # the step is done again from its start when the run goes on
-                restore_random_state(before)
-                self.save()
-                return
-            loss, tokens, is_stopping = found
-            norm = float(clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm or math.inf))
-            if self.guard.is_bad(loss, norm):
-                self.leave_out()
-            rate = self.schedule.get_last_lr()[0]
-            self.optimizer.step()
-            self.schedule.step()
-            self.model.zero_grad()
-            self.step += 1
-            if self.model.device.type == "cpu":  # activations of varying length leave holes in the heap
-                give_back_memory()
-            now = time.monotonic()
-            report(self.row(rate, tokens / max(now - since, 1e-9)))
-            since = now
-            if is_stopping or self.step % self.config.save_steps == 0 or self.step == self.num_steps:
+        while self.unlogged or not self.is_done:
+            is_stopping = False
+            if self.unlogged is None:
+                before = random_state()
+                found = self.gradients()
+                if found is None:  # the step is done again from its start when the run goes on
+                    restore_random_state(before)
+                    self.save()
+                    return
+                loss, tokens, is_stopping = found
+                rate = self.update(loss)
+                now = time.monotonic()
+                self.unlogged = self.row(rate, tokens / max(now - since, 1e-9))
+                since = now
+            if self.validation.is_due(self.step):
+                if is_stopping or not self.validate(self.unlogged):  # it is measured when the run goes on
+                    self.save()
+                    return
+                since = time.monotonic()
+            report(self.unlogged)
+            self.unlogged = None
+            is_kept = self.step % self.config.save_steps == 0 or self.step == self.validation.kept_step
+            if is_stopping or is_kept or self.is_done:
                 self.save()
             if is_stopping:
                 return
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no step is left, or training ends early."""
+        return self.step >= self.num_steps or self.validation.is_over
+
+    def update(self, loss: float) -> float:
+        """One optimiser step of the gradients that are there, whose loss is given; the learning rate it had."""
+        norm = float(clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm or math.inf))
+        if self.guard.is_bad(loss, norm):
+            self.leave_out()
+        rate = float(self.schedule.get_last_lr()[0])
+        self.optimizer.step()
+        self.schedule.step()
+        self.model.zero_grad()
+        self.step += 1
+        if self.model.device.type == "cpu":  # activations of varying length leave holes in the heap
+            give_back_memory()
+        return rate
+
+    def validate(self, row: dict[str, Any]) -> bool:
+        """Add the held-out loss to a step's row; False if it was not measured to its end."""
+        loss = held_out_loss(self.model, self.validation.samples, self.collate, self.loss, self.size, self.stop)
+        if loss is not None:
+            self.validation.judge(self.step, loss)
+            row["val_loss"] = loss if math.isfinite(loss) else None
+        return loss is not None
 
     def gradients(self) -> tuple[float, int, bool] | None:
         """The gradients of the next step, its loss, its tokens, and whether it is the last before a stop.
@@ -167,7 +198,10 @@ class AdapterTrainer:
             atomic.write_json(folder / checkpoints.STATE_NAME, state)
 
         if parallel.is_main():
-            marker = {"fingerprint": self.fingerprint, "guard": self.guard.state()}
+            marker: dict[str, Any] = {"fingerprint": self.fingerprint, "guard": self.guard.state()}
+            if self.validation.samples:
+                marker.update(validation=self.validation.state(), best_step=self.validation.kept_step,
+                              unlogged=self.unlogged)  # fmt: skip
             checkpoints.write_checkpoint(self.folder, self.step, marker, write, keep=self.config.keep_checkpoints)
 
     def resume(self, checkpoint: Path) -> None:
@@ -179,7 +213,22 @@ class AdapterTrainer:
         marker = atomic.read_json(checkpoint / checkpoints.MARKER_NAME) or {}
         if "guard" in marker:  # checkpoints of earlier versions have none
             self.guard.restore(marker["guard"])
+        if "validation" in marker:
+            self.validation.restore(marker["validation"])
+            self.unlogged = marker["unlogged"]
         self.step = checkpoints.step_of(checkpoint)
+
+    def take_best(self) -> None:
+        """Put the adapters of the best held-out loss on the model.
+
+        Raises:
+            UsageError: no such loss was finite.
+        """
+        best = self.validation.best_step
+        if best is None:
+            raise UsageError("no held-out loss was finite, so no step is the best.", "Lower learning_rate.")
+        if best != self.step:
+            load_tensors(self.model, self.folder / f"checkpoint-{best}" / WEIGHTS_NAME)
 
 
 def num_steps(config: TuneConfig, num_samples: int) -> int:
@@ -190,7 +239,7 @@ def num_steps(config: TuneConfig, num_samples: int) -> int:
 def parameter_groups(model: nn.Module, config: TuneConfig) -> list[dict[str, Any]]:
     """What the optimiser trains: every lora_A, every lora_B, and the shifts of norms, not decayed, each at its rate."""
     layers = adapter_layers(model).values()
-    rate, decay = config.learning_rate, config.weight_decay
+    rate, decay = config.peak_learning_rate, config.weight_decay
     groups = [
         {"params": [layer.lora_A for layer in layers], "lr": rate, "weight_decay": decay},
         {"params": [layer.lora_B for layer in layers], "lr": config.loraplus_lr_ratio * rate, "weight_decay": decay},

@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks" / "gpu"))
 
 CHECK = """
 import torch
-from lors_cli.tuning.kernels.compressed import compress
+from lors_cli.models.packed.format import pack
+from lors_cli.sparsity import TWO_OF_FOUR
 from lors_cli.tuning.kernels.triton_merge import masked_merge_kernel
 from lors_cli.tuning.kernels.masked_merge import masked_merge
 
@@ -45,7 +46,7 @@ for rows, columns, rank in ((64, 128, 16), (70, 200, 5), (33, 130, 80), (3, 17, 
             pairs = weight.view(rows, -1, 2)
             pairs[..., 1] = torch.where(pairs[..., 0] != 0, 0, pairs[..., 1])  # at most one of two is also 2:4
             plain = masked_merge_kernel(weight, A, B, 0.25, torch.full_like(weight, float("nan")))
-            packed = masked_merge_kernel(compress(weight), A, B, 0.25, torch.full_like(weight, float("nan")))
+            packed = masked_merge_kernel(pack(weight, TWO_OF_FOUR), A, B, 0.25, torch.full_like(weight, float("nan")))
             torch.testing.assert_close(packed, plain, rtol=0, atol=0)
         assert (merged != tiles).double().mean() < 0.01 or dtype != torch.float16
 # rounded stochastically: of sums without any rounding of their own the very bits of the tiles
@@ -65,7 +66,8 @@ print("equal")
 """
 EXACT = """
 import torch
-from lors_cli.tuning.kernels.compressed import compress
+from lors_cli.models.packed.format import pack
+from lors_cli.sparsity import TWO_OF_FOUR
 from lors_cli.tuning.kernels.triton_merge import masked_merge_kernel
 from lors_cli.tuning.kernels.masked_merge import masked_merge_formula
 
@@ -84,7 +86,7 @@ for rows, columns, rank in ((64, 64, 16), (70, 4, 5), (130, 68, 80), (200, 224, 
             A, B = whole(1, rank, columns) / 8, whole(fine, rows, rank) / fine
             B[whole(8, rows, rank) < 8] = 0
             expected = masked_merge_formula(weight, A, B, 0.5, dtype, rounding) + 0.0
-            for base in (weight, compress(weight)):
+            for base in (weight, pack(weight, TWO_OF_FOUR)):
                 found = masked_merge_kernel(base, A, B, 0.5, torch.full_like(weight, float("nan")), rounding=rounding)
                 same = (found + 0.0).view(torch.uint8) == expected.view(torch.uint8)
                 assert bool(same.all()), (rows, columns, rank, dtype, rounding, type(base), int((~same).sum()))
@@ -123,7 +125,7 @@ def test_it_compiles_without_spills_and_with_wide_accesses(ahead: Any, capabilit
         limit = 128 if case.dtype == torch.float32 else 128 if case.rank > 16 else 84
         assert found["registers"] <= limit, case  # 84: three blocks of 256 threads, 128: two
         widths = set(found["accesses"])
-        assert widths <= ({"LDG.E.128", "STG.E.128", "LDG.E"} if case.compressed else {"LDG.E.128", "STG.E.128"}), case
+        assert widths <= ({"LDG.E.128", "STG.E.128", "LDG.E"} if case.packed else {"LDG.E.128", "STG.E.128"}), case
         assert found["accesses"].get("LDG.E", 0) <= 2, case  # words of positions
 
 

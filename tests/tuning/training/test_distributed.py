@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
-from two_processes import scores, tune_and_stop, tune_config
+from two_processes import scores, tune_and_stop, tune_config, worse_after
 
 from lors_cli.cli.launch import launch
 from lors_cli.data.samples import IGNORED
@@ -27,6 +27,7 @@ from lors_cli.tuning.training.sampling import BLANK, micro_batches, sample_at, s
 
 STEPS = 22
 STOP = 7
+BEST = 9
 
 
 def settings(rows: Path, **changes: Any) -> dict[str, Any]:
@@ -54,15 +55,17 @@ def both(
         file.writelines(json.dumps({"text": f"fox {number * 7 % 31} jumps. " * 9}) + "\n" for number in range(60))
     text = {"dataset": str(texts), "max_length": 64, "shuffle_buffer": 8}
     jobs = {
-        "model": str(folder / "model"), "half_model": str(folder / "half_model"), "step": STOP,
+        "model": str(folder / "model"), "half_model": str(folder / "half_model"), "step": STOP, "best": BEST,
         "tune": {
             "rows": settings(rows, train_norms=True, loraplus_lr_ratio=2.0),
             "tokens": settings(rows, max_steps=None, max_tokens=64 * 22 + 20, batch_size=6, per_device_batch_size=1,
                                data=text),
             "continued": settings(rows),
         },
+        "validated": settings(rows, val_size=5, eval_steps=3, early_stopping_patience=2),
         "stop": settings(rows),
-        "fsdp": settings(rows, parallelism="fsdp", gradient_checkpointing=True, train_norms=True, max_steps=6),
+        "fsdp": settings(rows, parallelism="fsdp", gradient_checkpointing=True, train_norms=True, max_steps=6,
+                         val_size=5, load_best_model_at_end=True),
         "plain": settings(rows, method="sqft", max_steps=7),
     }  # fmt: skip
     one, two = folder / "one", folder / "two"
@@ -72,6 +75,8 @@ def both(
         for name, job in jobs["tune"].items():
             tune(tune_config(job), model, one / name)
         tune(tune_config(jobs["fsdp"]), half, one / "fsdp")
+        with worse_after(BEST):
+            tune(tune_config(jobs["validated"]), model, one / "validated")
         with mock.patch.object(preparation, "why_not_chunked", return_value="of the test"):
             tune(tune_config(jobs["plain"]), model, one / "plain")
         two.mkdir()
@@ -102,7 +107,7 @@ def assert_alike(one: Path, two: Path, tolerance: float) -> None:
             torch.testing.assert_close(found[key].float(), tensor.float(), atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("job", ["rows", "tokens", "continued", "plain"])
+@pytest.mark.parametrize("job", ["rows", "tokens", "continued", "validated", "plain"])
 def test_two_processes_tune_like_one(both: tuple[dict[str, Any], Path, Path], job: str) -> None:
     _, one, two = both
     assert_alike(one / job, two / job, 1e-4)
@@ -111,6 +116,23 @@ def test_two_processes_tune_like_one(both: tuple[dict[str, Any], Path, Path], jo
     assert records[0]["metrics"]["base_mask"] == records[1]["metrics"]["base_mask"]
     names = [sorted(path.relative_to(folder / job) for path in (folder / job).rglob("*.*")) for folder in (one, two)]
     assert names[0] == names[1]
+
+
+@pytest.mark.parametrize(("job", "tolerance"), [("validated", 1e-4), ("fsdp", 2e-2)])
+def test_two_processes_find_the_held_out_loss_of_one(
+    both: tuple[dict[str, Any], Path, Path], job: str, tolerance: float
+) -> None:
+    _, one, two = both
+    found = [
+        [(row["step"], row["val_loss"]) for row in log(folder / job) if "val_loss" in row] for folder in (one, two)
+    ]
+    assert [step for step, _ in found[0]] == [step for step, _ in found[1]]
+    assert [loss for _, loss in found[1]] == pytest.approx([loss for _, loss in found[0]], abs=tolerance)
+    first, second = (json.loads((folder / job / "stage.json").read_text())["metrics"] for folder in (one, two))
+    if job == "validated":
+        assert (first["steps"], first["model_step"]) == (second["steps"], second["model_step"]) == (BEST + 6, BEST)
+    else:
+        assert first["model_step"] == second["model_step"] == min(found[0], key=lambda pair: pair[1])[0]
 
 
 def test_sharded_weights_train_like_whole_ones(both: tuple[dict[str, Any], Path, Path]) -> None:
@@ -206,7 +228,7 @@ def test_fsdp_in_one_process_says_so() -> None:
     assert describe(TuneConfig()) == ""
 
 
-@pytest.mark.parametrize("other", [{"init": "gradient-exact"}, {"base": "compressed"}, {"merged_cache": "on"}])
+@pytest.mark.parametrize("other", [{"init": "gradient-exact"}, {"base": "packed"}, {"merged_cache": "on"}])
 def test_fsdp_refuses_what_needs_whole_weights(other: dict[str, str]) -> None:
     with pytest.raises(ValueError, match=f"parallelism: fsdp shards the weights, and {next(iter(other))}"):
         TuneConfig(parallelism="fsdp", **other)  # type: ignore[arg-type]

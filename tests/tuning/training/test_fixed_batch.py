@@ -105,4 +105,4 @@ def test_a_run_that_moved_nothing_says_so(
     shown = f"loss {metrics['loss_before']:.4f} → {metrics['loss_before']:.4f} on 16 samples"
     assert shown in said
     assert json.loads((tmp_path / "tune" / "stage.json").read_text())["metrics"]["moved"] == 0.0
-    assert "| result: loss_before |" in (tmp_path / "tune" / "README.md").read_text()
+    assert "| loss_before |" in (tmp_path / "tune" / "README.md").read_text()

@@ -22,6 +22,7 @@ from lors_cli.tuning import attach
 from lors_cli.tuning.stage import tune
 from lors_cli.tuning.training import preparation
 from lors_cli.tuning.training.trainer import AdapterTrainer
+from lors_cli.tuning.training.validation import Validation
 
 
 def tune_config(settings: dict[str, Any]) -> TuneConfig:
@@ -40,6 +41,18 @@ def stopped_after(step: int) -> Iterator[None]:
         return original(self, *args)
 
     with mock.patch.object(AdapterTrainer, "micro_batch", interrupted):
+        yield
+
+
+@contextmanager
+def worse_after(step: int) -> Iterator[None]:
+    """The best held-out loss is that of this step at the latest."""
+    original = Validation.judge
+
+    def judge(self: Validation, at: int, loss: float) -> None:
+        original(self, at, loss + 10 * (at > step))
+
+    with mock.patch.object(Validation, "judge", judge):
         yield
 
 
@@ -107,6 +120,8 @@ def main(jobs: dict[str, Any], folder: Path) -> None:
     with processes.joined():
         for name, settings in jobs["tune"].items():
             tune(tune_config(settings), ModelConfig(path=jobs["model"]), folder / name)
+        with worse_after(jobs["best"]):
+            tune(tune_config(jobs["validated"]), ModelConfig(path=jobs["model"]), folder / "validated")
         tune_and_stop(jobs["stop"], jobs["model"], folder / "stop", jobs["step"])
         found["shares"] = shard_shares(jobs["fsdp"], jobs["half_model"], folder / "fsdp")
         with mock.patch.object(preparation, "why_not_chunked", return_value="of the test"):

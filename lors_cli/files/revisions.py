@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lors_cli.errors import MissingError, UsageError, is_connection_failure, is_passing, offline_hint, translate
 from lors_cli.files import atomic
@@ -20,40 +20,45 @@ _WAITS_S = (1.0, 2.0, 4.0, 8.0)
 """Between questions to a hub that cannot answer."""
 
 
+Kind = Literal["model", "dataset"]
+
+
 @dataclass(frozen=True)
 class Listing:
-    """What the hub says of a model at a revision: its commit, and the bytes of each of its files."""
+    """What the hub says of a repository at a revision: its commit, and of a model the bytes of each of its files and
+    its card's fields."""
 
     commit: str
     files: dict[str, int]
+    card: dict[str, Any] = field(default_factory=dict)
 
 
-def pinned_revision(repo: str, revision: str) -> str:
+def pinned_revision(repo: str, revision: str, kind: Kind = "model") -> str:
     """The commit of a revision, or the revision itself where neither the hub nor its cache here knows it.
 
-    Such a model cannot be loaded either (`known_commit`), so that no result is ever recorded without a commit.
+    Such a one cannot be loaded either (`known_commit`), so that no result is ever recorded without a commit.
 
     Raises:
         UsageError: no revision could be called so.
-        MissingError: the hub has no such model or revision, does not give it, or cannot answer.
+        MissingError: the hub has no such repository or revision, does not give it, or cannot answer.
     """
-    return commit_of(repo, revision) or revision
+    return commit_of(repo, revision, kind) or revision
 
 
-def known_commit(repo: str, revision: str) -> str:
+def known_commit(repo: str, revision: str, kind: Kind = "model") -> str:
     """The commit of a revision.
 
     Raises:
         UsageError, MissingError: as `pinned_revision`, and where it is not known.
     """
-    commit = commit_of(repo, revision)
+    commit = commit_of(repo, revision, kind)
     if commit is None:
         raise MissingError(f"{repo} is not in the hub's cache here, and the hub cannot be reached.", offline_hint())
     return commit
 
 
 @cache
-def commit_of(repo: str, revision: str) -> str | None:
+def commit_of(repo: str, revision: str, kind: Kind = "model") -> str | None:
     """The commit of a revision: what the hub says, else, if no connection can be made, what it said the last time.
 
     Asked once a process, so that all parts of a run read the same commit, whatever is pushed meanwhile; and written
@@ -69,10 +74,11 @@ def commit_of(repo: str, revision: str) -> str | None:
         raise UsageError(f"revision: {revision!r} is no name of a branch, tag or commit.")
     if _COMMIT.fullmatch(revision):
         return revision
-    reference = cache_folder("model", repo) / "refs" / revision
-    listing = listing_of(repo, revision)
+    folder = cache_folder(kind, repo)
+    reference = folder / "refs" / revision
+    listing = listing_of(repo, revision, kind)
     if listing is None:
-        found = cached_reference(cache_folder("model", repo), revision)
+        found = cached_reference(folder, revision)
         return found if found is not None and _COMMIT.fullmatch(found) else None
     try:
         atomic.write_text(reference, listing.commit)
@@ -82,19 +88,19 @@ def commit_of(repo: str, revision: str) -> str | None:
 
 
 @cache
-def listing_of(repo: str, revision: str) -> Listing | None:
-    """What the hub says of a revision of a model, None where no connection can be made; asked once a process.
+def listing_of(repo: str, revision: str, kind: Kind = "model") -> Listing | None:
+    """What the hub says of a revision, None where no connection can be made; asked once a process.
 
     Raises:
-        MissingError: the hub has no such model or revision, does not give it, or cannot answer even after a while.
+        MissingError: the hub has no such repository or revision, does not give it, or cannot answer even after a while.
     """
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         return None
     for wait_s in (*_WAITS_S, None):
         try:
-            info = HfApi().model_info(repo, revision=revision, timeout=_TIMEOUT_S, files_metadata=True)
+            info = _info(repo, revision, kind)
         except Exception as error:
             if is_connection_failure(error):
                 console.detail(f"  the hub cannot be reached: {error}")
@@ -106,11 +112,21 @@ def listing_of(repo: str, revision: str) -> Listing | None:
             time.sleep(wait_s)
         else:
             assert info.sha is not None, repo
-            return Listing(info.sha, {file.rfilename: file.size or 0 for file in info.siblings or []})
+            files = {file.rfilename: file.size or 0 for file in info.siblings or []}
+            return Listing(info.sha, files, info.card_data.to_dict() if info.card_data else {})
     raise AssertionError("the last question is answered or raises")
 
 
-def cache_folder(kind: Literal["model", "dataset"], repo: str) -> Path:
+def _info(repo: str, revision: str, kind: Kind) -> Any:
+    """What the hub tells of a repository; of a dataset, which may have 60,000 files, the commit alone."""
+    from huggingface_hub import HfApi
+
+    if kind == "dataset":
+        return HfApi().dataset_info(repo, revision=revision, timeout=_TIMEOUT_S, expand=["sha"])
+    return HfApi().model_info(repo, revision=revision, timeout=_TIMEOUT_S, files_metadata=True)
+
+
+def cache_folder(kind: Kind, repo: str) -> Path:
     """Where this machine's hub cache has a repository; it may be missing."""
     from huggingface_hub.constants import HF_HUB_CACHE
 

@@ -6,16 +6,15 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import ModelInfo, constants
 from typer.testing import Result
 
 from lors_cli.errors import UsageError
+from lors_cli.files.revisions import commit_of, listing_of, pinned_revision
 from lors_cli.models.loading import load_config, load_model, load_tokenizer
-from lors_cli.models.revisions import commit_of, listing_of, pinned_revision
 from lors_cli.models.sources import model_fingerprint
 from lors_cli.recipe.schema import ModelConfig
 
@@ -76,7 +75,7 @@ def test_the_hub_is_asked_once_and_the_cache_where_it_does_not_answer(
         asked.append((repo, revision))
         if revision == "v1":
             raise ConnectionError("no network")
-        return SimpleNamespace(sha=OLD, siblings=[])
+        return ModelInfo(id=repo, sha=OLD, siblings=[])
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", answer)

@@ -1,0 +1,152 @@
+"""Linears with packed weights against torch's dense ones and against a dense kernel in C that is tuned alike.
+
+python benchmarks/decode.py --out results.json [--shapes 2048x5632 …] [--batches 1 4 …] [--threads 1 2]
+
+Each round runs every arm in turn, in rotating order, on the same inputs; a ratio is taken within a round, and given as
+the median over rounds with its range. As in decoding, each call finds its weight in memory and not in the cache: the
+arms go round as many copies as fill `--megabytes` (0: one copy, which a large cache may hold). With one thread the
+thread's processor time is taken, which other work on the machine disturbs less than time on the clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import cell, screen_of, software
+from rich.table import Table
+from torch.nn import functional as F
+
+from lors_cli.bench.measure import rotated, spread
+from lors_cli.files.atomic import write_json
+from lors_cli.machine.environment import hardware
+from lors_cli.models.packed.kernels import ops
+from lors_cli.models.packed.kernels.build import NATIVE, library
+
+SHAPES = ("576x1536", "1536x576", "2048x2048", "2048x5632", "4096x4096", "4096x14336")
+BATCHES = (1, 2, 4, 8, 16, 32, 128, 512)
+ROUND_S = 0.004
+"""A turn repeats its call for about so long."""
+LEAST_ROUNDS = 5
+
+Arm = Callable[[int], Any]
+
+
+def pack(weight: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Values, mask and offsets of a weight (R, C), C a multiple of 32."""
+    bits = (kept.view(len(weight), -1, 32).long() << torch.arange(32)).sum(-1)
+    mask = torch.where(bits < 1 << 31, bits, bits - (1 << 32)).int()
+    offsets = torch.nn.functional.pad(kept.sum(1).cumsum(0), (1, -1))
+    return torch.cat([weight[kept], weight.new_zeros(32)]), mask, offsets
+
+
+def choose(rows: int, columns: int, pattern: str) -> torch.Tensor:
+    """Where weights are kept: two of four neighbours, or half of all."""
+    if pattern == "2:4":
+        return torch.rand(rows, columns // 4, 4).argsort(-1).lt(2).view(rows, columns)
+    return torch.rand(rows, columns) < 0.5
+
+
+def arms_of(rows: int, columns: int, batch: int, dtype: torch.dtype, pattern: str, megabytes: int) -> dict[str, Arm]:
+    """The arms by name; each is called with a number that says which copy of the weight it is to use."""
+    kept = choose(rows, columns, pattern)
+    weight = torch.randn(rows, columns).mul(kept).to(dtype)
+    copies = max(1, math.ceil(megabytes * 2**20 / (weight.numel() * weight.element_size())))
+    values, mask, offsets = pack(weight, kept)
+    dense = [weight.clone() for _ in range(copies)]
+    packed = [(values.clone(), mask.clone(), offsets) for _ in range(copies)]
+    x, out = torch.randn(batch, columns).to(dtype), torch.empty(batch, rows, dtype=dtype)
+    in_c = getattr(library(NATIVE, "DENSE"), f"{ops.PREFIXES[dtype]}_dense_linear")
+    in_c.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 3
+
+    def run_c(index: int) -> torch.Tensor:
+        apart = dense[(index + copies // 2) % copies]  # not what torch has just brought into the cache
+        in_c(apart.data_ptr(), x.data_ptr(), out.data_ptr(), rows, columns, batch)
+        return out
+
+    arms: dict[str, Arm] = {
+        "torch": lambda index: F.linear(x, dense[index % copies]),
+        "dense C": run_c,
+        "packed": lambda index: ops.linear(x, *packed[index % copies]),
+    }
+    expected = x.float() @ weight.float().T
+    for name, run in arms.items():
+        error = float((run(0).float() - expected).abs().max() / expected.abs().max())
+        assert error < 0.02, f"{name}: wrong by {error}"
+    return arms
+
+
+def measure(arms: dict[str, Arm], clock: Callable[[], float], seconds: float) -> dict[str, Any]:
+    """Microseconds a call by arm, and the ratios within a round."""
+    names, started = list(arms), time.perf_counter()
+    begun = clock()
+    arms["torch"](0)
+    repeats = max(1, round(ROUND_S / max(clock() - begun, 1e-6)))
+    rounds: list[dict[str, float]] = []
+    while len(rounds) < LEAST_ROUNDS or time.perf_counter() - started < seconds:
+        found = {}
+        for name in rotated(names, len(rounds)):
+            run, first = arms[name], len(rounds) * repeats
+            begun = clock()
+            for index in range(first, first + repeats):
+                run(index)
+            found[name] = (clock() - begun) / repeats * 1e6
+        rounds.append(found)
+    return {
+        "rounds": len(rounds),
+        "microseconds": {name: spread([found[name] for found in rounds]) for name in names},
+        "torch ÷ packed": spread([found["torch"] / found["packed"] for found in rounds]),
+        "dense C ÷ packed": spread([found["dense C"] / found["packed"] for found in rounds]),
+        "torch ÷ dense C": spread([found["torch"] / found["dense C"] for found in rounds]),
+    }
+
+
+def main() -> None:
+    """Measure, print a table and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="outputs x inputs of a linear")
+    parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
+    parser.add_argument("--threads", nargs="+", type=int, default=(1, 2))
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--pattern", choices=("2:4", "unstructured"), default="2:4")
+    parser.add_argument("--seconds", type=float, default=5.0, help="for a shape, batch and number of threads")
+    parser.add_argument("--megabytes", type=int, default=192, help="of dense weights that the calls go round")
+    given = parser.parse_args()
+    dtype, screen = getattr(torch, given.dtype), screen_of()
+    if reason := ops.available(dtype):
+        raise SystemExit(f"No kernel: {reason}")
+    torch.manual_seed(0)
+    table = Table("linear", "batch", "threads", "torch, µs", "packed, µs", "torch ÷ packed", "dense C ÷ packed")
+    results: list[dict[str, Any]] = []
+    for shape in given.shapes:
+        rows, columns = map(int, shape.split("x"))
+        for batch in given.batches:
+            arms = arms_of(rows, columns, batch, dtype, given.pattern, given.megabytes)
+            for threads in given.threads:
+                torch.set_num_threads(threads)
+                result = measure(arms, time.thread_time if threads == 1 else time.perf_counter, given.seconds)
+                results.append(
+                    {"shape": shape, "batch": batch, "threads": threads, **result, "load": os.getloadavg()[0]}
+                )
+                times = result["microseconds"]
+                table.add_row(shape, str(batch), str(threads), cell(times["torch"]), cell(times["packed"]),
+                              cell(result["torch ÷ packed"], 2), cell(result["dense C ÷ packed"], 2))  # fmt: skip
+                screen.print(f"{shape} batch {batch} threads {threads}: {json.dumps(result['torch ÷ packed'])}")
+    screen.print(table)
+    write_json(given.out, {
+        "what": {key: value for key, value in vars(given).items() if key != "out"}, "software": software(),
+        "hardware": hardware(), "kernel": ops.instructions(), "results": results,
+    })  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

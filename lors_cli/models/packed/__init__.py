@@ -1,0 +1,1 @@
+"""Sparse weights as a bitmask and their kept values: smaller files, faster decoding."""

@@ -1,0 +1,210 @@
+"""The tensors of a checkpoint before and after packing, one at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lors_cli.errors import UsageError
+from lors_cli.files import atomic, records
+from lors_cli.models.blocks import prunable_weights
+from lors_cli.models.hub import here
+from lors_cli.models.loading import MAX_SHARD_SIZE, load_config
+from lors_cli.models.packed.format import PADDING, Packed, check, mask_words, pack, row_starts
+from lors_cli.models.packed.kernels.choice import unpack
+from lors_cli.models.packed.linear import PackedLinear, pack_skeleton
+from lors_cli.models.packed.plan import PackPlan, check_kept
+from lors_cli.models.packed.quantizer import PackedConfig
+from lors_cli.models.quantised import PACKED, Quantised
+from lors_cli.models.sources import checkpoint_files
+from lors_cli.models.stored import conversions_of, find_sources, match, open_tensors, weight_files
+from lors_cli.models.streaming import network_without_weights
+from lors_cli.models.tensor_files import Entry, Loader, entry_of, write_checkpoint
+from lors_cli.output import progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lors_cli.recipe.schema import ModelConfig
+
+Tensors = list[tuple[Entry, Loader]]
+
+
+class Checkpoint:
+    """A checkpoint's safetensors, and the linears among them that may be, or are, packed.
+
+    `keys` are the files' names of their weights, `shapes` are (out_features, in_features).
+    """
+
+    def __init__(self, model: ModelConfig, *, packed: bool = False) -> None:
+        self.path, self.shard_size = model.path, MAX_SHARD_SIZE
+        where = here(model, weights=True)
+        if where.gguf_file is not None or where.folder is None:
+            raise UsageError(f"{model.path} is a .gguf, which holds a dense model.", "Prune it first: lors prune")
+        self.folder = where.folder
+        self.dtype = None if model.dtype == "auto" else getattr(torch, model.dtype)
+        settings = load_config(model)
+        quantised = Quantised.of(settings)
+        _check_packed(model.path, quantised, wanted=packed)
+        self.tensors = open_tensors(weight_files(model), model.path)
+        network = network_without_weights(settings, torch.float32, model)
+        self.config = None if quantised is None else PackedConfig.from_dict(quantised.settings)
+        if self.config is None:
+            find_sources(network, self.tensors, conversions_of(network), model.path)  # refuses what is no plain weights
+            linears: dict[str, Any] = {name: weight.module for name, weight in prunable_weights(network).items()}
+        else:
+            pack_skeleton(network, self.config.modules, self.config.structured)
+            linears = {name: network.get_submodule(name) for name in self.config.modules}
+        self.keys = _own_keys(network, linears, self.tensors)
+        self.shapes = {name: (linears[name].out_features, linears[name].in_features) for name in self.keys}
+
+    def read(self, key: str) -> torch.Tensor:
+        """A tensor of the files, in the number format that was asked for."""
+        tensor: torch.Tensor = self.tensors[key][:]
+        return tensor.to(self.dtype) if self.dtype is not None and tensor.is_floating_point() else tensor
+
+    def entries(self) -> list[tuple[Entry, Loader]]:
+        """Every tensor of the files: its entry, and how to read it."""
+        return [(self.entry(key), partial(self.read, key)) for key in self.tensors]
+
+    def entry(self, key: str) -> Entry:
+        """What a tensor takes."""
+        entry = entry_of(key, self.tensors[key])
+        if self.dtype is None or not entry.dtype.is_floating_point:
+            return entry
+        return Entry(key, entry.shape, self.dtype)
+
+    def copy_settings(self, folder: Path, quantization: dict[str, Any] | None) -> None:
+        """All of the checkpoint but its weights, config.json with this `quantization_config`."""
+        for name in checkpoint_files(self.folder):
+            if not name.endswith((".safetensors", ".index.json")):
+                shutil.copyfile(self.folder / name, folder / name)
+        settings: Any = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        for key in ("quantization_config", "compression_config", "auto_map"):
+            settings.pop(key, None)
+        if self.dtype is not None:
+            settings.pop("torch_dtype", None)
+            settings["dtype"] = str(self.dtype).removeprefix("torch.")
+        if quantization is not None:
+            settings["quantization_config"] = quantization
+        atomic.write_json(folder / "config.json", settings)
+
+
+def _check_packed(path: str, quantised: Quantised | None, *, wanted: bool) -> None:
+    """Refuse a checkpoint that is packed already, or not, or stored in yet another way."""
+    is_packed = quantised is not None and quantised.method == PACKED
+    if wanted and not is_packed:
+        raise UsageError(f"{path} is not packed: there is nothing to undo.")
+    if is_packed and not wanted:
+        raise UsageError(f"{path} is packed already.", "lors pack --unpack undoes it.")
+    if quantised is not None and not is_packed:
+        raise UsageError(f"{path} is quantised ({quantised.method}); only plain weights are packed.",
+                         "lors prune makes a sparse model of it.")  # fmt: skip
+
+
+def _own_keys(network: PreTrainedModel, linears: dict[str, Any], tensors: dict[str, Any]) -> dict[str, str]:
+    """The files' names of the weights of linears, plain or packed, that lie there each by itself."""
+    found = match(tensors, network.state_dict(), conversions_of(network), network.base_model_prefix)
+    keys = {}
+    for name, module in linears.items():
+        sources = found.get(f"{name}.weight", [])
+        if isinstance(module, (nn.Linear, PackedLinear)) and len(sources) == 1 and sources[0][0].endswith(".weight"):
+            key, is_converted = sources[0]
+            if not is_converted:
+                keys[name] = key
+    return keys
+
+
+def mask_key(key: str) -> str:
+    """What the mask of the values `key` is called."""
+    return f"{key}_mask"
+
+
+def packed_tensors(source: Checkpoint, plan: PackPlan) -> Iterator[tuple[Entry, Loader]]:
+    """Every tensor of the packed checkpoint: its entry, and how to make it."""
+    last: dict[str, Packed] = {}
+
+    def packed(name: str) -> Packed:
+        if name not in last:
+            last.clear()
+            weight = source.read(source.keys[name])
+            check_kept(name, weight, plan)
+            last[name] = pack(weight, plan.held)
+        return last[name]
+
+    modules = {source.keys[name]: name for name in plan.modules}
+    for key in source.tensors:
+        if key not in modules:
+            yield source.entry(key), partial(source.read, key)
+            continue
+        name = modules[key]
+        (rows, columns), dtype = plan.shapes[name], source.entry(key).dtype
+        yield Entry(key, (plan.modules[name] + PADDING,), dtype), partial(lambda name: packed(name).values, name)
+        yield (
+            Entry(mask_key(key), (rows, mask_words(columns)), torch.int32),
+            partial(lambda name: packed(name).mask, name),
+        )
+
+
+def unpacked_tensors(source: Checkpoint) -> Iterator[tuple[Entry, Loader]]:
+    """Every tensor of the unpacked checkpoint."""
+
+    assert source.config is not None
+    kept, held = source.config.modules, source.config.structured
+    lacking = [name for name in kept if name not in source.keys or mask_key(source.keys[name]) not in source.tensors]
+    if lacking:
+        raise UsageError(f"{source.path}: the values or the mask of {lacking[0]} are missing from its files.")
+
+    def weight(name: str) -> torch.Tensor:
+        values, mask = source.read(source.keys[name]), source.read(mask_key(source.keys[name]))
+        check(name, values, mask, source.shapes[name], held, kept[name])
+        return unpack(Packed(values, mask, row_starts(mask), source.shapes[name][1]))
+
+    modules = {key: name for name, key in source.keys.items()}
+    masks = {mask_key(key) for key in modules}
+    for key in source.tensors:
+        if key in modules:
+            yield Entry(key, source.shapes[modules[key]], source.entry(key).dtype), partial(weight, modules[key])
+        elif key not in masks:
+            yield source.entry(key), partial(source.read, key)
+
+
+def step_by_step(tensors: list[tuple[Entry, Loader]], task: progress.Task) -> Iterator[tuple[Entry, Loader]]:
+    def load(read: Callable[[], torch.Tensor]) -> torch.Tensor:
+        tensor = read()
+        task.advance()
+        return tensor
+
+    return ((entry, partial(load, read)) for entry, read in tensors)
+
+
+def unpack_model(model: ModelConfig, out: Path) -> dict[str, Any]:
+    """Write a packed checkpoint as an ordinary one, bit for bit what was packed.
+
+    Returns:
+        Number of weights unpacked, bytes before and after.
+
+    Raises:
+        UsageError: the model is not packed, or its files are broken.
+    """
+    source = Checkpoint(model, packed=True)
+    tensors = list(unpacked_tensors(source))
+    staging = records.staging_dir(out)
+    try:
+        source.copy_settings(staging, None)
+        with progress.progress("unpack", len(tensors), "tensors") as task:
+            write_checkpoint(staging, step_by_step(tensors, task), max_shard_size=source.shard_size)
+        for file in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
+            os.replace(file, out / file.name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    sizes = [sum(entry.num_bytes for entry, _ in found) for found in (source.entries(), tensors)]
+    return {"weights": len(source.keys), "bytes_before": sizes[0], "bytes": sizes[1]}

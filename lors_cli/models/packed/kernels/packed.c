@@ -1,0 +1,102 @@
+/* Products with packed weights: of every row the values that are kept, and a bit for each column that says where.
+ *
+ * Built by the system's compiler for the processor at hand, whose instructions choose one of the four headers; each
+ * knows, for float32 (f32) and bfloat16 (bf16), a word of 32 columns: how to expand, load and store it, and its
+ * product with 32 inputs; and how to add up the sums of four rows. Sums are kept in float32. `values` can be read 64 bytes past its end.
+ */
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 8")
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
+
+static inline float f32_to_float(float value) { return value; }
+static inline float f32_from_float(float value) { return value; }
+static inline float bf16_to_float(uint16_t value) {
+    uint32_t bits = (uint32_t)value << 16;
+    float result;
+    memcpy(&result, &bits, sizeof result);
+    return result;
+}
+static inline uint16_t bf16_from_float(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    if (value != value) return 0x7FC0;
+    return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16); /* to the nearest, ties to even */
+}
+
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
+#include "avx512.h"
+#elif defined(__AVX2__) && defined(__FMA__)
+#include "avx2.h"
+#elif defined(__aarch64__)
+#include "neon.h"
+#else
+#include "scalar.h"
+#endif
+
+#define MAX_WIDTH 8  /* inputs at a time with which each row is expanded in registers */
+#define MAX_HEIGHT 4 /* rows at a time, whose sums are added up together */
+#define HEIGHT(width) (MAX_SUMS / (width) < 1 ? 1 : MIN(MAX_SUMS / (width), MAX_HEIGHT))
+#define TILE_WIDTH 6 /* inputs at a time of a larger batch, */
+#define GROUP HEIGHT(TILE_WIDTH)
+#define PANEL 64 /* and rows that are restored for it, in such groups */
+#define FETCH_AHEAD 8192 /* bytes, at least, of values that are kept: memory answers that late */
+
+enum rows_are { PACKED, IN_PANEL, PLAIN };
+
+struct linear {
+    const void *values;
+    const uint32_t *mask;
+    const int64_t *offsets;
+    const void *bias, *x;
+    void *out;
+    int64_t rows, columns, batch, words, width;
+    const void *input;
+    int failed;
+};
+
+typedef void share_of_rows(int64_t row, int64_t end, void *context);
+typedef int parallel_for(int64_t begin, int64_t end, int64_t grain, share_of_rows *share, void *context);
+static parallel_for *torch_parallel_for;
+
+/* Torch's own threads; without them all is done by the one that calls. */
+void use_threads_of(parallel_for *found) { torch_parallel_for = found; }
+
+const char *instructions(void) { return ISA; }
+
+#define WORTH_A_THREAD (1 << 18) /* products, about ten microseconds */
+
+static void in_parallel(share_of_rows *share, int64_t rows, int64_t work_a_row, struct linear *l) {
+    int64_t grain = WORTH_A_THREAD / MAX(work_a_row, 1) + 1;
+    if (!torch_parallel_for || rows <= grain || torch_parallel_for(0, rows, grain, share, l)) share(0, rows, l);
+}
+
+/* 32 inputs of which `count` are there, as `dot` wants them: as they are, or of each 2 · PAIRS first the even ones. */
+static inline void f32_prepare(f32_input *to, const float *from, int count) {
+    memset(to + count, 0, (size_t)(32 - count) * sizeof *to);
+    memcpy(to, from, (size_t)count * sizeof *to);
+}
+static inline void bf16_prepare(bf16_input *to, const uint16_t *from, int count) {
+    memset(to, 0, 32 * sizeof *to);
+#if PAIRS
+    for (int i = 0; i < count; i++)
+        to[i / (2 * PAIRS) * (2 * PAIRS) + i % 2 * PAIRS + i % (2 * PAIRS) / 2] = bf16_to_float(from[i]);
+#else
+    memcpy(to, from, (size_t)count * sizeof *to);
+#endif
+}
+
+#define T(name) f32_##name
+#define VALUE float
+#include "linear.h"
+#undef T
+#undef VALUE
+
+#define T(name) bf16_##name
+#define VALUE uint16_t
+#include "linear.h"

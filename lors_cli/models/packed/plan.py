@@ -1,0 +1,104 @@
+"""Which weights of a checkpoint are packed, to what pattern, and how many values each keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lors_cli.errors import UsageError
+from lors_cli.models.inspection import CANDIDATES
+from lors_cli.models.packed.format import num_kept
+from lors_cli.output import progress
+from lors_cli.sparsity import Pattern, num_violations
+
+if TYPE_CHECKING:
+    import torch
+
+LEAST_ZEROS = 0.25
+"""Share of a weight that is zero, below which it stays dense: packed it would hardly be smaller."""
+SLACK = 1.05
+"""N:M is packed as such where it keeps at most so many times the non-zeros; with more explicit zeros, unstructured."""
+
+
+@dataclass(frozen=True)
+class PackPlan:
+    """What is packed: `modules` with the values that each keeps, and the linears that stay dense."""
+
+    pattern: str
+    modules: dict[str, int]
+    shapes: dict[str, tuple[int, int]]
+    nonzeros: dict[str, int]
+    dense: list[str]
+
+    @property
+    def held(self) -> Pattern | None:
+        """The pattern N:M, None for unstructured."""
+        return None if self.pattern == "unstructured" else Pattern.parse(self.pattern)
+
+
+def plan_packing(path: str, names: Iterable[str], read: Callable[[str], torch.Tensor], usual: Any = None) -> PackPlan:
+    """Look at every weight once.
+
+    Args:
+        path: names the model in messages.
+        names: of the linears.
+        read: a linear's weight by name, (R, C).
+        usual: a pattern that the model is said to have, tried first.
+
+    Raises:
+        UsageError: none has enough zeros.
+    """
+    import torch
+
+    names = list(names)
+    candidates = [Pattern(n, m, 1 - n / m) for n, m in CANDIDATES]
+    if usual not in (None, "dense", "unstructured") and Pattern.parse(usual) not in candidates:
+        candidates.insert(0, Pattern.parse(usual))
+    nonzeros: dict[str, int] = {}
+    shapes: dict[str, tuple[int, int]] = {}
+    dense: list[str] = []
+    with progress.progress("count zeros", len(names), "weights") as task:
+        for name in names:
+            weight = read(name)
+            count = int(torch.count_nonzero(weight))
+            if count > (1 - LEAST_ZEROS) * weight.numel():
+                dense.append(name)
+            else:
+                rows, columns = weight.shape
+                nonzeros[name], shapes[name] = count, (rows, columns)
+                candidates = _kept_to(weight, candidates)
+            task.advance()
+    if not nonzeros:
+        raise UsageError(
+            f"{path} is dense: no linear of its decoder blocks is zero at {LEAST_ZEROS:.0%} of its places.",
+            "Prune it first: lors prune",
+        )
+    for pattern in candidates:
+        kept = {name: rows * (columns // _m(pattern)) * (pattern.n or 0) for name, (rows, columns) in shapes.items()}
+        if sum(kept.values()) <= SLACK * sum(nonzeros.values()):
+            return PackPlan(str(pattern), kept, shapes, nonzeros, dense)
+    return PackPlan("unstructured", dict(nonzeros), shapes, nonzeros, dense)
+
+
+def _m(pattern: Pattern) -> int:
+    assert pattern.m is not None
+    return pattern.m
+
+
+def _kept_to(weight: torch.Tensor, candidates: list[Pattern]) -> list[Pattern]:
+    """Those of the patterns N:M that a weight keeps to; one that keeps to 2:4 keeps to 4:8."""
+    held: list[Pattern] = []
+    for pattern in candidates:
+        if weight.shape[1] % _m(pattern):
+            continue
+        implied = any(_m(pattern) % _m(other) == 0 and pattern.sparsity == other.sparsity for other in held)
+        if implied or not num_violations(weight, pattern):
+            held.append(pattern)
+    return held
+
+
+def check_kept(name: str, weight: torch.Tensor, plan: PackPlan) -> None:
+    """Hold a weight against what it was planned by: the file may have changed since."""
+    if num_kept(weight, plan.held) != plan.modules[name]:
+        raise UsageError(f"{name} has changed while the model was packed.", "Pack it again.")

@@ -1,0 +1,118 @@
+"""How transformers loads packed checkpoints: its registries know them once `lors_cli` is imported."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lors_cli.errors import UsageError
+from lors_cli.models.packed.format import VERSION
+from lors_cli.models.packed.kernels.choice import why_none
+from lors_cli.models.packed.linear import pack_skeleton, packed_linears, unpack_linears
+from lors_cli.models.quantised import PACKED
+from lors_cli.output import console
+from lors_cli.sparsity import Pattern
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@register_quantization_config(PACKED)
+class PackedConfig(QuantizationConfigMixin):
+    """`quantization_config` of a packed checkpoint.
+
+    Args:
+        pattern: N:M that every mask keeps to, or unstructured.
+        modules: full names of the packed linears and how many values each keeps.
+        dequantize: load plain linears, bit for bit those that were packed, as `model.dequantize()` makes them later.
+    """
+
+    def __init__(
+        self, version: int = VERSION, pattern: str = "unstructured", modules: dict[str, int] | None = None,
+        dequantize: bool = False, **_: Any,
+    ) -> None:  # fmt: skip
+        self.quant_method = PACKED  # type: ignore[assignment]  # transformers' enum has only its own
+        self.version, self.pattern, self.modules, self.dequantize = version, pattern, modules or {}, dequantize
+        self.post_init()
+
+    def post_init(self) -> None:
+        """Refuse what this version cannot read, or what no file of it says.
+
+        Raises:
+            UsageError: saying which.
+        """
+        if self.version != VERSION:
+            raise UsageError(f"a packed model of version {self.version}; this lors reads version {VERSION}.",
+                             "pip install --upgrade lors-cli")  # fmt: skip
+        named = isinstance(self.modules, dict) and all(
+            isinstance(name, str) and type(kept) is int and kept >= 0 for name, kept in self.modules.items()
+        )
+        if not named:
+            raise UsageError("quantization_config: modules is no list of names with their kept values.")
+        if not isinstance(self.pattern, str):
+            raise UsageError(f"quantization_config: {self.pattern!r} is no sparsity pattern.")
+
+    @property
+    def structured(self) -> Pattern | None:
+        """The pattern N:M; None for unstructured."""
+        return None if self.pattern == "unstructured" else Pattern.parse(self.pattern)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json says."""
+        return copy.deepcopy({key: value for key, value in vars(self).items() if key != "dequantize"})
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What config.json says: all of it."""
+        return self.to_dict()
+
+
+@register_quantizer(PACKED)
+class PackedQuantizer(HfQuantizer):
+    """Packed linears in place of those that config.json names, checked once their tensors are there."""
+
+    quantization_config: PackedConfig
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        config = self.quantization_config
+        pack_skeleton(model, config.modules, config.structured)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        for name, linear in packed_linears(model).items():
+            linear.ready(name)
+        if self.quantization_config.dequantize:
+            unpack_linears(model)
+        elif slow := why_unpacked(model):
+            console.warn(f"packed weights are unpacked: {slow}. The model runs at the dense one's speed and memory.")
+            unpack_linears(model)
+            self.remove_quantization_config(model)
+
+    def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
+        unpack_linears(model)
+        return model
+
+    def is_serializable(self) -> bool:
+        """Packed linears are saved as they are."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """`lors tune` trains on packed weights; they themselves stay."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """Its operations are torch's."""
+        return True
+
+
+def why_unpacked(model: nn.Module) -> str:
+    """Why packed linears cannot be computed with as they are where they lie, empty when they can."""
+    for name, linear in packed_linears(model).items():
+        if reason := why_none(linear.weight.device, linear.weight.dtype):
+            return f"no kernel for {name}: {reason}"
+    return ""

@@ -1,0 +1,114 @@
+"""The packing stage: `pack_model` writes a smaller copy of a sparse checkpoint, a tensor at a time."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lors_cli.files import atomic, hashes, records
+from lors_cli.machine import environment
+from lors_cli.models.needs import RECORDS, RUNTIME, Estimate
+from lors_cli.models.quantised import PACKED
+from lors_cli.output import console, progress
+from lors_cli.output.console import counted, gib
+from lors_cli.sparsity import LayerSparsity, summarise
+
+if TYPE_CHECKING:
+    from lors_cli.models.packed.checkpoint import Checkpoint
+    from lors_cli.models.packed.plan import PackPlan
+    from lors_cli.models.size import ModelSize
+    from lors_cli.recipe.packing import PackConfig
+    from lors_cli.recipe.schema import ModelConfig
+
+STAGE_VERSION = 1
+PLAN_NAME = "plan.json"
+
+
+def stage_fingerprint(config: PackConfig, model_fingerprint: str, data_dir: Path | None) -> str:
+    """The fingerprint of `pack`'s result; cheap, no model is loaded."""
+    return hashes.fingerprint("pack", STAGE_VERSION, config, {"model": model_fingerprint})
+
+
+def pack_model(
+    config: PackConfig, model: ModelConfig, out: Path, *, data_dir: Path | None = None
+) -> records.StageRecord:
+    """Write a packed copy of a sparse causal LM; an interrupted call goes on at the last file that it wrote.
+
+    Args:
+        model: any sparse checkpoint in safetensors, N:M or unstructured; its `dtype: auto` is as it is stored.
+        out: stage folder.
+
+    Returns:
+        The stage's record; its metrics hold the pattern, sizes in bytes before and after, and what stays dense.
+
+    Raises:
+        UsageError: the model is dense, packed already, or not in safetensors.
+    """
+    from lors_cli.models.packed.checkpoint import Checkpoint, packed_tensors, step_by_step
+    from lors_cli.models.packed.format import VERSION
+    from lors_cli.models.sources import model_fingerprint
+    from lors_cli.models.tensor_files import write_checkpoint
+
+    started = time.monotonic()
+    base = model_fingerprint(model)
+    fingerprint = stage_fingerprint(config, base, data_dir)
+    console.info(f"  model: {model.path}")
+    source = Checkpoint(model)
+    work = records.work_dir(out, fingerprint)
+    plan = _planned(source, work)
+    _say_dense(plan)
+    tensors = list(packed_tensors(source, plan))
+    with progress.progress("pack", len(tensors), "tensors") as task:
+        names = write_checkpoint(work, step_by_step(tensors, task), max_shard_size=source.shard_size, goes_on=True,
+                                 metadata={"quant_method": PACKED})  # fmt: skip
+    staging = records.staging_dir(out)
+    source.copy_settings(staging, {"quant_method": PACKED, "version": VERSION, "pattern": plan.pattern,
+                                   "modules": plan.modules})  # fmt: skip
+    for name in names:
+        os.replace(work / name, staging / name)
+    metrics = _metrics(plan, source, sum(entry.num_bytes for entry, _ in tensors))
+    console.info(f"  {plan.pattern}: {gib(metrics['bytes_before'])} → {gib(metrics['bytes'])}")
+    record = records.StageRecord(
+        "pack", fingerprint, hashes.plain(config), {"model": base, "path": model.path}, metrics,
+        environment.environment(), round(time.monotonic() - started, 2), {},
+    )  # fmt: skip
+    return records.publish(out, record)
+
+
+def needs(config: PackConfig, size: ModelSize) -> Estimate:
+    """Libraries and the largest weight a few times over; on disk at most the model again."""
+    largest = max((rows * columns for rows, columns in size.linears), default=0)
+    largest = max(largest, size.vocab_size * size.hidden_size)
+    return Estimate(RUNTIME + 4 * largest * size.bytes_a_weight, size.num_bytes + RECORDS)
+
+
+def _planned(source: Checkpoint, work: Path) -> PackPlan:
+    """What is packed: as an interrupted call found it, or found now."""
+    from lors_cli.models.packed.plan import PackPlan, plan_packing
+
+    known = atomic.read_json(work / PLAN_NAME)
+    if isinstance(known, dict):
+        return PackPlan(**{**known, "shapes": {name: tuple(shape) for name, shape in known["shapes"].items()}})
+    record = records.read_record(source.folder)
+    said = record.metrics.get("pattern") if record else None
+    plan = plan_packing(source.path, source.keys, lambda name: source.read(source.keys[name]), said)
+    atomic.write_json(work / PLAN_NAME, asdict(plan))
+    return plan
+
+
+def _say_dense(plan: PackPlan) -> None:
+    if plan.dense:
+        console.info(f"  {counted(len(plan.dense), 'linear')} with too few zeros stay dense, first {plan.dense[0]}")
+
+
+def _metrics(plan: PackPlan, source: Checkpoint, num_bytes: int) -> dict[str, Any]:
+    layers = [LayerSparsity(name, shape, shape[0] * shape[1] - plan.nonzeros[name], 0)
+              for name, shape in plan.shapes.items()]  # fmt: skip
+    summary = {**summarise(layers, None), "pattern": plan.pattern}
+    return {
+        **summary, "bytes": num_bytes, "bytes_before": sum(entry.num_bytes for entry, _ in source.entries()),
+        "left_dense": plan.dense,
+    }  # fmt: skip

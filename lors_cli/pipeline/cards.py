@@ -1,0 +1,142 @@
+"""The card that a checkpoint goes to the hub with: that of its stage, with its scores and its name there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lors_cli.errors import MissingError, UsageError
+from lors_cli.files import atomic, hashes, records
+from lors_cli.files.records import StageRecord
+from lors_cli.models.card import CardScores, model_card, recipe_text
+from lors_cli.models.origins import read_fields
+from lors_cli.output import console
+from lors_cli.output.markdown import table
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
+RECIPE_NAME = "recipe.yaml"
+
+
+def made_card(folder: Path, record: StageRecord, name: str, scores: Path | None) -> dict[str, Path | bytes]:
+    """The card and the recipe of a checkpoint that a stage wrote; a card that was edited stays as it is.
+
+    Args:
+        name: on the hub.
+        scores: an eval folder; default: that of the run.
+
+    Raises:
+        MissingError, UsageError: `scores` holds none of this model.
+    """
+    found = _scores(folder, record, scores)
+    base = _made_from(folder, record)
+    prune = next((made.config for made in (record, base) if made and made.stage == "prune"), None)
+    tune = record.config if record.stage == "tune" else None
+    origin = str((base or record).inputs.get("path", ""))
+    fields = {key: value for key, value in read_fields(folder).items() if key in FIELDS}
+    settings = {"prune": prune, "tune": tune, "eval": found.settings if found else None}
+    files: dict[str, Path | bytes] = {RECIPE_NAME: recipe_text(fields.get("base_model") or origin, settings).encode()}
+    if record.stage == "merge":  # which knows the adapter, not how it was trained
+        del files[RECIPE_NAME]
+    card = folder / records.CARD_NAME
+    if card.is_file() and hashes.file_sha256(card) != record.files.get(records.CARD_NAME):
+        console.info(f"{card} was edited: it goes as it is, without scores of lors.")
+        return files
+    text = model_card(
+        base_model=origin, prune=prune, tune=tune or record.metrics.get("adapter"), metrics=record.metrics,
+        environment=record.environment, fields=fields, name=name, scores=found,
+    )  # fmt: skip
+    return {**files, records.CARD_NAME: text.encode()}
+
+
+FIELDS = ("base_model", "datasets", "license", "license_name", "license_link", "language")
+"""Of a card's front matter, what its stage has found out."""
+
+
+def _made_from(folder: Path, record: StageRecord) -> StageRecord | None:
+    """The record of the checkpoint that this one was made from, as far as it is still there."""
+    for place in (Path(str(record.inputs.get("path"))), folder.parent / "prune"):
+        found = records.read_record(place)
+        if found is not None and str(record.inputs.get("model")).startswith(f"{found.stage}:{found.fingerprint}:"):
+            return found
+    return None
+
+
+def _scores(folder: Path, record: StageRecord, asked: Path | None) -> CardScores | None:
+    """This model's scores, with those of the models that it was made from."""
+    place = asked or folder.parent / "eval"
+    evaluated = records.read_record(place)
+    if evaluated is None or not records.is_finished(place, evaluated.fingerprint):
+        if asked is not None:
+            raise MissingError(f"{asked} is no folder of finished scores.", "lors eval MODEL … --out DIR writes one.")
+        return None
+    base = _made_from(folder, record)
+    mine = "pruned" if record.stage == "prune" else "tuned"
+    marks = {"dense": str((base or record).inputs.get("model")), "pruned": _mark(base) if base else "-",
+             mine: _mark(record)}  # fmt: skip
+    contents = {}
+    for role, mark in marks.items():
+        label = next((label for label, scored in evaluated.inputs.items() if str(scored).startswith(mark)), None)
+        if label is not None:
+            contents[role] = atomic.read_json(place / f"{label}.json")
+    if mine in contents:
+        return _card_scores(contents, mine, evaluated)
+    if asked is not None:
+        raise UsageError(f"{asked} has no scores of the model in {folder}.", "lors eval scores it.")
+    return None
+
+
+def _mark(record: StageRecord) -> str:
+    """What the fingerprint of a model that a stage made begins with."""
+    return f"{record.stage}:{record.fingerprint}:"
+
+
+def _card_scores(contents: dict[str, Any], mine: str, evaluated: StageRecord) -> CardScores:
+    from lors_cli.report.scores import by_task
+
+    limit = evaluated.config.get("limit")
+    some = f"on at most {limit:g} documents a task" if limit and limit >= 1 else f"on {limit or 0:.0%} of the documents"
+    harness = (evaluated.environment.get("packages") or {}).get("lm-eval")
+    note = (
+        f"Accuracies in percent ± standard error, by lm-evaluation-harness{f' {harness}' if harness else ''}, "
+        f"{some if limit else 'on all documents'}. "
+        "The settings are in the recipe below."
+    )
+    columns, rows = by_task(contents)
+    results = list(_results(contents[mine], evaluated.config))
+    return CardScores(table(columns, rows), note, results, evaluated.config)
+
+
+def _results(content: dict[str, Any], settings: dict[str, Any]) -> Iterator[EvalResult]:
+    """A model's scores as the hub's model index has them.
+
+    Args:
+        settings: of the evaluation, as its record has them.
+    """
+    from huggingface_hub import EvalResult
+
+    from lors_cli.evaluation.entries import resolve, tasks_of
+    from lors_cli.evaluation.tasks import task_dataset
+    from lors_cli.recipe.loading import stage_config
+
+    tasks = {task.name: task for task in tasks_of(resolve(stage_config("eval", settings)))}
+    for name, metrics in content.get("tasks", {}).items():
+        path, part = task_dataset(tasks[name]) if name in tasks else (None, None)
+        asked = {"limit": settings.get("limit"), "num_fewshot": metrics.get("num_fewshot")}
+        for metric, value in metrics.items():
+            counts = metric in ("num_samples", "num_fewshot") or metric.endswith("_stderr")
+            if counts or not isinstance(value, (int, float)):
+                continue
+            yield EvalResult(
+                task_type="text-generation", dataset_type=path or name, dataset_name=name, dataset_config=part,
+                dataset_args={key: found for key, found in asked.items() if found is not None} or None,
+                metric_type=metric, metric_value=round(value, 4),
+            )  # fmt: skip
+    for text, found in content.get("perplexity", {}).items():
+        if isinstance(found.get("value"), (int, float)):
+            yield EvalResult(
+                task_type="text-generation", dataset_type=text, dataset_name=text, metric_type="perplexity",
+                metric_value=round(found["value"], 4),
+            )  # fmt: skip

@@ -1,0 +1,61 @@
+"""Models two by two: the difference of their accuracies in points, and whether it may be chance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
+
+from lors_cli.evaluation.significance import FRACTIONS_NOTE, Comparison, p_text
+from lors_cli.output.markdown import NONE, Block, table
+
+_NOTE = (
+    "Points of accuracy on the same documents. p is McNemar's exact test, in the last row over all documents; the "
+    "interval there (95 %) is a paired bootstrap of the average over tasks. Of many p some are small by chance."
+)
+
+
+def differences(pairs: Sequence[Comparison], unpaired: Mapping[str, Mapping[str, float]] | None = None) -> list[Block]:
+    """A table with a row a task and a column a pair, and how to read it; nothing without a pair.
+
+    Args:
+        unpaired: title to difference by task, of pairs that have not both the same documents' results.
+    """
+    plain = unpaired or {}
+    if not pairs and not plain:
+        return []
+    tasks = dict.fromkeys(
+        [task for pair in pairs for task in pair.tasks] + [t for found in plain.values() for t in found]
+    )
+    rows = [
+        [task, *(_of_task(pair, task) for pair in pairs), *(_plain(found.get(task)) for found in plain.values())]
+        for task in tasks
+    ]
+    whole = [
+        f"{100 * pair.difference:+.2f} ({100 * pair.low:+.2f} … {100 * pair.high:+.2f}), {p_text(pair.p_value)}"
+        for pair in pairs
+    ]
+    whole += [_plain(fmean(found.values())) for found in plain.values()]
+    columns = ["task", *(f"{pair.first} − {pair.second}" for pair in pairs), *plain]
+    return [table(columns, [*rows, ["average", *whole]]), " ".join(_notes(pairs, plain))]
+
+
+def _notes(pairs: Sequence[Comparison], plain: Mapping[str, object]) -> Iterator[str]:
+    if pairs:
+        yield _NOTE
+    if any(pair.test == "permutation" for pair in pairs):
+        yield FRACTIONS_NOTE
+    if plain:
+        yield (
+            "Points of accuracy. " * (not pairs) + "Without p: the two models' results of the same documents are not "
+            "there, so that nothing can be said of chance; the average is of the tasks above."
+        )
+
+
+def _of_task(pair: Comparison, task: str) -> str:
+    if task not in pair.tasks:
+        return NONE
+    return f"{100 * pair.tasks[task].difference:+.2f}, {p_text(pair.tasks[task].p_value)}"
+
+
+def _plain(difference: float | None) -> str:
+    return NONE if difference is None else f"{100 * difference:+.2f}"

@@ -1,0 +1,281 @@
+"""Packing checkpoints: what is packed, that nothing is lost, and that transformers loads them in one line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lors_cli.errors import UsageError
+from lors_cli.files import records
+from lors_cli.models import tensor_files
+from lors_cli.models.blocks import prunable_weights
+from lors_cli.models.inspection import inspect
+from lors_cli.models.loading import load_model
+from lors_cli.models.packed.checkpoint import unpack_model
+from lors_cli.models.packed.linear import PackedLinear
+from lors_cli.models.packed.stage import pack_model
+from lors_cli.recipe.packing import PackConfig
+from lors_cli.recipe.schema import ModelConfig
+from lors_cli.sparsity import Pattern, keep_largest
+
+LAYERS = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
+
+
+@pytest.fixture
+def sparse(checkpoint: Path) -> Path:
+    return made_sparse(checkpoint, Pattern.parse("2:4"))
+
+
+def made_sparse(folder: Path, pattern: Pattern, spare: tuple[str, ...] = ()) -> Path:
+    """The same checkpoint with the linears of its blocks pruned by magnitude."""
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.startswith("model.layers.") and name.endswith("_proj.weight") and not name.startswith(spare or "!"):
+            tensors[name] = tensor * keep_largest(tensor.abs(), pattern, per_row=False)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def pack(model: Path, out: Path) -> records.StageRecord:
+    return pack_model(PackConfig(), ModelConfig(path=str(model)), out)
+
+
+def test_a_packed_model_loads_in_one_line_and_gives_the_same_logits(sparse: Path, tmp_path: Path) -> None:
+    record = pack(sparse, tmp_path / "packed")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert isinstance(model.get_submodule(LAYERS[0]), PackedLinear)
+    tokens = torch.arange(2, 22).view(2, 10)
+    dense = AutoModelForCausalLM.from_pretrained(sparse)
+    torch.testing.assert_close(model(tokens).logits, dense(tokens).logits, rtol=1e-5, atol=1e-5)
+    assert record.metrics["pattern"] == "2:4"
+    assert record.metrics["bytes"] < record.metrics["bytes_before"]
+    there = sum(tensor.nbytes for tensor in load_file(tmp_path / "packed/model.safetensors").values())
+    assert record.metrics["bytes"] == there
+
+
+@pytest.mark.parametrize(("pattern", "expected"), [("2:4", "2:4"), ("4:8", "4:8"), ("unstructured", "unstructured")])
+def test_unpacking_gives_the_files_tensors_back_bit_for_bit(
+    checkpoint: Path, tmp_path: Path, pattern: str, expected: str
+) -> None:
+    sparse = made_sparse(checkpoint, Pattern.parse(pattern, 0.6 if pattern == "unstructured" else None))
+    assert pack(sparse, tmp_path / "packed").metrics["pattern"] == expected
+    unpack_model(ModelConfig(path=str(tmp_path / "packed")), tmp_path / "plain")
+    before, after = load_file(sparse / "model.safetensors"), load_file(tmp_path / "plain/model.safetensors")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype
+        assert torch.equal(tensor, after[name]), name
+    assert "quantization_config" not in json.loads((tmp_path / "plain/config.json").read_text())
+    assert (tmp_path / "plain/tokenizer.json").read_bytes() == (sparse / "tokenizer.json").read_bytes()
+
+
+def test_saving_and_loading_again_gives_equal_tensors(sparse: Path, tmp_path: Path) -> None:
+    pack(sparse, tmp_path / "packed")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "packed").save_pretrained(tmp_path / "again")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("packed", "again"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    said = [
+        json.loads((tmp_path / name / "config.json").read_text())["quantization_config"] for name in ("packed", "again")
+    ]
+    assert said[0] == said[1]
+
+
+def test_dequantize_makes_plain_linears_at_loading_and_later(sparse: Path, tmp_path: Path) -> None:
+    pack(sparse, tmp_path / "packed")
+    model = load_model(ModelConfig(path=str(tmp_path / "packed")))
+    later = AutoModelForCausalLM.from_pretrained(tmp_path / "packed").dequantize()
+    before = load_file(sparse / "model.safetensors")
+    for found in (model, later):
+        assert not hasattr(found.config, "quantization_config")
+        for name in LAYERS:
+            assert type(found.get_submodule(name)) is torch.nn.Linear
+            assert torch.equal(found.get_submodule(name).weight, before[f"{name}.weight"])
+
+
+def test_without_the_import_loading_fails_and_gives_no_random_weights(sparse: Path, tmp_path: Path) -> None:
+    pack(sparse, tmp_path / "packed")
+    library, load = "from transformers import AutoModelForCausalLM as A", "A.from_pretrained('packed')"
+    code = f"{library}; {load}", f"{library}; import lors_cli; {load}", f"import lors_cli; {library}; {load}"
+    options: Any = {"cwd": tmp_path, "capture_output": True, "text": True}
+    done = [subprocess.run([sys.executable, "-c", line], **options) for line in code]
+    assert [result.returncode for result in done] == [1, 0, 0], done[1].stderr
+    assert "ignore_mismatched_sizes" in done[0].stderr
+
+
+def test_lors_takes_a_packed_model_for_what_was_packed(sparse: Path, tmp_path: Path) -> None:
+    pack(sparse, tmp_path / "packed")
+    (tmp_path / "packed/stage.json").unlink()  # another's packed model
+    models = [load_model(ModelConfig(path=str(path))) for path in (sparse, tmp_path / "packed")]
+    plain, packed = (prunable_weights(model) for model in models)
+    assert all(torch.equal(plain[name].matrix, packed[name].matrix) for name in plain)
+    found = [inspect(ModelConfig(path=str(path))) for path in (sparse, tmp_path / "packed")]
+    assert found[0] == found[1]
+
+
+def test_layers_with_few_zeros_stay_dense_and_dense_models_are_refused(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UsageError, match="is dense"):
+        pack(checkpoint, tmp_path / "packed")
+    made_sparse(checkpoint, Pattern.parse("2:4"), spare=("model.layers.1.",))
+    record = pack(checkpoint, tmp_path / "packed")
+    assert record.metrics["left_dense"]
+    assert all(name.startswith("model.layers.1.") for name in record.metrics["left_dense"])
+    assert "with too few zeros stay dense, first model.layers.1." in capsys.readouterr().err
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert isinstance(model.get_submodule(LAYERS[0]), PackedLinear)
+    assert type(model.get_submodule(LAYERS[1])) is torch.nn.Linear
+
+
+def test_many_more_zeros_than_a_pattern_asks_for_are_packed_unstructured(checkpoint: Path, tmp_path: Path) -> None:
+    made_sparse(checkpoint, Pattern.parse("2:4"))
+    made_sparse(checkpoint, Pattern.parse("unstructured", 0.8))
+    record = pack(checkpoint, tmp_path / "packed")
+    assert record.metrics["pattern"] == "unstructured"
+    nonzeros = sum(int((load_file(checkpoint / "model.safetensors")[f"{name}.weight"] != 0).sum())
+                   for name in (layer["name"] for layer in record.metrics["layers"]))  # fmt: skip
+    settings = json.loads((tmp_path / "packed/config.json").read_text())["quantization_config"]
+    assert sum(settings["modules"].values()) == nonzeros
+
+
+def test_what_is_packed_or_plain_already_is_said_to_be_so(sparse: Path, tmp_path: Path) -> None:
+    pack(sparse, tmp_path / "packed")
+    with pytest.raises(UsageError, match="is packed already"):
+        pack(tmp_path / "packed", tmp_path / "twice")
+    with pytest.raises(UsageError, match="is not packed"):
+        unpack_model(ModelConfig(path=str(sparse)), tmp_path / "plain")
+
+
+def test_another_number_format_is_packed_as_asked(sparse: Path, tmp_path: Path) -> None:
+    pack_model(PackConfig(), ModelConfig(path=str(sparse), dtype="bfloat16"), tmp_path / "packed")
+    before, after = load_file(sparse / "model.safetensors"), load_file(tmp_path / "packed/model.safetensors")
+    assert after[f"{LAYERS[0]}.weight"].dtype == torch.bfloat16
+    model = load_model(ModelConfig(path=str(tmp_path / "packed")))
+    assert torch.equal(model.get_submodule(LAYERS[0]).weight, before[f"{LAYERS[0]}.weight"].bfloat16())
+    assert json.loads((tmp_path / "packed/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_killed_call_goes_on_at_the_file_it_was_in(
+    sparse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lors_cli.models.packed.checkpoint.MAX_SHARD_SIZE", "20KB")
+    whole = pack(sparse, tmp_path / "whole")
+    written: list[str] = []
+    finish = tensor_files.TensorWriter.finish
+
+    def stop_at_third(self: Any) -> None:
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(self.path.name)
+        finish(self)
+
+    monkeypatch.setattr(tensor_files.TensorWriter, "finish", stop_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        pack(sparse, tmp_path / "packed")
+    assert not (tmp_path / "packed/config.json").exists()
+    first = list(written)
+    monkeypatch.setattr(
+        tensor_files.TensorWriter, "finish", lambda self: (written.append(self.path.name), finish(self))
+    )
+    again = pack(sparse, tmp_path / "packed")
+    assert len(set(written)) == len(written) > len(first)
+    assert again.files == whole.files
+
+
+BREAKS: dict[str, Callable[[dict[str, Any], dict[str, torch.Tensor]], None]] = {
+    "a module that is none": lambda settings, tensors: settings["modules"].update({"model.layers.9.up": 3}),
+    "a norm": lambda settings, tensors: settings["modules"].update({"model.norm": 3}),
+    "more values than places": lambda settings, tensors: settings["modules"].update({LAYERS[0]: 10**12}),
+    "fewer values": lambda settings, tensors: settings["modules"].update({LAYERS[0]: 3}),
+    "no number": lambda settings, tensors: settings["modules"].update({LAYERS[0]: "3"}),
+    "no modules": lambda settings, tensors: settings.update(modules={}),
+    "a list": lambda settings, tensors: settings.update(modules=[LAYERS[0]]),
+    "another version": lambda settings, tensors: settings.update(version=2),
+    "another pattern": lambda settings, tensors: settings.update(pattern="1:4"),
+    "no pattern": lambda settings, tensors: settings.update(pattern="often"),
+    "a pattern that is no text": lambda settings, tensors: settings.update(pattern=4),
+    "no mask": lambda settings, tensors: tensors.pop(f"{LAYERS[0]}.weight_mask"),
+    "no values": lambda settings, tensors: tensors.pop(f"{LAYERS[0]}.weight"),
+    "another mask": lambda settings, tensors: tensors[f"{LAYERS[0]}.weight_mask"].fill_(-1),
+    "a float mask": lambda settings, tensors: tensors.update(
+        {f"{LAYERS[0]}.weight_mask": tensors[f"{LAYERS[0]}.weight_mask"].float()}
+    ),
+    "a square": lambda settings, tensors: tensors.update({f"{LAYERS[0]}.weight": torch.zeros(32, 32)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BREAKS)
+def test_broken_packed_models_are_refused_in_words_by_every_way_of_loading(
+    sparse: Path, tmp_path: Path, kind: str
+) -> None:
+    packed = tmp_path / "packed"
+    pack(sparse, packed)
+    settings: Any = json.loads((packed / "config.json").read_text())
+    tensors = load_file(packed / "model.safetensors")
+    BREAKS[kind](settings["quantization_config"], tensors)
+    (packed / "config.json").write_text(json.dumps(settings))
+    save_file(tensors, packed / "model.safetensors", {"format": "pt"})
+    (packed / "stage.json").unlink()
+    with pytest.raises(UsageError):
+        load_model(ModelConfig(path=str(packed)))
+    with pytest.raises(UsageError):
+        unpack_model(ModelConfig(path=str(packed)), tmp_path / "plain")
+    assert not (tmp_path / "plain/config.json").exists()
+    with pytest.raises(Exception, match=r"."):
+        AutoModelForCausalLM.from_pretrained(packed)
+
+
+def test_every_architecture_is_packed_or_refused_in_words(
+    architecture: str, build: Callable[..., PreTrainedModel], word_tokenizer: Any, tmp_path: Path
+) -> None:
+    """Its plain linears are packed; experts in one tensor and Conv1D stay as they are."""
+    model = build(architecture)
+    pattern = Pattern.parse("2:4")
+    with torch.no_grad():
+        for weight in prunable_weights(model).values():
+            weight.matrix.mul_(keep_largest(weight.matrix.abs(), pattern, per_row=False))
+    model.save_pretrained(tmp_path / "sparse")
+    word_tokenizer.save_pretrained(tmp_path / "sparse")
+    if not any(isinstance(weight.module, torch.nn.Linear) for weight in prunable_weights(model).values()):
+        with pytest.raises(UsageError, match="is dense"):
+            pack(tmp_path / "sparse", tmp_path / "packed")
+        return
+    record = pack(tmp_path / "sparse", tmp_path / "packed")
+    packed = load_model(ModelConfig(path=str(tmp_path / "packed"), dtype="float32"))
+    plain = load_model(ModelConfig(path=str(tmp_path / "sparse"), dtype="float32"))
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, packed.state_dict()[name]), name
+    assert record.metrics["layers"]
+
+
+def test_a_loaded_model_generates_as_the_sparse_one_and_compiles_whole(sparse: Path, tmp_path: Path) -> None:
+    pack(sparse, tmp_path / "packed")
+    packed, plain = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path / "packed", sparse))
+    start = torch.tensor([[5, 9, 3]])
+    texts = [model.generate(start, max_new_tokens=12, do_sample=False).tolist() for model in (packed, plain)]
+    assert texts[0] == texts[1]
+    mlp, x = packed.model.layers[0].mlp, torch.randn(1, 3, 32)
+    torch.testing.assert_close(torch.compile(mlp, fullgraph=True)(x), mlp(x))
+
+
+def test_where_there_is_no_kernel_weights_are_unpacked_and_it_is_said_why(
+    sparse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pack(sparse, tmp_path / "packed")
+    monkeypatch.setattr("lors_cli.models.packed.kernels.ops.available", lambda dtype: "there is no C compiler here")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert type(model.get_submodule(LAYERS[0])) is torch.nn.Linear
+    assert "there is no C compiler here" in capsys.readouterr().err
+    model.save_pretrained(tmp_path / "plain")
+    before, after = load_file(sparse / "model.safetensors"), load_file(tmp_path / "plain/model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)

@@ -1,0 +1,76 @@
+"""Packed weights made bit by bit, and what their products have to be."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Case:
+    """A sparse weight, plain and packed, inputs for it and perhaps a bias."""
+
+    weight: torch.Tensor
+    values: torch.Tensor
+    mask: torch.Tensor
+    offsets: torch.Tensor
+    x: torch.Tensor
+    bias: torch.Tensor | None
+
+    @property
+    def packed(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.values, self.mask, self.offsets
+
+
+def pack(weight: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The format of DESIGN §5, in plain loops."""
+    rows, columns = weight.shape
+    values: list[torch.Tensor] = []
+    offsets, words = [], []
+    for row in range(rows):
+        offsets.append(len(values))
+        word = [0] * ((columns + 31) // 32)
+        for column in kept[row].nonzero().flatten().tolist():
+            values.append(weight[row, column])
+            word[column // 32] |= 1 << column % 32
+        words.append([bits - (1 << 32) if bits >= 1 << 31 else bits for bits in word])
+    tail = torch.zeros(32, dtype=weight.dtype)
+    return (
+        torch.cat([torch.stack(values), tail]) if values else tail,
+        torch.tensor(words, dtype=torch.int32),
+        torch.tensor(offsets),
+    )
+
+
+def random_case(dice: random.Random, dtype: torch.dtype, batch: int | None = None) -> Case:
+    """Any shape; N:M or unstructured, with rows that keep nothing or all."""
+    rows, columns = (
+        dice.randint(1, 40),
+        dice.choice([dice.randint(1, 70), dice.randint(71, 300), 32 * dice.randint(1, 6)]),
+    )
+    torch.manual_seed(dice.randrange(1 << 30))
+    if dice.random() < 0.4:
+        columns = (columns + 3) // 4 * 4
+        kept = torch.rand(rows, columns // 4, 4).argsort(-1).lt(2).view(rows, columns)
+    else:
+        kept = torch.rand(rows, columns) < dice.random()
+        kept[torch.rand(rows) < 0.1] = False
+        kept[torch.rand(rows) < 0.1] = True
+    weight = torch.randn(rows, columns).mul(kept).to(dtype)
+    x = torch.randn(batch if batch is not None else dice.randint(1, 9), columns).to(dtype)
+    return Case(weight, *pack(weight, kept), x, torch.randn(rows).to(dtype) if dice.random() < 0.5 else None)
+
+
+def check(case: Case, result: torch.Tensor) -> None:
+    """Within half a step of its dtype, and what sums in float32 may lose, of the product in float64."""
+    x, weight = case.x.double(), case.weight.double()
+    bias = 0 if case.bias is None else case.bias.double()
+    exact, size = x @ weight.T + bias, x.abs() @ weight.abs().T + (0 if case.bias is None else bias.abs())  # type: ignore[union-attr]
+    half_a_step = torch.finfo(case.x.dtype).eps / 2
+    allowed = half_a_step * 1.01 * exact.abs() + 1e-6 * size + 1e-30
+    assert result.shape == exact.shape
+    assert result.dtype == case.x.dtype
+    wrong = (result.double() - exact).abs() > allowed
+    assert not wrong.any(), f"{case.weight.shape}, batch {len(x)}: {wrong.sum()} wrong"

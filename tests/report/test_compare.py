@@ -1,0 +1,196 @@
+"""Any folder that lors wrote has a report, and several are compared; numbers worked out by hand."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_pages import Page, is_safe
+from sweep_folder import write_json
+from typer.testing import Result
+
+from lors_cli.errors import MissingError, UsageError
+from lors_cli.pipeline.reports import write_reports
+from lors_cli.report.results import read_log
+
+Lors = Callable[..., Result]
+
+
+def scored(folder: Path, right: dict[str, dict[str, int]], *, tasks: tuple[str, ...] = ("boolq", "arc_easy"),
+           documents: int = 10) -> Path:  # fmt: skip
+    """What `lors eval --out FOLDER` leaves: of each model the number of documents that it has right, by task.
+
+    Of arc_easy every second document has four choices, the others five; boolq has two.
+    """
+    for label, found in right.items():
+        results = {task: {"acc": found[task] / documents, "acc_stderr": 0.1, "num_samples": documents}
+                   for task in tasks}  # fmt: skip
+        average = sum(found[task] for task in tasks) / documents / len(tasks)
+        write_json(folder / f"{label}.json", {
+            "model": f"owner/{label}", "tasks": results, "perplexity": {},
+            "average": {"metric": "acc", "value": average, "tasks": list(tasks)},
+        })  # fmt: skip
+        for task in tasks:
+            choices = [2] * documents if task == "boolq" else [4 + place % 2 for place in range(documents)]
+            rows = [{"doc_id": place, "log_likelihoods": [-1.0] * choices[place], "acc": int(place < found[task])}
+                    for place in range(documents)]  # fmt: skip
+            path = folder / "samples" / label / f"{task}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    record(folder, "eval", {"tasks": list(tasks), "limit": None}, dict.fromkeys(right, "x"), {},
+           [f"{label}.json" for label in right])  # fmt: skip
+    return folder
+
+
+def record(folder: Path, stage: str, config: dict[str, Any], inputs: dict[str, Any], metrics: dict[str, Any],
+           files: list[str]) -> None:  # fmt: skip
+    write_json(folder / "stage.json", {
+        "stage": stage, "fingerprint": "f", "config": config, "inputs": inputs, "metrics": metrics, "environment": {},
+        "elapsed_s": 60.0,
+        "files": {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files},
+    })  # fmt: skip
+
+
+def tuned(folder: Path, rank: int) -> Path:
+    layers = [{"name": "model.layers.0.mlp.up_proj", "shape": [4, 4], "sparsity": 0.5}]
+    metrics = {"steps": 3, "first_loss": 3.0, "last_loss": 2.0, "pattern": "2:4", "sparsity": 0.5, "violations": 0,
+               "layers": layers, "peak_bytes": 700 * 2**20}  # fmt: skip
+    record(folder, "tune", {"method": "lors", "rank": rank}, {"path": "sparse"}, metrics, [])
+    rows = [{"step": 0, "val_loss": 3.5}, {"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.5, "val_loss": 2.75}]
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def text_of(paths: list[Path]) -> str:
+    return next(path for path in paths if path.suffix == ".md").read_text()
+
+
+FORMATS = ["md", "html", "csv", "tex"]
+
+
+def test_an_eval_folder_with_names_of_its_own(tmp_path: Path, lors: Lors) -> None:
+    folder = scored(tmp_path / "scores", {"base": {"boolq": 9, "arc_easy": 4}, "mine": {"boolq": 2, "arc_easy": 4}})
+    assert lors("report", str(folder)).exit_code == 0
+    text = (folder / "report.md").read_text()
+    assert text.startswith("# scores\n\nbase, mine: evaluated.\n")
+    assert "| mine | owner/mine |" in text
+    assert "| boolq | 90.00 ± 10.00 | 20.00 ± 10.00 | -70.00 |" in text
+    assert "| boolq | -70.00, p = 0.016 |" in text  # seven documents, all of them worse: 2/2⁷
+    html = (folder / "report.html").read_text()
+    assert is_safe(Page(html))
+    assert all(f">{word}</text>" in html for word in ("base", "mine", "guessing"))
+    rows = list(csv.DictReader((folder / "report.csv").open(newline="")))
+    assert {(row["label"], row["role"], row["model"]) for row in rows} == {
+        ("base", "", "owner/base"), ("mine", "", "owner/mine"),
+    }  # fmt: skip
+
+
+def test_changed_scores_are_not_reported(tmp_path: Path) -> None:
+    folder = scored(tmp_path / "scores", {"base": {"boolq": 9, "arc_easy": 4}})
+    path = folder / "base.json"
+    path.write_text(path.read_text().replace("0.9", "0.99"))
+    with pytest.raises(UsageError, match="have been changed"):
+        write_reports([folder], FORMATS, None)
+
+
+def test_a_stage_alone_and_out(tmp_path: Path) -> None:
+    paths = write_reports([tuned(tmp_path / "tuned", 8)], FORMATS, tmp_path / "elsewhere")
+    assert {path.parent for path in paths} == {tmp_path / "elsewhere"}
+    text = text_of(paths)
+    assert "sparse: tuned with lors at rank 8." in text
+    assert "Loss 3.0000 at the first step" in text
+    assert "figures/loss.png" in text
+    assert "figures/sparsity.png" not in text, "a map of one colour"
+    page = (tmp_path / "elsewhere/report.html").read_text()
+    assert ">held out</text>" in page
+    assert ">training</text>" in page
+    assert not (tmp_path / "tuned/report.md").exists()
+
+
+def test_several_are_compared_with_the_first(tmp_path: Path) -> None:
+    dense = {"boolq": 9, "arc_easy": 4}
+    for name, right in (("a", 2), ("b", 8)):
+        scored(tmp_path / "runs" / name, {"dense": dense, "tuned": {"boolq": right, "arc_easy": 4}})
+    paths = write_reports([tmp_path / "runs/a", tmp_path / "runs/b"], FORMATS, None)
+    assert {path.parent for path in paths} == {tmp_path / "runs/compare-a-b"}
+    text = text_of(paths)
+    assert text.startswith("# a, b compared\n")
+    labels = [line.split(" | ")[0][2:] for line in text.splitlines() if line.startswith("| ") and " ± " in line]
+    assert labels == ["dense", "a/tuned", "b/tuned"], "a dense model that both scored alike is there once"
+    assert "| task | b/tuned − a/tuned |" in text
+    assert "| boolq | +60.00, p = 0.031 |" in text  # six documents, all of them better: 2/2⁶
+    assert "| arc_easy | +0.00, p = 1 |" in text
+    first = {path: path.read_bytes() for path in [*paths, *(paths[0].parent / "figures").iterdir()]}
+    for path in first:
+        path.unlink()
+    write_reports([tmp_path / "runs/a", tmp_path / "runs/b"], FORMATS, None)
+    assert {path: path.read_bytes() for path in first} == first
+
+
+def test_of_other_documents_there_is_no_p(tmp_path: Path) -> None:
+    scored(tmp_path / "a", {"mine": {"boolq": 2, "arc_easy": 4}})
+    scored(tmp_path / "b", {"other": {"boolq": 8}}, tasks=("boolq",), documents=20)
+    text = text_of(write_reports([tmp_path / "a", tmp_path / "b"], FORMATS, tmp_path / "out"))
+    assert "| task | b/other − a/mine |" in text
+    assert "| boolq | +20.00 |" in text  # 8 of 20 and 2 of 10
+    assert "p =" not in text
+    assert "Without p" in text
+
+
+def test_tasks_that_both_have_are_compared(tmp_path: Path) -> None:
+    scored(tmp_path / "a", {"mine": {"boolq": 2, "arc_easy": 4}})
+    scored(tmp_path / "b", {"mine": {"boolq": 8}}, tasks=("boolq",))
+    text = text_of(write_reports([tmp_path / "a", tmp_path / "b"], FORMATS, tmp_path / "out"))
+    assert "| boolq | +60.00, p = 0.031 |" in text
+    assert "| arc_easy |" not in text
+
+
+def test_settings_that_differ_and_memory_in_a_unit_that_suits(tmp_path: Path) -> None:
+    paths = write_reports([tuned(tmp_path / "a", 8), tuned(tmp_path / "b", 16)], FORMATS, tmp_path / "out")
+    text = text_of(paths)
+    assert "| setting | a | b |\n| :-- | --: | --: |\n| tune.rank | 8 | 16 |\n" in text
+    html = (tmp_path / "out/report.html").read_text()
+    assert ">Peak memory (MiB)</text>" in html
+    assert all(f">{name}/tuned, held out</text>" in html for name in "ab")
+
+
+def test_a_sweep_and_a_stage(sweep: Path, tmp_path: Path) -> None:
+    scored(tmp_path / "scores", {"mine": {"boolq": 5, "arc_easy": 4}})
+    text = text_of(write_reports([sweep, tmp_path / "scores"], FORMATS, tmp_path / "out"))
+    assert "| llama3/SparseGPT + LoRS |" in text
+    assert "| scores/mine |" in text
+    assert "| llama3 | Sweep llama3. |" in text
+
+
+def test_what_is_no_folder_of_ours(tmp_path: Path, lors: Lors) -> None:
+    scored(tmp_path / "runs/a", {"mine": {"boolq": 2, "arc_easy": 4}})
+    (tmp_path / "begun/.pieces").mkdir(parents=True)
+    (tmp_path / "file").write_text("x")
+    for name, said in (("runs", "runs/a"), ("begun", "not finished"), ("file", "is a file"), ("none", "is not there")):
+        with pytest.raises(MissingError) as found:
+            write_reports([tmp_path / name], FORMATS, None)
+        assert said in f"{found.value.message} {found.value.hint}"
+    (tmp_path / "runs/a/stage.json").write_text("{")
+    with pytest.raises(UsageError, match="not the record of a stage"):
+        write_reports([tmp_path / "runs/a"], FORMATS, None)
+    assert lors("report", str(tmp_path / "none")).exit_code == 3
+
+
+def test_no_other_report_is_overwritten(tmp_path: Path) -> None:
+    one, two = (scored(tmp_path / name, {"mine": {"boolq": 2, "arc_easy": 4}}) for name in "ab")
+    for folders in ([one, two], [two]):
+        with pytest.raises(UsageError, match="report of its own"):
+            write_reports(folders, FORMATS, one)
+    with pytest.raises(UsageError, match="named twice"):
+        write_reports([one, one], FORMATS, None)
+
+
+def test_rows_with_a_held_out_loss(tmp_path: Path) -> None:
+    path = tuned(tmp_path / "t", 8) / "log.jsonl"
+    assert [row["step"] for row in read_log(path)] == [1, 2]
+    assert [(row["step"], row["val_loss"]) for row in read_log(path, "val_loss")] == [(0, 3.5), (2, 2.75)]

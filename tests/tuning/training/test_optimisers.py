@@ -1,0 +1,144 @@
+"""Schedules of the learning rate by their formulas, and the optimiser with its state in 8 bits."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lors_cli.errors import MissingError
+from lors_cli.pipeline.plans import plan_single
+from lors_cli.pipeline.preflight import troubles
+from lors_cli.recipe.schema import ModelConfig, TuneConfig
+from lors_cli.tuning.stage import tune
+from lors_cli.tuning.training.optimisers import make_optimizer, make_schedule
+from lors_cli.tuning.training.step_log import StepLog
+from lors_cli.tuning.training.trainer import AdapterTrainer
+
+PEAK = 8e-3
+
+
+def rates(num_steps: int, **settings: Any) -> list[tuple[float, float]]:
+    """What each step of a run is made with, of two groups of which one has three times the rate."""
+    config = TuneConfig(learning_rate=PEAK, **settings)
+    groups = [{"params": [torch.zeros(1, requires_grad=True)], "lr": rate} for rate in (PEAK, 3 * PEAK)]
+    optimizer = make_optimizer(config, groups)
+    schedule = make_schedule(config, optimizer, num_steps)
+    found = []
+    for _ in range(num_steps):
+        first, second = schedule.get_last_lr()
+        found.append((first, second))
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+def expected(name: str, step: int, num_steps: int, warmup: int, floor: float) -> float:
+    """The rate of a step, counted from 0, as the docs say it."""
+    if step < warmup:
+        return PEAK * step / warmup
+    if name == "constant":
+        return PEAK
+    done = (step - warmup) / (num_steps - warmup)
+    down = (1 + math.cos(math.pi * done)) / 2 if name == "cosine" else 1 - done
+    return floor + (PEAK - floor) * down
+
+
+@pytest.mark.parametrize(
+    ("name", "floor"), [("cosine", 0.0), ("cosine", 1e-3), ("linear", 0.0), ("linear", 1e-3), ("constant", 0.0)]
+)
+@pytest.mark.parametrize(("num_steps", "warmup"), [(10, 0), (11, 4), (5, 1), (1, 0)])
+def test_a_schedule_is_its_formula(name: str, floor: float, num_steps: int, warmup: int) -> None:
+    found = rates(num_steps, lr_schedule=name, min_learning_rate=floor, warmup_steps=warmup)
+    for step, (first, second) in enumerate(found):
+        assert first == pytest.approx(expected(name, step, num_steps, warmup, floor), rel=1e-12, abs=1e-18), step
+        assert second == pytest.approx(3 * first, rel=1e-12)
+
+
+def test_the_schedules_differ_and_cosine_is_the_default() -> None:
+    usual = rates(8)
+    assert usual == rates(8, lr_schedule="cosine")
+    assert len({tuple(rates(8, lr_schedule=name)) for name in ("cosine", "linear", "constant")}) == 3
+
+
+def killed_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = AdapterTrainer.micro_batch
+
+    def dies(self: AdapterTrainer, *args: Any) -> torch.Tensor:
+        if self.step == step:
+            raise RuntimeError("killed")
+        return original(self, *args)
+
+    monkeypatch.setattr(AdapterTrainer, "micro_batch", dies)
+
+
+def broken_and_whole(
+    config: TuneConfig, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[bytes, list[Any]]]:
+    """Weights and losses of a run that was killed and went on, and of an unbroken one."""
+    model = ModelConfig(path=str(base))
+    with monkeypatch.context() as patch:
+        killed_at(5, patch)
+        with pytest.raises(RuntimeError, match="killed"):
+            tune(config, model, tmp_path / "broken")
+    found = []
+    for name in ("broken", "whole"):
+        tune(config, model, tmp_path / name)
+        losses = [(row["loss"], row["learning_rate"]) for row in StepLog(tmp_path / name / "log.jsonl").rows()]
+        found.append(((tmp_path / name / "model.safetensors").read_bytes(), losses))
+    return found
+
+
+@pytest.mark.parametrize("name", ["linear", "constant"])
+def test_a_resumed_schedule_goes_on_where_it_was(
+    sparse_checkpoint: Path, config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    config = replace(config, lr_schedule=name, warmup_steps=2)  # type: ignore[arg-type]
+    broken, whole = broken_and_whole(config, sparse_checkpoint, tmp_path, monkeypatch)
+    assert broken == whole
+    assert len(whole[1]) == 8
+
+
+def test_8_bit_states_are_kept_in_checkpoints_and_resumed_to_the_same_bits(
+    sparse_checkpoint: Path, config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    config = replace(config, optim="adamw_8bit", rank=128, init="kaiming", keep_checkpoints=9)
+    broken, whole = broken_and_whole(config, sparse_checkpoint, tmp_path, monkeypatch)
+    assert broken == whole
+    assert whole[1][-1][0] < whole[1][0][0] - 0.2
+    stored = torch.load(tmp_path / "whole/checkpoints/checkpoint-6/optimizer.pt", weights_only=True)["state"]
+    kinds = {value.dtype for state in stored.values() for value in _tensors(state) if value.numel() >= 4096}
+    assert kinds == {torch.uint8}
+
+
+def _tensors(state: dict[str, Any]) -> list[torch.Tensor]:
+    """All tensors of a parameter's state, however deep."""
+    found = []
+    for value in state.values():
+        if isinstance(value, dict):
+            found += _tensors(value)
+        elif isinstance(value, torch.Tensor):
+            found.append(value)
+    return found
+
+
+def test_without_bitsandbytes_nothing_is_loaded_and_what_to_install_is_said(
+    sparse_checkpoint: Path, config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
+    config, model = replace(config, optim="adamw_8bit"), ModelConfig(path=str(sparse_checkpoint))
+    monkeypatch.setattr("lors_cli.tuning.training.sharding.load_model", None)
+    with pytest.raises(MissingError, match="adamw_8bit needs the package bitsandbytes") as caught:
+        tune(config, model, tmp_path / "tune")
+    assert caught.value.exit_code == 3
+    assert "pip install bitsandbytes" in str(caught.value.hint)
+    plan = plan_single("tune", config, {"pruned": model}, tmp_path / "tune", None)
+    assert [type(trouble.error) for trouble in troubles([plan], None)] == [MissingError]
+    assert troubles([replace(plan, config=replace(config, optim="adamw"))], None) == []
