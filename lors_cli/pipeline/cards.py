@@ -120,8 +120,11 @@ def _results(content: dict[str, Any], settings: dict[str, Any]) -> Iterator[Eval
     from lors_cli.evaluation.entries import resolve, tasks_of
     from lors_cli.evaluation.tasks import task_dataset
     from lors_cli.recipe.loading import stage_config
+    from lors_cli.recipe.schema import EvalConfig
 
-    tasks = {task.name: task for task in tasks_of(resolve(stage_config("eval", settings)))}
+    config = stage_config("eval", settings)
+    assert isinstance(config, EvalConfig)
+    tasks = {task.name: task for task in tasks_of(resolve(config))}
     for name, metrics in content.get("tasks", {}).items():
         path, part = task_dataset(tasks[name]) if name in tasks else (None, None)
         asked = {"limit": settings.get("limit"), "num_fewshot": metrics.get("num_fewshot")}
@@ -131,7 +134,7 @@ def _results(content: dict[str, Any], settings: dict[str, Any]) -> Iterator[Eval
                 continue
             yield EvalResult(
                 task_type="text-generation", dataset_type=path or name, dataset_name=name, dataset_config=part,
-                dataset_args={key: found for key, found in asked.items() if found is not None} or None,
+                dataset_args={key: found for key, found in asked.items() if found} or None,
                 metric_type=metric, metric_value=round(value, 4),
             )  # fmt: skip
     for text, found in content.get("perplexity", {}).items():
