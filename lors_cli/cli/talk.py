@@ -31,7 +31,7 @@ Answer = Callable[["Row", Callable[[str], None] | None], "Generated"]
 
 @command(
     talk_app, AROUND, "lors generate tuned --prompt 'Name three primary colours.'",
-    "lors generate dense=MODEL sparse tuned --prompts questions.txt --max-new-tokens 64",
+    "lors generate dense=MODEL tuned --prompts questions.txt --seed 1",
     "lors generate tuned --temperature 0.7 --top-p 0.9 --seed 1", sections=("model",),
 )  # fmt: skip
 def generate(

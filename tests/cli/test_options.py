@@ -115,7 +115,10 @@ def test_help_is_the_settings_own_words() -> None:
     assert said["--max-steps"] == "Optimiser steps; overrides epochs."
     assert said["--init"].startswith("Start lora_A from the loss gradient's right singular vectors, or from a Kaiming")
     assert said["--init"].endswith(" Default: gradient for lors, kaiming for the others, as their authors have it.")
-    assert said["--dataset"] == "alpaca, c4, pydoc, slimpajama, wikitext2, or a file. Default: alpaca."
+    assert said["--dataset"] == (
+        "alpaca, c4, pydoc, slimpajama, wikitext2, a file, or a dataset on the hub (org/name, "
+        "org/name:configuration@revision). Default: alpaca."
+    )
     (samples,) = [parameter.help for parameter in COMMANDS[("prune",)].params if parameter.name == "num_samples"]
     assert samples == "Sequences. Default 128; a pre-tokenised file is used whole."
 
@@ -175,7 +178,7 @@ def offered(stage: str | None, incomplete: str) -> list[str]:
 
 def test_settings_and_their_words() -> None:
     assert offered(None, "tune.data.") == [
-        "tune.data.dataset=", "tune.data.columns.text=", "tune.data.columns.messages=",
+        "tune.data.dataset=", "tune.data.split=", "tune.data.columns.text=", "tune.data.columns.messages=",
         *(f"tune.data.columns.{name}=" for name in ("instruction", "input", "output", "system", "history")),
         "tune.data.max_length=", "tune.data.num_samples=", "tune.data.template=",
         "tune.data.train_on_prompt=", "tune.data.packing=", "tune.data.stream=", "tune.data.shuffle_buffer=",
