@@ -83,6 +83,9 @@ class PackedQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         for name, linear in packed_linears(model).items():
+            for key in ("weight", "weight_mask"):
+                if not getattr(getattr(linear, key), "_is_hf_initialized", False):  # as transformers marks what it read
+                    raise UsageError(f"{name}.{key} is missing from the checkpoint.", "Pack the model again: lors pack")
             linear.ready(name)
         if self.quantization_config.dequantize:
             unpack_linears(model)
