@@ -106,27 +106,41 @@ def _add(total, w, x):
 
 
 @triton.jit
-def _gathered(values, bits, inside, PER_OCTET: tl.constexpr, OCTETS: tl.constexpr):
-    """The eight places of each octet of a row, and how many values these are.
+def _offsets(bits, inside, PER_OCTET: tl.constexpr, OCTETS: tl.constexpr):
+    """Of one or several rows' octets where their values begin behind the first's, and how many values all have.
 
     Args:
-        values: where those of the first octet begin.
-        inside: which octets the row has.
+        bits: of each row; the sums of up to four go side by side through one scan, in 16 bits each.
+        inside: which octets a row has.
         PER_OCTET: values each octet keeps; 0 where they differ, and are counted.
     """
+    ROWS: tl.constexpr = len(bits)
+    offsets, totals = (), ()
     if PER_OCTET > 0:
-        at = tl.where(inside, tl.arange(0, OCTETS) * PER_OCTET, 0)
-        total = tl.full((), OCTETS * PER_OCTET, dtype=tl.int32)
+        for _ in tl.static_range(ROWS):
+            offsets = offsets + (tl.where(inside, tl.arange(0, OCTETS) * PER_OCTET, 0),)
+            totals = totals + (OCTETS * PER_OCTET,)
     else:
-        counts = _popcount(bits)
-        at = tl.cumsum(counts, axis=0) - counts
-        total = tl.sum(counts, axis=0)
+        counts = _popcount(bits[0])
+        if ROWS > 1:
+            counts = counts.to(tl.int64)
+            for row in tl.static_range(1, ROWS):
+                counts += _popcount(bits[row]).to(tl.int64) << (16 * row)
+        before, total = tl.cumsum(counts, axis=0) - counts, tl.sum(counts, axis=0)
+        for row in tl.static_range(ROWS):
+            offsets = offsets + (((before >> (16 * row)) & 0xFFFF).to(tl.int32),)
+            totals = totals + (((total >> (16 * row)) & 0xFFFF).to(tl.int32),)
+    return offsets, totals
+
+
+@triton.jit
+def _gathered(at, bits):
+    """The eight places of each octet, whose values begin at the pointer `at`."""
     places = ()
     for place in tl.static_range(8):
-        kept = bits & (1 << place) != 0
-        places = places + (tl.where(kept, tl.load(values + at), 0.0),)  # in bounds: 32 values stand behind the last
-        at = tl.where(kept, at + 1, at)
-    return places, total
+        places = places + (tl.where(bits & (1 << place) != 0, tl.load(at), 0.0),)
+        at += (bits >> place) & 1  # in bounds behind the last too: 32 values stand there
+    return places
 
 
 @triton.jit
@@ -146,21 +160,22 @@ def _linear(
             begins = begins + (tl.load(starts + first_row + row, mask=first_row + row < num_rows, other=0),)
     for step in range(STEPS):
         octets = step * OCTETS + tl.arange(0, OCTETS)
-        weights, ends = (), ()
+        bits, weights, ends = (), (), ()
         for row in tl.static_range(ROWS):
             inside = (octets < num_octets) & (first_row + row < num_rows)
-            bits = tl.load(mask + (first_row + row) * num_octets + octets, mask=inside, other=0).to(tl.int32)
+            octet = tl.load(mask + (first_row + row) * num_octets + octets, mask=inside, other=0)
+            bits = bits + (octet.to(tl.int32),)
+        if not PAIRS:
+            offsets, totals = _offsets(bits, octets < num_octets, PER_OCTET, OCTETS)
+        for row in tl.static_range(ROWS):
             if PAIRS:
                 limit = tl.where(first_row + row < num_rows, num_values, 0)
-                kept, total = _four(values + begins[row], octets, limit, OCTETS), 0
-                if CHOOSE:
-                    weights = weights + (kept + (bits,),)
-                else:
-                    weights = weights + (_places_of_pairs(kept, bits),)
+                kept = _four(values + begins[row], octets, limit, OCTETS)
+                weights = weights + (kept + (bits[row],) if CHOOSE else _places_of_pairs(kept, bits[row]),)
+                ends = ends + (begins[row],)
             else:
-                places, total = _gathered(values + begins[row], bits, inside, PER_OCTET, OCTETS)
-                weights = weights + (places,)
-            ends = ends + (begins[row] + total,)
+                weights = weights + (_gathered(values + begins[row] + offsets[row], bits[row]),)
+                ends = ends + (begins[row] + totals[row],)
         begins = ends
         after = ()
         for token in tl.static_range(TOKENS):
@@ -191,8 +206,9 @@ def _unpack(
         octets = step * OCTETS + tl.arange(0, OCTETS)
         inside = octets < num_octets
         bits = tl.load(mask + row * num_octets + octets, mask=inside, other=0).to(tl.int32)
-        places, total = _gathered(values + begin, bits, inside, PER_OCTET, OCTETS)
-        begin += total
+        offsets, totals = _offsets((bits,), inside, PER_OCTET, OCTETS)
+        places = _gathered(values + begin + offsets[0], bits)
+        begin += totals[0]
         columns = octets[:, None] * 8 + tl.arange(0, 8)[None, :]
         tl.store(weight + row * stride + columns, _joined(places, OCTETS), mask=columns < num_columns)
 
