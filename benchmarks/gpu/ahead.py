@@ -115,10 +115,13 @@ def cases(rank: int = 16) -> list[Case]:
 
 
 def packed_cases() -> list[PackedCase]:
-    """Every dtype, patterns of each kind, one token and a batch; and unpacking."""
+    """A pattern of each kind, in bfloat16 with one token and with many, and unpacked; then other dtypes."""
     patterns = (TWO_OF_FOUR, Pattern.parse("4:8"), None)
-    return [PackedCase(dtype, pattern, tokens) for dtype in (torch.bfloat16, torch.float16, torch.float32)
-            for pattern in patterns for tokens in (1, 2, 4, 8, 0)]  # fmt: skip
+    return [
+        *(PackedCase(torch.bfloat16, pattern, tokens) for pattern in patterns for tokens in (1, 2, 4, 8, 0)),
+        PackedCase(torch.float16, TWO_OF_FOUR, 1),
+        *(PackedCase(torch.float32, pattern, tokens) for pattern in (TWO_OF_FOUR, None) for tokens in (1, 8)),
+    ]
 
 
 def compiled(case: Case | PackedCase, capability: int) -> Any:
