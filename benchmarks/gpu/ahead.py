@@ -149,8 +149,9 @@ def compiled(case: Case | PackedCase, capability: int) -> Any:
 
 
 def resources(kernel: Any) -> dict[str, Any]:
-    """Registers a thread, shared bytes a block, bytes spilled, instructions (also of the longest loop's body alone), and
-    its accesses of memory by width."""
+    """Registers a thread, shared bytes a block, bytes spilled, instructions (of the longest loop's body too), accesses by
+    width.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()

@@ -26,6 +26,12 @@ THREADS = 32
 
 
 @triton.jit
+def _none():
+    """A tuple to be added to."""
+    return ()
+
+
+@triton.jit
 def _popcount(octets):
     """Bits set in each; LLVM knows the idiom and makes it one instruction."""
     bits = octets.to(tl.uint32, bitcast=True)
@@ -91,10 +97,10 @@ def _add_pair(total, first, second, bits, x0, x1, x2, x3):
 
 
 @triton.jit
-def _add_pairs(total, w, x):
-    """An octet's products added; `w` are its four values and its bits."""
-    total = _add_pair(total, w[0], w[1], w[4], x[0], x[1], x[2], x[3])
-    return _add_pair(total, w[2], w[3], w[4] >> 4, x[4], x[5], x[6], x[7])
+def _add_pairs(total, kept, bits, x):
+    """An octet's products added, of its four values."""
+    total = _add_pair(total, kept[0], kept[1], bits, x[0], x[1], x[2], x[3])
+    return _add_pair(total, kept[2], kept[3], bits >> 4, x[4], x[5], x[6], x[7])
 
 
 @triton.jit
@@ -115,11 +121,11 @@ def _offsets(bits, inside, PER_OCTET: tl.constexpr, OCTETS: tl.constexpr):
         PER_OCTET: values each octet keeps; 0 where they differ, and are counted.
     """
     ROWS: tl.constexpr = len(bits)
-    offsets, totals = (), ()
+    offsets, totals = _none(), _none()
     if PER_OCTET > 0:
         for _ in tl.static_range(ROWS):
-            offsets = offsets + (tl.where(inside, tl.arange(0, OCTETS) * PER_OCTET, 0),)
-            totals = totals + (OCTETS * PER_OCTET,)
+            offsets += (tl.where(inside, tl.arange(0, OCTETS) * PER_OCTET, 0),)
+            totals += (OCTETS * PER_OCTET,)
     else:
         counts = _popcount(bits[0])
         if ROWS > 1:
@@ -128,17 +134,17 @@ def _offsets(bits, inside, PER_OCTET: tl.constexpr, OCTETS: tl.constexpr):
                 counts += _popcount(bits[row]).to(tl.int64) << (16 * row)
         before, total = tl.cumsum(counts, axis=0) - counts, tl.sum(counts, axis=0)
         for row in tl.static_range(ROWS):
-            offsets = offsets + (((before >> (16 * row)) & 0xFFFF).to(tl.int32),)
-            totals = totals + (((total >> (16 * row)) & 0xFFFF).to(tl.int32),)
+            offsets += (((before >> (16 * row)) & 0xFFFF).to(tl.int32),)
+            totals += (((total >> (16 * row)) & 0xFFFF).to(tl.int32),)
     return offsets, totals
 
 
 @triton.jit
 def _gathered(at, bits):
     """The eight places of each octet, whose values begin at the pointer `at`."""
-    places = ()
+    places = _none()
     for place in tl.static_range(8):
-        places = places + (tl.where(bits & (1 << place) != 0, tl.load(at), 0.0),)
+        places += (tl.where(bits & (1 << place) != 0, tl.load(at), 0.0),)
         at += (bits >> place) & 1  # in bounds behind the last too: 32 values stand there
     return places
 
@@ -152,39 +158,42 @@ def _linear(
     CHOOSE: tl.constexpr = PAIRS and TOKENS == 1
     first_row = tl.program_id(0).to(tl.int64) * ROWS
     sums = (tl.zeros((OCTETS,), dtype=tl.float32),) * (ROWS * TOKENS)
-    begins = ()
+    begins = _none()
     for row in tl.static_range(ROWS):
         if PAIRS:
-            begins = begins + ((first_row + row) * num_values,)
+            begins += ((first_row + row) * num_values,)
         else:
-            begins = begins + (tl.load(starts + first_row + row, mask=first_row + row < num_rows, other=0),)
+            begins += (tl.load(starts + first_row + row, mask=first_row + row < num_rows, other=0),)
     for step in range(STEPS):
         octets = step * OCTETS + tl.arange(0, OCTETS)
-        bits, weights, ends = (), (), ()
+        bits, weights, ends = _none(), _none(), _none()
         for row in tl.static_range(ROWS):
             inside = (octets < num_octets) & (first_row + row < num_rows)
             octet = tl.load(mask + (first_row + row) * num_octets + octets, mask=inside, other=0)
-            bits = bits + (octet.to(tl.int32),)
+            bits += (octet.to(tl.int32),)
         if not PAIRS:
             offsets, totals = _offsets(bits, octets < num_octets, PER_OCTET, OCTETS)
         for row in tl.static_range(ROWS):
             if PAIRS:
                 limit = tl.where(first_row + row < num_rows, num_values, 0)
                 kept = _four(values + begins[row], octets, limit, OCTETS)
-                weights = weights + (kept + (bits[row],) if CHOOSE else _places_of_pairs(kept, bits[row]),)
-                ends = ends + (begins[row],)
+                weights += (kept if CHOOSE else _places_of_pairs(kept, bits[row]),)
+                ends += (begins[row],)
             else:
-                weights = weights + (_gathered(values + begins[row] + offsets[row], bits[row]),)
-                ends = ends + (begins[row] + totals[row],)
+                weights += (_gathered(values + begins[row] + offsets[row], bits[row]),)
+                ends += (begins[row] + totals[row],)
         begins = ends
-        after = ()
+        after = _none()
         for token in tl.static_range(TOKENS):
             columns = octets[:, None] * 8 + tl.arange(0, 8)[None, :]
             inputs = tl.load(x + token * stride_x + columns, mask=columns < num_columns, other=0.0)
             X = _eight(inputs.to(tl.float32), OCTETS)
             for row in tl.static_range(ROWS):
                 total = sums[token * ROWS + row]
-                after = after + (_add_pairs(total, weights[row], X) if CHOOSE else _add(total, weights[row], X),)
+                if CHOOSE:
+                    after += (_add_pairs(total, weights[row], bits[row], X),)
+                else:
+                    after += (_add(total, weights[row], X),)
         sums = after
     for row in tl.static_range(ROWS):
         inside = first_row + row < num_rows

@@ -50,7 +50,7 @@ def weights():
             yield (name, rows, columns, dtype), weight, pack(weight, pattern)
 """
 PRODUCTS = """
-# Triton's interpreter cuts float32 to bfloat16 where a GPU rounds: a whole unit of the last place for it, else half a one
+# Triton's interpreter cuts float32 to bfloat16 where a GPU rounds: a unit of the last place for it, else half a one
 LIMITS = {torch.bfloat16: 1.01 * 2**-7, torch.float16: 0.51 * 2**-10, torch.float32: 0.51 * 2**-23}
 for number, (case, weight, packed) in enumerate(weights()):
     rows, columns = weight.shape
@@ -58,7 +58,8 @@ for number, (case, weight, packed) in enumerate(weights()):
         x, bias = draw(tokens, columns).to(weight.dtype), draw(rows).to(weight.dtype) if number % 2 else None
         y = torch.full((tokens, rows), float("nan"), dtype=weight.dtype)
         warps = 1 + number % 2
-        grid, arguments = launch_linear(x, packed, bias, y, {"ROWS": block_rows, "OCTETS": 32 * warps, "num_warps": warps})
+        block = {"ROWS": block_rows, "OCTETS": 32 * warps, "num_warps": warps}
+        grid, arguments = launch_linear(x, packed, bias, y, block)
         _linear[grid](**arguments)
         terms = x.double()[:, None, :] * weight.double()
         exact = terms.sum(-1) + (0 if bias is None else bias.double())
@@ -182,7 +183,8 @@ def test_what_a_product_costs_in_instructions(ahead: Any) -> None:
 
 def test_no_shape_spills(ahead: Any) -> None:
     """Nor where rows begin anywhere."""
-    for case in (ahead.PackedCase(torch.bfloat16, None, 8, (4097, 1001)), ahead.PackedCase(torch.float32, None, 7, (70, 33)),
+    for case in (ahead.PackedCase(torch.bfloat16, None, 8, (4097, 1001)),
+                 ahead.PackedCase(torch.float32, None, 7, (70, 33)),
                  ahead.PackedCase(torch.bfloat16, TWO_OF_FOUR, 8, (4097, 1004))):  # fmt: skip
         found = ahead.resources(ahead.compiled(case, 90))
         assert found["spilled_bytes"] == 0, (case, found)
