@@ -149,9 +149,7 @@ def compiled(case: Case | PackedCase, capability: int) -> Any:
 
 
 def resources(kernel: Any) -> dict[str, Any]:
-    """Registers a thread, shared bytes a block, bytes spilled, instructions (of the longest loop's body too), accesses by
-    width.
-    """
+    """Registers a thread, shared bytes a block, bytes spilled, instructions (and of the longest loop), accesses."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()

@@ -27,7 +27,8 @@ def why_no_cuda_kernel(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def linear_on_cuda(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Y = X·Wᵀ + bias: of at most 8 tokens from the packed weight itself, else from the weight unpacked for it.
+    """Y = X·Wᵀ + bias: of at most 8 tokens from the packed weight itself, else, and where gradients are wanted, from the
+    weight unpacked for it.
 
     Args:
         x: (…, C) in the weight's dtype, on a device where `why_no_cuda_kernel` is empty.
@@ -35,7 +36,8 @@ def linear_on_cuda(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None = 
     from lors_cli.models.packed.kernels.triton_linear import MAX_TOKENS, packed_linear_cuda, unpack_cuda
 
     tokens = x.reshape(-1, x.shape[-1])
-    if 0 < len(tokens) <= MAX_TOKENS:
+    traced = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    if 0 < len(tokens) <= MAX_TOKENS and not traced:
         return packed_linear_cuda(tokens, packed, bias).view(*x.shape[:-1], packed.shape[0])
     return F.linear(x, unpack_cuda(packed), bias)
 

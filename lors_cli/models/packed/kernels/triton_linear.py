@@ -19,6 +19,8 @@ from lors_cli.sparsity import TWO_OF_FOUR
 MAX_TOKENS = 8
 """More are multiplied with the unpacked weight: there the products take longer than the bytes."""
 OCTET = 8
+CHOOSE_TOKENS = tl.constexpr(2)
+"""Up to so many, the inputs of 2:4's two values are chosen; for more, four places are made once for all."""
 MIN_PROGRAMS, MAX_ROWS, MAX_WARPS = 1024, 4, 4
 """A program takes several rows, which share what is read of X, where so many programs are left."""
 THREADS = 32
@@ -155,7 +157,7 @@ def _linear(
     PAIRS: tl.constexpr, PER_OCTET: tl.constexpr, BIAS: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
     OCTETS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    CHOOSE: tl.constexpr = PAIRS and TOKENS == 1
+    CHOOSE: tl.constexpr = PAIRS and TOKENS <= CHOOSE_TOKENS
     first_row = tl.program_id(0).to(tl.int64) * ROWS
     sums = (tl.zeros((OCTETS,), dtype=tl.float32),) * (ROWS * TOKENS)
     begins = _none()

@@ -75,6 +75,11 @@ torch.testing.assert_close(packed_linear_cuda(x[:, 1], packed), expected[:, 1] -
 for tokens in (0, 9):
     x = draw(tokens, 300)
     torch.testing.assert_close(linear_on_cuda(x, packed, bias), torch.nn.functional.linear(x, weight, bias))
+# a gradient reaches x and the bias
+x, bias = draw(2, 300).requires_grad_(), draw(9).requires_grad_()
+linear_on_cuda(x, packed, bias).sum().backward()
+torch.testing.assert_close(x.grad, weight.sum(0).expand(2, 300))
+torch.testing.assert_close(bias.grad, torch.full((9,), 2.0))
 print("equal")
 """
 UNPACKING = """
@@ -176,7 +181,13 @@ def test_it_compiles_without_spills_and_with_wide_accesses(ahead: Any, capabilit
 
 def test_what_a_product_costs_in_instructions(ahead: Any) -> None:
     """A loop's body handles four rows of an octet a thread; README.md of benchmarks/gpu reckons with these."""
-    for pattern, tokens, limit in ((TWO_OF_FOUR, 1, 7), (TWO_OF_FOUR, 8, 22), (None, 1, 16), (None, 8, 28)):
+    for pattern, tokens, limit in (
+        (TWO_OF_FOUR, 1, 7),
+        (TWO_OF_FOUR, 2, 9),
+        (TWO_OF_FOUR, 8, 22),
+        (None, 1, 16),
+        (None, 8, 28),
+    ):
         found = ahead.resources(ahead.compiled(ahead.PackedCase(torch.bfloat16, pattern, tokens), 90))
         assert found["in_loop"] / 32 <= limit, (pattern, tokens, found)
 
