@@ -27,8 +27,7 @@ def why_no_cuda_kernel(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def linear_on_cuda(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Y = X·Wᵀ + bias: of at most 8 tokens from the packed weight itself, else (and where a gradient is wanted) from the
-    weight unpacked for it.
+    """Y = X·Wᵀ + bias: of at most 8 tokens from the packed weight itself, of more by unpacking it, as for gradients.
 
     Args:
         x: (…, C) in the weight's dtype, on a device where `why_no_cuda_kernel` is empty.

@@ -188,14 +188,14 @@ def _linear(
         after = _none()
         for token in tl.static_range(TOKENS):
             columns = octets[:, None] * 8 + tl.arange(0, 8)[None, :]
-            inputs = tl.load(x + token * stride_x + columns, mask=columns < num_columns, other=0.0)
-            X = _eight(inputs.to(tl.float32), OCTETS)
+            tile = tl.load(x + token * stride_x + columns, mask=columns < num_columns, other=0.0)
+            inputs = _eight(tile.to(tl.float32), OCTETS)
             for row in tl.static_range(ROWS):
                 total = sums[token * ROWS + row]
                 if CHOOSE:
-                    after += (_add_pairs(total, weights[row], bits[row], X),)
+                    after += (_add_pairs(total, weights[row], bits[row], inputs),)
                 else:
-                    after += (_add(total, weights[row], X),)
+                    after += (_add(total, weights[row], inputs),)
         sums = after
     for row in tl.static_range(ROWS):
         inside = first_row + row < num_rows
