@@ -16,9 +16,10 @@ import torch
 pytest.importorskip("triton", reason="Triton has no wheel for this system")
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from gpu import carried, right, steps
+from gpu import carried, decode, right, steps
 from gpu.box import Box
 from gpu.summary import LINES, summary
+from gpu.tiny import llama
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 ABSENT = ("gguf", "datasets", "lm_eval", "scipy", "matplotlib", "sklearn", "pandas", "tensorboard", "greenlet")
@@ -67,21 +68,23 @@ def without_figures(items: dict[str, Any]) -> dict[str, Any]:
 def test_the_rehearsal_runs_everything_with_few_packages(tmp_path: Path) -> None:
     found = rehearsed(tmp_path, ABSENT)
     assert {name: step["ended"] for name, step in found["run"]["steps"].items()} == dict.fromkeys(
-        ("right", "steps", "kernel", "pruning", "chain"), "finished"
+        ("right", "steps", "kernel", "decode", "pruning", "chain"), "finished"
     )
     for name in found["run"]["steps"]:
         assert without_figures(found[name]) == {}, name
     assert set(found["right"]) == set(right.CHECKS)
     assert set(found["chain"]) == {"model", "dense", "pruned", "tuned 10", "tuned 300"}
-    assert "11 of 11 checks are right" in found["text"]
+    assert "14 of 14 checks are right" in found["text"]
     assert len(found["text"].splitlines()) <= LINES + len(found["run"]["steps"])
 
 
 def test_what_needs_no_stage_runs_without_their_packages_too(tmp_path: Path) -> None:
-    """Steps 2 to 4 and all of 1 but the resumed run."""
-    found = rehearsed(tmp_path, (*ABSENT, "accelerate", "psutil"), "right", "kernel", "pruning")
+    """Steps 2 to 5 and all of 1 but the resumed run."""
+    found = rehearsed(tmp_path, (*ABSENT, "accelerate", "psutil"), "right", "kernel", "decode", "pruning")
     assert set(without_figures(found["right"])) <= {"resumed"}
-    assert without_figures(found["kernel"]) == without_figures(found["pruning"]) == {}
+    assert (
+        without_figures(found["kernel"]) == without_figures(found["decode"]) == without_figures(found["pruning"]) == {}
+    )
 
 
 def test_a_failure_loses_only_itself_and_no_item_begins_late(tmp_path: Path) -> None:
@@ -111,14 +114,34 @@ def test_the_summary_fits_and_says_which_goal_was_missed() -> None:
     lost = {f"item {number}": {"failed": "broke"} for number in range(100)}
     document = {"device": "a GPU", "torch": "2", "transformers": "5",
                 "steps": {name: {"ended": "finished", "elapsed_s": 1.0, "box_s": 2.0}
-                          for name in ("right", "steps", "kernel", "pruning", "chain")}}  # fmt: skip
-    text = summary(document, {"right": lost, "steps": items, "kernel": lost, "pruning": lost, "chain": lost})
+                          for name in ("right", "steps", "kernel", "decode", "pruning", "chain")}}  # fmt: skip
+    decoded = {"dense, batch 1": {"tokens_per_s": 200.0}, "2:4, batch 1": {"tokens_per_s": 320.0, "over_dense": 1.6},
+               "unstructured, batch 1": {"tokens_per_s": 220.0, "over_dense": 1.1}}  # fmt: skip
+    text = summary(document, {"right": lost, "steps": items, "kernel": lost, "decode": decoded, "pruning": lost,
+                              "chain": lost})  # fmt: skip
     assert len(text.splitlines()) <= LINES
     assert "step, LoRS / LoRA 1.050 (goal ≤ 1: MISSED)" in text
     assert "step, LoRS kept / LoRA 0.950 (goal ≤ 1: met)" in text
     assert "throughput, LoRS / SPP-gc 1.905 (goal ≥ 1.6: met)" in text
     assert "peak, LoRS / SQFT 0.400 (goal ≤ 0.6: met)" in text
     assert "LoRS about" in text
+    assert "dense, tokens/s: batch 1: 200" in text
+    assert "unstructured over dense by batch: 1: 1.10" in text
+    assert "decode, 2:4 / dense, batch 1 1.600 (goal ≥ 1.5: met)" in text
+
+
+def test_the_decode_step_is_the_model_s() -> None:
+    """Logits of the last token, by transformers at once and by the step behind transformers' own cache."""
+    model = llama()
+    ids = torch.randint(model.config.vocab_size, (3, 12), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        expected = model(ids).logits[:, -1]
+        cache = model(ids[:, :-1], use_cache=True).past_key_values
+    step = decode.Step(model, batch=3, length=12)
+    step.ids = ids[:, -1:]
+    for block, layer in zip(step.cache, cache.layers, strict=True):
+        block[0, :, :, :-1], block[1, :, :, :-1] = layer.keys, layer.values
+    torch.testing.assert_close(step(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_carried_model_is_the_one_that_was_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,9 @@
-"""The merge kernel compiled for GPUs that are not here: registers, shared memory, spills, and how wide it loads.
+"""Our kernels compiled for GPUs that are not here: registers, shared memory, spills, and how wide they load.
 
 python benchmarks/gpu/ahead.py            a table for sm_80, sm_90 and sm_100; needs triton, and no GPU
 
 Arguments get the hints (divisible by 16) that Triton's launcher would give them, taken from the very call that
-`launch` prepares.
+the launchers prepare.
 """
 
 from __future__ import annotations
@@ -22,14 +22,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
 from lors_cli.models.packed.format import PADDING, Packed
-from lors_cli.sparsity import TWO_OF_FOUR
+from lors_cli.models.packed.kernels import triton_linear
+from lors_cli.sparsity import TWO_OF_FOUR, Pattern
 from lors_cli.tuning.kernels import triton_merge
 from lors_cli.tuning.kernels.rounding import Rounding
 
 CAPABILITIES = (80, 90, 100)
-TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
+TYPES = {
+    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.uint8: "u8", torch.int32: "i32",
+    torch.int64: "i64",
+}  # fmt: skip
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 MEMORY_ACCESS = re.compile(r"\s((?:LDG|STG|LDL|STL)\.[A-Z0-9.]+)")
+INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@\S+ )?([A-Z][A-Z0-9_.]*)([^;]*);")
 
 
 @dataclass(frozen=True)
@@ -46,19 +51,58 @@ class Case:
         kind = "packed" if self.packed else "plain"
         return f"{TYPES[self.dtype]} {kind} {self.rounding}, rank {self.rank}, {self.shape[0]}x{self.shape[1]}"
 
+    @property
+    def kernel(self) -> Any:
+        """The kernel."""
+        return triton_merge._merge
+
     def call(self, block: dict[str, int] = triton_merge.BLOCK) -> dict[str, Any]:
         """The kernel's arguments, tensors without memory."""
         rows, columns = self.shape
-
-        def empty(*shape: int, dtype: torch.dtype = self.dtype) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype, device="meta")
-
-        weight: Any = empty(rows, columns)
+        weight: Any = empty(self.dtype, rows, columns)
         if self.packed:
-            words, starts = empty(rows, -(-columns // 32), dtype=torch.int32), empty(rows, dtype=torch.int64)
-            weight = Packed(empty(rows * columns // 2 + PADDING), words, starts, columns, TWO_OF_FOUR)
-        A, B = empty(self.rank, columns, dtype=torch.float32), empty(rows, self.rank, dtype=torch.float32)
-        return triton_merge.launch(weight, A, B, 0.5, empty(rows, columns), self.rounding, block)[1]
+            weight = empty_packed(self.dtype, self.shape, TWO_OF_FOUR)
+        A, B = empty(torch.float32, self.rank, columns), empty(torch.float32, rows, self.rank)
+        return triton_merge.launch(weight, A, B, 0.5, empty(self.dtype, rows, columns), self.rounding, block)[1]
+
+
+@dataclass(frozen=True)
+class PackedCase:
+    """One way to multiply with a packed (rows, columns) weight; with no tokens, to unpack it."""
+
+    dtype: torch.dtype
+    pattern: Pattern | None
+    tokens: int
+    shape: tuple[int, int] = (4096, 14336)
+
+    def __str__(self) -> str:
+        what = f"times {self.tokens}" if self.tokens else "unpacked"
+        return f"{TYPES[self.dtype]} {self.pattern or 'unstructured'} {what}, {self.shape[0]}x{self.shape[1]}"
+
+    @property
+    def kernel(self) -> Any:
+        """The kernel."""
+        return triton_linear._linear if self.tokens else triton_linear._unpack
+
+    def call(self, block: dict[str, int] | None = None) -> dict[str, Any]:
+        """The kernel's arguments, tensors without memory."""
+        packed = empty_packed(self.dtype, self.shape, self.pattern)
+        if not self.tokens:
+            return triton_linear.launch_unpack(packed, empty(self.dtype, *self.shape), block)[1]
+        x, y = (empty(self.dtype, self.tokens, features) for features in reversed(self.shape))
+        return triton_linear.launch_linear(x, packed, None, y, block)[1]
+
+
+def empty(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    """A tensor without memory."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def empty_packed(dtype: torch.dtype, shape: tuple[int, int], pattern: Pattern | None) -> Packed:
+    """A weight packed at one half, without memory."""
+    rows, columns = shape
+    words, starts = empty(torch.int32, rows, -(-columns // 32)), empty(torch.int64, rows)
+    return Packed(empty(dtype, rows * columns // 2 + PADDING), words, starts, columns, pattern)
 
 
 def cases(rank: int = 16) -> list[Case]:
@@ -70,13 +114,23 @@ def cases(rank: int = 16) -> list[Case]:
     return [Case(dtype, packed, rounding, rank) for dtype, rounding in ways for packed in (False, True)]
 
 
-def compiled(case: Case, capability: int, block: dict[str, int] = triton_merge.BLOCK) -> Any:
+def packed_cases() -> list[PackedCase]:
+    """A pattern of each kind, in bfloat16 with one token and with many, and unpacked; then other dtypes."""
+    patterns = (TWO_OF_FOUR, Pattern.parse("4:8"), None)
+    return [
+        *(PackedCase(torch.bfloat16, pattern, tokens) for pattern in patterns for tokens in (1, 2, 4, 8, 0)),
+        PackedCase(torch.float16, TWO_OF_FOUR, 1),
+        *(PackedCase(torch.float32, pattern, tokens) for pattern in (TWO_OF_FOUR, None) for tokens in (1, 8)),
+    ]
+
+
+def compiled(case: Case | PackedCase, capability: int) -> Any:
     """The kernel as Triton would compile it for the case on such a GPU."""
     target = GPUTarget("cuda", capability, 32)
     hints = make_backend(target)
-    call = case.call(block)
+    call = case.call()
     signature, constants, attributes = {}, {}, {}
-    for index, parameter in enumerate(triton_merge._merge.params):
+    for index, parameter in enumerate(case.kernel.params):
         value = call[parameter.name]
         if parameter.is_constexpr:
             signature[parameter.name], constants[parameter.name] = "constexpr", value
@@ -89,13 +143,13 @@ def compiled(case: Case, capability: int, block: dict[str, int] = triton_merge.B
             hint = hints.get_int_specialization(value, align=True) if isinstance(value, int) else ""
         if hint:
             attributes[(index,)] = hints.parse_attr(hint)
-    options = {name: value for name, value in call.items() if name not in triton_merge._merge.arg_names}
-    source = ASTSource(triton_merge._merge, signature, constants, attributes)
+    options = {name: value for name, value in call.items() if name not in case.kernel.arg_names}
+    source = ASTSource(case.kernel, signature, constants, attributes)
     return triton.compile(source, target=target, options=options)
 
 
 def resources(kernel: Any) -> dict[str, Any]:
-    """Registers a thread, shared bytes a block, bytes spilled, instructions, and its accesses of memory by width."""
+    """Registers a thread, shared bytes a block, bytes spilled, instructions (and of the longest loop), accesses."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -110,21 +164,32 @@ def resources(kernel: Any) -> dict[str, Any]:
         "shared_bytes": kernel.metadata.shared,
         "spilled_bytes": int(found[2]),
         "instructions": len(re.findall(r"/\*[0-9a-f]{4,}\*/\s+[@A-Z]", code)),
+        "in_loop": sum(in_loop(code).values()),
         "accesses": dict(Counter(MEMORY_ACCESS.findall(code))),
     }
 
 
-def show(case: Case, capability: int, found: dict[str, Any]) -> str:
+def in_loop(code: str) -> Counter[str]:
+    """How often each instruction stands in the body of the longest loop; a loop ends in a jump back."""
+    listed = [(int(at, 16), name, rest) for at, name, rest in INSTRUCTION.findall(code)]
+    jumps = [(int(target[1], 16), at) for at, name, rest in listed
+             if name.startswith("BRA") and (target := re.search(r"0x([0-9a-f]+)", rest))]  # fmt: skip
+    first, last = max(((to, at) for to, at in jumps if to < at), key=lambda loop: loop[1] - loop[0], default=(1, 0))
+    return Counter(name.partition(".")[0] for at, name, _ in listed if first <= at <= last)
+
+
+def show(case: Case | PackedCase, capability: int, found: dict[str, Any]) -> str:
     """A line of the table."""
     accesses = "  ".join(f"{name} {count}" for name, count in sorted(found["accesses"].items()))
     return (f"sm_{capability:<3} {case!s:<55} registers {found['registers']:3}  shared {found['shared_bytes']:5}  "
-            f"spilled {found['spilled_bytes']}  instructions {found['instructions']:4}  {accesses}")  # fmt: skip
+            f"spilled {found['spilled_bytes']}  instructions {found['instructions']:4}  "
+            f"in the loop {found['in_loop']:4}  {accesses}")  # fmt: skip
 
 
 def main() -> None:
     """Print the table."""
     for capability in CAPABILITIES:
-        for case in [*cases(), *cases(64)]:
+        for case in [*cases(), *cases(64), *packed_cases()]:
             print(show(case, capability, resources(compiled(case, capability))), flush=True)
 
 

@@ -1,7 +1,7 @@
-"""Step 3: the merge kernel alone: bytes a second against a copy's, and which block shape is fastest.
+"""Step 3: the kernels alone: products with packed weights against F.linear, the merge against a copy.
 
-Timed over several weights in turns, so that none is found in the cache. A merge reads W and writes W_t; adapters are
-left out of the bytes, as they stay in the cache.
+Timed over several weights in turns, so that none is found in the cache. A product reads the weight; a merge reads W and
+writes W_t; tokens and adapters are left out of the bytes, as they stay in the cache.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from gpu.box import Box, Figures, seconds_of
+from gpu.box import Box, Figures, graphed, seconds_of
+from torch.nn import functional as F
 
 from lors_cli.bench.model import _make_two_of_four
 from lors_cli.models.packed.format import Packed, pack
+from lors_cli.models.packed.kernels import triton_linear
 from lors_cli.sparsity import TWO_OF_FOUR
 from lors_cli.tuning.kernels import triton_merge
 from lors_cli.tuning.kernels.rounding import Rounding
@@ -36,6 +38,12 @@ BLOCKS = (
     block(128, 64, 8, 4), block(128, 64, 16, 4),
 )  # fmt: skip
 """Tried besides the one in use."""
+BATCHES = (1, 2, 4, 8)
+PRODUCTS = (((4096, 14336), 4), ((4096, 4096), 10))
+"""Shapes, and how many weights of each: what the packed ones hold is more than an L2 does."""
+TINY_PRODUCTS = (((6, 64), 2),)
+PRODUCT_BLOCKS = ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (2, 8), (4, 1), (4, 2), (4, 8))
+"""Rows a program and warps beside each other, tried besides the ones in use."""
 
 
 def copied(box: Box, shape: tuple[int, int]) -> Figures:
@@ -80,7 +88,78 @@ class Weights:
         return figures
 
 
+class Products:
+    """Several 2:4 weights as F.linear takes them, packed by their pattern, or without; no two kinds held at once."""
+
+    def __init__(self, device: torch.device, shape: tuple[int, int], copies: int) -> None:
+        torch.manual_seed(0)
+        self.device, self.shape = device, shape
+        self.weights: list[Any] = [torch.randn(shape, device=device).bfloat16() for _ in range(copies)]
+        for weight in self.weights:
+            _make_two_of_four(weight)
+
+    def become(self, kind: str) -> None:
+        """Packed as 2:4 first, from there unstructured."""
+        self.weights = [pack(weight, TWO_OF_FOUR) if kind == "2:4" else
+                        Packed(weight.values, weight.mask, weight.starts, weight.columns)
+                        for weight in self.weights]  # fmt: skip
+
+    def timed(self, tokens: int, block: dict[str, int] | None, repeats: int) -> Figures:
+        """Seconds of one product, from a graph of one with every weight, and bytes of the weight a second."""
+        x = torch.randn(tokens, self.shape[1], device=self.device).bfloat16()
+        y = x.new_empty(tokens, self.shape[0])
+        held = self.weights[0]
+        if isinstance(held, Packed):
+            calls = [triton_linear.launch_linear(x, weight, None, y, block) for weight in self.weights]
+            read = held.values.nbytes + held.mask.nbytes
+
+            def run() -> None:
+                for grid, arguments in calls:
+                    triton_linear._linear[grid](**arguments)
+        else:
+            read = held.nbytes
+
+            def run() -> None:
+                for weight in self.weights:
+                    F.linear(x, weight)
+
+        replay = graphed(run, self.device)
+        taken = seconds_of(lambda _: replay(), self.device, repeats) / len(self.weights)
+        return {"seconds": taken, "gb_per_s": read / taken / 1e9}
+
+
+def products(box: Box, shape: tuple[int, int], copies: int) -> None:
+    """Every batch by every way, then other blocks with one token."""
+    weights, name = Products(box.device, shape, copies), f"{shape[0]}x{shape[1]}"
+    repeats, needs_s = (REPEATS, 2.0) if not box.rehearse else (1, 0.1)
+
+    def item(kind: str, tokens: int, block: dict[str, int] | None, named: str = "") -> None:
+        dense = box.items.get(f"dense {name}, batch {tokens}", {}).get("seconds")
+
+        def measure() -> Figures:
+            figures = weights.timed(tokens, block, repeats)
+            return {**figures, "over_dense": dense / figures["seconds"]} if dense and not named else figures
+
+        box.item(f"{kind} {name}, batch {tokens}{named}", measure, needs_s)
+
+    for kind in ("dense", "2:4", "unstructured"):
+        if kind != "dense":
+            weights.become(kind)
+        for tokens in BATCHES:
+            item(kind, tokens, None)
+        for rows, warps in PRODUCT_BLOCKS if kind != "dense" and not box.rehearse else ():
+            block = {"ROWS": rows, "OCTETS": 32 * warps, "num_warps": warps}
+            item(kind, 1, block, f", {rows} rows x {warps} warps")
+
+
 def run(box: Box) -> None:
+    """Products, then merges."""
+    for case, copies in PRODUCTS if not box.rehearse else TINY_PRODUCTS:
+        products(box, case, copies)
+    merges(box)
+
+
+def merges(box: Box) -> None:
     """The copy, every way with the block in use, other ranks, then the other blocks for what training uses most."""
     shape, repeats = (SHAPE, REPEATS) if not box.rehearse else (TINY_SHAPE, 1)
     copy = box.item("copy", lambda: copied(box, shape))

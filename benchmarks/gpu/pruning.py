@@ -1,4 +1,4 @@
-"""Step 4: pruning a Llama-3-8B-shaped decoder block: lors' maths and the reference codes' arithmetic, time and memory.
+"""Step 5: pruning a Llama-3-8B-shaped decoder block: lors' maths and the reference codes' arithmetic, time and memory.
 
 Weights and tokens are random. Every arm gets the same of both, computes the inputs of its blocks, prunes them and
 computes their outputs; the device is waited for at every change of phase. The floor is two bare forward passes. lors

@@ -15,7 +15,8 @@ from torch import nn
 
 from lors_cli.bench.model import _make_two_of_four
 from lors_cli.models.packed.format import pack
-from lors_cli.sparsity import TWO_OF_FOUR
+from lors_cli.models.packed.kernels.triton_linear import packed_linear_cuda, unpack_cuda
+from lors_cli.sparsity import TWO_OF_FOUR, Pattern
 from lors_cli.tuning.head import causal_lm_loss
 from lors_cli.tuning.kernels.masked_merge import how_merged, masked_merge_formula
 from lors_cli.tuning.kernels.rounding import Rounding
@@ -76,6 +77,36 @@ def merges(device: torch.device, dtype_name: str, rounding: Rounding) -> Figures
             truth = weight.double() + 0.25 * (B.to(dtype).double() @ A.to(dtype).double())
             figures["off"] = max(figures["off"], off(plain, truth * (weight != 0)))
     good = figures["wrong_bits"] == figures["packed_differs"] == 0 and figures["off"] < LIMITS[dtype_name]
+    return check(good, figures)
+
+
+def packed_products(device: torch.device, dtype_name: str) -> Figures:
+    """Products with packed weights against float64, the same bits again, and unpacking bit by bit."""
+    dtype, figures = DTYPES[dtype_name], {"off": 0.0, "other_bits": 0, "unpacked_wrong": 0}
+    large = [(130, 1001), (1024, 4096), (4096, 4096), (4096, 14336)] if device.type == "cuda" else []
+    for name in ("2:4", "4:8", "1:4", "unstructured"):
+        pattern = None if name == "unstructured" else Pattern.parse(name)
+        for rows, columns in [(6, 72), (9, 264), *large]:
+            if pattern is not None and columns % (pattern.m or 1):
+                continue
+            weight = torch.randn(rows, columns, device=device).to(dtype)
+            if pattern is None:
+                weight[torch.rand(rows, columns, device=device) < 0.5] = 0
+                weight[1], weight[2] = 0, 1
+            else:
+                groups = (
+                    torch.rand(rows, columns // pattern.m, pattern.m, device=device).argsort(-1).view(rows, columns)
+                )
+                weight[groups >= pattern.n] = 0
+            packed, exact = pack(weight, pattern), weight.double()
+            found = unpack_cuda(packed, torch.full_like(weight, torch.nan))
+            figures["unpacked_wrong"] += int((found != weight).sum())
+            for tokens in range(1, 9) if device.type == "cuda" else (1, 5):
+                x, bias = torch.randn(tokens, columns, device=device).to(dtype), weight[:, 0].contiguous()
+                y, again = packed_linear_cuda(x, packed, bias), packed_linear_cuda(x, packed, bias)
+                figures["other_bits"] += int((y != again).sum())
+                figures["off"] = max(figures["off"], off(y, x.double() @ exact.T + bias.double()))
+    good = figures["other_bits"] == figures["unpacked_wrong"] == 0 and figures["off"] < LIMITS[dtype_name]
     return check(good, figures)
 
 
@@ -189,6 +220,7 @@ def resumed(device: torch.device) -> Figures:
 CHECKS: dict[str, Callable[[torch.device], Figures]] = {
     **{f"merge {name} {rounding}": lambda device, name=name, rounding=rounding: merges(device, name, rounding)  # type: ignore[misc]
        for name in DTYPES for rounding in ("nearest", "stochastic") if rounding == "nearest" or name == "bfloat16"},
+    **{f"packed products {name}": lambda device, name=name: packed_products(device, name) for name in DTYPES},  # type: ignore[misc]
     "hints": hints,
     **{f"layer {name}": lambda device, name=name: layers(device, name) for name in DTYPES},  # type: ignore[misc]
     "one step": one_step,

@@ -30,7 +30,7 @@ from gpu.summary import summary
 
 from lors_cli.files import atomic
 
-SHARES = {"right": 0.22, "steps": 0.45, "kernel": 0.2, "pruning": 0.45, "chain": 1.0}
+SHARES = {"right": 0.22, "steps": 0.45, "kernel": 0.25, "decode": 0.3, "pruning": 0.45, "chain": 1.0}
 """Of the time that is left when a step begins, so that what one does not need goes to those after it."""
 GRACE_S = 10
 """After its box a step may end the item it is at, so long; then it is killed."""

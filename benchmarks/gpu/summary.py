@@ -23,7 +23,14 @@ def summary(document: Figures, steps: dict[str, Figures]) -> str:
         steps: items by step.
     """
     lines = [f"{document['device']}, torch {document['torch']}, transformers {document['transformers']}"]
-    writers = {"right": _right, "steps": _steps, "kernel": _kernel, "pruning": _pruning, "chain": _chain}
+    writers = {
+        "right": _right,
+        "steps": _steps,
+        "kernel": _kernel,
+        "decode": _decode,
+        "pruning": _pruning,
+        "chain": _chain,
+    }
     for name, ended in document["steps"].items():
         items = steps.get(name, {})
         lines.append(f"== {name}: {ended['ended']}, {ended['elapsed_s']:.0f} of {ended['box_s']:.0f} s")
@@ -76,6 +83,35 @@ def _kernel(items: Figures) -> list[str]:
         if tried:
             best = max(tried, key=tried.__getitem__)
             lines.append(f"fastest {best}: {tried[best]:.0f} GB/s (rows x columns x warps x stages x tiles)")
+    for shape in ("4096x14336", "4096x4096"):
+        for kind in ("2:4", "unstructured"):
+            if quotients := _over_dense(items, f"{kind} {shape}, batch"):
+                lines.append(f"{kind} {shape} over F.linear by batch: {quotients}")
+    best_block = {name: found["gb_per_s"] for name, found in timed.items() if "batch 1" in name and "dense" not in name}
+    if best_block:
+        best = max(best_block, key=best_block.__getitem__)
+        lines.append(f"fastest product {best}: {best_block[best]:.0f} GB/s")
+    if "over_dense" in items.get("2:4 4096x14336, batch 1", {}):
+        quotient = items["2:4 4096x14336, batch 1"]["over_dense"]
+        lines.append(_goal("product, 2:4 / F.linear, batch 1", quotient, 1.5, at_most=False))
+    return lines
+
+
+def _over_dense(items: Figures, prefix: str) -> str:
+    """Of the items that begin so, which end in the batch: how many times faster than dense they are."""
+    return "  ".join(f"{name.rpartition(' ')[2]}: {found['over_dense']:.2f}" for name, found in items.items()
+                     if name.startswith(prefix) and "over_dense" in found)  # fmt: skip
+
+
+def _decode(items: Figures) -> list[str]:
+    dense = [f"batch {name.rpartition(' ')[2]}: {found['tokens_per_s']:.0f}" for name, found in items.items()
+             if name.startswith("dense") and "tokens_per_s" in found]  # fmt: skip
+    lines = [f"Llama-3-8B's shape, dense, tokens/s: {'  '.join(dense)}"] if dense else []
+    for kind in ("2:4", "unstructured"):
+        if quotients := _over_dense(items, f"{kind}, batch"):
+            lines.append(f"{kind} over dense by batch: {quotients}")
+    if "over_dense" in items.get("2:4, batch 1", {}):
+        lines.append(_goal("decode, 2:4 / dense, batch 1", items["2:4, batch 1"]["over_dense"], 1.5, at_most=False))
     return lines
 
 

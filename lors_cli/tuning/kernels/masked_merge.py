@@ -11,6 +11,7 @@ import torch
 
 from lors_cli.models.packed.format import Packed
 from lors_cli.models.packed.kernels.choice import unpack
+from lors_cli.models.packed.kernels.cuda import why_no_cuda_kernel
 from lors_cli.sparsity import TWO_OF_FOUR
 from lors_cli.tuning.kernels.rounding import (
     PERIOD,
@@ -106,20 +107,9 @@ def _addmm_rounds_once(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
-@cache
 def why_no_kernel(device: torch.device, dtype: torch.dtype) -> str:
     """Why the fused kernel cannot be used for such weights, empty when it can."""
-    if device.type != "cuda":
-        return f"it is for CUDA, not {device.type}"
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"it does not know {str(dtype).removeprefix('torch.')}"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "the GPU is older than Ampere"
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return "the package triton is not installed"
-    return ""
+    return why_no_cuda_kernel(device, dtype)
 
 
 def how_merged(device: torch.device, dtype: torch.dtype, rounding: Rounding = "nearest") -> str:

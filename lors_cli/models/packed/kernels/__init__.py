@@ -1,1 +1,1 @@
-"""Products with packed weights, in C where the machine has a compiler."""
+"""Kernels that compute with packed weights."""
