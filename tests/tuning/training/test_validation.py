@@ -169,7 +169,7 @@ def test_the_model_of_the_best_step_is_merged(model: ModelConfig, validated: Tun
     assert checkpoints == {"checkpoint-6", "checkpoint-14"}  # keep_checkpoints: 1, and the best
     card = (tmp_path / "best/README.md").read_text()
     assert "model_step | 6" in card
-    assert "result: val_loss_best | 3.0" in card
+    assert "val_loss_best | 3.0" in card
 
 
 @pytest.mark.usefixtures("best_in_the_middle")
