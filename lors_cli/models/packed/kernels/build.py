@@ -122,7 +122,7 @@ def _compile(path: Path, flags: tuple[str, ...]) -> None:
         command = [*compiler, *flags, str(SOURCES[0].with_name("packed.c")), "-o", str(made)]
         try:
             subprocess.run(
-                command, check=True, capture_output=True, text=True, timeout=TIMEOUT_S, stdin=subprocess.DEVNULL,
+                [*command], check=True, capture_output=True, text=True, timeout=TIMEOUT_S, stdin=subprocess.DEVNULL,
                 env={**os.environ, "LC_ALL": "C"},
             )  # fmt: skip
         except subprocess.CalledProcessError as error:
