@@ -182,6 +182,10 @@ def show_inspection(path: str, document: dict[str, Any]) -> None:
         f"{path}: {document['pattern']}, {100 * document['sparsity']:.2f} % zeros in {len(document['layers'])} "
         f"linears, {document['violations']} violations{_apart(document)}"
     )
+    if "packed" in document:
+        sizes = document["packed"]
+        share = f"{sizes['bytes'] / sizes['bytes_plain']:.1%}"
+        console.result(f"packed: {console.gib(sizes['bytes'])} instead of {console.gib(sizes['bytes_plain'])}, {share}")
     prompt = document["prompt"]
     console.result(f"prompt: {prompt['format']} ({prompt['from']})" if prompt["format"] else "prompt: no chat template")
     console.document(document)

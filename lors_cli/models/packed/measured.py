@@ -1,4 +1,4 @@
-"""What `lors bench --decode` has measured of a packed checkpoint, where it lies beside it."""
+"""How large a packed checkpoint is and how fast: by its record, and by `lors bench --decode` where that lies beside."""
 
 from __future__ import annotations
 
@@ -6,9 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from lors_cli.files import atomic, records
+from lors_cli.models.card import PackedSize
 from lors_cli.output import console
 
 FOLDER_NAME, FILE_NAME = "bench", "bench.json"
+
+
+def packed_size(folder: Path, record: records.StageRecord) -> PackedSize:
+    """Of a packed checkpoint and its record, with what was measured of it."""
+    return PackedSize(record.metrics["bytes"], record.metrics["bytes_before"], measured_speed(folder, record))
 
 
 def measured_speed(folder: Path, record: records.StageRecord) -> str:
@@ -18,7 +24,7 @@ def measured_speed(folder: Path, record: records.StageRecord) -> str:
         folder: the checkpoint's; `lors bench --decode --model FOLDER --out …/bench` writes beside it.
         record: the checkpoint's.
     """
-    document = atomic.read_json(folder.parent / FOLDER_NAME / FILE_NAME)
+    document = atomic.read_json(folder.resolve().parent / FOLDER_NAME / FILE_NAME)
     if not isinstance(document, dict) or not str(document.get("model")).startswith(f"pack:{record.fingerprint}:"):
         return ""
     try:

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lors_cli.errors import UsageError
-from lors_cli.models.inspection import CANDIDATES
 from lors_cli.models.packed.format import num_kept
 from lors_cli.output import progress
-from lors_cli.sparsity import Pattern, num_violations
+from lors_cli.sparsity import CANDIDATES, Pattern, num_violations
 
 if TYPE_CHECKING:
     import torch

@@ -47,6 +47,7 @@ def pack_model(
     Raises:
         UsageError: the model is dense, packed already, or not in safetensors.
     """
+    from lors_cli.models.packed.card import packed_card
     from lors_cli.models.packed.checkpoint import Checkpoint, packed_tensors, step_by_step
     from lors_cli.models.packed.format import VERSION
     from lors_cli.models.sources import model_fingerprint
@@ -70,10 +71,12 @@ def pack_model(
     for name in names:
         os.replace(work / name, staging / name)
     metrics = _metrics(plan, source, sum(entry.num_bytes for entry, _ in tensors))
+    found = environment.environment()
+    atomic.write_text(staging / records.CARD_NAME, packed_card(model, source.folder, metrics, found))
     console.info(f"  {plan.pattern}: {gib(metrics['bytes_before'])} → {gib(metrics['bytes'])}")
     record = records.StageRecord(
         "pack", fingerprint, hashes.plain(config), {"model": base, "path": model.path}, metrics,
-        environment.environment(), round(time.monotonic() - started, 2), {},
+        found, round(time.monotonic() - started, 2), {},
     )  # fmt: skip
     return records.publish(out, record)
 

@@ -119,7 +119,12 @@ def test_lors_takes_a_packed_model_for_what_was_packed(sparse: Path, tmp_path: P
     plain, packed = (prunable_weights(model) for model in models)
     assert all(torch.equal(plain[name].matrix, packed[name].matrix) for name in plain)
     found = [inspect(ModelConfig(path=str(path))) for path in (sparse, tmp_path / "packed")]
+    sizes = found[1].pop("packed")
     assert found[0] == found[1]
+    files = [load_file(path / "model.safetensors") for path in (tmp_path / "packed", sparse)]
+    assert sizes == dict(
+        zip(("bytes", "bytes_plain"), (sum(tensor.nbytes for tensor in file.values()) for file in files), strict=True)
+    )
 
 
 def test_layers_with_few_zeros_stay_dense_and_dense_models_are_refused(
