@@ -81,6 +81,25 @@ def pack_model(
     return records.publish(out, record)
 
 
+def foreseen_size(model: ModelConfig) -> str:
+    """What packing will make of a model's size, by its record or else by the zeros of its files.
+
+    Raises:
+        UsageError: it is dense, packed already, or not in safetensors.
+    """
+    from lors_cli.models.packed.checkpoint import Checkpoint
+    from lors_cli.models.packed.format import packed_bytes
+    from lors_cli.models.packed.plan import recorded_kept
+
+    source = Checkpoint(model)
+    kept = recorded_kept(records.read_record(source.folder), source.shapes) or _plan(source).modules
+    before = after = sum(entry.num_bytes for entry, _ in source.entries())
+    for name, values in kept.items():
+        (rows, columns), itemsize = source.shapes[name], source.entry(source.keys[name]).dtype.itemsize
+        after += packed_bytes(values, rows, columns, itemsize) - rows * columns * itemsize
+    return f"{gib(before)} → {gib(after)}, {after / before:.1%}; {counted(len(kept), 'linear')} packed"
+
+
 def needs(config: PackConfig, size: ModelSize) -> Estimate:
     """Libraries and the largest weight a few times over; on disk at most the model again."""
     largest = max((rows * columns for rows, columns in size.linears), default=0)
@@ -90,16 +109,22 @@ def needs(config: PackConfig, size: ModelSize) -> Estimate:
 
 def _planned(source: Checkpoint, work: Path) -> PackPlan:
     """What is packed: as an interrupted call found it, or found now."""
-    from lors_cli.models.packed.plan import PackPlan, plan_packing
+    from lors_cli.models.packed.plan import PackPlan
 
     known = atomic.read_json(work / PLAN_NAME)
     if isinstance(known, dict):
         return PackPlan(**{**known, "shapes": {name: tuple(shape) for name, shape in known["shapes"].items()}})
-    record = records.read_record(source.folder)
-    said = record.metrics.get("pattern") if record else None
-    plan = plan_packing(source.path, source.keys, lambda name: source.read(source.keys[name]), said)
+    plan = _plan(source)
     atomic.write_json(work / PLAN_NAME, asdict(plan))
     return plan
+
+
+def _plan(source: Checkpoint) -> PackPlan:
+    from lors_cli.models.packed.plan import plan_packing
+
+    record = records.read_record(source.folder)
+    said = record.metrics.get("pattern") if record else None
+    return plan_packing(source.path, source.keys, lambda name: source.read(source.keys[name]), said)
 
 
 def _say_dense(plan: PackPlan) -> None:
