@@ -38,7 +38,7 @@ def _sentence(document: dict[str, Any]) -> str:
     environment, settings = document["environment"], document["settings"]
     (cell,) = [found for name, found in document["cells"].items() if name.startswith("decode ")]
     dense, packed = (cell[arm]["tokens_per_s"]["median"] for arm in ("dense", "packed"))
-    where = f"{environment['device']} with {environment['threads']} threads"
+    where = f"{environment['device']}, {console.counted(environment['threads'], 'thread')}"
     kernel = f", {environment['kernel']}" if environment.get("kernel") else ""
     return (
         f"Decoding at batch {settings['batch_size']} in {settings['dtype']} ({where}{kernel}): {packed:,.1f} tokens/s "
