@@ -120,7 +120,10 @@ def measure_missing(config: DecodeConfig, document: Figures, keep: Callable[[], 
     reason = why_none(device, dtype)
     if reason:
         console.warn(f"packed weights are unpacked when they are loaded: {reason}. Both arms have dense linears.")
-    arms = {"dense": linears, "packed": {**linears, **({} if reason else _packed(linears, plan))}}
+    arms: dict[str, dict[str, Any]] = {
+        "dense": linears,
+        "packed": {**linears, **({} if reason else _packed(linears, plan))},
+    }
     clock = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     document["environment"] = environment_of(device) | {
         "kernel": None if reason else _instructions(device), "why_no_kernel": reason,
