@@ -1,11 +1,16 @@
-"""Linears with packed weights against torch's dense ones and against a dense kernel in C that is tuned alike.
+"""Packed weights against dense ones: single linears, and whole models as `lors bench --decode` measures them.
 
 python benchmarks/decode.py --out results.json [--shapes 2048x5632 …] [--batches 1 4 …] [--threads 1 2]
+                            [--models smollm2-135m tinyllama]
 
-Each round runs every arm in turn, in rotating order, on the same inputs; a ratio is taken within a round, and given as
-the median over rounds with its range. As in decoding, each call finds its weight in memory and not in the cache: the
-arms go round as many copies as fill `--megabytes` (0: one copy, which a large cache may hold). With one thread the
-thread's processor time is taken, which other work on the machine disturbs less than time on the clock.
+`--shapes` or `--models` without a word leaves that part out. The file is written after each cell; the same command
+goes on from there, also with more cells. Every cell has the machine's load average.
+
+Linears are compared with torch's dense ones and with a dense kernel in C that is tuned alike. Each round runs every
+arm in turn, in rotating order, on the same inputs; a ratio is taken within a round, and given as the median over rounds
+with its range. As in decoding, each call finds its weight in memory and not in the cache: the arms go round as many
+copies as fill `--megabytes` (0: one copy, which a large cache may hold). With one thread the thread's processor time is
+taken, which other work on the machine disturbs less than time on the clock.
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ from common import cell, screen_of, software
 from rich.table import Table
 from torch.nn import functional as F
 
+from lors_cli.bench.decode import DecodeConfig, measure_missing
 from lors_cli.bench.measure import rotated, spread
 from lors_cli.files.atomic import write_json
 from lors_cli.machine.environment import hardware
@@ -33,6 +39,7 @@ from lors_cli.models.packed.kernels.build import NATIVE, library
 
 SHAPES = ("576x1536", "1536x576", "2048x2048", "2048x5632", "4096x4096", "4096x14336")
 BATCHES = (1, 2, 4, 8, 16, 32, 128, 512)
+MODELS = ("smollm2-135m", "tinyllama")
 ROUND_S = 0.004
 """A turn repeats its call for about so long."""
 LEAST_ROUNDS = 5
@@ -109,43 +116,98 @@ def measure(arms: dict[str, Arm], clock: Callable[[], float], seconds: float) ->
     }
 
 
-def main() -> None:
-    """Measure, print a table and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="outputs x inputs of a linear")
-    parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
-    parser.add_argument("--threads", nargs="+", type=int, default=(1, 2))
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--pattern", choices=("2:4", "unstructured"), default="2:4")
-    parser.add_argument("--seconds", type=float, default=5.0, help="for a shape, batch and number of threads")
-    parser.add_argument("--megabytes", type=int, default=192, help="of dense weights that the calls go round")
-    given = parser.parse_args()
-    dtype, screen = getattr(torch, given.dtype), screen_of()
-    if reason := ops.available(dtype):
-        raise SystemExit(f"No kernel: {reason}")
-    torch.manual_seed(0)
-    table = Table("linear", "batch", "threads", "torch, µs", "packed, µs", "torch ÷ packed", "dense C ÷ packed")
-    results: list[dict[str, Any]] = []
+def measure_linears(given: argparse.Namespace, document: dict[str, Any], keep: Callable[[], None]) -> None:
+    """Every linear at every batch and number of threads that the document lacks."""
+    dtype, done = getattr(torch, given.dtype), {_cell(result) for result in document["results"]}
     for shape in given.shapes:
         rows, columns = map(int, shape.split("x"))
         for batch in given.batches:
-            arms = arms_of(rows, columns, batch, dtype, given.pattern, given.megabytes)
-            for threads in given.threads:
+            missing = [threads for threads in given.threads if (shape, batch, threads) not in done]
+            arms = arms_of(rows, columns, batch, dtype, given.pattern, given.megabytes) if missing else {}
+            for threads in missing:
                 torch.set_num_threads(threads)
                 result = measure(arms, time.thread_time if threads == 1 else time.perf_counter, given.seconds)
-                results.append(
+                document["results"].append(
                     {"shape": shape, "batch": batch, "threads": threads, **result, "load": os.getloadavg()[0]}
                 )
-                times = result["microseconds"]
-                table.add_row(shape, str(batch), str(threads), cell(times["torch"]), cell(times["packed"]),
-                              cell(result["torch ÷ packed"], 2), cell(result["dense C ÷ packed"], 2))  # fmt: skip
-                screen.print(f"{shape} batch {batch} threads {threads}: {json.dumps(result['torch ÷ packed'])}")
-    screen.print(table)
-    write_json(given.out, {
-        "what": {key: value for key, value in vars(given).items() if key != "out"}, "software": software(),
-        "hardware": hardware(), "kernel": ops.instructions(), "results": results,
-    })  # fmt: skip
+                keep()
+
+
+def _cell(result: dict[str, Any]) -> tuple[str, int, int]:
+    return result["shape"], result["batch"], result["threads"]
+
+
+def measure_models(given: argparse.Namespace, document: dict[str, Any], keep: Callable[[], None]) -> None:
+    """Every model at every number of threads: decoding and prompts, cell by cell."""
+    for shape in given.models:
+        config = DecodeConfig(
+            shape=shape, pattern=given.pattern, lengths=tuple(given.lengths), tokens=given.tokens, dtype=given.dtype,
+            device="cpu", rounds=given.rounds,
+        )  # fmt: skip
+        for threads in given.threads:
+            torch.set_num_threads(threads)
+            name = f"{shape}, {threads} thread{'s' if threads > 1 else ''}"
+            measure_missing(config, document["models"].setdefault(name, {"cells": {}}), keep)
+
+
+def begun(out: Path, what: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier call has measured in the same way, or an empty document."""
+    if not out.is_file():
+        return {"what": what, "software": software(), "hardware": hardware(), "kernel": ops.instructions(),
+                "results": [], "models": {}}  # fmt: skip
+    found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+    if found["what"] != what or found["software"] != software() or "models" not in found:
+        raise SystemExit(f"{out} was measured in another way or with other software; name another file.")
+    return found
+
+
+def show(document: dict[str, Any]) -> None:
+    """Both parts as tables."""
+    linears = Table("linear", "batch", "threads", "torch, µs", "packed, µs", "torch ÷ packed", "dense C ÷ packed")
+    for result in document["results"]:
+        times = result["microseconds"]
+        linears.add_row(result["shape"], str(result["batch"]), str(result["threads"]), cell(times["torch"]),
+                        cell(times["packed"]), cell(result["torch ÷ packed"], 2),
+                        cell(result["dense C ÷ packed"], 2))  # fmt: skip
+    models = Table("model", "what", "dense, ms", "packed, ms", "dense ÷ packed", "load")
+    for name, found in document["models"].items():
+        for what, figures in found["cells"].items():
+            models.add_row(name, what, cell(figures["dense"]["ms"]), cell(figures["packed"]["ms"]),
+                           cell(figures["dense_over_packed"], 2), str(figures["load_average"]))  # fmt: skip
+    for table in (linears, models):
+        if table.row_count:
+            screen_of().print(table)
+
+
+def main() -> None:
+    """Measure, print tables and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--shapes", nargs="*", default=SHAPES, help="outputs x inputs of a linear")
+    parser.add_argument("--batches", nargs="+", type=int, default=BATCHES, help="of linears")
+    parser.add_argument("--models", nargs="*", default=MODELS, help="shapes of whole models, at batch 1")
+    parser.add_argument("--threads", nargs="+", type=int, default=(1, 2))
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--pattern", choices=("2:4", "unstructured"), default="2:4")
+    parser.add_argument("--seconds", type=float, default=5.0, help="for a linear, batch and number of threads")
+    parser.add_argument("--megabytes", type=int, default=192, help="of dense weights that a linear's calls go round")
+    parser.add_argument("--tokens", type=int, default=64, help="that a model decodes")
+    parser.add_argument("--lengths", nargs="*", type=int, default=(128, 512), help="of prompts that a model reads")
+    parser.add_argument("--rounds", type=int, default=5, help="of a model")
+    given = parser.parse_args()
+    if reason := ops.available(getattr(torch, given.dtype)):
+        raise SystemExit(f"No kernel: {reason}")
+    torch.manual_seed(0)
+    cells = ("out", "shapes", "batches", "models", "threads")
+    what = json.loads(json.dumps({key: value for key, value in vars(given).items() if key not in cells}))
+    document = begun(given.out, what)
+
+    def keep() -> None:
+        write_json(given.out, document)
+
+    measure_linears(given, document, keep)
+    measure_models(given, document, keep)
+    show(document)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 DENSE_BELOW = 0.05
 """A weight with a smaller share of zeros counts as dense when nothing says that it was pruned."""
+CANDIDATES = ((1, 4), (2, 4), (1, 2), (2, 8), (4, 8), (4, 16), (8, 16), (16, 32))
+"""Patterns N:M that zeros are recognised by, in this order."""
 
 
 @dataclass(frozen=True)
@@ -130,11 +132,18 @@ def num_violations(weight: torch.Tensor, pattern: Pattern) -> int:
             return weight.numel()
         kept = (weight != 0).unflatten(1, (-1, pattern.m)).sum(-1)
         return int((kept > pattern.n).sum())
-    # Shares are rounded down to whole weights in every row (Wanda) or in every 128 columns (SparseGPT).
-    rows, columns = weight.shape
+    return missing_zeros(tuple(weight.shape), int((weight == 0).sum()), pattern)
+
+
+def missing_zeros(shape: tuple[int, ...], num_zeros: int, pattern: Pattern) -> int:
+    """How many zeros a weight lacks to unstructured sparsity.
+
+    Shares are rounded down to whole weights in every row (Wanda) or in every 128 columns (SparseGPT).
+    """
+    rows, columns = shape
     by_row = rows * pattern.num_removed(columns)
     by_block = pattern.num_removed(rows * columns) - -(-columns // 128)
-    return max(0, min(by_row, by_block) - int((weight == 0).sum()))
+    return max(0, min(by_row, by_block) - num_zeros)
 
 
 @dataclass(frozen=True)

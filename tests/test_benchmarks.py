@@ -33,6 +33,7 @@ from gpu import pruning as gpu_pruning
 from gpu.box import Box
 
 from lors_cli.bench.measure import rotated
+from lors_cli.models import shapes
 from lors_cli.models import size as models_size
 from lors_cli.models.blocks import decoder_blocks
 from lors_cli.models.loading import load_model
@@ -346,17 +347,39 @@ def test_data_throughput_counts_every_token_in_both_arms(
 def test_decoding_compares_the_same_products_round_by_round(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Linears and whole models; a second call measures what is missing only, and nothing in another way."""
     out = tmp_path / "decode.json"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(sys, "argv", [
-        "decode.py", "--out", str(out), "--shapes", "96x64", "--batches", "3", "--threads", "1", "--seconds", "0",
-        "--megabytes", "1", "--pattern", "unstructured",
-    ])  # fmt: skip
+    monkeypatch.setitem(shapes.SHAPES, "tiny", Shape(("nobody/tiny",), 64, 128, 2, 4, 2, 96, 128))
+    command = [
+        "decode.py", "--out", str(out), "--shapes", "96x64", "--batches", "3", "--seconds", "0", "--megabytes", "1",
+        "--pattern", "unstructured", "--models", "tiny", "--lengths", "8", "--tokens", "4", "--rounds", "2",
+        "--threads", "1",
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", command)
     if reason := decode.ops.available(torch.bfloat16):
         pytest.skip(reason)
-    decode.main()
-    (result,) = json.loads(out.read_text())["results"]
-    assert result["rounds"] == decode.LEAST_ROUNDS
-    assert set(result["microseconds"]) == {"torch", "dense C", "packed"}
-    assert result["torch ÷ packed"]["min"] <= result["torch ÷ packed"]["median"] <= result["torch ÷ packed"]["max"]
-    assert "96x64" in capsys.readouterr().out
+    threads = torch.get_num_threads()
+    try:
+        decode.main()
+        first = json.loads(out.read_text())
+        (result,) = first["results"]
+        assert result["rounds"] == decode.LEAST_ROUNDS
+        assert set(result["microseconds"]) == {"torch", "dense C", "packed"}
+        ratio = result["torch ÷ packed"]
+        assert ratio["min"] <= ratio["median"] <= ratio["max"]
+        assert set(first["models"]["tiny, 1 thread"]["cells"]) == {"decode 4 tokens", "prefill 8 tokens"}
+        assert first["models"]["tiny, 1 thread"]["environment"]["clock"] == "processor time of the thread"
+        assert "96x64" in capsys.readouterr().out
+        monkeypatch.setattr(sys, "argv", [*command, "2"])
+        decode.main()
+        second = json.loads(out.read_text())
+        assert second["results"][0] == result
+        assert [found["threads"] for found in second["results"]] == [1, 2]
+        assert second["models"]["tiny, 1 thread"] == first["models"]["tiny, 1 thread"]
+        assert second["models"]["tiny, 2 threads"]["environment"]["threads"] == 2
+        monkeypatch.setattr(sys, "argv", [*command, "--dtype", "float32"])
+        with pytest.raises(SystemExit, match="another way"):
+            decode.main()
+    finally:
+        torch.set_num_threads(threads)

@@ -1,1 +1,1 @@
-"""`lors bench`: a training step of every method, timed."""
+"""`lors bench`: a training step of every method, and the decoding of text, timed."""

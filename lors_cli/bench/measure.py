@@ -112,7 +112,7 @@ def bench(config: BenchConfig, out: Path | None = None) -> Figures:
     Raises:
         UsageError: a rank or length that the model cannot take, or a folder that holds another benchmark.
     """
-    document = _document(config, out)
+    document = begun(config, out)
     settings = product(config.checkpointing, config.lengths, config.ranks)
     cells = [Cell(length, rank, checkpointing) for checkpointing, length, rank in settings]
     missing = [cell for cell in cells if str(cell) not in document["cells"]]
@@ -126,7 +126,7 @@ def bench(config: BenchConfig, out: Path | None = None) -> Figures:
     if max(config.lengths) > longest:
         raise UsageError(f"--lengths: {max(config.lengths)} is above the model's {longest} tokens.")
     fitting = {rank: _fitting(config.methods, rank, linears) for rank in config.ranks}
-    document["environment"] = _environment(model)
+    document["environment"] = {**environment_of(model.device), "merge": how_merged(model.device, model.dtype)}
     turns = config.rounds * sum(len(fitting[cell.rank]) for cell in missing)
     with progress.progress("bench", turns, "turns") as task:
         for cell in missing:
@@ -156,7 +156,12 @@ def _fitting(methods: tuple[str, ...], rank: int, linears: dict[str, nn.Linear])
     return tuple(found)
 
 
-def _document(config: BenchConfig, out: Path | None) -> Figures:
+def begun(config: Any, out: Path | None) -> Figures:
+    """The document of bench.json as far as it was measured with these settings, a dataclass.
+
+    Raises:
+        UsageError: the folder holds a benchmark with others.
+    """
     settings = json.loads(json.dumps(asdict(config)))
     path = out / "bench.json" if out else None
     if path is None or not path.is_file():
@@ -258,10 +263,10 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _environment(model: Any) -> Figures:
+def environment_of(device: torch.device) -> Figures:
+    """What figures depend on, but for the settings."""
     import transformers
 
-    device: torch.device = model.device
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "threads": torch.get_num_threads(),
@@ -270,5 +275,4 @@ def _environment(model: Any) -> Figures:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "lors": __version__,
-        "merge": how_merged(device, model.dtype),
     }  # fmt: skip

@@ -56,11 +56,13 @@ ARMS: dict[str, Arm] = {
 
 
 def sparse_model(
-    shape: str | None, path: str | None, blocks: int | None, dtype: torch.dtype, device: torch.device
-) -> tuple[Any, dict[str, nn.Linear]]:
+    shape: str | None, path: str | None, blocks: int | None, dtype: torch.dtype, device: torch.device,
+    pattern: str = "2:4",
+) -> tuple[Any, dict[str, nn.Linear]]:  # fmt: skip
     """A frozen sparse model and the linears in its decoder blocks, by name.
 
-    It has random 2:4 weights in a `shape` of `SHAPES`, or those of the folder `path`; `blocks` None is all of them.
+    It has random weights in a `shape` of `SHAPES`, half of them zero by `pattern`, 2:4 or unstructured, or those of
+    the folder `path`; `blocks` None is all of them.
     """
     from transformers import AutoModelForCausalLM
 
@@ -71,7 +73,7 @@ def sparse_model(
         assert shape is not None
         settings = SHAPES[shape].config()
         settings.num_hidden_layers = blocks or settings.num_hidden_layers
-        console.info(f"  making {shape} with random 2:4 weights, {settings.num_hidden_layers} decoder blocks")
+        console.info(f"  making {shape} with random {pattern} weights, {settings.num_hidden_layers} decoder blocks")
         torch.manual_seed(0)
         with torch.device(device):
             model: Any = AutoModelForCausalLM.from_config(settings, dtype=dtype)
@@ -88,7 +90,7 @@ def sparse_model(
                if name.startswith(f"{prefix}.") and type(module) is nn.Linear}  # fmt: skip
     if path is None:
         for linear in linears.values():
-            _make_two_of_four(linear.weight)
+            (_make_two_of_four if pattern == "2:4" else _make_half)(linear.weight)
     return model, linears
 
 
@@ -99,6 +101,12 @@ def _make_two_of_four(weight: torch.Tensor) -> None:
     ways = ways.to(weight.device, weight.dtype)
     groups = weight.view(weight.shape[0], -1, 4)
     groups.mul_(ways[torch.randint(6, groups.shape[:2], device=weight.device)])
+
+
+@torch.no_grad()
+def _make_half(weight: torch.Tensor) -> None:
+    """Set each weight to zero or not, as a coin falls."""
+    weight.mul_(torch.rand(weight.shape, device=weight.device) < 0.5)
 
 
 def checkpoint_blocks(model: Any, wanted: bool) -> None:

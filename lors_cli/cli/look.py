@@ -36,10 +36,11 @@ def inspect(model: o.Model, pattern: o.Against = None) -> None:
 
 @command(
     look_app, AROUND, "lors bench --blocks 2 --lengths 512 --ranks 16", "lors bench --model sparse --out bench",
-    "lors bench --shape llama3-8b --blocks 1 --methods lors,sqft,lora", flags=o.BENCH,
+    "lors bench --shape llama3-8b --blocks 1 --methods lors,sqft,lora",
+    "lors bench --decode --model packed --out bench", flags=o.BENCH,
 )  # fmt: skip
 def bench(out: o.BenchOut = None, **flags: Any) -> None:
-    """Time and memory of a training step of LoRS, SQFT, SPP, HiRA, LoRA."""
+    """Time training steps of all methods, or the decoding of text."""
     from lors_cli.cli.views.bench import run_bench
 
     run_bench(flags, out)

@@ -101,6 +101,7 @@ def fast_paths() -> Iterator[Finding]:
     dtype = torch.bfloat16 if fast else torch.float32
     yield _merge(device, dtype)
     yield _packed(device, dtype)
+    yield _packed_weights()
     yield _cache(device)
     yield _attention(device)
     yield _tokenizers()
@@ -123,6 +124,25 @@ def _packed(device: torch.device, dtype: torch.dtype) -> Finding:
     else:
         text = "tune.base=packed (2:4) saves memory at no cost: the CUDA kernel reads it as it is"
     return Finding("packed base", "ok", text)
+
+
+def _packed_weights() -> Finding:
+    """What computes with the weights of `lors pack`, built now where it was not yet; or why they are unpacked."""
+    import torch
+
+    from lors_cli.models.packed.kernels import ops
+
+    reason = ops.available(torch.bfloat16)
+    if reason is None:
+        return Finding("packed weights", "ok", f"computed with as they are on the CPU: C kernels, {ops.instructions()}")
+    advice = "Nothing to do here: packed models are small on disk and as fast as dense ones."
+    if "compiler" in reason or " failed: " in reason:
+        advice = "Install a C compiler (apt install gcc, xcode-select --install), or name one that works with $CC."
+    elif "threads" in reason:
+        advice = "pip install 'torch>=2.10'"
+    elif "XDG_CACHE_HOME" in reason or "cannot be kept" in reason:
+        advice = "Set XDG_CACHE_HOME to a folder that you alone can write."
+    return Finding("packed weights", "warn", f"unpacked when they are loaded, dense speed: {reason}", advice)
 
 
 def _cache(device: torch.device) -> Finding:

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from lors_cli.data.prompts import TEMPLATES
 from lors_cli.models.origins import TAG, Fields, looks_like_hub_id, portable
+from lors_cli.models.quantised import PACKED
 from lors_cli.models.sources import short_name
+from lors_cli.output.console import gib
 from lors_cli.output.markdown import Block, Code, Table, escape, table, to_markdown
 from lors_cli.recipe.loading import without_none
 from lors_cli.recipe.yaml12 import write
@@ -22,6 +24,7 @@ _SHOWN = (
     "model_step", "moved", "steps", "num_samples", "violations", "trainable_parameters",
 )  # fmt: skip
 """A stage's numbers that a card has."""
+LOADS_PACKED = "import lors_cli  # knows packed weights; pip install lors-cli\n"
 _QUESTION = "Name three colours."
 
 
@@ -36,9 +39,23 @@ class CardScores:
     """The eval stage's."""
 
 
+@dataclass(frozen=True)
+class PackedSize:
+    """Bytes of a packed checkpoint and of the plain one, and what was measured of its speed, in a sentence."""
+
+    num_bytes: int
+    plain_bytes: int
+    speed: str = ""
+
+    def __str__(self) -> str:
+        share = self.num_bytes / self.plain_bytes
+        return f"{gib(self.num_bytes)} instead of {gib(self.plain_bytes)} ({share:.1%})"
+
+
 def model_card(
     *, base_model: str, prune: dict[str, Any] | None, tune: dict[str, Any] | None, metrics: dict[str, Any],
     environment: dict[str, Any], fields: Fields, name: str = ".", scores: CardScores | None = None,
+    packed: PackedSize | None = None,
 ) -> str:  # fmt: skip
     """README.md for a checkpoint.
 
@@ -48,37 +65,40 @@ def model_card(
         metrics: of the stage that wrote the checkpoint.
         fields: what is known of its origin, as `origins.inherited` gives it.
         name: what to load it by: a hub id, or "." for the folder it lies in.
+        packed: of a packed checkpoint; None for plain weights.
     """
     base = fields.get("base_model") or short_name(base_model)
     pattern = metrics.get("pattern") or (prune or {}).get("pattern")
-    done = [word for word, stage in (("pruned", prune), ("tuned", tune)) if stage] or ["pruned"]
+    steps = (("pruned", prune), ("tuned", tune), ("packed", packed))
+    done = [word for word, step in steps if step] or ["pruned"]
     is_whole = "data" in (tune or {})  # of a merge only what the adapter does is known
-    settings = {"prune": prune, "tune": tune if is_whole else None, "eval": scores.settings if scores else None}
+    settings = {"prune": prune, "tune": tune if is_whole else None, "pack": {} if packed else None,
+                "eval": scores.settings if scores else None}  # fmt: skip
     blocks: list[Block] = [
-        f"# {escape(short_name(base))}, {' and '.join(done)}",
+        f"# {escape(short_name(base))}, {' and '.join([', '.join(done[:-1]), done[-1]] if done[1:] else done)}",
         _description(base, prune, tune, metrics, pattern),
         *_scores(scores),
         *_prompt(metrics.get("prompt")),
-        "## Use", *_usage(name, pattern, metrics.get("prompt")),
+        "## Use", *_usage(name, pattern, metrics.get("prompt"), packed),
         "## How it was made", Code(recipe_text(base, settings), "yaml"),
         *_results(metrics),
         "## Licence", "The licence and the terms of use are those of the base model.",
         f"Made with lors: {versions(environment)}.",
     ]  # fmt: skip
     results = scores.results if scores else []
-    return f"---\n{_front_matter(name, fields, prune, tune, pattern, results)}---\n\n{to_markdown(blocks)}"
+    return f"---\n{_front_matter(name, fields, prune, tune, pattern, results, packed)}---\n\n{to_markdown(blocks)}"
 
 
 def _front_matter(
     name: str, fields: Fields, prune: dict[str, Any] | None, tune: dict[str, Any] | None, pattern: Any,
-    results: Sequence[EvalResult],
+    results: Sequence[EvalResult], packed: PackedSize | None,
 ) -> str:  # fmt: skip
     """The YAML that the hub reads, as its own library arranges it."""
     from huggingface_hub import ModelCardData
 
     methods = [str(stage["method"]) for stage in (prune, tune) if stage and stage.get("method")]
     named = [str(pattern)] if pattern and pattern != "dense" else []
-    tags = ["sparse", TAG, *(["pruned"] if prune else []), *methods, *named]
+    tags = ["sparse", TAG, *(["pruned"] if prune else []), *methods, *named, *([PACKED] if packed else [])]
     data = ModelCardData(
         **fields, library_name="transformers", pipeline_tag="text-generation", tags=tags,
         model_name=short_name(name) if results else None, eval_results=list(results) or None,
@@ -143,7 +163,7 @@ def _prompt(prompt: Mapping[str, str] | None) -> list[Block]:
     ]  # fmt: skip
 
 
-def _usage(name: str, pattern: Any, prompt: Mapping[str, str] | None) -> list[Block]:
+def _usage(name: str, pattern: Any, prompt: Mapping[str, str] | None, packed: PackedSize | None) -> list[Block]:
     """How to load it, and what sparse weights do not do by themselves."""
     ask = 'inputs = tokenizer("Once upon a time", return_tensors="pt")\n'
     if prompt:
@@ -152,7 +172,7 @@ def _usage(name: str, pattern: Any, prompt: Mapping[str, str] | None) -> list[Bl
             'inputs = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_tensors="pt")\n'
         )
     code = (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"{LOADS_PACKED if packed else ''}from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'name = "{name}"{"  # this folder" if name == "." else ""}\n'
         "tokenizer = AutoTokenizer.from_pretrained(name)\n"
         'model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")\n'
@@ -160,6 +180,8 @@ def _usage(name: str, pattern: Any, prompt: Mapping[str, str] | None) -> list[Bl
         "output = model.generate(**inputs, max_new_tokens=64)\n"
         'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))'
     )
+    if packed:
+        return [Code(code, "python"), about_packed(packed)]
     is_n_of_m = bool(re.fullmatch(r"\d+:\d+", str(pattern)))
     return [
         Code(code, "python"),
@@ -169,10 +191,21 @@ def _usage(name: str, pattern: Any, prompt: Mapping[str, str] | None) -> list[Bl
     ]  # fmt: skip
 
 
+def about_packed(packed: PackedSize) -> str:
+    """What a packed checkpoint needs and gives."""
+    return " ".join(filter(None, [
+        f"The weights are packed, their kept values and a bit a place: {packed}. `pip install lors-cli` and the line "
+        "`import lors_cli` let transformers load them; without it the load fails. They are computed with as they are "
+        "on a CPU, where a C compiler and torch 2.10 or later are there; elsewhere they are unpacked while they are "
+        "loaded, bit for bit what was packed, and are as fast as dense ones.",
+        packed.speed,
+    ]))  # fmt: skip
+
+
 def recipe_text(base: str, settings: dict[str, dict[str, Any] | None]) -> str:
     """The settings as a recipe, without what only this machine has."""
     name = re.sub(r"[^A-Za-z0-9._-]", "-", short_name(base)).lstrip("._-") or "model"
-    stages = {stage: without_none(portable(config)) for stage, config in settings.items() if config}
+    stages = {stage: without_none(portable(config)) for stage, config in settings.items() if config is not None}
     return write({"name": f"{name[:90]}-sparse", "model": {"path": portable(base)}, **stages})
 
 

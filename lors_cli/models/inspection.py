@@ -11,13 +11,15 @@ from lors_cli.files import atomic, records
 from lors_cli.models.blocks import PrunableWeight, prunable_weights
 from lors_cli.models.checks import safetensors_files
 from lors_cli.models.hub import here
+from lors_cli.models.packed.format import MASK
+from lors_cli.models.packed.inspection import measure_checkpoint, measure_packed, packed_settings, packed_sizes
 from lors_cli.models.sources import locate
-from lors_cli.sparsity import DENSE_BELOW, Pattern, measure, num_violations, summarise
+from lors_cli.models.stored import open_tensors
+from lors_cli.sparsity import CANDIDATES, DENSE_BELOW, Pattern, measure, num_violations, summarise
 
 if TYPE_CHECKING:
     from lors_cli.recipe.schema import ModelConfig
 
-CANDIDATES = ((1, 4), (2, 4), (1, 2), (2, 8), (4, 8), (4, 16), (8, 16), (16, 32))
 TOLERATED = 0.01
 """Share of groups that may break an N:M pattern for it still to be recognised (and its violations counted)."""
 
@@ -30,7 +32,7 @@ def inspect(model: ModelConfig, pattern: Pattern | None = None) -> dict[str, Any
 
     Returns:
         The document of `lors inspect --json`: pattern, sparsity, violations, layers; `dense_layers`, by name, are those
-        of a sparse model that are none of these.
+        of a sparse model that are none of these; `packed`, of a packed one, its bytes and those of the plain one.
     """
     from lors_cli.models.loading import load_model
 
@@ -38,10 +40,11 @@ def inspect(model: ModelConfig, pattern: Pattern | None = None) -> dict[str, Any
     record = records.read_record(folder) if folder.is_dir() else None
     if record is not None and pattern is None:
         locate(model.path)
-        layers = _measure_recorded(folder, record)
-        if layers is not None:
-            found = summarise(layers, _held_to(record, [layer.name for layer in layers])[layers[0].name])
-            return _with_dense(found, dense_layers(record))
+        found = _measure_recorded(folder, record)
+        if found is not None:
+            return found
+    if packed_settings(here(model).folder or folder) is not None:
+        return _measure_packed(model, pattern)
     weights = prunable_weights(load_model(model))
     held_to = {} if pattern else layer_patterns(weights, record)
     if pattern:
@@ -52,9 +55,23 @@ def inspect(model: ModelConfig, pattern: Pattern | None = None) -> dict[str, Any
     return _with_dense(summarise(layers, next(iter(patterns.values()), None)), dense)
 
 
+def _measure_packed(model: ModelConfig, pattern: Pattern | None) -> dict[str, Any]:
+    """A packed checkpoint that no record describes, or held against another pattern: the network gives the shapes."""
+    from lors_cli.models.packed.checkpoint import Checkpoint
+
+    source = Checkpoint(model, packed=True)
+    assert source.config is not None
+    patterns = dict.fromkeys(source.config.modules, pattern) if pattern else None
+    layers, held = measure_checkpoint(source, patterns)
+    plain = {source.keys[name]: shape for name, shape in source.shapes.items()}
+    found = _with_dense(summarise(layers, held), source.plain)
+    return {**found, "packed": packed_sizes(source.tensors, plain)}
+
+
 def dense_layers(record: records.StageRecord | None) -> list[str]:
-    """The layers that pruning was told to skip, by the record of a sparse model."""
-    return list(record.metrics.get("dense_layers", ())) if record else []
+    """The layers that pruning was told to skip, or packing left as they are, by the record of a sparse model."""
+    metrics = record.metrics if record else {}
+    return [*metrics.get("dense_layers", ()), *metrics.get("left_dense", ())]
 
 
 def _with_dense(found: dict[str, Any], names: list[str]) -> dict[str, Any]:
@@ -83,28 +100,38 @@ def prompt_of(model: ModelConfig) -> dict[str, str | None]:
     return {"format": name or "chat", "from": f"{file.name}, {'as it was tuned' if tuned else 'as the base has it'}"}
 
 
-def _measure_recorded(folder: Path, record: records.StageRecord) -> list[Any] | None:
+def _measure_recorded(folder: Path, record: records.StageRecord) -> dict[str, Any] | None:
     """What a stage here has made sparse, straight from its file: making the model takes longer than all the rest.
 
     Returns:
         None where the record names no pattern, or the weights do not lie there one by one as it says.
     """
-    from safetensors import SafetensorError, safe_open
-
-    shapes = {layer["name"]: layer["shape"] for layer in record.metrics.get("layers", ())}
+    shapes = {layer["name"]: tuple(layer["shape"]) for layer in record.metrics.get("layers", ())}
     if record.metrics.get("pattern") in (None, "dense") or not shapes:
         return None
-    patterns, layers = _held_to(record, list(shapes)), dict[str, Any]()
+    patterns, keys = _held_to(record, list(shapes)), {name: f"{name}.weight" for name in shapes}
+    settings = packed_settings(folder)
     try:
-        for path in safetensors_files(folder, str(folder)):
-            with safe_open(path, "pt") as file:
-                for key in file.keys():  # noqa: SIM118 - it is no mapping
-                    name = key.removesuffix(".weight")
-                    if name != key and list(file.get_slice(key).get_shape()) == shapes.get(name):
-                        layers[name] = measure(name, file.get_tensor(key), patterns[name])
-    except SafetensorError:  # loading the model says what is wrong with it
+        tensors = open_tensors(safetensors_files(folder, str(folder)), str(folder))
+    except UsageError:  # loading the model says what is wrong with it
         return None
-    return [layers[name] for name in shapes] if layers.keys() == shapes.keys() else None
+    if not tensors.keys() >= set(keys.values()):
+        return None
+    if settings is None:
+        if any(tuple(tensors[keys[name]].get_shape()) != shape for name, shape in shapes.items()):
+            return None
+        layers = [measure(name, tensors[keys[name]][:], held) for name, held in patterns.items()]
+        return _with_dense(summarise(layers, patterns[layers[0].name]), dense_layers(record))
+    kept, masks = settings.get("modules"), {f"{key}{MASK}" for key in keys.values()}
+    if not (
+        isinstance(kept, dict) and kept.keys() == shapes.keys() and tensors.keys() >= masks
+        and all(type(count) is int for count in kept.values())
+    ):  # fmt: skip
+        return None
+    held = None if settings.get("pattern") == "unstructured" else Pattern.parse(str(settings.get("pattern")))
+    layers = measure_packed(tensors, keys, shapes, kept, held, patterns)
+    found = _with_dense(summarise(layers, patterns[layers[0].name]), dense_layers(record))
+    return {**found, "packed": packed_sizes(tensors, {keys[name]: shape for name, shape in shapes.items()})}
 
 
 def _held_to(record: records.StageRecord, names: list[str]) -> dict[str, Pattern]:

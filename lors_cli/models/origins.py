@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lors_cli.data.text_files import FORMATS
-from lors_cli.files.records import CARD_NAME
+from lors_cli.files.records import CARD_NAME, StageRecord, read_record
 from lors_cli.files.revisions import listing_of
 from lors_cli.models.sources import PACKAGE_SCHEME, ModelSource, hub_cache_id, locate, short_name
 from lors_cli.output import console
@@ -68,6 +68,15 @@ def _of_folder(source: ModelSource) -> Fields:
     base = hub_cache_id(source.folder)
     wanted = (*OF_THE_BASE, "base_model", "datasets") if made_here and not base else OF_THE_BASE
     return ({"base_model": base} if base else {}) | {key: known[key] for key in wanted if key in known}
+
+
+def made_from(folder: Path, record: StageRecord) -> tuple[Path, StageRecord] | None:
+    """The checkpoint that one was made from, where it is still there as a stage of lors left it, with its record."""
+    for place in (Path(str(record.inputs.get("path"))), folder.parent / "tune", folder.parent / "prune"):
+        found = read_record(place)
+        if found is not None and str(record.inputs.get("model")).startswith(f"{found.stage}:{found.fingerprint}:"):
+            return place, found
+    return None
 
 
 def with_dataset(fields: Fields, fingerprint: str) -> Fields:

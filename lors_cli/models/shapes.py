@@ -44,6 +44,9 @@ SHAPES: dict[str, Shape] = {
     ),
     "llama2-7b": Shape(("meta-llama/Llama-2-7b-hf",), 4096, 11008, 32, 32, 32, 32000, 4096),
     "llama2-13b": Shape(("meta-llama/Llama-2-13b-hf",), 5120, 13824, 40, 40, 40, 32000, 4096),
+    "llama3.2-1b": Shape(
+        ("meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-1B-Instruct"), 2048, 8192, 16, 32, 8, 128256, 131072, True
+    ),
     "tinyllama": Shape(("TinyLlama/TinyLlama-1.1B-Chat-v1.0",), 2048, 5632, 22, 32, 4, 32000, 2048),
     "smollm2-135m": Shape(
         ("HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M-Instruct"), 576, 1536, 30, 9, 3, 49152, 8192, True

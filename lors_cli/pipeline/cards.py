@@ -10,7 +10,8 @@ from lors_cli.errors import MissingError, UsageError
 from lors_cli.files import atomic, hashes, records
 from lors_cli.files.records import StageRecord
 from lors_cli.models.card import CardScores, model_card, recipe_text
-from lors_cli.models.origins import read_fields
+from lors_cli.models.origins import made_from, read_fields
+from lors_cli.models.packed.measured import packed_size
 from lors_cli.output import console
 from lors_cli.output.markdown import table
 
@@ -30,23 +31,28 @@ def made_card(folder: Path, record: StageRecord, name: str, scores: Path | None)
     Raises:
         MissingError, UsageError: `scores` holds none of this model.
     """
-    found = _scores(folder, record, scores)
-    base = _made_from(folder, record)
-    prune = next((made.config for made in (record, base) if made and made.stage == "prune"), None)
-    tune = record.config if record.stage == "tune" else None
-    origin = str((base or record).inputs.get("path", ""))
-    fields = {key: value for key, value in read_fields(folder).items() if key in FIELDS}
-    settings = {"prune": prune, "tune": tune, "eval": found.settings if found else None}
-    files: dict[str, Path | bytes] = {RECIPE_NAME: recipe_text(fields.get("base_model") or origin, settings).encode()}
-    if record.stage == "merge":  # which knows the adapter, not how it was trained
-        del files[RECIPE_NAME]
+    place, weights = (folder, record) if record.stage != "pack" else made_from(folder, record) or (folder, record)
+    base = (made_from(place, weights) or (None, None))[1]
+    found = _scores(folder, record, weights, base, scores)
     card = folder / records.CARD_NAME
+    if weights.stage == "pack":  # of what it was made from its card alone is left
+        console.info(f"{card} goes as it is, without scores of lors.")
+        return {}
+    prune = next((made.config for made in (weights, base) if made and made.stage == "prune"), None)
+    tune = weights.config if weights.stage == "tune" else None
+    origin = str((base or weights).inputs.get("path", ""))
+    fields = {key: value for key, value in read_fields(folder).items() if key in FIELDS}
+    packed = packed_size(folder, record) if record.stage == "pack" else None
+    settings = {"prune": prune, "tune": tune, "pack": {} if packed else None, "eval": found.settings if found else None}
+    files: dict[str, Path | bytes] = {RECIPE_NAME: recipe_text(fields.get("base_model") or origin, settings).encode()}
+    if weights.stage == "merge":  # which knows the adapter, not how it was trained
+        del files[RECIPE_NAME]
     if card.is_file() and hashes.file_sha256(card) != record.files.get(records.CARD_NAME):
         console.info(f"{card} was edited: it goes as it is, without scores of lors.")
         return files
     text = model_card(
-        base_model=origin, prune=prune, tune=tune or record.metrics.get("adapter"), metrics=record.metrics,
-        environment=record.environment, fields=fields, name=name, scores=found,
+        base_model=origin, prune=prune, tune=tune or weights.metrics.get("adapter"), metrics=weights.metrics,
+        environment=record.environment, fields=fields, name=name, scores=found, packed=packed,
     )  # fmt: skip
     return {**files, records.CARD_NAME: text.encode()}
 
@@ -55,27 +61,19 @@ FIELDS = ("base_model", "datasets", "license", "license_name", "license_link", "
 """Of a card's front matter, what its stage has found out."""
 
 
-def _made_from(folder: Path, record: StageRecord) -> StageRecord | None:
-    """The record of the checkpoint that this one was made from, as far as it is still there."""
-    for place in (Path(str(record.inputs.get("path"))), folder.parent / "prune"):
-        found = records.read_record(place)
-        if found is not None and str(record.inputs.get("model")).startswith(f"{found.stage}:{found.fingerprint}:"):
-            return found
-    return None
-
-
-def _scores(folder: Path, record: StageRecord, asked: Path | None) -> CardScores | None:
-    """This model's scores, with those of the models that it was made from."""
+def _scores(
+    folder: Path, record: StageRecord, weights: StageRecord, base: StageRecord | None, asked: Path | None
+) -> CardScores | None:
+    """A model's scores, or those of the one that it packs, with those of the models that it was made from."""
     place = asked or folder.parent / "eval"
     evaluated = records.read_record(place)
     if evaluated is None or not records.is_finished(place, evaluated.fingerprint):
         if asked is not None:
             raise MissingError(f"{asked} is no folder of finished scores.", "lors eval MODEL … --out DIR writes one.")
         return None
-    base = _made_from(folder, record)
-    mine = "pruned" if record.stage == "prune" else "tuned"
-    marks = {"dense": str((base or record).inputs.get("model")), "pruned": _mark(base) if base else "-",
-             mine: _mark(record)}  # fmt: skip
+    mine = {"prune": "pruned", "pack": "packed"}.get(weights.stage, "tuned")
+    marks = {"dense": (str((base or weights).inputs.get("model")),), "pruned": (_mark(base),) if base else ("-",),
+             mine: (_mark(weights), _mark(record))}  # fmt: skip
     contents = {}
     for role, mark in marks.items():
         label = next((label for label, scored in evaluated.inputs.items() if str(scored).startswith(mark)), None)

@@ -190,6 +190,13 @@ def describe(plan: StagePlan) -> str:
     return f"{STAGES[plan.stage].describe(plan.config, plan.models)} ({plan.detail})"
 
 
+def foresee(plan: StagePlan) -> str:
+    """What a stage's result will be like, where its models lie here to be looked at; else empty."""
+    if not all((Path(model.path) / "config.json").is_file() for model in plan.models.values()):
+        return ""  # yet to be made, or to be downloaded
+    return STAGES[plan.stage].foresee(plan.config, plan.models)
+
+
 def announce(plan: StagePlan) -> str:
     """`describe` for a stage that starts now: its state is told only where it is news, and was not told before."""
     detail = plan.detail.removesuffix(plan.replaces).removesuffix("; ")

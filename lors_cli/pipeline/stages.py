@@ -69,6 +69,7 @@ class Stage:
         check_packages: MissingError if a package that the settings ask for is not installed.
         stored: data_dir; the config as `stage.json` has it.
         inputs: of the one model it reads, its fingerprint, and data_dir; what `stage.json` has of what it reads.
+        foresee: models by role; one line on what will come out, found by looking at them, for a dry run.
         without_effect: dotted keys of settings that change how the work is done, not what comes out.
     """
 
@@ -85,6 +86,7 @@ class Stage:
     check_packages: Callable[[Any], None] = lambda config: None
     stored: Callable[[Any, Path | None], Any] = lambda config, data_dir: config
     inputs: Callable[[Any, str, Path | None], dict[str, Any]] | None = None
+    foresee: Callable[[Any, dict[str, ModelConfig]], str] = lambda config, models: ""
     without_effect: Collection[str] = ()
 
     def leaves(self, config: Config, size: ModelSize) -> int:
@@ -158,6 +160,11 @@ def _pack(config: PackConfig, models: dict[str, ModelConfig], out: Path, data_di
     packing.pack_model(config, model, out, data_dir=data_dir)
 
 
+def _packed_size(config: PackConfig, models: dict[str, ModelConfig]) -> str:
+    (model,) = models.values()
+    return packing.foreseen_size(model)
+
+
 STAGES = {
     "prune": Stage(
         run=_prune,
@@ -196,6 +203,7 @@ STAGES = {
         reads=lambda config: Reads(),
         makes="packed",
         fingerprint=packing.stage_fingerprint,
+        foresee=_packed_size,
     ),
     "eval": Stage(
         run=_evaluate,

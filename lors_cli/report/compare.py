@@ -44,7 +44,12 @@ class Source:
     @cached_property
     def models(self) -> list[ScoredModel]:
         """What was scored or made here, labelled `<folder>/<role>`, of a sweep `<folder>/<label>`."""
-        found = [model for group in groups(self.results) for model in group.models if model.scores or model.made]
+        found = [
+            model
+            for group in groups(self.results)
+            for model in group.models
+            if model.scores or model.made or model.packed
+        ]
         return [
             replace(model, label=f"{self.label}/{(self.is_single and model.role) or model.label}",
                     cells=tuple(map(self.cell_name, model.cells)))

@@ -22,7 +22,7 @@ _MAKERS = {"pruned": "prune", "tuned": "tune"}
 def run_group(run: Results) -> Group:
     """The models of a run or of a stage that were scored, together; where none was, those that were made."""
     found = [model for group in groups(run) for model in group.models]
-    models = [model for model in found if model.scores] or [model for model in found if model.made]
+    models = [model for model in found if model.scores] or [model for model in found if model.made or model.packed]
     title = short_name(models[0].base) if models and models[0].role else run.name
     return coloured([Group(title, tuple(models))])[0]
 
@@ -66,12 +66,19 @@ def _models(role: str, base: str, cells: Sequence[Cell]) -> tuple[ScoredModel, .
     """The models of one role that the cells have, each once; one that is yet to come belongs to its cell."""
     owners: dict[str, list[Cell]] = {}
     for cell in cells:
-        last = "tuned" if "tune" in cell.folders or not cell.folders else "pruned" if "prune" in cell.folders else ""
+        last = _last_role(cell)
         if role in cell.scores:
             owners.setdefault(cell.scores[role].folder, []).append(cell)
         elif role == last:
             owners.setdefault(f"cell {cell.name}", []).append(cell)
     return tuple(_model(role, base, members) for members in owners.values())
+
+
+def _last_role(cell: Cell) -> str:
+    """Of the last model that a cell's stages make, which is the one that is packed; empty where they make none."""
+    if "tune" in cell.folders or not cell.folders:
+        return "tuned"
+    return "pruned" if {"prune", "pack"} & set(cell.folders) else ""
 
 
 def _model(role: str, base: str, cells: list[Cell]) -> ScoredModel:
@@ -87,7 +94,7 @@ def _model(role: str, base: str, cells: list[Cell]) -> ScoredModel:
         status="done" if is_scored else _status(cells), error=None if is_scored else cell.error,
         scores=scores.content, shares=recovered(cell.evaluated()) if role == "tuned" else {}, limit=scores.limit,
         made=cell.records.get(_MAKERS.get(role, "")), eval_s=scores.elapsed_s, chance=scores.chance,
-        folder=scores.folder,
+        folder=scores.folder, packed=cell.records.get("pack") if role == _last_role(cell) else None,
     )  # fmt: skip
 
 

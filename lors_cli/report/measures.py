@@ -46,6 +46,8 @@ class ScoredModel:
     """Where its scores lie, relative to the run, sweep or stage."""
     made: StageRecord | None = None
     """The stage that made it; None for a dense model."""
+    packed: StageRecord | None = None
+    """The stage that packed it, where one did."""
     eval_s: float | None = None
     chance: dict[str, float] = field(default_factory=dict)
     """Task to the accuracy of guessing, where it is known."""

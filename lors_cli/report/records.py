@@ -20,6 +20,8 @@ _MADE = {
     "steps": "steps", "tokens_per_s": "tokens/s", "trainable_parameters": "parameters", "peak_bytes": "bytes",
 }  # fmt: skip
 """Numbers of a stage's record, with their units."""
+_PACKED = {"bytes_before": "plain_bytes", "bytes": "packed_bytes"}
+"""Numbers of the record of `pack`, with their names here."""
 
 Line = dict[str, str | float | None]
 
@@ -68,8 +70,11 @@ def _lines(model: ScoredModel, columns: list[Measure]) -> Iterator[Line]:
     for name, unit in _MADE.items():
         if metrics.get(name) is not None:
             yield {"measure": name, "unit": unit, "value": metrics[name]}
-    if model.made:
-        yield {"measure": "elapsed", "name": model.made.stage, "unit": "s", "value": model.made.elapsed_s}
+    if model.packed:
+        for name, measure in _PACKED.items():
+            yield {"measure": measure, "unit": "bytes", "value": model.packed.metrics[name]}
+    for record in filter(None, (model.made, model.packed)):
+        yield {"measure": "elapsed", "name": record.stage, "unit": "s", "value": record.elapsed_s}
     if model.eval_s is not None:
         yield {"measure": "elapsed", "name": "eval", "unit": "s", "value": model.eval_s}
     if empty:

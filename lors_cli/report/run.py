@@ -10,6 +10,8 @@ from lors_cli.errors import UsageError
 from lors_cli.evaluation.significance import compare_models
 from lors_cli.evaluation.summary import LOST_IN_ERROR, recovered
 from lors_cli.models.card import versions
+from lors_cli.models.packed.measured import packed_size
+from lors_cli.output.console import counted, gib
 from lors_cli.output.markdown import Block, Code, escape, table
 from lors_cli.output.progress import duration
 from lors_cli.report.differences import differences
@@ -89,6 +91,7 @@ def _blocks(root: Path, results: Results, group: Group, drawn: Collection[str]) 
         "Texts": samples(root, cell.scores),
         "Beside the paper": [by_model([group]), *notes([group])] if has_paper else [],
         "Tuning": [*_training(cell), *pictures({"loss": "Training loss by optimiser step."}, drawn)],
+        "Packed": _packed(root, cell),
         "Sparsity": [*_sparsity(cell),
                      *pictures({"sparsity": "Sparsity of every pruned linear by decoder block."}, drawn)],
         "Settings": [Code(results.text, "yaml")] if results.text else [],
@@ -107,6 +110,8 @@ def summary(cell: Cell) -> str:
     if "tune" in cell.records:
         config = cell.config("tune")
         words.append(f"tuned with {config.get('method')} at rank {config.get('rank')}")
+    if "pack" in cell.records:
+        words.append("packed")
     if cell.scores:
         words.append("evaluated")
     if "eval" in cell.folders and len(cell.folders) == 1:
@@ -161,9 +166,24 @@ def _training(cell: Cell) -> list[Block]:
     return parts if record else [*parts, "The tuning is not finished."]
 
 
+def _packed(root: Path, cell: Cell) -> list[Block]:
+    """Bytes of the weights before and after, what stayed dense, and the speed where it was measured."""
+    record = cell.records.get("pack")
+    if record is None:
+        return []
+    metrics, size = record.metrics, packed_size(root / cell.folders["pack"], record)
+    rows = [["plain", gib(size.plain_bytes), "100.0 %"],
+            ["packed", gib(size.num_bytes), f"{100 * size.num_bytes / size.plain_bytes:.1f} %"]]  # fmt: skip
+    dense = metrics.get("left_dense") or []
+    kept = (
+        f"{counted(len(dense), 'linear')} with too few zeros stayed dense, first {escape(dense[0])}." if dense else ""
+    )
+    return [*table_of(["weights", "size", "share"], rows), *filter(None, [kept, escape(size.speed)])]
+
+
 def _sparsity(cell: Cell) -> list[Block]:
     rows = []
-    for stage, label in (("prune", "pruned"), ("tune", "tuned")):
+    for stage, label in (("prune", "pruned"), ("tune", "tuned"), ("pack", "packed")):
         metrics: dict[str, Any] = cell.records[stage].metrics if stage in cell.records else {}
         if "sparsity" in metrics:
             shares = [layer["sparsity"] for layer in metrics.get("layers", [])] or [metrics["sparsity"]]

@@ -264,3 +264,40 @@ def test_a_checkup_that_breaks_is_told_and_the_others_go_on(monkeypatch: pytest.
     statuses = {group: [finding.status for finding in findings] for group, findings in found.items()}
     assert statuses == {"one": ["ok", "warn"], "two": ["ok"]}
     assert "RuntimeError: driver too old" in found["one"][1].text
+
+
+@pytest.mark.parametrize(
+    ("reason", "advice"),
+    [
+        (None, None),
+        ("there is no C compiler (cc, gcc, clang) on the PATH", "Install a C compiler"),
+        ("gcc -O3 failed: packed.c:1: error", "Install a C compiler"),
+        ("torch 2.8.0 does not lend its threads; 2.10 and later do", "torch>=2.10"),
+        ("others may write /x; remove it, or set XDG_CACHE_HOME to a folder of yours", "Set XDG_CACHE_HOME"),
+        ("this processor has neither AVX2 nor NEON, and plain C is slower than torch", "Nothing to do"),
+    ],
+)
+def test_what_computes_with_packed_weights(
+    reason: str | None, advice: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lors_cli.models.packed.kernels import ops
+
+    monkeypatch.setattr(ops, "available", lambda dtype: reason)
+    monkeypatch.setattr(ops, "instructions", lambda: "AVX2")
+    found = only(device_checkups.fast_paths(), "packed weights")
+    if advice is None:
+        assert (found.status, found.advice) == ("ok", None)
+        assert found.text.endswith("C kernels, AVX2")
+    else:
+        assert found.status == "warn"
+        assert found.text.endswith(f"dense speed: {reason}")
+        assert advice in str(found.advice)
+
+
+def test_without_a_compiler_it_says_what_to_do(tmp_path: Path) -> None:
+    """In a process of its own, with an empty PATH and an empty cache."""
+    code = "from lors_cli.doctor.devices import _packed_weights as p; found = p(); print(found.status, found.text)"
+    env = {"PATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path),
+           "HOME": str(tmp_path)}  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert done.stdout.startswith("warn unpacked when they are loaded, dense speed: there is no C compiler"), done

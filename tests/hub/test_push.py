@@ -87,6 +87,43 @@ def test_a_pushed_model_comes_back_bit_for_bit(lors: Lors, hub: Hub, mine: Path,
     assert loaded.stdout == "<s>### Instruction:\nsay 3\n\n### Response:\n\n"
 
 
+def test_a_pushed_packed_model_loads_with_one_line(
+    lors: Lors, hub: Hub, mine: Path, tmp_path: Path
+) -> None:  # fmt: skip
+    """All files go; after `import lors_cli` the logits are the tuned model's; the card says how, size and scores."""
+    packed = lors("pack", "runs/mine/tune", "--out", "runs/mine/packed")
+    assert packed.code == 0, packed.output
+    found = lors("push", "runs/mine/packed", "packed-one", "--yes", token=TOKEN)
+    assert found.code == 0, found.output
+    files = hub.repos["model", "me/packed-one"].files
+    here = {path.name for path in (mine / "packed").iterdir() if path.is_file()}
+    assert set(files) == (here - {"stage.json", ".lock"}) | {"recipe.yaml"}
+    card = ModelCard(files["README.md"].decode())
+    assert (card.data.base_model, card.data.license) == (BASE, "mit")
+    assert card.data.tags == ["sparse", "lors", "pruned", "magnitude", "2:4", "lors_packed"]
+    assert "| task | dense | pruned | Δ dense | tuned | Δ dense |" in card.text.replace("\\", "")
+    assert " instead of " in card.text
+    assert "pack: {}" in files["recipe.yaml"].decode()
+    (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    code = code.replace("max_new_tokens=64", "max_new_tokens=3") + (
+        "\nimport sys, torch\n"
+        "from lors_cli.models.packed.linear import PackedLinear\n"
+        "packed = any(isinstance(module, PackedLinear) for module in model.modules())\n"
+        "plain = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "ids = torch.arange(1, 33)[None]\n"
+        "assert torch.allclose(model(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)\n"
+        "print(packed, type(model.get_submodule('model.layers.0.mlp.up_proj')).__name__)\n"
+    )
+    fresh = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "elsewhere"), "HF_HUB_OFFLINE": "0",
+             "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}  # fmt: skip
+    loaded = subprocess.run([sys.executable, "-c", code, str(mine / "tune")], env=fresh, capture_output=True, text=True)
+    assert loaded.returncode == 0, loaded.stderr
+    assert loaded.stdout.split()[-2:] in (["True", "PackedLinear"], ["False", "Linear"])
+    without = subprocess.run([sys.executable, "-c", code.replace("import lors_cli ", "")], env=fresh,
+                             capture_output=True, text=True)  # fmt: skip
+    assert without.returncode != 0
+
+
 def test_what_goes_and_what_stays(lors: Lors, hub: Hub, mine: Path) -> None:
     (mine / "tune" / "checkpoints").mkdir(exist_ok=True)
     (mine / "tune" / "secret.txt").write_text("of mine")

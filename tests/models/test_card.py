@@ -10,7 +10,7 @@ import pytest
 import yaml
 from huggingface_hub import EvalResult, ModelCard
 
-from lors_cli.models.card import CardScores, model_card
+from lors_cli.models.card import CardScores, PackedSize, model_card
 from lors_cli.models.origins import inherited, looks_like_hub_id, portable, with_dataset
 from lors_cli.output.markdown import table
 from lors_cli.recipe.loading import load_recipe
@@ -178,3 +178,24 @@ def test_data_sets_are_those_that_the_hub_gave() -> None:
 def test_settings_without_paths() -> None:
     found = portable({"a": ["/x/rows.jsonl", "org/name", "package://m/f.gguf", "2:4"], "b": {"c": "data/rows.csv"}})
     assert found == {"a": ["rows.jsonl", "org/name", "package://m/f.gguf", "2:4"], "b": {"c": "rows.csv"}}
+
+
+def test_of_a_packed_model() -> None:
+    """How to load it, its size, its speed where it was measured; and nothing of what only plain weights are."""
+    plain = text()
+    front, body = card(packed=PackedSize(600 << 20, 1000 << 20, "Twice as fast."))
+    assert front["tags"][-1] == "lors_packed"
+    assert body.startswith("\n# base-1, pruned, tuned and packed\n")
+    for part in ("import lors_cli  # knows packed weights; pip install lors-cli\nfrom transformers import",
+                 "600.0 MiB instead of 1000.0 MiB (60.0%)", "pip install lors-cli", "without it the load fails",
+                 "a C compiler and torch 2.10", "Twice as fast.", "pack: {}"):  # fmt: skip
+        assert part in body, part
+        assert part not in plain, part
+    assert "neither faster nor smaller" not in body
+    assert load_recipe_text(body)["pack"] == {}
+    assert "pack" not in load_recipe_text(card()[1])
+
+
+def load_recipe_text(body: str) -> dict[str, Any]:
+    (found,) = re.findall(r"```yaml\n(.*?)```", body, re.DOTALL)
+    return yaml.safe_load(found)

@@ -13,7 +13,7 @@ import typer
 from lors_cli.errors import shorten
 from lors_cli.files import records
 from lors_cli.output import console, progress
-from lors_cli.pipeline.plans import StagePlan, describe
+from lors_cli.pipeline.plans import StagePlan, describe, foresee
 from lors_cli.pipeline.resources import try_estimate
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ def plan_document(name: str, out: Path, plans: list[StagePlan], found: Sequence[
             "models": {label: model.path for label, model in plan.models.items()},
             "peak_memory_bytes": needs.memory if needs else None, "disk_bytes": needs.disk if needs else None,
             "estimate": str(needs) if needs else why,
+            **({"makes": made} if not found and (made := foresee(plan)) else {}),
         })  # fmt: skip
     in_the_way = [{"stage": trouble.stage, "message": trouble.error.message, "hint": trouble.error.hint,
                    "exit_code": trouble.error.exit_code} for trouble in found]  # fmt: skip
@@ -50,6 +51,8 @@ def show_plan(document: dict[str, Any]) -> None:
         console.result(f"\n{number}. {stage['stage']}: {stage['what']}")
         console.result(f"   reads   {', '.join(stage['models'].values())}")
         console.result(f"   writes  {stage['folder']}")
+        if "makes" in stage:
+            console.result(f"   makes   {stage['makes']}")
         console.result(f"   needs   {stage['estimate']}")
     console.result("\nNothing is in its way." if not document["in_the_way"] else "")
     for trouble in document["in_the_way"]:
@@ -182,6 +185,10 @@ def show_inspection(path: str, document: dict[str, Any]) -> None:
         f"{path}: {document['pattern']}, {100 * document['sparsity']:.2f} % zeros in {len(document['layers'])} "
         f"linears, {document['violations']} violations{_apart(document)}"
     )
+    if "packed" in document:
+        sizes = document["packed"]
+        share = f"{sizes['bytes'] / sizes['bytes_plain']:.1%}"
+        console.result(f"packed: {console.gib(sizes['bytes'])} instead of {console.gib(sizes['bytes_plain'])}, {share}")
     prompt = document["prompt"]
     console.result(f"prompt: {prompt['format']} ({prompt['from']})" if prompt["format"] else "prompt: no chat template")
     console.document(document)

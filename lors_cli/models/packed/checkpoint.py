@@ -18,7 +18,7 @@ from lors_cli.files import atomic, records
 from lors_cli.models.blocks import prunable_weights
 from lors_cli.models.hub import here
 from lors_cli.models.loading import MAX_SHARD_SIZE, load_config
-from lors_cli.models.packed.format import PADDING, Packed, check, mask_words, pack, row_starts
+from lors_cli.models.packed.format import MASK, PADDING, Packed, check, mask_words, pack, row_starts
 from lors_cli.models.packed.kernels.choice import unpack
 from lors_cli.models.packed.linear import PackedLinear, pack_skeleton
 from lors_cli.models.packed.plan import PackPlan, check_kept
@@ -41,7 +41,8 @@ Tensors = list[tuple[Entry, Loader]]
 class Checkpoint:
     """A checkpoint's safetensors, and the linears among them that may be, or are, packed.
 
-    `keys` are the files' names of their weights, `shapes` are (out_features, in_features).
+    `keys` are the files' names of their weights, `shapes` are (out_features, in_features); `plain`, of a packed one,
+    are the weights of the decoder blocks that are not packed.
     """
 
     def __init__(self, model: ModelConfig, *, packed: bool = False) -> None:
@@ -61,10 +62,19 @@ class Checkpoint:
             find_sources(network, self.tensors, conversions_of(network), model.path)  # refuses what is no plain weights
             linears: dict[str, Any] = {name: weight.module for name, weight in prunable_weights(network).items()}
         else:
+            self.plain = [name for name in prunable_weights(network) if name not in self.config.modules]
             pack_skeleton(network, self.config.modules, self.config.structured)
             linears = {name: network.get_submodule(name) for name in self.config.modules}
         self.keys = _own_keys(network, linears, self.tensors)
         self.shapes = {name: (linears[name].out_features, linears[name].in_features) for name in self.keys}
+        if self.config is not None:
+            self._check_whole(list(self.config.modules))
+
+    def _check_whole(self, modules: list[str]) -> None:
+        """Refuse a packed checkpoint of which a part is missing."""
+        lacking = [name for name in modules if name not in self.keys or mask_key(self.keys[name]) not in self.tensors]
+        if lacking:
+            raise UsageError(f"{self.path}: the values or the mask of {lacking[0]} are missing from its files.")
 
     def read(self, key: str) -> torch.Tensor:
         """A tensor of the files, in the number format that was asked for."""
@@ -125,7 +135,7 @@ def _own_keys(network: PreTrainedModel, linears: dict[str, Any], tensors: dict[s
 
 def mask_key(key: str) -> str:
     """What the mask of the values `key` is called."""
-    return f"{key}_mask"
+    return f"{key}{MASK}"
 
 
 def packed_tensors(source: Checkpoint, plan: PackPlan) -> Iterator[tuple[Entry, Loader]]:
@@ -159,9 +169,6 @@ def unpacked_tensors(source: Checkpoint) -> Iterator[tuple[Entry, Loader]]:
 
     assert source.config is not None
     kept, held = source.config.modules, source.config.structured
-    lacking = [name for name in kept if name not in source.keys or mask_key(source.keys[name]) not in source.tensors]
-    if lacking:
-        raise UsageError(f"{source.path}: the values or the mask of {lacking[0]} are missing from its files.")
 
     def weight(name: str) -> torch.Tensor:
         values, mask = source.read(source.keys[name]), source.read(mask_key(source.keys[name]))

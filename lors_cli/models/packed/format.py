@@ -18,6 +18,8 @@ PADDING = 32
 """Zeros behind the kept values: a load of 64 bytes may read past their end."""
 WORD = 32
 """Columns a word of the mask."""
+MASK = "_mask"
+"""What the name of a mask ends in, after that of its values."""
 TILE_ELEMENTS = 1 << 22
 """Of a weight packed or unpacked at a time, which bounds the memory for masks."""
 

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lors_cli.errors import UsageError
-from lors_cli.models.inspection import CANDIDATES
 from lors_cli.models.packed.format import num_kept
 from lors_cli.output import progress
-from lors_cli.sparsity import Pattern, num_violations
+from lors_cli.sparsity import CANDIDATES, Pattern, num_violations
 
 if TYPE_CHECKING:
     import torch
+
+    from lors_cli.files.records import StageRecord
 
 LEAST_ZEROS = 0.25
 """Share of a weight that is zero, below which it stays dense: packed it would hardly be smaller."""
@@ -79,6 +80,26 @@ def plan_packing(path: str, names: Iterable[str], read: Callable[[str], torch.Te
         if sum(kept.values()) <= SLACK * sum(nonzeros.values()):
             return PackPlan(str(pattern), kept, shapes, nonzeros, dense)
     return PackPlan("unstructured", dict(nonzeros), shapes, nonzeros, dense)
+
+
+def recorded_kept(record: StageRecord | None, shapes: dict[str, tuple[int, int]]) -> dict[str, int]:
+    """How many values each linear will keep, by the record of its checkpoint; empty where it does not say.
+
+    Good to the digits that a record has of a share.
+    """
+    metrics = record.metrics if record else {}
+    pattern = metrics.get("pattern")
+    if pattern in (None, "dense"):
+        return {}
+    zeros = {layer["name"]: layer["sparsity"] for layer in metrics.get("layers", ()) if layer["name"] in shapes}
+    sizes = {name: shapes[name][0] * shapes[name][1] for name, share in zeros.items() if share >= LEAST_ZEROS}
+    kept = {name: round(size * (1 - zeros[name])) for name, size in sizes.items()}
+    if pattern != "unstructured":
+        held = Pattern.parse(pattern)
+        filled = {name: size // _m(held) * (held.n or 0) for name, size in sizes.items()}
+        if sum(filled.values()) <= SLACK * sum(kept.values()):
+            return filled
+    return kept
 
 
 def _m(pattern: Pattern) -> int:

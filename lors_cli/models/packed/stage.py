@@ -47,6 +47,7 @@ def pack_model(
     Raises:
         UsageError: the model is dense, packed already, or not in safetensors.
     """
+    from lors_cli.models.packed.card import packed_card
     from lors_cli.models.packed.checkpoint import Checkpoint, packed_tensors, step_by_step
     from lors_cli.models.packed.format import VERSION
     from lors_cli.models.sources import model_fingerprint
@@ -70,12 +71,33 @@ def pack_model(
     for name in names:
         os.replace(work / name, staging / name)
     metrics = _metrics(plan, source, sum(entry.num_bytes for entry, _ in tensors))
+    found = environment.environment()
+    atomic.write_text(staging / records.CARD_NAME, packed_card(model, source.folder, metrics, found))
     console.info(f"  {plan.pattern}: {gib(metrics['bytes_before'])} → {gib(metrics['bytes'])}")
     record = records.StageRecord(
         "pack", fingerprint, hashes.plain(config), {"model": base, "path": model.path}, metrics,
-        environment.environment(), round(time.monotonic() - started, 2), {},
+        found, round(time.monotonic() - started, 2), {},
     )  # fmt: skip
     return records.publish(out, record)
+
+
+def foreseen_size(model: ModelConfig) -> str:
+    """What packing will make of a model's size, by its record or else by the zeros of its files.
+
+    Raises:
+        UsageError: it is dense, packed already, or not in safetensors.
+    """
+    from lors_cli.models.packed.checkpoint import Checkpoint
+    from lors_cli.models.packed.format import packed_bytes
+    from lors_cli.models.packed.plan import recorded_kept
+
+    source = Checkpoint(model)
+    kept = recorded_kept(records.read_record(source.folder), source.shapes) or _plan(source).modules
+    before = after = sum(entry.num_bytes for entry, _ in source.entries())
+    for name, values in kept.items():
+        (rows, columns), itemsize = source.shapes[name], source.entry(source.keys[name]).dtype.itemsize
+        after += packed_bytes(values, rows, columns, itemsize) - rows * columns * itemsize
+    return f"{gib(before)} → {gib(after)}, {after / before:.1%}; {counted(len(kept), 'linear')} packed"
 
 
 def needs(config: PackConfig, size: ModelSize) -> Estimate:
@@ -87,16 +109,22 @@ def needs(config: PackConfig, size: ModelSize) -> Estimate:
 
 def _planned(source: Checkpoint, work: Path) -> PackPlan:
     """What is packed: as an interrupted call found it, or found now."""
-    from lors_cli.models.packed.plan import PackPlan, plan_packing
+    from lors_cli.models.packed.plan import PackPlan
 
     known = atomic.read_json(work / PLAN_NAME)
     if isinstance(known, dict):
         return PackPlan(**{**known, "shapes": {name: tuple(shape) for name, shape in known["shapes"].items()}})
-    record = records.read_record(source.folder)
-    said = record.metrics.get("pattern") if record else None
-    plan = plan_packing(source.path, source.keys, lambda name: source.read(source.keys[name]), said)
+    plan = _plan(source)
     atomic.write_json(work / PLAN_NAME, asdict(plan))
     return plan
+
+
+def _plan(source: Checkpoint) -> PackPlan:
+    from lors_cli.models.packed.plan import plan_packing
+
+    record = records.read_record(source.folder)
+    said = record.metrics.get("pattern") if record else None
+    return plan_packing(source.path, source.keys, lambda name: source.read(source.keys[name]), said)
 
 
 def _say_dense(plan: PackPlan) -> None:

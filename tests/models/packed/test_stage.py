@@ -23,6 +23,7 @@ from lors_cli.models.loading import load_model
 from lors_cli.models.packed.checkpoint import unpack_model
 from lors_cli.models.packed.linear import PackedLinear
 from lors_cli.models.packed.stage import pack_model
+from lors_cli.output.console import gib
 from lors_cli.recipe.packing import PackConfig
 from lors_cli.recipe.schema import ModelConfig
 from lors_cli.sparsity import Pattern, keep_largest
@@ -119,7 +120,12 @@ def test_lors_takes_a_packed_model_for_what_was_packed(sparse: Path, tmp_path: P
     plain, packed = (prunable_weights(model) for model in models)
     assert all(torch.equal(plain[name].matrix, packed[name].matrix) for name in plain)
     found = [inspect(ModelConfig(path=str(path))) for path in (sparse, tmp_path / "packed")]
+    sizes = found[1].pop("packed")
     assert found[0] == found[1]
+    files = [load_file(path / "model.safetensors") for path in (tmp_path / "packed", sparse)]
+    assert sizes == dict(
+        zip(("bytes", "bytes_plain"), (sum(tensor.nbytes for tensor in file.values()) for file in files), strict=True)
+    )
 
 
 def test_layers_with_few_zeros_stay_dense_and_dense_models_are_refused(
@@ -279,3 +285,45 @@ def test_where_there_is_no_kernel_weights_are_unpacked_and_it_is_said_why(
     model.save_pretrained(tmp_path / "plain")
     before, after = load_file(sparse / "model.safetensors"), load_file(tmp_path / "plain/model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_dry_run_says_the_size_that_packing_then_makes(
+    checkpoint: Path, tmp_path: Path, lors: Callable[..., Any], pattern: str, recorded: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    sparse = made_sparse(checkpoint, Pattern.parse(pattern, 0.6 if pattern == "unstructured" else None))
+    if recorded:
+        metrics = inspect(ModelConfig(path=str(sparse)))
+        records.staging_dir(sparse)
+        record = records.StageRecord(
+            "prune", "f" * 64, {"method": "x"}, {"model": "m", "path": "p"}, metrics, {}, 1, {}
+        )
+        records.publish(sparse, record)
+        monkeypatch.setattr("lors_cli.models.packed.plan.plan_packing", None)  # no file is read
+    found = lors("pack", sparse, "--out", tmp_path / "packed", "--dry-run", "--json")
+    assert found.exit_code == 0, found.output
+    assert not (tmp_path / "packed").exists()
+    monkeypatch.undo()
+    (stage,) = json.loads(found.stdout)["stages"]
+    metrics = pack(sparse, tmp_path / "packed").metrics
+    before, after = (gib(metrics[key]) for key in ("bytes_before", "bytes"))
+    share = metrics["bytes"] / metrics["bytes_before"]
+    assert stage["makes"] == f"{before} → {after}, {share:.1%}; {len(metrics['layers'])} linears packed"
+
+
+def test_a_dry_run_refuses_a_dense_model(checkpoint: Path, tmp_path: Path, lors: Callable[..., Any]) -> None:
+    found = lors("pack", checkpoint, "--out", tmp_path / "packed", "--dry-run")
+    assert found.exit_code == 2
+    assert "is dense" in found.output
+
+
+def test_a_dry_run_of_a_recipe_whose_model_is_yet_to_come_says_no_size(
+    checkpoint: Path, tmp_path: Path, lors: Callable[..., Any]
+) -> None:
+    recipe = f"name: r\nmodel: {{path: {checkpoint}, device: cpu}}\nprune: {{method: magnitude}}\npack: {{}}\n"
+    (tmp_path / "r.yaml").write_text(recipe)
+    found = lors("run", tmp_path / "r.yaml", "--out", tmp_path / "run", "--dry-run", "--json")
+    assert found.exit_code == 0, found.output
+    assert [("makes" in stage) for stage in json.loads(found.stdout)["stages"]] == [False, False]
