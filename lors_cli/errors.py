@@ -60,7 +60,7 @@ _OFFLINE_HINT = (
     "Check the name and the network, or use a local folder. For gated repositories accept the licence on "
     "the hub and run `hf auth login`."
 )
-_NETWORK_HINT = "Check the network; the same command goes on from what is there. Or use a local folder."
+_NETWORK_HINT = "Check the network; the same command resumes from what is there. Or use a local folder."
 _HUB_ERRORS = {
     "HfHubHTTPError", "EntryNotFoundError", "OfflineModeIsEnabled", "HFValidationError", "DatasetNotFoundError",
     "DataFilesNotFoundError", "EmptyDatasetError",
@@ -142,7 +142,7 @@ def _hub_reason(error: BaseException) -> MissingError | None:
         )
     if "HfHubHTTPError" in kinds and is_passing(error):
         return MissingError(
-            f"The hub cannot answer now: {line}", "Wait a little; the same command goes on from what is there."
+            f"The hub cannot answer now: {line}", "Wait a little; the same command resumes from what is there."
         )
     if "OfflineModeIsEnabled" in kinds:
         return MissingError(f"It is not in the cache here, and the hub is not asked: {line}", offline_hint())
@@ -205,11 +205,11 @@ def _translate_one(error: BaseException) -> LorsError | None:
 
 
 _MEMORY_HINT = (
-    "Use fewer or shorter samples, a smaller per_device_batch_size, or bfloat16 weights; the same command goes on from "
+    "Use fewer or shorter samples, a smaller per_device_batch_size, or bfloat16 weights; the same command resumes from "
     "what is finished."
 )
 _DISK_HINT = (
-    "Free some space or choose another --out; what was finished before is intact, and the same command goes on."
+    "Free some space or choose another --out; what was finished before is intact, and the same command resumes."
 )
 _DEVICE_HINT = "Look at the disk or its network (dmesg, df); what was finished before is intact."
 _MEMORY_SIGNS = ("DefaultCPUAllocator", "failed to map segment", "can't start new thread", "std::bad_alloc")

@@ -104,7 +104,7 @@ def bench(config: BenchConfig, out: Path | None = None) -> Figures:
     """Measure every method at every length and rank.
 
     Args:
-        out: folder for bench.json, written after each cell; a second call goes on from there.
+        out: folder for bench.json, written after each cell; a second call resumes.
 
     Returns:
         The document of bench.json: settings, environment, and by cell and method the figures.

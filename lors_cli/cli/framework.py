@@ -145,7 +145,7 @@ def fail(error: BaseException) -> NoReturn:
     if isinstance(error, KeyboardInterrupt):
         how = f"stopped by {error.name}" if isinstance(error, Stopped) else "interrupted"
         _leave_to_another(130)
-        console.error(f"{how}; what was finished is kept.", "The same command goes on from there.")
+        console.error(f"{how}; what was finished is kept.", "The same command resumes from there.")
         _fail_document(how, None, 130)
         _leave(130)
     if isinstance(error, BrokenPipeError):  # `lors … | head`: the reader has what it wanted

@@ -159,6 +159,6 @@ def _report(failed: int, code: int, scratch: Path) -> int:
     killed = code == -signal.SIGKILL
     console.error(
         f"process {failed} was killed by signal {-code}{'; is memory short?' if killed else ''}",
-        "The same command goes on from there.",
+        "The same command resumes from there.",
     )
     return 4 if killed else 1

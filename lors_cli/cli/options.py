@@ -151,7 +151,7 @@ Template = Annotated[
     str | None, option("Prompt format: alpaca, alpaca_short, vicuna, chat; default: what each model was tuned with.",
                        panel=SETTINGS, complete=of("alpaca", "alpaca_short", "vicuna", "chat"))
 ]  # fmt: skip
-Raw = Annotated[bool, option("No prompt format: go on from the text as it is.", "--raw", panel=SETTINGS)]
+Raw = Annotated[bool, option("No prompt format: continue the text as it is.", "--raw", panel=SETTINGS)]
 MaxNewTokens = Annotated[int, option("Tokens an answer at most.", panel=SETTINGS)]
 Temperature = Annotated[float, option("0: always the likeliest token; above: draw.", panel=SETTINGS)]
 TopP = Annotated[float, option("Draw from the likeliest tokens with this much probability.", panel=SETTINGS)]
@@ -175,7 +175,7 @@ NumShown = Annotated[int, option("Samples to show.", min=1)]
 Tokenizer = Annotated[str | None, option("Whose tokenizer; a tune config names none.")]
 
 # lors bench
-BenchOut = Annotated[Path | None, option("Folder for bench.json and figures; goes on there.")]
+BenchOut = Annotated[Path | None, option("Folder for bench.json and figures; a second call resumes there.")]
 BENCH = (
     flag("decode", bool, False, "Time the writing of text, dense against packed, in place of training.", SETTINGS),
     flag("shape", str | None, None,

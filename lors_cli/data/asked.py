@@ -1,4 +1,4 @@
-"""What a model is asked to answer or to go on from: rows without an answer, in the prompt that the model knows.
+"""What a model is asked to answer or to continue: rows without an answer, in the prompt that the model knows.
 
 A row is as in `prompts`: {"instruction", "input", "output"} or {"messages": turns}.
 """

@@ -78,7 +78,7 @@ def resolve_data_dir(name: str | Path | None) -> Path | None:
     folder = Path(chosen).expanduser()
     if not folder.is_dir():
         source = "data_dir" if name else f"${DATA_DIR_VARIABLE}"
-        raise MissingError(f"{source}: {folder} is no folder.", "It should look like the layout in the README.")
+        raise MissingError(f"{source}: {folder} is no folder.", "docs/how-to.md shows its layout.")
     return folder
 
 

@@ -275,7 +275,7 @@ def _known_place(name: str) -> hub.Place:
     """Where a named source lies on the hub."""
     known = KNOWN[name]
     other = "The dataset slimpajama-6b is a part of it from another place; or use" if name == "slimpajama" else "Or use"
-    instead = f"{other} data_dir=FOLDER with a local copy, or name a local file (README, Data)."
+    instead = f"{other} data_dir=FOLDER with a local copy, or name a local file (docs/data.md)."
     return hub.Place(known.repo, known.config, instead=instead)
 
 

@@ -187,7 +187,7 @@ def _reach(endpoint: str) -> Finding:
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", None) or error
         return Finding("access", "warn", f"{endpoint} cannot be reached: {reason}",
-                       "Check network and proxy (HTTPS_PROXY), or work from local folders (README, Data).")  # fmt: skip
+                       "Check network and proxy (HTTPS_PROXY), or work offline (docs/how-to.md).")  # fmt: skip
     return Finding("access", "ok", f"{endpoint} can be reached")
 
 

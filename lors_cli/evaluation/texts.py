@@ -64,7 +64,7 @@ def lacking_texts(config: EvalConfig, model_fingerprints: Mapping[str, str], out
 def write_texts(
     model: Any, tokenizer: Any, config: ModelConfig, label: str, model_fingerprint: str, out: Path
 ) -> None:  # fmt: skip
-    """Have a loaded model go on from each prompt, greedily; one that has no room or words for them says why."""
+    """Have a loaded model continue each prompt, greedily; one that has no room or words for them says why."""
     from lors_cli.data.asked import prompt_format, question
     from lors_cli.models.generation import Sampling, generate_text
 

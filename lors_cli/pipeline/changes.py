@@ -79,7 +79,7 @@ def _result(record: records.StageRecord) -> str:
 
 
 def _progress(folder: Path, begun: str) -> str:
-    """How far an interrupted run of the fingerprint `begun` came, "" where it has nothing to go on from."""
+    """How far an interrupted run of the fingerprint `begun` came, "" where it has nothing to resume from."""
     from lors_cli.tuning.training.checkpoints import step_of, whole_checkpoints  # which loads torch
 
     steps = [step_of(path) for path in whole_checkpoints(folder / "checkpoints", begun)]

@@ -92,7 +92,7 @@ def _plan(
     if records.is_finished(folder, fingerprint):
         return plan("done", "finished earlier")
     if _is_begun(folder, fingerprint):
-        return plan("resume", "begun earlier, goes on from there")
+        return plan("resume", "begun earlier, resumes from there")
     replaces = what_changes(stage, folder, fingerprint, made)
     return plan("run", replaces or NOT_DONE, replaces)
 
@@ -105,7 +105,7 @@ def _made(doors: Stage, config: Any, model: ModelConfig, model_fingerprint: str,
 
 
 def _is_begun(folder: Path, fingerprint: str) -> bool:
-    """Whether an interrupted call left something to go on from."""
+    """Whether an interrupted call left something to resume from."""
     work, checkpoints = folder / records.WORK_NAME, folder / "checkpoints"
     if atomic.read_json(work / records.FINGERPRINT_NAME) != fingerprint:
         return False

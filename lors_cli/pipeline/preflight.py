@@ -154,7 +154,7 @@ def _check_memory(plan: StagePlan) -> None:
     if needed.memory * (1 - ERROR) > free:
         raise ResourceError(
             f"{plan.stage} needs about {gib(needed.memory)} of memory, {gib(free)} are free.",
-            "Use a larger machine or a smaller model; docs/scaling.md says what else takes less.",
+            "docs/how-to.md, Make it fit, lists settings that need less. Or use a larger machine, or a smaller model.",
         )
 
 

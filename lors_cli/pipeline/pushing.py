@@ -62,7 +62,7 @@ def chosen_checkpoint(folder: Path) -> Path:
         standing = standing_stages(folder)
         made = next((stage for stage in ("tune", "prune") if stage in standing), None)
         if made is None:
-            raise MissingError(f"{folder} is a run without a finished model.", "lors run goes on with it.")
+            raise MissingError(f"{folder} is a run without a finished model.", "lors run resumes it.")
         console.info(f"{folder} is a run: its {'tuned' if made == 'tune' else 'pruned'} model goes, {folder / made}.")
         folder = folder / made
     if not folder.is_dir():

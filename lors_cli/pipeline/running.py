@@ -65,14 +65,14 @@ def _told_when_gone(plan: StagePlan) -> Iterator[None]:
             raise
         raise MissingError(
             f"{gone} was removed while {plan.stage} was running.",
-            "The same command goes on from what is left; two runs must not share a folder.",
+            "The same command resumes from what is left; two runs must not share a folder.",
         ) from error
 
 
 def run_recipe(
     recipe: Recipe, out: Path, *, first: str | None = None, last: str | None = None, force: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """Run a recipe's stages in order; finished ones are skipped, begun ones go on.
+    """Run a recipe's stages in order; finished ones are skipped, begun ones resume.
 
     Args:
         first: start here; what comes before must be finished.

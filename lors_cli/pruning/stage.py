@@ -64,7 +64,7 @@ def _identity(
 def prune(
     config: PruneConfig, model: ModelConfig | str | Path, out: Path | str, *, data_dir: Path | str | None = None
 ) -> records.StageRecord:
-    """Prune a causal LM and write the sparse checkpoint; an interrupted call goes on at its last block.
+    """Prune a causal LM and write the sparse checkpoint; an interrupted call resumes at its last block.
 
     Blocks are read, pruned and written one at a time; the model is never in memory whole (a .gguf is). Under
     torchrun the calibration samples are shared out, and process 0 writes.

@@ -64,5 +64,5 @@ class EvalConfig(Section):
     perplexity_length: Positive | None = None
     """Tokens a window. Default 2048 or the model's limit."""
     generations: bool = True
-    """Have each model go on from three short prompts too (48 new tokens each, greedy), for the report. Not part of a
+    """Have each model continue three short prompts too (48 new tokens each, greedy), for the report. Not part of a
     stage's fingerprint."""

@@ -81,7 +81,8 @@ def markdown() -> str:
 def _section(section: str, found: list[Setting]) -> str:
     title = f"`{section}`" if section else "The recipe itself"
     lines = [f"## {title}", "", " ".join(str(SECTIONS[section].__doc__).split()), ""]
-    lines += ["| key | value | default | |", "|---|---|---|---|"]
+    head = ["| key | value | default | |", "|---|---|---|---|"]
+    lines += head if found else [f"It has no settings: `{section}: {{}}`."]
     for setting in found:
         default = "required" if setting.required else "—" if setting.default is None else f"`{setting.default}`"
         name = setting.key.rpartition(".")[2]

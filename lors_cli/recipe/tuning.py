@@ -122,8 +122,8 @@ class TuneConfig(Section):
     min_learning_rate: Rate = 0.0
     """Floor of a cosine or linear schedule; lora_B's is loraplus_lr_ratio times it."""
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate goes on after the warm-up: down to min_learning_rate along half a cosine or a line, or
-    not at all."""
+    """What the learning rate does after the warm-up: it falls to min_learning_rate along half a cosine or a line, or
+    stays as it is."""
     warmup_steps: NotNegative = 0
     """Optimiser steps in which the learning rate rises to its peak."""
     weight_decay: Rate = 0.0
@@ -156,8 +156,8 @@ class TuneConfig(Section):
     """So many of the newest training checkpoints stay on disk."""
     max_bad_steps: NotNegative = 0
     """Optimiser steps of the whole run that may be bad, their loss or gradient not finite: such a step changes no
-    weight, and the run goes on with the next samples. One more ends it, with the last checkpoint kept. Not part of a
-    stage's fingerprint: a run that was ended goes on with a higher one."""
+    weight, and training continues with the next samples. One more ends it, with the last checkpoint kept. Not part of a
+    stage's fingerprint: a run that was ended resumes with a higher one."""
     spike_factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
     """A step is bad too if its loss or its gradient's norm is above so many times its median over the last 50 good
     steps (from the tenth on). Default: only what is not finite is bad."""

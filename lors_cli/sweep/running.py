@@ -1,4 +1,4 @@
-"""`run_sweep`: cell by cell, each stage once; what is finished is skipped, what fails is noted and the rest goes on.
+"""`run_sweep`: cell by cell, each stage once; what is finished is skipped, what fails is noted and the rest is run.
 
 `sweep.json` is the index of the folder: cells, their state, and where their stages and scores lie.
 """
@@ -31,7 +31,7 @@ TEXT_NAME = "sweep.yaml"
 
 
 def run_sweep(sweep: Sweep, out: Path, chosen: Sequence[Cell]) -> dict[str, Any]:
-    """Run the chosen cells of a sweep; a second call goes on where the first stopped.
+    """Run the chosen cells of a sweep; a second call resumes where the first stopped.
 
     Returns:
         The sweep's summary: its index, with each cell's scores; the stages that were done; the report's files.

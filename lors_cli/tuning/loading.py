@@ -85,7 +85,7 @@ def generate(
         model: as `load` takes it.
         prompts: one or several texts.
         template: alpaca, alpaca_short, vicuna or chat instead of the model's own.
-        raw: go on from the text as it is.
+        raw: continue the text as it is.
         temperature: 0 takes the likeliest token each time.
         on_text: is called with each piece of text as it comes.
 

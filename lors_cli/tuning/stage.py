@@ -103,7 +103,7 @@ def _identity(
 def tune(
     config: TuneConfig, model: ModelConfig | str | Path, out: Path | str, *, data_dir: Path | str | None = None
 ) -> records.StageRecord:
-    """Tune a sparse causal LM and write adapter and merged checkpoint; an interrupted call goes on at its last one.
+    """Tune a sparse causal LM and write adapter and merged checkpoint; an interrupted call resumes from its last one.
 
     Args:
         model: sparse; a folder or hub id, or its settings.
@@ -272,7 +272,7 @@ def _train(trainer: AdapterTrainer, data: TuneData, log: StepLog, run: TrackedRu
     last = processes.from_main(lambda: latest_checkpoint(trainer.folder, trainer.fingerprint))
     if last:
         trainer.resume(last)
-        console.info(f"  going on after step {trainer.step} of {trainer.num_steps} from {last}")
+        console.info(f"  resuming after step {trainer.step} of {trainer.num_steps} from {last}")
     logged = trainer.step - 1 if trainer.unlogged else trainer.step
     if processes.is_main():
         remove_others(trainer.folder, trainer.fingerprint)

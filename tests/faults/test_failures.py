@@ -1,6 +1,6 @@
 """A disk that fills, fails or is read-only, memory that ends, folders that vanish: at every stage of a run.
 
-Each is one message with its exit code, keeps what was finished, and the same command then goes on.
+Each is one message with its exit code, keeps what was finished, and the same command then resumes.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def test_too_little_memory_is_told(server: Server, bench: Path, whole: Path) -> 
         assert "Traceback" not in process.output, process.output
         if process.code == 4:
             assert "Not enough memory" in process.output
-            assert "the same command goes on" in process.output
+            assert "the same command resumes" in process.output
     assert 4 in codes
     process = server.run(folder, RUN)
     assert process.code == 0, process.output

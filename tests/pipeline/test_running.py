@@ -233,7 +233,7 @@ def test_an_interrupted_run_says_so_once_and_goes_on(at_finished: Path, finished
     assert [stage["status"] for stage in plan][:2] == ["done", "resume"]
     result = lors("run", "tiny.yaml")
     assert result.exit_code == 0
-    assert "going on after step" in result.stderr
+    assert "resuming after step" in result.stderr
     assert weights(RUN) == weights(finished_workshop / RUN)
 
 

@@ -163,7 +163,7 @@ class Worker:
         if code < 0:
             raise ResourceError(
                 f"the process that tokenises was killed by signal {-code}; is memory short?",
-                "The same command goes on from there.",
+                "The same command resumes from there.",
             )
         raise RuntimeError(f"the process that tokenises ended with code {code}; its own message is above")
 

@@ -35,7 +35,7 @@ def stage_fingerprint(config: PackConfig, model_fingerprint: str, data_dir: Path
 def pack_model(
     config: PackConfig, model: ModelConfig, out: Path, *, data_dir: Path | None = None
 ) -> records.StageRecord:
-    """Write a packed copy of a sparse causal LM; an interrupted call goes on at the last file that it wrote.
+    """Write a packed copy of a sparse causal LM; an interrupted call resumes at the last file that it wrote.
 
     Args:
         model: any sparse checkpoint in safetensors, N:M or unstructured; its `dtype: auto` is as it is stored.

@@ -1,6 +1,6 @@
 """The walk through a model's decoder blocks: each is read, pruned and written before the next one is looked at.
 
-A block that is done is kept in the work folder, where an interrupted run goes on: `block_0003.safetensors` with its
+A block that is done is kept in the work folder, where an interrupted run resumes: `block_0003.safetensors` with its
 tensors, `block_0003.json` with what was noted of it, and the next block's inputs.
 """
 
@@ -86,7 +86,7 @@ def _with_calibration(
     with phases("forward"):
         states, arguments, first = start_walk(model, batches, config.calibration, work)
     if first:
-        console.info(f"  going on after {first} of {num_blocks} blocks done by an earlier run")
+        console.info(f"  resuming after {first} of {num_blocks} blocks done by an earlier run")
     with progress.progress("prune", num_blocks, "blocks") as task, closing(states):
         task.skip(sum(_take_up(work, index, outcome) for index in range(first)))
         for index in range(first, num_blocks):
@@ -119,7 +119,7 @@ def _patterns(
 
 
 def _note(work: Path, block: Block, outcome: Outcome) -> None:
-    """Measure what came out of a block, and keep it for a run that goes on from here."""
+    """Measure what came out of a block, and keep it for a run that resumes from here."""
     layers = [measure(name, weight.matrix, block.pattern) for name, weight in block.weights.items()]
     outcome.layers += layers
     outcome.few_tokens |= block.few_tokens

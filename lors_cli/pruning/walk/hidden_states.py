@@ -1,6 +1,6 @@
 """The inputs of the block that is next, for every calibration batch: on the device, in memory, or on disk.
 
-They are written to disk after every block in any case, since that is where an interrupted run goes on.
+They are written to disk after every block in any case, since that is where an interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class HiddenStates:
             num_batches: of all processes; only a block whose inputs are there for all of them counts.
 
         Returns:
-            The index of the block to go on with, None when there is nothing to go on from.
+            The index of the block to resume at, None when there is nothing to resume from.
         """
         for index, files in sorted(self._saved().items(), reverse=True):
             found = {number: file for file in files for number in _numbers(file)}

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lors_cli.recipe.schema import CalibrationConfig
 
 ANEW = "anew"
-"""A file in a folder of hidden states that says that more than these would be needed to go on from them."""
+"""A file in a folder of hidden states that says that more than these would be needed to resume from them."""
 
 
 def start_walk(
@@ -73,7 +73,7 @@ def start_walk(
 
 
 def note_shared(folder: Path, arguments: BlockArguments) -> None:
-    """Where blocks leave keys and values for later ones, which are kept in memory only, no run goes on from halfway."""
+    """Where blocks leave keys and values for later ones, which are kept in memory only, no run resumes from halfway."""
     if arguments.shared and not (folder / ANEW).exists():
         console.detail("  blocks share keys and values: an interrupted run starts at the first block again")
         (folder / ANEW).touch()
@@ -86,7 +86,7 @@ def owl_shares(
 ) -> list[float]:  # fmt: skip
     """OWL's share of zeros for every block, from one pass of all processes' batches through the dense model.
 
-    `work` keeps what an interrupted run goes on from; `sparsity` is that of all weights that no glob of `skip` names.
+    `work` keeps what an interrupted run resumes from; `sparsity` is that of all weights that no glob of `skip` names.
     """
     found = atomic.read_json(work / "owl.json") or {"ratios": [], "sizes": []}
     if len(found["ratios"]) < len(model.blocks):

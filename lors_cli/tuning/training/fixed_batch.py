@@ -61,7 +61,7 @@ def measure(trainer: AdapterTrainer, batch: FixedBatch, *, untrained: bool = Fal
     It costs the forward pass of `NUM_SAMPLES` samples.
 
     Args:
-        untrained: of the sparse model as it was before the first step, also in a run that goes on from a checkpoint.
+        untrained: of the sparse model as it was before the first step, also in a run that resumes from a checkpoint.
     """
     model, samples, size = trainer.model, batch.samples, trainer.size
     batches = [trainer.collate(samples[first : first + size]) for first in range(0, len(samples), size)]

@@ -35,7 +35,7 @@ def prepare_trainer(
 
     Args:
         layers: full names of the linears to adapt.
-        checkpoints: folder for training checkpoints; where there is one to go on from, the start is not computed.
+        checkpoints: folder for training checkpoints; where there is one to resume from, the start is not computed.
         fingerprint: of the stage.
         device: of this process; a model that is to be sharded is not on it yet.
     """

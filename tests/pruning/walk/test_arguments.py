@@ -175,7 +175,7 @@ def test_a_killed_run_ends_in_the_same_weights(
             prune(config, gemma.save(shared), out)
     assert (out / ".work" / "inputs_0003.0of1.safetensors").exists()
     prune(config, gemma.save(shared), out)
-    assert ("going on after 3 of 4 blocks" in capsys.readouterr().err) == (not shared)
+    assert ("resuming after 3 of 4 blocks" in capsys.readouterr().err) == (not shared)
     found = AutoModelForCausalLM.from_pretrained(out).state_dict()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
