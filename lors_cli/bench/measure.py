@@ -270,5 +270,5 @@ def _environment(model: Any) -> Figures:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "lors": __version__,
-        "merge": how_merged(device, model.dtype),
+        "merge": how_merged(device, model.dtype, "stochastic"),
     }  # fmt: skip
