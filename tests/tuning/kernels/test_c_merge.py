@@ -94,6 +94,13 @@ def test_any_shape_and_rank_against_plain_loops(target: str, dtype: torch.dtype)
             assert_same_bits(found, expected, (rows, columns, rank, scale, type(weight)))
 
 
+def test_rows_wider_than_a_strip(target: str, dtype: torch.dtype) -> None:
+    given = random_weight(random.Random(11), 37, 2110, 40, dtype)
+    expected = by_loops(*given, 0.5)
+    for weight in (given[0], pack(given[0])):
+        assert_same_bits(masked_merge_in_c(weight, *given[1:], 0.5, torch.empty_like(expected), target), expected)
+
+
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="another library adds in another order")
 @pytest.mark.usefixtures("threads")
 def test_the_bits_are_those_of_torch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,7 +86,7 @@ static void T(merge_share)(int64_t first, int64_t end, void *context) {
     int64_t width = MAX(STRIP / (32 * 4 * (m->rank + (m->thresholds ? PERIOD : 0))), 1);
     for (int64_t word = 0; word < m->words; word += width) {
         int64_t stop = MIN(word + width, m->words);
-        for (int64_t row = first, height; row < end; row += height) {
+        for (int64_t row = first, height; row < end; row += height) { /* none of several rows goes past the period */
             height = row % MERGED_ROWS == 0 && row + MERGED_ROWS <= end ? MERGED_ROWS : 1;
             if (height > 1 && m->mask) T(merge_block)(m, 1, row, MERGED_ROWS, word, stop);
             else if (height > 1) T(merge_block)(m, 0, row, MERGED_ROWS, word, stop);
