@@ -1,4 +1,4 @@
-"""Packed weights made bit by bit, and what their products have to be."""
+"""Packed weights made bit by bit, and what their products and merged weights have to be."""
 
 from __future__ import annotations
 
@@ -61,6 +61,18 @@ def random_case(dice: random.Random, dtype: torch.dtype, batch: int | None = Non
     weight = torch.randn(rows, columns).mul(kept).to(dtype)
     x = torch.randn(batch if batch is not None else dice.randint(1, 9), columns).to(dtype)
     return Case(weight, *pack(weight, kept), x, torch.randn(rows).to(dtype) if dice.random() < 0.5 else None)
+
+
+def merged(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor:
+    """(W + B·A) where W is not zero, a fused multiply-add after the other, rounded by a table of thresholds if any."""
+    total = torch.zeros(weight.shape)
+    for k in range(len(A)):
+        total = (total.double() + B[:, k : k + 1].double() * A[k].double()).float()  # the product is exact in float64
+    total = weight.float() + total
+    if table is not None:
+        bits = total.view(torch.int32).long() + table[torch.arange(len(weight)) % len(table)]
+        total = (bits >> 16).to(torch.int16).view(torch.bfloat16)
+    return total.masked_fill(weight == 0, 0)
 
 
 def check(case: Case, result: torch.Tensor) -> None:

@@ -126,7 +126,8 @@ def bench(config: BenchConfig, out: Path | None = None) -> Figures:
     if max(config.lengths) > longest:
         raise UsageError(f"--lengths: {max(config.lengths)} is above the model's {longest} tokens.")
     fitting = {rank: _fitting(config.methods, rank, linears) for rank in config.ranks}
-    document["environment"] = {**environment_of(model.device), "merge": how_merged(model.device, model.dtype)}
+    merge = how_merged(model.device, model.dtype, "stochastic")
+    document["environment"] = {**environment_of(model.device), "merge": merge}
     turns = config.rounds * sum(len(fitting[cell.rank]) for cell in missing)
     with progress.progress("bench", turns, "turns") as task:
         for cell in missing:

@@ -108,21 +108,27 @@ def fast_paths() -> Iterator[Finding]:
 
 
 def _merge(device: torch.device, dtype: torch.dtype) -> Finding:
+    from lors_cli.tuning.kernels.c_merge import why_not_in_c
     from lors_cli.tuning.kernels.masked_merge import how_merged, why_no_kernel
 
-    text = f"{str(dtype).removeprefix('torch.')} on {device.type}: {how_merged(device, dtype)}"
+    text = f"{str(dtype).removeprefix('torch.')} on {device.type}: {how_merged(device, dtype, 'stochastic')}"
     if device.type == "cuda" and why_no_kernel(device, dtype):
         return Finding("LoRS merge", "warn", text, "pip install triton; it needs compute capability 8.0.")
+    if device.type == "cpu" and why_not_in_c(device, dtype, "stochastic"):
+        return Finding("LoRS merge", "warn", text, "A C compiler builds the kernel: install gcc or clang.")
     return Finding("LoRS merge", "ok", text)
 
 
 def _packed(device: torch.device, dtype: torch.dtype) -> Finding:
+    from lors_cli.tuning.kernels.c_merge import why_not_in_c
     from lors_cli.tuning.kernels.masked_merge import why_no_kernel
 
-    if why_no_kernel(device, dtype):
-        text = "tune.base=packed saves memory and costs time: each weight is unpacked for its merge"
-    else:
+    if not why_no_kernel(device, dtype):
         text = "tune.base=packed (2:4) saves memory at no cost: the CUDA kernel reads it as it is"
+    elif not why_not_in_c(device, dtype, "stochastic"):
+        text = "tune.base=packed saves memory at little cost: the C kernel reads it as it is"
+    else:
+        text = "tune.base=packed saves memory and costs time: each weight is unpacked for its merge"
     return Finding("packed base", "ok", text)
 
 

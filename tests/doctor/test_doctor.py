@@ -244,7 +244,24 @@ def test_the_merge_without_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     found = device_checkups._merge(torch.device("cuda"), torch.bfloat16)
     assert found.status == "warn"
     assert "triton is not installed" in found.text
-    assert device_checkups._merge(torch.device("cpu"), torch.bfloat16).status == "ok"
+
+
+def test_the_merge_on_a_processor_with_a_compiler_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from lors_cli.models.packed.kernels import ops
+
+    on = (torch.device("cpu"), torch.bfloat16)
+    monkeypatch.setattr(ops, "_why_no_library", lambda: None)
+    assert device_checkups._merge(*on).status == "ok"
+    assert "one pass in C" in device_checkups._merge(*on).text
+    assert "the C kernel reads it as it is" in device_checkups._packed(*on).text
+    monkeypatch.setattr(ops, "_why_no_library", lambda: "there is no C compiler")
+    found = device_checkups._merge(*on)
+    assert found.status == "warn"
+    assert "no C kernel: there is no C compiler" in found.text
+    assert "gcc or clang" in str(found.advice)
+    assert "costs time" in device_checkups._packed(*on).text
 
 
 def test_tokenizers_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,9 @@ import torch
 from lors_cli.models.packed.format import Packed
 from lors_cli.models.packed.kernels.choice import unpack
 from lors_cli.models.packed.kernels.cuda import why_no_cuda_kernel
+from lors_cli.models.packed.kernels.ops import instructions
 from lors_cli.sparsity import TWO_OF_FOUR
+from lors_cli.tuning.kernels.c_merge import masked_merge_in_c, why_not_in_c
 from lors_cli.tuning.kernels.rounding import (
     PERIOD,
     Rounding,
@@ -40,9 +42,10 @@ def masked_merge(
 
     The adapters are cast to the weight's dtype, the sum is accumulated in float32 (float64 for a float64 weight)
     and rounded once: to bfloat16 as `rounding` says, to other dtypes to the nearest. On CUDA one kernel reads W once
-    and writes W_t once; on a CPU one `addmm` that accumulates in float32 itself, where there is such a one, else row
-    tiles that stay in the cache. None makes a mask or a second matrix of W's size; only a packed weight is
-    unpacked first, in scratch memory, where no CUDA kernel reads it: that needs 2:4.
+    and writes W_t once; on a CPU one in C does, but for bfloat16 to the nearest. Else it is one `addmm` that
+    accumulates in float32 itself, where there is such a one, or row tiles that stay in the cache. None makes a mask or
+    a second matrix of W's size; only a packed weight is unpacked first, in scratch memory, where no kernel reads it:
+    the CUDA kernel wants 2:4.
 
     Args:
         weight: (R, C), plain or packed: the result has the same bits.
@@ -54,6 +57,10 @@ def masked_merge(
         from lors_cli.tuning.kernels.triton_merge import masked_merge_kernel
 
         return masked_merge_kernel(weight, lora_A, lora_B, scale, merged, rounding=rounding)
+    in_rows = merged.stride(1) == 1 and (isinstance(weight, Packed) or weight.stride(1) == 1)
+    same_dtype = merged.dtype == weight.dtype
+    if in_rows and same_dtype and not why_not_in_c(weight.device, weight.dtype, rounding, len(lora_A)):
+        return masked_merge_in_c(weight, lora_A, lora_B, scale, merged)
     if isinstance(weight, Packed):
         weight = unpack(weight, out=scratch(weight.shape, weight.dtype, weight.device, use="restored"))
     A, B = lora_A.to(weight.dtype), lora_B.to(weight.dtype)
@@ -112,14 +119,16 @@ def why_no_kernel(device: torch.device, dtype: torch.dtype) -> str:
     return why_no_cuda_kernel(device, dtype)
 
 
-def how_merged(device: torch.device, dtype: torch.dtype, rounding: Rounding = "nearest") -> str:
+def how_merged(device: torch.device, dtype: torch.dtype, rounding: Rounding = "nearest", rank: int = 1) -> str:
     """In words: by what `masked_merge` builds a merged weight, and why not by something faster."""
-    missing = why_no_kernel(device, dtype)
+    on_cpu = device.type == "cpu"
+    missing = why_not_in_c(device, dtype, rounding, rank) if on_cpu else why_no_kernel(device, dtype)
     if not missing:
-        return "one CUDA kernel"
+        return f"one pass in C ({instructions()})" if on_cpu else "one CUDA kernel"
+    why = f"no {'C' if on_cpu else 'CUDA'} kernel: {missing}"
     if is_stochastic(rounding, dtype):
-        return f"float32 tiles, rounded stochastically (no CUDA kernel: {missing})"
+        return f"float32 tiles, rounded stochastically ({why})"
     if _addmm_rounds_once(device, dtype):
-        return f"one addmm and a mask (no CUDA kernel: {missing})"
+        return f"one addmm and a mask ({why})"
     name = str(dtype).removeprefix("torch.")
-    return f"float32 tiles (no CUDA kernel: {missing}; addmm of {name} is not known to round once here)"
+    return f"float32 tiles ({why}; addmm of {name} is not known to round once here)"

@@ -52,7 +52,8 @@ kept_thresholds: dict[tuple[int, torch.device], torch.Tensor] = {}
 """By C and device: one for all weights of a width."""
 
 
-def _thresholds(num_columns: int, device: torch.device) -> torch.Tensor:
+def thresholds_for(num_columns: int, device: torch.device) -> torch.Tensor:
+    """`thresholds`, made once for a width."""
     key = (num_columns, device)
     if key not in kept_thresholds:
         with torch.inference_mode(False):
@@ -67,7 +68,7 @@ def round_stochastically(exact: torch.Tensor, out: torch.Tensor) -> torch.Tensor
         exact: (rows, C) float32, contiguous, its first row one of 0, T, 2T, … of the whole matrix; overwritten.
         out: (rows, C) bfloat16, where the result goes.
     """
-    table = _thresholds(exact.shape[1], exact.device)
+    table = thresholds_for(exact.shape[1], exact.device)
     bits = exact.view(torch.int32)
     whole = len(exact) // PERIOD * PERIOD
     bits[:whole].view(-1, *table.shape).add_(table)

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from packed_cases import Case, check, pack, random_case
+from packed_cases import Case, check, merged, pack, random_case
 from torch.nn import functional as F
 
 from lors_cli.models.packed.kernels import build, ops
+from lors_cli.tuning.kernels.rounding import thresholds
 
 X86 = platform.machine() == "x86_64"
 TARGETS = ["native", *(["x86-64-v3", "x86-64"] if X86 else [])]
@@ -195,6 +196,10 @@ def test_it_compiles_as_one_graph_with_its_gradient() -> None:
     torch.testing.assert_close(torch.autograd.grad(found.sum(), x)[0], 2 * (expected > 0).float() @ case.weight)
 
 
+def table_for(case: Case) -> torch.Tensor | None:
+    return thresholds(case.weight.shape[1], torch.device("cpu")) if case.weight.dtype == torch.bfloat16 else None
+
+
 def test_neon_in_an_emulator(tmp_path: Path) -> None:
     compiler, emulator = shutil.which("aarch64-linux-gnu-gcc"), shutil.which("qemu-aarch64")
     if not compiler or not emulator:
@@ -210,15 +215,19 @@ def test_neon_in_an_emulator(tmp_path: Path) -> None:
     for case in cases:
         sizes = (case.x.element_size(), *case.weight.shape, len(case.x), len(case.values), case.bias is not None)
         parts = [torch.tensor(sizes, dtype=torch.int64), case.offsets, case.mask, case.values, case.x, case.bias]
+        parts += [table_for(case)]
         given += b"".join(part.view(torch.uint8).numpy().tobytes() for part in parts if part is not None)
     answer = subprocess.run([emulator, str(program)], input=given, stdout=subprocess.PIPE, check=True).stdout
     found, place = bytearray(answer), 0
     for case in cases:
         parts = []
-        for shape in ((len(case.x), len(case.weight)), case.weight.shape):
+        for shape in ((len(case.x), len(case.weight)), *[case.weight.shape] * 3):
             count = shape[0] * shape[1]
             parts.append(torch.frombuffer(found, dtype=case.x.dtype, count=count, offset=place).view(shape))
             place += count * case.x.element_size()
         check(case, parts[0])
         assert torch.equal(parts[1], case.weight)
+        expected = merged(case.weight, case.x.float(), parts[0].T.float(), table_for(case))
+        assert torch.equal(parts[2], expected)
+        assert torch.equal(parts[3], expected)
     assert place == len(answer)

@@ -123,11 +123,14 @@ def test_scratch_made_under_inference_mode_serves_training_too() -> None:
 
 def test_how_weights_are_merged_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    assert merging.how_merged(cpu, torch.float32).startswith("one addmm and a mask (no CUDA kernel")
+    assert merging.how_merged(cpu, torch.float64).startswith("one addmm and a mask (no C kernel: it does not know")
     monkeypatch.setattr(merging, "_addmm_rounds_once", lambda *_: False)
     assert "float32 tiles" in merging.how_merged(cpu, torch.bfloat16)
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(merging, "why_no_kernel", lambda *_: "too old")
+    assert merging.how_merged(gpu, torch.bfloat16).startswith("float32 tiles (no CUDA kernel: too old")
     monkeypatch.setattr(merging, "why_no_kernel", lambda *_: "")
-    assert merging.how_merged(cpu, torch.bfloat16) == "one CUDA kernel"
+    assert merging.how_merged(gpu, torch.bfloat16) == "one CUDA kernel"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -4,8 +4,11 @@
 #define ISA "AVX2"
 #define MAX_SUMS 4 /* of two registers each; there are 16 */
 #define PAIRS 8
+#define LANES 8
+#define MERGED_ROWS 2 /* at a time, of four registers each */
 #include "tables.h"
 
+typedef __m256 lanes;
 typedef struct { __m256 part[2]; } sums;
 typedef struct { __m256 part[4]; } f32_word;
 typedef struct { __m256i part[2]; } bf16_word;
@@ -13,6 +16,7 @@ typedef float f32_input, bf16_input;
 typedef const float *f32_item, *bf16_item;
 
 static inline sums no_sums(void) { return (sums){{_mm256_setzero_ps(), _mm256_setzero_ps()}}; }
+static inline lanes multiply_add(float b, lanes a, lanes sum) { return _mm256_fmadd_ps(_mm256_set1_ps(b), a, sum); }
 static inline void add_up(float *to, const sums s[4]) {
     __m256 eight[4];
     UNROLL for (int i = 0; i < 4; i++) eight[i] = _mm256_add_ps(s[i].part[0], s[i].part[1]);

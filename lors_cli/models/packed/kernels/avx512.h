@@ -4,8 +4,10 @@
 #define ISA "AVX-512 with BF16"
 #define MAX_SUMS 24 /* of 32 registers */
 #define PAIRS 0     /* bfloat16 is multiplied as it is */
+#define LANES 16
+#define MERGED_ROWS 8 /* at a time, of two registers each */
 
-typedef __m512 sums;
+typedef __m512 sums, lanes;
 typedef struct { __m512 part[2]; } f32_word;
 typedef __m512i bf16_word;
 typedef float f32_input;
@@ -14,6 +16,7 @@ typedef const float *f32_item; /* an operand from memory costs nothing here */
 typedef __m512i bf16_item;
 
 static inline sums no_sums(void) { return _mm512_setzero_ps(); }
+static inline lanes multiply_add(float b, lanes a, lanes sum) { return _mm512_fmadd_ps(_mm512_set1_ps(b), a, sum); }
 static inline void add_up(float *to, const sums s[4]) {
     __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(s[0], s[1]), _mm512_unpackhi_ps(s[0], s[1]));
     __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(s[2], s[3]), _mm512_unpackhi_ps(s[2], s[3]));

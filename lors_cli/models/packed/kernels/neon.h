@@ -4,8 +4,11 @@
 #define ISA "NEON"
 #define MAX_SUMS 8 /* of two registers each; there are 32 */
 #define PAIRS 4
+#define LANES 4
+#define MERGED_ROWS 2 /* at a time, of eight registers each */
 #include "tables.h"
 
+typedef float32x4_t lanes;
 typedef struct { float32x4_t part[2]; } sums;
 typedef struct { float32x4_t part[8]; } f32_word;
 typedef struct { uint16x8_t part[4]; } bf16_word;
@@ -13,6 +16,7 @@ typedef float f32_input, bf16_input;
 typedef const float *f32_item, *bf16_item;
 
 static inline sums no_sums(void) { return (sums){{vdupq_n_f32(0), vdupq_n_f32(0)}}; }
+static inline lanes multiply_add(float b, lanes a, lanes sum) { return vfmaq_n_f32(sum, a, b); }
 static inline void add_up(float *to, const sums s[4]) {
     float32x4_t four[4];
     UNROLL for (int i = 0; i < 4; i++) four[i] = vaddq_f32(s[i].part[0], s[i].part[1]);

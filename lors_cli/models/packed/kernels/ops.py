@@ -93,7 +93,7 @@ def product(
 ) -> torch.Tensor:
     """`packed_linear` of plain tensors, unseen by autograd."""
     rows, columns, dtype = mask.shape[0], x.shape[-1], x.dtype
-    _check(values, mask, offsets, columns)
+    check(values, mask, offsets, columns)
     if dtype != values.dtype or (bias is not None and (bias.dtype != dtype or bias.shape != (rows,))):
         raise ValueError(f"a packed weight of {rows} rows in {values.dtype} needs inputs and a bias that fit it")
     batch = x.numel() // columns
@@ -114,7 +114,7 @@ def restore(
 ) -> torch.Tensor:
     """`unpack` into `out` (R, C)."""
     rows, columns = out.shape
-    _check(values, mask, offsets, columns)
+    check(values, mask, offsets, columns)
     function = _function("unpack", values.dtype, target)
     function(values.data_ptr(), mask.data_ptr(), offsets.data_ptr(), out.data_ptr(), rows, columns)
     return out
@@ -125,7 +125,12 @@ def _function(name: str, dtype: torch.dtype, target: str) -> Any:
     return getattr(library(target), f"{SIZED_LIKE[dtype]}_{name}")
 
 
-def _check(values: torch.Tensor, mask: torch.Tensor, offsets: torch.Tensor, columns: int) -> None:
+def check(values: torch.Tensor, mask: torch.Tensor, offsets: torch.Tensor, columns: int) -> None:
+    """Hold the shapes of a packed weight against each other.
+
+    Raises:
+        ValueError: they do not fit.
+    """
     if not (
         mask.shape == (len(offsets), (columns + 31) // 32)
         and mask.dtype is torch.int32 and offsets.dtype is torch.int64 and values.dim() == 1

@@ -71,9 +71,10 @@ const char *instructions(void) { return ISA; }
 
 #define WORTH_A_THREAD (1 << 18) /* products, about ten microseconds */
 
-static void in_parallel(share_of_rows *share, int64_t rows, int64_t work_a_row, struct linear *l) {
+static void in_parallel(share_of_rows *share, int64_t rows, int64_t work_a_row, void *context) {
     int64_t grain = WORTH_A_THREAD / MAX(work_a_row, 1) + 1;
-    if (!torch_parallel_for || rows <= grain || torch_parallel_for(0, rows, grain, share, l)) share(0, rows, l);
+    if (!torch_parallel_for || rows <= grain || torch_parallel_for(0, rows, grain, share, context))
+        share(0, rows, context);
 }
 
 /* 32 inputs of which `count` are there, as `dot` wants them: as they are, or of each 2 · PAIRS first the even ones. */
@@ -91,12 +92,47 @@ static inline void bf16_prepare(bf16_input *to, const uint16_t *from, int count)
 #endif
 }
 
+#define PERIOD 64            /* rows after which the thresholds repeat */
+#define PARTS (32 / LANES)   /* registers a word of float32 */
+#define STRIP (256 << 10)    /* bytes of the second cache for a part of A and of the thresholds */
+
+struct merge {
+    const void *weight;
+    const uint32_t *mask;
+    const int64_t *offsets;
+    const float *A, *B;
+    const int32_t *thresholds;
+    void *out;
+    int64_t rows, columns, words, rank, weight_stride, out_stride;
+};
+typedef uint32_t bits_of_lanes __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+
+/* The bits, as of float32, of values from memory, and such bits back to it; bfloat16 is the upper half of them. */
+static inline bits_of_lanes f32_bits(const float *from) {
+    bits_of_lanes bits;
+    memcpy(&bits, from, sizeof bits);
+    return bits;
+}
+static inline void f32_put(float *to, bits_of_lanes bits) { memcpy(to, &bits, sizeof bits); }
+static inline bits_of_lanes bf16_bits(const uint16_t *from) {
+    halves upper;
+    memcpy(&upper, from, sizeof upper);
+    return __builtin_convertvector(upper, bits_of_lanes) << 16;
+}
+static inline void bf16_put(uint16_t *to, bits_of_lanes bits) {
+    halves upper = __builtin_convertvector(bits >> 16, halves);
+    memcpy(to, &upper, sizeof upper);
+}
+
 #define T(name) f32_##name
 #define VALUE float
 #include "linear.h"
+#include "merge.h"
 #undef T
 #undef VALUE
 
 #define T(name) bf16_##name
 #define VALUE uint16_t
 #include "linear.h"
+#include "merge.h"

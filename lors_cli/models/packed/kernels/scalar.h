@@ -2,7 +2,10 @@
 #define ISA "plain C"
 #define MAX_SUMS 1
 #define PAIRS 1
+#define LANES 1
+#define MERGED_ROWS 1
 
+typedef float lanes __attribute__((vector_size(4)));
 typedef struct { float part[8]; } sums;
 typedef struct { float column[32]; } f32_word;
 typedef struct { uint16_t column[32]; } bf16_word;
@@ -10,6 +13,7 @@ typedef float f32_input, bf16_input;
 typedef const float *f32_item, *bf16_item;
 
 static inline sums no_sums(void) { return (sums){{0}}; }
+static inline lanes multiply_add(float b, lanes a, lanes sum) { return (lanes){__builtin_fmaf(b, a[0], sum[0])}; }
 static inline void add_up(float *to, const sums s[4]) {
     for (int i = 0; i < 4; i++) {
         const float *part = s[i].part;

@@ -1,0 +1,113 @@
+/* Merged weights of one data type, included once for each: W_t = W + B A where W is not zero, and 0 elsewhere.
+ *
+ * Every sum is ((B[0] A[0] + B[1] A[1]) + …) + W, no product rounded before it is added: its bits depend neither on
+ * the number of threads nor on the shape, and are those of MKL's product in float32 wherever MKL's are as steady.
+ * To bfloat16 it is rounded by the thresholds of `tuning/kernels/rounding.py`.
+ */
+
+/* A in words too: [word][rank][32], columns past the last one zero. */
+static void T(lay_out_A)(const struct merge *m, float *to, const float *A) {
+    for (int64_t c = 0; c < m->words; c++)
+        for (int64_t k = 0; k < m->rank; k++, to += 32) {
+            int64_t count = MIN(m->columns - c * 32, 32);
+            memset(to, 0, 32 * sizeof *to);
+            memcpy(to, A + k * m->columns + c * 32, (size_t)count * sizeof *to);
+        }
+}
+
+/* `to` = a word of `weight` and its sums, masked and rounded. */
+ALWAYS_INLINE void T(finish)(VALUE *to, const VALUE *weight, const lanes *sum, const int32_t *thresholds) {
+    UNROLL for (int i = 0; i < PARTS; i++) {
+        bits_of_lanes bits = T(bits)(weight + i * LANES), total, threshold = {0};
+        lanes w, merged;
+        memcpy(&w, &bits, sizeof w);
+        merged = w + sum[i];
+        memcpy(&total, &merged, sizeof total);
+        if (sizeof(VALUE) == 2) memcpy(&threshold, thresholds + i * LANES, sizeof threshold);
+        T(put)(to + i * LANES, (total + threshold) & (bits_of_lanes)(bits << 1 != 0)); /* zeros have a sign */
+    }
+}
+
+/* A word of which only `count` columns are there. */
+static void T(finish_last)(VALUE *to, const VALUE *weight, const lanes *sum, const int32_t *thresholds, int64_t count) {
+    VALUE result[32], padded[32] = {0};
+    int32_t some[32] = {0};
+    memcpy(padded, weight, (size_t)count * sizeof *padded);
+    if (thresholds) memcpy(some, thresholds, (size_t)count * sizeof *some);
+    T(finish)(result, padded, sum, some);
+    memcpy(to, result, (size_t)count * sizeof *to);
+}
+
+/* Words from `word` to `end` of `height` rows, whose sums stay in registers. */
+ALWAYS_INLINE void T(merge_block)(const struct merge *m, const int packed, int64_t row, const int height, int64_t word,
+                                  int64_t end) {
+    const int64_t rank = m->rank, columns = m->columns, words = m->words, out_stride = m->out_stride;
+    const uint32_t *mask = packed ? m->mask + row * words : NULL;
+    const int32_t *thresholds = m->thresholds ? m->thresholds + row % PERIOD * columns : NULL;
+    const float *a = m->A + word * rank * 32, *b = m->B + row * rank;
+    VALUE *out = (VALUE *)m->out + row * out_stride;
+    const VALUE *next[MERGED_ROWS];
+    UNROLL for (int r = 0; r < height; r++) {
+        next[r] = (const VALUE *)m->weight + (packed ? m->offsets[row + r] : (row + r) * m->weight_stride + word * 32);
+        for (int64_t c = 0; packed && c < word; c++) next[r] += __builtin_popcount(mask[r * words + c]);
+    }
+    for (int64_t c = word; c < end; c++) {
+        lanes sum[MERGED_ROWS][PARTS];
+        UNROLL for (int r = 0; r < height; r++) UNROLL for (int i = 0; i < PARTS; i++) sum[r][i] = (lanes){0};
+        for (int64_t k = 0; k < rank; k++, a += 32) {
+            lanes part[PARTS];
+            UNROLL for (int i = 0; i < PARTS; i++) memcpy(&part[i], a + i * LANES, sizeof part[i]);
+            UNROLL for (int r = 0; r < height; r++) UNROLL for (int i = 0; i < PARTS; i++)
+                sum[r][i] = multiply_add(b[r * rank + k], part[i], sum[r][i]);
+        }
+        UNROLL for (int r = 0; r < height; r++) {
+            const VALUE *weight = next[r];
+            const int32_t *threshold = thresholds ? thresholds + r * columns + c * 32 : NULL;
+            VALUE expanded[32];
+            if (packed) {
+                uint32_t bits = mask[r * words + c];
+                T(store)(expanded, T(expand)(next[r], bits));
+                next[r] += __builtin_popcount(bits);
+                weight = expanded;
+            } else next[r] += 32;
+            if (c * 32 + 32 <= columns) T(finish)(out + r * out_stride + c * 32, weight, sum[r], threshold);
+            else {
+                lanes last[PARTS]; /* those of `sum` would not stay in registers */
+                UNROLL for (int i = 0; i < PARTS; i++) last[i] = sum[r][i];
+                T(finish_last)(out + r * out_stride + c * 32, weight, last, threshold, columns - c * 32);
+            }
+        }
+    }
+}
+
+/* One thread's rows, in strips whose part of A and whose thresholds stay in the cache. */
+static void T(merge_share)(int64_t first, int64_t end, void *context) {
+    const struct merge *m = context;
+    int64_t width = MAX(STRIP / (32 * 4 * (m->rank + (m->thresholds ? PERIOD : 0))), 1);
+    for (int64_t word = 0; word < m->words; word += width) {
+        int64_t stop = MIN(word + width, m->words);
+        for (int64_t row = first, height; row < end; row += height) { /* none of several rows goes past the period */
+            height = row % MERGED_ROWS == 0 && row + MERGED_ROWS <= end ? MERGED_ROWS : 1;
+            if (height > 1 && m->mask) T(merge_block)(m, 1, row, MERGED_ROWS, word, stop);
+            else if (height > 1) T(merge_block)(m, 0, row, MERGED_ROWS, word, stop);
+            else if (m->mask) T(merge_block)(m, 1, row, 1, word, stop);
+            else T(merge_block)(m, 0, row, 1, word, stop);
+        }
+    }
+}
+
+/* out[rows, columns] of a weight, plain or with a mask and offsets packed; strides are of rows. Thresholds
+ * [PERIOD, columns] for bfloat16, A [rank, columns], scaled, and B [rows, rank] are float32. 0, or 1 without memory. */
+int T(merge)(const VALUE *weight, const uint32_t *mask, const int64_t *offsets, const float *A, const float *B,
+             const int32_t *thresholds, VALUE *out, int64_t rows, int64_t columns, int64_t rank, int64_t weight_stride,
+             int64_t out_stride) {
+    struct merge m = {weight, mask, offsets, NULL, B, thresholds, out, rows, columns, (columns + 31) / 32, rank,
+                      weight_stride, out_stride};
+    float *words = malloc((size_t)(m.words * rank * 32) * sizeof *words);
+    if (!words) return 1;
+    T(lay_out_A)(&m, words, A);
+    m.A = words;
+    in_parallel(T(merge_share), rows, columns * (rank + 8), &m);
+    free(words);
+    return 0;
+}

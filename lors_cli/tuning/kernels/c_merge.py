@@ -1,0 +1,58 @@
+"""The masked merge on a CPU in one pass of C: W, plain or packed, is read once and W_t written once.
+
+Legend: W (R, C) sparse weight, A = lora_A (r, C), B = lora_B (R, r), s scale, W_t = (W + s·B·A) ⊙ (W ≠ 0).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lors_cli.models.packed.format import Packed
+from lors_cli.models.packed.kernels import ops
+from lors_cli.models.packed.kernels.build import NATIVE, library
+from lors_cli.tuning.kernels.rounding import Rounding, is_stochastic, thresholds_for
+
+LARGEST_RANK = 192
+"""Above it MKL adds a product up in parts, in another order."""
+
+
+def why_not_in_c(device: torch.device, dtype: torch.dtype, rounding: Rounding, rank: int = 1) -> str:
+    """Why the C kernel does not merge such weights, empty when it does."""
+    if device.type != "cpu":
+        return f"it is for CPUs, not {device.type}"
+    if dtype not in ops.PREFIXES:
+        return f"it does not know {str(dtype).removeprefix('torch.')}"
+    if dtype == torch.bfloat16 and not is_stochastic(rounding, dtype):
+        return "it rounds bfloat16 stochastically only"
+    if rank > LARGEST_RANK:
+        return f"rank {rank} is above {LARGEST_RANK}"
+    return ops.available(dtype) or ""
+
+
+def masked_merge_in_c(
+    weight: torch.Tensor | Packed,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+    target: str = NATIVE,
+) -> torch.Tensor:
+    """W_t in `out`, of W's dtype: bfloat16 rounded by the thresholds, from float32 sums in the order of MKL's addmm.
+
+    Args:
+        target: what the compiler may assume of the processor.
+    """
+    A, B = (adapter.detach().to(weight.dtype).to(torch.float32, copy=True).contiguous() for adapter in (lora_A, lora_B))
+    (B if len(A) == 1 else A).mul_(scale)  # a product of rank 1 is another function of MKL, which scales the other side
+    rows, columns = weight.shape
+    table = thresholds_for(columns, out.device).data_ptr() if weight.dtype == torch.bfloat16 else None
+    if isinstance(weight, Packed):
+        held, mask, starts, stride = weight.values, weight.mask.data_ptr(), weight.starts.data_ptr(), columns
+        ops.check(weight.values, weight.mask, weight.starts, columns)
+    else:
+        held, mask, starts, stride = weight, None, None, weight.stride(0)
+    function = getattr(library(target), f"{ops.PREFIXES[weight.dtype]}_merge")
+    if function(held.data_ptr(), mask, starts, A.data_ptr(), B.data_ptr(), table, out.data_ptr(), rows, columns, len(A),
+                stride, out.stride(0)):  # fmt: skip
+        raise MemoryError(f"no memory for adapters of rank {len(A)} and {columns} inputs")
+    return out
