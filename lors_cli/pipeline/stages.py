@@ -196,6 +196,7 @@ STAGES = {
         reads=lambda config: Reads(),
         makes="packed",
         fingerprint=packing.stage_fingerprint,
+        inputs=packing.stage_inputs,
     ),
     "eval": Stage(
         run=_evaluate,

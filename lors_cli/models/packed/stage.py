@@ -32,6 +32,11 @@ def stage_fingerprint(config: PackConfig, model_fingerprint: str, data_dir: Path
     return hashes.fingerprint("pack", STAGE_VERSION, config, {"model": model_fingerprint})
 
 
+def stage_inputs(config: PackConfig, model_fingerprint: str, data_dir: Path | None) -> dict[str, Any]:
+    """What a result is made from beside its settings: the model, and the version of the code."""
+    return {"model": model_fingerprint, "version": STAGE_VERSION}
+
+
 def pack_model(
     config: PackConfig, model: ModelConfig, out: Path, *, data_dir: Path | None = None
 ) -> records.StageRecord:
@@ -57,7 +62,8 @@ def pack_model(
     fingerprint = stage_fingerprint(config, base, data_dir)
     console.info(f"  model: {model.path}")
     source = Checkpoint(model)
-    work = records.work_dir(out, fingerprint)
+    inputs = {**stage_inputs(config, base, data_dir), "path": model.path}
+    work = records.work_dir(out, fingerprint, {"config": config, "inputs": inputs})
     plan = _planned(source, work)
     _say_dense(plan)
     tensors = list(packed_tensors(source, plan))
@@ -72,7 +78,7 @@ def pack_model(
     metrics = _metrics(plan, source, sum(entry.num_bytes for entry, _ in tensors))
     console.info(f"  {plan.pattern}: {gib(metrics['bytes_before'])} → {gib(metrics['bytes'])}")
     record = records.StageRecord(
-        "pack", fingerprint, hashes.plain(config), {"model": base, "path": model.path}, metrics,
+        "pack", fingerprint, hashes.plain(config), inputs, metrics,
         environment.environment(), round(time.monotonic() - started, 2), {},
     )  # fmt: skip
     return records.publish(out, record)

@@ -279,3 +279,16 @@ def test_where_there_is_no_kernel_weights_are_unpacked_and_it_is_said_why(
     model.save_pretrained(tmp_path / "plain")
     before, after = load_file(sparse / "model.safetensors"), load_file(tmp_path / "plain/model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_changed_setting_before_a_packed_model_is_told(at_finished: Path, lors: Callable[..., Any]) -> None:
+    """The plan asked the pack stage for inputs that it did not tell: an assertion, shown as a bug."""
+    recipe = Path("tiny.yaml")
+    recipe.write_text(recipe.read_text() + "pack: {}\n")
+    assert lors("run", "tiny.yaml", "--until", "pack").exit_code == 0
+    found = lors("run", "tiny.yaml", "tune.rank=2", "--until", "pack")
+    assert found.exit_code == 0, found.stderr
+    said = " ".join(found.stderr.split())
+    assert "pack: the model it reads has changed, replaces a packed model (2:4); to keep it: --out OTHER" in said
+    other = lors("pack", "runs/tiny/prune", "--out", "runs/tiny/pack")
+    assert "pack: model runs/tiny/tune → runs/tiny/prune, replaces a packed model (2:4)" in " ".join(other.stderr.split())
