@@ -10,6 +10,7 @@ from lors_cli.errors import UsageError
 from lors_cli.evaluation.significance import compare_models
 from lors_cli.evaluation.summary import LOST_IN_ERROR, recovered
 from lors_cli.models.card import versions
+from lors_cli.output.console import counted, gib
 from lors_cli.output.markdown import Block, Code, escape, table
 from lors_cli.output.progress import duration
 from lors_cli.report.differences import differences
@@ -24,7 +25,7 @@ from lors_cli.report.stage_figures import loss_of_run, sparsity_by_kind
 from lors_cli.tuning.training.step_log import loss_text
 
 _OF_SCORES = {
-    "accuracy": "Zero-shot accuracy by task and model; lines are standard errors, dashes what guessing gives.",
+    "accuracy": "Accuracy by task and model; lines are standard errors, dashes what guessing gives.",
     "perplexity": "Perplexity by text and model.",
 }
 
@@ -91,6 +92,7 @@ def _blocks(root: Path, results: Results, group: Group, drawn: Collection[str]) 
         "Tuning": [*_training(cell), *pictures({"loss": "Training loss by optimiser step."}, drawn)],
         "Sparsity": [*_sparsity(cell),
                      *pictures({"sparsity": "Sparsity of every pruned linear by decoder block."}, drawn)],
+        "Packed": _packing(cell),
         "Settings": [Code(results.text, "yaml")] if results.text else [],
         "How it was made": _making(cell),
         "Files": _files(cell),
@@ -107,6 +109,8 @@ def summary(cell: Cell) -> str:
     if "tune" in cell.records:
         config = cell.config("tune")
         words.append(f"tuned with {config.get('method')} at rank {config.get('rank')}")
+    if "pack" in cell.records:
+        words.append(f"packed ({_size(cell)})")
     if cell.scores:
         words.append("evaluated")
     if "eval" in cell.folders and len(cell.folders) == 1:
@@ -114,12 +118,29 @@ def summary(cell: Cell) -> str:
     return f"{escape(cell.base or 'A model')}: {escape(', '.join(words) or 'nothing has been run yet')}."
 
 
+def _size(cell: Cell) -> str:
+    """What packing made of a model's size."""
+    metrics = cell.records["pack"].metrics
+    before, after = metrics["bytes_before"], metrics["bytes"]
+    return f"{gib(before)} → {gib(after)}, {after / before:.1%}"
+
+
+def _packing(cell: Cell) -> list[Block]:
+    """The packed copy: its pattern, its size, and what stays as it was."""
+    if "pack" not in cell.records:
+        return []
+    metrics = cell.records["pack"].metrics
+    dense = metrics.get("left_dense") or []
+    stay = f" {counted(len(dense), 'linear')} with too few zeros stay dense." if dense else ""
+    return [f"{escape(metrics.get('pattern'))}, {metrics['sparsity']:.2%} zeros: {_size(cell)}.{stay}"]
+
+
 def _scores(cell: Cell) -> list[Block]:
     scores = cell.evaluated()
     if not scores:
         return []
     columns, rows = by_task(scores)
-    rows = [[cells[0].replace("  ", "↳ ", 1), *cells[1:]] for cells in rows]  # Markdown drops leading spaces
+    rows = [[cells[0].replace("  ", "↳ "), *cells[1:]] for cells in rows]  # Markdown drops leading spaces
     found = recovered(scores)
     shares = [f"{escape(name)} {share_text(share)}" for name, share in found.items()]
     said = f"Share of the loss through pruning that tuning won back: {', '.join(shares)}."
@@ -150,10 +171,17 @@ def _training(cell: Cell) -> list[Block]:
         first, last = cell.log[0]["loss"], cell.log[-1]["loss"]
     steps = metrics.get("steps", cell.log[-1]["step"] if cell.log else None)
     if "loss_before" in metrics:
-        parts.append(f"Loss {loss_text(metrics)}; {steps} optimiser steps.")
+        teacher = " (with the teacher's part)" if cell.config("tune").get("distill") else ""
+        parts.append(f"Loss{teacher} {loss_text(metrics)}; {steps} optimiser steps.")
     elif first is not None and last is not None:
         end = " (mean of the last tenth of the steps)" if "last_loss" in metrics else ""
         parts.append(f"Loss {first:.4f} at the first step, {last:.4f} at the end{end}; {steps} optimiser steps.")
+    if metrics.get("val_loss_best") is not None:
+        parts.append(
+            f"Held-out loss of {counted(metrics['val_samples'], 'sample')}: {metrics['val_loss_first']:.4f} first, "
+            f"{metrics['val_loss_best']:.4f} at best, after step {metrics['val_best_step']}, "
+            f"{metrics['val_loss_last']:.4f} last. The model is that of step {metrics['model_step']}."
+        )
     if "moved" in metrics:
         parts.append(f"{100 * metrics['moved']:.2f} % of the kept weights moved.")
     if metrics.get("tokens_per_s"):
