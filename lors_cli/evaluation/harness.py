@@ -10,6 +10,7 @@ import contextlib
 import logging
 import random
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def score_task(
     for path in local.values():
         check_documents(task.name, path)
     title = f"{label} {task.name}".strip()
-    with _quiet() as told, _in_our_way(title):
+    with _quiet() as told, _in_our_way(title), _own_faults_told(task, config):
         import lm_eval
 
         from lors_cli.evaluation.shown_model import ShownModel
@@ -75,6 +76,31 @@ def score_task(
         console.warn(f"{title}: the model's chat template takes no system turn, so the prompts go without theirs")
     assert results is not None
     return plain_result(task.name, title, results)
+
+
+@contextlib.contextmanager
+def _own_faults_told(task: Task, config: EvalConfig) -> Iterator[None]:
+    """What goes wrong in lm-eval by a definition of the user's own is told as that.
+
+    Raises:
+        UsageError: naming the file.
+    """
+    try:
+        yield
+    except Exception as error:
+        own = Path(config.include_path).resolve() if config.include_path else None
+        place = task.definition or own
+        if own is None or place is None or not place.resolve().is_relative_to(own) or translate(error) is not None:
+            raise
+        ours = Path(__file__).parents[1]
+        files = [Path(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__)]
+        if any(file.is_relative_to(ours) and file != Path(__file__) for file in files):
+            raise
+        what = f"{type(error).__name__}: {innermost(error)}"
+        raise UsageError(
+            f"{place}: lm-eval cannot score {task.name} by this definition: {what}",
+            "-vv shows where in lm-eval; its docs/task_guide.md has what a definition says.",
+        ) from error
 
 
 def _seed() -> None:

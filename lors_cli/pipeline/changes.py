@@ -75,6 +75,8 @@ def _result(record: records.StageRecord) -> str:
     config, metrics = record.config, record.metrics
     if record.stage == "prune":
         return f"a model pruned to {metrics.get('pattern', config.get('pattern'))} by {config.get('method')}"
+    if record.stage == "pack":
+        return f"a packed model ({metrics.get('pattern')})"
     return f"a model tuned for {counted(metrics.get('steps', 0), 'step')}"
 
 

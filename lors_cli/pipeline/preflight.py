@@ -41,6 +41,12 @@ def troubles(plans: Sequence[StagePlan], data_dir: Path | None) -> list[Trouble]
     found: list[Trouble] = []
     seen: set[tuple[str, str]] = set()
     looked: set[ModelConfig] = set()
+
+    def note(stage: str, error: LorsError | None) -> None:
+        if error is not None and (type(error).__name__, error.message) not in seen:
+            seen.add((type(error).__name__, error.message))
+            found.append(Trouble(stage, error))
+
     pending = [plan for plan in plans if plan.status != "done"]
     to_come = {str(plan.folder) for plan in pending}
     with progress.busy("looking ahead"):
@@ -48,12 +54,9 @@ def troubles(plans: Sequence[StagePlan], data_dir: Path | None) -> list[Trouble]
             there = [model for model in plan.models.values() if model.path not in to_come and model not in looked]
             looked.update(there)
             for look in _looks(plan, there, data_dir):
-                error = _met(look)
-                if error is not None and (type(error).__name__, error.message) not in seen:
-                    seen.add((type(error).__name__, error.message))
-                    found.append(Trouble(plan.stage, error))
-        error = _met(lambda: _check_disk(pending))
-    return [*found, Trouble("all", error)] if error is not None else found
+                note(plan.stage, _met(look))
+        note("all", _met(lambda: _check_disk(pending)))
+    return found
 
 
 def refuse(found: Sequence[Trouble]) -> None:

@@ -204,6 +204,7 @@ STAGES = {
         makes="packed",
         fingerprint=packing.stage_fingerprint,
         foresee=_packed_size,
+        inputs=packing.stage_inputs,
     ),
     "eval": Stage(
         run=_evaluate,

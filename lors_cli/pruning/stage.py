@@ -126,7 +126,7 @@ def prune(
         environment.environment(), round(time.monotonic() - started, 2), {},
     )  # fmt: skip
     if processes.is_main():
-        _write_checkpoint(out, source, tokenizer, config, model, metrics, data_dir)
+        _write_checkpoint(out, source, tokenizer, config, model, metrics)
         record = records.publish(out, record)
     if alone:
         processes.stop()
@@ -206,9 +206,8 @@ def _report_few_tokens(few_tokens: dict[str, int]) -> None:
 
 def _write_checkpoint(
     out: Path, source: BlockwiseModel, tokenizer: Any, config: PruneConfig, model: ModelConfig,
-    metrics: dict[str, Any], data_dir: Path | None,
+    metrics: dict[str, Any],
 ) -> None:  # fmt: skip
-    from lors_cli.data.sources import fingerprint_source
     from lors_cli.models.card import model_card
     from lors_cli.models.loading import MAX_SHARD_SIZE, save_settings
     from lors_cli.models.origins import inherited, with_dataset
@@ -217,10 +216,9 @@ def _write_checkpoint(
     staging = records.staging_dir(out)
     save_settings(source.network, tokenizer, staging)
     write_checkpoint(staging, _tensors(source, out / records.WORK_NAME), max_shard_size=MAX_SHARD_SIZE)
-    fields, calibration = inherited(model), config.calibration
+    fields = inherited(model)
     if "calibration" in metrics:
-        read = fingerprint_source(calibration.dataset, split="train", data_dir=data_dir, columns=calibration.columns)
-        fields = with_dataset(fields, read)
+        fields = with_dataset(fields, metrics["calibration"]["source"])
     card = model_card(base_model=model.path, prune=hashes.plain(resolved_prune(config)), tune=None, metrics=metrics,
                       environment=environment.environment(), fields=fields)  # fmt: skip
     atomic.write_text(staging / records.CARD_NAME, card)

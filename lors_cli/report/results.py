@@ -14,7 +14,7 @@ import yaml
 from lors_cli.errors import UsageError
 from lors_cli.files import atomic
 from lors_cli.files import records as run_dir
-from lors_cli.recipe.loading import read_settings
+from lors_cli.recipe.loading import read_settings, without_none
 from lors_cli.recipe.schema import STAGES
 from lors_cli.report.chance import chance_levels
 from lors_cli.report.measures import finite
@@ -139,7 +139,7 @@ def read_stage(folder: Path) -> Results:
         name, record.inputs.get("path") or next((content["model"] for content in contents.values()), None),
         {record.stage: "."}, {record.stage: record}, scores, read_log(log), held_out=read_log(log, "val_loss"),
     )  # fmt: skip
-    text = yaml.safe_dump(record.config, sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(without_none(record.config), sort_keys=False, allow_unicode=True) if record.config else ""
     return Results(name, text, [cell])
 
 

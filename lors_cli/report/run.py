@@ -26,7 +26,7 @@ from lors_cli.report.stage_figures import loss_of_run, sparsity_by_kind
 from lors_cli.tuning.training.step_log import loss_text
 
 _OF_SCORES = {
-    "accuracy": "Zero-shot accuracy by task and model; lines are standard errors, dashes what guessing gives.",
+    "accuracy": "Accuracy by task and model; lines are standard errors, dashes what guessing gives.",
     "perplexity": "Perplexity by text and model.",
 }
 
@@ -124,7 +124,7 @@ def _scores(cell: Cell) -> list[Block]:
     if not scores:
         return []
     columns, rows = by_task(scores)
-    rows = [[cells[0].replace("  ", "↳ ", 1), *cells[1:]] for cells in rows]  # Markdown drops leading spaces
+    rows = [[cells[0].replace("  ", "↳ "), *cells[1:]] for cells in rows]  # Markdown drops leading spaces
     found = recovered(scores)
     shares = [f"{escape(name)} {share_text(share)}" for name, share in found.items()]
     said = f"Share of the loss through pruning that tuning won back: {', '.join(shares)}."
@@ -155,10 +155,17 @@ def _training(cell: Cell) -> list[Block]:
         first, last = cell.log[0]["loss"], cell.log[-1]["loss"]
     steps = metrics.get("steps", cell.log[-1]["step"] if cell.log else None)
     if "loss_before" in metrics:
-        parts.append(f"Loss {loss_text(metrics)}; {steps} optimiser steps.")
+        teacher = " (with the teacher's part)" if cell.config("tune").get("distill") else ""
+        parts.append(f"Loss{teacher} {loss_text(metrics)}; {steps} optimiser steps.")
     elif first is not None and last is not None:
         end = " (mean of the last tenth of the steps)" if "last_loss" in metrics else ""
         parts.append(f"Loss {first:.4f} at the first step, {last:.4f} at the end{end}; {steps} optimiser steps.")
+    if metrics.get("val_loss_best") is not None:
+        parts.append(
+            f"Held-out loss of {counted(metrics['val_samples'], 'sample')}: {metrics['val_loss_first']:.4f} first, "
+            f"{metrics['val_loss_best']:.4f} at best, after step {metrics['val_best_step']}, "
+            f"{metrics['val_loss_last']:.4f} last. The model is that of step {metrics['model_step']}."
+        )
     if "moved" in metrics:
         parts.append(f"{100 * metrics['moved']:.2f} % of the kept weights moved.")
     if metrics.get("tokens_per_s"):

@@ -24,7 +24,7 @@ _CROWD = 48
 
 
 def accuracy_bars(group: Group) -> Figure | None:
-    """Zero-shot accuracy of each model and task, acc_norm beside acc, with standard errors and what guessing gives."""
+    """Accuracy of each model and task, acc_norm beside acc, with standard errors and what guessing gives."""
     found = _drawable(group, with_norm=True, first=())
     tasks = [item for item in found if item.kind == "task" and item.is_percent]
     average = [item for item in found if item.kind == "average" and len(tasks) > 1]
@@ -32,7 +32,7 @@ def accuracy_bars(group: Group) -> Figure | None:
     if len(items) * len(group.models) > _CROWD:
         return accuracy_panels([group])
     labels = [_task_label(item, tasks) for item in tasks] + ["average"] * len(average)
-    return _bars(group, items, labels, "Zero-shot accuracy", "accuracy (%)", top=100) if tasks else None
+    return _bars(group, items, labels, "Accuracy", "accuracy (%)", top=100) if tasks else None
 
 
 def _task_label(item: Measure, tasks: Sequence[Measure]) -> str:

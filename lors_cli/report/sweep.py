@@ -18,7 +18,7 @@ from lors_cli.report.scores import by_model, notes
 from lors_cli.report.stage_figures import cost, loss_of_cells, sparsity_by_model
 
 OF_SCORES = {
-    "accuracy": "Zero-shot accuracy; lines are standard errors, dashes what guessing gives.",
+    "accuracy": "Accuracy; lines are standard errors, dashes what guessing gives.",
     "perplexity": "Perplexity by text.",
 }
 OF_COST = {

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lors_cli.errors import UsageError
+from lors_cli.errors import LorsError, UsageError
 from lors_cli.evaluation import harness
 from lors_cli.evaluation.stage import evaluate
 from lors_cli.recipe.schema import EvalConfig, ModelConfig
@@ -173,3 +173,31 @@ def test_windows_of_a_perplexity_begin_with_the_bos_token_that_is_asked_for(mode
             losses.append(float(net(window, labels=window).loss))
     assert result["value"] == pytest.approx(float(torch.tensor(losses).mean().exp()), rel=1e-4)
     assert (result["tokens"], result["sequence_length"]) == (93, 32)
+
+
+@pytest.mark.parametrize(
+    ("was", "is_now", "words"),
+    [
+        ("'{{choices.label.index(answerKey)}}'", "'9'", "IndexError"),
+        ("doc_to_choice: '{{choices.text}}'", "doc_to_choice: '{{choices.text'", "TemplateSyntaxError"),
+        ("{metric: acc}", "{metric: acuracy}", "KeyError"),  # its log names the metric
+        ("output_type: multiple_choice", "output_type: multiple_choise", "multiple_choise"),
+        ("doc_to_text:", "process_results: !function mine.results\ndoc_to_text:", "ZeroDivisionError"),
+    ],
+)
+def test_a_fault_in_ones_own_definition_is_no_bug_of_ours(
+    model: Path, own_tasks: Path, tmp_path: Path, was: str, is_now: str, words: str
+) -> None:
+    """lm-eval raises what it comes upon, which was shown as a bug of ours with its traceback."""
+    folder = tmp_path / "defs"
+    folder.mkdir()
+    text = (own_tasks / "own_arc_easy.yaml").read_text()
+    assert was in text
+    (folder / "own_arc_easy.yaml").write_text(text.replace(was, is_now))
+    (folder / "mine.py").write_text("def results(doc, found):\n    return {'acc': 1 / 0}\n")
+    config = EvalConfig(tasks=("own_arc_easy",), include_path=str(folder), limit=2)
+    with pytest.raises(LorsError) as told:
+        evaluate(config, {"m": ModelConfig(path=str(model))}, tmp_path / "out", data_dir=None)
+    assert told.value.exit_code in (2, 3)
+    assert "own_arc_easy" in told.value.message
+    assert words in told.value.message

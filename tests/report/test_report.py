@@ -13,7 +13,7 @@ from report_pages import Page, is_safe
 
 from lors_cli.errors import UsageError
 from lors_cli.report.results import read_log
-from lors_cli.report.run import write_report
+from lors_cli.report.run import write_report, write_stage_report
 from lors_cli.report.stage_figures import split_name
 
 TASKS = ["arc_challenge", "arc_easy", "boolq", "hellaswag", "openbookqa", "rte", "winogrande"]
@@ -170,6 +170,37 @@ def test_only_a_recipe(tmp_path: Path) -> None:
     assert "## Settings" in text
     assert "## Results" not in text
     assert "## How it was made" not in text
+
+
+def test_the_held_out_loss_is_told_and_what_a_teacher_adds_to_the_other(run: Path) -> None:
+    record = json.loads((run / "tune/stage.json").read_text())
+    record["metrics"] |= {
+        "loss_before": 4.5, "loss_after": 2.5, "loss_samples": 4, "loss_held_out": True, "val_samples": 4,
+        "val_loss_first": 4.75, "val_loss_best": 4.25, "val_loss_last": 4.375, "val_best_step": 20, "model_step": 20,
+    }  # fmt: skip
+    for distill, words in ((None, "Loss 4.5000 → 2.5000"), ({"weight": 0.5}, "Loss (with the teacher's part) 4.5000")):
+        record["config"]["distill"] = distill
+        write_json(run / "tune/stage.json", record)
+        text = write_report(run).read_text()
+        assert words in text
+        said = "Held-out loss of 4 samples: 4.7500 first, 4.2500 at best, after step 20, 4.3750 last. The model is that"
+        assert f"{said} of step 20." in text
+
+
+def test_settings_of_a_single_stage_are_without_those_that_are_not_set(run: Path) -> None:
+    record = stage("tune", {"method": "lors", "val_size": None, "data": {"columns": None}}, {}, 1.0)
+    write_json(run / "tune/stage.json", record)
+    text = write_stage_report(run / "tune", ("md",))[0].read_text()
+    assert "method: lors" in text
+    assert "null" not in text
+
+
+def test_examples_before_questions_are_not_called_zero_shot(run: Path) -> None:
+    content = scores("dense", 0.4, 9.0)
+    for task in content["tasks"].values():
+        task["num_fewshot"] = 5
+    write_json(run / "eval/dense.json", content)
+    assert "ero-shot" not in write_report(run).read_text()
 
 
 def test_one_model_without_numbers(run: Path) -> None:

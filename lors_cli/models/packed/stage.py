@@ -32,6 +32,11 @@ def stage_fingerprint(config: PackConfig, model_fingerprint: str, data_dir: Path
     return hashes.fingerprint("pack", STAGE_VERSION, config, {"model": model_fingerprint})
 
 
+def stage_inputs(config: PackConfig, model_fingerprint: str, data_dir: Path | None) -> dict[str, Any]:
+    """What a result is made from beside its settings: the model, and the version of the code."""
+    return {"model": model_fingerprint, "version": STAGE_VERSION}
+
+
 def pack_model(
     config: PackConfig, model: ModelConfig, out: Path, *, data_dir: Path | None = None
 ) -> records.StageRecord:
@@ -58,7 +63,8 @@ def pack_model(
     fingerprint = stage_fingerprint(config, base, data_dir)
     console.info(f"  model: {model.path}")
     source = Checkpoint(model)
-    work = records.work_dir(out, fingerprint)
+    inputs = {**stage_inputs(config, base, data_dir), "path": model.path}
+    work = records.work_dir(out, fingerprint, {"config": config, "inputs": inputs})
     plan = _planned(source, work)
     _say_dense(plan)
     tensors = list(packed_tensors(source, plan))
@@ -75,7 +81,7 @@ def pack_model(
     atomic.write_text(staging / records.CARD_NAME, packed_card(model, source.folder, metrics, found))
     console.info(f"  {plan.pattern}: {gib(metrics['bytes_before'])} → {gib(metrics['bytes'])}")
     record = records.StageRecord(
-        "pack", fingerprint, hashes.plain(config), {"model": base, "path": model.path}, metrics,
+        "pack", fingerprint, hashes.plain(config), inputs, metrics,
         found, round(time.monotonic() - started, 2), {},
     )  # fmt: skip
     return records.publish(out, record)

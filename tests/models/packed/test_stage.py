@@ -327,3 +327,18 @@ def test_a_dry_run_of_a_recipe_whose_model_is_yet_to_come_says_no_size(
     found = lors("run", tmp_path / "r.yaml", "--out", tmp_path / "run", "--dry-run", "--json")
     assert found.exit_code == 0, found.output
     assert [("makes" in stage) for stage in json.loads(found.stdout)["stages"]] == [False, False]
+
+
+def test_a_changed_setting_before_a_packed_model_is_told(at_finished: Path, lors: Callable[..., Any]) -> None:
+    """The plan asked the pack stage for inputs that it did not tell: an assertion, shown as a bug."""
+    recipe = Path("tiny.yaml")
+    recipe.write_text(recipe.read_text() + "pack: {}\n")
+    assert lors("run", "tiny.yaml", "--until", "pack").exit_code == 0
+    found = lors("run", "tiny.yaml", "tune.rank=2", "--until", "pack")
+    assert found.exit_code == 0, found.stderr
+    said = " ".join(found.stderr.split())
+    assert "pack: the model it reads has changed, replaces a packed model (2:4); to keep it: --out OTHER" in said
+    other = lors("pack", "runs/tiny/prune", "--out", "runs/tiny/pack")
+    assert "pack: model runs/tiny/tune → runs/tiny/prune, replaces a packed model (2:4)" in " ".join(
+        other.stderr.split()
+    )

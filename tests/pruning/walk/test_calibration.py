@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lors_cli.models.blocks import decoder_blocks
+from lors_cli.pruning.stage import prune
 from lors_cli.pruning.walk.calibration import capture
+from lors_cli.recipe.schema import CalibrationConfig, PruneConfig
 
 Build = Callable[..., PreTrainedModel]
 
@@ -75,3 +79,13 @@ def test_a_wrapped_forward_stays_wrapped(build: Build, batches: list[torch.Tenso
     mine = blocks[0].forward
     capture(model, list(blocks), batches)
     assert blocks[0].forward is mine
+
+
+def test_the_card_of_a_model_calibrated_on_another_split(checkpoint: Path, tmp_path: Path, shared_dir: Path) -> None:
+    """The card asked for the split train, which need not be there, when all blocks were pruned."""
+    folder = tmp_path / "data" / "slimpajama_like"
+    folder.mkdir(parents=True)
+    shutil.copy(shared_dir / "data" / "slimpajama_like" / "validation.jsonl.gz", folder)
+    text = CalibrationConfig(dataset="slimpajama", split="validation", num_samples=2, sequence_length=16)
+    prune(PruneConfig(method="wanda", calibration=text), checkpoint, tmp_path / "out", data_dir=tmp_path / "data")
+    assert "calibrated on slimpajama" in (tmp_path / "out" / "README.md").read_text()
