@@ -51,6 +51,9 @@ ALWAYS_INLINE void T(merge_block)(const struct merge *m, const int packed, int64
         next[r] = (const VALUE *)m->weight + (packed ? m->offsets[row + r] : (row + r) * m->weight_stride + word * 32);
         for (int64_t c = 0; packed && c < word; c++) next[r] += __builtin_popcount(mask[r * words + c]);
     }
+    /* the rows after these are fetched into the second cache meanwhile, and the room for what becomes of them */
+    const int64_t later = MIN(height, m->rows - height - row);
+    const int64_t ahead = packed && later ? m->offsets[row + later] - m->offsets[row] : later * m->weight_stride;
     for (int64_t c = word; c < end; c++) {
         lanes sum[MERGED_ROWS][PARTS];
         UNROLL for (int r = 0; r < height; r++) UNROLL for (int i = 0; i < PARTS; i++) sum[r][i] = (lanes){0};
@@ -61,6 +64,8 @@ ALWAYS_INLINE void T(merge_block)(const struct merge *m, const int packed, int64
                 sum[r][i] = multiply_add(b[r * rank + k], part[i], sum[r][i]);
         }
         UNROLL for (int r = 0; r < height; r++) {
+            __builtin_prefetch(next[r] + ahead, 0, 2);
+            __builtin_prefetch(out + (r + later) * out_stride + c * 32, 1, 2);
             const VALUE *weight = next[r];
             const int32_t *threshold = thresholds ? thresholds + r * columns + c * 32 : NULL;
             VALUE expanded[32];
