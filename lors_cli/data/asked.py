@@ -75,7 +75,8 @@ def _read(row: Any, place: str) -> Row:
     there = [key for key in (*firsts, "text") if row.get(key) is not None]
     if len(there) != 1:
         known = ", ".join((*firsts, "text"))
-        raise UsageError(f"{place}: a row must have one of {known}; {named_keys(row)}.")
+        what = f"{' and '.join(there)} are prompts both" if there else f"a row must have one of {known}"
+        raise UsageError(f"{place}: {what}; {named_keys(row)}.")
     if there == ["text"]:
         row, there = {"instruction": row["text"]}, ["instruction"]
     layout, asked = firsts[there[0]], row[there[0]]

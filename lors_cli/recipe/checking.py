@@ -86,6 +86,8 @@ def unknown_key(schema: type, key: str, parent: KeyPath, prefix: str = "") -> st
     close = nearest(plain, field_names(schema))
     if close:
         return f"unknown key; did you mean {prefix}{close}?"
+    if not field_names(schema):
+        return f"unknown key; {parent[-1] if parent else 'it'} has no settings: write {{}}"
     if len(field_names(schema)) <= MAX_LISTED:
         return f"unknown key; known here: {', '.join(field_names(schema))}"
     likely = difflib.get_close_matches(plain[:100], field_names(schema), n=3, cutoff=0.0)
@@ -210,7 +212,8 @@ def describe(path: KeyPath, entry: Any, raw: str | None) -> str:
             return f"must be text; put it in quotes: '{raw or value}'"
         return f"{SHAPES.get(str(path[-1]), 'must be text')}, not {got}"
     if kind == "tuple_type" and isinstance(value, str):
-        return f"must be a list, for example [{got}]"
+        shown = value if re.fullmatch(r"[\w./-]+", value) else json.dumps(value)  # a star wants quotes in YAML
+        return f"must be a list, for example [{shown}]"
     if kind in _MUST_BE:
         got = f"the text {got!r}" if isinstance(value, str) and raw is None else got
         return f"must be {_MUST_BE[kind].format(**context)}, not {got}"

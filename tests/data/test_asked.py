@@ -146,7 +146,7 @@ def test_lines_of_a_text_file_are_prompts(tmp_path: Path) -> None:
         ("p.txt", " \n", "is empty"),
         ("p.jsonl", "[]", "holds no prompt"),
         ("p.jsonl", '{"prompt": "a"}\n{"quesion": "b"}\n', "p.jsonl:2: a row must have one of"),
-        ("p.jsonl", '{"prompt": "a", "question": "b"}\n', "p.jsonl:1: a row must have one of"),
+        ("p.jsonl", '{"prompt": "a", "question": "b"}\n', "p.jsonl:1: prompt and question are prompts both"),
         ("p.jsonl", '{"prompt": 5}\n', "p.jsonl:1: 'prompt' must be text"),
         ("p.jsonl", '"a"\n', "p.jsonl:1: a row must be an object"),
         ("p.jsonl", '{"messages": [{"role": "assistant", "content": "B"}]}\n', "p.jsonl:1: there is nothing to answer"),

@@ -391,3 +391,13 @@ def test_a_budget_of_tokens_may_be_written_as_a_float(written: str) -> None:
 def test_wrong_settings_of_tuning_data(overrides: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=re.escape(message)):
         load_stage("tune", None, overrides)
+
+
+def test_what_is_to_be_written_can_be_written(tmp_path: Path) -> None:
+    """A list with a bare star is no YAML, and a section without settings has none to list."""
+    path = tmp_path / "r.yaml"
+    path.write_text("name: r\nmodel: {path: m}\ntune: {skip: '*.q_proj'}\npack: {level: 3}\n")
+    with pytest.raises(UsageError) as told:
+        load_recipe(path)
+    assert 'r.yaml:3: tune.skip: must be a list, for example ["*.q_proj"]' in told.value.message
+    assert "r.yaml:4: pack.level: unknown key; pack has no settings: write {}" in told.value.message

@@ -128,15 +128,17 @@ def test_pruning(at_workshop: Path) -> None:
 def test_evaluation(at_workshop: Path) -> None:
     size = model_size(ModelConfig(path="dense"))
     assert size is not None
-    only = "eval.models=[dense]"
-    text = operations(plan("tiny.yaml", "eval", only, "eval.tasks=[]"), None)
+    bare, only = "eval.generations=false", ("eval.models=[dense]", "eval.generations=false")
+    text = operations(plan("tiny.yaml", "eval", *only, "eval.tasks=[]"), None)
     assert text == forward(size, 4 * 64, 64)
     whole = ("eval.tasks=[]", "eval.perplexity=[wikitext2]", "eval.perplexity_windows=null")
-    assert operations(plan("tiny.yaml", "eval", only, *whole), None) == forward(size, 300_000, 64)
-    assert operations(plan("tiny.yaml", "eval", "eval.perplexity_windows=null"), None) is None  # a text of any length
-    assert operations(plan("tiny.yaml", "eval", "eval.tasks=[]"), None) == 3 * forward(size, 4 * 64, 64)
+    assert operations(plan("tiny.yaml", "eval", *only, *whole), None) == forward(size, 300_000, 64)
+    assert (
+        operations(plan("tiny.yaml", "eval", bare, "eval.perplexity_windows=null"), None) is None
+    )  # a text of any length
+    assert operations(plan("tiny.yaml", "eval", bare, "eval.tasks=[]"), None) == 3 * forward(size, 4 * 64, 64)
     few, all_of_it = (
-        operations(plan("tiny.yaml", "eval", only, "eval.tasks=[rte]", "eval.perplexity=[]", limit), None)
+        operations(plan("tiny.yaml", "eval", *only, "eval.tasks=[rte]", "eval.perplexity=[]", limit), None)
         for limit in ("eval.limit=27", "eval.limit=null")
     )
     assert few is not None
