@@ -165,3 +165,9 @@ def test_the_page_is_what_the_docstrings_say() -> None:
     )
     headings = {line[4:] for line in page.stdout.splitlines() if line.startswith("### ")}
     assert headings == {*lors_cli.__all__} - {"__version__"}
+
+
+def test_a_model_without_a_label_is_refused_in_words(tmp_path: Path) -> None:
+    """It ended in an AttributeError: 'str' has no items."""
+    with pytest.raises(UsageError, match=r"given by label, as in \{'mine': 'folder'\}, not as 'model'"):
+        evaluate(EvalConfig(tasks=(), perplexity=("pydoc",)), "model", tmp_path)  # type: ignore[arg-type]

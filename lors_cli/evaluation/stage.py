@@ -51,9 +51,11 @@ def evaluate(
         Label to {"model", "tasks", "average", "perplexity"}, as in `out/<label>.json`.
 
     Raises:
-        UsageError: an unknown task or text, or a label that can be no file name.
+        UsageError: an unknown task or text, a label that can be no file name, or models without labels.
         MissingError: a model or data that is not there.
     """
+    if not isinstance(models, Mapping):
+        raise UsageError(f"models are given by label, as in {{'mine': 'folder'}}, not as {models!r}.")
     model_configs = {label: ModelConfig.of(model) for label, model in models.items()}
     out, data_dir = Path(out), Path(data_dir) if data_dir else None
     with processes.joined():

@@ -15,6 +15,7 @@ from lors_cli.files.revisions import known_commit
 from lors_cli.machine.devices import cpu_has_bfloat16, resolve_device
 from lors_cli.models.checks import check_size, check_vocabulary, forget_own_code, loading
 from lors_cli.models.hub import here, is_whole
+from lors_cli.models.quantised import PACKED
 from lors_cli.models.quiet import library_bars, quiet_libraries
 from lors_cli.models.sources import ModelSource, locate
 from lors_cli.models.stored import check_files, refuse, settle_ties
@@ -69,12 +70,15 @@ def load_config(config: ModelConfig) -> Any:
             return settings
 
 
-def load_model(config: ModelConfig, *, device: torch.device | None = None) -> PreTrainedModel:
+def load_model(
+    config: ModelConfig, *, device: torch.device | None = None, keep_packed: bool = False
+) -> PreTrainedModel:
     """The causal LM in evaluation mode, on its device, without gradients.
 
     Args:
         config: its device decides the number format that `dtype: auto` means.
         device: where to put it; by default the config's.
+        keep_packed: leave packed weights packed where a kernel computes with them.
 
     Raises:
         MissingError: not there or not reachable.
@@ -93,9 +97,10 @@ def load_model(config: ModelConfig, *, device: torch.device | None = None) -> Pr
         dtype = resolve_dtype(config, getattr(settings, "dtype", None), computing)
         quantised = check_files(settings, config)
         if quantised is not None:
-            console.info(f"  {config.path} is {quantised.what}: its weights are made plain again")
             settings.dtype = dtype
-            settings.quantization_config = {**quantised.settings, "dequantize": True}
+            if not (keep_packed and quantised.method == PACKED):
+                console.info(f"  {config.path} is {quantised.what}: its weights are made plain again")
+                settings.quantization_config = {**quantised.settings, "dequantize": True}
             options["config"] = settings
         options["use_safetensors"] = True
     reading = progress.busy("reading the .gguf") if source.gguf_file else library_bars("loading", "weights")

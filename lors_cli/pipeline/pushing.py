@@ -173,7 +173,8 @@ def _understood(repo: str) -> Iterator[None]:
         with warnings.catch_warnings(record=True) as said:
             yield
         for warning in said:
-            console.warn(" ".join(str(warning.message).split()))
+            if not issubclass(warning.category, DeprecationWarning):  # for the library's authors
+                console.warn(" ".join(str(warning.message).split()))
     except LocalTokenNotFoundError as error:
         raise MissingError("There is no token of the hub here, and one is needed to write.", login) from error
     except RepositoryNotFoundError:

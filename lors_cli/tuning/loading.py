@@ -42,7 +42,7 @@ def load(
 def open_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """`load`, of a model's settings."""
     if not is_adapter(config.path):
-        return loading.load_model(config), loading.load_tokenizer(config)
+        return loading.load_model(config, keep_packed=True), loading.load_tokenizer(config)
     folder = Path(config.path)
     named = read_adapter_config(folder).base
     try:

@@ -27,6 +27,7 @@ from lors_cli.output.console import gib
 from lors_cli.recipe.packing import PackConfig
 from lors_cli.recipe.schema import ModelConfig
 from lors_cli.sparsity import Pattern, keep_largest
+from lors_cli.tuning.loading import load
 
 LAYERS = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
 
@@ -342,3 +343,11 @@ def test_a_changed_setting_before_a_packed_model_is_told(at_finished: Path, lors
     assert "pack: model runs/tiny/tune → runs/tiny/prune, replaces a packed model (2:4)" in " ".join(
         other.stderr.split()
     )
+
+
+def test_what_generates_keeps_the_weights_packed(sparse: Path, tmp_path: Path) -> None:
+    """`lors generate` and `load` unpacked them, and so never showed the faster decoding."""
+    pack(sparse, tmp_path / "packed")
+    model, _ = load(tmp_path / "packed")
+    assert isinstance(model.get_submodule(LAYERS[0]), PackedLinear)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
