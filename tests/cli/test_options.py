@@ -168,7 +168,7 @@ def test_lists_are_completed_at_their_end() -> None:
     assert completion.tasks("boolq,arc_e") == ["boolq,arc_easy"]
     assert completion.tasks("boolq,b") == []
     assert completion.texts_list("c4,w") == ["c4,wikitext2", "c4,wikitext2-lines"]
-    assert completion.shapes("llama3") == ["llama3-8b"]
+    assert completion.shapes("llama3") == ["llama3-8b", "llama3.2-1b"]
 
 
 def offered(stage: str | None, incomplete: str) -> list[str]:
