@@ -34,6 +34,7 @@ from lors_cli.bench.decode import DecodeConfig, measure_missing
 from lors_cli.bench.measure import rotated, spread
 from lors_cli.files.atomic import write_json
 from lors_cli.machine.environment import hardware
+from lors_cli.models.packed.format import pack
 from lors_cli.models.packed.kernels import ops
 from lors_cli.models.packed.kernels.build import NATIVE, library
 
@@ -45,14 +46,6 @@ ROUND_S = 0.004
 LEAST_ROUNDS = 5
 
 Arm = Callable[[int], Any]
-
-
-def pack(weight: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Values, mask and offsets of a weight (R, C), C a multiple of 32."""
-    bits = (kept.view(len(weight), -1, 32).long() << torch.arange(32)).sum(-1)
-    mask = torch.where(bits < 1 << 31, bits, bits - (1 << 32)).int()
-    offsets = torch.nn.functional.pad(kept.sum(1).cumsum(0), (1, -1))
-    return torch.cat([weight[kept], weight.new_zeros(32)]), mask, offsets
 
 
 def choose(rows: int, columns: int, pattern: str) -> torch.Tensor:
@@ -67,9 +60,9 @@ def arms_of(rows: int, columns: int, batch: int, dtype: torch.dtype, pattern: st
     kept = choose(rows, columns, pattern)
     weight = torch.randn(rows, columns).mul(kept).to(dtype)
     copies = max(1, math.ceil(megabytes * 2**20 / (weight.numel() * weight.element_size())))
-    values, mask, offsets = pack(weight, kept)
+    held = pack(weight)
     dense = [weight.clone() for _ in range(copies)]
-    packed = [(values.clone(), mask.clone(), offsets) for _ in range(copies)]
+    packed = [(held.values.clone(), held.mask.clone(), held.starts) for _ in range(copies)]
     x, out = torch.randn(batch, columns).to(dtype), torch.empty(batch, rows, dtype=dtype)
     in_c = getattr(library(NATIVE, "DENSE"), f"{ops.PREFIXES[dtype]}_dense_linear")
     in_c.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 3

@@ -39,6 +39,11 @@ class StageRecord:
     elapsed_s: float
     files: dict[str, str]
 
+    @property
+    def mark(self) -> str:
+        """What the fingerprint of a model begins with that this stage has made; its number format follows."""
+        return f"{self.stage}:{self.fingerprint}:"
+
     def __repr__(self) -> str:
         """Without what is long: settings, environment, files, and the metrics that are lists and dicts."""
         metrics = {name: value for name, value in self.metrics.items() if not isinstance(value, (list, dict))}

@@ -11,7 +11,7 @@ from lors_cli.files import atomic, records
 from lors_cli.models.blocks import PrunableWeight, prunable_weights
 from lors_cli.models.checks import safetensors_files
 from lors_cli.models.hub import here
-from lors_cli.models.packed.format import MASK
+from lors_cli.models.packed.format import mask_key
 from lors_cli.models.packed.inspection import measure_checkpoint, measure_packed, packed_settings, packed_sizes
 from lors_cli.models.sources import locate
 from lors_cli.models.stored import open_tensors
@@ -122,7 +122,7 @@ def _measure_recorded(folder: Path, record: records.StageRecord) -> dict[str, An
             return None
         layers = [measure(name, tensors[keys[name]][:], held) for name, held in patterns.items()]
         return _with_dense(summarise(layers, patterns[layers[0].name]), dense_layers(record))
-    kept, masks = settings.get("modules"), {f"{key}{MASK}" for key in keys.values()}
+    kept, masks = settings.get("modules"), {mask_key(key) for key in keys.values()}
     if not (
         isinstance(kept, dict) and kept.keys() == shapes.keys() and tensors.keys() >= masks
         and all(type(count) is int for count in kept.values())

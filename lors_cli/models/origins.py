@@ -74,7 +74,7 @@ def made_from(folder: Path, record: StageRecord) -> tuple[Path, StageRecord] | N
     """The checkpoint that one was made from, where it is still there as a stage of lors left it, with its record."""
     for place in (Path(str(record.inputs.get("path"))), folder.parent / "tune", folder.parent / "prune"):
         found = read_record(place)
-        if found is not None and str(record.inputs.get("model")).startswith(f"{found.stage}:{found.fingerprint}:"):
+        if found is not None and str(record.inputs.get("model")).startswith(found.mark):
             return place, found
     return None
 

@@ -72,8 +72,8 @@ def _scores(
             raise MissingError(f"{asked} is no folder of finished scores.", "lors eval MODEL … --out DIR writes one.")
         return None
     mine = {"prune": "pruned", "pack": "packed"}.get(weights.stage, "tuned")
-    marks = {"dense": (str((base or weights).inputs.get("model")),), "pruned": (_mark(base),) if base else ("-",),
-             mine: (_mark(weights), _mark(record))}  # fmt: skip
+    marks = {"dense": (str((base or weights).inputs.get("model")),), "pruned": (base.mark,) if base else ("-",),
+             mine: (weights.mark, record.mark)}  # fmt: skip
     contents = {}
     for role, mark in marks.items():
         label = next((label for label, scored in evaluated.inputs.items() if str(scored).startswith(mark)), None)
@@ -84,11 +84,6 @@ def _scores(
     if asked is not None:
         raise UsageError(f"{asked} has no scores of the model in {folder}.", "lors eval scores it.")
     return None
-
-
-def _mark(record: StageRecord) -> str:
-    """What the fingerprint of a model that a stage made begins with."""
-    return f"{record.stage}:{record.fingerprint}:"
 
 
 def _card_scores(contents: dict[str, Any], mine: str, evaluated: StageRecord) -> CardScores:

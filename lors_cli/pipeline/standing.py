@@ -43,7 +43,7 @@ def standing_stages(out: Path) -> dict[str, StageRecord]:
 
 
 def _is_made_from(tuned: StageRecord, pruned: StageRecord) -> bool:
-    return str(tuned.inputs.get("model")).startswith(f"prune:{pruned.fingerprint}:")
+    return str(tuned.inputs.get("model")).startswith(pruned.mark)
 
 
 def _is_packed_from(packed: StageRecord, found: Mapping[str, StageRecord], out: Path) -> bool:
@@ -51,7 +51,7 @@ def _is_packed_from(packed: StageRecord, found: Mapping[str, StageRecord], out: 
     last = found.get("tune") or found.get("prune")
     if last is None:
         return Path(str(packed.inputs.get("path"))).parent.absolute() != out.absolute()
-    return str(packed.inputs.get("model")).startswith(f"{last.stage}:{last.fingerprint}:")
+    return str(packed.inputs.get("model")).startswith(last.mark)
 
 
 def _is_from_elsewhere(tuned: StageRecord, folder: Path) -> bool:
@@ -68,7 +68,7 @@ def _is_of(scores: StageRecord, found: Mapping[str, StageRecord]) -> bool:
     if first is not None and scores.inputs.get("dense", first.inputs.get("model")) != first.inputs.get("model"):
         return False
     return all(
-        str(scores.inputs[role]).startswith(f"{stage}:{found[stage].fingerprint}:")
+        str(scores.inputs[role]).startswith(found[stage].mark)
         for role, stage in _MAKERS.items()
         if role in scores.inputs and stage in found
     )

@@ -94,8 +94,9 @@ def prune(
     started, pattern = time.monotonic(), Pattern.of(config)
     _check(config, pattern, model, out)
     base_fingerprint = model_fingerprint(model)
-    fingerprint = stage_fingerprint(config, base_fingerprint, data_dir)
-    inputs = {**stage_inputs(config, base_fingerprint, data_dir), "path": model.path}
+    version, settings, read = _identity(config, base_fingerprint, data_dir)
+    fingerprint = hashes.fingerprint("prune", version, settings, read)
+    inputs = {**read, "version": version, "path": model.path}
     console.info(f"  model: {model.path}")
     with progress.busy("reading the tokenizer"):
         tokenizer = load_tokenizer(model)

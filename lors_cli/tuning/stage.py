@@ -137,9 +137,10 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
     require_packages(config)
     config = with_teacher(config, model)
     base_fingerprint = model_fingerprint(model)
-    fingerprint = stage_fingerprint(config, base_fingerprint, data_dir)
-    stored = stored_config(config, data_dir)
-    inputs = {**stage_inputs(config, base_fingerprint, data_dir), "path": model.path}
+    version, settings, read = _identity(config, base_fingerprint, data_dir)
+    fingerprint = hashes.fingerprint("tune", version, settings, read)
+    inputs = {**read, "version": version, "path": model.path}
+    stored, template, data_fingerprint = _as_read(resolved_tune(config), data_dir)
     console.info(f"  model: {model.path}")
     with progress.busy("reading the tokenizer"):
         tokenizer = load_tokenizer(model)
@@ -159,14 +160,13 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
 
     def write() -> records.StageRecord:
         tuned = whole_model(config, model, network, layers)
-        _, template, read = _as_read(config, data_dir)
         adapter = adapter_config(config, tuned, layers, model, base_fingerprint, template, patterns)
         staging = records.staging_dir(out)
         prompt = fit_to_prompt(tuned, tokenizer, template)
         metrics = {**training, **_data_metrics(data), **prompt,
                    **write_results(staging, tuned, tokenizer, adapter, patterns),
                    **_left_dense(Path(model.path))}  # fmt: skip
-        write_card(staging, stored, model, metrics, read)
+        write_card(staging, stored, model, metrics, data_fingerprint)
         atomic.write_bytes(staging / LOG_NAME, log.path.read_bytes())
         record = records.StageRecord(
             "tune", fingerprint, hashes.plain(stored), inputs, metrics,

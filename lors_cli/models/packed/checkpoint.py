@@ -18,7 +18,7 @@ from lors_cli.files import atomic, records
 from lors_cli.models.blocks import prunable_weights
 from lors_cli.models.hub import here
 from lors_cli.models.loading import MAX_SHARD_SIZE, load_config
-from lors_cli.models.packed.format import MASK, PADDING, Packed, check, mask_words, pack, row_starts
+from lors_cli.models.packed.format import PADDING, Packed, check, mask_key, mask_words, pack, row_starts
 from lors_cli.models.packed.kernels.choice import unpack
 from lors_cli.models.packed.linear import PackedLinear, pack_skeleton
 from lors_cli.models.packed.plan import PackPlan, check_kept
@@ -81,9 +81,10 @@ class Checkpoint:
         tensor: torch.Tensor = self.tensors[key][:]
         return tensor.to(self.dtype) if self.dtype is not None and tensor.is_floating_point() else tensor
 
-    def entries(self) -> list[tuple[Entry, Loader]]:
-        """Every tensor of the files: its entry, and how to read it."""
-        return [(self.entry(key), partial(self.read, key)) for key in self.tensors]
+    @property
+    def num_bytes(self) -> int:
+        """Of all its tensors."""
+        return sum(self.entry(key).num_bytes for key in self.tensors)
 
     def entry(self, key: str) -> Entry:
         """What a tensor takes."""
@@ -131,11 +132,6 @@ def _own_keys(network: PreTrainedModel, linears: dict[str, Any], tensors: dict[s
             if not is_converted:
                 keys[name] = key
     return keys
-
-
-def mask_key(key: str) -> str:
-    """What the mask of the values `key` is called."""
-    return f"{key}{MASK}"
 
 
 def packed_tensors(source: Checkpoint, plan: PackPlan) -> Iterator[tuple[Entry, Loader]]:
@@ -213,5 +209,5 @@ def unpack_model(model: ModelConfig, out: Path) -> dict[str, Any]:
             os.replace(file, out / file.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    sizes = [sum(entry.num_bytes for entry, _ in found) for found in (source.entries(), tensors)]
-    return {"weights": len(source.keys), "bytes_before": sizes[0], "bytes": sizes[1]}
+    num_bytes = sum(entry.num_bytes for entry, _ in tensors)
+    return {"weights": len(source.keys), "bytes_before": source.num_bytes, "bytes": num_bytes}

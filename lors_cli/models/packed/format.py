@@ -18,8 +18,6 @@ PADDING = 32
 """Zeros behind the kept values: a load of 64 bytes may read past their end."""
 WORD = 32
 """Columns a word of the mask."""
-MASK = "_mask"
-"""What the name of a mask ends in, after that of its values."""
 TILE_ELEMENTS = 1 << 22
 """Of a weight packed or unpacked at a time, which bounds the memory for masks."""
 
@@ -56,6 +54,11 @@ class Packed:
     def device(self) -> torch.device:
         """Where it lies."""
         return self.values.device
+
+
+def mask_key(key: str) -> str:
+    """What the mask of the values `key` is called in a file."""
+    return f"{key}_mask"
 
 
 def packed_bytes(kept: int, rows: int, columns: int, itemsize: int) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lors_cli.files import atomic
-from lors_cli.models.packed.format import MASK, Packed, check, row_starts, unpack
+from lors_cli.models.packed.format import Packed, check, mask_key, row_starts, unpack
 from lors_cli.models.quantised import PACKED
 from lors_cli.models.tensor_files import entry_of
 from lors_cli.sparsity import LayerSparsity, Pattern, missing_zeros, num_violations
@@ -44,7 +44,7 @@ def measure_packed(
     """
     found = []
     for name, pattern in patterns.items():
-        values, mask = tensors[keys[name]][:], tensors[f"{keys[name]}{MASK}"][:]
+        values, mask = tensors[keys[name]][:], tensors[mask_key(keys[name])][:]
         check(name, values, mask, shapes[name], held, kept[name])
         zeros = math.prod(shapes[name]) - int(torch.count_nonzero(values))
         if pattern is None or (held is not None and (held.n, held.m) == (pattern.n, pattern.m)):
@@ -62,7 +62,7 @@ def packed_sizes(tensors: Mapping[str, Any], plain: Mapping[str, tuple[int, int]
     """Bytes of the files' tensors, and what they would be unpacked; `plain` are packed weights' shapes, by key."""
     entries = {key: entry_of(key, tensor) for key, tensor in tensors.items()}
     total = sum(entry.num_bytes for entry in entries.values())
-    packed = sum(entries[key].num_bytes + entries[f"{key}{MASK}"].num_bytes for key in plain)
+    packed = sum(entries[key].num_bytes + entries[mask_key(key)].num_bytes for key in plain)
     unpacked = sum(math.prod(shape) * entries[key].dtype.itemsize for key, shape in plain.items())
     return {"bytes": total, "bytes_plain": total - packed + unpacked}
 

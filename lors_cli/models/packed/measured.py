@@ -25,7 +25,7 @@ def measured_speed(folder: Path, record: records.StageRecord) -> str:
         record: the checkpoint's.
     """
     document = atomic.read_json(folder.resolve().parent / FOLDER_NAME / FILE_NAME)
-    if not isinstance(document, dict) or not str(document.get("model")).startswith(f"pack:{record.fingerprint}:"):
+    if not isinstance(document, dict) or not str(document.get("model")).startswith(record.mark):
         return ""
     try:
         return _sentence(document)

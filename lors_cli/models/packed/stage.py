@@ -99,7 +99,7 @@ def foreseen_size(model: ModelConfig) -> str:
 
     source = Checkpoint(model)
     kept = recorded_kept(records.read_record(source.folder), source.shapes) or _plan(source).modules
-    before = after = sum(entry.num_bytes for entry, _ in source.entries())
+    before = after = source.num_bytes
     for name, values in kept.items():
         (rows, columns), itemsize = source.shapes[name], source.entry(source.keys[name]).dtype.itemsize
         after += packed_bytes(values, rows, columns, itemsize) - rows * columns * itemsize
@@ -143,6 +143,6 @@ def _metrics(plan: PackPlan, source: Checkpoint, num_bytes: int) -> dict[str, An
               for name, shape in plan.shapes.items()]  # fmt: skip
     summary = {**summarise(layers, None), "pattern": plan.pattern}
     return {
-        **summary, "bytes": num_bytes, "bytes_before": sum(entry.num_bytes for entry, _ in source.entries()),
+        **summary, "bytes": num_bytes, "bytes_before": source.num_bytes,
         "left_dense": plan.dense,
     }  # fmt: skip
