@@ -20,7 +20,7 @@ from typer.testing import CliRunner, Result
 
 from lors_cli.cli.app import app
 
-pytest_plugins = ("tiny_models",)
+pytest_plugins = ("tiny_models", "packed_cases")
 
 
 @pytest.fixture(scope="session")
@@ -135,3 +135,14 @@ def lors() -> Callable[..., Result]:
         return result
 
     return invoke
+
+
+@pytest.fixture(scope="session")
+def ahead() -> Any:
+    """benchmarks/gpu/ahead.py, which compiles for GPUs that are not here."""
+    pytest.importorskip("triton", reason="Triton has no wheel for this system")
+    import ahead
+
+    if not ahead.TOOL.is_file():
+        pytest.skip(f"this wheel of Triton has no {ahead.TOOL.name}: registers and spills cannot be read")
+    return ahead

@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
+import platform
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import pytest
 import torch
+
+from lors_cli.models.packed.kernels import ops
+
+TARGETS = ["native", *(["x86-64-v3", "x86-64"] if platform.machine() == "x86_64" else [])]
+
+
+@pytest.fixture(scope="module")
+def kernels_of_the_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The libraries are built once for the module, and not kept."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        if reason := ops.available(torch.float32):
+            pytest.skip(reason)
+        yield
+
+
+@pytest.fixture(params=TARGETS)
+def target(request: pytest.FixtureRequest) -> str:
+    """What the kernels are built for."""
+    if request.param == "x86-64-v3" and not torch.cpu.get_capabilities().get("avx2"):
+        pytest.skip("this processor has no AVX2")
+    return str(request.param)
 
 
 @dataclass

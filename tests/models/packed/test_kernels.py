@@ -17,25 +17,8 @@ from lors_cli.models.packed.kernels import build, ops
 from lors_cli.tuning.kernels.rounding import thresholds
 
 X86 = platform.machine() == "x86_64"
-TARGETS = ["native", *(["x86-64-v3", "x86-64"] if X86 else [])]
+pytestmark = pytest.mark.usefixtures("kernels_of_the_module")
 DTYPES = [torch.bfloat16, torch.float32]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> object:
-    """The libraries are built once for the module, and not kept."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        if reason := ops.available(torch.float32):
-            pytest.skip(reason)
-        yield
-
-
-@pytest.fixture(params=TARGETS)
-def target(request: pytest.FixtureRequest) -> str:
-    if request.param == "x86-64-v3" and not torch.cpu.get_capabilities().get("avx2"):
-        pytest.skip("this processor has no AVX2")
-    return str(request.param)
 
 
 @pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import random
 from collections.abc import Iterator
 
@@ -19,27 +18,10 @@ from lors_cli.tuning.kernels.masked_merge import how_merged, masked_merge, maske
 from lors_cli.tuning.kernels.rounding import PERIOD, thresholds
 
 CPU = torch.device("cpu")
-TARGETS = ["native", *(["x86-64-v3", "x86-64"] if platform.machine() == "x86_64" else [])]
+pytestmark = pytest.mark.usefixtures("kernels_of_the_module")
 BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 NO_COMPILER = "there is no C compiler (cc, gcc, clang) on the PATH"
 Given = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The libraries are built once for the module, and not kept."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        if reason := ops.available(torch.float32):
-            pytest.skip(reason)
-        yield
-
-
-@pytest.fixture(params=TARGETS)
-def target(request: pytest.FixtureRequest) -> str:
-    if request.param == "x86-64-v3" and not torch.cpu.get_capabilities().get("avx2"):
-        pytest.skip("this processor has no AVX2")
-    return str(request.param)
 
 
 @pytest.fixture(params=list(BITS), ids=lambda dtype: str(dtype).removeprefix("torch."))

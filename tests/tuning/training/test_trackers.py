@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from killed_runs import killed_at, log
 from typer.testing import Result
 
 from lors_cli.errors import MissingError
@@ -111,24 +112,6 @@ def calls(fakes: Path, name: str) -> list[tuple[str, dict[str, Any]]]:
 
 def named(found: list[tuple[str, dict[str, Any]]], kind: str) -> list[dict[str, Any]]:
     return [values for name, values in found if name == kind]
-
-
-def log(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
-def killed_at(step: int, config: TuneConfig, model: ModelConfig, out: Path, patch: pytest.MonkeyPatch) -> None:
-    original = AdapterTrainer.micro_batch
-
-    def dies(self: AdapterTrainer, *args: Any) -> torch.Tensor:
-        if self.step == step:
-            raise RuntimeError("killed")
-        return original(self, *args)
-
-    with patch.context() as patched:
-        patched.setattr(AdapterTrainer, "micro_batch", dies)
-        with pytest.raises(RuntimeError, match="killed"):
-            tune(config, model, out)
 
 
 def expected_values(row: dict[str, Any]) -> dict[str, float]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from killed_runs import killed_at, log
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -50,25 +51,6 @@ def best_in_the_middle(monkeypatch: pytest.MonkeyPatch) -> None:
         return original(self, row)
 
     monkeypatch.setattr(AdapterTrainer, "validate", validate)
-
-
-def log(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
-def killed_at(step: int, config: TuneConfig, model: ModelConfig, out: Path, patch: pytest.MonkeyPatch) -> None:
-    """Tune until the first micro-batch after a step, which never comes."""
-    original = AdapterTrainer.micro_batch
-
-    def dies(self: AdapterTrainer, *args: Any) -> torch.Tensor:
-        if self.step == step:
-            raise RuntimeError("killed")
-        return original(self, *args)
-
-    with patch.context() as patched:
-        patched.setattr(AdapterTrainer, "micro_batch", dies)
-        with pytest.raises(RuntimeError, match="killed"):
-            tune(config, model, out)
 
 
 def assert_same(first: Path, second: Path) -> None:

@@ -140,17 +140,6 @@ def test_where_there_is_no_kernel_torch_unpacks() -> None:
     assert torch.equal(out, weight)
 
 
-@pytest.fixture(scope="module")
-def ahead() -> Any:
-    """benchmarks/gpu/ahead.py, which compiles for GPUs that are not here."""
-    pytest.importorskip("triton", reason="Triton has no wheel for this system")
-    import ahead
-
-    if not ahead.TOOL.is_file():
-        pytest.skip(f"this wheel of Triton has no {ahead.TOOL.name}: registers and spills cannot be read")
-    return ahead
-
-
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_it_compiles_without_spills_and_with_wide_accesses(ahead: Any, capability: int) -> None:
     for case in ahead.packed_cases():
