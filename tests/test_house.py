@@ -10,7 +10,7 @@ import lors_cli
 
 PACKAGE = Path(lors_cli.__file__).parent
 FLOORS = (
-    ("errors",), ("machine",), ("output",), ("files",), ("recipe",), ("data", "sparsity"), ("models",),
+    ("errors",), ("machine",), ("output",), ("files",), ("recipe",), ("data", "sparsity", "grid"), ("models",),
     ("pruning", "tuning", "evaluation"), ("report",), ("bench", "doctor"), ("pipeline",), ("sweep",), ("cli",),
     ("__main__",),
 )  # fmt: skip
