@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from lors_cli.errors import UsageError
@@ -58,6 +57,8 @@ def _spec(metadata: Mapping[str, str]) -> GridSpec:
 
 
 def _grid(spec: GridSpec, key: str, tensors: dict[str, Any]) -> Grid:
+    import torch
+
     scales = tensors[key]
     zeros = None if spec.symmetric else tensors[f"{key.removesuffix('.scale')}.zero"]
     if scales.dim() != 2 or not scales.is_floating_point() or not bool((scales.isfinite() & (scales > 0)).all()):
