@@ -86,7 +86,7 @@ def _packing(model: Path, rng: Random) -> None:
             "symmetric",
             "floats",
         ]
-        packing[rng.choice(keys)] = rng.choice(
+        packing[rng.choice([*keys, "floats"])] = rng.choice(
             (*VALUES, 4, 8, 64, 128, "1:4", "4:8", "0:0", "9999:9999", "unstructured", ["lm_head"])
         )
     path.write_text(json.dumps(content))
