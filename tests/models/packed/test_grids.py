@@ -336,8 +336,17 @@ BREAKS: dict[str, Callable[[dict[str, Any], dict[str, torch.Tensor]], Any]] = {
     "fewer scales": lambda settings, tensors: tensors.update(
         {f"{Q_PROJ}.weight_scale": tensors[f"{Q_PROJ}.weight_scale"][:-1].clone()}
     ),
-    "signed codes": lambda settings, tensors: tensors.update(
+    "a code more": lambda settings, tensors: tensors.update(
         {f"{Q_PROJ}.weight": torch.cat([tensors[f"{Q_PROJ}.weight"], torch.zeros(1, dtype=torch.uint8)])}
+    ),
+    "codes of floats": lambda settings, tensors: tensors.update(
+        {f"{Q_PROJ}.weight": tensors[f"{Q_PROJ}.weight"].float()}  # which transformers would cast
+    ),
+    "a mask of floats": lambda settings, tensors: tensors.update(
+        {f"{Q_PROJ}.weight_mask": tensors[f"{Q_PROJ}.weight_mask"].double()}
+    ),
+    "zero points of floats": lambda settings, tensors: tensors.update(
+        {f"{Q_PROJ}.weight_zero": tensors[f"{Q_PROJ}.weight_zero"].float()}
     ),
     "3 bits": lambda settings, tensors: settings.update(bits=3),
     "8 bits": lambda settings, tensors: settings.update(bits=8),
