@@ -389,3 +389,20 @@ def test_broken_packed_models_are_refused_in_words_by_every_way_of_loading(
     assert not (tmp_path / "plain/config.json").exists()
     with pytest.raises(Exception, match=r"."):
         AutoModelForCausalLM.from_pretrained(packed)
+
+
+@pytest.mark.parametrize("key", ["model.norm.weight", f"{Q_PROJ}.weight_scale", f"{DOWN_PROJ}.weight"])
+def test_number_formats_that_are_not_written_are_refused_in_words(checkpoint: Path, tmp_path: Path, key: str) -> None:
+    """A tensor of eight-bit floats ended in a KeyError, values of them in a RuntimeError."""
+    packed = tmp_path / "packed"
+    pack(quantised(checkpoint, floats="layers.1."), packed)
+    tensors = load_file(packed / "model.safetensors")
+    tensors[key] = tensors[key].to(torch.float8_e4m3fn)
+    save_file(tensors, packed / "model.safetensors", {"format": "pt"})
+    for recorded in (True, False):
+        if not recorded:
+            (packed / "stage.json").unlink()
+        with pytest.raises(UsageError):
+            inspect(ModelConfig(path=str(packed)))
+    with pytest.raises(UsageError):
+        unpack_model(ModelConfig(path=str(packed)), tmp_path / "plain")
