@@ -345,6 +345,9 @@ BREAKS: dict[str, Callable[[dict[str, Any], dict[str, torch.Tensor]], Any]] = {
     "a mask of floats": lambda settings, tensors: tensors.update(
         {f"{Q_PROJ}.weight_mask": tensors[f"{Q_PROJ}.weight_mask"].double()}
     ),
+    "a single code": lambda settings, tensors: tensors.update(
+        {f"{Q_PROJ}.weight": torch.tensor(3, dtype=torch.uint8)}  # ended in an IndexError
+    ),
     "zero points of floats": lambda settings, tensors: tensors.update(
         {f"{Q_PROJ}.weight_zero": tensors[f"{Q_PROJ}.weight_zero"].float()}
     ),
