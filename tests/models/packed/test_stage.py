@@ -351,3 +351,13 @@ def test_what_generates_keeps_the_weights_packed(sparse: Path, tmp_path: Path) -
     model, _ = load(tmp_path / "packed")
     assert isinstance(model.get_submodule(LAYERS[0]), PackedLinear)
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_number_without_dimensions_is_carried_on(sparse: Path, tmp_path: Path) -> None:
+    """A scalar among a checkpoint's tensors ended in an IndexError."""
+    tensors = load_file(sparse / "model.safetensors")
+    tensors["model.scalar"] = torch.tensor(1.5)
+    save_file(tensors, sparse / "model.safetensors", {"format": "pt"})
+    pack(sparse, tmp_path / "packed")
+    unpack_model(ModelConfig(path=str(tmp_path / "packed")), tmp_path / "plain")
+    assert load_file(tmp_path / "plain/model.safetensors")["model.scalar"].equal(torch.tensor(1.5))
