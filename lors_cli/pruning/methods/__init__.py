@@ -8,10 +8,10 @@ import torch
 
 from lors_cli.grid import GridSpec
 from lors_cli.pruning.facts import RECONSTRUCTION_SAMPLES, STATISTICS, grid_spec, statistics_kind
-from lors_cli.pruning.methods.admm import admm
+from lors_cli.pruning.methods.admm import admm, admm_rounded
 from lors_cli.pruning.methods.gptq import Rounded, quantise_pruned
 from lors_cli.pruning.methods.magnitude import magnitude
-from lors_cli.pruning.methods.refit import refit
+from lors_cli.pruning.methods.refit import refit, refit_rounded
 from lors_cli.pruning.methods.ria import relative_importance, ria
 from lors_cli.pruning.methods.sparsegpt import sparsegpt, sparsegpt_rounded
 from lors_cli.pruning.methods.statistics import InputStatistics
@@ -40,7 +40,7 @@ SOLVERS: dict[str, Solver] = {
     "admm": admm,
 }
 """Each method: linears that share their input, what is known of it, and the pattern -> the pruned weights."""
-ROUNDED_SOLVERS: dict[str, RoundedSolver] = {"sparsegpt": sparsegpt_rounded}
+ROUNDED_SOLVERS: dict[str, RoundedSolver] = {"sparsegpt": sparsegpt_rounded, "admm": admm_rounded}
 """The methods that round what they keep to grids themselves; what the others keep GPTQ rounds."""
 
 
@@ -52,13 +52,18 @@ def prune_group(
 
 
 def round_group(
-    method: str, weights: Sequence[torch.Tensor], statistics: InputStatistics, pattern: Pattern, spec: GridSpec
-) -> Rounded:
+    method: str, weights: Sequence[torch.Tensor], statistics: InputStatistics, pattern: Pattern, spec: GridSpec,
+    *, refit: bool = False,
+) -> Rounded:  # fmt: skip
     """`prune_group` that puts what it keeps on grids: the pruned weights and the grids.
 
     Args:
         statistics: with the Hessian; without any, weights are rounded to the nearest.
+        refit: solve for the kept weights anew, on the mask that the method chose.
     """
+    if refit:
+        masks = [pruned != 0 for pruned in prune_group(method, weights, statistics, pattern)]
+        return refit_rounded(weights, masks, statistics, spec)
     if method in ROUNDED_SOLVERS:
         return ROUNDED_SOLVERS[method](weights, statistics, pattern, spec)
     return quantise_pruned(prune_group(method, weights, statistics, pattern), statistics, spec)

@@ -10,6 +10,9 @@ from collections.abc import Sequence
 
 import torch
 
+from lors_cli.grid import GridSpec
+from lors_cli.pruning.methods.gptq import Rounded
+from lors_cli.pruning.methods.refit import refit_rounded
 from lors_cli.pruning.methods.statistics import InputStatistics
 from lors_cli.sparsity import Pattern, keep_largest
 
@@ -64,6 +67,14 @@ def admm(
         W = torch.addmm(base, Z - D, inverse, alpha=penalty)
     Z = (W + D).mul_(mask).div_(norms)
     return [part.to(weight.dtype) for part, weight in zip(Z.split(rows), weights, strict=True)]
+
+
+def admm_rounded(
+    weights: Sequence[torch.Tensor], statistics: InputStatistics, pattern: Pattern, spec: GridSpec
+) -> Rounded:
+    """`admm`'s masks, on which the kept weights are then solved for on grids."""
+    masks = [pruned != 0 for pruned in admm(weights, statistics, pattern)]
+    return refit_rounded(weights, masks, statistics, spec)
 
 
 def _mask(scores: torch.Tensor, pattern: Pattern, rows: list[int]) -> torch.Tensor:

@@ -6,11 +6,14 @@ R out_features, C in_features. The descent works on transposes, so that a column
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from lors_cli.grid import Grid
+from lors_cli.grid import Grid, GridSpec
+from lors_cli.pruning.methods.gptq import Rounded, gptq
+from lors_cli.pruning.methods.statistics import InputStatistics
 
 DAMPING = 0.01
 ITERATIONS = 32
@@ -50,6 +53,21 @@ def refit(W0: torch.Tensor, W: torch.Tensor, H: torch.Tensor, *, iterations: int
         direction.mul_(torch.where(energy > 0, next_energy / energy, 0)).add_(P)
         energy = next_energy
     return solution
+
+
+def refit_rounded(
+    weights: Sequence[torch.Tensor], masks: Sequence[torch.Tensor], statistics: InputStatistics, spec: GridSpec
+) -> Rounded:
+    """Linears (R_i, C) that share their input, on masks and grids: a sweep from the dense weights, then a descent.
+
+    Args:
+        weights: dense.
+        masks: (R_i, C) bool, what is kept.
+    """
+    swept, grids = gptq(weights, masks, statistics, spec)
+    solved = [descend(W0, W, M, statistics.hessian(), grid)
+              for W0, W, M, grid in zip(weights, swept, masks, grids, strict=True)]  # fmt: skip
+    return [W for W, _ in solved], [grid for _, grid in solved]
 
 
 def descend(

@@ -8,7 +8,11 @@ import pytest
 import torch
 
 from lors_cli.grid import Grid, GridSpec, fit_grid
-from lors_cli.pruning.methods.refit import DAMPING, descend
+from lors_cli.pruning.methods import prune_group, refit_group, round_group
+from lors_cli.pruning.methods.gptq import gptq
+from lors_cli.pruning.methods.refit import DAMPING, descend, refit_rounded
+from lors_cli.pruning.methods.statistics import InputStatistics
+from lors_cli.sparsity import Pattern, num_violations
 
 SPECS = [GridSpec(4, 32), GridSpec(4, 32, symmetric=False), GridSpec(8, 32)]
 
@@ -129,3 +133,29 @@ def test_inputs_that_are_always_zero_and_groups_of_nothing_are_no_trouble() -> N
         assert bool(found.isfinite().all())
         assert bool((grid.scales > 0).all())
         assert not found[:, :32].any()
+
+
+@pytest.mark.parametrize("pattern", [Pattern.parse("2:4"), Pattern.parse("unstructured", 0.5)], ids=str)
+@pytest.mark.parametrize("spec", [GridSpec(4, 32), GridSpec(4, 64, symmetric=False)])
+def test_admm_and_refit_on_grids_lose_less_than_gptq_after_them(pattern: Pattern, spec: GridSpec) -> None:
+    W0, _, H = problem(48, 96)
+    for method, refitted in (("admm", False), ("wanda", True)):
+        statistics = InputStatistics("hessian", total=H.clone() / 2, num_samples=1, num_tokens=200)
+        (found,), (grid,) = round_group(method, [W0], statistics, pattern, spec, refit=refitted)
+        pruned = prune_group(method, [W0], statistics, pattern)
+        solved = refit_group([W0], pruned, statistics)
+        (after,), _ = gptq(solved, [pruned[0] != 0], statistics, spec)
+        assert grid.rounded(found).equal(found)
+        assert not found[pruned[0] == 0].any()
+        assert num_violations(found, pattern) == 0
+        assert float(cost(found, W0, H).sum()) < float(cost(after, W0, H).sum())
+
+
+def test_stacked_weights_each_get_their_own_grid() -> None:
+    W0, M, H = problem(12, 64)
+    statistics = InputStatistics("hessian", total=H.clone() / 2, num_samples=1, num_tokens=200)
+    together = refit_rounded([W0[:4].bfloat16(), W0[4:]], [M[:4], M[4:]], statistics, GridSpec(4, 32))
+    (alone,), (grid,) = refit_rounded([W0[4:]], [M[4:]], statistics, GridSpec(4, 32))
+    assert [W.dtype for W in together[0]] == [torch.bfloat16, torch.float32]
+    torch.testing.assert_close(together[1][1].scales, grid.scales)
+    torch.testing.assert_close(together[0][1], alone)
