@@ -11,7 +11,7 @@ from lors_cli.pruning.facts import RECONSTRUCTION_SAMPLES, STATISTICS, grid_spec
 from lors_cli.pruning.methods.admm import admm, admm_rounded
 from lors_cli.pruning.methods.gptq import Rounded, quantise_pruned
 from lors_cli.pruning.methods.magnitude import magnitude
-from lors_cli.pruning.methods.refit import refit, refit_rounded
+from lors_cli.pruning.methods.refit import refit_group, refit_rounded
 from lors_cli.pruning.methods.ria import relative_importance, ria
 from lors_cli.pruning.methods.sparsegpt import sparsegpt, sparsegpt_rounded
 from lors_cli.pruning.methods.statistics import InputStatistics
@@ -62,8 +62,7 @@ def round_group(
         refit: solve for the kept weights anew, on the mask that the method chose.
     """
     if refit:
-        masks = [pruned != 0 for pruned in prune_group(method, weights, statistics, pattern)]
-        return refit_rounded(weights, masks, statistics, spec)
+        return refit_rounded(weights, prune_group(method, weights, statistics, pattern), statistics, spec)
     if method in ROUNDED_SOLVERS:
         return ROUNDED_SOLVERS[method](weights, statistics, pattern, spec)
     return quantise_pruned(prune_group(method, weights, statistics, pattern), statistics, spec)
@@ -78,12 +77,3 @@ def scores(method: str, weight: torch.Tensor, statistics: InputStatistics) -> to
         return relative_importance(weight, statistics)
     size = weight.abs().float()
     return size * statistics.input_norms() if statistics.num_tokens and statistics.kind != "none" else size
-
-
-def refit_group(
-    weights: Sequence[torch.Tensor], pruned: Sequence[torch.Tensor], statistics: InputStatistics
-) -> list[torch.Tensor]:
-    """`refit` of linears (out_features_i, in_features) that share their input, whose Hessian is known."""
-    rows = [weight.shape[0] for weight in weights]
-    solved = refit(torch.cat([*weights]), torch.cat([*pruned]), statistics.hessian())
-    return [part.to(weight.dtype) for part, weight in zip(solved.split(rows), weights, strict=True)]

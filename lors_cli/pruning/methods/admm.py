@@ -72,9 +72,8 @@ def admm(
 def admm_rounded(
     weights: Sequence[torch.Tensor], statistics: InputStatistics, pattern: Pattern, spec: GridSpec
 ) -> Rounded:
-    """`admm`'s masks, on which the kept weights are then solved for on grids."""
-    masks = [pruned != 0 for pruned in admm(weights, statistics, pattern)]
-    return refit_rounded(weights, masks, statistics, spec)
+    """`admm`, whose masks are kept while the weights are solved for on grids."""
+    return refit_rounded(weights, admm(weights, statistics, pattern), statistics, spec)
 
 
 def _mask(scores: torch.Tensor, pattern: Pattern, rows: list[int]) -> torch.Tensor:

@@ -26,7 +26,7 @@ def gptq(
     The target is the weight as it is given: where it is pruned already, what that cost is not made up for here.
 
     Args:
-        masks: (R_i, C) bool, what is kept. What a weight has elsewhere goes, and is made up for too.
+        masks: (R_i, C) bool, what is kept; the weights are 0 elsewhere.
 
     Source: GPTQ Algorithm 1, arXiv:2210.17323.
     """

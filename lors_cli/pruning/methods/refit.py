@@ -55,16 +55,24 @@ def refit(W0: torch.Tensor, W: torch.Tensor, H: torch.Tensor, *, iterations: int
     return solution
 
 
-def refit_rounded(
-    weights: Sequence[torch.Tensor], masks: Sequence[torch.Tensor], statistics: InputStatistics, spec: GridSpec
-) -> Rounded:
-    """Linears (R_i, C) that share their input, on masks and grids: a sweep from the dense weights, then a descent.
+def refit_group(
+    weights: Sequence[torch.Tensor], pruned: Sequence[torch.Tensor], statistics: InputStatistics
+) -> list[torch.Tensor]:
+    """`refit` of linears (R_i, C) that share their input, whose Hessian is known."""
+    rows = [weight.shape[0] for weight in weights]
+    solved = refit(torch.cat([*weights]), torch.cat([*pruned]), statistics.hessian())
+    return [part.to(weight.dtype) for part, weight in zip(solved.split(rows), weights, strict=True)]
 
-    Args:
-        weights: dense.
-        masks: (R_i, C) bool, what is kept.
+
+def refit_rounded(
+    weights: Sequence[torch.Tensor], pruned: Sequence[torch.Tensor], statistics: InputStatistics, spec: GridSpec
+) -> Rounded:
+    """`refit_group` that puts the kept weights on grids: GPTQ rounds the solution, and a descent mends what that lost.
+
+    Both see the layer's outputs, but GPTQ, whose spreading knows no mask, does not see where it can go on.
     """
-    swept, grids = gptq(weights, masks, statistics, spec)
+    masks = [weight != 0 for weight in pruned]
+    swept, grids = gptq(refit_group(weights, pruned, statistics), masks, statistics, spec)
     solved = [descend(W0, W, M, statistics.hessian(), grid)
               for W0, W, M, grid in zip(weights, swept, masks, grids, strict=True)]  # fmt: skip
     return [W for W, _ in solved], [grid for _, grid in solved]
@@ -86,7 +94,7 @@ def descend(
         (R, C) in the grid's dtype, and the grid that it lies on: its scales are new, its zeros are not.
     """
     damped, size, dtype = _damped(H), grid.spec.group_size, grid.scales.dtype
-    scales = grid.scales.T.float().contiguous()
+    scales = grid.scales.T.to(torch.float32, copy=True).contiguous()
     zeros = torch.full_like(scales, grid.spec.middle) if grid.zeros is None else grid.zeros.T.float()
     kept = M.T.contiguous()
     levels = [(part - zero) * keep for part, zero, keep in
@@ -128,11 +136,12 @@ class _Group:
         """Give each row the scale that is best for its levels, where that lowers the objective once it is rounded."""
         best = self.scales + (self.levels * self.slope).sum(0) / (self.levels * (self.H @ self.levels)).sum(0)
         best = best.to(self.dtype).float()
-        change = (self.levels * best).to(self.dtype).float() - self.values
+        values = (self.levels * best).to(self.dtype).float()
+        change = values - self.values
         image = self.H @ change
         better = (best > 0) & ((change * (2 * self.slope - image)).sum(0) > 0)
         self.scales.copy_(torch.where(better, best, self.scales))
-        self.values.add_(torch.where(better, change, 0))
+        self.values.copy_(torch.where(better, values, self.values))
         self.slope.sub_(torch.where(better, image, 0))
 
     def recode(self, zeros: torch.Tensor, kept: torch.Tensor, last_code: int) -> None:
@@ -144,7 +153,7 @@ class _Group:
             better = ((value - best).abs() < (self.values[i] - best).abs()).logical_and_(kept[i])
             change = torch.where(better, value - self.values[i], 0)
             self.levels[i] = torch.where(better, level, self.levels[i])
-            self.values[i] += change
+            self.values[i] = torch.where(better, value, self.values[i])
             self.slope[i + 1 :].addr_(self.H[i, i + 1 :], change, alpha=-1)
 
 

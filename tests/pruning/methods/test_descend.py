@@ -94,10 +94,13 @@ def test_no_pass_raises_the_objective_of_any_row(spec: GridSpec, dtype: torch.dt
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("spec", SPECS)
-def test_the_result_lies_on_its_grid_and_keeps_the_zeros(spec: GridSpec, dtype: torch.dtype) -> None:
-    W0, M, H = problem(16, 80)
+@pytest.mark.parametrize("columns", [32, 80])
+def test_the_result_lies_on_its_grid_and_keeps_the_zeros(columns: int, spec: GridSpec, dtype: torch.dtype) -> None:
+    W0, M, H = problem(16, columns)
     start = fit_grid(W0, M, spec, dtype=dtype)
+    as_given = start.scales.clone()
     found, grid = descend(W0, W0 * M, M, H, start)
+    assert start.scales.equal(as_given)
     assert found.dtype == grid.scales.dtype == dtype
     assert grid.rounded(found).equal(found)
     assert not found[~M].any()
@@ -154,8 +157,8 @@ def test_admm_and_refit_on_grids_lose_less_than_gptq_after_them(pattern: Pattern
 def test_stacked_weights_each_get_their_own_grid() -> None:
     W0, M, H = problem(12, 64)
     statistics = InputStatistics("hessian", total=H.clone() / 2, num_samples=1, num_tokens=200)
-    together = refit_rounded([W0[:4].bfloat16(), W0[4:]], [M[:4], M[4:]], statistics, GridSpec(4, 32))
-    (alone,), (grid,) = refit_rounded([W0[4:]], [M[4:]], statistics, GridSpec(4, 32))
-    assert [W.dtype for W in together[0]] == [torch.bfloat16, torch.float32]
-    torch.testing.assert_close(together[1][1].scales, grid.scales)
-    torch.testing.assert_close(together[0][1], alone)
+    pruned = W0 * M
+    together = refit_rounded([W0[:4], W0[4:]], [pruned[:4], pruned[4:]], statistics, GridSpec(4, 32))
+    (alone,), (grid,) = refit_rounded([W0[4:]], [pruned[4:]], statistics, GridSpec(4, 32))
+    torch.testing.assert_close(together[1][1].scales, grid.scales, rtol=1e-4, atol=0)
+    torch.testing.assert_close(together[0][1], alone, rtol=1e-4, atol=1e-4)
