@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 RATE = 0.005
 """The first step's size, as a share of the root mean square of a parameter's kept weights."""
-SCALE_RATE = 0.001
+GRID_RATE = 0.02
+"""The same of weights on a grid, which have half of its step to go before anything changes."""
+SCALE_RATE = 0.003
 """The first step's size, as a share of a scale."""
 BETAS = (0.9, 0.95)
 
@@ -98,7 +100,7 @@ class Tuned:
     def groups(self) -> list[dict[str, Any]]:
         """What the optimiser is to change, and how fast."""
         size = float(self.master.detach()[self.kept].square().mean().sqrt())
-        return [{"params": [self.master], "lr": RATE * size},
+        return [{"params": [self.master], "lr": (GRID_RATE if self.on_grid else RATE) * size},
                 *({"params": [stretch], "lr": SCALE_RATE} for stretch in self.stretch.values())]  # fmt: skip
 
     def rounded(self) -> torch.Tensor:
