@@ -17,7 +17,7 @@ from lors_cli.pruning.methods.statistics import InputStatistics
 
 DAMPING = 0.01
 ITERATIONS = 32
-PASSES = 4
+PASSES = 3
 
 
 def refit(W0: torch.Tensor, W: torch.Tensor, H: torch.Tensor, *, iterations: int = ITERATIONS) -> torch.Tensor:
