@@ -108,6 +108,7 @@ def test_unpacking_gives_weights_and_grids_back_bit_for_bit(
     assert record.metrics["quantize"] == asdict(spec)
     unpack_model(ModelConfig(path=str(tmp_path / "packed")), tmp_path / "plain")
     same(plain, tmp_path / "plain")
+    assert (plain / GRIDS_NAME).read_bytes() == (tmp_path / "plain" / GRIDS_NAME).read_bytes()
     before, after = load_grids(plain), load_grids(tmp_path / "plain")
     assert before.keys() == after.keys()
     for name, grid in before.items():
