@@ -41,11 +41,16 @@ class CardScores:
 
 @dataclass(frozen=True)
 class PackedSize:
-    """Bytes of a packed checkpoint and of the plain one, and what was measured of its speed, in a sentence."""
+    """Bytes of a packed checkpoint and of the plain one, and what was measured of its speed, in a sentence.
+
+    Args:
+        bits: of the codes in place of values, None where values are kept.
+    """
 
     num_bytes: int
     plain_bytes: int
     speed: str = ""
+    bits: int | None = None
 
     def __str__(self) -> str:
         share = self.num_bytes / self.plain_bytes
@@ -86,19 +91,21 @@ def model_card(
         f"Made with lors: {versions(environment)}.",
     ]  # fmt: skip
     results = scores.results if scores else []
-    return f"---\n{_front_matter(name, fields, prune, tune, pattern, results, packed)}---\n\n{to_markdown(blocks)}"
+    front = _front_matter(name, fields, prune, tune, pattern, metrics, results, packed)
+    return f"---\n{front}---\n\n{to_markdown(blocks)}"
 
 
 def _front_matter(
     name: str, fields: Fields, prune: dict[str, Any] | None, tune: dict[str, Any] | None, pattern: Any,
-    results: Sequence[EvalResult], packed: PackedSize | None,
+    metrics: dict[str, Any], results: Sequence[EvalResult], packed: PackedSize | None,
 ) -> str:  # fmt: skip
     """The YAML that the hub reads, as its own library arranges it."""
     from huggingface_hub import ModelCardData
 
     methods = [str(stage["method"]) for stage in (prune, tune) if stage and stage.get("method")]
     named = [str(pattern)] if pattern and pattern != "dense" else []
-    tags = ["sparse", TAG, *(["pruned"] if prune else []), *methods, *named, *([PACKED] if packed else [])]
+    bits = [f"{metrics['quantize']['bits']}-bit"] if "quantize" in metrics else []
+    tags = ["sparse", TAG, *(["pruned"] if prune else []), *methods, *named, *bits, *([PACKED] if packed else [])]
     data = ModelCardData(
         **fields, library_name="transformers", pipeline_tag="text-generation", tags=tags,
         model_name=short_name(name) if results else None, eval_results=list(results) or None,
@@ -133,7 +140,9 @@ def _description(
         data = ""
         if "calibration" in metrics and calibration:
             data = f", calibrated on {escape(portable(calibration['dataset']))}"
-        sentences.append(f"It was pruned with {escape(prune.get('method'))}{data}.")
+        bits = (prune.get("quantize") or {}).get("bits")
+        rounded = f", its kept weights rounded to {bits} bits" if bits else ""
+        sentences.append(f"It was pruned with {escape(prune.get('method'))}{rounded}{data}.")
     if tune:
         dataset = (tune.get("data") or {}).get("dataset")
         data = f" on {escape(portable(dataset))}" if dataset else ""
@@ -141,6 +150,12 @@ def _description(
         sentences.append(
             f"It was then tuned{data} with {escape(tune.get('method'))} at rank {tune.get('rank')}{keeps}; "
             "the adapter is merged into these weights."
+        )
+    if "quantize" in metrics:
+        grid = metrics["quantize"]
+        sentences.append(
+            f"Its kept weights lie on grids of {grid['bits']} bits, with a scale for every {grid['group_size']} inputs "
+            f"of a row: {metrics['bits_a_weight']:.2f} bits a weight when they are packed."
         )
     return " ".join(sentences)
 
@@ -193,8 +208,9 @@ def _usage(name: str, pattern: Any, prompt: Mapping[str, str] | None, packed: Pa
 
 def about_packed(packed: PackedSize) -> str:
     """What a packed checkpoint needs and gives."""
+    held = f"a code of {packed.bits} bits for each that is kept" if packed.bits else "their kept values"
     return " ".join(filter(None, [
-        f"The weights are packed, their kept values and a bit a place: {packed}. `pip install lors-cli` and the line "
+        f"The weights are packed, {held} and a bit a place: {packed}. `pip install lors-cli` and the line "
         "`import lors_cli` let transformers load them; without it the load fails. They are computed with as they are "
         "on a CPU, where a C compiler and torch 2.10 or later are there; elsewhere they are unpacked while they are "
         "loaded, bit for bit what was packed, and are as fast as dense ones.",

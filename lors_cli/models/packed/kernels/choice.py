@@ -24,8 +24,9 @@ def why_none(device: torch.device, dtype: torch.dtype, grid: GridSpec | None = N
 
 def linear(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> torch.Tensor:
     """x (…, C) times a packed weight (R, C), and its bias: (…, R)."""
-    device, spec = packed.device, None if packed.grid is None else packed.grid.spec
-    if device.type == "cpu" and (torch.compiler.is_compiling() or not why_none(device, packed.dtype, spec)):
+    device, spec = packed.device, packed.spec
+    compiled = torch.compiler.is_compiling() and (spec is None or packed.dtype in ops.PREFIXES)
+    if device.type == "cpu" and (compiled or not why_none(device, packed.dtype, spec)):
         return ops.linear(x, packed.values, packed.mask, packed.starts, bias, packed.grid)
     if device.type == "cuda" and not why_none(device, packed.dtype, spec):
         return cuda.linear_on_cuda(x, packed, bias)
@@ -35,7 +36,7 @@ def linear(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> torch.
 @torch.no_grad()
 def unpack(packed: Packed, out: torch.Tensor | None = None) -> torch.Tensor:
     """The weight (R, C) that was packed, in `out` or a new tensor."""
-    spec = None if packed.grid is None else packed.grid.spec
+    spec = packed.spec
     if packed.device.type != "cpu" and spec is None:
         return cuda.unpacked(packed, out)
     if packed.device.type != "cpu" or ops.available(packed.dtype, spec) is not None:
