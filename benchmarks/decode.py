@@ -41,6 +41,7 @@ from lors_cli.machine.environment import hardware
 from lors_cli.models.packed.format import pack
 from lors_cli.models.packed.kernels import ops
 from lors_cli.models.packed.kernels.build import NATIVE, library
+from lors_cli.sparsity import TWO_OF_FOUR
 
 SHAPES = ("576x1536", "1536x576", "2048x2048", "2048x5632", "4096x4096", "4096x14336")
 BATCHES = (1, 2, 4, 8, 16, 32, 128, 512)
@@ -90,7 +91,8 @@ def arms_of(
         return run
 
     def packed(grid: Grid | None) -> Arm:
-        of = pack(weight if grid is None else grid.rounded(weight).masked_fill_(~kept, 0), None, grid)
+        held_to = TWO_OF_FOUR if pattern == "2:4" else None
+        of = pack(weight if grid is None else grid.rounded(weight).masked_fill_(~kept, 0), held_to, grid)
         if grid is None:
             held = copies(of.values, of.mask, of.starts)
             return lambda index: ops.linear(x, *held[index % len(held)])
@@ -98,7 +100,7 @@ def arms_of(
 
         def run(index: int) -> torch.Tensor:
             tensors, its_grid = codes[index % len(codes)]
-            return ops.linear(x, *tensors, None, its_grid)
+            return ops.linear(x, *tensors, None, its_grid, held_to is not None)
 
         return run
 

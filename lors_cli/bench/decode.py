@@ -176,11 +176,13 @@ def _grids(config: DecodeConfig, linears: dict[str, nn.Linear]) -> dict[str, Gri
 
 @torch.no_grad()
 def _put_on_a_grid(weight: torch.Tensor, spec: GridSpec) -> Grid:
-    """Round a weight's non-zeros to a grid that reaches as far as they do."""
+    """Round a weight's non-zeros to a grid that reaches as far as they do; none to zero, as of those that are pruned
+    few are: the larger ones are kept."""
     lacking = -weight.shape[1] % spec.group_size
     groups = nn.functional.pad(weight.float(), (0, lacking)).unflatten(1, (-1, spec.group_size))
     grid = Grid(spec, (groups.abs().amax(-1) / (spec.middle - 1)).clamp_min(1e-6).to(weight.dtype))
-    weight.copy_(grid.rounded(weight).masked_fill_(weight == 0, 0))
+    least = grid.scales.repeat_interleave(spec.group_size, dim=1)[:, : weight.shape[1]]
+    weight.copy_(weight.sign() * torch.maximum(grid.rounded(weight).abs(), least))
     return grid
 
 

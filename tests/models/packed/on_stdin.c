@@ -25,7 +25,7 @@ MERGE(f32, float)
 MERGE(bf16, uint16_t)
 
 #define ANSWER(name)                                                                                               \
-    if (name##_linear(values, mask, offsets, bias, x, out, rows, columns, batch, scales, zeros, bits, group)) return 1; \
+    if (name##_linear(values, mask, offsets, bias, x, out, rows, columns, batch, scales, zeros, bits, group, 0)) return 1; \
     name##_unpack(values, mask, offsets, plain, rows, columns, scales, zeros, bits, group);                        \
     if (!bits && name##_merged(values, mask, offsets, x, out, thresholds, merged, size)) return 1;                 \
     if (!bits && name##_merged(plain, NULL, NULL, x, out, thresholds, again, size)) return 1;

@@ -14,7 +14,7 @@ from lors_cli.grid import Grid, GridSpec, fit_grid
 from lors_cli.models.packed.format import Packed, pack
 from lors_cli.models.packed.kernels import choice, ops
 from lors_cli.models.packed.linear import PackedLinear
-from lors_cli.sparsity import TWO_OF_FOUR, keep_largest
+from lors_cli.sparsity import TWO_OF_FOUR, Pattern, keep_largest
 
 pytestmark = pytest.mark.usefixtures("kernels_of_the_module")
 DTYPES = [torch.bfloat16, torch.float32]
@@ -45,7 +45,36 @@ def test_two_hundred_random_shapes_against_the_grid_and_float64(target: str, dty
     for _ in range(200):
         case = random_code_case(dice, dtype)
         assert torch.equal(bits_of(restored(case, target)), bits_of(case.weight))
-        check(case, ops.product(case.x, *case.packed, case.bias, case.grid, target))
+        check(case, ops.product(case.x, *case.packed, case.bias, case.grid, target=target))
+
+
+def test_words_that_keep_half_their_columns(target: str, dtype: torch.dtype) -> None:
+    """2:4 and its like, for which the kernel need not count; also 8:16, and a last word that is not full."""
+    dice = random.Random(8)
+    for n, m, columns in ((2, 4, 4), (2, 4, 36), (4, 8, 64), (2, 4, 100), (8, 16, 336), (2, 4, 160), (4, 8, 1000)):
+        rows = dice.randint(1, 21)
+        kept = torch.rand(rows, columns // m, m).argsort(-1).lt(n).view(rows, columns)
+        for group_size, batch in ((32, 1), (32, 7), (64, 3), (128, 8), (128, 1), (128, 11)):
+            spec = GridSpec(4, group_size, dice.random() < 0.5)
+            shape = (rows, spec.num_groups(columns))
+            zeros = None if spec.symmetric else torch.randint(0, 16, shape, dtype=torch.uint8)
+            grid = Grid(spec, (torch.rand(shape) + 0.5).to(dtype), zeros)
+            codes = torch.randint(0, 16, (rows, columns), dtype=torch.uint8)
+            weight = grid.values(codes).masked_fill(~kept, 0)
+            x = torch.randn(batch, columns).to(dtype)
+            case = Case(weight, *pack_codes(codes, kept, 4), x, None, grid)
+            found = ops.product(x, *case.packed, None, grid, True, target)
+            check(case, found)
+            assert torch.equal(found, ops.product(x, *case.packed, None, grid, False, target))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "half"),
+    [(None, False), ("2:4", True), ("4:8", True), ("8:16", True), ("16:32", True), ("1:4", False), ("3:6", False),
+     ("32:64", False)],
+)  # fmt: skip
+def test_which_patterns_keep_half_of_each_word(pattern: str | None, half: bool) -> None:
+    assert choice._keeps_half(None if pattern is None else Pattern.parse(pattern)) is half
 
 
 @pytest.mark.parametrize("batch", [1, 8, 9, 13, 17, 40, 300])
@@ -59,7 +88,7 @@ def test_larger_batches_of_more_rows_than_a_panel_holds(
     codes = torch.randint(0, 1 << bits, (131, 203), dtype=torch.uint8)
     x, bias = torch.randn(batch, 203).to(dtype), torch.randn(131).to(dtype)
     case = Case(grid.values(codes).masked_fill(~kept, 0), *pack_codes(codes, kept, bits), x, bias, grid)
-    check(case, ops.product(x, *case.packed, bias, grid, target))
+    check(case, ops.product(x, *case.packed, bias, grid, target=target))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -75,7 +104,7 @@ def test_scales_too_small_for_normal_numbers_and_too_large_for_any(
         kept = torch.arange(128).remainder(3).ne(1).repeat(8, 1)
         weight = grid.values(codes).masked_fill(~kept, 0)
         assert 0 < weight[:3][kept[:3]].abs().min().item() < 2e-38 or zero == 15
-        found = ops.restore(*pack_codes(codes, kept, bits), torch.empty_like(weight), grid, target)
+        found = ops.restore(*pack_codes(codes, kept, bits), torch.empty_like(weight), grid, target=target)
         assert torch.equal(bits_of(found), bits_of(weight))
 
 
@@ -94,7 +123,7 @@ def test_an_input_s_result_has_the_same_bits_in_any_batch_and_on_any_number_of_t
         x = torch.randn(70, 547).to(dtype)
 
         def product(x: torch.Tensor, packed: Packed = packed) -> torch.Tensor:
-            return ops.product(x, packed.values, packed.mask, packed.starts, None, packed.grid, target)
+            return ops.product(x, packed.values, packed.mask, packed.starts, None, packed.grid, target=target)
 
         alone = torch.cat([product(item) for item in x.split(1)])
         try:
@@ -131,7 +160,7 @@ def test_infinities_and_nans_come_out_as_of_a_plain_weight(target: str, dtype: t
     weight = grid.values(codes)
     x = torch.tensor([[1.0, float("inf"), 1.0, 1.0], [float("nan"), 1.0, 1.0, 1.0], [3e38, 3e38, 3e38, 0.0]]).to(dtype)
     expected = (x.float() @ weight.float().T).to(dtype)
-    found = ops.product(x, *pack_codes(codes, weight != 0, 4), None, grid, target)
+    found = ops.product(x, *pack_codes(codes, weight != 0, 4), None, grid, target=target)
     assert torch.equal(found.nan_to_num(7, 8, 9), expected.nan_to_num(7, 8, 9))
 
 

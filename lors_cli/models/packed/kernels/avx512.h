@@ -73,15 +73,14 @@ static inline sums bf16_dot(sums s, bf16_word w, bf16_item x) {
 
 /* Codes. The zero point's stands in columns that are not kept: its value is 0, so that a look-up needs no mask. */
 typedef struct { __m512 values; __m256i zero; } f32_table;
-typedef struct { __m512i values; __m256i zero[2]; } bf16_table; /* of even and odd columns' words */
+typedef struct { __m512i values, zero; __m256i zero_of_last; } bf16_table; /* of 64 columns, and of the last 32 */
 
-/* A word of codes of 4 bits, each in the lower half of a byte, the upper of which is anything. */
-static inline __m256i codes_of_word(const uint8_t *codes, uint32_t bits, __m256i zero) {
-    const __m256i shifts = _mm256_broadcastsi128_si256(_mm_set_epi8(60, 56, 52, 48, 44, 40, 36, 32, 28, 24, 20, 16, 12, 8, 4, 0));
+/* 32 codes of 4 bits, each in the lower half of a byte, the upper of which is anything. */
+static inline __m256i next_codes(const uint8_t *codes) {
+    const __m128i shifts = _mm_set_epi64x(0x3C3834302C282420, 0x1C1814100C080400);
     __m256i low = _mm256_broadcastq_epi64(_mm_loadl_epi64((const __m128i *)codes));
     __m256i high = _mm256_broadcastq_epi64(_mm_loadl_epi64((const __m128i *)(codes + 8)));
-    __m256i each = _mm256_multishift_epi64_epi8(shifts, _mm256_blend_epi32(low, high, 0xF0));
-    return _mm256_mask_expand_epi8(zero, bits, each);
+    return _mm256_multishift_epi64_epi8(_mm256_broadcastsi128_si256(shifts), _mm256_blend_epi32(low, high, 0xF0));
 }
 static inline __m512 values_of_codes(float scale, int zero) {
     const __m512i codes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
@@ -92,7 +91,7 @@ static inline f32_table f32_table_of(float scale, int zero) {
     return (f32_table){values_of_codes(scale, zero), _mm256_set1_epi8((char)zero)};
 }
 static inline f32_word f32_look_up(const uint8_t *codes, uint32_t bits, f32_table t) {
-    __m256i each = codes_of_word(codes, bits, t.zero);
+    __m256i each = _mm256_mask_expand_epi8(t.zero, bits, next_codes(codes));
     __m512i low = _mm512_cvtepu8_epi32(_mm256_castsi256_si128(each));
     __m512i high = _mm512_cvtepu8_epi32(_mm256_extracti128_si256(each, 1));
     return (f32_word){{_mm512_permutexvar_ps(low, t.values), _mm512_permutexvar_ps(high, t.values)}};
@@ -112,11 +111,11 @@ static inline bf16_table bf16_table_of(float scale, int zero) {
     __m256i each = __builtin_expect(scale < FLT_MIN, 0) ? rounded_with_subnormals(values)
                                                         : (__m256i)_mm512_cvtneps_pbh(values);
     __m256i zeros = _mm256_set1_epi8((char)zero);
-    return (bf16_table){_mm512_broadcast_i64x4(each), {zeros, zeros}};
+    return (bf16_table){_mm512_broadcast_i64x4(each), _mm512_broadcast_i64x4(zeros), zeros};
 }
 static inline bf16_table bf16_two_tables(bf16_table first, bf16_table second) { /* the first 32 columns', and the last */
     __m512i values = _mm512_inserti64x4(first.values, _mm512_castsi512_si256(second.values), 1);
-    return (bf16_table){values, {first.zero[0], second.zero[0]}};
+    return (bf16_table){values, _mm512_inserti64x4(first.zero, second.zero_of_last, 1), second.zero_of_last};
 }
 static inline void bf16_look_up(bf16_word *to, __m512i codes, bf16_table t) {
     const __m512i lower = _mm512_set1_epi8(15), second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi8(16), 1);
@@ -124,12 +123,21 @@ static inline void bf16_look_up(bf16_word *to, __m512i codes, bf16_table t) {
     to[0] = _mm512_permutexvar_epi16(codes, t.values);
     to[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 8), t.values);
 }
-static inline void bf16_expand_4(bf16_word *to, const uint8_t **next, uint32_t first, uint32_t second, bf16_table t) {
-    __m256i low = codes_of_word(*next, first, t.zero[0]);
-    *next += (__builtin_popcount(first) + 1) / 2;
-    __m256i high = codes_of_word(*next, second, t.zero[1]);
-    *next += (__builtin_popcount(second) + 1) / 2;
-    bf16_look_up(to, _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1), t);
+static inline void bf16_expand_4(bf16_word *to, const uint8_t **next, uint32_t first, uint32_t second, const int half,
+                                 bf16_table t) {
+    __m512i codes;
+    if (half) {
+        uint64_t bits = (uint64_t)second << 32 | first;
+        codes = _mm512_mask_expand_epi8(t.zero, bits, _mm512_castsi256_si512(next_codes(*next)));
+        *next += 16;
+    } else {
+        __m256i low = _mm256_mask_expand_epi8(_mm512_castsi512_si256(t.zero), first, next_codes(*next));
+        *next += (__builtin_popcount(first) + 1) / 2;
+        __m256i high = _mm256_mask_expand_epi8(t.zero_of_last, second, next_codes(*next));
+        *next += (__builtin_popcount(second) + 1) / 2;
+        codes = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+    }
+    bf16_look_up(to, codes, t);
 }
 static inline void bf16_load_4(bf16_word *to, const uint8_t *codes, bf16_table t) {
     const __m512i shifts = _mm512_set1_epi64(0x1C1814100C080400);

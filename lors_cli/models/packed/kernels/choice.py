@@ -9,6 +9,7 @@ from lors_cli.grid import GridSpec
 from lors_cli.models.packed import format as by_torch
 from lors_cli.models.packed.format import Packed
 from lors_cli.models.packed.kernels import cuda, ops
+from lors_cli.sparsity import Pattern
 
 
 def why_none(device: torch.device, dtype: torch.dtype, grid: GridSpec | None = None) -> str:
@@ -27,10 +28,15 @@ def linear(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> torch.
     device, spec = packed.device, packed.spec
     compiled = torch.compiler.is_compiling() and (spec is None or packed.dtype in ops.PREFIXES)
     if device.type == "cpu" and (compiled or not why_none(device, packed.dtype, spec)):
-        return ops.linear(x, packed.values, packed.mask, packed.starts, bias, packed.grid)
+        return ops.linear(x, packed.values, packed.mask, packed.starts, bias, packed.grid, _keeps_half(packed.pattern))
     if device.type == "cuda" and not why_none(device, packed.dtype, spec):
         return cuda.linear_on_cuda(x, packed, bias)
     return F.linear(x, unpack(packed), bias)
+
+
+def _keeps_half(pattern: Pattern | None) -> bool:
+    """Whether each word of 32 columns keeps 16."""
+    return pattern is not None and pattern.n is not None and 2 * pattern.n == pattern.m and 32 % pattern.m == 0
 
 
 @torch.no_grad()

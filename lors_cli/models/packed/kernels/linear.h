@@ -42,15 +42,16 @@ ALWAYS_INLINE T(table) T(table_at)(const struct linear *l, int64_t row, int64_t 
  * after each other. */
 ALWAYS_INLINE void T(read)(const struct linear *l, const enum rows_are are, int64_t row, int64_t c, int64_t apart,
                            T(reader) *from, T(word) *to) {
-    const int packed = are == PACKED || are == CODES_4 || are == CODES_8;
+    const int packed = are == PACKED || are == CODES_4 || are == HALF_4 || are == CODES_8;
     const uint32_t *mask = packed ? l->mask + row * l->mask_words + c : NULL;
     const int begins = (c & ((1 << l->group_shift) - 1)) == 0;
     if (are == PACKED) {
         to[0] = T(expand)((const VALUE *)from->next, *mask);
         from->next += (size_t)__builtin_popcount(*mask) * sizeof(VALUE);
-    } else if (are == CODES_4) {
+    } else if (are == CODES_4 || are == HALF_4) {
         if (begins) from->table = T(table_at)(l, row, c);
-        T(expand_4)(to, &from->next, mask[0], T(STEP) == 2 && c + 1 < l->mask_words ? mask[1] : 0, from->table);
+        uint32_t second = T(STEP) == 2 && c + 1 < l->mask_words ? mask[1] : 0;
+        T(expand_4)(to, &from->next, mask[0], second, are == HALF_4, from->table);
     } else if (are == CODES_8) {
         if (begins) from->scale = T(to_float)(((const VALUE *)l->scales)[row * l->groups + (c >> l->group_shift)]);
         to[0] = T(expand_8)(from->next, *mask, from->scale);
@@ -94,8 +95,8 @@ static void T(restore)(const struct linear *l, int64_t row, VALUE *to, int64_t a
  * The rows are packed, or lie in a panel, [word][row][32], or plain one after the other. */
 ALWAYS_INLINE void T(block)(const struct linear *l, const enum rows_are are, const VALUE *panel, int64_t row,
                             const int height, const T(input) *x, int64_t item, const int width) {
-    const int packed = are == PACKED || are == CODES_4 || are == CODES_8;
-    const int step = are == CODES_4 || are == PLAIN_4 ? T(STEP) : 1;
+    const int packed = are == PACKED || are == CODES_4 || are == HALF_4 || are == CODES_8;
+    const int step = are == CODES_4 || are == HALF_4 || are == PLAIN_4 ? T(STEP) : 1;
     const int64_t words = l->words, size = are == PACKED ? sizeof(VALUE) : 1; /* of what offsets count */
     const int64_t row_bytes = are == PLAIN_4 ? words * 16 : words * 32 * (int64_t)sizeof(VALUE); /* of a plain row */
     T(reader) from[MAX_HEIGHT];
@@ -106,11 +107,11 @@ ALWAYS_INLINE void T(block)(const struct linear *l, const enum rows_are are, con
         UNROLL for (int b = 0; b < width; b++) s[r][b] = no_sums();
     }
     /* rows after these are fetched into the second cache meanwhile, their masks and scales too */
-    const int64_t usual = words * (are == CODES_4 ? 8 : are == CODES_8 ? 16 : 16 * (int64_t)sizeof(VALUE));
+    const int64_t usual = words * (are == CODES_4 || are == HALF_4 ? 8 : are == CODES_8 ? 16 : 16 * (int64_t)sizeof(VALUE));
     int64_t later = height * (FETCH_AHEAD / (height * usual) + 1);
     later = MIN(later, l->rows - 1 - row);
     const int64_t ahead = packed ? (l->offsets[row + later] - l->offsets[row]) * size : later * row_bytes;
-    const int often = are == CODES_4 || are == PLAIN_4 ? 4 : are == CODES_8 ? 2 : 1; /* in so many words a line at most */
+    const int often = are == HALF_4 ? 8 : are == CODES_4 || are == PLAIN_4 ? 4 : are == CODES_8 ? 2 : 1; /* a line at most */
     for (int64_t c = 0; c < words; c += step) {
         if (packed && c % 16 == 0)
             UNROLL for (int r = 0; r < height; r++) __builtin_prefetch(l->mask + (row + later + r) * l->mask_words + c, 0, 2);
@@ -179,7 +180,8 @@ static void T(many)(const struct linear *l, VALUE *panel, int64_t row, int64_t e
 static void T(share)(int64_t row, int64_t end, void *context) {
     struct linear *l = context;
     if (l->batch <= MAX_WIDTH) { /* each is expanded in registers */
-        if (l->bits == 4) T(rows)(l, CODES_4, NULL, row, end, 0);
+        if (T(STEP) == 2 && l->bits == 4 && l->half) T(rows)(l, HALF_4, NULL, row, end, 0);
+        else if (l->bits == 4) T(rows)(l, CODES_4, NULL, row, end, 0);
         else if (l->bits == 8) T(rows)(l, CODES_8, NULL, row, end, 0);
         else T(rows)(l, PACKED, NULL, row, end, 0);
         return;
@@ -210,9 +212,10 @@ static int T(product)(struct linear *l, share_of_rows *share) {
 
 static struct linear T(packed)(const void *values, const uint32_t *mask, const int64_t *offsets, int64_t rows,
                                int64_t columns, const void *scales, const uint8_t *zeros, int64_t bits,
-                               int64_t group_size) {
+                               int64_t group_size, int64_t half) {
     struct linear l = {.values = values, .mask = mask, .offsets = offsets, .rows = rows, .columns = columns,
-                       .mask_words = (columns + 31) / 32, .scales = scales, .zeros = zeros, .bits = bits};
+                       .mask_words = (columns + 31) / 32, .scales = scales, .zeros = zeros, .bits = bits,
+                       .half = half != 0};
     l.in_pairs = bits == 4 && T(STEP) == 2;
     l.words = l.mask_words + (l.in_pairs && l.mask_words % 2);
     if (bits) {
@@ -223,11 +226,12 @@ static struct linear T(packed)(const void *values, const uint32_t *mask, const i
 }
 
 /* out[batch, rows] = x[batch, columns] times the packed rows, and the bias where there is one; 0, or 1 without memory.
- * `bits` is 0 where values are packed as they are; of codes there are scales, and zeros where these are not 8. */
+ * `bits` is 0 where values are packed as they are; of codes there are scales, and zeros where these are not 8; `half`
+ * says of them that each whole word of the mask keeps 16. */
 int T(linear)(const void *values, const uint32_t *mask, const int64_t *offsets, const VALUE *bias, const VALUE *x,
               VALUE *out, int64_t rows, int64_t columns, int64_t batch, const VALUE *scales, const uint8_t *zeros,
-              int64_t bits, int64_t group_size) {
-    struct linear l = T(packed)(values, mask, offsets, rows, columns, scales, zeros, bits, group_size);
+              int64_t bits, int64_t group_size, int64_t half) {
+    struct linear l = T(packed)(values, mask, offsets, rows, columns, scales, zeros, bits, group_size, half);
     l.bias = bias, l.x = x, l.out = out, l.batch = batch;
     return T(product)(&l, T(share));
 }
@@ -235,7 +239,7 @@ int T(linear)(const void *values, const uint32_t *mask, const int64_t *offsets, 
 /* out[rows, columns] = the rows as they were before packing. */
 void T(unpack)(const void *values, const uint32_t *mask, const int64_t *offsets, VALUE *out, int64_t rows,
                int64_t columns, const VALUE *scales, const uint8_t *zeros, int64_t bits, int64_t group_size) {
-    struct linear l = T(packed)(values, mask, offsets, rows, columns, scales, zeros, bits, group_size);
+    struct linear l = T(packed)(values, mask, offsets, rows, columns, scales, zeros, bits, group_size, 0);
     l.out = out;
     in_parallel(T(restore_share), rows, columns, &l);
 }
@@ -250,7 +254,7 @@ static void T(dense_share)(int64_t row, int64_t end, void *context) {
 
 int T(dense_linear)(const void *values, const VALUE *x, VALUE *out, int64_t rows, int64_t columns, int64_t batch,
                     const VALUE *scales, const uint8_t *zeros, int64_t bits, int64_t group_size) {
-    struct linear l = T(packed)(values, NULL, NULL, rows, columns, scales, zeros, bits, group_size);
+    struct linear l = T(packed)(values, NULL, NULL, rows, columns, scales, zeros, bits, group_size, 0);
     l.x = x, l.out = out, l.batch = batch;
     return T(product)(&l, T(dense_share));
 }

@@ -4,7 +4,8 @@ Legend: R rows, C columns; `values` (K + 32), the K kept ones row by row, column
 (R, ⌈C/32⌉) int32, bit j of word c is column 32·c + j, bits past C are 0; `offsets` (R) int64, where each row's values
 begin. Of a quantised weight `values` are the codes' bytes (uint8), then 32 zeros: with 4 bits two a byte, the lower half
 first, and those of each word of the mask begin at a byte, which `offsets` count. `scales` (R, G) and, where it is not
-symmetric, `zeros` (R, G) are those of its grid. What they hold is checked where a checkpoint is loaded: here wrong
+symmetric, `zeros` (R, G) are those of its grid; `half` says that each whole word of the mask keeps 16 columns, as of
+2:4. What they hold is checked where a checkpoint is loaded: here wrong
 offsets or bits read foreign memory.
 """
 
@@ -85,9 +86,10 @@ def packed_linear(
     zeros: torch.Tensor | None = None,
     bits: int = 0,
     group_size: int = 0,
+    half: bool = False,
 ) -> torch.Tensor:
     """x (…, C) times a packed weight (R, C), and the bias (R) where there is one: (…, R), summed in float32."""
-    return product(x, values, mask, offsets, bias, _grid(scales, zeros, bits, group_size))
+    return product(x, values, mask, offsets, bias, _grid(scales, zeros, bits, group_size), half)
 
 
 @torch.library.custom_op("lors::unpack", mutates_args=(), device_types="cpu")
@@ -118,12 +120,13 @@ def linear(
     offsets: torch.Tensor,
     bias: torch.Tensor | None = None,
     grid: Grid | None = None,
+    half: bool = False,
 ) -> torch.Tensor:
     """`packed_linear`, past torch's dispatcher where neither autograd nor a compiler needs to see it: 10 µs less."""
     plain = type(x) is torch.Tensor and not torch.compiler.is_compiling()
     if plain and not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
-        return product(x, values, mask, offsets, bias, grid)
-    codes = () if grid is None else (grid.scales, grid.zeros, grid.spec.bits, grid.spec.group_size)
+        return product(x, values, mask, offsets, bias, grid, half)
+    codes = () if grid is None else (grid.scales, grid.zeros, grid.spec.bits, grid.spec.group_size, half)
     return packed_linear(x, values, mask, offsets, bias, *codes)
 
 
@@ -134,6 +137,7 @@ def product(
     offsets: torch.Tensor,
     bias: torch.Tensor | None,
     grid: Grid | None = None,
+    half: bool = False,
     target: str = NATIVE,
 ) -> torch.Tensor:
     """`packed_linear` of plain tensors, unseen by autograd."""
@@ -149,7 +153,7 @@ def product(
     out = x.new_empty(*x.shape[:-1], rows)
     if batch and _function("linear", dtype, target)(
         values.data_ptr(), mask.data_ptr(), offsets.data_ptr(), None if bias is None else bias.data_ptr(), x.data_ptr(),
-        out.data_ptr(), rows, columns, batch, *_in_c(grid),
+        out.data_ptr(), rows, columns, batch, *_in_c(grid), half,
     ):  # fmt: skip
         raise MemoryError(f"no memory for a batch of {batch} × {columns}")
     return out
@@ -239,7 +243,7 @@ def _largest_batch(dtype: torch.dtype, target: str) -> float:
 @packed_linear.register_fake
 def _(
     x: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, offsets: torch.Tensor, bias: Any, scales: Any = None,
-    zeros: Any = None, bits: int = 0, group_size: int = 0,
+    zeros: Any = None, bits: int = 0, group_size: int = 0, half: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     return x.new_empty(*x.shape[:-1], mask.shape[0])
 
@@ -253,9 +257,9 @@ def _(
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, values, mask, offsets, _, scales, zeros, *ctx.kind = inputs
+    x, values, mask, offsets, _, scales, zeros, *kind = inputs
     ctx.save_for_backward(values, mask, offsets, scales, zeros)
-    ctx.columns = x.shape[-1]
+    ctx.columns, ctx.bits_and_group = x.shape[-1], kind[:2]
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -263,9 +267,9 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     if needs_values or needs_scales:
         raise RuntimeError("packed weights cannot be trained: freeze them, or unpack the model first")
     values, mask, offsets, scales, zeros = ctx.saved_tensors
-    grad_x = grad @ unpack(values, mask, offsets, ctx.columns, scales, zeros, *ctx.kind) if needs_x else None
+    grad_x = grad @ unpack(values, mask, offsets, ctx.columns, scales, zeros, *ctx.bits_and_group) if needs_x else None
     grad_bias = grad.flatten(0, -2).sum(0) if needs_bias else None
-    return grad_x, None, None, None, grad_bias, None, None, None, None
+    return grad_x, None, None, None, grad_bias, None, None, None, None, None
 
 
 packed_linear.register_autograd(_backward, setup_context=_remember)

@@ -56,7 +56,8 @@ static inline uint32_t eight_codes(const uint8_t *codes, int first) {
         return first;                                                                                   \
     }                                                                                                   \
     static inline void name##_expand_4(name##_word *to, const uint8_t **next, uint32_t bits, uint32_t,  \
-                                       name##_table table) {                                            \
+                                       const int half, name##_table table) {                            \
+        (void)half;                                                                                     \
         *to = name##_look_up(*next, bits, table);                                                       \
         *next += (__builtin_popcount(bits) + 1) / 2;                                                    \
     }                                                                                                   \
@@ -83,7 +84,7 @@ static inline uint32_t eight_codes(const uint8_t *codes, int first) {
 #define PANEL 64 /* and rows that are restored for it, in such groups */
 #define FETCH_AHEAD 8192 /* bytes, at least, of values that are kept: memory answers that late */
 
-enum rows_are { PACKED, CODES_4, CODES_8, IN_PANEL, PLAIN, PLAIN_4 };
+enum rows_are { PACKED, CODES_4, HALF_4, CODES_8, IN_PANEL, PLAIN, PLAIN_4 };
 
 struct linear {
     const uint8_t *values;
@@ -95,6 +96,7 @@ struct linear {
     const void *scales; /* [rows, groups], of the data type, where `bits` is not 0 */
     const uint8_t *zeros;
     int64_t bits, groups, group_shift; /* a group is 1 << group_shift words */
+    int half;                          /* each whole word keeps 16 columns, as of 2:4 */
     int in_pairs;                      /* words are read two at a time, and multiplied in an order of their own */
     int64_t words;                     /* of a row as they are multiplied: in pairs an even number */
     const void *input;
