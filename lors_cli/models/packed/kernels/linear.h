@@ -14,7 +14,7 @@ static void T(lay_out)(const struct linear *l, T(input) *to) {
             for (int64_t c = 0; c < l->words; c += step) {
                 T(input) *place = to + (c * width + b) * 32;
                 int count = (int)MIN(l->columns - c * 32, step * 32);
-                if (step == 2) T(prepare_pair)(place, place + width * 32, from + c * 32, count);
+                if (step == 2) T(prepare_pair)(place, width * 32, from + c * 32, count);
                 else T(prepare)(place, from + c * 32, count);
             }
         }
@@ -102,8 +102,9 @@ ALWAYS_INLINE void T(block)(const struct linear *l, const enum rows_are are, con
     T(reader) from[MAX_HEIGHT];
     sums s[MAX_HEIGHT][MAX_WIDTH];
     UNROLL for (int r = 0; r < height; r++) {
-        from[r].next = packed ? l->values + l->offsets[row + r] * size
-                     : are == IN_PANEL ? (const uint8_t *)(panel + r * 32) : l->values + (row + r) * row_bytes;
+        const uint8_t *begin = packed ? l->values + l->offsets[row + r] * size
+                             : are == IN_PANEL ? (const uint8_t *)(panel + r * 32) : l->values + (row + r) * row_bytes;
+        from[r] = (T(reader)){.next = begin};
         UNROLL for (int b = 0; b < width; b++) s[r][b] = no_sums();
     }
     /* rows after these are fetched into the second cache meanwhile, their masks and scales too */
