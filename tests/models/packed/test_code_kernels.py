@@ -100,7 +100,7 @@ def test_scales_too_small_for_normal_numbers_and_too_large_for_any(
     for zero in (None, 0, 15) if bits == 4 else (None,):
         zeros = None if zero is None else torch.full((8, 1), zero, dtype=torch.uint8)
         grid = Grid(GridSpec(bits, 128, zero is None), scales, zeros)
-        codes = torch.arange(128, dtype=torch.uint8).mul(2).add(1).remainder(1 << bits).repeat(8, 1)
+        codes = torch.arange(128).mul(2).add(1).remainder(1 << bits).byte().repeat(8, 1)
         kept = torch.arange(128).remainder(3).ne(1).repeat(8, 1)
         weight = grid.values(codes).masked_fill(~kept, 0)
         assert 0 < weight[:3][kept[:3]].abs().min().item() < 2e-38 or zero == 15
