@@ -141,6 +141,12 @@ def test_a_packed_model_loads_in_one_line_and_gives_the_same_logits(
         assert later.get_submodule(name).weight.equal(dense.get_submodule(name).weight)
 
 
+def test_a_loaded_model_compiles_whole(checkpoint: Path, tmp_path: Path) -> None:
+    pack(quantised(checkpoint), tmp_path / "packed")
+    mlp, x = AutoModelForCausalLM.from_pretrained(tmp_path / "packed").model.layers[0].mlp, torch.randn(1, 3, 32)
+    torch.testing.assert_close(torch.compile(mlp, fullgraph=True)(x), mlp(x))
+
+
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_saving_and_loading_again_gives_equal_tensors(checkpoint: Path, tmp_path: Path, spec: GridSpec) -> None:
     pack(quantised(checkpoint, spec, dtype=torch.bfloat16), tmp_path / "packed")
