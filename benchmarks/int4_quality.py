@@ -177,9 +177,9 @@ def quantise_dense_model(model: str, out: Path, calibration: Path, bits: int) ->
                 recorder.end_batch()
             recorder.close()
             for group in recorder.groups:
-                matrices = [weights[name].matrix for name in group.names]
-                for matrix, rounded in zip(matrices, quantise_dense(matrices, group.statistics, spec), strict=True):
-                    matrix.copy_(rounded)
+                for name in group.names:
+                    matrix = weights[name].matrix
+                    matrix.copy_(quantise_dense(matrix, group.statistics, spec)[0])
             hidden = [own.run(block, batch, number) for number, batch in enumerate(hidden)]
             print(f"block {index + 1} of {len(blocks)}", flush=True)
     staging = out.with_name(out.name + ".part")
