@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from lors_cli.errors import SparsityError, UsageError
 from lors_cli.files import atomic, hashes, records
+from lors_cli.grid import bits_a_weight
 from lors_cli.machine import environment, processes
 from lors_cli.output import console, progress
-from lors_cli.pruning.facts import RECONSTRUCTION_SAMPLES, statistics_kind
+from lors_cli.pruning.facts import RECONSTRUCTION_SAMPLES, grid_spec, statistics_kind
 from lors_cli.recipe.resolved import resolved_prune
 from lors_cli.sparsity import Pattern, summarise
 
@@ -49,8 +50,9 @@ def _identity(
     """The version of the code, the settings and the inputs that make a result what it is."""
     settings = {**asdict(config), "sparsity": Pattern.of(config).sparsity, "true_sequential": config.sequential}
     del settings["calibration"]["offload"]
-    if not config.skip:  # earlier versions had none
-        del settings["skip"]
+    for key in ("skip", "quantize"):  # earlier versions had none
+        if not settings[key]:
+            del settings[key]
     inputs = {"model": model_fingerprint}
     if statistics_kind(config) == "none":
         del settings["calibration"]
@@ -119,6 +121,7 @@ def prune(
     processes.wait_for_all()
     outcome = prune_blocks(config, source, pattern, out / records.WORK_NAME, batches)
     metrics = _metrics(outcome, pattern, source, batches)
+    metrics |= _bits(config, outcome, pattern, source)
     metrics |= {key: names for key, names in (("left_out", parts), ("dense_layers", dense)) if names}
     if batches:
         metrics["calibration"]["source"] = inputs["calibration"]
@@ -182,6 +185,13 @@ def _metrics(outcome: Outcome, pattern: Pattern, source: BlockwiseModel, batches
             f"{broken[0].violations} violations; nothing was written.",
             "This is a fault of the pruning method: please report it with the recipe.",
         )
+    off_grid = [name for name, number in outcome.off_grid.items() if number]
+    if off_grid:
+        raise SparsityError(
+            f"{len(off_grid)} quantised weights have values off their grids, first {off_grid[0]} with "
+            f"{outcome.off_grid[off_grid[0]]}; nothing was written.",
+            "This is a fault of the pruning method: please report it with the recipe.",
+        )
     network = source.network
     metrics = {**summarise(outcome.layers, pattern), "dtype": str(network.dtype).removeprefix("torch."),
                "commit": getattr(network.config, "_commit_hash", None)}  # fmt: skip
@@ -193,6 +203,17 @@ def _metrics(outcome: Outcome, pattern: Pattern, source: BlockwiseModel, batches
         metrics["few_tokens"] = outcome.few_tokens
         _report_few_tokens(outcome.few_tokens)
     return metrics
+
+
+def _bits(config: PruneConfig, outcome: Outcome, pattern: Pattern, source: BlockwiseModel) -> dict[str, Any]:
+    """What stage.json says of quantised weights."""
+    spec = grid_spec(config)
+    if spec is None:
+        return {}
+    kept = None if pattern.m is None else 1 - pattern.sparsity  # N:M is packed as N, zeros among them or not
+    weights = [(*layer.shape, kept or 1 - layer.sparsity) for layer in outcome.layers]
+    bits = bits_a_weight(spec, weights, 8 * source.network.dtype.itemsize)  # type: ignore[arg-type]  # two sizes
+    return {"quantize": asdict(spec), "bits_a_weight": round(bits, 4)}
 
 
 def _report_few_tokens(few_tokens: dict[str, int]) -> None:
@@ -210,13 +231,18 @@ def _write_checkpoint(
     metrics: dict[str, Any],
 ) -> None:  # fmt: skip
     from lors_cli.models.card import model_card
+    from lors_cli.models.grids import save_grids
     from lors_cli.models.loading import MAX_SHARD_SIZE, save_settings
     from lors_cli.models.origins import inherited, with_dataset
     from lors_cli.models.tensor_files import write_checkpoint
+    from lors_cli.pruning.walk.driver import block_grids
 
     staging = records.staging_dir(out)
     save_settings(source.network, tokenizer, staging)
-    write_checkpoint(staging, _tensors(source, out / records.WORK_NAME), max_shard_size=MAX_SHARD_SIZE)
+    work = out / records.WORK_NAME
+    write_checkpoint(staging, _tensors(source, work), max_shard_size=MAX_SHARD_SIZE)
+    if config.quantize:
+        save_grids(staging, block_grids(work, len(source.blocks)))
     fields = inherited(model)
     if "calibration" in metrics:
         fields = with_dataset(fields, metrics["calibration"]["source"])
