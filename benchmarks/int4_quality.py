@@ -1,7 +1,7 @@
 """Quality over size: SmolLM2-135M dense, dense in few bits, sparse, and sparse in few bits, before and after tuning.
 
-python benchmarks/int4_quality.py --work FOLDER --data-dir DATA --calibration TOKENS --jobs 2      measure what is missing
-python benchmarks/int4_quality.py --plot docs/int4-quality.svg --page docs/int4.md                 figure and table
+python benchmarks/int4_quality.py --work FOLDER --data-dir DATA --calibration TOKENS --jobs 2   measures what is missing
+python benchmarks/int4_quality.py --plot docs/int4-quality.png --page docs/int4.md              figure and table
 
 A row of `ROWS` is a model. Its first cell makes it (`lors prune`, `lors tune`, or GPTQ of the dense model), packs it,
 and takes perplexity on the first 80 windows of WikiText-2 (512 tokens); its second one the seven tasks at limit 200.
@@ -151,7 +151,7 @@ def lors(*arguments: str) -> None:
 
 
 def quantise_dense_model(model: str, out: Path, calibration: Path, bits: int) -> None:
-    """Write a dense model whose blocks' linears GPTQ has rounded, each block on what the rounded ones before it give."""
+    """Write a dense model whose linears GPTQ has rounded, each block on what the rounded ones before it give."""
     import torch
     from safetensors.torch import load_file
 
@@ -214,7 +214,8 @@ def dense_size(model: str, bits: int | None) -> Figures:
     assert size is not None
     of_linears = 16 * size.num_prunable
     if bits is not None:
-        of_linears = sum(rows * (bits * columns + 16 * math.ceil(columns / GROUP_SIZE)) for rows, columns in size.linears)
+        groups = sum(rows * math.ceil(columns / GROUP_SIZE) for rows, columns in size.linears)
+        of_linears = bits * size.num_prunable + 16 * groups
     others = size.num_parameters - size.num_prunable
     return _bits(of_linears / size.num_prunable, of_linears // 8 + 2 * others, size.num_parameters)
 
@@ -348,7 +349,8 @@ def _panel(axes: Any, rows: dict[str, Figures], key: str, factor: float, title: 
         axes.scatter([figures["bits"] for _, figures in found], [factor * figures[key] for _, figures in found], s=34,
                      color=colour, label=family, zorder=3)  # fmt: skip
         for name, figures in found:
-            axes.annotate(name, (figures["bits"], factor * figures[key]), (5, 3), textcoords="offset points", fontsize=7)
+            place = figures["bits"], factor * figures[key]
+            axes.annotate(name, place, (5, 3), textcoords="offset points", fontsize=7)
     axes.set_xscale("log", base=2)
     axes.set_xticks([3, 4, 6, 9, 16], ["3", "4", "6", "9", "16"])
     axes.set_xlabel("bits a weight, over the linears")

@@ -103,8 +103,8 @@ def load_model(
             settings.dtype = dtype
             options["config"] = settings
             if not (keep_packed and quantised.method == PACKED):
-                plain = str(dtype).removeprefix("torch.")
-                console.info(f"  {config.path} is {quantised.what}: its weights are made {plain}, as is what is written")
+                console.info(f"  {config.path} is {quantised.what}: its weights, and what is made of them, become "
+                             f"{str(dtype).removeprefix('torch.')}")  # fmt: skip
                 if quantised.method == BITSANDBYTES:
                     options["device_map"] = "cpu"  # else it takes the first GPU, whatever the device is
                 else:

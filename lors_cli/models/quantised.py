@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +15,10 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 PACKED = "lors_packed"
 """`quant_method` of what `lors pack` writes."""
 BITSANDBYTES = "bitsandbytes"
-DEQUANTISED: dict[str, tuple[str, ...]] = {"fp8": (), "mxfp8": (), "mxfp4": (), "compressed-tensors": ("compressed_tensors",),
-                                          BITSANDBYTES: ("bitsandbytes",), PACKED: ()}  # fmt: skip
+DEQUANTISED: dict[str, tuple[str, ...]] = {
+    "fp8": (), "mxfp8": (), "mxfp4": (), "compressed-tensors": ("compressed_tensors",), BITSANDBYTES: ("bitsandbytes",),
+    PACKED: (),
+}  # fmt: skip
 """What transformers turns back into plain weights, on any device: `quant_method` and the packages that it needs."""
 DENSE_HINT = (
     "Give the checkpoint in bfloat16, float16 or float32 that it was made from; on the hub its page names it as the "
@@ -91,6 +94,8 @@ class Quantised:
             self._check_fp8(tensors, path)
         if self.method == "compressed-tensors":
             self._check_compressed(tensors, path)
+        if self.method == BITSANDBYTES:
+            self._check_bitsandbytes(tensors, path)
 
     def _check_fp8(self, tensors: dict[str, Any], path: str) -> None:
         """Refuse FP8 that transformers would load as other weights without a word.
@@ -116,6 +121,18 @@ class Quantised:
                     DENSE_HINT,
                 )
 
+    def _check_bitsandbytes(self, tensors: dict[str, Any], path: str) -> None:
+        """Refuse 4-bit blocks that go over the ends of rows, of which its CPU code (0.50) makes other numbers."""
+        for key, tensor in tensors.items():
+            if ".quant_state." in key:
+                state = json.loads(bytes(tensor[:].tolist()))
+                if state["shape"][-1] % state["blocksize"]:
+                    raise UsageError(
+                        f"{path}: {key.partition('.quant_state.')[0]} has rows of {state['shape'][-1]} in blocks of "
+                        f"{state['blocksize']}, which bitsandbytes does not turn back into plain weights on a CPU.",
+                        DENSE_HINT,
+                    )
+
     def _check_compressed(self, tensors: dict[str, Any], path: str) -> None:
         """Refuse compressed-tensors that transformers would load as other weights without a word.
 
@@ -133,6 +150,6 @@ class Quantised:
         ]
         if any(kind != kinds[0] for kind in kinds):
             raise UsageError(
-                f"{path} is quantised in {len(kinds)} ways ({', '.join(groups)}); transformers takes the first for all.",
+                f"{path} is quantised in several ways ({', '.join(groups)}); transformers takes one for all.",
                 DENSE_HINT,
             )

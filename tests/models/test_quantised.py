@@ -39,7 +39,10 @@ def at(folder: Path) -> ModelConfig:
     return ModelConfig(path=str(folder), device="cpu", dtype="float32")
 
 
-def store(folder: Path, quantization: dict[str, Any], change: Callable[[str, torch.Tensor], tuple[Tensors, Any]]) -> Tensors:
+Change = Callable[[str, torch.Tensor], tuple[Tensors, torch.Tensor]]
+
+
+def store(folder: Path, quantization: dict[str, Any], change: Change) -> Tensors:
     """Put every linear of a checkpoint's blocks into another format; gives the weights that it then stands for."""
     stored = load_file(folder / "model.safetensors")
     plain: Tensors = {}
@@ -89,8 +92,12 @@ def int8(name: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
     """bitsandbytes' LLM.int8(): a scale a row, 127 its largest number."""
     largest = weight.abs().amax(1)
     numbers = (weight / largest[:, None] * 127).round().to(torch.int8)
-    return {f"{name}.weight": numbers, f"{name}.SCB": largest,
-            f"{name}.weight_format": torch.tensor(0, dtype=torch.uint8)}, numbers * (largest[:, None] / 127)  # fmt: skip
+    stored = {
+        f"{name}.weight": numbers,
+        f"{name}.SCB": largest,
+        f"{name}.weight_format": torch.zeros((), dtype=torch.uint8),
+    }
+    return stored, numbers * (largest[:, None] / 127)
 
 
 BNB4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
@@ -103,8 +110,27 @@ class TestBitsandbytes:
     def package(self) -> None:
         pytest.importorskip("bitsandbytes")
 
-    def test_nf4(self, checkpoint: Path, tmp_path: Path) -> None:
-        assert_plain(checkpoint, store(checkpoint, BNB4, nf4), tmp_path)
+    @pytest.fixture
+    def wide(self, checkpoint: Path, build: Callable[..., PreTrainedModel]) -> Path:
+        """A checkpoint whose rows are whole blocks of 64."""
+        build(num_hidden_layers=3, hidden_size=64, intermediate_size=128).save_pretrained(checkpoint)
+        return checkpoint
+
+    def test_nf4(self, wide: Path, tmp_path: Path) -> None:
+        assert_plain(wide, store(wide, BNB4, nf4), tmp_path)
+
+    def test_blocks_over_the_ends_of_rows_are_refused(self, checkpoint: Path) -> None:
+        """bitsandbytes 0.50 makes other numbers of them on a CPU, without a word."""
+        from bitsandbytes import functional
+
+        weight = torch.randn(8, 96, generator=torch.Generator().manual_seed(0))
+        _, plain = nf4("up", weight)
+        assert not torch.allclose(
+            functional.dequantize_4bit(*functional.quantize_4bit(weight, quant_type="nf4")), plain
+        )
+        store(checkpoint, BNB4, nf4)
+        with pytest.raises(UsageError, match="has rows of 32 in blocks of 64"):
+            load_model(at(checkpoint))
 
     def test_int8(self, checkpoint: Path) -> None:
         plain = store(checkpoint, BNB8, int8)
@@ -114,25 +140,30 @@ class TestBitsandbytes:
 
     def test_a_network_without_linears_is_refused(self, build: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
         """GPT-2's layers are turned round; what comes back would be saved as weights of other shapes."""
-        from transformers import BitsAndBytesConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-        build("GPT-2").save_pretrained(tmp_path / "plain")
+        build("GPT-2", hidden_size=64, n_inner=64).save_pretrained(tmp_path / "plain")
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-        AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=config).save_pretrained(tmp_path / "q")
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=config)
+        model.save_pretrained(tmp_path / "q")
         with pytest.raises(UsageError, match="does not make plain weights of"):
             load_model(at(tmp_path / "q"))
 
     def test_tuning_says_that_floats_are_written(
-        self, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        self, wide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         def sparse(name: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
             kept = weight.view(-1, 4).abs().argsort(1).argsort(1) >= 2
             return nf4(name, (weight.view(-1, 4) * kept).view_as(weight))
 
-        plain = store(checkpoint, BNB4, sparse)
-        config = TuneConfig(rank=2, max_steps=1, batch_size=1, data=TuneDataConfig(dataset="pydoc", max_length=32))
-        tune(config, at(checkpoint), tmp_path / "tuned")
-        assert "is quantised (bitsandbytes): its weights are made float32" in " ".join(capsys.readouterr().err.split())
+        plain = store(wide, BNB4, sparse)
+        (tmp_path / "text.txt").write_text("w1 w2 w3 w4 w5 w6 w7 w8 " * 40)
+        data = TuneDataConfig(dataset=str(tmp_path / "text.txt"), max_length=16)
+        config = TuneConfig(rank=2, max_steps=1, batch_size=1, data=data)
+        tune(config, at(wide), tmp_path / "tuned")
+        assert "is quantised (bitsandbytes): its weights, and what is made of them, become float32" in " ".join(
+            capsys.readouterr().err.split()
+        )
         tuned = load_file(tmp_path / "tuned" / "model.safetensors")
         assert all(bool((tuned[name][weight == 0] == 0).all()) for name, weight in plain.items())
         assert not torch.equal(tuned[f"{UP}.weight"], plain[f"{UP}.weight"])
@@ -168,9 +199,11 @@ def test_mxfp8(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def compressed(format: str, **weights: Any) -> dict[str, Any]:
-    return {"quant_method": "compressed-tensors", "format": format, "quantization_status": "compressed", "ignore": [
-        "lm_head"], "config_groups": {"group_0": {"targets": ["Linear"], "weights": {
-            "num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True, **weights}}}}  # fmt: skip
+    numbers = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True, **weights}
+    return {
+        "quant_method": "compressed-tensors", "format": format, "quantization_status": "compressed",
+        "ignore": ["lm_head"], "config_groups": {"group_0": {"targets": ["Linear"], "weights": numbers}},
+    }  # fmt: skip
 
 
 def pack_quantized(name: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
@@ -191,9 +224,14 @@ def test_pack_quantized(checkpoint: Path, tmp_path: Path) -> None:
     assert_plain(checkpoint, store(checkpoint, compressed("pack-quantized"), pack_quantized), tmp_path)
 
 
-def marked(suffix: str) -> Callable[[str, torch.Tensor], tuple[Tensors, torch.Tensor]]:
+def marked(suffix: str) -> Change:
     """A tensor more beside each packed weight."""
-    return lambda name, weight: ({**pack_quantized(name, weight)[0], f"{name}.{suffix}": torch.arange(weight.shape[1])}, weight)
+
+    def change(name: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+        tensors, plain = pack_quantized(name, weight)
+        return {**tensors, f"{name}.{suffix}": torch.arange(weight.shape[1])}, plain
+
+    return change
 
 
 @pytest.fixture
@@ -217,7 +255,7 @@ class TestCompressedTensorsThatWouldBeOtherWeights:
         settings = compressed("pack-quantized")
         settings["config_groups"]["group_1"] = {"targets": ["re:.*mlp.*"], "weights": {"num_bits": 8, "type": "int"}}
         store(checkpoint, settings, pack_quantized)
-        with pytest.raises(UsageError, match=r"is quantised in 2 ways \(group_0, group_1\)"):
+        with pytest.raises(UsageError, match=r"is quantised in several ways \(group_0, group_1\)"):
             load_model(at(checkpoint))
 
 
