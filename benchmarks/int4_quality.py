@@ -59,7 +59,7 @@ class Row:
 def _tuned(base: str, label: str) -> dict[str, Row]:
     """A sparse int4 model tuned in three ways."""
     return {
-        f"{base}-lors": Row(f"{label}, LoRS, merged into floats", "sparse bfloat16", base=base),
+        f"{base}-lors": Row(f"{label}, LoRS, merged into floats", "sparse bfloat16, tuned", base=base),
         f"{base}-lors-qa": Row(f"{label}, LoRS-QA", "sparse int4, tuned", base=base, tune=(AWARE,)),
         f"{base}-sqft-qa": Row(f"{label}, SQFT-QA", "sparse int4, tuned", base=base, tune=("method=sqft", AWARE)),
     }
@@ -76,8 +76,8 @@ ROWS: dict[str, Row] = {
     **_tuned("sparsegpt-int4", "2:4 int4, SparseGPT"),
     **_tuned("admm-int4", "2:4 int4, ADMM + reconstruction"),
 }
-COLOURS = {"dense": "#4D4D4D", "dense, few bits": "#CC79A7", "sparse bfloat16": "#E69F00", "sparse int4": "#56B4E9",
-           "sparse int4, tuned": "#0072B2"}  # fmt: skip
+COLOURS = {"dense": "#4D4D4D", "dense, few bits": "#CC79A7", "sparse bfloat16": "#E69F00",
+           "sparse bfloat16, tuned": "#D55E00", "sparse int4": "#56B4E9", "sparse int4, tuned": "#0072B2"}  # fmt: skip
 
 
 # ---- one cell
@@ -317,26 +317,29 @@ def table(rows: dict[str, Figures]) -> Iterator[str]:
 BEGIN, END = "<!-- made by benchmarks/int4_quality.py -->", "<!-- end -->"
 
 
-def with_table(page: str, rows: dict[str, Figures]) -> str:
-    """A page with the table between its marks made anew."""
+def with_table(page: str, rows: dict[str, Figures], image: str | None = None) -> str:
+    """A page with what is between its marks made anew: the table, and a link to the figure beside the page."""
     before, _, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     assert end, f"the page has no {BEGIN} … {END}"
-    return f"{before}{BEGIN}\n\n" + "\n".join(table(rows)) + f"\n\n{END}{after}"
+    shown = "\n".join(table(rows)) + (f"\n\n![Quality over bits a weight]({image})" if image else "")
+    return f"{before}{BEGIN}\n\n{shown}\n\n{END}{after}"
 
 
 def figure(rows: dict[str, Figures]) -> bytes:
-    """Perplexity and accuracy over bits a weight, as PNG."""
+    """Perplexity, and accuracy where it was measured, over bits a weight, as PNG."""
     from lors_cli.report import drawing
 
     with drawing.style():
-        canvas = drawing.canvas(11, 4.6)
-        left, right = canvas.subplots(1, 2)
-        _panel(left, rows, "wikitext2", 1, "WikiText-2 perplexity (lower is better)")
-        _panel(right, rows, "mean_acc", 100, "Mean of seven tasks, % (higher is better)")
-        left.set_yscale("log")
-        drawing.plain_ticks(left.yaxis)
-        handles, labels = left.get_legend_handles_labels()
+        has_tasks = any("mean_acc" in figures for figures in rows.values())
+        canvas = drawing.canvas(13 if has_tasks else 7, 5.2)
+        panels = canvas.subplots(1, 1 + has_tasks, squeeze=False)[0]
+        panels[0].set_yscale("log")
+        _panel(panels[0], rows, "wikitext2", 1, "WikiText-2 perplexity (lower is better)")
+        drawing.plain_ticks(panels[0].yaxis)
+        if has_tasks:
+            _panel(panels[1], rows, "mean_acc", 100, "Mean of seven tasks, % (higher is better)")
+        handles, labels = panels[0].get_legend_handles_labels()
         canvas.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9)
         return drawing.png(canvas)
 
@@ -344,18 +347,23 @@ def figure(rows: dict[str, Figures]) -> bytes:
 def _panel(axes: Any, rows: dict[str, Figures], key: str, factor: float, title: str) -> None:
     from lors_cli.report import drawing
 
-    for family, colour in COLOURS.items():
-        found = [(name, figures) for name, figures in rows.items() if ROWS[name].family == family and key in figures]
-        axes.scatter([figures["bits"] for _, figures in found], [factor * figures[key] for _, figures in found], s=34,
-                     color=colour, label=family, zorder=3)  # fmt: skip
-        for name, figures in found:
-            place = figures["bits"], factor * figures[key]
-            axes.annotate(name, place, (5, 3), textcoords="offset points", fontsize=7)
     axes.set_xscale("log", base=2)
+    places = {name: (figures["bits"], factor * figures[key]) for name, figures in rows.items() if key in figures}
+    for family, colour in COLOURS.items():
+        found = [place for name, place in places.items() if ROWS[name].family == family]
+        axes.scatter([bits for bits, _ in found], [value for _, value in found], s=34, color=colour, label=family,
+                     zorder=3)  # fmt: skip
+    axes.set_xlim(2.7, 24)  # room for the last name
     axes.set_xticks([3, 4, 6, 9, 16], ["3", "4", "6", "9", "16"])
     axes.set_xlabel("bits a weight, over the linears")
     axes.set_title(title, fontsize=11)
     axes.grid(color=drawing.GRID, linewidth=0.6)
+    taken: dict[int, float] = {}
+    for name, place in sorted(places.items(), key=lambda item: item[1][1]):
+        column, height = round(4 * math.log2(place[0])), 72 / axes.figure.dpi * axes.transData.transform(place)[1]
+        up = max(2.0, taken.get(column, -math.inf) + 8 - height)  # points; names of one column stay apart
+        taken[column] = height + up
+        axes.annotate(name, place, (6, up - 4), textcoords="offset points", fontsize=7)
 
 
 def main() -> None:
@@ -380,7 +388,8 @@ def main() -> None:
         if options.plot:
             options.plot.write_bytes(figure(rows))
         if options.page:
-            options.page.write_text(with_table(options.page.read_text(), rows))
+            image = options.plot.name if options.plot else None
+            options.page.write_text(with_table(options.page.read_text(), rows, image))
         return
     for name in ("work", "data_dir", "calibration"):
         if getattr(options, name) is None:

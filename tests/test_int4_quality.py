@@ -111,6 +111,7 @@ def test_the_table_of_a_page_is_made_anew() -> None:
     assert "| dense bfloat16 | 16.00 | 16.00 | 269 | 29.53 | 45.00 |" in new
     assert "| 2:4 int4, SparseGPT | 3.13 | 5.80 | 98 | 120.00 |  |" in new
     assert int4_quality.with_table(new, FIGURES) == new
+    assert "\n\n![Quality over bits a weight](plot.png)\n\n" in int4_quality.with_table(new, FIGURES, "plot.png")
 
 
 def test_the_figure_is_small_and_the_same_each_time() -> None:
@@ -118,3 +119,5 @@ def test_the_figure_is_small_and_the_same_each_time() -> None:
     assert png.startswith(b"\x89PNG")
     assert len(png) < 200_000
     assert png == int4_quality.figure(FIGURES)
+    perplexities = {"dense": {key: value for key, value in FIGURES["dense"].items() if key != "mean_acc"}}
+    assert int4_quality.figure(perplexities).startswith(b"\x89PNG")

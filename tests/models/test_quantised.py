@@ -19,10 +19,11 @@ from lors_cli.errors import MissingError, UsageError
 from lors_cli.models import quantised
 from lors_cli.models.inspection import inspect
 from lors_cli.models.loading import load_config, load_model
+from lors_cli.models.packed.stage import pack_model
 from lors_cli.models.size import model_size
 from lors_cli.models.streaming import open_blockwise
 from lors_cli.pruning.stage import prune
-from lors_cli.recipe.schema import ModelConfig, PruneConfig, TuneConfig, TuneDataConfig
+from lors_cli.recipe.schema import ModelConfig, PackConfig, PruneConfig, TuneConfig, TuneDataConfig
 from lors_cli.tuning.stage import tune
 
 Tensors = dict[str, torch.Tensor]
@@ -257,6 +258,14 @@ class TestCompressedTensorsThatWouldBeOtherWeights:
         store(checkpoint, settings, pack_quantized)
         with pytest.raises(UsageError, match=r"is quantised in several ways \(group_0, group_1\)"):
             load_model(at(checkpoint))
+
+
+@pytest.mark.usefixtures("all_there")
+def test_pack_takes_plain_weights_alone(checkpoint: Path, tmp_path: Path) -> None:
+    store(checkpoint, BNB4, nf4)
+    with pytest.raises(UsageError, match=r"is quantised \(bitsandbytes\); only plain weights are packed") as raised:
+        pack_model(PackConfig(), at(checkpoint), tmp_path / "packed")
+    assert str(raised.value.hint) == "lors prune makes a sparse model of it."
 
 
 # ---- kinds that nothing undoes
