@@ -279,7 +279,7 @@ def test_where_there_is_no_kernel_weights_are_unpacked_and_it_is_said_why(
     sparse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pack(sparse, tmp_path / "packed")
-    monkeypatch.setattr("lors_cli.models.packed.kernels.ops.available", lambda dtype: "there is no C compiler here")
+    monkeypatch.setattr("lors_cli.models.packed.kernels.ops.available", lambda *_: "there is no C compiler here")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
     assert type(model.get_submodule(LAYERS[0])) is torch.nn.Linear
     assert "there is no C compiler here" in capsys.readouterr().err
