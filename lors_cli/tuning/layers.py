@@ -8,6 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lors_cli.grid import Grid, GridSpec
+from lors_cli.tuning.kernels.rounding import Rounding
+
 
 class AdapterLinear(nn.Module):
     """A frozen linear with a trainable low-rank update; at its start it computes what the linear did.
@@ -21,6 +24,12 @@ class AdapterLinear(nn.Module):
 
     keeps_zeros = True
     """Whether the merged weight is zero wherever the base is."""
+
+    rounding: Rounding = "nearest"
+    """Of merged weights to bfloat16, or to a grid."""
+    grid_spec: GridSpec | None = None
+    grid_scales: torch.Tensor
+    grid_zeros: torch.Tensor | None
 
     weight: torch.Tensor
     lora_A: nn.Parameter
@@ -39,6 +48,18 @@ class AdapterLinear(nn.Module):
     def take_weight(self, weight: torch.Tensor) -> None:
         """Hold the linear's weight, so that `self.weight` gives it."""
         self.weight = weight
+
+    def stay_on(self, grid: Grid) -> None:
+        """Round the merged weight to the grid that the weight lies on."""
+        self.grid_spec = grid.spec
+        self.register_buffer("grid_scales", grid.scales.to(self.weight.device), persistent=False)
+        zeros = None if grid.zeros is None else grid.zeros.to(self.weight.device)
+        self.register_buffer("grid_zeros", zeros, persistent=False)
+
+    @property
+    def grid(self) -> Grid | None:
+        """What the merged weight is rounded to; None where it leaves the grid or there is none."""
+        return None if self.grid_spec is None else Grid(self.grid_spec, self.grid_scales, self.grid_zeros)
 
     def make_adapters(self) -> None:
         """Draw `lora_A` and `lora_B`."""

@@ -3,6 +3,8 @@
 Legend: W (R, C) sparse weight, X (tokens, C) input, Y (tokens, R) output, A = lora_A (r, C), B = lora_B (R, r),
 s scale, W_t = (W + s·B·A) ⊙ (W ≠ 0), dY, dX, dA, dB gradients; R out_features, C in_features, r rank.
 
+Quantisation-aware, W_t is rounded to the grid that W lies on.
+
 Source: LoRS Algorithms 1 and 2, arXiv:2501.08582 (its A is our lora_B, its B our lora_A).
 """
 
@@ -16,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lors_cli.errors import UsageError
+from lors_cli.grid import Grid
 from lors_cli.models.packed.format import Packed, pack
 from lors_cli.models.packed.kernels.choice import unpack
 from lors_cli.sparsity import TWO_OF_FOUR, num_violations
@@ -41,12 +44,14 @@ class _LorsFunction(torch.autograd.Function):
         scale: float,
         cache: MergedCache | None,
         rounding: Rounding,
+        grid: Grid | None,
     ) -> torch.Tensor:
         parts = (weight.values, weight.mask, weight.starts) if isinstance(weight, Packed) else (weight,)
         ctx.save_for_backward(x, lora_A, lora_B, *parts)
-        ctx.scale, ctx.cache, ctx.rounding = scale, cache, rounding
+        ctx.scale, ctx.cache, ctx.rounding, ctx.grid = scale, cache, rounding, grid
         ctx.packing = (weight.columns, weight.pattern) if isinstance(weight, Packed) else ()
-        return F.linear(x, _merged(weight, lora_A, lora_B, scale, x.dtype, cache, rounding, last_use=False), bias)
+        W_t = _merged(weight, lora_A, lora_B, scale, x.dtype, cache, rounding, grid, last_use=False)
+        return F.linear(x, W_t, bias)
 
     @staticmethod
     @once_differentiable
@@ -56,7 +61,7 @@ class _LorsFunction(torch.autograd.Function):
         s = ctx.scale
         dX = dbias = dA = dB = None
         if ctx.needs_input_grad[0]:
-            dX = dY @ _merged(weight, lora_A, lora_B, s, x.dtype, ctx.cache, ctx.rounding, last_use=True)
+            dX = dY @ _merged(weight, lora_A, lora_B, s, x.dtype, ctx.cache, ctx.rounding, ctx.grid, last_use=True)
         dY2, X = dY.reshape(-1, dY.shape[-1]), x.reshape(-1, x.shape[-1])
         if ctx.needs_input_grad[2]:
             dbias = dY2.sum(0)
@@ -64,17 +69,17 @@ class _LorsFunction(torch.autograd.Function):
             dA = ((dY2 @ lora_B.to(dY.dtype)).T @ X).to(lora_A.dtype).mul_(s)
         if ctx.needs_input_grad[4]:
             dB = (dY2.T @ (X @ lora_A.to(X.dtype).T)).to(lora_B.dtype).mul_(s)
-        return dX, None, dbias, dA, dB, None, None, None
+        return dX, None, dbias, dA, dB, None, None, None, None
 
 
 def _merged(
     weight: torch.Tensor | Packed, lora_A: torch.Tensor, lora_B: torch.Tensor, scale: float, dtype: torch.dtype,
-    cache: MergedCache | None, rounding: Rounding, *, last_use: bool,
+    cache: MergedCache | None, rounding: Rounding, grid: Grid | None, *, last_use: bool,
 ) -> torch.Tensor:  # fmt: skip
     if cache is None:
         weight = unpack(weight) if isinstance(weight, Packed) else weight
-        return masked_merge_formula(weight, lora_A, lora_B, scale, dtype, rounding)
-    return cache.merged(weight, lora_A, lora_B, scale, dtype, last_use=last_use, rounding=rounding)
+        return masked_merge_formula(weight, lora_A, lora_B, scale, dtype, rounding, grid)
+    return cache.merged(weight, lora_A, lora_B, scale, dtype, last_use=last_use, rounding=rounding, grid=grid)
 
 
 def lors_linear(
@@ -87,10 +92,11 @@ def lors_linear(
     *,
     cache: MergedCache | None = None,
     rounding: Rounding = "nearest",
+    grid: Grid | None = None,
 ) -> torch.Tensor:
     """Y = X·W_tᵀ + bias with W_t = (W + s·B·A) ⊙ (W ≠ 0), recomputed in backward.
 
-    Gradients: dX = dY·W_t; dB = s·dYᵀ(X·Aᵀ); dA = s·(dY·B)ᵀX. The mask is ignored in the adapters' gradients
+    Gradients: dX = dY·W_t; dB = s·dYᵀ(X·Aᵀ); dA = s·(dY·B)ᵀX. Mask and rounding are ignored in the adapters' gradients
     (straight-through), so no (R, C) gradient is ever formed. Products are in the weight's dtype, under autocast in
     autocast's (W_t is then rounded to it once).
 
@@ -100,7 +106,8 @@ def lors_linear(
         lora_A: (r, C), usually float32.
         lora_B: (R, r), usually float32.
         cache: keeps W_t between calls; default: W_t is built in scratch memory each time it is needed.
-        rounding: of W_t to bfloat16.
+        rounding: of W_t to bfloat16 or to the grid.
+        grid: that W lies on and W_t is to lie on too (quantisation-aware).
 
     Returns:
         (…, R) in the products' dtype.
@@ -115,7 +122,7 @@ def lors_linear(
     holder = None if torch.compiler.is_compiling() else cache or _NO_CACHE
     with torch.autocast(kind, enabled=False):
         bias = None if bias is None else bias.to(dtype)
-        Y = _LorsFunction.apply(rows_of(x.to(dtype)), weight, bias, lora_A, lora_B, scale, holder, rounding)
+        Y = _LorsFunction.apply(rows_of(x.to(dtype)), weight, bias, lora_A, lora_B, scale, holder, rounding, grid)
     return Y.view(*x.shape[:-1], Y.shape[-1])
 
 
@@ -126,8 +133,6 @@ def rows_of(x: torch.Tensor) -> torch.Tensor:
 
 class LorsLinear(AdapterLinear):
     """A frozen sparse linear with a LoRS adapter; `cache` says how long the merged weight is kept."""
-
-    rounding: Rounding = "nearest"
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float, *, use_rslora: bool = True) -> None:
         super().__init__(linear, rank, alpha, use_rslora=use_rslora)
@@ -141,11 +146,11 @@ class LorsLinear(AdapterLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, C) → (…, R)."""
         return lors_linear(x, self.held, self.bias, self.lora_A, self.lora_B, self.scale, cache=self.cache,
-                           rounding=self.rounding)  # fmt: skip
+                           rounding=self.rounding, grid=self.grid)  # fmt: skip
 
     def merged_weight(self) -> torch.Tensor:
         """The very weight of the forward pass, (R, C) in the base's dtype."""
-        return masked_merge(self.held, self.lora_A, self.lora_B, self.scale, rounding=self.rounding)
+        return masked_merge(self.held, self.lora_A, self.lora_B, self.scale, rounding=self.rounding, grid=self.grid)
 
 
 class PackedLorsLinear(LorsLinear):

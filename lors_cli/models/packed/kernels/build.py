@@ -51,7 +51,7 @@ def library(target: str = NATIVE, *defines: str) -> ctypes.CDLL:
     for prefix in ("f32", "bf16"):
         linear, unpack = getattr(found, f"{prefix}_linear"), getattr(found, f"{prefix}_unpack")
         linear.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 3
-        getattr(found, f"{prefix}_merge").argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 5
+        getattr(found, f"{prefix}_merge").argtypes = [ctypes.c_void_p] * 9 + [ctypes.c_int64] * 7
         unpack.argtypes, unpack.restype = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 2, None
     return found
 

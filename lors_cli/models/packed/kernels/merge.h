@@ -2,7 +2,7 @@
  *
  * Every sum is ((B[0] A[0] + B[1] A[1]) + …) + W, no product rounded before it is added: its bits depend neither on
  * the number of threads nor on the shape, and are those of MKL's product in float32 wherever MKL's are as steady.
- * To bfloat16 it is rounded by the thresholds of `tuning/kernels/rounding.py`.
+ * To bfloat16 it is rounded by the thresholds of `tuning/kernels/rounding.py`, to a grid of few bits by `on_grid`.
  */
 
 /* A in words too: [word][rank][32], columns past the last one zero. */
@@ -15,32 +15,44 @@ static void T(lay_out_A)(const struct merge *m, float *to, const float *A) {
         }
 }
 
-/* `to` = a word of `weight` and its sums, masked and rounded. */
-ALWAYS_INLINE void T(finish)(VALUE *to, const VALUE *weight, const lanes *sum, const int32_t *thresholds) {
+/* The step of a group, in a row, on the grid. */
+ALWAYS_INLINE struct step T(step_of)(const struct merge *m, int64_t row, int64_t group) {
+    int64_t place = row * ((m->columns + m->group - 1) / m->group) + group, top = (1 << m->bits) - 1;
+    float zero = m->zeros ? m->zeros[place] : 1 << (m->bits - 1);
+    return (struct step){(lanes){0} + T(to_float)(((const VALUE *)m->scales)[place]), (lanes){0} - zero,
+                         (lanes){0} + ((float)top - zero)};
+}
+
+/* `to` = a word of `weight` and its sums, masked and rounded, to the grid where there is a step of it. */
+ALWAYS_INLINE void T(finish)(VALUE *to, const VALUE *weight, const lanes *sum, const int32_t *thresholds,
+                             const struct step *step) {
     UNROLL for (int i = 0; i < PARTS; i++) {
         bits_of_lanes bits = T(bits)(weight + i * LANES), total, threshold = {0};
         lanes w, merged;
         memcpy(&w, &bits, sizeof w);
         merged = w + sum[i];
+        if (step) merged = on_grid(w, merged, step, thresholds ? thresholds + i * LANES : NULL);
         memcpy(&total, &merged, sizeof total);
-        if (sizeof(VALUE) == 2) memcpy(&threshold, thresholds + i * LANES, sizeof threshold);
+        if (step) total = T(rounded)(total);
+        else if (sizeof(VALUE) == 2) memcpy(&threshold, thresholds + i * LANES, sizeof threshold);
         T(put)(to + i * LANES, (total + threshold) & (bits_of_lanes)(bits << 1 != 0)); /* zeros have a sign */
     }
 }
 
 /* A word of which only `count` columns are there. */
-static void T(finish_last)(VALUE *to, const VALUE *weight, const lanes *sum, const int32_t *thresholds, int64_t count) {
+static void T(finish_last)(VALUE *to, const VALUE *weight, const lanes *sum, const int32_t *thresholds,
+                           const struct step *step, int64_t count) {
     VALUE result[32], padded[32] = {0};
     int32_t some[32] = {0};
     memcpy(padded, weight, (size_t)count * sizeof *padded);
     if (thresholds) memcpy(some, thresholds, (size_t)count * sizeof *some);
-    T(finish)(result, padded, sum, some);
+    T(finish)(result, padded, sum, thresholds ? some : NULL, step);
     memcpy(to, result, (size_t)count * sizeof *to);
 }
 
 /* Words from `word` to `end` of `height` rows, whose sums stay in registers. */
-ALWAYS_INLINE void T(merge_block)(const struct merge *m, const int packed, int64_t row, const int height, int64_t word,
-                                  int64_t end) {
+ALWAYS_INLINE void T(merge_block)(const struct merge *m, const int packed, const int grid, int64_t row,
+                                  const int height, int64_t word, int64_t end) {
     const int64_t rank = m->rank, columns = m->columns, words = m->words, out_stride = m->out_stride;
     const uint32_t *mask = packed ? m->mask + row * words : NULL;
     const int32_t *thresholds = m->thresholds ? m->thresholds + row % PERIOD * columns : NULL;
@@ -63,6 +75,7 @@ ALWAYS_INLINE void T(merge_block)(const struct merge *m, const int packed, int64
             UNROLL for (int r = 0; r < height; r++) UNROLL for (int i = 0; i < PARTS; i++)
                 sum[r][i] = multiply_add(b[r * rank + k], part[i], sum[r][i]);
         }
+        const int64_t group = grid ? c * 32 / m->group : 0;
         UNROLL for (int r = 0; r < height; r++) {
             __builtin_prefetch(next[r] + ahead, 0, 2);
             __builtin_prefetch(out + (r + later) * out_stride + c * 32, 1, 2);
@@ -75,39 +88,50 @@ ALWAYS_INLINE void T(merge_block)(const struct merge *m, const int packed, int64
                 next[r] += __builtin_popcount(bits);
                 weight = expanded;
             } else next[r] += 32;
-            if (c * 32 + 32 <= columns) T(finish)(out + r * out_stride + c * 32, weight, sum[r], threshold);
+            struct step step;
+            if (grid) step = T(step_of)(m, row + r, group);
+            if (c * 32 + 32 <= columns)
+                T(finish)(out + r * out_stride + c * 32, weight, sum[r], threshold, grid ? &step : NULL);
             else {
                 lanes last[PARTS]; /* those of `sum` would not stay in registers */
                 UNROLL for (int i = 0; i < PARTS; i++) last[i] = sum[r][i];
-                T(finish_last)(out + r * out_stride + c * 32, weight, last, threshold, columns - c * 32);
+                T(finish_last)(out + r * out_stride + c * 32, weight, last, threshold, grid ? &step : NULL,
+                               columns - c * 32);
             }
         }
     }
 }
 
 /* One thread's rows, in strips whose part of A and whose thresholds stay in the cache. */
-static void T(merge_share)(int64_t first, int64_t end, void *context) {
-    const struct merge *m = context;
+ALWAYS_INLINE void T(merge_rows)(const struct merge *m, const int packed, const int grid, int64_t first, int64_t end) {
     int64_t width = MAX(STRIP / (32 * 4 * (m->rank + (m->thresholds ? PERIOD : 0))), 1);
     for (int64_t word = 0; word < m->words; word += width) {
         int64_t stop = MIN(word + width, m->words);
         for (int64_t row = first, height; row < end; row += height) { /* none of several rows goes past the period */
             height = row % MERGED_ROWS == 0 && row + MERGED_ROWS <= end ? MERGED_ROWS : 1;
-            if (height > 1 && m->mask) T(merge_block)(m, 1, row, MERGED_ROWS, word, stop);
-            else if (height > 1) T(merge_block)(m, 0, row, MERGED_ROWS, word, stop);
-            else if (m->mask) T(merge_block)(m, 1, row, 1, word, stop);
-            else T(merge_block)(m, 0, row, 1, word, stop);
+            if (height > 1) T(merge_block)(m, packed, grid, row, MERGED_ROWS, word, stop);
+            else T(merge_block)(m, packed, grid, row, 1, word, stop);
         }
     }
 }
 
+static void T(merge_share)(int64_t first, int64_t end, void *context) {
+    const struct merge *m = context;
+    if (m->group && m->mask) T(merge_rows)(m, 1, 1, first, end);
+    else if (m->group) T(merge_rows)(m, 0, 1, first, end);
+    else if (m->mask) T(merge_rows)(m, 1, 0, first, end);
+    else T(merge_rows)(m, 0, 0, first, end);
+}
+
 /* out[rows, columns] of a weight, plain or with a mask and offsets packed; strides are of rows. Thresholds
- * [PERIOD, columns] for bfloat16, A [rank, columns], scaled, and B [rows, rank] are float32. 0, or 1 without memory. */
+ * [PERIOD, columns] for bfloat16, A [rank, columns], scaled, and B [rows, rank] are float32. Scales [rows, groups] are
+ * those of a grid of `bits` in groups of so many columns, a multiple of 32, with zero points like them or NULL, or
+ * group is 0 without a grid; thresholds are then for any type, and NULL for the nearest. 0, or 1 without memory. */
 int T(merge)(const VALUE *weight, const uint32_t *mask, const int64_t *offsets, const float *A, const float *B,
-             const int32_t *thresholds, VALUE *out, int64_t rows, int64_t columns, int64_t rank, int64_t weight_stride,
-             int64_t out_stride) {
-    struct merge m = {weight, mask, offsets, NULL, B, thresholds, out, rows, columns, (columns + 31) / 32, rank,
-                      weight_stride, out_stride};
+             const int32_t *thresholds, const VALUE *scales, const uint8_t *zeros, VALUE *out, int64_t rows,
+             int64_t columns, int64_t rank, int64_t weight_stride, int64_t out_stride, int64_t group, int64_t bits) {
+    struct merge m = {weight, mask, offsets, NULL, B, thresholds, scales, zeros, out, rows, columns,
+                      (columns + 31) / 32, rank, weight_stride, out_stride, group, bits};
     float *words = malloc((size_t)(m.words * rank * 32) * sizeof *words);
     if (!words) return 1;
     T(lay_out_A)(&m, words, A);
