@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from lors_cli.errors import UsageError
 from lors_cli.grid import Grid, GridSpec
+from lors_cli.models.tensor_files import write_tensors
 
 GRIDS_NAME = "grid/scales.safetensors"
 
@@ -24,10 +24,10 @@ GRIDS_NAME = "grid/scales.safetensors"
 def save_grids(folder: Path, grids: Mapping[str, Grid]) -> None:
     """Write the grids of a checkpoint's linears, by full name, all of one kind, into its folder."""
     spec = next(iter(grids.values())).spec
-    tensors = {f"{name}.scale": grid.scales.contiguous() for name, grid in grids.items()}
-    tensors |= {f"{name}.zero": grid.zeros.contiguous() for name, grid in grids.items() if grid.zeros is not None}
+    tensors = {f"{name}.scale": grid.scales for name, grid in grids.items()}
+    tensors |= {f"{name}.zero": grid.zeros for name, grid in grids.items() if grid.zeros is not None}
     (folder / GRIDS_NAME).parent.mkdir(exist_ok=True)
-    save_file(tensors, folder / GRIDS_NAME, metadata={
+    write_tensors(folder / GRIDS_NAME, tensors, {
         "bits": str(spec.bits), "group_size": str(spec.group_size), "symmetric": str(spec.symmetric).lower(),
     })  # fmt: skip
 

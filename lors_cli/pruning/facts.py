@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Literal
+
+from lors_cli.grid import GridSpec
 
 if TYPE_CHECKING:
     from lors_cli.recipe.schema import PruneConfig
@@ -17,5 +20,10 @@ RECONSTRUCTION_SAMPLES = 4
 
 
 def statistics_kind(config: PruneConfig) -> Kind:
-    """What must be known of the inputs: what the method looks at, or the Hessian when weights are refitted."""
-    return "hessian" if config.refit else STATISTICS[config.method]
+    """What must be known of the inputs: what the method looks at; the Hessian when weights are refitted or rounded."""
+    return "hessian" if config.refit or config.quantize else STATISTICS[config.method]
+
+
+def grid_spec(config: PruneConfig) -> GridSpec | None:
+    """The grids that kept weights are rounded to; None where they stay floats."""
+    return GridSpec(**asdict(config.quantize)) if config.quantize else None

@@ -49,8 +49,9 @@ def _identity(
     """The version of the code, the settings and the inputs that make a result what it is."""
     settings = {**asdict(config), "sparsity": Pattern.of(config).sparsity, "true_sequential": config.sequential}
     del settings["calibration"]["offload"]
-    if not config.skip:  # earlier versions had none
-        del settings["skip"]
+    for key in ("skip", "quantize"):  # earlier versions had none
+        if not settings[key]:
+            del settings[key]
     inputs = {"model": model_fingerprint}
     if statistics_kind(config) == "none":
         del settings["calibration"]
@@ -182,6 +183,13 @@ def _metrics(outcome: Outcome, pattern: Pattern, source: BlockwiseModel, batches
             f"{broken[0].violations} violations; nothing was written.",
             "This is a fault of the pruning method: please report it with the recipe.",
         )
+    off_grid = [name for name, number in outcome.off_grid.items() if number]
+    if off_grid:
+        raise SparsityError(
+            f"{len(off_grid)} quantised weights have values off their grids, first {off_grid[0]} with "
+            f"{outcome.off_grid[off_grid[0]]}; nothing was written.",
+            "This is a fault of the pruning method: please report it with the recipe.",
+        )
     network = source.network
     metrics = {**summarise(outcome.layers, pattern), "dtype": str(network.dtype).removeprefix("torch."),
                "commit": getattr(network.config, "_commit_hash", None)}  # fmt: skip
@@ -210,13 +218,18 @@ def _write_checkpoint(
     metrics: dict[str, Any],
 ) -> None:  # fmt: skip
     from lors_cli.models.card import model_card
+    from lors_cli.models.grids import save_grids
     from lors_cli.models.loading import MAX_SHARD_SIZE, save_settings
     from lors_cli.models.origins import inherited, with_dataset
     from lors_cli.models.tensor_files import write_checkpoint
+    from lors_cli.pruning.walk.driver import block_grids
 
     staging = records.staging_dir(out)
     save_settings(source.network, tokenizer, staging)
-    write_checkpoint(staging, _tensors(source, out / records.WORK_NAME), max_shard_size=MAX_SHARD_SIZE)
+    work = out / records.WORK_NAME
+    write_checkpoint(staging, _tensors(source, work), max_shard_size=MAX_SHARD_SIZE)
+    if config.quantize:
+        save_grids(staging, block_grids(work, len(source.blocks)))
     fields = inherited(model)
     if "calibration" in metrics:
         fields = with_dataset(fields, metrics["calibration"]["source"])

@@ -37,6 +37,18 @@ class CalibrationConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class QuantizeConfig(Section):
+    """Kept weights rounded to few values while others are removed, so that `lors pack` needs few bits for them."""
+
+    bits: Literal[4, 8] = 4
+    """Of a kept weight's code; a group of weights takes 2^bits values at most."""
+    group_size: Literal[32, 64, 128] = 128
+    """Consecutive inputs of a row that share a scale, whatever is kept of them."""
+    symmetric: bool = True
+    """The values of a group lie around 0 alike. false: it has a zero point of its own (8 bits more a group)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PruneConfig(Section):
     """Which weights to remove, and how the rest makes up for them."""
 
@@ -61,6 +73,9 @@ class PruneConfig(Section):
     scores share fewer groups; the dense model's function stays."""
     layer_sparsity: Literal["uniform", "owl"] = "uniform"
     """Unstructured only: the same sparsity for every block, or less for blocks with many outliers (OWL)."""
+    quantize: QuantizeConfig | None = None
+    """Round the kept weights to 4 or 8 bits as well: sparsegpt finds mask and rounded weights in one sweep; the others
+    choose the mask, and GPTQ (arXiv:2210.17323) rounds what is kept. Default: weights stay floats."""
     skip: tuple[Name, ...] = ()
     """Weights that stay dense: full names, or globs of them such as `model.layers.0.*` and `*.down_proj`. The sparsity
     asked for is that of the others."""
@@ -70,6 +85,6 @@ class PruneConfig(Section):
     @property
     def sequential(self) -> bool:
         """Whether groups are pruned one after the other (`true_sequential`, or what the method implies)."""
-        if self.method == "magnitude" and not self.refit:
+        if self.method == "magnitude" and not (self.refit or self.quantize):
             return False
         return self.method == "admm" if self.true_sequential is None else self.true_sequential

@@ -24,7 +24,13 @@ def broken(config: Any) -> Iterator[tuple[str, str]]:
 
 def _blind(c: Any) -> bool:
     """Whether pruning looks at no inputs."""
-    return bool(c.method == "magnitude" and not c.refit)
+    return bool(c.method == "magnitude" and not (c.refit or c.quantize))
+
+
+def _floats(c: Any) -> str | None:
+    """The setting that makes floats of the weights again, where they are to be quantised."""
+    found = {"method: admm": c.method == "admm", "refit": c.refit, "reconstruct_epochs": c.reconstruct_epochs}
+    return next((key for key, is_set in found.items() if is_set), None) if c.quantize else None
 
 
 def implied_sparsity(pattern: str) -> float | None:
@@ -95,17 +101,24 @@ RULES: dict[str, tuple[Rule, ...]] = {
          "history)",
          "`text`, or `messages` (and `system`), or `instruction` and `output` (and `input`, `system`, `history`)."),
     ),
+    "QuantizeConfig": (
+        ("symmetric", lambda c: c.bits == 8 and not c.symmetric,
+         "8 bits are symmetric: bfloat16 could not tell the values of other grids apart; leave it out",
+         "`symmetric: false` needs `bits: 4`."),
+    ),
     "PruneConfig": (
         ("true_sequential", lambda c: c.true_sequential and _blind(c),
          "magnitude looks at no inputs; choose another method",
-         "`true_sequential` needs a method that looks at inputs: not `magnitude`, unless `refit` is on."),
+         "`true_sequential` needs a method that looks at inputs: not `magnitude`, unless `refit` or `quantize` is on."),
         ("layer_sparsity",
          lambda c: c.layer_sparsity == "owl" and (c.pattern != "unstructured" or c.method == "magnitude"),
          "owl needs pattern: unstructured and a method that looks at inputs",
          "`layer_sparsity: owl` needs `pattern: unstructured` and a method other than `magnitude`."),
         ("reconstruct_epochs", lambda c: c.reconstruct_epochs and _blind(c),
          "magnitude takes no calibration samples; choose another method",
-         "`reconstruct_epochs` needs calibration samples: not `magnitude`, unless `refit` is on."),
+         "`reconstruct_epochs` needs calibration samples: not `magnitude`, unless `refit` or `quantize` is on."),
+        ("quantize", _floats, "{found} leaves weights between the values of a grid; leave one of them out",
+         "`quantize` excludes `method: admm`, `refit` and `reconstruct_epochs`."),
         ("channel_permutation", lambda c: c.channel_permutation and c.pattern == "unstructured",
          "groups of M are what it fills; it needs a pattern N:M",
          "`channel_permutation` needs a pattern N:M."),

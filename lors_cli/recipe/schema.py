@@ -21,6 +21,7 @@ from lors_cli.recipe.evaluation import ModelRole as ModelRole
 from lors_cli.recipe.packing import PackConfig as PackConfig
 from lors_cli.recipe.pruning import CalibrationConfig as CalibrationConfig
 from lors_cli.recipe.pruning import PruneConfig as PruneConfig
+from lors_cli.recipe.pruning import QuantizeConfig as QuantizeConfig
 from lors_cli.recipe.section import Section
 from lors_cli.recipe.tuning import DistillConfig as DistillConfig
 from lors_cli.recipe.tuning import TuneConfig as TuneConfig

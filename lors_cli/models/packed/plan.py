@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lors_cli.errors import UsageError
-from lors_cli.models.packed.format import num_kept
+from lors_cli.models.packed.format import num_stored
 from lors_cli.output import progress
 from lors_cli.sparsity import CANDIDATES, Pattern, num_violations
 
@@ -121,5 +121,5 @@ def _kept_to(weight: torch.Tensor, candidates: list[Pattern]) -> list[Pattern]:
 
 def check_kept(name: str, weight: torch.Tensor, plan: PackPlan) -> None:
     """Hold a weight against what it was planned by: the file may have changed since."""
-    if num_kept(weight, plan.held) != plan.modules[name]:
+    if num_stored(weight, plan.held) != plan.modules[name]:
         raise UsageError(f"{name} has changed while the model was packed.", "Pack it again.")

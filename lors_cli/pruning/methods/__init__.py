@@ -6,19 +6,25 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from lors_cli.pruning.facts import RECONSTRUCTION_SAMPLES, STATISTICS, statistics_kind
+from lors_cli.grid import GridSpec
+from lors_cli.pruning.facts import RECONSTRUCTION_SAMPLES, STATISTICS, grid_spec, statistics_kind
 from lors_cli.pruning.methods.admm import admm
+from lors_cli.pruning.methods.gptq import Rounded, quantise_pruned
 from lors_cli.pruning.methods.magnitude import magnitude
 from lors_cli.pruning.methods.refit import refit
 from lors_cli.pruning.methods.ria import relative_importance, ria
-from lors_cli.pruning.methods.sparsegpt import sparsegpt
+from lors_cli.pruning.methods.sparsegpt import sparsegpt, sparsegpt_rounded
 from lors_cli.pruning.methods.statistics import InputStatistics
 from lors_cli.pruning.methods.wanda import wanda
 from lors_cli.sparsity import Pattern
 
-__all__ = ["RECONSTRUCTION_SAMPLES", "SOLVERS", "STATISTICS", "prune_group", "refit_group", "scores", "statistics_kind"]
+__all__ = [
+    "RECONSTRUCTION_SAMPLES", "ROUNDED_SOLVERS", "SOLVERS", "STATISTICS", "grid_spec", "prune_group", "refit_group",
+    "round_group", "scores", "statistics_kind",
+]  # fmt: skip
 
 Solver = Callable[[Sequence[torch.Tensor], InputStatistics, Pattern], list[torch.Tensor]]
+RoundedSolver = Callable[[Sequence[torch.Tensor], InputStatistics, Pattern, GridSpec], Rounded]
 
 
 def each(function: Callable[[torch.Tensor, InputStatistics, Pattern], torch.Tensor]) -> Solver:
@@ -34,6 +40,8 @@ SOLVERS: dict[str, Solver] = {
     "admm": admm,
 }
 """Each method: linears that share their input, what is known of it, and the pattern -> the pruned weights."""
+ROUNDED_SOLVERS: dict[str, RoundedSolver] = {"sparsegpt": sparsegpt_rounded}
+"""The methods that round what they keep to grids themselves; what the others keep GPTQ rounds."""
 
 
 def prune_group(
@@ -41,6 +49,19 @@ def prune_group(
 ) -> list[torch.Tensor]:
     """Prune linears (out_features_i, in_features) that share their input, whose statistics are of the method's kind."""
     return SOLVERS[method](weights, statistics, pattern)
+
+
+def round_group(
+    method: str, weights: Sequence[torch.Tensor], statistics: InputStatistics, pattern: Pattern, spec: GridSpec
+) -> Rounded:
+    """`prune_group` that puts what it keeps on grids: the pruned weights and the grids.
+
+    Args:
+        statistics: with the Hessian; without any, weights are rounded to the nearest.
+    """
+    if method in ROUNDED_SOLVERS:
+        return ROUNDED_SOLVERS[method](weights, statistics, pattern, spec)
+    return quantise_pruned(prune_group(method, weights, statistics, pattern), statistics, spec)
 
 
 def scores(method: str, weight: torch.Tensor, statistics: InputStatistics) -> torch.Tensor:

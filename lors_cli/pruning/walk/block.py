@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lors_cli.errors import UsageError
+from lors_cli.grid import Grid, GridSpec
 from lors_cli.machine import processes
 from lors_cli.models.blocks import PrunableWeight, block_weights
 from lors_cli.models.skip import is_skipped
@@ -25,7 +26,7 @@ from lors_cli.pruning import methods
 from lors_cli.pruning.methods.reconstruct import reconstruct
 from lors_cli.pruning.methods.statistics import InputStatistics
 from lors_cli.pruning.walk.calibration import BlockArguments
-from lors_cli.pruning.walk.free_inputs import FreeInput, apply_permutation, find_for, free_inputs
+from lors_cli.pruning.walk.free_inputs import FreeInput, apply_permutation, find_for, free_inputs, row_orders
 from lors_cli.pruning.walk.hidden_states import HiddenStates
 from lors_cli.pruning.walk.phases import Phases
 from lors_cli.pruning.walk.recorder import BlockDone, InputGroup, InputRecorder
@@ -59,6 +60,8 @@ class Block:
     free: dict[str, FreeInput]
     few_tokens: dict[str, int] = field(default_factory=dict)
     """Weights that saw fewer tokens than they have inputs (experts that few are routed to), and how many these were."""
+    grids: dict[str, Grid] = field(default_factory=dict)
+    """By weight, where they are quantised."""
 
 
 def open_block(
@@ -187,20 +190,40 @@ def solve(block: Block, group: InputGroup, number: int) -> torch.Tensor | None:
         permutation = _permute(block, group)
         solver = number % processes.num_processes()
         if solver == processes.process_index():
-            new = _pruned(block, group, [weight.matrix for weight in weights])
+            new, grids = _pruned(block, group, [weight.matrix for weight in weights])
         else:
             new = [torch.empty_like(weight.matrix) for weight in weights]
+            spec = methods.grid_spec(block.config)
+            grids = [_empty_grid(spec, values) for values in new] if spec else []
         for weight, values in zip(weights, new, strict=True):
             weight.matrix.copy_(processes.send_to_all(values.contiguous(), solver))
+        for name, grid in zip(group.names if grids else (), grids, strict=True):
+            block.grids[name] = _sent_to_all(grid, solver)
     return permutation
 
 
-def _pruned(block: Block, group: InputGroup, matrices: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    statistics = group.statistics
-    if statistics.kind != "none" and statistics.num_tokens == 0:
-        return methods.prune_group("magnitude", matrices, InputStatistics("none"), block.pattern)
-    pruned = methods.prune_group(block.config.method, matrices, statistics, block.pattern)
-    return methods.refit_group(matrices, pruned, statistics) if block.config.refit else pruned
+def _pruned(block: Block, group: InputGroup, matrices: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[Grid]]:
+    """The pruned weights and, where they are quantised, their grids."""
+    method, statistics, spec = block.config.method, group.statistics, methods.grid_spec(block.config)
+    unseen = statistics.kind != "none" and statistics.num_tokens == 0
+    if unseen:
+        method, statistics = "magnitude", InputStatistics("none")
+    if spec is not None:
+        return methods.round_group(method, matrices, statistics, block.pattern, spec)
+    pruned = methods.prune_group(method, matrices, statistics, block.pattern)
+    return methods.refit_group(matrices, pruned, statistics) if block.config.refit and not unseen else pruned, []
+
+
+def _empty_grid(spec: GridSpec, weight: torch.Tensor) -> Grid:
+    """Room for the grid of a weight (R, C)."""
+    scales = weight.new_empty(len(weight), spec.num_groups(weight.shape[1]))
+    return Grid(spec, scales, None if spec.symmetric else torch.empty_like(scales, dtype=torch.uint8))
+
+
+def _sent_to_all(grid: Grid, source: int) -> Grid:
+    """Process `source`'s grid, in place of everyone's."""
+    zeros = None if grid.zeros is None else processes.send_to_all(grid.zeros.contiguous(), source)
+    return Grid(grid.spec, processes.send_to_all(grid.scales.contiguous(), source), zeros)
 
 
 def _permute(block: Block, group: InputGroup) -> torch.Tensor | None:
@@ -211,5 +234,16 @@ def _permute(block: Block, group: InputGroup) -> torch.Tensor | None:
     scores = methods.scores(block.config.method, block.weights[group.names[0]].matrix, group.statistics)
     permutation = processes.send_to_all(find_for(free, scores, block.pattern), 0)
     apply_permutation(free, permutation)
+    _permute_grids(block, free, permutation)
     group.statistics.permute(permutation)
     return permutation
+
+
+def _permute_grids(block: Block, free: FreeInput, permutation: torch.Tensor) -> None:
+    """Reorder the rows of the grids of weights that make the inputs `free`, as their own rows were."""
+    for module, rows in row_orders(free, permutation):
+        for name, grid in block.grids.items():
+            if block.weights[name].module is module:
+                order = rows.to(grid.scales.device)
+                zeros = None if grid.zeros is None else grid.zeros[order]
+                block.grids[name] = Grid(grid.spec, grid.scales[order], zeros)

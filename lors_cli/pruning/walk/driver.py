@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from lors_cli.files import atomic, hashes
+from lors_cli.grid import Grid
 from lors_cli.machine import processes
+from lors_cli.models.grids import load_grids, save_grids
 from lors_cli.models.tensor_files import write_tensors
 from lors_cli.output import console, progress
 from lors_cli.pruning.walk.block import Block, Orders, open_block, prune_block, without_data
@@ -35,6 +37,8 @@ class Outcome:
     layers: list[LayerSparsity] = field(default_factory=list)
     few_tokens: dict[str, int] = field(default_factory=dict)
     """Of all blocks, as `Block.few_tokens`."""
+    off_grid: dict[str, int] = field(default_factory=dict)
+    """How many values of each quantised weight do not lie on its grid: none."""
 
 
 @torch.no_grad()
@@ -62,6 +66,16 @@ def prune_blocks(
 def block_file(work: Path, index: int) -> Path:
     """Where a finished block's tensors are."""
     return work / f"block_{index:04d}.safetensors"
+
+
+def grid_folder(work: Path, index: int) -> Path:
+    """Where a finished block's grids are, by `models.grids`."""
+    return block_file(work, index).with_suffix("")
+
+
+def block_grids(work: Path, num_blocks: int) -> dict[str, Grid]:
+    """The grids of all finished blocks."""
+    return {name: grid for index in range(num_blocks) for name, grid in load_grids(grid_folder(work, index)).items()}
 
 
 def _without_data(config: PruneConfig, model: BlockwiseModel, pattern: Pattern, work: Path, outcome: Outcome) -> None:
@@ -123,9 +137,18 @@ def _note(work: Path, block: Block, outcome: Outcome) -> None:
     layers = [measure(name, weight.matrix, block.pattern) for name, weight in block.weights.items()]
     outcome.layers += layers
     outcome.few_tokens |= block.few_tokens
+    off_grid = {name: _num_off_grid(block.weights[name].matrix, grid) for name, grid in block.grids.items()}
+    outcome.off_grid |= off_grid
     if processes.is_main():
-        content = hashes.plain({"layers": layers, "few_tokens": block.few_tokens})
+        if block.grids:
+            grid_folder(work, block.index).mkdir(exist_ok=True)
+            save_grids(grid_folder(work, block.index), block.grids)
+        content = hashes.plain({"layers": layers, "few_tokens": block.few_tokens, "off_grid": off_grid})
         atomic.write_json(block_file(work, block.index).with_suffix(".json"), content)
+
+
+def _num_off_grid(weight: torch.Tensor, grid: Grid) -> int:
+    return int((grid.rounded(weight) != weight).sum())
 
 
 def _take_up(work: Path, index: int, outcome: Outcome) -> bool:
@@ -136,4 +159,5 @@ def _take_up(work: Path, index: int, outcome: Outcome) -> bool:
         return False
     outcome.layers += [LayerSparsity(**{**layer, "shape": tuple(layer["shape"])}) for layer in known["layers"]]
     outcome.few_tokens |= known["few_tokens"]
+    outcome.off_grid |= known.get("off_grid", {})  # work of an earlier version has none
     return True

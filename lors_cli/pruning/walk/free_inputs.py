@@ -13,7 +13,7 @@ Legend: R out_features, C in_features.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -141,19 +141,26 @@ def find_for(free: FreeInput, scores: torch.Tensor, pattern: Pattern) -> torch.T
 def apply_permutation(free: FreeInput, permutation: torch.Tensor) -> None:
     """Permute the consumer's inputs, and the producers' rows and biases to match, in place.
 
-    The block's output is the same up to the order of a sum. Statistics of the consumer's inputs are the caller's.
+    The block's output is the same up to the order of a sum. Statistics of the consumer's inputs are the caller's, and
+    whatever else there is for each row of a producer (`row_orders`).
     """
+    weight = _weight(free.consumer)
+    weight.copy_(weight[:, permutation.to(weight.device)])
+    for module, rows in row_orders(free, permutation):
+        weight, bias = _weight(module), getattr(module, "bias", None)
+        order = rows.to(weight.device)
+        weight.copy_(weight[order])
+        if bias is not None:
+            bias.data.copy_(bias.data[order])
+
+
+def row_orders(free: FreeInput, permutation: torch.Tensor) -> Iterator[tuple[nn.Module, torch.Tensor]]:
+    """What a permutation (C,) of the inputs does to the producers' rows: new row j is old order[j]."""
     import torch
 
-    weight = _weight(free.consumer)
-    order = permutation.to(weight.device)
-    weight.copy_(weight[:, order])
+    order = permutation.cpu()
     for producer in free.producers:
-        weight, bias = _weight(producer.module), getattr(producer.module, "bias", None)
-        source = producer.rows.to(weight.device)
-        rows = torch.arange(len(weight), device=weight.device)
-        rows[source] = source[order]
-        assert torch.equal(rows[source], source[order]), "heads that share a KV head are permuted alike"
-        weight.copy_(weight[rows])
-        if bias is not None:
-            bias.data.copy_(bias.data[rows])
+        rows = torch.arange(len(_weight(producer.module)))
+        rows[producer.rows] = producer.rows[order]
+        assert torch.equal(rows[producer.rows], producer.rows[order]), "heads that share a KV head are permuted alike"
+        yield producer.module, rows

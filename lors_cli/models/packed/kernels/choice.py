@@ -20,6 +20,8 @@ def why_none(device: torch.device, dtype: torch.dtype) -> str:
 def linear(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> torch.Tensor:
     """x (…, C) times a packed weight (R, C), and its bias: (…, R)."""
     device = packed.device
+    if packed.grid is not None:
+        return F.linear(x, unpack(packed), bias)
     if device.type == "cpu" and (torch.compiler.is_compiling() or not why_none(device, packed.dtype)):
         return ops.linear(x, packed.values, packed.mask, packed.starts, bias)
     if device.type == "cuda" and not why_none(device, packed.dtype):
@@ -30,6 +32,8 @@ def linear(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> torch.
 @torch.no_grad()
 def unpack(packed: Packed, out: torch.Tensor | None = None) -> torch.Tensor:
     """The weight (R, C) that was packed, in `out` or a new tensor."""
+    if packed.grid is not None:
+        return by_torch.unpack(packed, out)
     if packed.device.type != "cpu":
         return cuda.unpacked(packed, out)
     if ops.available(packed.dtype) is not None:
