@@ -95,6 +95,10 @@ RULES: dict[str, tuple[Rule, ...]] = {
          "At least one of `prune`, `tune`, `pack` and `eval` is there. A stage without settings is `prune: {}`."),
         ("eval.models", _not_made, "{found}",
          "`eval.models` names only models that the recipe makes."),
+        ("tune.quantization_aware",
+         lambda c: c.tune and c.tune.quantization_aware and c.prune and not c.prune.quantize,
+         "it keeps the weights on the grid that prune.quantize puts them on, and prune has no quantize",
+         "`tune.quantization_aware` needs a base with a grid: `prune.quantize` where the recipe prunes."),
     ),
     "ColumnsConfig": (
         ("", _no_row, "columns must be text, or messages (and system), or instruction and output (and input, system, "

@@ -194,8 +194,9 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
             f"the adapter in {folder} belongs to another sparse model: the zeros lie elsewhere.",
             f"It was trained on {config.base}; merging it here would not keep what was tuned.",
         )
+    grids = _grids(config, folder, linears)
     attach(base, list(config.layers), config.rank, config.alpha, use_rslora=config.use_rslora, method=config.method,
-           rounding=config.rounding, grids=_grids(config, folder, linears))  # fmt: skip
+           rounding=config.rounding, grids=grids, quantization_aware=bool(grids))  # fmt: skip
     try:
         train_norms(base, config.norms)
     except AttributeError as error:
@@ -204,10 +205,10 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
     return base
 
 
-def _grids(config: AdapterConfig, folder: Path, linears: Mapping[str, nn.Linear]) -> dict[str, Grid] | None:
-    """The grids that an adapter's merged weights stay on, if it is quantisation-aware and these are its base."""
+def _grids(config: AdapterConfig, folder: Path, linears: Mapping[str, nn.Linear]) -> dict[str, Grid]:
+    """The grids that a quantisation-aware adapter's merged weights stay on, if these linears are its base's."""
     if config.base_grid is None:
-        return None
+        return {}
     grids, weights = load_grids(folder), {name: linear.weight for name, linear in linears.items()}
     if set(weights) - set(grids) or grid_digest(weights, grids) != config.base_grid:
         raise UsageError(

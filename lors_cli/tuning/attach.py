@@ -38,6 +38,7 @@ def attach(
     packed: bool = False,
     rounding: Rounding = "nearest",
     grids: Mapping[str, Grid] | None = None,
+    quantization_aware: bool = False,
 ) -> dict[str, AdapterLinear]:
     """Replace linears by layers with adapters, in place; the new layers by name.
 
@@ -45,21 +46,21 @@ def attach(
         layers: full names of its linears.
         packed: hold the weights packed; for lors alone.
         rounding: of merged weights to bfloat16, stochastic for lors alone, or to their grids.
-        grids: that merged weights stay on (quantisation-aware); for lors and sqft alone.
+        grids: that the weights lie on, where they do.
+        quantization_aware: round merged weights to their grids; for lors and sqft alone.
     """
     check_rank(method, rank, (model.get_submodule(name).out_features for name in layers))  # type: ignore[misc]
-    if grids is not None:
+    grids = grids or {}
+    if quantization_aware:
         check_on_grids({name: model.get_submodule(name).weight for name in layers}, grids)  # type: ignore[misc]
     layer_class = PackedLorsLinear if packed else LAYERS[method]
     adapted = {}
     for name in layers:
-        adapted[name] = layer_class(model.get_submodule(name), rank, alpha, use_rslora=use_rslora)  # type: ignore[arg-type]
+        linear: Any = model.get_submodule(name)
+        adapted[name] = layer_class(linear, rank, alpha, use_rslora=use_rslora, grid=grids.get(name))
         model.set_submodule(name, adapted[name])
-    for name, layer in adapted.items():
-        if isinstance(layer, LorsLinear) or grids is not None:
-            layer.rounding = rounding
-        if grids is not None:
-            layer.stay_on(grids[name])
+    for layer in adapted.values():
+        layer.rounding, layer.quantization_aware = rounding, quantization_aware
     return adapted
 
 
@@ -124,7 +125,7 @@ def put_adapters(
     """
     adapted = attach(network, layers, config.rank, config.alpha, use_rslora=config.use_rslora, method=config.method,
                      packed=config.base == "packed", rounding=config.weight_rounding,
-                     grids=grids if config.quantization_aware else None)  # fmt: skip
+                     grids=grids, quantization_aware=config.quantization_aware)  # fmt: skip
     if config.train_norms:
         apart = tuple(f"{part}." for part in left_out(network))
         train_norms(network, [name for name in norm_parameters(network) if not name.startswith(apart)])

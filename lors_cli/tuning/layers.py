@@ -18,6 +18,7 @@ class AdapterLinear(nn.Module):
     Args:
         linear: (C → R); its weight and bias are taken over, not copied, and frozen.
         use_rslora: scale s = alpha/√r (rsLoRA, arXiv:2312.03732), else alpha/r.
+        grid: that the weight lies on, where it does.
 
     `lora_A` (r, C) is drawn Kaiming-uniform and `lora_B` (R, r) is zero, both float32 (float64 for a float64 weight).
     """
@@ -27,6 +28,8 @@ class AdapterLinear(nn.Module):
 
     rounding: Rounding = "nearest"
     """Of merged weights to bfloat16, or to a grid."""
+    quantization_aware = False
+    """Whether the merged weight is rounded to the grid that the weight lies on."""
     grid_spec: GridSpec | None = None
     grid_scales: torch.Tensor
     grid_zeros: torch.Tensor | None
@@ -35,10 +38,14 @@ class AdapterLinear(nn.Module):
     lora_A: nn.Parameter
     lora_B: nn.Parameter
 
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float, *, use_rslora: bool = True) -> None:
+    def __init__(
+        self, linear: nn.Linear, rank: int, alpha: float, *, use_rslora: bool = True, grid: Grid | None = None
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         linear.requires_grad_(False)
+        if grid is not None:
+            self.take_grid(grid, linear.weight.device)
         self.take_weight(linear.weight)
         self.bias = linear.bias
         self.rank, self.alpha = rank, alpha
@@ -49,17 +56,21 @@ class AdapterLinear(nn.Module):
         """Hold the linear's weight, so that `self.weight` gives it."""
         self.weight = weight
 
-    def stay_on(self, grid: Grid) -> None:
-        """Round the merged weight to the grid that the weight lies on."""
+    def take_grid(self, grid: Grid, device: torch.device) -> None:
+        """Hold the weight's grid, so that `self.base_grid` gives it."""
         self.grid_spec = grid.spec
-        self.register_buffer("grid_scales", grid.scales.to(self.weight.device), persistent=False)
-        zeros = None if grid.zeros is None else grid.zeros.to(self.weight.device)
-        self.register_buffer("grid_zeros", zeros, persistent=False)
+        self.register_buffer("grid_scales", grid.scales.to(device), persistent=False)
+        self.register_buffer("grid_zeros", None if grid.zeros is None else grid.zeros.to(device), persistent=False)
+
+    @property
+    def base_grid(self) -> Grid | None:
+        """What the weight lies on."""
+        return None if self.grid_spec is None else Grid(self.grid_spec, self.grid_scales, self.grid_zeros)
 
     @property
     def grid(self) -> Grid | None:
-        """What the merged weight is rounded to; None where it leaves the grid or there is none."""
-        return None if self.grid_spec is None else Grid(self.grid_spec, self.grid_scales, self.grid_zeros)
+        """What the merged weight is rounded to; None where it leaves its grid, or has none."""
+        return self.base_grid if self.quantization_aware else None
 
     def make_adapters(self) -> None:
         """Draw `lora_A` and `lora_B`."""

@@ -40,11 +40,11 @@ def masked_merge(
     """W_t = (W + s·B·A) ⊙ (W ≠ 0), in one rounding order everywhere.
 
     The adapters are cast to the weight's dtype, the sum is accumulated in float32 (float64 for a float64 weight)
-    and rounded once: to a grid or to bfloat16 as `rounding` says, to other dtypes to the nearest. On CUDA one kernel reads W once
-    and writes W_t once; on a CPU one in C does, but for bfloat16 to the nearest. Else it is one `addmm` that
-    accumulates in float32 itself, where there is such a one, or row tiles that stay in the cache. None makes a mask or
-    a second matrix of W's size; only a packed weight is unpacked first, in scratch memory, where no kernel reads it:
-    the CUDA kernel wants 2:4.
+    and rounded once: to a grid or to bfloat16 as `rounding` says, to other dtypes to the nearest. On CUDA one kernel
+    reads W once and writes W_t once; on a CPU one in C does, but for bfloat16 to the nearest. Else it is one `addmm`
+    that accumulates in float32 itself, where there is such a one, or row tiles that stay in the cache. None makes a
+    mask or a second matrix of W's size; only a packed weight is unpacked first, in scratch memory, where no kernel
+    reads it: none reads codes, and the CUDA kernel wants 2:4.
 
     Args:
         weight: (R, C), plain or packed: the result has the same bits.
@@ -52,17 +52,22 @@ def masked_merge(
         out: (R, C), where to put the result; its dtype may be another than the weight's. Default: a new tensor.
     """
     merged = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if out is None else out
-    readable = not isinstance(weight, Packed) or weight.pattern == TWO_OF_FOUR
-    if weight.device.type == "cuda" and readable and not why_no_kernel(weight.device, weight.dtype):
+    on_cuda, same_dtype = weight.device.type == "cuda", merged.dtype == weight.dtype
+    if on_cuda:
+        has_kernel = not why_no_kernel(weight.device, weight.dtype)
+    else:
+        in_rows = merged.stride(1) == 1 and (isinstance(weight, Packed) or weight.stride(1) == 1)
+        why_not = why_not_in_c(weight.device, weight.dtype, rounding, len(lora_A), grid)
+        has_kernel = in_rows and same_dtype and not why_not
+    if isinstance(weight, Packed) and not (has_kernel and _reads(weight)):
+        weight = unpack(weight, out=scratch(weight.shape, weight.dtype, weight.device, use="restored"))
+    if has_kernel and on_cuda:
         from lors_cli.tuning.kernels.triton_merge import masked_merge_kernel
 
         return masked_merge_kernel(weight, lora_A, lora_B, scale, merged, rounding=rounding, grid=grid)
-    in_rows = merged.stride(1) == 1 and (isinstance(weight, Packed) or weight.stride(1) == 1)
-    same_dtype = merged.dtype == weight.dtype
-    if in_rows and same_dtype and not why_not_in_c(weight.device, weight.dtype, rounding, len(lora_A), grid):
+    if has_kernel:
         return masked_merge_in_c(weight, lora_A, lora_B, scale, merged, grid=grid, rounding=rounding)
-    if isinstance(weight, Packed):
-        weight = unpack(weight, out=scratch(weight.shape, weight.dtype, weight.device, use="restored"))
+    assert not isinstance(weight, Packed)
     A, B = lora_A.to(weight.dtype), lora_B.to(weight.dtype)
     by_thresholds = grid is None and is_stochastic(rounding, merged.dtype)
     if grid is None and same_dtype and not by_thresholds and _addmm_rounds_once(weight.device, weight.dtype):
@@ -96,6 +101,11 @@ def masked_merge_formula(
     elif is_stochastic(rounding, dtype):
         total = round_stochastically_formula(total.float())
     return total.to(dtype).mul(weight.sign().square().to(dtype))
+
+
+def _reads(weight: Packed) -> bool:
+    """Whether the kernel reads such a packed weight: no codes, and on CUDA 2:4 alone."""
+    return weight.grid is None and (weight.device.type == "cpu" or weight.pattern == TWO_OF_FOUR)
 
 
 def _mask(merged: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -133,7 +133,7 @@ def _merge(
                 zero = tl.load(zeros + groups, mask=inside, other=0).to(tl.float32)
             bound = threshold if STOCHASTIC else 0
             total = _on_grid(W.to(tl.float32), total, bound, step, zero, 2**BITS - 1, STOCHASTIC)
-            total = tl.where(W != 0, total, 0.0)
+            total = tl.where(W != 0, total, 0.0).to(dtype)
         elif STOCHASTIC:
             bits = (total.to(tl.uint32, bitcast=True) + threshold) & 0xFFFF0000
             total = tl.where(total == total, bits.to(tl.float32, bitcast=True), total)
@@ -148,7 +148,7 @@ DOTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 def launch(
     weight: torch.Tensor | Packed, lora_A: torch.Tensor, lora_B: torch.Tensor, scale: float,
-    merged: torch.Tensor, rounding: Rounding, grid: Grid | None = None, block: dict[str, int] = BLOCK,
+    merged: torch.Tensor, rounding: Rounding, block: dict[str, int] = BLOCK, grid: Grid | None = None,
 ) -> tuple[tuple[int, int], dict[str, Any]]:  # fmt: skip
     """The grid and the arguments by name with which the kernel is called."""
     num_rows, num_columns = weight.shape
@@ -193,6 +193,6 @@ def masked_merge_kernel(
     Returns:
         `merged`.
     """
-    programs, arguments = launch(weight, lora_A, lora_B, scale, merged, rounding, grid)
+    programs, arguments = launch(weight, lora_A, lora_B, scale, merged, rounding, grid=grid)
     _merge[programs](**arguments)
     return merged
