@@ -41,11 +41,16 @@ class CardScores:
 
 @dataclass(frozen=True)
 class PackedSize:
-    """Bytes of a packed checkpoint and of the plain one, and what was measured of its speed, in a sentence."""
+    """Bytes of a packed checkpoint and of the plain one, and what was measured of its speed, in a sentence.
+
+    Args:
+        bits: of the codes in place of values, None where values are kept.
+    """
 
     num_bytes: int
     plain_bytes: int
     speed: str = ""
+    bits: int | None = None
 
     def __str__(self) -> str:
         share = self.num_bytes / self.plain_bytes
@@ -193,8 +198,9 @@ def _usage(name: str, pattern: Any, prompt: Mapping[str, str] | None, packed: Pa
 
 def about_packed(packed: PackedSize) -> str:
     """What a packed checkpoint needs and gives."""
+    held = f"a code of {packed.bits} bits for each that is kept" if packed.bits else "their kept values"
     return " ".join(filter(None, [
-        f"The weights are packed, their kept values and a bit a place: {packed}. `pip install lors-cli` and the line "
+        f"The weights are packed, {held} and a bit a place: {packed}. `pip install lors-cli` and the line "
         "`import lors_cli` let transformers load them; without it the load fails. They are computed with as they are "
         "on a CPU, where a C compiler and torch 2.10 or later are there; elsewhere they are unpacked while they are "
         "loaded, bit for bit what was packed, and are as fast as dense ones.",

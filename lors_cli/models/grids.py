@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from lors_cli.errors import UsageError
@@ -23,6 +22,8 @@ GRIDS_NAME = "grid/scales.safetensors"
 
 def save_grids(folder: Path, grids: Mapping[str, Grid]) -> None:
     """Write the grids of a checkpoint's linears, by full name, all of one kind, into its folder."""
+    from safetensors.torch import save_file
+
     spec = next(iter(grids.values())).spec
     tensors = {f"{name}.scale": grid.scales for name, grid in grids.items()}
     tensors |= {f"{name}.zero": grid.zeros for name, grid in grids.items() if grid.zeros is not None}
@@ -58,6 +59,8 @@ def _spec(metadata: Mapping[str, str]) -> GridSpec:
 
 
 def _grid(spec: GridSpec, key: str, tensors: dict[str, Any]) -> Grid:
+    import torch
+
     scales = tensors[key]
     zeros = None if spec.symmetric else tensors[f"{key.removesuffix('.scale')}.zero"]
     if scales.dim() != 2 or not scales.is_floating_point() or not bool((scales.isfinite() & (scales > 0)).all()):

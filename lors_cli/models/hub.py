@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lors_cli.errors import MissingError, UsageError, translate
 from lors_cli.files.revisions import known_commit, listing_of
 from lors_cli.models.checks import PICKLE_HINT
+from lors_cli.models.grids import GRIDS_NAME
 from lors_cli.models.sources import ModelSource, check_folder, locate
 from lors_cli.output import console, progress
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from lors_cli.recipe.schema import ModelConfig
 
 SETTINGS = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "*.tiktoken")
-WEIGHTS = ("model*.safetensors",)
+WEIGHTS = ("model*.safetensors", GRIDS_NAME)
 MIB = 1 << 20
 SHOWN_FROM = MIB // 2
 """Bytes of a download that is worth a line."""

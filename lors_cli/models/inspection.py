@@ -11,8 +11,8 @@ from lors_cli.files import atomic, records
 from lors_cli.models.blocks import PrunableWeight, prunable_weights
 from lors_cli.models.checks import safetensors_files
 from lors_cli.models.hub import here
-from lors_cli.models.packed.format import mask_key
-from lors_cli.models.packed.inspection import measure_checkpoint, measure_packed, packed_settings, packed_sizes
+from lors_cli.models.packed.format import grid_keys, mask_key, specs_of
+from lors_cli.models.packed.inspection import measure_checkpoint, measure_packed, packed_facts, packed_settings
 from lors_cli.models.sources import locate
 from lors_cli.models.stored import open_tensors
 from lors_cli.sparsity import CANDIDATES, DENSE_BELOW, Pattern, measure, num_violations, summarise
@@ -32,7 +32,8 @@ def inspect(model: ModelConfig, pattern: Pattern | None = None) -> dict[str, Any
 
     Returns:
         The document of `lors inspect --json`: pattern, sparsity, violations, layers; `dense_layers`, by name, are those
-        of a sparse model that are none of these; `packed`, of a packed one, its bytes and those of the plain one.
+        of a sparse model that are none of these; `packed`, of a packed one, its bytes and those of the plain one;
+        `quantize` and `bits_a_weight` of one that is quantised.
     """
     from lors_cli.models.loading import load_model
 
@@ -63,9 +64,8 @@ def _measure_packed(model: ModelConfig, pattern: Pattern | None) -> dict[str, An
     assert source.config is not None
     patterns = dict.fromkeys(source.config.modules, pattern) if pattern else None
     layers, held = measure_checkpoint(source, patterns)
-    plain = {source.keys[name]: shape for name, shape in source.shapes.items()}
     found = _with_dense(summarise(layers, held), source.plain)
-    return {**found, "packed": packed_sizes(source.tensors, plain)}
+    return found | packed_facts(source.tensors, source.keys, source.shapes, source.specs)
 
 
 def dense_layers(record: records.StageRecord | None) -> list[str]:
@@ -122,16 +122,18 @@ def _measure_recorded(folder: Path, record: records.StageRecord) -> dict[str, An
             return None
         layers = [measure(name, tensors[keys[name]][:], held) for name, held in patterns.items()]
         return _with_dense(summarise(layers, patterns[layers[0].name]), dense_layers(record))
-    kept, masks = settings.get("modules"), {mask_key(key) for key in keys.values()}
-    if not (
-        isinstance(kept, dict) and kept.keys() == shapes.keys() and tensors.keys() >= masks
-        and all(type(count) is int for count in kept.values())
-    ):  # fmt: skip
+    kept = settings.get("modules")
+    if not (isinstance(kept, dict) and kept.keys() == shapes.keys() and all(type(n) is int for n in kept.values())):
+        return None
+    specs = specs_of(settings)
+    if any(
+        part not in tensors for name, key in keys.items() for part in (mask_key(key), *grid_keys(key, specs.get(name)))
+    ):
         return None
     held = None if settings.get("pattern") == "unstructured" else Pattern.parse(str(settings.get("pattern")))
-    layers = measure_packed(tensors, keys, shapes, kept, held, patterns)
+    layers = measure_packed(tensors, keys, shapes, kept, held, patterns, specs)
     found = _with_dense(summarise(layers, patterns[layers[0].name]), dense_layers(record))
-    return {**found, "packed": packed_sizes(tensors, {keys[name]: shape for name, shape in shapes.items()})}
+    return found | packed_facts(tensors, keys, shapes, specs)
 
 
 def _held_to(record: records.StageRecord, names: list[str]) -> dict[str, Pattern]:

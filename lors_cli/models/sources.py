@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from lors_cli.errors import MissingError, UsageError
 from lors_cli.files import hashes, records
 from lors_cli.files.revisions import pinned_revision
+from lors_cli.models.grids import GRIDS_NAME
 
 if TYPE_CHECKING:
     from lors_cli.recipe.schema import ModelConfig
@@ -142,13 +143,15 @@ def model_fingerprint(config: ModelConfig) -> str:
 def _as_recorded(folder: Path, files: dict[str, str]) -> bool:
     wanted = {name: digest for name, digest in files.items() if not name.endswith((".md", ".jsonl"))}
     return all((folder / name).is_file() and hashes.cached_sha256(folder / name) == digest
-               for name, digest in wanted.items() if "/" not in name)  # fmt: skip
+               for name, digest in wanted.items() if "/" not in name or name == GRIDS_NAME)  # fmt: skip
 
 
 def checkpoint_files(folder: Path) -> list[str]:
     patterns = ("*.safetensors", "*.index.json", "config.json", "generation_config.json", "tokenizer*", "vocab*",
-                "merges.txt", "*.model", "chat_template*", "special_tokens_map.json", "added_tokens.json")  # fmt: skip
-    return sorted({file.name for pattern in patterns for file in folder.glob(pattern) if not file.is_dir()})
+                "merges.txt", "*.model", "chat_template*", "special_tokens_map.json", "added_tokens.json",
+                GRIDS_NAME)  # fmt: skip
+    found = {file for pattern in patterns for file in folder.glob(pattern) if not file.is_dir()}
+    return sorted(file.relative_to(folder).as_posix() for file in found)
 
 
 def _folder_hint(folder: Path) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lors_cli.files import hashes, records
 from lors_cli.models.card import LOADS_PACKED, PackedSize, about_packed, model_card
 from lors_cli.models.origins import inherited, made_from, read_fields
+from lors_cli.models.packed.measured import size_said
 from lors_cli.models.quantised import PACKED
 from lors_cli.output.markdown import Code, to_markdown
 from lors_cli.recipe.yaml12 import write
@@ -29,7 +30,7 @@ def packed_card(model: ModelConfig, folder: Path, metrics: dict[str, Any], envir
         folder: where it lies here.
         metrics: of the pack stage.
     """
-    size, fields = PackedSize(metrics["bytes"], metrics["bytes_before"]), inherited(model)
+    size, fields = size_said(metrics), inherited(model)
     card, record = folder / records.CARD_NAME, records.read_record(folder)
     if card.is_file() and (record is None or hashes.file_sha256(card) != record.files.get(records.CARD_NAME)):
         return _kept(folder, card.read_text(encoding="utf-8", errors="replace"), fields, size)

@@ -15,13 +15,15 @@ from torch import nn
 
 from lors_cli.errors import UsageError
 from lors_cli.files import atomic, records
+from lors_cli.grid import Grid
 from lors_cli.models.blocks import prunable_weights
+from lors_cli.models.grids import GRIDS_NAME, load_grids, save_grids
 from lors_cli.models.hub import here
 from lors_cli.models.loading import MAX_SHARD_SIZE, load_config
-from lors_cli.models.packed.format import PADDING, Packed, check, mask_key, mask_words, pack, row_starts
+from lors_cli.models.packed.format import PADDING, Packed, grid_keys, mask_key, mask_words, pack, read_packed
 from lors_cli.models.packed.kernels.choice import unpack
 from lors_cli.models.packed.linear import PackedLinear, pack_skeleton
-from lors_cli.models.packed.plan import PackPlan, check_kept
+from lors_cli.models.packed.plan import PackPlan
 from lors_cli.models.packed.quantizer import PackedConfig
 from lors_cli.models.quantised import PACKED, Quantised
 from lors_cli.models.sources import checkpoint_files
@@ -42,7 +44,8 @@ class Checkpoint:
     """A checkpoint's safetensors, and the linears among them that may be, or are, packed.
 
     `keys` are the files' names of their weights, `shapes` are (out_features, in_features); `plain`, of a packed one,
-    are the weights of the decoder blocks that are not packed.
+    are the weights of the decoder blocks that are not packed. `specs` are the grids that weights lie on, by name;
+    `grids` those themselves of a plain checkpoint.
     """
 
     def __init__(self, model: ModelConfig, *, packed: bool = False) -> None:
@@ -58,23 +61,52 @@ class Checkpoint:
         self.tensors = open_tensors(weight_files(model), model.path)
         network = network_without_weights(settings, torch.float32, model)
         self.config = None if quantised is None else PackedConfig.from_dict(quantised.settings)
+        self.grids = load_grids(self.folder) if self.config is None else {}
         if self.config is None:
             find_sources(network, self.tensors, conversions_of(network), model.path)  # refuses what is no plain weights
             linears: dict[str, Any] = {name: weight.module for name, weight in prunable_weights(network).items()}
         else:
             self.plain = [name for name in prunable_weights(network) if name not in self.config.modules]
-            pack_skeleton(network, self.config.modules, self.config.structured)
+            pack_skeleton(network, self.config.modules, self.config.structured, self.config.specs)
             linears = {name: network.get_submodule(name) for name in self.config.modules}
         self.keys = _own_keys(network, linears, self.tensors)
         self.shapes = {name: (linears[name].out_features, linears[name].in_features) for name in self.keys}
+        self.grids = {name: grid for name, grid in self.grids.items() if name in self.keys}
+        self.specs = {name: grid.spec for name, grid in self.grids.items()}
         if self.config is not None:
+            self.specs = self.config.specs
             self._check_whole(list(self.config.modules))
+        self._check_dtype()
 
     def _check_whole(self, modules: list[str]) -> None:
         """Refuse a packed checkpoint of which a part is missing."""
-        lacking = [name for name in modules if name not in self.keys or mask_key(self.keys[name]) not in self.tensors]
+        there = self.tensors.keys()
+        lacking = [name for name in modules if name not in self.keys or not there >= set(self.parts(name))]
         if lacking:
             raise UsageError(f"{self.path}: the values or the mask of {lacking[0]} are missing from its files.")
+
+    def _check_dtype(self) -> None:
+        """Refuse another number format for values on a grid: rounded to it, they would lie on none."""
+        for name in self.specs if self.dtype is not None else ():
+            part = self.parts(name)[2] if self.config is not None else self.keys[name]
+            stored = entry_of(part, self.tensors[part]).dtype
+            if stored != self.dtype:
+                raise UsageError(
+                    f"{self.path} lies on grids in {str(stored).removeprefix('torch.')}: in another number format it "
+                    "would lie on none.",
+                    "Leave out dtype (--dtype).",
+                )
+
+    def parts(self, name: str) -> list[str]:
+        """The keys of a packed linear: values, mask, and of codes scales and zero points."""
+        key = self.keys[name]
+        return [key, mask_key(key), *grid_keys(key, self.specs.get(name))]
+
+    def packed(self, name: str) -> Packed:
+        """A packed linear's weight, checked."""
+        assert self.config is not None
+        return read_packed(name, self.read, self.keys[name], self.shapes[name], self.config.structured,
+                           self.config.modules[name], self.specs.get(name))  # fmt: skip
 
     def read(self, key: str) -> torch.Tensor:
         """A tensor of the files, in the number format that was asked for."""
@@ -141,42 +173,58 @@ def packed_tensors(source: Checkpoint, plan: PackPlan) -> Iterator[tuple[Entry, 
     def packed(name: str) -> Packed:
         if name not in last:
             last.clear()
-            weight = source.read(source.keys[name])
-            check_kept(name, weight, plan)
-            last[name] = pack(weight, plan.held)
+            last[name] = _packed_as_planned(source, plan, name)
         return last[name]
+
+    def scales(name: str) -> list[torch.Tensor]:
+        grid = source.grids[name]
+        return [grid.scales] if grid.zeros is None else [grid.scales, grid.zeros]
 
     modules = {source.keys[name]: name for name in plan.modules}
     for key in source.tensors:
         if key not in modules:
             yield source.entry(key), partial(source.read, key)
             continue
-        name = modules[key]
-        (rows, columns), dtype = plan.shapes[name], source.entry(key).dtype
-        yield Entry(key, (plan.modules[name] + PADDING,), dtype), partial(lambda name: packed(name).values, name)
+        name, dtype = modules[key], source.entry(key).dtype
+        (rows, columns), spec = plan.shapes[name], source.specs.get(name)
+        stored = Entry(key, (plan.modules[name] + PADDING,), dtype if spec is None else torch.uint8)
+        yield stored, partial(lambda name: packed(name).values, name)
         yield (
             Entry(mask_key(key), (rows, mask_words(columns)), torch.int32),
             partial(lambda name: packed(name).mask, name),
         )
+        for number, part in enumerate(grid_keys(key, spec)):
+            tensor = scales(name)[number]
+            yield Entry.of(part, tensor), partial(lambda name, number: scales(name)[number], name, number)
+
+
+def _packed_as_planned(source: Checkpoint, plan: PackPlan, name: str) -> Packed:
+    """A weight packed, and held against what it was planned by: the file may have changed since."""
+    changed = UsageError(f"{name} has changed while the model was packed.", "Pack it again.")
+    try:
+        packed = pack(source.read(source.keys[name]), plan.held, source.grids.get(name))
+    except ValueError as error:
+        raise changed from error
+    if len(packed.values) - PADDING != plan.modules[name]:
+        raise changed
+    return packed
 
 
 def unpacked_tensors(source: Checkpoint) -> Iterator[tuple[Entry, Loader]]:
     """Every tensor of the unpacked checkpoint."""
-
     assert source.config is not None
-    kept, held = source.config.modules, source.config.structured
 
     def weight(name: str) -> torch.Tensor:
-        values, mask = source.read(source.keys[name]), source.read(mask_key(source.keys[name]))
-        check(name, values, mask, source.shapes[name], held, kept[name])
-        return unpack(Packed(values, mask, row_starts(mask), source.shapes[name][1]))
+        return unpack(source.packed(name))
 
     modules = {key: name for name, key in source.keys.items()}
-    masks = {mask_key(key) for key in modules}
+    others = {part for name in source.keys for part in source.parts(name)[1:]}
     for key in source.tensors:
         if key in modules:
-            yield Entry(key, source.shapes[modules[key]], source.entry(key).dtype), partial(weight, modules[key])
-        elif key not in masks:
+            name = modules[key]
+            values = source.parts(name)[2] if name in source.specs else key
+            yield Entry(key, source.shapes[name], source.entry(values).dtype), partial(weight, name)
+        elif key not in others:
             yield source.entry(key), partial(source.read, key)
 
 
@@ -205,9 +253,20 @@ def unpack_model(model: ModelConfig, out: Path) -> dict[str, Any]:
         source.copy_settings(staging, None)
         with progress.progress("unpack", len(tensors), "tensors") as task:
             write_checkpoint(staging, step_by_step(tensors, task), max_shard_size=source.shard_size)
-        for file in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
-            os.replace(file, out / file.name)
+        if source.specs:
+            save_grids(staging, {name: _grid(source, name) for name in source.specs})
+        (out / GRIDS_NAME).unlink(missing_ok=True)  # of a model that was there before
+        files = [path for path in staging.rglob("*") if path.is_file()]
+        for file in sorted(files, key=lambda path: path.name == "config.json"):
+            target = out / file.relative_to(staging)
+            target.parent.mkdir(exist_ok=True)
+            os.replace(file, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     num_bytes = sum(entry.num_bytes for entry, _ in tensors)
     return {"weights": len(source.keys), "bytes_before": source.num_bytes, "bytes": num_bytes}
+
+
+def _grid(source: Checkpoint, name: str) -> Grid:
+    """What the codes of a packed linear stand for."""
+    return Grid(source.specs[name], *(source.read(part) for part in source.parts(name)[2:]))

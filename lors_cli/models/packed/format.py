@@ -7,8 +7,9 @@ of every word of 32 columns from a byte of their own on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -77,14 +78,9 @@ def mask_key(key: str) -> str:
     return f"{key}_mask"
 
 
-def scale_key(key: str) -> str:
-    """What the scales of the codes `key` are called in a file."""
-    return f"{key}_scale"
-
-
-def zero_key(key: str) -> str:
-    """What the zero points of the codes `key` are called in a file."""
-    return f"{key}_zero"
+def grid_keys(key: str, spec: GridSpec | None) -> list[str]:
+    """What the scales, and the zero points, of the codes `key` are called in a file."""
+    return [] if spec is None else [f"{key}_scale"] if spec.symmetric else [f"{key}_scale", f"{key}_zero"]
 
 
 def packed_bytes(stored: int, rows: int, columns: int, itemsize: int, spec: GridSpec | None = None) -> int:
@@ -184,7 +180,43 @@ def check(
                          "Pack the model again: lors pack MODEL --out DIR")  # fmt: skip
 
 
-def wrong_spec(spec: GridSpec) -> str:
+def read_packed(
+    name: str, read: Callable[[str], torch.Tensor], key: str, shape: tuple[int, int], pattern: Pattern | None,
+    num_stored: int, spec: GridSpec | None,
+) -> Packed:  # fmt: skip
+    """A packed weight of a file, checked.
+
+    Args:
+        read: gives a tensor of the file by its key.
+        key: of the values.
+        num_stored: how many values, or bytes of codes, config.json says.
+    """
+    values, mask, *grids = (read(each) for each in (key, mask_key(key), *grid_keys(key, spec)))
+    grid = None if spec is None else Grid(spec, *grids)
+    check(name, values, mask, shape, pattern, num_stored, grid)
+    return Packed(values, mask, row_starts(mask, spec), shape[1], pattern, grid)
+
+
+def specs_of(settings: Mapping[str, Any]) -> dict[str, GridSpec]:
+    """The grids of those packed linears that hold codes, by `quantization_config`, which anyone may have written.
+
+    Raises:
+        UsageError: they are none that can be.
+    """
+    modules, floats, bits = settings["modules"], settings.get("floats"), settings.get("bits")
+    if (bits is not None) != (settings.get("version") == GRID_VERSION):
+        raise UsageError(f"quantization_config: {bits!r} bits in version {settings.get('version')!r}.")
+    if floats is not None and not (isinstance(floats, list) and all(isinstance(name, str) for name in floats)):
+        raise UsageError("quantization_config: floats is no list of names.")
+    if bits is None:
+        return {}
+    spec = GridSpec(bits, settings.get("group_size", 0), settings.get("symmetric", True))
+    if wrong := _wrong_spec(spec):
+        raise UsageError(f"quantization_config: {wrong}.")
+    return dict.fromkeys((name for name in modules if name not in (floats or ())), spec)
+
+
+def _wrong_spec(spec: GridSpec) -> str:
     """Why weights on such a grid cannot be packed, empty where they can; its values may be anything."""
     known = type(spec.bits) is type(spec.group_size) is int and type(spec.symmetric) is bool
     if not known or spec.bits not in BITS or spec.group_size not in GROUP_SIZES:
@@ -195,7 +227,7 @@ def wrong_spec(spec: GridSpec) -> str:
 def _wrong_grid(grid: Grid, rows: int, columns: int, dtype: torch.dtype | None = None) -> str:
     """What does not fit a weight (R, C), or is no grid."""
     spec, scales, zeros = grid.spec, grid.scales, grid.zeros
-    if wrong := wrong_spec(spec):
+    if wrong := _wrong_spec(spec):
         return wrong
     shape = (rows, spec.num_groups(columns))
     if scales.dtype not in _DTYPES or (dtype is not None and scales.dtype != dtype) or tuple(scales.shape) != shape:

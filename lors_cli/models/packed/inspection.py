@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lors_cli.files import atomic
-from lors_cli.models.packed.format import Packed, check, mask_key, row_starts, unpack
+from lors_cli.models.packed.format import grid_keys, mask_key, read_packed, unpack
 from lors_cli.models.quantised import PACKED
 from lors_cli.models.tensor_files import entry_of
 from lors_cli.sparsity import LayerSparsity, Pattern, missing_zeros, num_violations
@@ -17,6 +18,7 @@ from lors_cli.sparsity import LayerSparsity, Pattern, missing_zeros, num_violati
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from lors_cli.grid import GridSpec
     from lors_cli.models.packed.checkpoint import Checkpoint
 
 
@@ -30,12 +32,14 @@ def packed_settings(folder: Path) -> dict[str, Any] | None:
 def measure_packed(
     tensors: Mapping[str, Any], keys: Mapping[str, str], shapes: Mapping[str, tuple[int, int]],
     kept: Mapping[str, int], held: Pattern | None, patterns: Mapping[str, Pattern | None],
+    specs: Mapping[str, GridSpec],
 ) -> list[LayerSparsity]:  # fmt: skip
     """Zeros and violations of packed weights.
 
     Args:
         tensors: of the files, as slices.
-        keys: the files' names of the values, by name of the linear; `shapes` (R, C) and `kept` values likewise.
+        keys: the files' names of the values, by name of the linear; `shapes` (R, C), `kept` values or bytes, and the
+            grids of codes likewise.
         held: N:M that the file says of its masks.
         patterns: what each weight is held against; None where nothing is known; only these are measured.
 
@@ -44,13 +48,14 @@ def measure_packed(
     """
     found = []
     for name, pattern in patterns.items():
-        values, mask = tensors[keys[name]][:], tensors[mask_key(keys[name])][:]
-        check(name, values, mask, shapes[name], held, kept[name])
-        zeros = math.prod(shapes[name]) - int(torch.count_nonzero(values))
+        packed = read_packed(
+            name, lambda key: tensors[key][:], keys[name], shapes[name], held, kept[name], specs.get(name)
+        )
+        weight = packed.values if packed.grid is None else unpack(packed)  # a code is 0 by its group's zero point
+        zeros = math.prod(shapes[name]) - int(torch.count_nonzero(weight))
         if pattern is None or (held is not None and (held.n, held.m) == (pattern.n, pattern.m)):
             broken = 0
         elif pattern.structured:
-            packed = Packed(values, mask, row_starts(mask), shapes[name][1])
             broken = num_violations(unpack(packed), pattern)
         else:
             broken = missing_zeros(shapes[name], zeros, pattern)
@@ -58,13 +63,24 @@ def measure_packed(
     return found
 
 
-def packed_sizes(tensors: Mapping[str, Any], plain: Mapping[str, tuple[int, int]]) -> dict[str, int]:
-    """Bytes of the files' tensors, and what they would be unpacked; `plain` are packed weights' shapes, by key."""
+def packed_facts(
+    tensors: Mapping[str, Any], keys: Mapping[str, str], shapes: Mapping[str, tuple[int, int]],
+    specs: Mapping[str, GridSpec],
+) -> dict[str, Any]:  # fmt: skip
+    """What `lors inspect` says besides: bytes of the files' tensors and of the plain ones; of codes, bits a weight."""
     entries = {key: entry_of(key, tensor) for key, tensor in tensors.items()}
     total = sum(entry.num_bytes for entry in entries.values())
-    packed = sum(entries[key].num_bytes + entries[mask_key(key)].num_bytes for key in plain)
-    unpacked = sum(math.prod(shape) * entries[key].dtype.itemsize for key, shape in plain.items())
-    return {"bytes": total, "bytes_plain": total - packed + unpacked}
+    packed = unpacked = 0
+    for name, key in keys.items():
+        parts = grid_keys(key, specs.get(name))
+        packed += sum(entries[part].num_bytes for part in (key, mask_key(key), *parts))
+        unpacked += math.prod(shapes[name]) * entries[parts[0] if parts else key].dtype.itemsize
+    found: dict[str, Any] = {"packed": {"bytes": total, "bytes_plain": total - packed + unpacked}}
+    if specs:
+        num_weights = sum(math.prod(shapes[name]) for name in keys)
+        found |= {"quantize": asdict(next(iter(specs.values()))), "bits_a_weight": round(8 * packed / num_weights, 4),
+                  "off_grid": 0}  # fmt: skip
+    return found
 
 
 def measure_checkpoint(
@@ -79,7 +95,7 @@ def measure_checkpoint(
     held, kept = source.config.structured, source.config.modules
     names = list(kept) if patterns is None else [name for name in kept if name in patterns]
     wanted = {name: held if patterns is None else patterns[name] for name in names}
-    layers = measure_packed(source.tensors, source.keys, source.shapes, kept, held, wanted)
+    layers = measure_packed(source.tensors, source.keys, source.shapes, kept, held, wanted, source.specs)
     pattern = next(iter(wanted.values()), None)
     if patterns is None and held is None:
         zeros, total = sum(layer.num_zeros for layer in layers), sum(math.prod(layer.shape) for layer in layers)

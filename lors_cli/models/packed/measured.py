@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,12 @@ FOLDER_NAME, FILE_NAME = "bench", "bench.json"
 
 def packed_size(folder: Path, record: records.StageRecord) -> PackedSize:
     """Of a packed checkpoint and its record, with what was measured of it."""
-    return PackedSize(record.metrics["bytes"], record.metrics["bytes_before"], measured_speed(folder, record))
+    return size_said(record.metrics, measured_speed(folder, record))
+
+
+def size_said(metrics: Mapping[str, Any], speed: str = "") -> PackedSize:
+    """By the metrics of a pack stage."""
+    return PackedSize(metrics["bytes"], metrics["bytes_before"], speed, metrics.get("quantize", {}).get("bits"))
 
 
 def measured_speed(folder: Path, record: records.StageRecord) -> str:

@@ -11,7 +11,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lors_cli.errors import UsageError
-from lors_cli.models.packed.format import VERSION
+from lors_cli.grid import GridSpec
+from lors_cli.models.packed.format import GRID_VERSION, VERSION, grid_keys, mask_key, specs_of
 from lors_cli.models.packed.kernels.choice import why_none
 from lors_cli.models.packed.linear import pack_skeleton, packed_linears, unpack_linears
 from lors_cli.models.quantised import PACKED
@@ -28,16 +29,20 @@ class PackedConfig(QuantizationConfigMixin):
 
     Args:
         pattern: N:M that every mask keeps to, or unstructured.
-        modules: full names of the packed linears and how many values each keeps.
+        modules: full names of the packed linears and how many values each keeps; on a grid, how many bytes of codes.
         dequantize: load plain linears, bit for bit those that were packed, as `model.dequantize()` makes them later.
+        bits: of the codes; `group_size` inputs of a row share a scale; `symmetric`: no zero points are stored.
+        floats: those of `modules` that are packed as values though others are on a grid.
     """
 
     def __init__(
         self, version: int = VERSION, pattern: str = "unstructured", modules: dict[str, int] | None = None,
-        dequantize: bool = False, **_: Any,
+        dequantize: bool = False, bits: int | None = None, group_size: int | None = None,
+        symmetric: bool | None = None, floats: list[str] | None = None, **_: Any,
     ) -> None:  # fmt: skip
         self.quant_method = PACKED  # type: ignore[assignment]  # transformers' enum has only its own
         self.version, self.pattern, self.modules, self.dequantize = version, pattern, modules or {}, dequantize
+        self.bits, self.group_size, self.symmetric, self.floats = bits, group_size, symmetric, floats
         self.post_init()
 
     def post_init(self) -> None:
@@ -46,16 +51,22 @@ class PackedConfig(QuantizationConfigMixin):
         Raises:
             UsageError: saying which.
         """
-        if self.version != VERSION:
-            raise UsageError(f"a packed model of version {self.version}; this lors reads version {VERSION}.",
+        if self.version not in (VERSION, GRID_VERSION):
+            raise UsageError(f"a packed model of version {self.version}; this lors reads {VERSION} and {GRID_VERSION}.",
                              "pip install --upgrade lors-cli")  # fmt: skip
         named = isinstance(self.modules, dict) and all(
             isinstance(name, str) and type(kept) is int and kept >= 0 for name, kept in self.modules.items()
         )
         if not named:
             raise UsageError("quantization_config: modules is no list of names with their kept values.")
+        specs_of(vars(self))
         if not isinstance(self.pattern, str):
             raise UsageError(f"quantization_config: {self.pattern!r} is no sparsity pattern.")
+
+    @property
+    def specs(self) -> dict[str, GridSpec]:
+        """Grids of the linears that hold codes."""
+        return specs_of(vars(self))
 
     @property
     def structured(self) -> Pattern | None:
@@ -64,7 +75,8 @@ class PackedConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json says."""
-        return copy.deepcopy({key: value for key, value in vars(self).items() if key != "dequantize"})
+        said = {key: value for key, value in vars(self).items() if key != "dequantize" and value is not None}
+        return copy.deepcopy(said)
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What config.json says: all of it."""
@@ -79,11 +91,11 @@ class PackedQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         config = self.quantization_config
-        pack_skeleton(model, config.modules, config.structured)
+        pack_skeleton(model, config.modules, config.structured, config.specs)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         for name, linear in packed_linears(model).items():
-            for key in ("weight", "weight_mask"):
+            for key in ("weight", mask_key("weight"), *grid_keys("weight", linear.spec)):
                 if not getattr(getattr(linear, key), "_is_hf_initialized", False):  # as transformers marks what it read
                     raise UsageError(f"{name}.{key} is missing from the checkpoint.", "Pack the model again: lors pack")
             linear.ready(name)
@@ -116,6 +128,6 @@ class PackedQuantizer(HfQuantizer):
 def why_unpacked(model: nn.Module) -> str:
     """Why packed linears cannot be computed with as they are where they lie, empty when they can."""
     for name, linear in packed_linears(model).items():
-        if reason := why_none(linear.weight.device, linear.weight.dtype):
+        if reason := why_none(linear.weight.device, linear.packed.dtype):
             return f"no kernel for {name}: {reason}"
     return ""

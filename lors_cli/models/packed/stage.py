@@ -54,7 +54,6 @@ def pack_model(
     """
     from lors_cli.models.packed.card import packed_card
     from lors_cli.models.packed.checkpoint import Checkpoint, packed_tensors, step_by_step
-    from lors_cli.models.packed.format import VERSION
     from lors_cli.models.sources import model_fingerprint
     from lors_cli.models.tensor_files import write_checkpoint
 
@@ -72,14 +71,13 @@ def pack_model(
         names = write_checkpoint(work, step_by_step(tensors, task), max_shard_size=source.shard_size, goes_on=True,
                                  metadata={"quant_method": PACKED})  # fmt: skip
     staging = records.staging_dir(out)
-    source.copy_settings(staging, {"quant_method": PACKED, "version": VERSION, "pattern": plan.pattern,
-                                   "modules": plan.modules})  # fmt: skip
+    source.copy_settings(staging, _quantization(plan, source))
     for name in names:
         os.replace(work / name, staging / name)
     metrics = _metrics(plan, source, sum(entry.num_bytes for entry, _ in tensors))
     found = environment.environment()
     atomic.write_text(staging / records.CARD_NAME, packed_card(model, source.folder, metrics, found))
-    console.info(f"  {plan.pattern}: {gib(metrics['bytes_before'])} → {gib(metrics['bytes'])}")
+    console.info(f"  {plan.pattern}{_grid_in_words(metrics)}: {gib(metrics['bytes_before'])} → {gib(metrics['bytes'])}")
     record = records.StageRecord(
         "pack", fingerprint, hashes.plain(config), inputs, metrics,
         found, round(time.monotonic() - started, 2), {},
@@ -98,12 +96,24 @@ def foreseen_size(model: ModelConfig) -> str:
     from lors_cli.models.packed.plan import recorded_kept
 
     source = Checkpoint(model)
-    kept = recorded_kept(records.read_record(source.folder), source.shapes) or _plan(source).modules
+    kept = recorded_kept(records.read_record(source.folder), source.shapes, source.specs) or _plan(source).modules
     before = after = source.num_bytes
     for name, values in kept.items():
         (rows, columns), itemsize = source.shapes[name], source.entry(source.keys[name]).dtype.itemsize
-        after += packed_bytes(values, rows, columns, itemsize) - rows * columns * itemsize
+        after += packed_bytes(values, rows, columns, itemsize, source.specs.get(name)) - rows * columns * itemsize
     return f"{gib(before)} → {gib(after)}, {after / before:.1%}; {counted(len(kept), 'linear')} packed"
+
+
+def _quantization(plan: PackPlan, source: Checkpoint) -> dict[str, Any]:
+    """`quantization_config`: of version 1 where no weight lies on a grid."""
+    from lors_cli.models.packed.format import GRID_VERSION, VERSION
+
+    said = {"quant_method": PACKED, "version": VERSION, "pattern": plan.pattern, "modules": plan.modules}
+    if not source.specs:
+        return said
+    floats = [name for name in plan.modules if name not in source.specs]
+    more = {"floats": floats} if floats else {}
+    return {**said, "version": GRID_VERSION, **asdict(next(iter(source.specs.values()))), **more}
 
 
 def needs(config: PackConfig, size: ModelSize) -> Estimate:
@@ -130,7 +140,8 @@ def _plan(source: Checkpoint) -> PackPlan:
 
     record = records.read_record(source.folder)
     said = record.metrics.get("pattern") if record else None
-    return plan_packing(source.path, source.keys, lambda name: source.read(source.keys[name]), said)
+    return plan_packing(source.path, source.keys, lambda name: source.read(source.keys[name]), said,
+                        source.grids)  # fmt: skip
 
 
 def _say_dense(plan: PackPlan) -> None:
@@ -143,6 +154,25 @@ def _metrics(plan: PackPlan, source: Checkpoint, num_bytes: int) -> dict[str, An
               for name, shape in plan.shapes.items()]  # fmt: skip
     summary = {**summarise(layers, None), "pattern": plan.pattern}
     return {
-        **summary, "bytes": num_bytes, "bytes_before": source.num_bytes,
+        **summary, **_bits(plan, source), "bytes": num_bytes, "bytes_before": source.num_bytes,
         "left_dense": plan.dense,
     }  # fmt: skip
+
+
+def _bits(plan: PackPlan, source: Checkpoint) -> dict[str, Any]:
+    """Of codes: the grid, and what a weight of the packed linears takes."""
+    from lors_cli.models.packed.format import packed_bytes
+
+    if not source.specs:
+        return {}
+    packed = sum(packed_bytes(stored, *plan.shapes[name], source.entry(source.keys[name]).dtype.itemsize,
+                              source.specs.get(name)) for name, stored in plan.modules.items())  # fmt: skip
+    bits = 8 * packed / sum(rows * columns for rows, columns in plan.shapes.values())
+    return {"quantize": asdict(next(iter(source.specs.values()))), "bits_a_weight": round(bits, 4)}
+
+
+def _grid_in_words(metrics: dict[str, Any]) -> str:
+    grid = metrics.get("quantize")
+    if grid is None:
+        return ""
+    return f", {grid['bits']} bits in groups of {grid['group_size']}, {metrics['bits_a_weight']:.2f} bits a weight"

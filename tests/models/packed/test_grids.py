@@ -1,0 +1,386 @@
+"""Packing checkpoints whose weights lie on grids: codes of few bits, given back bit for bit, loaded in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from lors_cli.errors import UsageError
+from lors_cli.files import records
+from lors_cli.grid import GridSpec, fit_grid
+from lors_cli.models import tensor_files
+from lors_cli.models.grids import GRIDS_NAME, load_grids, save_grids
+from lors_cli.models.inspection import inspect
+from lors_cli.models.loading import load_model
+from lors_cli.models.packed.checkpoint import Checkpoint, unpack_model
+from lors_cli.models.packed.linear import PackedLinear
+from lors_cli.models.packed.stage import pack_model
+from lors_cli.models.sources import model_fingerprint
+from lors_cli.recipe.packing import PackConfig
+from lors_cli.recipe.schema import ModelConfig
+from lors_cli.sparsity import Pattern, keep_largest
+from lors_cli.tuning.loading import load
+
+Q_PROJ, DOWN_PROJ = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
+INT4 = GridSpec(4, 32)
+SPECS = [INT4, GridSpec(4, 64, symmetric=False), GridSpec(8, 128)]
+HALF = Pattern.parse("2:4")
+
+
+def quantised(
+    folder: Path, spec: GridSpec = INT4, pattern: Pattern = HALF, dtype: torch.dtype = torch.float32, floats: str = "!",
+    dense: str = "!",
+) -> Path:  # fmt: skip
+    """The same checkpoint, sparse, with its weights rounded to grids that lie beside it.
+
+    Args:
+        floats: layers by part of their names that are sparse and on no grid; `dense`: that are neither.
+    """
+    tensors, grids = load_file(folder / "model.safetensors"), {}
+    for key, tensor in tensors.items():
+        tensors[key] = tensor = tensor.to(dtype)
+        if not (key.startswith("model.layers.") and key.endswith("_proj.weight")) or dense in key:
+            continue
+        mask = keep_largest(tensor.abs(), pattern, per_row=False)
+        tensors[key] = tensor * mask
+        if floats not in key:
+            grid = fit_grid(tensor, mask, spec)
+            tensors[key] = grid.rounded(tensor) * mask
+            grids[key.removesuffix(".weight")] = grid
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    save_grids(folder, grids)
+    settings = json.loads((folder / "config.json").read_text())
+    settings["dtype"] = str(dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def pack(model: Path, out: Path, **settings: Any) -> records.StageRecord:
+    return pack_model(PackConfig(), ModelConfig(path=str(model), **settings), out)
+
+
+def same(one: Path, other: Path) -> None:
+    before, after = (load_file(folder / "model.safetensors") for folder in (one, other))
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        assert tensor.dtype == after[key].dtype
+        assert tensor.equal(after[key]), key
+
+
+def said(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "config.json").read_text())["quantization_config"]
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("pattern", ["2:4", "3:8", "unstructured"])
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_unpacking_gives_weights_and_grids_back_bit_for_bit(
+    checkpoint: Path, tmp_path: Path, spec: GridSpec, pattern: str, dtype: torch.dtype
+) -> None:
+    plain = quantised(checkpoint, spec, Pattern.parse(pattern, 0.6 if pattern == "unstructured" else None), dtype)
+    record = pack(plain, tmp_path / "packed")
+    assert record.metrics["pattern"] == ("unstructured" if pattern == "3:8" else pattern)  # 3:8 is none it looks for
+    assert not (tmp_path / "packed" / GRIDS_NAME).exists()
+    settings = said(tmp_path / "packed")
+    assert settings == {"quant_method": "lors_packed", "version": 2, "pattern": record.metrics["pattern"],
+                        "modules": settings["modules"], **asdict(spec)}  # fmt: skip
+    tensors = load_file(tmp_path / "packed/model.safetensors")
+    assert tensors[f"{Q_PROJ}.weight"].dtype == torch.uint8
+    assert tensors[f"{Q_PROJ}.weight_scale"].dtype == dtype
+    assert (f"{Q_PROJ}.weight_zero" in tensors) is not spec.symmetric
+    assert record.metrics["bytes"] == sum(tensor.nbytes for tensor in tensors.values())
+    parts = [
+        tensor for key, tensor in tensors.items() if key.startswith(tuple(f"{name}." for name in settings["modules"]))
+    ]
+    num_weights = sum(layer["shape"][0] * layer["shape"][1] for layer in record.metrics["layers"])
+    assert record.metrics["bits_a_weight"] == pytest.approx(
+        8 * sum(part.nbytes for part in parts) / num_weights, abs=1e-4
+    )
+    assert record.metrics["quantize"] == asdict(spec)
+    unpack_model(ModelConfig(path=str(tmp_path / "packed")), tmp_path / "plain")
+    same(plain, tmp_path / "plain")
+    before, after = load_grids(plain), load_grids(tmp_path / "plain")
+    assert before.keys() == after.keys()
+    for name, grid in before.items():
+        assert grid.spec == after[name].spec
+        assert grid.scales.equal(after[name].scales)
+        assert spec.symmetric or grid.zeros.equal(after[name].zeros)
+    assert "quantization_config" not in json.loads((tmp_path / "plain/config.json").read_text())
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_a_packed_model_loads_in_one_line_and_gives_the_same_logits(
+    checkpoint: Path, tmp_path: Path, spec: GridSpec
+) -> None:
+    plain = quantised(checkpoint, spec)
+    pack(plain, tmp_path / "packed")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    linear = model.get_submodule(Q_PROJ)
+    assert isinstance(linear, PackedLinear)
+    assert f"{spec.bits} bits in groups of {spec.group_size}" in repr(linear)
+    assert linear.packed.grid is not None
+    assert linear.packed.grid.spec == spec
+    tokens = torch.arange(2, 22).view(2, 10)
+    dense = AutoModelForCausalLM.from_pretrained(plain)
+    torch.testing.assert_close(model(tokens).logits, dense(tokens).logits, rtol=1e-5, atol=1e-5)
+    texts = [each.generate(tokens[:1], max_new_tokens=6, do_sample=False).tolist() for each in (model, dense)]
+    assert texts[0] == texts[1]
+    later = model.dequantize()
+    for name in (Q_PROJ, DOWN_PROJ):
+        assert later.get_submodule(name).weight.equal(dense.get_submodule(name).weight)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_saving_and_loading_again_gives_equal_tensors(checkpoint: Path, tmp_path: Path, spec: GridSpec) -> None:
+    pack(quantised(checkpoint, spec, dtype=torch.bfloat16), tmp_path / "packed")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "packed").save_pretrained(tmp_path / "again")
+    same(tmp_path / "packed", tmp_path / "again")
+    assert said(tmp_path / "packed") == said(tmp_path / "again")
+
+
+def test_without_the_import_loading_fails_and_gives_no_random_weights(checkpoint: Path, tmp_path: Path) -> None:
+    pack(quantised(checkpoint), tmp_path / "packed")
+    code = "from transformers import AutoModelForCausalLM as A; A.from_pretrained('packed')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "ignore_mismatched_sizes" in done.stderr
+
+
+def test_lors_takes_a_packed_model_for_what_was_packed(checkpoint: Path, tmp_path: Path) -> None:
+    plain = quantised(checkpoint)
+    pack(plain, tmp_path / "packed")
+    states = [load_model(ModelConfig(path=str(path))).state_dict() for path in (plain, tmp_path / "packed")]
+    assert states[0].keys() == states[1].keys()
+    assert all(tensor.equal(states[1][key]) for key, tensor in states[0].items())
+    kept, _ = load(tmp_path / "packed")
+    assert isinstance(kept.get_submodule(Q_PROJ), PackedLinear)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_inspect_says_its_zeros_and_bits(checkpoint: Path, tmp_path: Path, spec: GridSpec, recorded: bool) -> None:
+    plain = quantised(checkpoint, spec, Pattern.parse("unstructured", 0.6))
+    record = pack(plain, tmp_path / "packed")
+    if not recorded:
+        (tmp_path / "packed/stage.json").unlink()
+    found, expected = (inspect(ModelConfig(path=str(path))) for path in (tmp_path / "packed", plain))
+    assert found["quantize"] == asdict(spec)
+    assert found["bits_a_weight"] == pytest.approx(record.metrics["bits_a_weight"])
+    assert found["packed"] == {"bytes": record.metrics["bytes"], "bytes_plain": record.metrics["bytes_before"]}
+    for key in ("pattern", "sparsity", "violations", "layers"):
+        assert found[key] == expected[key]
+    card = (tmp_path / "packed/README.md").read_text()
+    assert f"a code of {spec.bits} bits for each that is kept and a bit a place" in " ".join(card.split())
+
+
+@pytest.mark.parametrize("name", [Q_PROJ, DOWN_PROJ])
+def test_a_weight_that_has_left_its_grid_is_refused_by_name_with_the_way_out(
+    checkpoint: Path, tmp_path: Path, name: str
+) -> None:
+    """As a merge into floats leaves it where the grids still lie beside."""
+    plain = quantised(checkpoint)
+    tensors = load_file(plain / "model.safetensors")
+    tensors[f"{name}.weight"] *= 1.1
+    save_file(tensors, plain / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UsageError, match=rf"{name} .*its values do not lie on its grid") as caught:
+        pack(plain, tmp_path / "packed")
+    assert "remove the folder grid" in str(caught.value.hint)
+    assert not (tmp_path / "packed/config.json").exists()
+    shutil.rmtree(plain / "grid")
+    assert "quantize" not in pack(plain, tmp_path / "packed").metrics
+    assert said(tmp_path / "packed")["version"] == 1
+
+
+def test_layers_without_a_grid_are_packed_as_values_or_stay_dense(checkpoint: Path, tmp_path: Path) -> None:
+    plain = quantised(checkpoint, floats="layers.1.", dense="layers.2.")
+    record = pack(plain, tmp_path / "packed")
+    settings = said(tmp_path / "packed")
+    assert settings["floats"] == [name for name in settings["modules"] if "layers.1." in name] != []
+    assert all("layers.2." in name for name in record.metrics["left_dense"])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert model.get_submodule(DOWN_PROJ).packed.grid is None
+    assert model.get_submodule(Q_PROJ).packed.grid is not None
+    model.save_pretrained(tmp_path / "again")
+    same(tmp_path / "packed", tmp_path / "again")
+    unpack_model(ModelConfig(path=str(tmp_path / "packed")), tmp_path / "plain")
+    same(plain, tmp_path / "plain")
+    assert load_grids(tmp_path / "plain").keys() == load_grids(plain).keys()
+
+
+def test_a_weight_on_a_grid_is_packed_however_few_zeros_it_has(checkpoint: Path, tmp_path: Path) -> None:
+    plain = quantised(checkpoint, pattern=Pattern.parse("unstructured", 0.1))
+    record = pack(plain, tmp_path / "packed")
+    assert record.metrics["left_dense"] == []
+    unpack_model(ModelConfig(path=str(tmp_path / "packed")), tmp_path / "plain")
+    same(plain, tmp_path / "plain")
+
+
+def test_another_number_format_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    plain = quantised(checkpoint)
+    with pytest.raises(UsageError, match="lies on grids in float32"):
+        pack(plain, tmp_path / "packed", dtype="bfloat16")
+    pack(plain, tmp_path / "packed", dtype="float32")
+    with pytest.raises(UsageError, match="lies on grids in float32"):
+        unpack_model(ModelConfig(path=str(tmp_path / "packed"), dtype="bfloat16"), tmp_path / "plain")
+
+
+def test_unpacking_over_an_older_result_leaves_no_grid_of_it(checkpoint: Path, tmp_path: Path) -> None:
+    plain = quantised(checkpoint)
+    for number, name in enumerate(("codes", "values")):
+        pack(plain, tmp_path / name)
+        unpack_model(ModelConfig(path=str(tmp_path / name)), tmp_path / "plain")
+        assert (tmp_path / "plain" / GRIDS_NAME).is_file() is (number == 0)
+        shutil.rmtree(plain / "grid", ignore_errors=True)
+    same(plain, tmp_path / "plain")
+
+
+def test_the_grids_are_part_of_what_a_model_is(checkpoint: Path, tmp_path: Path) -> None:
+    plain, prints = quantised(checkpoint), []
+    prints.append(model_fingerprint(ModelConfig(path=str(plain))))
+    grids = load_grids(plain)
+    grids.pop(Q_PROJ)
+    save_grids(plain, grids)
+    prints.append(model_fingerprint(ModelConfig(path=str(plain))))
+    shutil.rmtree(plain / "grid")
+    prints.append(model_fingerprint(ModelConfig(path=str(plain))))
+    assert len(set(prints)) == 3
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_dry_run_says_the_size_that_packing_then_makes(
+    checkpoint: Path, tmp_path: Path, lors: Callable[..., Any], spec: GridSpec, pattern: str, recorded: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    plain = quantised(checkpoint, spec, Pattern.parse(pattern, 0.6 if pattern == "unstructured" else None))
+    if recorded:
+        metrics = inspect(ModelConfig(path=str(plain)))
+        staging = records.staging_dir(plain)
+        save_grids(staging, load_grids(plain))
+        record = records.StageRecord(
+            "prune", "f" * 64, {"method": "x"}, {"model": "m", "path": "p"}, metrics, {}, 1, {}
+        )
+        records.publish(plain, record)
+        monkeypatch.setattr("lors_cli.models.packed.plan.plan_packing", None)  # no file is read
+    found = lors("pack", plain, "--out", tmp_path / "packed", "--dry-run", "--json")
+    assert found.exit_code == 0, found.output
+    monkeypatch.undo()
+    (stage,) = json.loads(found.stdout)["stages"]
+    metrics = pack(plain, tmp_path / "packed").metrics
+    share = float(stage["makes"].split(", ")[1].partition("%")[0]) / 100
+    exact = not recorded or pattern == "2:4" or spec.bits == 8
+    assert share == pytest.approx(metrics["bytes"] / metrics["bytes_before"], abs=0.0006 if exact else 0.003)
+    assert stage["makes"].endswith(f"; {len(metrics['layers'])} linears packed")
+
+
+def test_a_killed_call_goes_on_at_the_file_it_was_in(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lors_cli.models.packed.checkpoint.MAX_SHARD_SIZE", "10KB")
+    plain = quantised(checkpoint)
+    whole = pack(plain, tmp_path / "whole")
+    written: list[str] = []
+    finish = tensor_files.TensorWriter.finish
+
+    def stop_at_third(self: Any) -> None:
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(self.path.name)
+        finish(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tensor_files.TensorWriter, "finish", stop_at_third)
+        with pytest.raises(KeyboardInterrupt):
+            pack(plain, tmp_path / "packed")
+    assert not (tmp_path / "packed/config.json").exists()
+    assert pack(plain, tmp_path / "packed").files == whole.files
+    assert len([name for name in whole.files if name.endswith(".safetensors")]) > 3
+
+
+def test_weights_that_change_while_they_are_packed_are_refused(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, reads = quantised(checkpoint), {}
+    read = Checkpoint.read
+
+    def changing(self: Checkpoint, key: str) -> torch.Tensor:
+        reads[key] = reads.get(key, 0) + 1
+        return read(self, key) * (1.1 if reads[key] > 1 else 1)
+
+    monkeypatch.setattr(Checkpoint, "read", changing)
+    with pytest.raises(UsageError, match="has changed while the model was packed"):
+        pack(plain, tmp_path / "packed")
+
+
+def filled(key: str, value: float) -> Callable[[Any, dict[str, torch.Tensor]], Any]:
+    return lambda settings, tensors: tensors[f"{Q_PROJ}.{key}"].fill_(value)
+
+
+BREAKS: dict[str, Callable[[dict[str, Any], dict[str, torch.Tensor]], Any]] = {
+    "no scales": lambda settings, tensors: tensors.pop(f"{Q_PROJ}.weight_scale"),
+    "no zero points": lambda settings, tensors: tensors.pop(f"{Q_PROJ}.weight_zero"),
+    "no codes": lambda settings, tensors: tensors.pop(f"{Q_PROJ}.weight"),
+    "scales of 0": filled("weight_scale", 0),
+    "scales of nothing": filled("weight_scale", float("nan")),
+    "zero points beyond": filled("weight_zero", 16),
+    "another mask": filled("weight_mask", -1),
+    "fewer scales": lambda settings, tensors: tensors.update(
+        {f"{Q_PROJ}.weight_scale": tensors[f"{Q_PROJ}.weight_scale"][:-1].clone()}
+    ),
+    "signed codes": lambda settings, tensors: tensors.update(
+        {f"{Q_PROJ}.weight": torch.cat([tensors[f"{Q_PROJ}.weight"], torch.zeros(1, dtype=torch.uint8)])}
+    ),
+    "3 bits": lambda settings, tensors: settings.update(bits=3),
+    "8 bits": lambda settings, tensors: settings.update(bits=8),
+    "bits of text": lambda settings, tensors: settings.update(bits="4"),
+    "true bits": lambda settings, tensors: settings.update(bits=True),
+    "no bits": lambda settings, tensors: settings.pop("bits"),
+    "no groups": lambda settings, tensors: settings.pop("group_size"),
+    "groups of another size": lambda settings, tensors: settings.update(group_size=32),
+    "groups of nothing": lambda settings, tensors: settings.update(group_size=0),
+    "symmetric of text": lambda settings, tensors: settings.update(symmetric="no"),
+    "version 1": lambda settings, tensors: settings.update(version=1),
+    "version 3": lambda settings, tensors: settings.update(version=3),
+    "floats that is no list": lambda settings, tensors: settings.update(floats=3),
+    "floats of numbers": lambda settings, tensors: settings.update(floats=[3]),
+    "floats that are codes": lambda settings, tensors: settings.update(floats=[Q_PROJ]),
+    "fewer bytes": lambda settings, tensors: settings["modules"].update({Q_PROJ: 3}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BREAKS)
+def test_broken_packed_models_are_refused_in_words_by_every_way_of_loading(
+    checkpoint: Path, tmp_path: Path, kind: str
+) -> None:
+    packed = tmp_path / "packed"
+    pack(quantised(checkpoint, GridSpec(4, 64, symmetric=False)), packed)
+    settings: Any = json.loads((packed / "config.json").read_text())
+    tensors = load_file(packed / "model.safetensors")
+    BREAKS[kind](settings["quantization_config"], tensors)
+    (packed / "config.json").write_text(json.dumps(settings))
+    save_file(tensors, packed / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UsageError):
+        inspect(ModelConfig(path=str(packed)))
+    (packed / "stage.json").unlink()
+    with pytest.raises(UsageError):
+        inspect(ModelConfig(path=str(packed)))
+    with pytest.raises(UsageError):
+        load_model(ModelConfig(path=str(packed)))
+    with pytest.raises(UsageError):
+        unpack_model(ModelConfig(path=str(packed)), tmp_path / "plain")
+    assert not (tmp_path / "plain/config.json").exists()
+    with pytest.raises(Exception, match=r"."):
+        AutoModelForCausalLM.from_pretrained(packed)
