@@ -41,8 +41,8 @@ GROUPS = {
     "Stages": ("prune", "tune", "evaluate"),
     "Use": ("load", "generate"),
     "Progress": ("on_progress", "Task"),
-    "Settings": ("PruneConfig", "CalibrationConfig", "TuneConfig", "TuneDataConfig", "DistillConfig", "EvalConfig",
-                 "ModelConfig", "ColumnsConfig", "Recipe", "load_recipe"),
+    "Settings": ("PruneConfig", "QuantizeConfig", "CalibrationConfig", "TuneConfig", "TuneDataConfig", "DistillConfig",
+                 "EvalConfig", "ModelConfig", "ColumnsConfig", "Recipe", "load_recipe"),
     "Results": ("StageRecord", "Generated"),
     "Errors": ("LorsError", "UsageError", "MissingError", "ResourceError", "SparsityError"),
 }  # fmt: skip

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lors_cli.recipe.schema import EvalConfig as EvalConfig
     from lors_cli.recipe.schema import ModelConfig as ModelConfig
     from lors_cli.recipe.schema import PruneConfig as PruneConfig
+    from lors_cli.recipe.schema import QuantizeConfig as QuantizeConfig
     from lors_cli.recipe.schema import Recipe as Recipe
     from lors_cli.recipe.schema import TuneConfig as TuneConfig
     from lors_cli.recipe.schema import TuneDataConfig as TuneDataConfig
@@ -40,8 +41,8 @@ _PLACES = {
     "evaluation.stage": ("evaluate",),
     "tuning.loading": ("load", "generate"),
     "output.progress": ("on_progress", "Task"),
-    "recipe.schema": ("PruneConfig", "CalibrationConfig", "TuneConfig", "TuneDataConfig", "DistillConfig",
-                      "EvalConfig", "ModelConfig", "ColumnsConfig", "Recipe"),
+    "recipe.schema": ("PruneConfig", "QuantizeConfig", "CalibrationConfig", "TuneConfig", "TuneDataConfig",
+                      "DistillConfig", "EvalConfig", "ModelConfig", "ColumnsConfig", "Recipe"),
     "recipe.loading": ("load_recipe",),
     "files.records": ("StageRecord",),
     "models.generation": ("Generated",),

@@ -7,6 +7,7 @@ they are.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -91,6 +92,20 @@ class Grid:
         if self.zeros is None:
             return scales, self.spec.middle
         return scales, self.zeros[:, groups].float().repeat_interleave(size, dim=1)[:, inside]
+
+
+def bits_a_weight(spec: GridSpec, weights: Iterable[tuple[int, int, float]], scale_bits: int = 16) -> float:
+    """What a weight takes when it is packed: its share of codes, a bit of the mask, and of scales and zero points.
+
+    Args:
+        weights: out_features, in_features and the share that is kept of each.
+        scale_bits: of the model's number format.
+    """
+    group_bits, total, number = scale_bits + (0 if spec.symmetric else 8), 0.0, 0
+    for rows, columns, kept in weights:
+        total += rows * (columns * (spec.bits * kept + 1) + spec.num_groups(columns) * group_bits)
+        number += rows * columns
+    return total / number
 
 
 def fit_grid(

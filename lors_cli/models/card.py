@@ -91,19 +91,21 @@ def model_card(
         f"Made with lors: {versions(environment)}.",
     ]  # fmt: skip
     results = scores.results if scores else []
-    return f"---\n{_front_matter(name, fields, prune, tune, pattern, results, packed)}---\n\n{to_markdown(blocks)}"
+    front = _front_matter(name, fields, prune, tune, pattern, metrics, results, packed)
+    return f"---\n{front}---\n\n{to_markdown(blocks)}"
 
 
 def _front_matter(
     name: str, fields: Fields, prune: dict[str, Any] | None, tune: dict[str, Any] | None, pattern: Any,
-    results: Sequence[EvalResult], packed: PackedSize | None,
+    metrics: dict[str, Any], results: Sequence[EvalResult], packed: PackedSize | None,
 ) -> str:  # fmt: skip
     """The YAML that the hub reads, as its own library arranges it."""
     from huggingface_hub import ModelCardData
 
     methods = [str(stage["method"]) for stage in (prune, tune) if stage and stage.get("method")]
     named = [str(pattern)] if pattern and pattern != "dense" else []
-    tags = ["sparse", TAG, *(["pruned"] if prune else []), *methods, *named, *([PACKED] if packed else [])]
+    bits = [f"{metrics['quantize']['bits']}-bit"] if "quantize" in metrics else []
+    tags = ["sparse", TAG, *(["pruned"] if prune else []), *methods, *named, *bits, *([PACKED] if packed else [])]
     data = ModelCardData(
         **fields, library_name="transformers", pipeline_tag="text-generation", tags=tags,
         model_name=short_name(name) if results else None, eval_results=list(results) or None,
@@ -138,7 +140,9 @@ def _description(
         data = ""
         if "calibration" in metrics and calibration:
             data = f", calibrated on {escape(portable(calibration['dataset']))}"
-        sentences.append(f"It was pruned with {escape(prune.get('method'))}{data}.")
+        bits = (prune.get("quantize") or {}).get("bits")
+        rounded = f", its kept weights rounded to {bits} bits" if bits else ""
+        sentences.append(f"It was pruned with {escape(prune.get('method'))}{rounded}{data}.")
     if tune:
         dataset = (tune.get("data") or {}).get("dataset")
         data = f" on {escape(portable(dataset))}" if dataset else ""
@@ -146,6 +150,12 @@ def _description(
         sentences.append(
             f"It was then tuned{data} with {escape(tune.get('method'))} at rank {tune.get('rank')}{keeps}; "
             "the adapter is merged into these weights."
+        )
+    if "quantize" in metrics:
+        grid = metrics["quantize"]
+        sentences.append(
+            f"Its kept weights lie on grids of {grid['bits']} bits, with a scale for every {grid['group_size']} inputs "
+            f"of a row: {metrics['bits_a_weight']:.2f} bits a weight when they are packed."
         )
     return " ".join(sentences)
 

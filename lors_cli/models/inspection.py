@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lors_cli.data.saved_prompts import template_name
 from lors_cli.errors import UsageError
 from lors_cli.files import atomic, records
+from lors_cli.grid import bits_a_weight
 from lors_cli.models.blocks import PrunableWeight, prunable_weights
 from lors_cli.models.checks import safetensors_files
+from lors_cli.models.grids import load_grids
 from lors_cli.models.hub import here
 from lors_cli.models.packed.format import grid_keys, mask_key, specs_of
 from lors_cli.models.packed.inspection import measure_checkpoint, measure_packed, packed_facts, packed_settings
 from lors_cli.models.sources import locate
 from lors_cli.models.stored import open_tensors
-from lors_cli.sparsity import CANDIDATES, DENSE_BELOW, Pattern, measure, num_violations, summarise
+from lors_cli.sparsity import CANDIDATES, DENSE_BELOW, LayerSparsity, Pattern, measure, num_violations, summarise
 
 if TYPE_CHECKING:
+    import torch
+
     from lors_cli.recipe.schema import ModelConfig
 
 TOLERATED = 0.01
@@ -33,7 +39,7 @@ def inspect(model: ModelConfig, pattern: Pattern | None = None) -> dict[str, Any
     Returns:
         The document of `lors inspect --json`: pattern, sparsity, violations, layers; `dense_layers`, by name, are those
         of a sparse model that are none of these; `packed`, of a packed one, its bytes and those of the plain one;
-        `quantize` and `bits_a_weight` of one that is quantised.
+        `quantize` and `bits_a_weight` of one that is quantised, and `off_grid` where its grids lie beside it.
     """
     from lors_cli.models.loading import load_model
 
@@ -53,7 +59,29 @@ def inspect(model: ModelConfig, pattern: Pattern | None = None) -> dict[str, Any
     patterns: dict[str, Pattern | None] = {**held_to} if held_to else dict.fromkeys(weights)
     layers = [measure(name, weights[name].matrix, held) for name, held in patterns.items()]
     dense = [name for name in weights if name not in patterns]
-    return _with_dense(summarise(layers, next(iter(patterns.values()), None)), dense)
+    found = _with_dense(summarise(layers, next(iter(patterns.values()), None)), dense)
+    return found | _on_grids(here(model).folder or folder, layers, patterns, lambda name: weights[name].matrix)
+
+
+def _on_grids(
+    folder: Path, layers: list[LayerSparsity], patterns: Mapping[str, Pattern | None],
+    matrix: Callable[[str], torch.Tensor],
+) -> dict[str, Any]:  # fmt: skip
+    """What there is to say of a checkpoint with grids beside it; `matrix` gives a weight by name."""
+    grids = {name: grid for name, grid in load_grids(folder).items() if name in patterns}
+    if not grids:
+        return {}
+    grid = next(iter(grids.values()))
+    weights = []
+    for layer in layers:
+        held, (rows, columns) = patterns[layer.name], layer.shape
+        weights.append((rows, columns, held.n / held.m if held and held.n and held.m else 1 - layer.sparsity))
+    off = 0
+    for name, each in grids.items():
+        weight = matrix(name)
+        off += int((each.rounded(weight) != weight).sum())
+    bits = bits_a_weight(grid.spec, weights, 8 * grid.scales.dtype.itemsize)
+    return {"quantize": asdict(grid.spec), "bits_a_weight": round(bits, 4), "off_grid": off}
 
 
 def _measure_packed(model: ModelConfig, pattern: Pattern | None) -> dict[str, Any]:
@@ -121,7 +149,8 @@ def _measure_recorded(folder: Path, record: records.StageRecord) -> dict[str, An
         if any(tuple(tensors[keys[name]].get_shape()) != shape for name, shape in shapes.items()):
             return None
         layers = [measure(name, tensors[keys[name]][:], held) for name, held in patterns.items()]
-        return _with_dense(summarise(layers, patterns[layers[0].name]), dense_layers(record))
+        found = _with_dense(summarise(layers, patterns[layers[0].name]), dense_layers(record))
+        return found | _on_grids(folder, layers, patterns, lambda name: tensors[keys[name]][:])
     kept = settings.get("modules")
     if not (isinstance(kept, dict) and kept.keys() == shapes.keys() and all(type(n) is int for n in kept.values())):
         return None

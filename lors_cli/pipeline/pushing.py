@@ -14,6 +14,7 @@ from typing import Any
 from lors_cli.errors import MissingError, UsageError
 from lors_cli.files import atomic, records
 from lors_cli.models.checks import safetensors_files
+from lors_cli.models.grids import GRIDS_NAME
 from lors_cli.models.origins import portable, read_fields
 from lors_cli.models.sources import locate
 from lors_cli.output import console, progress
@@ -27,6 +28,8 @@ FILES = (
 )  # fmt: skip
 """What goes; the rest is of the run: records, logs, training checkpoints, with paths of the machine."""
 ADAPTER_FILES = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
+INNER_FILES = (*ADAPTER_FILES, GRIDS_NAME)
+"""What goes of folders within."""
 _TOKENS = "https://huggingface.co/settings/tokens"
 
 
@@ -101,9 +104,9 @@ def _files(folder: Path) -> tuple[dict[str, Path | bytes], list[str]]:
     """The files that go, and the names of what is left out."""
     names = sorted(path.name for path in folder.iterdir())
     going = [name for name in names if (folder / name).is_file() and any(fnmatch(name, each) for each in FILES)]
-    adapter = [name for name in ADAPTER_FILES if (folder / name).is_file()]
-    left_out = [name for name in names if name not in going and not (name == "adapter" and adapter)]
-    return {name: folder / name for name in [*going, *adapter]}, left_out
+    inner = [name for name in INNER_FILES if (folder / name).is_file()]
+    left_out = [name for name in names if name not in {*going, *(Path(name).parts[0] for name in inner)}]
+    return {name: folder / name for name in [*going, *inner]}, left_out
 
 
 def _fields(folder: Path, files: dict[str, Path | bytes]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from lors_cli.evaluation import estimate as evaluation_estimate
 from lors_cli.evaluation.entries import Task, resolve, shots_text, tasks_of
 from lors_cli.models.needs import RECORDS, Estimate
 from lors_cli.models.packed import stage as packing
-from lors_cli.models.size import ModelSize
+from lors_cli.models.size import ModelSize, try_size
 from lors_cli.output.console import counted
 from lors_cli.pruning import estimate as pruning_estimate
 from lors_cli.pruning import stage as pruning
@@ -102,7 +102,16 @@ def _prune(config: PruneConfig, models: dict[str, ModelConfig], out: Path, data_
 
 def _pruning(config: PruneConfig, models: dict[str, ModelConfig]) -> str:
     share = f" {config.sparsity:g}" if config.pattern == "unstructured" else ""
-    return f"{config.method} {config.pattern}{share}"
+    rounded = f", rounded to {config.quantize.bits} bits" if config.quantize else ""
+    return f"{config.method} {config.pattern}{share}{rounded}"
+
+
+def _pruned_bits(config: PruneConfig, models: dict[str, ModelConfig]) -> str:
+    """What quantised weights will take."""
+    (model,) = models.values()
+    size = try_size(model) if config.quantize else None
+    found = pruning_estimate.bits(config, size) if size else None
+    return f"{found:.2f} bits a weight of the pruned linears, once they are packed" if found else ""
 
 
 def _pruning_reads(config: PruneConfig) -> Reads:
@@ -171,6 +180,7 @@ STAGES = {
         needs=pruning_estimate.needs,
         operations=lambda config, size, num_models, data_dir: pruning_estimate.operations(config, size),
         describe=_pruning,
+        foresee=_pruned_bits,
         reads=_pruning_reads,
         fits=_pruning_fits,
         makes="pruned",

@@ -12,13 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from lors_cli.data.tokenising import DEFAULT_LENGTH, DEFAULT_SAMPLES
+from lors_cli.grid import bits_a_weight
 from lors_cli.machine import processes
 from lors_cli.machine.devices import free_memory
 from lors_cli.models.needs import RECORDS, RUNTIME, Estimate
 from lors_cli.models.size import ModelSize, forward
 from lors_cli.output.console import gib
-from lors_cli.pruning.facts import RECONSTRUCTION_SAMPLES, statistics_kind
+from lors_cli.pruning.facts import RECONSTRUCTION_SAMPLES, grid_spec, statistics_kind
 from lors_cli.recipe.schema import ModelConfig, PruneConfig
+from lors_cli.sparsity import Pattern
 
 FLOAT = 4
 CAST = 256 << 20
@@ -63,8 +65,26 @@ def memory_parts(config: PruneConfig, size: ModelSize, num_processes: int = 1) -
 def needs(config: PruneConfig, size: ModelSize) -> Estimate:
     """Memory by `memory_parts`; on disk the checkpoint, its blocks, and the hidden states to resume from."""
     tokens = 0 if statistics_kind(config) == "none" else calibration_tokens(config, size)[0]
-    disk = 2 * size.num_bytes + 2 * tokens * size.hidden_size * size.bytes_a_weight + RECORDS
+    disk = 2 * (size.num_bytes + _grids(config, size)) + 2 * tokens * size.hidden_size * size.bytes_a_weight + RECORDS
     return Estimate(RUNTIME + sum(memory_parts(config, size).values()), disk)
+
+
+def bits(config: PruneConfig, size: ModelSize) -> float | None:
+    """Bits of a pruned linear's weight once it is packed; None where weights stay floats."""
+    spec, kept = grid_spec(config), 1 - Pattern.of(config).sparsity
+    if spec is None:
+        return None
+    layers = ((rows, columns, kept) for rows, columns in size.without(config.skip).linears)
+    return bits_a_weight(spec, layers, 8 * size.bytes_a_weight)
+
+
+def _grids(config: PruneConfig, size: ModelSize) -> int:
+    """Bytes of the scales and zero points that lie beside a quantised checkpoint."""
+    spec = grid_spec(config)
+    if spec is None:
+        return 0
+    width = size.bytes_a_weight + (0 if spec.symmetric else 1)
+    return sum(rows * spec.num_groups(columns) * width for rows, columns in size.without(config.skip).linears)
 
 
 def shortage(config: PruneConfig, model: ModelConfig, size: ModelSize) -> tuple[str, str] | None:
@@ -145,8 +165,8 @@ def _solver(config: PruneConfig, size: ModelSize) -> int:
     for columns in {columns for _, columns, _ in size.block}:
         rows = max(rows for rows, other, _ in size.block if other == columns)
         stacked = 2 * rows if columns == size.hidden_size else rows  # gate and up are solved together
-        matrices = max(MATRICES.get(config.method, 0), 1 if config.refit else 0)
-        stacks = max(STACKS.get(config.method, 3), 7 if config.refit else 0)
+        matrices = max(MATRICES.get(config.method, 0), 1 if config.refit else 0, 2 if config.quantize else 0)
+        stacks = max(STACKS.get(config.method, 3), 7 if config.refit else 0) + (1 if config.quantize else 0)
         most = max(most, FLOAT * (matrices * columns**2 + stacks * stacked * columns))
     return most
 

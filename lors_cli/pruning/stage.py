@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from lors_cli.errors import SparsityError, UsageError
 from lors_cli.files import atomic, hashes, records
+from lors_cli.grid import bits_a_weight
 from lors_cli.machine import environment, processes
 from lors_cli.output import console, progress
-from lors_cli.pruning.facts import RECONSTRUCTION_SAMPLES, statistics_kind
+from lors_cli.pruning.facts import RECONSTRUCTION_SAMPLES, grid_spec, statistics_kind
 from lors_cli.recipe.resolved import resolved_prune
 from lors_cli.sparsity import Pattern, summarise
 
@@ -120,6 +121,7 @@ def prune(
     processes.wait_for_all()
     outcome = prune_blocks(config, source, pattern, out / records.WORK_NAME, batches)
     metrics = _metrics(outcome, pattern, source, batches)
+    metrics |= _bits(config, outcome, pattern, source)
     metrics |= {key: names for key, names in (("left_out", parts), ("dense_layers", dense)) if names}
     if batches:
         metrics["calibration"]["source"] = inputs["calibration"]
@@ -201,6 +203,17 @@ def _metrics(outcome: Outcome, pattern: Pattern, source: BlockwiseModel, batches
         metrics["few_tokens"] = outcome.few_tokens
         _report_few_tokens(outcome.few_tokens)
     return metrics
+
+
+def _bits(config: PruneConfig, outcome: Outcome, pattern: Pattern, source: BlockwiseModel) -> dict[str, Any]:
+    """What stage.json says of quantised weights."""
+    spec = grid_spec(config)
+    if spec is None:
+        return {}
+    kept = None if pattern.m is None else 1 - pattern.sparsity  # N:M is packed as N, zeros among them or not
+    weights = [(*layer.shape, kept or 1 - layer.sparsity) for layer in outcome.layers]
+    bits = bits_a_weight(spec, weights, 8 * source.network.dtype.itemsize)  # type: ignore[arg-type]  # two sizes
+    return {"quantize": asdict(spec), "bits_a_weight": round(bits, 4)}
 
 
 def _report_few_tokens(few_tokens: dict[str, int]) -> None:

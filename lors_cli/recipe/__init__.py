@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lors_cli.recipe.schema import EvalConfig as EvalConfig
     from lors_cli.recipe.schema import ModelConfig as ModelConfig
     from lors_cli.recipe.schema import PruneConfig as PruneConfig
+    from lors_cli.recipe.schema import QuantizeConfig as QuantizeConfig
     from lors_cli.recipe.schema import Recipe as Recipe
     from lors_cli.recipe.schema import TuneConfig as TuneConfig
     from lors_cli.recipe.schema import TuneDataConfig as TuneDataConfig

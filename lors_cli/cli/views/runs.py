@@ -129,13 +129,20 @@ def show_record(folder: Path) -> None:
 def _zeros(metrics: dict[str, Any]) -> str:
     broken = f", {metrics['violations']} violations" if metrics["violations"] else ""
     zeros = f"{100 * metrics['sparsity']:.2f} % zeros in {len(metrics['layers'])} linears"
-    return f"{metrics['pattern']}, {zeros}{broken}{_apart(metrics)}"
+    return f"{metrics['pattern']}, {zeros}{broken}{_apart(metrics)}{_quantised(metrics)}"
 
 
 def _apart(metrics: dict[str, Any]) -> str:
     """The layers that were skipped, which are in no sum."""
     dense, frozen = (len(metrics.get(key, ())) for key in ("dense_layers", "skipped_layers"))
     return (f"; {dense} skipped and dense" if dense else "") + (f"; {frozen} without an adapter" if frozen else "")
+
+
+def _quantised(metrics: dict[str, Any]) -> str:
+    """What a quantised model's weights take."""
+    if "quantize" not in metrics:
+        return ""
+    return f"; {metrics['quantize']['bits']} bits, {metrics['bits_a_weight']:.2f} a weight once packed"
 
 
 def _facts(record: records.StageRecord) -> list[tuple[str, str]]:
@@ -185,6 +192,10 @@ def show_inspection(path: str, document: dict[str, Any]) -> None:
         f"{path}: {document['pattern']}, {100 * document['sparsity']:.2f} % zeros in {len(document['layers'])} "
         f"linears, {document['violations']} violations{_apart(document)}"
     )
+    if "quantize" in document:
+        off = document["off_grid"]
+        console.result(f"grids: {document['quantize']['bits']} bits in groups of {document['quantize']['group_size']}, "
+                       f"{document['bits_a_weight']:.2f} bits a weight once packed, {off} values off them")  # fmt: skip
     if "packed" in document:
         sizes = document["packed"]
         share = f"{sizes['bytes'] / sizes['bytes_plain']:.1%}"
