@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 
 from lors_cli.errors import UsageError
-from lors_cli.grid import Grid
+from lors_cli.grid import Grid, bits_a_weight
 from lors_cli.models.grids import load_grids
 from lors_cli.models.hub import here
+from lors_cli.models.loading import load_config
+from lors_cli.models.packed.checkpoint import Checkpoint
+from lors_cli.models.quantised import PACKED, Quantised
 from lors_cli.output import console
 from lors_cli.recipe.schema import ModelConfig
+from lors_cli.sparsity import LayerSparsity, Pattern
 from lors_cli.tuning.kernels.on_grid import lies_on
 
 
@@ -22,12 +28,35 @@ def base_grids(model: ModelConfig, *, needed: bool = False) -> dict[str, Grid]:
     Raises:
         UsageError: it has none, and they are needed.
     """
-    folder = here(model, weights=True).folder
-    grids = {} if folder is None else load_grids(folder)
+    grids = _grids(model)
     if needed and not grids:
         raise UsageError(f"quantization_aware: the weights of {model.path} lie on no grid.",
                          "Prune it with prune.quantize, or tune without quantization_aware.")  # fmt: skip
     return grids
+
+
+def _grids(model: ModelConfig) -> dict[str, Grid]:
+    where = here(model, weights=True)
+    if where.folder is None or where.gguf_file is not None:
+        return {}
+    quantised = Quantised.of(load_config(model))
+    if quantised is None or quantised.method != PACKED:
+        return load_grids(where.folder)
+    source = Checkpoint(replace(model, dtype="auto"), packed=True)
+    return {name: source.grid(name) for name in source.specs}
+
+
+def grid_metrics(
+    grids: Mapping[str, Grid], layers: Sequence[LayerSparsity], pattern: Pattern | None
+) -> dict[str, Any]:
+    """What stage.json says of a model that lies on grids."""
+    if not grids:
+        return {}
+    grid = next(iter(grids.values()))
+    kept = 1 - pattern.sparsity if pattern is not None and pattern.structured else None
+    weights = [(*layer.shape, kept or 1 - layer.sparsity) for layer in layers]
+    bits = bits_a_weight(grid.spec, weights, 8 * grid.scales.dtype.itemsize)  # type: ignore[arg-type]  # two sizes
+    return {"quantize": asdict(grid.spec), "bits_a_weight": round(bits, 4)}
 
 
 def kept_grids(grids: Mapping[str, Grid], *, quantization_aware: bool) -> Mapping[str, Grid]:

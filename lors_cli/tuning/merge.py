@@ -25,7 +25,7 @@ from lors_cli.recipe.schema import ModelConfig
 from lors_cli.sparsity import Pattern, measure, summarise
 from lors_cli.tuning.adapter import WEIGHTS_NAME, load_adapter, read_adapter_config
 from lors_cli.tuning.attach import adapter_layers
-from lors_cli.tuning.grids import base_grids, kept_grids
+from lors_cli.tuning.grids import base_grids, grid_metrics, kept_grids
 from lors_cli.tuning.kernels.on_grid import lies_on
 from lors_cli.tuning.norms import merge_norms
 from lors_cli.tuning.prompt_format import fit_to_prompt
@@ -97,7 +97,8 @@ def merge(
     layers = [measure(name, weights[name].matrix, pattern) for name, pattern in patterns.items()]
     method = {key: getattr(config, key) for key in ("method", "rank", "alpha", "use_rslora")}
     method |= {"quantization_aware": True} if grids else {}
-    metrics = {**counts, **summarise(layers, next(iter(patterns.values()), None)),
+    pattern = next(iter(patterns.values()), None)
+    metrics = {**counts, **summarise(layers, pattern), **grid_metrics(grids, layers, pattern),
                **fit_to_prompt(model, tokenizer, config.prompt), "adapter": method}  # fmt: skip
     staging = records.staging_dir(out)
     save_checkpoint(model, tokenizer, staging)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from lors_cli.sparsity import Pattern, measure, summarise
 from lors_cli.tuning.adapter import AdapterConfig, layer_grids, save_adapter
 from lors_cli.tuning.attach import adapter_layers, adapter_tensors, base_mask
 from lors_cli.tuning.baselines import LAYERS
-from lors_cli.tuning.grids import grid_digest, kept_grids
+from lors_cli.tuning.grids import grid_digest, grid_metrics, kept_grids
 from lors_cli.tuning.merge import merge_counted
 from lors_cli.tuning.norms import norm_shifts
 
@@ -88,7 +87,7 @@ def write_results(
     return {**summary, "trainable_parameters": trainable, "zeroed": counts.zeroed, "moved": round(moved, 6),
             "base_mask": adapter.base_mask,
             **({"skipped_layers": list(adapter.skipped)} if adapter.skipped else {}),
-            **({"quantize": asdict(next(iter(grids.values())).spec)} if grids else {})}  # fmt: skip
+            **grid_metrics(grids, layers, pattern)}  # fmt: skip
 
 
 def write_card(

@@ -153,6 +153,7 @@ def test_the_tuned_model_lies_on_its_base_s_grid(
     assert record.metrics["moved"] > 0.01
     assert record.metrics["loss_after"] < record.metrics["loss_before"]
     assert record.metrics["quantize"] == {"bits": 4, "group_size": 32, "symmetric": True}
+    assert record.metrics["bits_a_weight"] == 4 * 0.5 + 1 + 16 / 32
     # and the adapter on its base is the very same model, here and merged by `lors merge`
     network = AutoModelForCausalLM.from_pretrained(quantised, dtype="auto").requires_grad_(False).eval()
     adapted = load_adapter(network, tmp_path / "out/adapter")
