@@ -66,7 +66,9 @@ def by_numbers(total: torch.Tensor, weight: torch.Tensor, grid: Grid, rounding: 
             code = round(float(value / scale)) + zero  # Python's ties go to even
         else:
             share = (int(table[row % PERIOD, column]) + 0.5) / 65536
-            code = round(float(base / scale)) + zero + math.floor(np.float32((value - base) / scale) + np.float32(share))
+            code = (
+                round(float(base / scale)) + zero + math.floor(np.float32((value - base) / scale) + np.float32(share))
+            )
         code = min(max(code, 0), grid.spec.num_codes - 1)
         found[row, column] = float(scale * np.float32(code - zero))
     return found.to(weight.dtype)

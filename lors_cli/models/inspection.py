@@ -39,7 +39,7 @@ def inspect(model: ModelConfig, pattern: Pattern | None = None) -> dict[str, Any
     Returns:
         The document of `lors inspect --json`: pattern, sparsity, violations, layers; `dense_layers`, by name, are those
         of a sparse model that are none of these; `packed`, of a packed one, its bytes and those of the plain one;
-        `quantize` and `bits_a_weight` of one that is quantised, and `off_grid` where its grids lie beside it.
+        `quantize`, `bits_a_weight` and `off_grid` of one on grids.
     """
     from lors_cli.models.loading import load_model
 

@@ -46,9 +46,7 @@ def _grids(model: ModelConfig) -> dict[str, Grid]:
     return {name: source.grid(name) for name in source.specs}
 
 
-def grid_metrics(
-    grids: Mapping[str, Grid], layers: Sequence[LayerSparsity], pattern: Pattern | None
-) -> dict[str, Any]:
+def grid_metrics(grids: Mapping[str, Grid], layers: Sequence[LayerSparsity], pattern: Pattern | None) -> dict[str, Any]:
     """What stage.json says of a model that lies on grids."""
     if not grids:
         return {}

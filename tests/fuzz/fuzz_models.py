@@ -46,7 +46,8 @@ def checkpoint_case(rng: Random, place: Path) -> list[str]:
 def packed_case(rng: Random, place: Path) -> list[str]:
     """A broken packed checkpoint, or a broken one to pack."""
     model = place / "model"
-    shutil.copytree(place / rng.choice(("packed", "packed", "packed", "sparse")), model)
+    name = rng.choice(("packed", "packed-int4", "packed-int4", "packed-int8", "sparse", "int4"))
+    shutil.copytree(place / name, model)
     kind = rng.random()
     if kind < 0.4:
         _packing(model, rng)
@@ -74,8 +75,19 @@ def _packing(model: Path, rng: Random) -> None:
         kept = modules.pop(name)
         modules[rng.choice((name, "lm_head", "model.norm", f"{name}.x", "", "\x00"))] = rng.choice((kept, *VALUES))
     else:
-        packing[rng.choice(("version", "pattern", "modules", "quant_method", "dequantize"))] = rng.choice(
-            (*VALUES, "1:4", "4:8", "0:0", "9999:9999", "unstructured")
+        keys = [
+            "version",
+            "pattern",
+            "modules",
+            "quant_method",
+            "dequantize",
+            "bits",
+            "group_size",
+            "symmetric",
+            "floats",
+        ]
+        packing[rng.choice([*keys, "floats"])] = rng.choice(
+            (*VALUES, 4, 8, 64, 128, "1:4", "4:8", "0:0", "9999:9999", "unstructured", ["lm_head"])
         )
     path.write_text(json.dumps(content))
 
@@ -200,7 +212,8 @@ def _config_value(model: Path, rng: Random) -> None:
 
 
 def _weights(model: Path, rng: Random) -> None:
-    _tensors(model / "model.safetensors", rng)
+    grids = model / "grid" / "scales.safetensors"
+    _tensors(grids if grids.is_file() and rng.random() < 0.5 else model / "model.safetensors", rng)
 
 
 def _tensors(path: Path, rng: Random) -> None:
@@ -227,7 +240,9 @@ def _tensors(path: Path, rng: Random) -> None:
         tensors = load_file(path)
         name = rng.choice(sorted(tensors))
         old = tensors[name]
-        values = (float("nan"), float("inf"), 3e38) if old.is_floating_point() else (-1, 0, 2**31 - 1)
+        values = (float("nan"), float("inf"), 3e38)
+        if not old.is_floating_point():
+            values = (max(-1, torch.iinfo(old.dtype).min), 0, 15, torch.iinfo(old.dtype).max)
         new = rng.choice((
             *(torch.full_like(old, value) for value in values), torch.zeros_like(old), old.flatten()[:-1].clone(),
             old[:1].clone(), old.mT.contiguous() if old.dim() == 2 else old.flip(0),

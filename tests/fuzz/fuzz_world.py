@@ -18,6 +18,8 @@ from byte_tokens import byte_tokenizer
 from typer.testing import CliRunner
 
 from lors_cli.cli.app import app
+from lors_cli.grid import GridSpec, fit_grid
+from lors_cli.models.grids import save_grids
 
 RECIPE = """\
 name: tiny
@@ -54,6 +56,23 @@ per:
 ROWS = [{"instruction": f"say {i}", "input": "", "output": f"it is {i * 7 % 10}"} for i in range(12)]
 TEXTS = [{"text": f"Line {i}: fox number {i * 7 % 31} jumps over {i % 5} lazy dogs."} for i in range(12)]
 
+GRIDS = {"int4": GridSpec(4, 32, symmetric=False), "int8": GridSpec(8, 64)}
+
+
+def on_grids(sparse: Path, folder: Path, spec: GridSpec) -> None:
+    """A copy of a sparse checkpoint whose weights are rounded to grids that lie beside it."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(sparse, folder)
+    (folder / "stage.json").unlink()
+    tensors, grids = load_file(folder / "model.safetensors"), {}
+    for key, tensor in tensors.items():
+        if key.endswith("_proj.weight"):
+            grid = grids[key.removesuffix(".weight")] = fit_grid(tensor, tensor != 0, spec)
+            tensors[key] = grid.rounded(tensor) * (tensor != 0)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    save_grids(folder, grids)
+
 
 class World:
     """The folders, and a look at everything that a case may not touch.
@@ -83,12 +102,17 @@ class World:
             ):
                 result = CliRunner().invoke(app, arguments)
                 assert result.exit_code == 0, result.output
+            for name, spec in GRIDS.items():
+                on_grids(Path("sparse"), Path(name), spec)
+                result = CliRunner().invoke(app, ["pack", name, "--out", f"packed-{name}"])
+                assert result.exit_code == 0, result.output
 
     def new_place(self) -> Path:
         """The empty current folder of the next case, with the base's files and models as links."""
         shutil.rmtree(self.place, ignore_errors=True)
         self.place.mkdir()
-        for entry in ("dense", "sparse", "packed", "tiny.yaml", "rows.jsonl", "text.jsonl"):
+        models = ("dense", "sparse", "packed", *GRIDS, *(f"packed-{name}" for name in GRIDS))
+        for entry in (*models, "tiny.yaml", "rows.jsonl", "text.jsonl"):
             (self.place / entry).symlink_to(self.base / entry)
         return self.place
 

@@ -20,6 +20,7 @@ from lors_cli.output import console
 from lors_cli.sparsity import Pattern
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 
@@ -88,6 +89,11 @@ class PackedQuantizer(HfQuantizer):
     """Packed linears in place of those that config.json names, checked once their tensors are there."""
 
     quantization_config: PackedConfig
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Floats where integers are due stay what they are, and are refused: transformers would cut them off."""
+        cast = super().get_new_dtype(converter, param, dtype)
+        return cast if cast is None or cast.is_floating_point else None
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         config = self.quantization_config

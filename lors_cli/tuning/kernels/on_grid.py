@@ -42,9 +42,7 @@ class RoundedToGrid(torch.autograd.Function):
     """W_t of a whole `total`, masked; its gradient passes straight through."""
 
     @staticmethod
-    def forward(
-        ctx: object, total: torch.Tensor, weight: torch.Tensor, grid: Grid, rounding: Rounding
-    ) -> torch.Tensor:
+    def forward(ctx: object, total: torch.Tensor, weight: torch.Tensor, grid: Grid, rounding: Rounding) -> torch.Tensor:
         """(R, C) in the weight's dtype."""
         merged = torch.empty_like(weight)
         for rows in row_tiles(*weight.shape):

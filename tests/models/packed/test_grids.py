@@ -101,13 +101,10 @@ def test_unpacking_gives_weights_and_grids_back_bit_for_bit(
     assert tensors[f"{Q_PROJ}.weight_scale"].dtype == dtype
     assert (f"{Q_PROJ}.weight_zero" in tensors) is not spec.symmetric
     assert record.metrics["bytes"] == sum(tensor.nbytes for tensor in tensors.values())
-    parts = [
-        tensor for key, tensor in tensors.items() if key.startswith(tuple(f"{name}." for name in settings["modules"]))
-    ]
+    names = tuple(f"{name}." for name in settings["modules"])
+    num_bits = 8 * sum(tensor.nbytes for key, tensor in tensors.items() if key.startswith(names))
     num_weights = sum(layer["shape"][0] * layer["shape"][1] for layer in record.metrics["layers"])
-    assert record.metrics["bits_a_weight"] == pytest.approx(
-        8 * sum(part.nbytes for part in parts) / num_weights, abs=1e-4
-    )
+    assert record.metrics["bits_a_weight"] == pytest.approx(num_bits / num_weights, abs=1e-4)
     assert record.metrics["quantize"] == asdict(spec)
     unpack_model(ModelConfig(path=str(tmp_path / "packed")), tmp_path / "plain")
     same(plain, tmp_path / "plain")
@@ -270,9 +267,8 @@ def test_a_dry_run_says_the_size_that_packing_then_makes(
         metrics = inspect(ModelConfig(path=str(plain)))
         staging = records.staging_dir(plain)
         save_grids(staging, load_grids(plain))
-        record = records.StageRecord(
-            "prune", "f" * 64, {"method": "x"}, {"model": "m", "path": "p"}, metrics, {}, 1, {}
-        )
+        inputs = {"model": "m", "path": "p"}
+        record = records.StageRecord("prune", "f" * 64, {"method": "x"}, inputs, metrics, {}, 1, {})
         records.publish(plain, record)
         monkeypatch.setattr("lors_cli.models.packed.plan.plan_packing", None)  # no file is read
     found = lors("pack", plain, "--out", tmp_path / "packed", "--dry-run", "--json")
@@ -340,8 +336,17 @@ BREAKS: dict[str, Callable[[dict[str, Any], dict[str, torch.Tensor]], Any]] = {
     "fewer scales": lambda settings, tensors: tensors.update(
         {f"{Q_PROJ}.weight_scale": tensors[f"{Q_PROJ}.weight_scale"][:-1].clone()}
     ),
-    "signed codes": lambda settings, tensors: tensors.update(
+    "a code more": lambda settings, tensors: tensors.update(
         {f"{Q_PROJ}.weight": torch.cat([tensors[f"{Q_PROJ}.weight"], torch.zeros(1, dtype=torch.uint8)])}
+    ),
+    "codes of floats": lambda settings, tensors: tensors.update(
+        {f"{Q_PROJ}.weight": tensors[f"{Q_PROJ}.weight"].float()}  # which transformers would cast
+    ),
+    "a mask of floats": lambda settings, tensors: tensors.update(
+        {f"{Q_PROJ}.weight_mask": tensors[f"{Q_PROJ}.weight_mask"].double()}
+    ),
+    "zero points of floats": lambda settings, tensors: tensors.update(
+        {f"{Q_PROJ}.weight_zero": tensors[f"{Q_PROJ}.weight_zero"].float()}
     ),
     "3 bits": lambda settings, tensors: settings.update(bits=3),
     "8 bits": lambda settings, tensors: settings.update(bits=8),
