@@ -212,7 +212,7 @@ def _grids(config: AdapterConfig, folder: Path, linears: Mapping[str, nn.Linear]
     grids, weights = load_grids(folder), {name: linear.weight for name, linear in linears.items()}
     if set(weights) - set(grids) or grid_digest(weights, grids) != config.base_grid:
         raise UsageError(
-            f"the quantisation-aware adapter in {folder} belongs on other weights, or on these in another number format.",
+            f"the quantisation-aware adapter in {folder} belongs on other weights, or on these in another format.",
             f"It was trained on {config.base}, as it is stored; on others its merged weights would be others too.",
         )
     return grids

@@ -21,7 +21,7 @@ from lors_cli.tuning.baselines import LAYERS, check_rank
 from lors_cli.tuning.grids import check_on_grids
 from lors_cli.tuning.kernels.rounding import Rounding
 from lors_cli.tuning.layers import AdapterLinear
-from lors_cli.tuning.lors import LorsLinear, PackedLorsLinear
+from lors_cli.tuning.lors import PackedLorsLinear
 from lors_cli.tuning.norms import norm_parameters, norm_shifts, train_norms
 
 PREFIX = "base_model.model."

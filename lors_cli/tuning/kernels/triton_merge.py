@@ -166,9 +166,11 @@ def launch(
     block = {"TILES": min(MAX_TILES, 2 ** (max(1, down * across // MIN_PROGRAMS).bit_length() - 1)), **block}
     return (triton.cdiv(down, block["TILES"]), across), {
         "weight": base, "kept_mask": mask, "lora_A": lora_A.contiguous(), "lora_B": lora_B.contiguous(),
-        "merged": merged, "scales": scales, "zeros": zeros, "num_rows": num_rows, "num_columns": num_columns, "scale": float(scale),
+        "merged": merged, "scales": scales, "zeros": zeros, "num_rows": num_rows, "num_columns": num_columns,
+        "scale": float(scale),
         "stride_weight": stride, "stride_mask": mask.stride(0),
-        "stride_merged": merged.stride(0), "stride_scales": 0 if grid is None else scales.stride(0), "PACKED": isinstance(weight, Packed), "RANK": rank,
+        "stride_merged": merged.stride(0), "stride_scales": 0 if grid is None else scales.stride(0),
+        "PACKED": isinstance(weight, Packed), "RANK": rank,
         "RANK_STEP": SMALLEST_DOT if is_float32 else min(64, max(SMALLEST_DOT, triton.next_power_of_2(rank))),
         "DOT": tl.float32 if is_float32 or INTERPRETED else DOTS[weight.dtype],
         "STOCHASTIC": rounding == "stochastic" if spec else thresholds.is_stochastic(rounding, merged.dtype),

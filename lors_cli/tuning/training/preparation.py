@@ -103,9 +103,8 @@ def _keep_merged(network: PreTrainedModel, config: TuneConfig, *, sharded: bool)
                                 checkpointing=config.gradient_checkpointing)  # fmt: skip
     keep_merged(network, keep)
     console.info(f"  merged weights: {reason}")
-    console.detail(
-        f"  merged by {how_merged(device, dtype, config.weight_rounding, config.rank, next(iter(adapted.values())).grid)}"
-    )
+    grid = next(iter(adapted.values())).grid
+    console.detail(f"  merged by {how_merged(device, dtype, config.weight_rounding, config.rank, grid)}")
 
 
 def _say_rounding(config: TuneConfig, dtype: torch.dtype) -> None:
