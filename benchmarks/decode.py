@@ -6,7 +6,9 @@ python benchmarks/decode.py --out results.json [--shapes 2048x5632 …] [--batch
 `--shapes` or `--models` without a word leaves that part out. The file is written after each cell; the same command
 goes on from there, also with more cells. Every cell has the machine's load average.
 
-Linears are compared with torch's dense ones and with a dense kernel in C that is tuned alike. Each round runs every
+Linears are compared with torch's dense ones and with dense kernels in C that are tuned alike, of bfloat16 and of 4 bits:
+the same loops and look-ups without a mask. Sparse weights of 4 and 8 bits lie on symmetric grids in groups of
+`--group-size`; all inputs and sums are those of the others. Each round runs every
 arm in turn, in rotating order, on the same inputs; a ratio is taken within a round, and given as the median over rounds
 with its range. As in decoding, each call finds its weight in memory and not in the cache: the arms go round as many
 copies as fill `--megabytes` (0: one copy, which a large cache may hold). With one thread the thread's processor time is
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import itertools
 import json
 import math
 import os
@@ -33,10 +36,12 @@ from torch.nn import functional as F
 from lors_cli.bench.decode import DecodeConfig, measure_missing
 from lors_cli.bench.measure import rotated, spread
 from lors_cli.files.atomic import write_json
+from lors_cli.grid import Grid, GridSpec, fit_grid
 from lors_cli.machine.environment import hardware
 from lors_cli.models.packed.format import pack
 from lors_cli.models.packed.kernels import ops
 from lors_cli.models.packed.kernels.build import NATIVE, library
+from lors_cli.sparsity import TWO_OF_FOUR
 
 SHAPES = ("576x1536", "1536x576", "2048x2048", "2048x5632", "4096x4096", "4096x14336")
 BATCHES = (1, 2, 4, 8, 16, 32, 128, 512)
@@ -44,6 +49,11 @@ MODELS = ("smollm2-135m", "tinyllama")
 ROUND_S = 0.004
 """A turn repeats its call for about so long."""
 LEAST_ROUNDS = 5
+RATIOS = (
+    ("torch", "packed"), ("dense C", "packed"), ("torch", "dense C"), ("torch", "packed int4"), ("torch", "packed int8"),
+    ("dense int4", "packed int4"), ("packed", "packed int4"),
+)  # fmt: skip
+"""Arms whose times are divided within a round."""
 
 Arm = Callable[[int], Any]
 
@@ -55,30 +65,59 @@ def choose(rows: int, columns: int, pattern: str) -> torch.Tensor:
     return torch.rand(rows, columns) < 0.5
 
 
-def arms_of(rows: int, columns: int, batch: int, dtype: torch.dtype, pattern: str, megabytes: int) -> dict[str, Arm]:
+def arms_of(
+    rows: int, columns: int, batch: int, dtype: torch.dtype, pattern: str, megabytes: int, group_size: int = 128
+) -> dict[str, Arm]:
     """The arms by name; each is called with a number that says which copy of the weight it is to use."""
     kept = choose(rows, columns, pattern)
     weight = torch.randn(rows, columns).mul(kept).to(dtype)
-    copies = max(1, math.ceil(megabytes * 2**20 / (weight.numel() * weight.element_size())))
-    held = pack(weight)
-    dense = [weight.clone() for _ in range(copies)]
-    packed = [(held.values.clone(), held.mask.clone(), held.starts) for _ in range(copies)]
     x, out = torch.randn(batch, columns).to(dtype), torch.empty(batch, rows, dtype=dtype)
     in_c = getattr(library(NATIVE, "DENSE"), f"{ops.PREFIXES[dtype]}_dense_linear")
-    in_c.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 3
+    in_c.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 3 + [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 2
 
-    def run_c(index: int) -> torch.Tensor:
-        apart = dense[(index + copies // 2) % copies]  # not what torch has just brought into the cache
-        in_c(apart.data_ptr(), x.data_ptr(), out.data_ptr(), rows, columns, batch)
-        return out
+    def copies(*tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+        count = max(1, math.ceil(megabytes * 2**20 / sum(tensor.nbytes for tensor in tensors)))
+        return [tuple(tensor.clone() for tensor in tensors) for _ in range(count)]
 
+    def of_c(held: list[tuple[torch.Tensor, ...]], spec: GridSpec | None = None) -> Arm:
+        kind = (0, 0) if spec is None else (spec.bits, spec.group_size)
+
+        def run(index: int) -> torch.Tensor:
+            values, *scales = held[(index + len(held) // 2) % len(held)]  # not what torch brought into the cache
+            at = scales[0].data_ptr() if scales else None
+            in_c(values.data_ptr(), x.data_ptr(), out.data_ptr(), rows, columns, batch, at, None, *kind)
+            return out
+
+        return run
+
+    def packed(grid: Grid | None) -> Arm:
+        held_to = TWO_OF_FOUR if pattern == "2:4" else None
+        of = pack(weight if grid is None else grid.rounded(weight).masked_fill_(~kept, 0), held_to, grid)
+        if grid is None:
+            held = copies(of.values, of.mask, of.starts)
+            return lambda index: ops.linear(x, *held[index % len(held)])
+        codes = [(parts[:3], Grid(grid.spec, parts[3])) for parts in copies(of.values, of.mask, of.starts, grid.scales)]
+
+        def run(index: int) -> torch.Tensor:
+            tensors, its_grid = codes[index % len(codes)]
+            return ops.linear(x, *tensors, None, its_grid, held_to is not None)
+
+        return run
+
+    grids = {bits: fit_grid(weight, kept, GridSpec(bits, group_size)) for bits in (4, 8)}
+    codes = grids[4].codes(weight)
+    dense = copies(weight)
     arms: dict[str, Arm] = {
-        "torch": lambda index: F.linear(x, dense[index % copies]),
-        "dense C": run_c,
-        "packed": lambda index: ops.linear(x, *packed[index % copies]),
+        "torch": lambda index: F.linear(x, *dense[index % len(dense)]),
+        "dense C": of_c(dense),
+        "packed": packed(None),
+        "dense int4": of_c(copies(codes[:, ::2] | codes[:, 1::2] << 4, grids[4].scales), grids[4].spec),
+        "packed int4": packed(grids[4]),
+        "packed int8": packed(grids[8]),
     }
-    expected = x.float() @ weight.float().T
     for name, run in arms.items():
+        grid = grids.get(int(name[-1])) if name[-1].isdigit() else None
+        expected = x.float() @ (weight if grid is None else grid.rounded(weight)).float().T
         error = float((run(0).float() - expected).abs().max() / expected.abs().max())
         assert error < 0.02, f"{name}: wrong by {error}"
     return arms
@@ -103,9 +142,7 @@ def measure(arms: dict[str, Arm], clock: Callable[[], float], seconds: float) ->
     return {
         "rounds": len(rounds),
         "microseconds": {name: spread([found[name] for found in rounds]) for name in names},
-        "torch ÷ packed": spread([found["torch"] / found["packed"] for found in rounds]),
-        "dense C ÷ packed": spread([found["dense C"] / found["packed"] for found in rounds]),
-        "torch ÷ dense C": spread([found["torch"] / found["dense C"] for found in rounds]),
+        **{f"{one} ÷ {other}": spread([found[one] / found[other] for found in rounds]) for one, other in RATIOS},
     }
 
 
@@ -116,7 +153,8 @@ def measure_linears(given: argparse.Namespace, document: dict[str, Any], keep: C
         rows, columns = map(int, shape.split("x"))
         for batch in given.batches:
             missing = [threads for threads in given.threads if (shape, batch, threads) not in done]
-            arms = arms_of(rows, columns, batch, dtype, given.pattern, given.megabytes) if missing else {}
+            arms = arms_of(rows, columns, batch, dtype, given.pattern, given.megabytes,
+                           given.group_size) if missing else {}  # fmt: skip
             for threads in missing:
                 torch.set_num_threads(threads)
                 result = measure(arms, time.thread_time if threads == 1 else time.perf_counter, given.seconds)
@@ -132,14 +170,15 @@ def _cell(result: dict[str, Any]) -> tuple[str, int, int]:
 
 def measure_models(given: argparse.Namespace, document: dict[str, Any], keep: Callable[[], None]) -> None:
     """Every model at every number of threads: decoding and prompts, cell by cell."""
-    for shape in given.models:
+    for shape, bits in itertools.product(given.models, given.bits):
         config = DecodeConfig(
-            shape=shape, pattern=given.pattern, lengths=tuple(given.lengths), tokens=given.tokens, dtype=given.dtype,
+            shape=shape, pattern=given.pattern, bits=bits, group_size=given.group_size, lengths=tuple(given.lengths), tokens=given.tokens, dtype=given.dtype,
             device="cpu", rounds=given.rounds,
         )  # fmt: skip
+        kind = f"{shape} int{bits}" if bits else shape
         for threads in given.threads:
             torch.set_num_threads(threads)
-            name = f"{shape}, {threads} thread{'s' if threads > 1 else ''}"
+            name = f"{kind}, {threads} thread{'s' if threads > 1 else ''}"
             measure_missing(config, document["models"].setdefault(name, {"cells": {}}), keep)
 
 
@@ -156,12 +195,14 @@ def begun(out: Path, what: dict[str, Any]) -> dict[str, Any]:
 
 def show(document: dict[str, Any]) -> None:
     """Both parts as tables."""
-    linears = Table("linear", "batch", "threads", "torch, µs", "packed, µs", "torch ÷ packed", "dense C ÷ packed")
+    linears = Table("linear", "batch", "threads", "torch, µs", "packed, µs", "torch ÷ packed", "dense C ÷ packed",
+                    "packed int4, µs", "torch ÷ packed int4", "dense int4 ÷ packed int4")  # fmt: skip
     for result in document["results"]:
         times = result["microseconds"]
         linears.add_row(result["shape"], str(result["batch"]), str(result["threads"]), cell(times["torch"]),
                         cell(times["packed"]), cell(result["torch ÷ packed"], 2),
-                        cell(result["dense C ÷ packed"], 2))  # fmt: skip
+                        cell(result["dense C ÷ packed"], 2), cell(times["packed int4"]),
+                        cell(result["torch ÷ packed int4"], 2), cell(result["dense int4 ÷ packed int4"], 2))  # fmt: skip
     models = Table("model", "what", "dense, ms", "packed, ms", "dense ÷ packed", "load")
     for name, found in document["models"].items():
         for what, figures in found["cells"].items():
@@ -179,6 +220,9 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", default=SHAPES, help="outputs x inputs of a linear")
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES, help="of linears")
     parser.add_argument("--models", nargs="*", default=MODELS, help="shapes of whole models, at batch 1")
+    parser.add_argument("--bits", nargs="+", type=lambda word: int(word) or None, default=(None, 4),
+                        help="of whole models' weights, 0 for the dtype's own")  # fmt: skip
+    parser.add_argument("--group-size", type=int, choices=ops.GROUP_SIZES, default=128, help="of weights of few bits")
     parser.add_argument("--threads", nargs="+", type=int, default=(1, 2))
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--pattern", choices=("2:4", "unstructured"), default="2:4")
@@ -191,7 +235,7 @@ def main() -> None:
     if reason := ops.available(getattr(torch, given.dtype)):
         raise SystemExit(f"No kernel: {reason}")
     torch.manual_seed(0)
-    cells = ("out", "shapes", "batches", "models", "threads")
+    cells = ("out", "shapes", "batches", "models", "bits", "threads")
     what = json.loads(json.dumps({key: value for key, value in vars(given).items() if key not in cells}))
     document = begun(given.out, what)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from lors_cli.grid import Grid, GridSpec
 from lors_cli.models.packed.kernels import ops
 
 TARGETS = ["native", *(["x86-64-v3", "x86-64"] if platform.machine() == "x86_64" else [])]
@@ -43,6 +44,7 @@ class Case:
     offsets: torch.Tensor
     x: torch.Tensor
     bias: torch.Tensor | None
+    grid: Grid | None = None
 
     @property
     def packed(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -86,6 +88,45 @@ def random_case(dice: random.Random, dtype: torch.dtype, batch: int | None = Non
     weight = torch.randn(rows, columns).mul(kept).to(dtype)
     x = torch.randn(batch if batch is not None else dice.randint(1, 9), columns).to(dtype)
     return Case(weight, *pack(weight, kept), x, torch.randn(rows).to(dtype) if dice.random() < 0.5 else None)
+
+
+def pack_codes(
+    codes: torch.Tensor, kept: torch.Tensor, bits: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The format of issue 23, in plain loops: with 4 bits two codes a byte, a word of 32 columns from a byte on."""
+    held: list[int] = []
+    offsets = []
+    for row in range(len(codes)):
+        offsets.append(len(held))
+        for first in range(0, codes.shape[1], 32):
+            word = [first + place for place in kept[row, first : first + 32].nonzero().flatten().tolist()]
+            found = [int(codes[row, column]) for column in word]
+            if bits == 4:
+                found = [low + 16 * high for low, high in zip(found[::2], [*found[1::2], 0], strict=False)]
+            held += found
+    _, mask, _ = pack(codes, kept)
+    return torch.tensor([*held, *[0] * 32], dtype=torch.uint8), mask, torch.tensor(offsets)
+
+
+def random_grid(dice: random.Random, rows: int, columns: int, dtype: torch.dtype) -> Grid:
+    """Any grid that kernels know, with scales of any size."""
+    bits = dice.choice((4, 8))
+    spec = GridSpec(bits, dice.choice((32, 64, 128)), symmetric=bits == 8 or dice.random() < 0.5)
+    shape = (rows, spec.num_groups(columns))
+    scales = (torch.rand(shape) + 0.5) * 2.0 ** torch.randint(-8, 3, shape)
+    zeros = None if spec.symmetric else torch.randint(0, 16, shape, dtype=torch.uint8)
+    return Grid(spec, scales.to(dtype), zeros)
+
+
+def random_code_case(dice: random.Random, dtype: torch.dtype, batch: int | None = None) -> Case:
+    """The same of a quantised weight: codes of any value, also in a last group and word that are not full."""
+    plain = random_case(dice, dtype, dice.randint(1, 40) if batch is None else batch)
+    rows, columns = plain.weight.shape
+    kept = (plain.mask.long().unsqueeze(-1) >> torch.arange(32) & 1).bool().flatten(1)[:, :columns]
+    grid = random_grid(dice, rows, columns, dtype)
+    codes = torch.randint(0, grid.spec.num_codes, (rows, columns), dtype=torch.uint8)
+    weight = grid.values(codes).masked_fill(~kept, 0)
+    return Case(weight, *pack_codes(codes, kept, grid.spec.bits), plain.x, plain.bias, grid)
 
 
 def merged(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor:

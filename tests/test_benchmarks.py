@@ -365,10 +365,14 @@ def test_decoding_compares_the_same_products_round_by_round(
         first = json.loads(out.read_text())
         (result,) = first["results"]
         assert result["rounds"] == decode.LEAST_ROUNDS
-        assert set(result["microseconds"]) == {"torch", "dense C", "packed"}
+        arms = {"torch", "dense C", "packed", "dense int4", "packed int4", "packed int8"}
+        assert set(result["microseconds"]) == arms
         ratio = result["torch ÷ packed"]
         assert ratio["min"] <= ratio["median"] <= ratio["max"]
+        assert set(first["models"]) == {"tiny, 1 thread", "tiny int4, 1 thread"}
         assert set(first["models"]["tiny, 1 thread"]["cells"]) == {"decode 4 tokens", "prefill 8 tokens"}
+        sizes = [first["models"][name]["sizes"]["packed_linears_bytes"]["packed"] for name in first["models"]]
+        assert 0 < sizes[1] < sizes[0] / 2
         assert first["models"]["tiny, 1 thread"]["environment"]["clock"] == "processor time of the thread"
         assert "96x64" in capsys.readouterr().out
         monkeypatch.setattr(sys, "argv", [*command, "2"])

@@ -21,14 +21,19 @@ from lors_cli.bench.measure import Figures, begun, environment_of, rotated, spre
 from lors_cli.bench.model import sparse_model
 from lors_cli.errors import UsageError
 from lors_cli.files.atomic import write_json
+from lors_cli.grid import Grid, GridSpec
 from lors_cli.machine.devices import resolve_device
 from lors_cli.models.blocks import model_max_length
+from lors_cli.models.grids import load_grids
+from lors_cli.models.loading import load_config
+from lors_cli.models.packed.checkpoint import Checkpoint
 from lors_cli.models.packed.format import pack, packed_bytes
 from lors_cli.models.packed.kernels import ops
 from lors_cli.models.packed.kernels.choice import why_none
 from lors_cli.models.packed.linear import PackedLinear
 from lors_cli.models.packed.measured import FILE_NAME
 from lors_cli.models.packed.plan import PackPlan, plan_packing
+from lors_cli.models.quantised import PACKED, Quantised
 from lors_cli.models.shapes import SHAPES
 from lors_cli.models.sources import model_fingerprint
 from lors_cli.output import console, progress
@@ -47,6 +52,8 @@ class DecodeConfig:
         shape: name of a model shape with random weights, half of them zero.
         model: a sparse checkpoint's folder instead, packed or not.
         pattern: of a shape's zeros.
+        bits: of a shape's weights, 4 or 8, on symmetric grids; None for weights that lie on none.
+        group_size: of these grids: inputs of a row that share a scale.
         blocks: only so many decoder blocks; None for all.
         lengths: tokens of prompts that are read.
         tokens: that are decoded, each after the one before it.
@@ -57,6 +64,8 @@ class DecodeConfig:
     shape: str | None = "smollm2-135m"
     model: str | None = None
     pattern: Literal["2:4", "unstructured"] = "2:4"
+    bits: int | None = None
+    group_size: int = 128
     blocks: int | None = None
     lengths: tuple[int, ...] = (128, 512)
     tokens: int = 64
@@ -70,6 +79,9 @@ class DecodeConfig:
             raise UsageError(f"--shape: {self.shape} is none of {', '.join(SHAPES)}.")
         if self.pattern not in ("2:4", "unstructured"):
             raise UsageError(f"--pattern: must be 2:4 or unstructured, not {self.pattern}.")
+        spec = None if self.bits is None else GridSpec(self.bits, self.group_size)
+        if spec is not None and (wrong := ops.why_not_this_grid(spec)):
+            raise UsageError(f"--bits: {wrong}; 4 or 8 it may be.")
         for name in ("blocks", "tokens", "batch_size", "rounds"):
             least = 2 if name == "tokens" else 1  # the first is of the prompt
             if getattr(self, name) is not None and getattr(self, name) < least:
@@ -116,13 +128,14 @@ def measure_missing(config: DecodeConfig, document: Figures, keep: Callable[[], 
     longest, needed = model_max_length(model), max(sum(cell) for cell in config.cells().values())
     if needed > longest:
         raise UsageError(f"{needed} tokens are more than the model's {longest}.", "Lower --lengths or --tokens.")
-    plan = plan_packing(config.model or str(config.shape), linears, lambda name: linears[name].weight)
-    reason = why_none(device, dtype)
+    grids = _grids(config, linears)
+    plan = plan_packing(config.model or str(config.shape), linears, lambda name: linears[name].weight, grids=grids)
+    reason = next(filter(None, (why_none(device, dtype, spec) for spec in _specs(plan, grids))), "")
     if reason:
         console.warn(f"packed weights are unpacked when they are loaded: {reason}. Both arms have dense linears.")
     arms: dict[str, dict[str, Any]] = {
         "dense": linears,
-        "packed": {**linears, **({} if reason else _packed(linears, plan))},
+        "packed": {**linears, **({} if reason else _packed(linears, plan, grids))},
     }
     clock = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     document["environment"] = environment_of(device) | {
@@ -132,27 +145,69 @@ def measure_missing(config: DecodeConfig, document: Figures, keep: Callable[[], 
     document["model"] = None
     if config.model is not None and config.blocks is None:
         document["model"] = model_fingerprint(ModelConfig(path=config.model))
-    document["sizes"] = _sizes(model, plan, dtype)
+    document["sizes"] = _sizes(model, plan, dtype, grids)
     with progress.progress("bench", config.rounds * len(ARMS) * len(missing), "turns") as task:
         for name, cell in missing.items():
             document["cells"][name] = _measure(config, cell, model, arms, clock, task)
             keep()
 
 
-def _packed(linears: dict[str, nn.Linear], plan: PackPlan) -> dict[str, nn.Module]:
+def _grids(config: DecodeConfig, linears: dict[str, nn.Linear]) -> dict[str, Grid]:
+    """The grids that weights lie on, by name: those of a checkpoint, or new ones, to which a shape's are rounded."""
+    if config.model is None:
+        if config.bits is None:
+            return {}
+        spec = GridSpec(config.bits, config.group_size)
+        return {name: _put_on_a_grid(linear.weight, spec) for name, linear in linears.items()}
+    source = ModelConfig(path=config.model)
+    quantised = Quantised.of(load_config(source))
+    if quantised is None or quantised.method != PACKED:
+        grids = load_grids(Path(config.model))
+    else:
+        packed = Checkpoint(source, packed=True)
+        held = {name: packed.packed(name).grid for name in packed.specs}
+        grids = {name: grid for name, grid in held.items() if grid is not None}
+    grids = {name: grid for name, grid in grids.items() if name in linears}
+    for grid in grids.values():
+        if (name := str(grid.scales.dtype).removeprefix("torch.")) != config.dtype:
+            raise UsageError(f"{config.model} lies on grids in {name}.", f"--dtype {name}")
+    return grids
+
+
+@torch.no_grad()
+def _put_on_a_grid(weight: torch.Tensor, spec: GridSpec) -> Grid:
+    """Round a weight's non-zeros to a grid that reaches as far as they do; none to zero, as of those that are pruned
+    few are: the larger ones are kept."""
+    lacking = -weight.shape[1] % spec.group_size
+    groups = nn.functional.pad(weight.float(), (0, lacking)).unflatten(1, (-1, spec.group_size))
+    grid = Grid(spec, (groups.abs().amax(-1) / (spec.middle - 1)).clamp_min(1e-6).to(weight.dtype))
+    least = grid.scales.repeat_interleave(spec.group_size, dim=1)[:, : weight.shape[1]]
+    weight.copy_(weight.sign() * torch.maximum(grid.rounded(weight).abs(), least))
+    return grid
+
+
+def _specs(plan: PackPlan, grids: dict[str, Grid]) -> set[GridSpec | None]:
+    """The kinds of weights that are packed: grids, and None for values."""
+    return {grids[name].spec if name in grids else None for name in plan.modules}
+
+
+def _packed(linears: dict[str, nn.Linear], plan: PackPlan, grids: dict[str, Grid]) -> dict[str, nn.Module]:
     """The linears that `lors pack` would pack, packed."""
-    return {name: PackedLinear.of(pack(linears[name].weight, plan.held), linears[name].bias) for name in plan.modules}
+    return {name: PackedLinear.of(pack(linears[name].weight, plan.held, grids.get(name)), linears[name].bias)
+            for name in plan.modules}  # fmt: skip
 
 
 def _instructions(device: torch.device) -> str:
     return ops.instructions() if device.type == "cpu" else device.type
 
 
-def _sizes(model: nn.Module, plan: PackPlan, dtype: torch.dtype) -> Figures:
+def _sizes(model: nn.Module, plan: PackPlan, dtype: torch.dtype, grids: dict[str, Grid]) -> Figures:
     """Bytes of the model's weights, and of those alone that are packed."""
     whole = sum(parameter.nbytes for parameter in model.parameters())
     plain = sum(rows * columns for rows, columns in plan.shapes.values()) * dtype.itemsize
-    packed = sum(packed_bytes(kept, *plan.shapes[name], dtype.itemsize) for name, kept in plan.modules.items())
+    specs = {name: grid.spec for name, grid in grids.items()}
+    packed = sum(packed_bytes(stored, *plan.shapes[name], dtype.itemsize, specs.get(name))
+                 for name, stored in plan.modules.items())  # fmt: skip
     return {
         "pattern": plan.pattern, "bytes": {"dense": whole, "packed": whole - plain + packed},
         "packed_linears_bytes": {"dense": plain, "packed": packed}, "left_dense": plan.dense,

@@ -184,6 +184,7 @@ BENCH = (
     flag("model", str | None, None, "A checkpoint's folder instead of a shape.", SETTINGS),
     flag("pattern", str | None, None, "decode: a shape's zeros, 2:4 or unstructured; default 2:4.", SETTINGS,
          of("2:4", "unstructured")),
+    flag("bits", int | None, None, "decode: of a shape's weights, 4 or 8, on a grid a group of 128 inputs.", SETTINGS),
     flag("blocks", int | None, None, "Only so many decoder blocks.", SETTINGS),
     flag("methods", str | None, None,
          "Comma-separated; default: all but lora-float32, lors-nearest and lors-packed.", SETTINGS,

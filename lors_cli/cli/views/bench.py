@@ -14,7 +14,7 @@ from lors_cli.output import console
 
 COLUMNS = ["method", "tokens/s", "step ÷ LoRA", "step ÷ LoRS", "saved", "peak"]
 ONLY_TRAINING = ("methods", "ranks", "accumulation", "checkpointing", "steps")
-ONLY_DECODING = ("pattern", "tokens")
+ONLY_DECODING = ("pattern", "bits", "tokens")
 
 
 def run_bench(flags: dict[str, Any], out: Path | None) -> None:
@@ -50,6 +50,8 @@ def decode_settings(flags: dict[str, Any]) -> DecodeConfig:
     given = _given(flags, ONLY_TRAINING, "is of training steps: --decode has none")
     if "pattern" in given and "model" in given:
         raise UsageError("--pattern: a checkpoint has its own zeros.", "It is for --shape.")
+    if "bits" in given and "model" in given:
+        raise UsageError("--bits: a checkpoint has its own grids, or none.", "It is for --shape.")
     return DecodeConfig(**given)
 
 

@@ -67,6 +67,11 @@ class Packed:
         return self.values.device
 
     @property
+    def spec(self) -> GridSpec | None:
+        """Of its grid."""
+        return None if self.grid is None else self.grid.spec
+
+    @property
     def num_bytes(self) -> int:
         """What it takes in a file."""
         grids = () if self.grid is None else (self.grid.scales, self.grid.zeros)

@@ -134,6 +134,6 @@ class PackedQuantizer(HfQuantizer):
 def why_unpacked(model: nn.Module) -> str:
     """Why packed linears cannot be computed with as they are where they lie, empty when they can."""
     for name, linear in packed_linears(model).items():
-        if reason := why_none(linear.weight.device, linear.packed.dtype):
+        if reason := why_none(linear.weight.device, linear.packed.dtype, linear.spec):
             return f"no kernel for {name}: {reason}"
     return ""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from lors_cli.grid import Grid
-from lors_cli.models.packed.format import WORD, Packed
+from lors_cli.models.packed.format import Packed
 from lors_cli.models.packed.kernels import ops
 from lors_cli.models.packed.kernels.build import NATIVE, library
 from lors_cli.tuning.kernels.rounding import Rounding, is_stochastic, thresholds_for
@@ -25,8 +25,8 @@ def why_not_in_c(
         return f"it is for CPUs, not {device.type}"
     if dtype not in ops.PREFIXES:
         return f"it does not know {str(dtype).removeprefix('torch.')}"
-    if grid is not None and grid.spec.group_size % WORD:
-        return f"groups of {grid.spec.group_size} inputs are no multiple of {WORD}"
+    if grid is not None and (reason := ops.why_not_this_grid(grid.spec)):
+        return reason
     if grid is None and dtype == torch.bfloat16 and not is_stochastic(rounding, dtype):
         return "it rounds bfloat16 stochastically only"
     if rank > LARGEST_RANK:
@@ -56,21 +56,19 @@ def masked_merge_in_c(
     rows, columns = weight.shape
     by_thresholds = rounding == "stochastic" if grid is not None else weight.dtype == torch.bfloat16
     table = thresholds_for(columns, out.device).data_ptr() if by_thresholds else None
-    scales = zeros = None
-    size = bits = 0
+    codes = weight.grid if isinstance(weight, Packed) else None
     if grid is not None:
-        held_scales, size, bits = grid.scales.contiguous(), grid.spec.group_size, grid.spec.bits
-        assert held_scales.shape == (rows, grid.spec.num_groups(columns))
-        assert held_scales.dtype == weight.dtype
-        held_zeros = None if grid.zeros is None else grid.zeros.contiguous()
-        scales, zeros = held_scales.data_ptr(), None if held_zeros is None else held_zeros.data_ptr()
+        assert codes is None or codes.spec == grid.spec
+        assert grid.scales.dtype == weight.dtype
+        assert grid.scales.shape == (rows, grid.spec.num_groups(columns))
+        assert grid.scales.is_contiguous() and (grid.zeros is None or grid.zeros.is_contiguous())
     if isinstance(weight, Packed):
         held, mask, starts, stride = weight.values, weight.mask.data_ptr(), weight.starts.data_ptr(), columns
-        ops.check(weight.values, weight.mask, weight.starts, columns)
+        ops.check(weight.values, weight.mask, weight.starts, columns, codes)
     else:
         held, mask, starts, stride = weight, None, None, weight.stride(0)
     function = getattr(library(target), f"{ops.PREFIXES[weight.dtype]}_merge")
-    if function(held.data_ptr(), mask, starts, A.data_ptr(), B.data_ptr(), table, scales, zeros, out.data_ptr(),
-                rows, columns, len(A), stride, out.stride(0), size, bits):  # fmt: skip
+    if function(held.data_ptr(), mask, starts, A.data_ptr(), B.data_ptr(), table, out.data_ptr(), rows, columns, len(A),
+                stride, out.stride(0), *ops.in_c(codes or grid), codes is not None, grid is not None):  # fmt: skip
         raise MemoryError(f"no memory for adapters of rank {len(A)} and {columns} inputs")
     return out

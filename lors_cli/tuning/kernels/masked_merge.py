@@ -13,7 +13,7 @@ from lors_cli.grid import Grid
 from lors_cli.models.packed.format import Packed
 from lors_cli.models.packed.kernels.choice import unpack
 from lors_cli.models.packed.kernels.cuda import why_no_cuda_kernel
-from lors_cli.models.packed.kernels.ops import instructions
+from lors_cli.models.packed.kernels.ops import available, instructions
 from lors_cli.sparsity import TWO_OF_FOUR
 from lors_cli.tuning.kernels.c_merge import masked_merge_in_c, why_not_in_c
 from lors_cli.tuning.kernels.on_grid import round_to_grid, row_tiles
@@ -44,7 +44,7 @@ def masked_merge(
     reads W once and writes W_t once; on a CPU one in C does, but for bfloat16 to the nearest. Else it is one `addmm`
     that accumulates in float32 itself, where there is such a one, or row tiles that stay in the cache. None makes a
     mask or a second matrix of W's size; only a packed weight is unpacked first, in scratch memory, where no kernel
-    reads it: none reads codes, and the CUDA kernel wants 2:4.
+    reads it: the CUDA kernel wants 2:4, and no codes.
 
     Args:
         weight: (R, C), plain or packed: the result has the same bits.
@@ -104,8 +104,10 @@ def masked_merge_formula(
 
 
 def _reads(weight: Packed) -> bool:
-    """Whether the kernel reads such a packed weight: no codes, and on CUDA 2:4 alone."""
-    return weight.grid is None and (weight.device.type == "cpu" or weight.pattern == TWO_OF_FOUR)
+    """Whether the kernel reads such a packed weight: on CUDA no codes, and 2:4 alone."""
+    if weight.device.type == "cpu":
+        return not available(weight.dtype, weight.spec)
+    return weight.grid is None and weight.pattern == TWO_OF_FOUR
 
 
 def _mask(merged: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from packed_cases import Case, check, merged, pack, random_case
+from packed_cases import Case, check, merged, pack, random_case, random_code_case
 from torch.nn import functional as F
 
 from lors_cli.models.packed.kernels import build, ops
@@ -40,8 +40,8 @@ def test_two_hundred_random_shapes_against_float64(target: str, dtype: torch.dty
     dice = random.Random(5)
     for _ in range(200):
         case = random_case(dice, dtype)
-        check(case, ops.product(case.x, *case.packed, case.bias, target))
-        restored = ops.restore(*case.packed, torch.full_like(case.weight, 7), target)
+        check(case, ops.product(case.x, *case.packed, case.bias, target=target))
+        restored = ops.restore(*case.packed, torch.full_like(case.weight, 7), target=target)
         assert torch.equal(restored, case.weight)
 
 
@@ -51,7 +51,7 @@ def test_larger_batches_of_more_rows_than_a_panel_holds(target: str, dtype: torc
     kept = torch.rand(131, 203) < 0.5
     weight = torch.randn(131, 203).mul(kept).to(dtype)
     case = Case(weight, *pack(weight, kept), torch.randn(batch, 203).to(dtype), torch.randn(131).to(dtype))
-    check(case, ops.product(case.x, *case.packed, case.bias, target))
+    check(case, ops.product(case.x, *case.packed, case.bias, target=target))
 
 
 def test_an_input_s_result_has_the_same_bits_in_any_batch_and_on_any_number_of_threads(
@@ -67,12 +67,12 @@ def test_an_input_s_result_has_the_same_bits_in_any_batch_and_on_any_number_of_t
     mask = words.sum(-1).where(words.sum(-1) < 1 << 31, words.sum(-1) - (1 << 32)).int()
     x = torch.randn(70, 515).to(dtype)
     threads = torch.get_num_threads()
-    alone = torch.cat([ops.product(item, values, mask, offsets, None, target) for item in x.split(1)])
+    alone = torch.cat([ops.product(item, values, mask, offsets, None, target=target) for item in x.split(1)])
     try:
         for count in (1, 2, 3, 5):
             torch.set_num_threads(count)
             for size in (1, 3, 8, 70):
-                found = torch.cat([ops.product(item, values, mask, offsets, None, target) for item in x.split(size)])
+                found = torch.cat([ops.product(item, values, mask, offsets, None, target=target) for item in x.split(size)])
                 assert torch.equal(found, alone), (count, size)
     finally:
         torch.set_num_threads(threads)
@@ -96,7 +96,7 @@ def test_infinities_and_nans_come_out_as_of_a_plain_weight(target: str, dtype: t
     weight = torch.tensor([[1.0, 0.0, 2.0, 0.0], [0.0, 3.0, 0.0, 0.0]]).to(dtype)
     x = torch.tensor([[1.0, float("inf"), 1.0, 1.0], [float("nan"), 1.0, 1.0, 1.0], [3e38, 3e38, 3e38, 0.0]]).to(dtype)
     expected = (x.float() @ weight.float().T).to(dtype)
-    found = ops.product(x, *pack(weight, weight != 0), None, target)
+    found = ops.product(x, *pack(weight, weight != 0), None, target=target)
     assert torch.equal(found.nan_to_num(7, 8, 9), expected.nan_to_num(7, 8, 9))
 
 
@@ -183,34 +183,49 @@ def table_for(case: Case) -> torch.Tensor | None:
     return thresholds(case.weight.shape[1], torch.device("cpu")) if case.weight.dtype == torch.bfloat16 else None
 
 
-def test_neon_in_an_emulator(tmp_path: Path) -> None:
-    compiler, emulator = shutil.which("aarch64-linux-gnu-gcc"), shutil.which("qemu-aarch64")
-    if not compiler or not emulator:
-        pytest.skip("needs aarch64-linux-gnu-gcc and qemu-aarch64 (Debian: gcc-aarch64-linux-gnu, qemu-user)")
-    program, source = tmp_path / "neon", Path(build.__file__).with_name("packed.c")
+NEON = ("aarch64-linux-gnu-gcc", ["-Wall", "-Wextra", "-Werror", "-static"], ["qemu-aarch64"])
+SANITISED = ("gcc", ["-march=native", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"], [])
+
+
+@pytest.mark.parametrize(("compiler", "flags", "emulator"), [NEON, SANITISED], ids=["neon", "sanitised"])
+def test_neon_in_an_emulator_and_memory_under_a_sanitiser(
+    compiler: str, flags: list[str], emulator: list[str], tmp_path: Path
+) -> None:
+    if not all(shutil.which(name) for name in (compiler, *emulator)):
+        pytest.skip(f"needs {compiler} {emulator} (Debian: gcc-aarch64-linux-gnu, qemu-user)")
+    program, source = tmp_path / "program", Path(build.__file__).with_name("packed.c")
     subprocess.run(
-        [compiler, "-std=gnu11", "-O3", "-Wall", "-Wextra", "-Werror", "-static", f'-DSOURCE="{source}"',
+        [compiler, "-std=gnu11", "-O3", *flags, f'-DSOURCE="{source}"',
          str(Path(__file__).with_name("on_stdin.c")), "-o", str(program)], check=True,
     )  # fmt: skip
     dice = random.Random(12)
-    cases = [random_case(dice, dtype, batch) for dtype in DTYPES for batch in (*[None] * 100, 12, 40)]
-    given = b""
-    for case in cases:
-        sizes = (case.x.element_size(), *case.weight.shape, len(case.x), len(case.values), case.bias is not None)
-        parts = [torch.tensor(sizes, dtype=torch.int64), case.offsets, case.mask, case.values, case.x, case.bias]
-        parts += [table_for(case)]
-        given += b"".join(part.view(torch.uint8).numpy().tobytes() for part in parts if part is not None)
-    answer = subprocess.run([emulator, str(program)], input=given, stdout=subprocess.PIPE, check=True).stdout
+    batches = (*[None] * 100, 12, 40)
+    cases = [make(dice, dtype, batch) for make in (random_case, random_code_case) for dtype in DTYPES for batch in batches]
+    answer = subprocess.run([*emulator, str(program)], input=b"".join(map(as_input, cases)), stdout=subprocess.PIPE,
+                            check=True).stdout  # fmt: skip
     found, place = bytearray(answer), 0
     for case in cases:
         parts = []
-        for shape in ((len(case.x), len(case.weight)), *[case.weight.shape] * 3):
+        for shape in ((len(case.x), len(case.weight)), *[case.weight.shape] * (3 if case.grid is None else 1)):
             count = shape[0] * shape[1]
             parts.append(torch.frombuffer(found, dtype=case.x.dtype, count=count, offset=place).view(shape))
             place += count * case.x.element_size()
         check(case, parts[0])
         assert torch.equal(parts[1], case.weight)
-        expected = merged(case.weight, case.x.float(), parts[0].T.float(), table_for(case))
-        assert torch.equal(parts[2], expected)
-        assert torch.equal(parts[3], expected)
+        if case.grid is None:
+            expected = merged(case.weight, case.x.float(), parts[0].T.float(), table_for(case))
+            assert torch.equal(parts[2], expected)
+            assert torch.equal(parts[3], expected)
     assert place == len(answer)
+
+
+def as_input(case: Case) -> bytes:
+    """What `on_stdin.c` reads of a case."""
+    grid = case.grid
+    scales, zeros = (None, None) if grid is None else (grid.scales, grid.zeros)
+    kind = (0, 0) if grid is None else (grid.spec.bits, grid.spec.group_size)
+    sizes = (case.x.element_size(), *case.weight.shape, len(case.x), case.values.nbytes, case.bias is not None, *kind,
+             zeros is not None)  # fmt: skip
+    parts = [torch.tensor(sizes, dtype=torch.int64), case.offsets, case.mask, case.values, case.x, case.bias]
+    parts += [scales, zeros] if grid is not None else [table_for(case)]
+    return b"".join(part.view(torch.uint8).numpy().tobytes() for part in parts if part is not None)

@@ -5,38 +5,47 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from lors_cli.grid import GridSpec
 from lors_cli.models.packed import format as by_torch
 from lors_cli.models.packed.format import Packed
 from lors_cli.models.packed.kernels import cuda, ops
+from lors_cli.sparsity import Pattern
 
 
-def why_none(device: torch.device, dtype: torch.dtype) -> str:
-    """Why no kernel multiplies with packed weights of this dtype there, empty where one does."""
+def why_none(device: torch.device, dtype: torch.dtype, grid: GridSpec | None = None) -> str:
+    """Why no kernel multiplies with packed weights of this dtype there, empty where one does.
+
+    Args:
+        grid: of quantised weights, whose scales have this dtype.
+    """
     if device.type == "cpu":
-        return ops.available(dtype) or ""
-    return cuda.why_no_cuda_kernel(device, dtype)
+        return ops.available(dtype, grid) or ""
+    return cuda.why_no_cuda_kernel(device, dtype) if grid is None else "it does not know codes of few bits"
 
 
 def linear(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> torch.Tensor:
     """x (…, C) times a packed weight (R, C), and its bias: (…, R)."""
-    device = packed.device
-    if packed.grid is not None:
-        return F.linear(x, unpack(packed), bias)
-    if device.type == "cpu" and (torch.compiler.is_compiling() or not why_none(device, packed.dtype)):
-        return ops.linear(x, packed.values, packed.mask, packed.starts, bias)
-    if device.type == "cuda" and not why_none(device, packed.dtype):
+    device, spec = packed.device, packed.spec
+    compiled = torch.compiler.is_compiling() and (spec is None or packed.dtype in ops.PREFIXES)
+    if device.type == "cpu" and (compiled or not why_none(device, packed.dtype, spec)):
+        return ops.linear(x, packed.values, packed.mask, packed.starts, bias, packed.grid, _keeps_half(packed.pattern))
+    if device.type == "cuda" and not why_none(device, packed.dtype, spec):
         return cuda.linear_on_cuda(x, packed, bias)
     return F.linear(x, unpack(packed), bias)
+
+
+def _keeps_half(pattern: Pattern | None) -> bool:
+    """Whether each word of 32 columns keeps 16."""
+    return pattern is not None and pattern.n is not None and 2 * pattern.n == pattern.m and 32 % pattern.m == 0
 
 
 @torch.no_grad()
 def unpack(packed: Packed, out: torch.Tensor | None = None) -> torch.Tensor:
     """The weight (R, C) that was packed, in `out` or a new tensor."""
-    if packed.grid is not None:
-        return by_torch.unpack(packed, out)
-    if packed.device.type != "cpu":
+    spec = packed.spec
+    if packed.device.type != "cpu" and spec is None:
         return cuda.unpacked(packed, out)
-    if ops.available(packed.dtype) is not None:
+    if packed.device.type != "cpu" or ops.available(packed.dtype, spec) is not None:
         return by_torch.unpack(packed, out)
-    weight = packed.values.new_empty(packed.shape) if out is None else out
-    return ops.restore(packed.values, packed.mask, packed.starts, weight)
+    weight = packed.values.new_empty(packed.shape, dtype=packed.dtype) if out is None else out
+    return ops.restore(packed.values, packed.mask, packed.starts, weight, packed.grid)

@@ -6,61 +6,129 @@
 
 /* The inputs in tiles of `width`, in each [word][input][32], columns past the last one zero. */
 static void T(lay_out)(const struct linear *l, T(input) *to) {
+    const int step = l->in_pairs ? 2 : 1;
     for (int64_t item = 0; item < l->batch; item += l->width) {
         int64_t width = MIN(l->width, l->batch - item);
         for (int64_t b = 0; b < width; b++) {
             const VALUE *from = (const VALUE *)l->x + (item + b) * l->columns;
-            int64_t whole = l->columns / 32;
-            for (int64_t c = 0; c < whole; c++) T(prepare)(to + (c * width + b) * 32, from + c * 32, 32);
-            if (whole < l->words)
-                T(prepare)(to + (whole * width + b) * 32, from + whole * 32, (int)(l->columns % 32));
+            for (int64_t c = 0; c < l->words; c += step) {
+                T(input) *place = to + (c * width + b) * 32;
+                int count = (int)MIN(l->columns - c * 32, step * 32);
+                if (step == 2) T(prepare_pair)(place, width * 32, from + c * 32, count);
+                else T(prepare)(place, from + c * 32, count);
+            }
         }
         to += width * l->words * 32;
     }
 }
 
-/* Row `row` as it was before packing: its first `columns`, every 32 of them `step` words after the last. */
-static void T(restore)(const struct linear *l, int64_t row, VALUE *to, int64_t step, int64_t columns) {
-    const VALUE *next = (const VALUE *)l->values + l->offsets[row];
-    for (int64_t c = 0; c * 32 < columns; c++, to += step * 32) {
-        uint32_t bits = l->mask[row * l->words + c];
-        T(word) w = T(expand)(next, bits);
-        next += __builtin_popcount(bits);
-        VALUE last[32];
-        int whole = columns - c * 32 >= 32;
-        T(store)(whole ? to : last, w);
-        if (!whole) memcpy(to, last, (size_t)(columns - c * 32) * sizeof(VALUE));
+/* Where a row is read: what comes next, and what its group's codes stand for. */
+typedef struct { const uint8_t *next; T(table) table; float scale; } T(reader);
+
+/* What codes of 4 bits stand for in the words that are read together at `c`. */
+ALWAYS_INLINE T(table) T(table_at)(const struct linear *l, int64_t row, int64_t c) {
+    const VALUE *scales = (const VALUE *)l->scales + row * l->groups;
+    const uint8_t *zeros = l->zeros ? l->zeros + row * l->groups : NULL;
+    int64_t group = c >> l->group_shift;
+    T(table) table = T(table_of)(T(to_float)(scales[group]), zeros ? zeros[group] : 8);
+    if (T(STEP) == 2 && l->group_shift == 0) {
+        group = MIN(group + 1, l->groups - 1);
+        table = T(two_tables)(table, T(table_of)(T(to_float)(scales[group]), zeros ? zeros[group] : 8));
+    }
+    return table;
+}
+
+/* `to` = the words of a row from `c` on, STEP of codes of 4 bits and one of all else; a panel's follow `apart` words
+ * after each other. */
+ALWAYS_INLINE void T(read)(const struct linear *l, const enum rows_are are, int64_t row, int64_t c, int64_t apart,
+                           T(reader) *from, T(word) *to) {
+    const int packed = are == PACKED || are == CODES_4 || are == HALF_4 || are == CODES_8;
+    const uint32_t *mask = packed ? l->mask + row * l->mask_words + c : NULL;
+    const int begins = (c & ((1 << l->group_shift) - 1)) == 0;
+    if (are == PACKED) {
+        to[0] = T(expand)((const VALUE *)from->next, *mask);
+        from->next += (size_t)__builtin_popcount(*mask) * sizeof(VALUE);
+    } else if (are == CODES_4 || are == HALF_4) {
+        if (begins) from->table = T(table_at)(l, row, c);
+        uint32_t second = T(STEP) == 2 && c + 1 < l->mask_words ? mask[1] : 0;
+        T(expand_4)(to, &from->next, mask[0], second, are == HALF_4, from->table);
+    } else if (are == CODES_8) {
+        if (begins) from->scale = T(to_float)(((const VALUE *)l->scales)[row * l->groups + (c >> l->group_shift)]);
+        to[0] = T(expand_8)(from->next, *mask, from->scale);
+        from->next += __builtin_popcount(*mask);
+    } else if (are == PLAIN_4) {
+        if (begins) from->table = T(table_at)(l, row, c);
+        T(load_4)(to, from->next, from->table);
+        from->next += T(STEP) * 16;
+    } else {
+        to[0] = T(load)((const VALUE *)from->next);
+        from->next += (size_t)apart * 32 * sizeof(VALUE);
     }
 }
 
+/* Row `row` as it was before packing: its first `columns`, every 32 of them `apart` words after the last; those that
+ * are read in pairs are put in order, or left as they are multiplied. */
+ALWAYS_INLINE void T(restore_as)(const struct linear *l, const enum rows_are are, int64_t row, VALUE *to, int64_t apart,
+                                 int64_t columns, int in_order) {
+    const int step = are == CODES_4 ? T(STEP) : 1;
+    T(reader) from = {.next = l->values + l->offsets[row] * (are == PACKED ? (int64_t)sizeof(VALUE) : 1)};
+    for (int64_t c = 0; c * 32 < columns; c += step) {
+        T(word) w[2];
+        T(read)(l, are, row, c, 1, &from, w);
+        if (step == 2 && in_order) T(put_in_order)(w);
+        for (int i = 0; i < step && (c + i) * 32 < columns; i++, to += apart * 32) {
+            VALUE last[32];
+            int whole = columns - (c + i) * 32 >= 32;
+            T(store)(whole ? to : last, w[i]);
+            if (!whole) memcpy(to, last, (size_t)(columns - (c + i) * 32) * sizeof(VALUE));
+        }
+    }
+}
+
+static void T(restore)(const struct linear *l, int64_t row, VALUE *to, int64_t apart, int64_t columns, int in_order) {
+    if (l->bits == 4) T(restore_as)(l, CODES_4, row, to, apart, columns, in_order);
+    else if (l->bits == 8) T(restore_as)(l, CODES_8, row, to, apart, columns, in_order);
+    else T(restore_as)(l, PACKED, row, to, apart, columns, in_order);
+}
+
 /* `height` rows times `width` inputs, which are the batch's from `item` on; all sums stay in registers.
- * The rows are packed, or lie at `dense`: in a panel, [word][row][32], or plain one after the other. */
-ALWAYS_INLINE void T(block)(const struct linear *l, const enum rows_are are, const VALUE *dense, int64_t row,
+ * The rows are packed, or lie in a panel, [word][row][32], or plain one after the other. */
+ALWAYS_INLINE void T(block)(const struct linear *l, const enum rows_are are, const VALUE *panel, int64_t row,
                             const int height, const T(input) *x, int64_t item, const int width) {
-    const int64_t words = l->words;
-    const uint32_t *mask = are == PACKED ? l->mask + row * words : NULL;
-    const VALUE *next[MAX_HEIGHT];
+    const int packed = are == PACKED || are == CODES_4 || are == HALF_4 || are == CODES_8;
+    const int step = are == CODES_4 || are == HALF_4 || are == PLAIN_4 ? T(STEP) : 1;
+    const int64_t words = l->words, size = are == PACKED ? sizeof(VALUE) : 1; /* of what offsets count */
+    const int64_t row_bytes = are == PLAIN_4 ? words * 16 : words * 32 * (int64_t)sizeof(VALUE); /* of a plain row */
+    T(reader) from[MAX_HEIGHT];
     sums s[MAX_HEIGHT][MAX_WIDTH];
     UNROLL for (int r = 0; r < height; r++) {
-        next[r] = are == PACKED ? (const VALUE *)l->values + l->offsets[row + r]
-                                : dense + r * (are == IN_PANEL ? 32 : words * 32);
+        const uint8_t *begin = packed ? l->values + l->offsets[row + r] * size
+                             : are == IN_PANEL ? (const uint8_t *)(panel + r * 32) : l->values + (row + r) * row_bytes;
+        from[r] = (T(reader)){.next = begin};
         UNROLL for (int b = 0; b < width; b++) s[r][b] = no_sums();
     }
-    /* rows after these are fetched into the second cache meanwhile, their masks too */
-    int64_t later = height * (FETCH_AHEAD / (height * words * 16 * (int64_t)sizeof(VALUE)) + 1);
+    /* rows after these are fetched into the second cache meanwhile, their masks and scales too */
+    const int64_t usual = words * (are == CODES_4 || are == HALF_4 ? 8 : are == CODES_8 ? 16 : 16 * (int64_t)sizeof(VALUE));
+    int64_t later = height * (FETCH_AHEAD / (height * usual) + 1);
     later = MIN(later, l->rows - 1 - row);
-    int64_t ahead = are == PACKED ? l->offsets[row + later] - l->offsets[row] : later * words * 32;
-    for (int64_t c = 0; c < words; c++) {
-        if (are == PACKED && c % 16 == 0)
-            UNROLL for (int r = 0; r < height; r++) __builtin_prefetch(mask + (later + r) * words + c, 0, 2);
-        T(item) items[MAX_WIDTH];
-        UNROLL for (int b = 0; b < width; b++) items[b] = T(fetch)(x + (c * width + b) * 32);
+    const int64_t ahead = packed ? (l->offsets[row + later] - l->offsets[row]) * size : later * row_bytes;
+    const int often = are == HALF_4 ? 8 : are == CODES_4 || are == PLAIN_4 ? 4 : are == CODES_8 ? 2 : 1; /* a line at most */
+    for (int64_t c = 0; c < words; c += step) {
+        if (packed && c % 16 == 0)
+            UNROLL for (int r = 0; r < height; r++) __builtin_prefetch(l->mask + (row + later + r) * l->mask_words + c, 0, 2);
+        if (l->bits && are != IN_PANEL && c % 64 == 0)
+            UNROLL for (int r = 0; r < height; r++)
+                __builtin_prefetch((const VALUE *)l->scales + (row + later + r) * l->groups + (c >> l->group_shift), 0, 2);
+        if (are != IN_PANEL && c % often == 0)
+            UNROLL for (int r = 0; r < height; r++) __builtin_prefetch(from[r].next + ahead, 0, 2);
+        T(item) items[2][MAX_WIDTH];
+        UNROLL for (int i = 0; i < step; i++) UNROLL for (int b = 0; b < width; b++)
+            items[i][b] = T(fetch)(x + ((c + i) * width + b) * 32, step * width <= MAX_WIDTH);
         UNROLL for (int r = 0; r < height; r++) {
-            if (are != IN_PANEL) __builtin_prefetch(next[r] + ahead, 0, 2);
-            uint32_t bits = are == PACKED ? mask[r * words + c] : 0;
-            T(word) w = are == PACKED ? T(expand)(next[r], bits) : T(load)(next[r]);
-            next[r] += are == PACKED ? __builtin_popcount(bits) : are == IN_PANEL ? height * 32 : 32;
-            UNROLL for (int b = 0; b < width; b++) s[r][b] = T(dot)(s[r][b], w, items[b]);
+            T(word) w[2];
+            T(read)(l, are, row + r, c, are == IN_PANEL ? height : 1, &from[r], w);
+            UNROLL for (int i = 0; i < step; i++) UNROLL for (int b = 0; b < width; b++)
+                s[r][b] = T(dot)(s[r][b], w[i], items[i][b]);
         }
     }
     float bias[MAX_HEIGHT] = {0};
@@ -75,17 +143,17 @@ ALWAYS_INLINE void T(block)(const struct linear *l, const enum rows_are are, con
     }
 }
 
-/* Rows from `row` to `end` times the tile of inputs that begins with `item`. */
-ALWAYS_INLINE void T(rows)(const struct linear *l, const enum rows_are are, const VALUE *dense, int64_t row,
+/* Rows from `row` to `end`, which may lie in a panel, times the tile of inputs that begins with `item`. */
+ALWAYS_INLINE void T(rows)(const struct linear *l, const enum rows_are are, const VALUE *panel, int64_t row,
                            int64_t end, int64_t item) {
     const T(input) *x = (const T(input) *)l->input + item * l->words * 32;
     const int64_t first = row;
 #define BLOCK(height, width) \
-    T(block)(l, are, are == PACKED ? NULL : dense + (row - first) * l->words * 32, row, height, x, item, width)
+    T(block)(l, are, are == IN_PANEL ? panel + (row - first) * l->words * 32 : NULL, row, height, x, item, width)
 #define CASE(width)                                                                                       \
     case width: {                                                                                         \
-        const int height = are == IN_PANEL ? GROUP : HEIGHT(width);                                          \
-        if (are == IN_PANEL && width > TILE_WIDTH) break;                                                    \
+        const int height = are == IN_PANEL ? GROUP : HEIGHT(width);                                       \
+        if (are == IN_PANEL && width > TILE_WIDTH) break;                                                 \
         for (; row + height <= end; row += height) BLOCK(height, width);                                  \
         for (; row < end; row++) BLOCK(1, width);                                                         \
         break;                                                                                            \
@@ -103,7 +171,7 @@ static void T(many)(const struct linear *l, VALUE *panel, int64_t row, int64_t e
         for (int64_t r = 0; r < stop - row; r++) {
             int64_t height = r < grouped ? GROUP : 1; /* rows after the last whole group lie alone */
             VALUE *to = panel + (r / height * height * l->words + r % height) * 32;
-            T(restore)(l, row + r, to, height, l->words * 32);
+            T(restore)(l, row + r, to, height, l->words * 32, 0);
         }
         for (int64_t item = 0; item < l->batch; item += l->width) T(rows)(l, IN_PANEL, panel, row, stop, item);
     }
@@ -112,8 +180,11 @@ static void T(many)(const struct linear *l, VALUE *panel, int64_t row, int64_t e
 /* One thread's rows. */
 static void T(share)(int64_t row, int64_t end, void *context) {
     struct linear *l = context;
-    if (l->batch <= MAX_WIDTH) {
-        T(rows)(l, PACKED, NULL, row, end, 0); /* each is expanded in registers */
+    if (l->batch <= MAX_WIDTH) { /* each is expanded in registers */
+        if (T(STEP) == 2 && l->bits == 4 && l->half) T(rows)(l, HALF_4, NULL, row, end, 0);
+        else if (l->bits == 4) T(rows)(l, CODES_4, NULL, row, end, 0);
+        else if (l->bits == 8) T(rows)(l, CODES_8, NULL, row, end, 0);
+        else T(rows)(l, PACKED, NULL, row, end, 0);
         return;
     }
     VALUE *panel = malloc((size_t)(PANEL * l->words * 32) * sizeof(VALUE));
@@ -124,7 +195,7 @@ static void T(share)(int64_t row, int64_t end, void *context) {
 
 static void T(restore_share)(int64_t row, int64_t end, void *context) {
     const struct linear *l = context;
-    for (; row < end; row++) T(restore)(l, row, (VALUE *)l->out + row * l->columns, 1, l->columns);
+    for (; row < end; row++) T(restore)(l, row, (VALUE *)l->out + row * l->columns, 1, l->columns, 1);
 }
 
 /* All rows with all inputs; 0, or 1 without memory. */
@@ -140,31 +211,52 @@ static int T(product)(struct linear *l, share_of_rows *share) {
     return l->failed;
 }
 
-/* out[batch, rows] = x[batch, columns] times the packed rows, and the bias where there is one; 0, or 1 without memory. */
-int T(linear)(const VALUE *values, const uint32_t *mask, const int64_t *offsets, const VALUE *bias, const VALUE *x,
-              VALUE *out, int64_t rows, int64_t columns, int64_t batch) {
-    struct linear l = {values, mask, offsets, bias, x, out, rows, columns, batch, .words = (columns + 31) / 32};
+static struct linear T(packed)(const void *values, const uint32_t *mask, const int64_t *offsets, int64_t rows,
+                               int64_t columns, const void *scales, const uint8_t *zeros, int64_t bits,
+                               int64_t group_size, int64_t half) {
+    struct linear l = {.values = values, .mask = mask, .offsets = offsets, .rows = rows, .columns = columns,
+                       .mask_words = (columns + 31) / 32, .scales = scales, .zeros = zeros, .bits = bits,
+                       .half = half != 0};
+    l.in_pairs = bits == 4 && T(STEP) == 2;
+    l.words = l.mask_words + (l.in_pairs && l.mask_words % 2);
+    if (bits) {
+        l.groups = (columns + group_size - 1) / group_size;
+        l.group_shift = __builtin_ctzll((unsigned long long)group_size / 32);
+    }
+    return l;
+}
+
+/* out[batch, rows] = x[batch, columns] times the packed rows, and the bias where there is one; 0, or 1 without memory.
+ * `bits` is 0 where values are packed as they are; of codes there are scales, and zeros where these are not 8; `half`
+ * says of them that each whole word of the mask keeps 16. */
+int T(linear)(const void *values, const uint32_t *mask, const int64_t *offsets, const VALUE *bias, const VALUE *x,
+              VALUE *out, int64_t rows, int64_t columns, int64_t batch, const VALUE *scales, const uint8_t *zeros,
+              int64_t bits, int64_t group_size, int64_t half) {
+    struct linear l = T(packed)(values, mask, offsets, rows, columns, scales, zeros, bits, group_size, half);
+    l.bias = bias, l.x = x, l.out = out, l.batch = batch;
     return T(product)(&l, T(share));
 }
 
 /* out[rows, columns] = the rows as they were before packing. */
-void T(unpack)(const VALUE *values, const uint32_t *mask, const int64_t *offsets, VALUE *out, int64_t rows,
-               int64_t columns) {
-    struct linear l = {values, mask, offsets, .out = out, .rows = rows, .columns = columns,
-                       .words = (columns + 31) / 32};
+void T(unpack)(const void *values, const uint32_t *mask, const int64_t *offsets, VALUE *out, int64_t rows,
+               int64_t columns, const VALUE *scales, const uint8_t *zeros, int64_t bits, int64_t group_size) {
+    struct linear l = T(packed)(values, mask, offsets, rows, columns, scales, zeros, bits, group_size, 0);
+    l.out = out;
     in_parallel(T(restore_share), rows, columns, &l);
 }
 
-#ifdef DENSE /* for comparison: a plain matrix, its columns a multiple of 32 */
+#ifdef DENSE /* for comparison: a plain matrix, or one of codes of 4 bits; its columns a multiple of 64 */
 static void T(dense_share)(int64_t row, int64_t end, void *context) {
     const struct linear *l = context;
-    const VALUE *dense = (const VALUE *)l->values + row * l->columns;
-    for (int64_t item = 0; item < l->batch; item += l->width) T(rows)(l, PLAIN, dense, row, end, item);
+    for (int64_t item = 0; item < l->batch; item += l->width)
+        if (l->bits) T(rows)(l, PLAIN_4, NULL, row, end, item);
+        else T(rows)(l, PLAIN, NULL, row, end, item);
 }
 
-int T(dense_linear)(const VALUE *values, const VALUE *x, VALUE *out, int64_t rows, int64_t columns, int64_t batch) {
-    struct linear l = {.values = values, .x = x, .out = out, .rows = rows, .columns = columns, .batch = batch,
-                       .words = columns / 32};
+int T(dense_linear)(const void *values, const VALUE *x, VALUE *out, int64_t rows, int64_t columns, int64_t batch,
+                    const VALUE *scales, const uint8_t *zeros, int64_t bits, int64_t group_size) {
+    struct linear l = T(packed)(values, NULL, NULL, rows, columns, scales, zeros, bits, group_size, 0);
+    l.x = x, l.out = out, l.batch = batch;
     return T(product)(&l, T(dense_share));
 }
 #endif

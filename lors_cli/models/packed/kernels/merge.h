@@ -15,12 +15,28 @@ static void T(lay_out_A)(const struct merge *m, float *to, const float *A) {
         }
 }
 
-/* The step of a group, in a row, on the grid. */
-ALWAYS_INLINE struct step T(step_of)(const struct merge *m, int64_t row, int64_t group) {
-    int64_t place = row * ((m->columns + m->group - 1) / m->group) + group, top = (1 << m->bits) - 1;
-    float zero = m->zeros ? m->zeros[place] : 1 << (m->bits - 1);
-    return (struct step){(lanes){0} + T(to_float)(((const VALUE *)m->scales)[place]), (lanes){0} - zero,
+/* The step of the grid in a row's word. */
+ALWAYS_INLINE struct step T(step_of)(const struct linear *grid, int64_t row, int64_t word) {
+    int64_t place = row * grid->groups + (word >> grid->group_shift), top = (1 << grid->bits) - 1;
+    float zero = grid->zeros ? grid->zeros[place] : 1 << (grid->bits - 1);
+    return (struct step){(lanes){0} + T(to_float)(((const VALUE *)grid->scales)[place]), (lanes){0} - zero,
                          (lanes){0} + ((float)top - zero)};
+}
+
+/* `to` = the words of a row from `word` to `end`, of its codes. */
+ALWAYS_INLINE void T(look_up_words)(const struct linear *l, const enum rows_are are, int64_t row, int64_t word,
+                                    int64_t end, VALUE *to) {
+    const uint32_t *mask = l->mask + row * l->mask_words;
+    T(reader) from = {.next = l->values + l->offsets[row]};
+    for (int64_t c = 0; c < word; c++)
+        from.next += are == CODES_4 ? (__builtin_popcount(mask[c]) + 1) / 2 : __builtin_popcount(mask[c]);
+    const int step = are == CODES_4 ? T(STEP) : 1;
+    for (int64_t c = word; c < end; c += step) {
+        T(word) w[2];
+        T(read)(l, are, row, c, 1, &from, w);
+        if (step == 2) T(put_in_order)(w);
+        for (int i = 0; i < step && c + i < end; i++, to += 32) T(store)(to, w[i]);
+    }
 }
 
 /* `to` = a word of `weight` and its sums, masked and rounded, to the grid where there is a step of it. */
@@ -51,21 +67,26 @@ static void T(finish_last)(VALUE *to, const VALUE *weight, const lanes *sum, con
 }
 
 /* Words from `word` to `end` of `height` rows, whose sums stay in registers. */
-ALWAYS_INLINE void T(merge_block)(const struct merge *m, const int packed, const int grid, int64_t row,
+ALWAYS_INLINE void T(merge_block)(const struct merge *m, const enum rows_are are, const int grid, int64_t row,
                                   const int height, int64_t word, int64_t end) {
+    const int packed = are == PACKED;
     const int64_t rank = m->rank, columns = m->columns, words = m->words, out_stride = m->out_stride;
     const uint32_t *mask = packed ? m->mask + row * words : NULL;
     const int32_t *thresholds = m->thresholds ? m->thresholds + row % PERIOD * columns : NULL;
     const float *a = m->A + word * rank * 32, *b = m->B + row * rank;
     VALUE *out = (VALUE *)m->out + row * out_stride;
     const VALUE *next[MERGED_ROWS];
+    VALUE held[are == CODES_4 || are == CODES_8 ? MERGED_ROWS : 1][CODES_WORDS * 32];
     UNROLL for (int r = 0; r < height; r++) {
         next[r] = (const VALUE *)m->weight + (packed ? m->offsets[row + r] : (row + r) * m->weight_stride + word * 32);
+        if (are == CODES_4) T(look_up_words)(m->grid, CODES_4, row + r, word, end, held[r]);
+        if (are == CODES_8) T(look_up_words)(m->grid, CODES_8, row + r, word, end, held[r]);
+        if (are == CODES_4 || are == CODES_8) next[r] = held[r];
         for (int64_t c = 0; packed && c < word; c++) next[r] += __builtin_popcount(mask[r * words + c]);
     }
     /* the rows after these are fetched into the second cache meanwhile, and the room for what becomes of them */
     const int64_t later = MIN(height, m->rows - height - row);
-    const int64_t ahead = packed && later ? m->offsets[row + later] - m->offsets[row] : later * m->weight_stride;
+    const int64_t ahead = are == CODES_4 || are == CODES_8 ? 0 : packed && later ? m->offsets[row + later] - m->offsets[row] : later * m->weight_stride;
     for (int64_t c = word; c < end; c++) {
         lanes sum[MERGED_ROWS][PARTS];
         UNROLL for (int r = 0; r < height; r++) UNROLL for (int i = 0; i < PARTS; i++) sum[r][i] = (lanes){0};
@@ -75,7 +96,6 @@ ALWAYS_INLINE void T(merge_block)(const struct merge *m, const int packed, const
             UNROLL for (int r = 0; r < height; r++) UNROLL for (int i = 0; i < PARTS; i++)
                 sum[r][i] = multiply_add(b[r * rank + k], part[i], sum[r][i]);
         }
-        const int64_t group = grid ? c * 32 / m->group : 0;
         UNROLL for (int r = 0; r < height; r++) {
             __builtin_prefetch(next[r] + ahead, 0, 2);
             __builtin_prefetch(out + (r + later) * out_stride + c * 32, 1, 2);
@@ -89,7 +109,7 @@ ALWAYS_INLINE void T(merge_block)(const struct merge *m, const int packed, const
                 weight = expanded;
             } else next[r] += 32;
             struct step step;
-            if (grid) step = T(step_of)(m, row + r, group);
+            if (grid) step = T(step_of)(m->grid, row + r, c);
             if (c * 32 + 32 <= columns)
                 T(finish)(out + r * out_stride + c * 32, weight, sum[r], threshold, grid ? &step : NULL);
             else {
@@ -103,35 +123,44 @@ ALWAYS_INLINE void T(merge_block)(const struct merge *m, const int packed, const
 }
 
 /* One thread's rows, in strips whose part of A and whose thresholds stay in the cache. */
-ALWAYS_INLINE void T(merge_rows)(const struct merge *m, const int packed, const int grid, int64_t first, int64_t end) {
+ALWAYS_INLINE void T(merge_rows)(const struct merge *m, const enum rows_are are, const int grid, int64_t first,
+                                 int64_t end) {
     int64_t width = MAX(STRIP / (32 * 4 * (m->rank + (m->thresholds ? PERIOD : 0))), 1);
+    if (are == CODES_4 || are == CODES_8) width = MIN(MAX(width & ~3, 4), CODES_WORDS); /* whole groups */
     for (int64_t word = 0; word < m->words; word += width) {
         int64_t stop = MIN(word + width, m->words);
         for (int64_t row = first, height; row < end; row += height) { /* none of several rows goes past the period */
             height = row % MERGED_ROWS == 0 && row + MERGED_ROWS <= end ? MERGED_ROWS : 1;
-            if (height > 1) T(merge_block)(m, packed, grid, row, MERGED_ROWS, word, stop);
-            else T(merge_block)(m, packed, grid, row, 1, word, stop);
+            if (height > 1) T(merge_block)(m, are, grid, row, MERGED_ROWS, word, stop);
+            else T(merge_block)(m, are, grid, row, 1, word, stop);
         }
     }
 }
 
 static void T(merge_share)(int64_t first, int64_t end, void *context) {
     const struct merge *m = context;
-    if (m->group && m->mask) T(merge_rows)(m, 1, 1, first, end);
-    else if (m->group) T(merge_rows)(m, 0, 1, first, end);
-    else if (m->mask) T(merge_rows)(m, 1, 0, first, end);
-    else T(merge_rows)(m, 0, 0, first, end);
+    const enum rows_are are = m->has_codes ? (m->grid->bits == 4 ? CODES_4 : CODES_8) : m->mask ? PACKED : PLAIN;
+#define MERGE(rows_are)                                                                       \
+    case rows_are:                                                                            \
+        if (m->to_grid) T(merge_rows)(m, rows_are, 1, first, end);                            \
+        else T(merge_rows)(m, rows_are, 0, first, end);                                       \
+        break;
+    switch (are) { MERGE(PACKED) MERGE(CODES_4) MERGE(CODES_8) default: MERGE(PLAIN) }
+#undef MERGE
 }
 
-/* out[rows, columns] of a weight, plain or with a mask and offsets packed; strides are of rows. Thresholds
- * [PERIOD, columns] for bfloat16, A [rank, columns], scaled, and B [rows, rank] are float32. Scales [rows, groups] are
- * those of a grid of `bits` in groups of so many columns, a multiple of 32, with zero points like them or NULL, or
- * group is 0 without a grid; thresholds are then for any type, and NULL for the nearest. 0, or 1 without memory. */
-int T(merge)(const VALUE *weight, const uint32_t *mask, const int64_t *offsets, const float *A, const float *B,
-             const int32_t *thresholds, const VALUE *scales, const uint8_t *zeros, VALUE *out, int64_t rows,
-             int64_t columns, int64_t rank, int64_t weight_stride, int64_t out_stride, int64_t group, int64_t bits) {
-    struct merge m = {weight, mask, offsets, NULL, B, thresholds, scales, zeros, out, rows, columns,
-                      (columns + 31) / 32, rank, weight_stride, out_stride, group, bits};
+/* out[rows, columns] of a weight, plain or with a mask and offsets packed, as values or as codes; strides are of rows.
+ * Thresholds [PERIOD, columns] for bfloat16, A [rank, columns], scaled, and B [rows, rank] are float32. Where weights
+ * are codes, or merged ones go `to_grid`, there is a grid of `bits`, whose groups are a power of two of 32 columns: its
+ * scales, and zero points or NULL. Thresholds then serve for any type, and NULL rounds to its nearest value. 0, or 1
+ * without memory. */
+int T(merge)(const void *weight, const uint32_t *mask, const int64_t *offsets, const float *A, const float *B,
+             const int32_t *thresholds, VALUE *out, int64_t rows, int64_t columns, int64_t rank, int64_t weight_stride,
+             int64_t out_stride, const VALUE *scales, const uint8_t *zeros, int64_t bits, int64_t group_size,
+             int64_t has_codes, int64_t to_grid) {
+    struct linear grid = T(packed)(weight, mask, offsets, rows, columns, scales, zeros, bits, group_size);
+    struct merge m = {weight, mask, offsets, NULL, B, thresholds, out, rows, columns, (columns + 31) / 32, rank,
+                      weight_stride, out_stride, &grid, (int)has_codes, (int)to_grid};
     float *words = malloc((size_t)(m.words * rank * 32) * sizeof *words);
     if (!words) return 1;
     T(lay_out_A)(&m, words, A);

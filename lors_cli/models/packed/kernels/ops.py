@@ -2,7 +2,11 @@
 
 Legend: R rows, C columns; `values` (K + 32), the K kept ones row by row, columns ascending, then 32 zeros; `mask`
 (R, ⌈C/32⌉) int32, bit j of word c is column 32·c + j, bits past C are 0; `offsets` (R) int64, where each row's values
-begin. What they hold is checked where a checkpoint is loaded: here wrong offsets or bits read foreign memory.
+begin. Of a quantised weight `values` are the codes' bytes (uint8), then 32 zeros: with 4 bits two a byte, the lower half
+first, and those of each word of the mask begin at a byte, which `offsets` count. `scales` (R, G) and, where it is not
+symmetric, `zeros` (R, G) are those of its grid; `half` says that each whole word of the mask keeps 16 columns, as of
+2:4. What they hold is checked where a checkpoint is loaded: here wrong
+offsets or bits read foreign memory.
 """
 
 from __future__ import annotations
@@ -14,12 +18,14 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from lors_cli.grid import Grid, GridSpec
 from lors_cli.models.packed.kernels.build import NATIVE, NoKernels, library
 
 PREFIXES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 """Of the functions in C."""
 SIZED_LIKE = {torch.float16: "bf16", **PREFIXES}
 """To restore a weight, only the size of its values counts."""
+GROUP_SIZES = (32, 64, 128)
 PLAIN = "plain C"
 LARGEST_BATCH = {
     ("AVX-512 with BF16", torch.bfloat16): 256, ("AVX-512 with BF16", torch.float32): 256, ("AVX2", torch.float32): 16,
@@ -30,11 +36,29 @@ LARGEST_BATCH_BESIDE_AMX = 16
 """The same for bfloat16 where torch multiplies in tiles."""
 
 
-def available(dtype: torch.dtype) -> str | None:
-    """Why there is no kernel for packed weights of this dtype on this machine, None if there is one."""
+def available(dtype: torch.dtype, grid: GridSpec | None = None) -> str | None:
+    """Why there is no kernel for packed weights of this dtype on this machine, None if there is one.
+
+    Args:
+        grid: of a quantised weight.
+    """
+    name = str(dtype).removeprefix("torch.")
     if dtype not in SIZED_LIKE:
-        return f"there is none for {str(dtype).removeprefix('torch.')}"
+        return f"there is none for {name}"
+    if grid is not None:
+        if dtype not in PREFIXES:
+            return f"there is none for codes whose scales are {name}"
+        if wrong := why_not_this_grid(grid):
+            return wrong
     return _why_no_library()
+
+
+def why_not_this_grid(grid: GridSpec) -> str:
+    """Why the kernels cannot read codes of such a grid, empty if they can."""
+    if grid.bits not in (4, 8) or (grid.bits == 8 and not grid.symmetric) or grid.group_size not in GROUP_SIZES:
+        symmetric = "symmetric" if grid.symmetric else "asymmetric"
+        return f"there is none for {symmetric} grids of {grid.bits} bits in groups of {grid.group_size}"
+    return ""
 
 
 @cache
@@ -58,15 +82,35 @@ def packed_linear(
     mask: torch.Tensor,
     offsets: torch.Tensor,
     bias: torch.Tensor | None,
+    scales: torch.Tensor | None = None,
+    zeros: torch.Tensor | None = None,
+    bits: int = 0,
+    group_size: int = 0,
+    half: bool = False,
 ) -> torch.Tensor:
     """x (…, C) times a packed weight (R, C), and the bias (R) where there is one: (…, R), summed in float32."""
-    return product(x, values, mask, offsets, bias)
+    return product(x, values, mask, offsets, bias, _grid(scales, zeros, bits, group_size), half)
 
 
 @torch.library.custom_op("lors::unpack", mutates_args=(), device_types="cpu")
-def unpack(values: torch.Tensor, mask: torch.Tensor, offsets: torch.Tensor, columns: int) -> torch.Tensor:
+def unpack(
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    offsets: torch.Tensor,
+    columns: int,
+    scales: torch.Tensor | None = None,
+    zeros: torch.Tensor | None = None,
+    bits: int = 0,
+    group_size: int = 0,
+) -> torch.Tensor:
     """The packed weight (R, C) as a plain one."""
-    return restore(values, mask, offsets, values.new_empty(len(mask), columns))
+    out = (values if scales is None else scales).new_empty(len(mask), columns)
+    return restore(values, mask, offsets, out, _grid(scales, zeros, bits, group_size))
+
+
+def _grid(scales: torch.Tensor | None, zeros: torch.Tensor | None, bits: int, group_size: int) -> Grid | None:
+    """The grid of an operation's arguments, which has none where nothing is quantised."""
+    return None if scales is None else Grid(GridSpec(bits, group_size, zeros is None), scales, zeros)
 
 
 def linear(
@@ -75,12 +119,15 @@ def linear(
     mask: torch.Tensor,
     offsets: torch.Tensor,
     bias: torch.Tensor | None = None,
+    grid: Grid | None = None,
+    half: bool = False,
 ) -> torch.Tensor:
     """`packed_linear`, past torch's dispatcher where neither autograd nor a compiler needs to see it: 10 µs less."""
     plain = type(x) is torch.Tensor and not torch.compiler.is_compiling()
     if plain and not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
-        return product(x, values, mask, offsets, bias)
-    return packed_linear(x, values, mask, offsets, bias)
+        return product(x, values, mask, offsets, bias, grid, half)
+    codes = () if grid is None else (grid.scales, grid.zeros, grid.spec.bits, grid.spec.group_size, half)
+    return packed_linear(x, values, mask, offsets, bias, *codes)
 
 
 def product(
@@ -89,35 +136,47 @@ def product(
     mask: torch.Tensor,
     offsets: torch.Tensor,
     bias: torch.Tensor | None,
+    grid: Grid | None = None,
+    half: bool = False,
     target: str = NATIVE,
 ) -> torch.Tensor:
     """`packed_linear` of plain tensors, unseen by autograd."""
     rows, columns, dtype = mask.shape[0], x.shape[-1], x.dtype
-    check(values, mask, offsets, columns)
-    if dtype != values.dtype or (bias is not None and (bias.dtype != dtype or bias.shape != (rows,))):
-        raise ValueError(f"a packed weight of {rows} rows in {values.dtype} needs inputs and a bias that fit it")
+    check(values, mask, offsets, columns, grid)
+    held = values.dtype if grid is None else grid.scales.dtype
+    if dtype != held or (bias is not None and (bias.dtype != dtype or bias.shape != (rows,))):
+        raise ValueError(f"a packed weight of {rows} rows in {held} needs inputs and a bias that fit it")
     batch = x.numel() // columns
     if batch > _largest_batch(dtype, target):
-        return F.linear(x, restore(values, mask, offsets, _scratch(dtype, rows, columns), target), bias)
+        return F.linear(x, restore(values, mask, offsets, _scratch(dtype, rows, columns), grid, target), bias)
     x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], rows)
     if batch and _function("linear", dtype, target)(
         values.data_ptr(), mask.data_ptr(), offsets.data_ptr(), None if bias is None else bias.data_ptr(), x.data_ptr(),
-        out.data_ptr(), rows, columns, batch,
+        out.data_ptr(), rows, columns, batch, *in_c(grid), half,
     ):  # fmt: skip
         raise MemoryError(f"no memory for a batch of {batch} × {columns}")
     return out
 
 
 def restore(
-    values: torch.Tensor, mask: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor, target: str = NATIVE
-) -> torch.Tensor:
+    values: torch.Tensor, mask: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor, grid: Grid | None = None,
+    target: str = NATIVE,
+) -> torch.Tensor:  # fmt: skip
     """`unpack` into `out` (R, C)."""
     rows, columns = out.shape
-    check(values, mask, offsets, columns)
-    function = _function("unpack", values.dtype, target)
-    function(values.data_ptr(), mask.data_ptr(), offsets.data_ptr(), out.data_ptr(), rows, columns)
+    check(values, mask, offsets, columns, grid)
+    function = _function("unpack", out.dtype, target)
+    function(values.data_ptr(), mask.data_ptr(), offsets.data_ptr(), out.data_ptr(), rows, columns, *in_c(grid))
     return out
+
+
+def in_c(grid: Grid | None) -> tuple[int | None, int | None, int, int]:
+    """The last arguments of a function in C."""
+    if grid is None:
+        return None, None, 0, 0
+    zeros = None if grid.zeros is None else grid.zeros.data_ptr()
+    return grid.scales.data_ptr(), zeros, grid.spec.bits, grid.spec.group_size
 
 
 @cache
@@ -125,7 +184,9 @@ def _function(name: str, dtype: torch.dtype, target: str) -> Any:
     return getattr(library(target), f"{SIZED_LIKE[dtype]}_{name}")
 
 
-def check(values: torch.Tensor, mask: torch.Tensor, offsets: torch.Tensor, columns: int) -> None:
+def check(
+    values: torch.Tensor, mask: torch.Tensor, offsets: torch.Tensor, columns: int, grid: Grid | None = None
+) -> None:
     """Hold the shapes of a packed weight against each other.
 
     Raises:
@@ -140,6 +201,20 @@ def check(values: torch.Tensor, mask: torch.Tensor, offsets: torch.Tensor, colum
             f"values {tuple(values.shape)}, mask {tuple(mask.shape)} and offsets {tuple(offsets.shape)} are no packed "
             f"weight of {columns} columns"
         )
+    if grid is not None:
+        _check_grid(values, grid, (len(mask), grid.spec.num_groups(columns)))
+
+
+def _check_grid(values: torch.Tensor, grid: Grid, shape: tuple[int, int]) -> None:
+    if wrong := why_not_this_grid(grid.spec):
+        raise ValueError(wrong)
+    scales, zeros = grid.scales, grid.zeros
+    if not (
+        values.dtype is torch.uint8 and scales.dtype in PREFIXES and scales.shape == shape and scales.is_contiguous()
+        and (zeros is None) == grid.spec.symmetric
+        and (zeros is None or (zeros.dtype is torch.uint8 and zeros.shape == shape and zeros.is_contiguous()))
+    ):  # fmt: skip
+        raise ValueError(f"scales {scales.dtype} {tuple(scales.shape)} and their zeros are no grid of {shape} groups")
 
 
 _buffers: dict[tuple[torch.dtype, int], torch.Tensor] = {}
@@ -166,29 +241,35 @@ def _largest_batch(dtype: torch.dtype, target: str) -> float:
 
 
 @packed_linear.register_fake
-def _(x: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, offsets: torch.Tensor, bias: Any) -> torch.Tensor:
+def _(
+    x: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, offsets: torch.Tensor, bias: Any, scales: Any = None,
+    zeros: Any = None, bits: int = 0, group_size: int = 0, half: bool = False,
+) -> torch.Tensor:  # fmt: skip
     return x.new_empty(*x.shape[:-1], mask.shape[0])
 
 
 @unpack.register_fake
-def _(values: torch.Tensor, mask: torch.Tensor, offsets: torch.Tensor, columns: int) -> torch.Tensor:
-    return values.new_empty(mask.shape[0], columns)
+def _(
+    values: torch.Tensor, mask: torch.Tensor, offsets: torch.Tensor, columns: int, scales: torch.Tensor | None = None,
+    zeros: Any = None, bits: int = 0, group_size: int = 0,
+) -> torch.Tensor:  # fmt: skip
+    return (values if scales is None else scales).new_empty(mask.shape[0], columns)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, values, mask, offsets, _ = inputs
-    ctx.save_for_backward(values, mask, offsets)
-    ctx.columns = x.shape[-1]
+    x, values, mask, offsets, _, scales, zeros, *kind = inputs
+    ctx.save_for_backward(values, mask, offsets, scales, zeros)
+    ctx.columns, ctx.bits_and_group = x.shape[-1], kind[:2]
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    needs_x, needs_values, _, _, needs_bias = ctx.needs_input_grad
-    if needs_values:
+    needs_x, needs_values, _, _, needs_bias, needs_scales, *_ = ctx.needs_input_grad
+    if needs_values or needs_scales:
         raise RuntimeError("packed weights cannot be trained: freeze them, or unpack the model first")
-    values, mask, offsets = ctx.saved_tensors
-    grad_x = grad @ unpack(values, mask, offsets, ctx.columns) if needs_x else None
+    values, mask, offsets, scales, zeros = ctx.saved_tensors
+    grad_x = grad @ unpack(values, mask, offsets, ctx.columns, scales, zeros, *ctx.bits_and_group) if needs_x else None
     grad_bias = grad.flatten(0, -2).sum(0) if needs_bias else None
-    return grad_x, None, None, None, grad_bias
+    return grad_x, None, None, None, grad_bias, None, None, None, None, None
 
 
 packed_linear.register_autograd(_backward, setup_context=_remember)

@@ -1,9 +1,13 @@
 /* Products with packed weights: of every row the values that are kept, and a bit for each column that says where.
+ * A value lies there as it is, or as a code of 4 or 8 bits that stands for scale · (code − zero), rounded to the data
+ * type; the scale is that of a group of 32, 64 or 128 columns.
  *
  * Built by the system's compiler for the processor at hand, whose instructions choose one of the four headers; each
  * knows, for float32 (f32) and bfloat16 (bf16), a word of 32 columns: how to expand, load and store it, and its
- * product with 32 inputs; and how to add up the sums of four rows. Sums are kept in float32. `values` can be read 64 bytes past its end.
+ * product with 32 inputs; and how to add up the sums of four rows. Sums are kept in float32. `values` can be read 64 bytes
+ * past its end, codes 32.
  */
+#include <float.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -29,6 +33,39 @@ static inline uint16_t bf16_from_float(float value) {
     return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16); /* to the nearest, ties to even */
 }
 
+/* The values of the codes 0 to 15. */
+#define VALUES_OF_CODES(name, value)                                                       \
+    static inline void name##_of_codes(value to[16], float scale, int zero) {              \
+        for (int i = 0; i < 16; i++) to[i] = name##_from_float(scale * (float)(i - zero)); \
+    }
+VALUES_OF_CODES(f32, float)
+VALUES_OF_CODES(bf16, uint16_t)
+
+/* Eight codes of 4 bits from the one numbered `first` on. */
+static inline uint32_t eight_codes(const uint8_t *codes, int first) {
+    uint64_t bits;
+    memcpy(&bits, codes + first / 2, sizeof bits);
+    return (uint32_t)(bits >> first % 2 * 4);
+}
+
+/* Codes of 4 bits are read in as many words at once as a data type's STEP says, by default one: `look_up` gives it. */
+#define WORD_BY_WORD(name)                                                                              \
+    enum { name##_STEP = 1 };                                                                           \
+    static inline name##_table name##_two_tables(name##_table first, name##_table second) {             \
+        (void)second;                                                                                   \
+        return first;                                                                                   \
+    }                                                                                                   \
+    static inline void name##_expand_4(name##_word *to, const uint8_t **next, uint32_t bits, uint32_t,  \
+                                       const int half, name##_table table) {                            \
+        (void)half;                                                                                     \
+        *to = name##_look_up(*next, bits, table);                                                       \
+        *next += (__builtin_popcount(bits) + 1) / 2;                                                    \
+    }                                                                                                   \
+    static inline void name##_put_in_order(name##_word *w) { (void)w; }                                     \
+    static inline void name##_load_4(name##_word *to, const uint8_t *codes, name##_table table) {       \
+        *to = name##_look_up(codes, ~0u, table);                                                        \
+    }
+
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
 #include "avx512.h"
 #elif defined(__AVX2__) && defined(__FMA__)
@@ -47,15 +84,21 @@ static inline uint16_t bf16_from_float(float value) {
 #define PANEL 64 /* and rows that are restored for it, in such groups */
 #define FETCH_AHEAD 8192 /* bytes, at least, of values that are kept: memory answers that late */
 
-enum rows_are { PACKED, IN_PANEL, PLAIN };
+enum rows_are { PACKED, CODES_4, HALF_4, CODES_8, IN_PANEL, PLAIN, PLAIN_4 };
 
 struct linear {
-    const void *values;
+    const uint8_t *values;
     const uint32_t *mask;
-    const int64_t *offsets;
+    const int64_t *offsets; /* of rows in `values`: values or, of codes, bytes */
     const void *bias, *x;
     void *out;
-    int64_t rows, columns, batch, words, width;
+    int64_t rows, columns, batch, mask_words, width;
+    const void *scales; /* [rows, groups], of the data type, where `bits` is not 0 */
+    const uint8_t *zeros;
+    int64_t bits, groups, group_shift; /* a group is 1 << group_shift words */
+    int half;                          /* each whole word keeps 16 columns, as of 2:4 */
+    int in_pairs;                      /* words are read two at a time, and multiplied in an order of their own */
+    int64_t words;                     /* of a row as they are multiplied: in pairs an even number */
     const void *input;
     int failed;
 };
@@ -92,9 +135,18 @@ static inline void bf16_prepare(bf16_input *to, const uint16_t *from, int count)
 #endif
 }
 
+/* Two words of inputs, `apart` from each other: of 64 columns, of which `count` are there, the even ones and the odd. */
+#define PREPARE_PAIR(name, value)                                                                               \
+    static inline void name##_prepare_pair(name##_input *to, int64_t apart, const value *from, int count) {     \
+        for (int i = 0; i < 64; i++) to[i % 2 * apart + i / 2] = i < count ? (name##_input)from[i] : 0;          \
+    }
+PREPARE_PAIR(f32, float)
+PREPARE_PAIR(bf16, uint16_t)
+
 #define PERIOD 64            /* rows after which the thresholds repeat */
 #define PARTS (32 / LANES)   /* registers a word of float32 */
 #define STRIP (256 << 10)    /* bytes of the second cache for a part of A and of the thresholds */
+#define CODES_WORDS 32       /* of a row at most, a multiple of any group's, whose codes are looked up together */
 
 struct merge {
     const void *weight;
@@ -102,10 +154,10 @@ struct merge {
     const int64_t *offsets;
     const float *A, *B;
     const int32_t *thresholds;
-    const void *scales;
-    const uint8_t *zeros;
     void *out;
-    int64_t rows, columns, words, rank, weight_stride, out_stride, group, bits;
+    int64_t rows, columns, words, rank, weight_stride, out_stride;
+    const struct linear *grid; /* where weights are held as codes or merged ones are rounded to its values */
+    int has_codes, to_grid;
 };
 typedef uint32_t bits_of_lanes __attribute__((vector_size(4 * LANES)));
 typedef int32_t threshold_lanes __attribute__((vector_size(4 * LANES)));
