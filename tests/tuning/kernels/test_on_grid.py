@@ -57,7 +57,7 @@ def test_any_shape_and_rank_in_c_against_numbers(target: str, dtype: torch.dtype
         weight, grid, A, B = case(dice, rows, columns, rank, dtype, dice.choice(SPECS))
         scale = dice.choice([0.25, 1.0, 0.3, -1.7])
         expected = expected_of(weight, grid, A, B, scale, rounding)
-        for base in (weight, pack(weight)):
+        for base in (weight, pack(weight), pack(weight, None, grid)):
             out = torch.full_like(weight, 7)
             found = masked_merge_in_c(base, A, B, scale, out, target, grid=grid, rounding=rounding)
             assert_same(found, expected, (rows, columns, rank, scale, grid.spec, type(base)))
@@ -122,6 +122,20 @@ def test_codes_in_place_of_values_give_the_same_bits_into_any_dtype() -> None:
     assert packed.values.dtype == torch.uint8
 
 
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_float_merge_of_codes_is_that_of_their_values(target: str, spec: GridSpec) -> None:
+    dice = random.Random(9)
+    for dtype in DTYPES:
+        for columns, rank in ((2110, 40), (33, 3), (1024, 1)):
+            weight, grid, A, B = case(dice, 37, columns, rank, dtype, spec)
+            expected = masked_merge_in_c(weight, A, B, 0.5, torch.empty_like(weight), target)
+            found = masked_merge_in_c(pack(weight, None, grid), A, B, 0.5, torch.full_like(weight, 7), target)
+            assert_same(found, expected, (dtype, columns, rank))
+            expected = masked_merge_in_c(weight, A, B, 0.5, torch.empty_like(weight), target, grid=grid)
+            found = masked_merge_in_c(pack(weight, None, grid), A, B, 0.5, torch.full_like(weight, 7), target, grid=grid)
+            assert_same(found, expected, (dtype, columns, rank))
+
+
 def test_a_sum_that_is_no_number_stays_so_in_c_and_one_beyond_the_grid_is_cut(target: str) -> None:
     weight, grid, A, B = case(random.Random(6), 16, 64, 2, torch.float32, SPECS[0])
     weight[0, 0], weight[1, 1] = weight[weight != 0][0], weight[weight != 0][1]
@@ -137,7 +151,7 @@ def test_how_it_is_merged_is_said() -> None:
     _, grid = linear_on_a_grid(4, 64, torch.bfloat16)
     assert why_not_in_c(CPU, torch.bfloat16, "nearest", 4, grid) == ""
     odd = Grid(GridSpec(4, 48), grid.scales)
-    assert why_not_in_c(CPU, torch.bfloat16, "nearest", 4, odd) == "groups of 48 inputs are no multiple of 32"
-    told = how_merged(CPU, torch.bfloat16, "nearest", 4, odd)
-    assert told == "float32 tiles, rounded to the grid (no C kernel: groups of 48 inputs are no multiple of 32)"
+    why = "there is none for symmetric grids of 4 bits in groups of 48"
+    assert why_not_in_c(CPU, torch.bfloat16, "nearest", 4, odd) == why
+    assert how_merged(CPU, torch.bfloat16, "nearest", 4, odd) == f"float32 tiles, rounded to the grid (no C kernel: {why})"
     assert how_merged(CPU, torch.bfloat16, "nearest", 4, grid).startswith("one pass in C")

@@ -24,8 +24,8 @@ ALWAYS_INLINE struct step T(step_of)(const struct linear *grid, int64_t row, int
 }
 
 /* `to` = the words of a row from `word` to `end`, of its codes. */
-ALWAYS_INLINE void T(look_up_words)(const struct linear *l, const enum rows_are are, int64_t row, int64_t word,
-                                    int64_t end, VALUE *to) {
+ALWAYS_INLINE void T(look_up_as)(const struct linear *l, const enum rows_are are, int64_t row, int64_t word,
+                                 int64_t end, VALUE *to) {
     const uint32_t *mask = l->mask + row * l->mask_words;
     T(reader) from = {.next = l->values + l->offsets[row]};
     for (int64_t c = 0; c < word; c++)
@@ -37,6 +37,12 @@ ALWAYS_INLINE void T(look_up_words)(const struct linear *l, const enum rows_are 
         if (step == 2) T(put_in_order)(w);
         for (int i = 0; i < step && c + i < end; i++, to += 32) T(store)(to, w[i]);
     }
+}
+
+static const VALUE *T(look_up_words)(const struct linear *l, int64_t row, int64_t word, int64_t end, VALUE *to) {
+    if (l->bits == 4) T(look_up_as)(l, CODES_4, row, word, end, to);
+    else T(look_up_as)(l, CODES_8, row, word, end, to);
+    return to;
 }
 
 /* `to` = a word of `weight` and its sums, masked and rounded, to the grid where there is a step of it. */
@@ -79,9 +85,7 @@ ALWAYS_INLINE void T(merge_block)(const struct merge *m, const enum rows_are are
     VALUE held[are == CODES_4 || are == CODES_8 ? MERGED_ROWS : 1][CODES_WORDS * 32];
     UNROLL for (int r = 0; r < height; r++) {
         next[r] = (const VALUE *)m->weight + (packed ? m->offsets[row + r] : (row + r) * m->weight_stride + word * 32);
-        if (are == CODES_4) T(look_up_words)(m->grid, CODES_4, row + r, word, end, held[r]);
-        if (are == CODES_8) T(look_up_words)(m->grid, CODES_8, row + r, word, end, held[r]);
-        if (are == CODES_4 || are == CODES_8) next[r] = held[r];
+        if (are == CODES_4 || are == CODES_8) next[r] = T(look_up_words)(m->grid, row + r, word, end, held[r]);
         for (int64_t c = 0; packed && c < word; c++) next[r] += __builtin_popcount(mask[r * words + c]);
     }
     /* the rows after these are fetched into the second cache meanwhile, and the room for what becomes of them */
@@ -158,7 +162,7 @@ int T(merge)(const void *weight, const uint32_t *mask, const int64_t *offsets, c
              const int32_t *thresholds, VALUE *out, int64_t rows, int64_t columns, int64_t rank, int64_t weight_stride,
              int64_t out_stride, const VALUE *scales, const uint8_t *zeros, int64_t bits, int64_t group_size,
              int64_t has_codes, int64_t to_grid) {
-    struct linear grid = T(packed)(weight, mask, offsets, rows, columns, scales, zeros, bits, group_size);
+    struct linear grid = T(packed)(weight, mask, offsets, rows, columns, scales, zeros, bits, group_size, 0);
     struct merge m = {weight, mask, offsets, NULL, B, thresholds, out, rows, columns, (columns + 31) / 32, rank,
                       weight_stride, out_stride, &grid, (int)has_codes, (int)to_grid};
     float *words = malloc((size_t)(m.words * rank * 32) * sizeof *words);
