@@ -82,6 +82,11 @@ static inline __m256i next_codes(const uint8_t *codes) {
     __m256i high = _mm256_broadcastq_epi64(_mm_loadl_epi64((const __m128i *)(codes + 8)));
     return _mm256_multishift_epi64_epi8(_mm256_broadcastsi128_si256(shifts), _mm256_blend_epi32(low, high, 0xF0));
 }
+static inline int is_subnormal(float scale) {
+    uint32_t bits;
+    memcpy(&bits, &scale, sizeof bits);
+    return __builtin_expect(bits < 0x00800000, 0);
+}
 static inline __m512 values_of_codes(float scale, int zero) {
     const __m512i codes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     return _mm512_mul_ps(_mm512_set1_ps(scale), _mm512_cvtepi32_ps(_mm512_sub_epi32(codes, _mm512_set1_epi32(zero))));
@@ -108,7 +113,7 @@ static inline __m256i rounded_with_subnormals(__m512 values) {
 enum { bf16_STEP = 2 }; /* words: the even columns of two, and the odd ones */
 static inline bf16_table bf16_table_of(float scale, int zero) {
     __m512 values = values_of_codes(scale, zero);
-    __m256i each = __builtin_expect(scale < FLT_MIN, 0) ? rounded_with_subnormals(values)
+    __m256i each = is_subnormal(scale) ? rounded_with_subnormals(values)
                                                         : (__m256i)_mm512_cvtneps_pbh(values);
     __m256i zeros = _mm256_set1_epi8((char)zero);
     return (bf16_table){_mm512_broadcast_i64x4(each), _mm512_broadcast_i64x4(zeros), zeros};
@@ -123,11 +128,10 @@ static inline void bf16_look_up(bf16_word *to, __m512i codes, bf16_table t) {
     to[0] = _mm512_permutexvar_epi16(codes, t.values);
     to[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 8), t.values);
 }
-static inline void bf16_expand_4(bf16_word *to, const uint8_t **next, uint32_t first, uint32_t second, const int half,
-                                 bf16_table t) {
+static inline void bf16_expand_4(bf16_word *to, const uint8_t **next, uint64_t bits, const int half, bf16_table t) {
+    const uint32_t first = (uint32_t)bits, second = (uint32_t)(bits >> 32);
     __m512i codes;
     if (half) {
-        uint64_t bits = (uint64_t)second << 32 | first;
         codes = _mm512_mask_expand_epi8(t.zero, bits, _mm512_castsi256_si512(next_codes(*next)));
         *next += 16;
     } else {
@@ -165,7 +169,7 @@ static inline f32_word f32_expand_8(const uint8_t *codes, uint32_t bits, float s
 }
 static inline bf16_word bf16_expand_8(const uint8_t *codes, uint32_t bits, float scale) {
     f32_word w = f32_expand_8(codes, bits, scale);
-    if (__builtin_expect(scale < FLT_MIN, 0))
+    if (is_subnormal(scale))
         return _mm512_inserti64x4(_mm512_castsi256_si512(rounded_with_subnormals(w.part[0])), rounded_with_subnormals(w.part[1]), 1);
     return (__m512i)_mm512_cvtne2ps_pbh(w.part[1], w.part[0]);
 }

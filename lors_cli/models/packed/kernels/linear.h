@@ -25,39 +25,38 @@ static void T(lay_out)(const struct linear *l, T(input) *to) {
 /* Where a row is read: what comes next, and what its group's codes stand for. */
 typedef struct { const uint8_t *next; T(table) table; float scale; } T(reader);
 
-/* What codes of 4 bits stand for in the words that are read together at `c`. */
-ALWAYS_INLINE T(table) T(table_at)(const struct linear *l, int64_t row, int64_t c) {
-    const VALUE *scales = (const VALUE *)l->scales + row * l->groups;
-    const uint8_t *zeros = l->zeros ? l->zeros + row * l->groups : NULL;
-    int64_t group = c >> l->group_shift;
-    T(table) table = T(table_of)(T(to_float)(scales[group]), zeros ? zeros[group] : 8);
-    if (T(STEP) == 2 && l->group_shift == 0) {
-        group = MIN(group + 1, l->groups - 1);
-        table = T(two_tables)(table, T(table_of)(T(to_float)(scales[group]), zeros ? zeros[group] : 8));
-    }
-    return table;
+ALWAYS_INLINE T(table) T(table_of_group)(const struct linear *l, int64_t group) {
+    return T(table_of)(T(to_float)(((const VALUE *)l->scales)[group]), l->zeros[group & l->has_zeros]);
 }
 
-/* `to` = the words of a row from `c` on, STEP of codes of 4 bits and one of all else; a panel's follow `apart` words
- * after each other. */
-ALWAYS_INLINE void T(read)(const struct linear *l, const enum rows_are are, int64_t row, int64_t c, int64_t apart,
-                           T(reader) *from, T(word) *to) {
-    const int packed = are == PACKED || are == CODES_4 || are == HALF_4 || are == CODES_8;
-    const uint32_t *mask = packed ? l->mask + row * l->mask_words + c : NULL;
-    const int begins = (c & ((1 << l->group_shift) - 1)) == 0;
+/* At the first word `c` of a group: what codes stand for in the words that are read together. */
+ALWAYS_INLINE void T(begin_group)(const struct linear *l, const enum rows_are are, int64_t row, int64_t c, T(reader) *from) {
+    int64_t group = row * l->groups + (c >> l->group_shift);
+    if (are == CODES_8) {
+        from->scale = T(to_float)(((const VALUE *)l->scales)[group]);
+        return;
+    }
+    from->table = T(table_of_group)(l, group);
+    if (T(STEP) == 2 && l->group_shift == 0 && c + 1 < l->mask_words)
+        from->table = T(two_tables)(from->table, T(table_of_group)(l, group + 1));
+}
+
+/* `to` = the next words of a row: of codes of 4 bits STEP, of all else one. `mask` is theirs, of `left` that are left
+ * of the row; a panel's words follow `apart` after each other. */
+ALWAYS_INLINE void T(read)(const enum rows_are are, const uint32_t *mask, int64_t left, int64_t apart, T(reader) *from,
+                           T(word) *to) {
     if (are == PACKED) {
         to[0] = T(expand)((const VALUE *)from->next, *mask);
         from->next += (size_t)__builtin_popcount(*mask) * sizeof(VALUE);
     } else if (are == CODES_4 || are == HALF_4) {
-        if (begins) from->table = T(table_at)(l, row, c);
-        uint32_t second = T(STEP) == 2 && c + 1 < l->mask_words ? mask[1] : 0;
-        T(expand_4)(to, &from->next, mask[0], second, are == HALF_4, from->table);
+        uint64_t bits = 0;
+        if (T(STEP) == 2 && left > 1) memcpy(&bits, mask, sizeof bits);
+        else bits = *mask;
+        T(expand_4)(to, &from->next, bits, are == HALF_4, from->table);
     } else if (are == CODES_8) {
-        if (begins) from->scale = T(to_float)(((const VALUE *)l->scales)[row * l->groups + (c >> l->group_shift)]);
         to[0] = T(expand_8)(from->next, *mask, from->scale);
         from->next += __builtin_popcount(*mask);
     } else if (are == PLAIN_4) {
-        if (begins) from->table = T(table_at)(l, row, c);
         T(load_4)(to, from->next, from->table);
         from->next += T(STEP) * 16;
     } else {
@@ -71,10 +70,12 @@ ALWAYS_INLINE void T(read)(const struct linear *l, const enum rows_are are, int6
 ALWAYS_INLINE void T(restore_as)(const struct linear *l, const enum rows_are are, int64_t row, VALUE *to, int64_t apart,
                                  int64_t columns, int in_order) {
     const int step = are == CODES_4 ? T(STEP) : 1;
+    const int64_t group_end = (1 << l->group_shift) - 1;
     T(reader) from = {.next = l->values + l->offsets[row] * (are == PACKED ? (int64_t)sizeof(VALUE) : 1)};
     for (int64_t c = 0; c * 32 < columns; c += step) {
         T(word) w[2];
-        T(read)(l, are, row, c, 1, &from, w);
+        if (are != PACKED && (c & group_end) == 0) T(begin_group)(l, are, row, c, &from);
+        T(read)(are, l->mask + row * l->mask_words + c, l->mask_words - c, 1, &from, w);
         if (step == 2 && in_order) T(put_in_order)(w);
         for (int i = 0; i < step && (c + i) * 32 < columns; i++, to += apart * 32) {
             VALUE last[32];
@@ -96,7 +97,8 @@ static void T(restore)(const struct linear *l, int64_t row, VALUE *to, int64_t a
 ALWAYS_INLINE void T(block)(const struct linear *l, const enum rows_are are, const VALUE *panel, int64_t row,
                             const int height, const T(input) *x, int64_t item, const int width) {
     const int packed = are == PACKED || are == CODES_4 || are == HALF_4 || are == CODES_8;
-    const int step = are == CODES_4 || are == HALF_4 || are == PLAIN_4 ? T(STEP) : 1;
+    const int coded = are == CODES_4 || are == HALF_4 || are == CODES_8 || are == PLAIN_4;
+    const int step = coded && are != CODES_8 ? T(STEP) : 1;
     const int64_t words = l->words, size = are == PACKED ? sizeof(VALUE) : 1; /* of what offsets count */
     const int64_t row_bytes = are == PLAIN_4 ? words * 16 : words * 32 * (int64_t)sizeof(VALUE); /* of a plain row */
     T(reader) from[MAX_HEIGHT];
@@ -113,10 +115,16 @@ ALWAYS_INLINE void T(block)(const struct linear *l, const enum rows_are are, con
     later = MIN(later, l->rows - 1 - row);
     const int64_t ahead = packed ? (l->offsets[row + later] - l->offsets[row]) * size : later * row_bytes;
     const int often = are == HALF_4 ? 8 : are == CODES_4 || are == PLAIN_4 ? 4 : are == CODES_8 ? 2 : 1; /* a line at most */
+    const uint32_t *mask = packed ? l->mask + row * l->mask_words : NULL;
+    const int64_t mask_words = l->mask_words, group_end = (1 << l->group_shift) - 1;
     for (int64_t c = 0; c < words; c += step) {
+        int64_t apart = mask_words;
+        __asm__("" : "+r"(apart)); /* or each row would have a pointer, more than there are registers */
         if (packed && c % 16 == 0)
-            UNROLL for (int r = 0; r < height; r++) __builtin_prefetch(l->mask + (row + later + r) * l->mask_words + c, 0, 2);
-        if (l->bits && are != IN_PANEL && c % 64 == 0)
+            UNROLL for (int r = 0; r < height; r++) __builtin_prefetch(mask + (later + r) * apart + c, 0, 2);
+        if (coded && (c & group_end) == 0)
+            UNROLL for (int r = 0; r < height; r++) T(begin_group)(l, are, row + r, c, &from[r]);
+        if (coded && c % 64 == 0)
             UNROLL for (int r = 0; r < height; r++)
                 __builtin_prefetch((const VALUE *)l->scales + (row + later + r) * l->groups + (c >> l->group_shift), 0, 2);
         if (are != IN_PANEL && c % often == 0)
@@ -126,7 +134,7 @@ ALWAYS_INLINE void T(block)(const struct linear *l, const enum rows_are are, con
             items[i][b] = T(fetch)(x + ((c + i) * width + b) * 32, step * width <= MAX_WIDTH);
         UNROLL for (int r = 0; r < height; r++) {
             T(word) w[2];
-            T(read)(l, are, row + r, c, are == IN_PANEL ? height : 1, &from[r], w);
+            T(read)(are, packed ? mask + r * apart + c : NULL, mask_words - c, are == IN_PANEL ? height : 1, &from[r], w);
             UNROLL for (int i = 0; i < step; i++) UNROLL for (int b = 0; b < width; b++)
                 s[r][b] = T(dot)(s[r][b], w[i], items[i][b]);
         }
@@ -211,12 +219,13 @@ static int T(product)(struct linear *l, share_of_rows *share) {
     return l->failed;
 }
 
+/* A packed weight; without zeros that of all groups is the middle code. */
 static struct linear T(packed)(const void *values, const uint32_t *mask, const int64_t *offsets, int64_t rows,
                                int64_t columns, const void *scales, const uint8_t *zeros, int64_t bits,
                                int64_t group_size, int64_t half) {
     struct linear l = {.values = values, .mask = mask, .offsets = offsets, .rows = rows, .columns = columns,
-                       .mask_words = (columns + 31) / 32, .scales = scales, .zeros = zeros, .bits = bits,
-                       .half = half != 0};
+                       .mask_words = (columns + 31) / 32, .scales = scales, .zeros = zeros ? zeros : &middle,
+                       .has_zeros = zeros ? -1 : 0, .bits = bits, .half = half != 0};
     l.in_pairs = bits == 4 && T(STEP) == 2;
     l.words = l.mask_words + (l.in_pairs && l.mask_words % 2);
     if (bits) {

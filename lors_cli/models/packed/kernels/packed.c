@@ -7,7 +7,6 @@
  * product with 32 inputs; and how to add up the sums of four rows. Sums are kept in float32. `values` can be read 64 bytes
  * past its end, codes 32.
  */
-#include <float.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -55,11 +54,11 @@ static inline uint32_t eight_codes(const uint8_t *codes, int first) {
         (void)second;                                                                                   \
         return first;                                                                                   \
     }                                                                                                   \
-    static inline void name##_expand_4(name##_word *to, const uint8_t **next, uint32_t bits, uint32_t,  \
+    static inline void name##_expand_4(name##_word *to, const uint8_t **next, uint64_t bits,            \
                                        const int half, name##_table table) {                            \
         (void)half;                                                                                     \
-        *to = name##_look_up(*next, bits, table);                                                       \
-        *next += (__builtin_popcount(bits) + 1) / 2;                                                    \
+        *to = name##_look_up(*next, (uint32_t)bits, table);                                             \
+        *next += (__builtin_popcount((uint32_t)bits) + 1) / 2;                                          \
     }                                                                                                   \
     static inline void name##_put_in_order(name##_word *w) { (void)w; }                                     \
     static inline void name##_load_4(name##_word *to, const uint8_t *codes, name##_table table) {       \
@@ -95,6 +94,7 @@ struct linear {
     int64_t rows, columns, batch, mask_words, width;
     const void *scales; /* [rows, groups], of the data type, where `bits` is not 0 */
     const uint8_t *zeros;
+    int64_t has_zeros; /* -1, or 0 where one is all groups' */
     int64_t bits, groups, group_shift; /* a group is 1 << group_shift words */
     int half;                          /* each whole word keeps 16 columns, as of 2:4 */
     int in_pairs;                      /* words are read two at a time, and multiplied in an order of their own */
@@ -102,6 +102,8 @@ struct linear {
     const void *input;
     int failed;
 };
+
+static const uint8_t middle = 8; /* the zero point of symmetric codes of 4 bits */
 
 typedef void share_of_rows(int64_t row, int64_t end, void *context);
 typedef int parallel_for(int64_t begin, int64_t end, int64_t grain, share_of_rows *share, void *context);
