@@ -93,7 +93,7 @@ class TuneConfig(Section):
     rounding: Literal["nearest", "stochastic"] | None = None
     """How merged weights are rounded to bfloat16, or with quantization_aware to their grid. nearest loses updates below
     half of a step; stochastic keeps them on average, by a threshold for each weight that is fixed by its place.
-    Default: stochastic for lors; the others have nearest alone, but for the grid."""
+    Default: stochastic for lors and on a grid; the others have nearest alone."""
     quantization_aware: bool = False
     """lors and sqft, on a base that was pruned with prune.quantize: round merged weights to its grid, scales and zero
     points kept, so that the tuned model has the base's bits a weight, exactly as it was trained. Otherwise the tuned
@@ -200,8 +200,8 @@ class TuneConfig(Section):
 
     @property
     def weight_rounding(self) -> Literal["nearest", "stochastic"]:
-        """How merged weights are rounded to bfloat16: `rounding`, or what the method implies."""
-        return self.rounding or ("stochastic" if self.method == "lors" else "nearest")
+        """How merged weights are rounded: `rounding`, or what the method or the grid implies."""
+        return self.rounding or ("stochastic" if self.method == "lors" or self.quantization_aware else "nearest")
 
     @property
     def loads_best(self) -> bool:

@@ -72,7 +72,9 @@ def test_an_input_s_result_has_the_same_bits_in_any_batch_and_on_any_number_of_t
         for count in (1, 2, 3, 5):
             torch.set_num_threads(count)
             for size in (1, 3, 8, 70):
-                found = torch.cat([ops.product(item, values, mask, offsets, None, target=target) for item in x.split(size)])
+                found = torch.cat(
+                    [ops.product(item, values, mask, offsets, None, target=target) for item in x.split(size)]
+                )
                 assert torch.equal(found, alone), (count, size)
     finally:
         torch.set_num_threads(threads)
@@ -200,7 +202,9 @@ def test_neon_in_an_emulator_and_memory_under_a_sanitiser(
     )  # fmt: skip
     dice = random.Random(12)
     batches = (*[None] * 100, 12, 40)
-    cases = [make(dice, dtype, batch) for make in (random_case, random_code_case) for dtype in DTYPES for batch in batches]
+    cases = [
+        make(dice, dtype, batch) for make in (random_case, random_code_case) for dtype in DTYPES for batch in batches
+    ]
     answer = subprocess.run([*emulator, str(program)], input=b"".join(map(as_input, cases)), stdout=subprocess.PIPE,
                             check=True).stdout  # fmt: skip
     found, place = bytearray(answer), 0

@@ -132,7 +132,9 @@ def test_a_float_merge_of_codes_is_that_of_their_values(target: str, spec: GridS
             found = masked_merge_in_c(pack(weight, None, grid), A, B, 0.5, torch.full_like(weight, 7), target)
             assert_same(found, expected, (dtype, columns, rank))
             expected = masked_merge_in_c(weight, A, B, 0.5, torch.empty_like(weight), target, grid=grid)
-            found = masked_merge_in_c(pack(weight, None, grid), A, B, 0.5, torch.full_like(weight, 7), target, grid=grid)
+            found = masked_merge_in_c(
+                pack(weight, None, grid), A, B, 0.5, torch.full_like(weight, 7), target, grid=grid
+            )
             assert_same(found, expected, (dtype, columns, rank))
 
 
@@ -153,5 +155,7 @@ def test_how_it_is_merged_is_said() -> None:
     odd = Grid(GridSpec(4, 48), grid.scales)
     why = "there is none for symmetric grids of 4 bits in groups of 48"
     assert why_not_in_c(CPU, torch.bfloat16, "nearest", 4, odd) == why
-    assert how_merged(CPU, torch.bfloat16, "nearest", 4, odd) == f"float32 tiles, rounded to the grid (no C kernel: {why})"
+    assert (
+        how_merged(CPU, torch.bfloat16, "nearest", 4, odd) == f"float32 tiles, rounded to the grid (no C kernel: {why})"
+    )
     assert how_merged(CPU, torch.bfloat16, "nearest", 4, grid).startswith("one pass in C")

@@ -92,7 +92,7 @@ typedef struct { __m128i low, high; } bf16_table; /* bytes of the values */
 static inline __m128i spread_4(const uint8_t *codes, int first, unsigned byte) {
     __m128i two = _mm_cvtsi32_si128((int)eight_codes(codes, first)), places = _mm_loadl_epi64((const __m128i *)eight_places[byte]);
     __m128i each = _mm_and_si128(_mm_unpacklo_epi8(two, _mm_srli_epi16(two, 4)), _mm_set1_epi8(15));
-    return _mm_or_si128(_mm_shuffle_epi8(each, places), places);
+    return _mm_or_si128(_mm_shuffle_epi8(each, places), _mm_cmpgt_epi8(_mm_setzero_si128(), places));
 }
 static inline f32_table f32_table_of(float scale, int zero) {
     float values[16];
