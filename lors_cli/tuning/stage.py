@@ -90,10 +90,7 @@ def _identity(
     settings["data"]["stream"] = is_streamed(config, source)
     if not settings["data"]["stream"]:
         del settings["data"]["shuffle_buffer"]
-    inputs = {
-        "model": model_fingerprint,
-        "data": source.fingerprint,
-    }
+    inputs = {"model": model_fingerprint, "data": source.fingerprint}
     if config.distill is not None:
         inputs["teacher"] = fingerprint_model(teacher_model(config.distill))
         settings["distill"] = {"weight": config.distill.weight, "temperature": float(config.distill.temperature)}
