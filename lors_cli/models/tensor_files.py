@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lors_cli.errors import UsageError
 from lors_cli.files import atomic
 from lors_cli.output import console
 
@@ -148,10 +149,16 @@ def write_checkpoint(
 
 
 def entry_of(name: str, stored: Any) -> Entry:
-    """What a tensor of a safetensors file takes; `stored` is its slice."""
+    """What a tensor of a safetensors file takes; `stored` is its slice.
+
+    Raises:
+        UsageError: it is in a number format that is not written here.
+    """
     import torch
 
     formats = {known: getattr(torch, key) for key, known in TYPE_NAMES.items()}
+    if stored.get_dtype() not in formats:
+        raise UsageError(f"{name} is in {stored.get_dtype()}, a number format that lors does not write.")
     return Entry(name, tuple(stored.get_shape()), formats[stored.get_dtype()])
 
 

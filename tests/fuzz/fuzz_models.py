@@ -7,6 +7,7 @@ import os
 import shutil
 import struct
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -194,7 +195,7 @@ def _change(content: Any, rng: Random) -> None:
         if rng.random() < 0.25:
             del content[key]
         else:
-            content[key] = rng.choice(VALUES)
+            content[key] = deepcopy(rng.choice(VALUES))  # a later turn may change something in it
         return
 
 

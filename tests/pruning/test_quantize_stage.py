@@ -108,7 +108,8 @@ def test_the_rows_of_a_grid_move_with_those_of_its_weight(
         up_proj.append((grids["model.layers.0.mlp.up_proj"].scales, load_file(out / "model.safetensors")))
     (plain, weights), (moved, moved_weights) = up_proj
     assert not plain.equal(moved)
-    assert plain.sort(dim=0).values.equal(moved.sort(dim=0).values)  # group 0, the only one
+    if not sequential:  # then up_proj's inputs are the same in both
+        assert plain.sort(dim=0).values.equal(moved.sort(dim=0).values)
     name = "model.layers.0.mlp.up_proj.weight"
     assert not weights[name].equal(moved_weights[name])
 
@@ -222,7 +223,7 @@ def test_from_the_command_line(at_workshop: Path, lors: Lors) -> None:
     command = ("prune", "dense", "--out", "sparse", "--calibration", "text.jsonl", "calibration.num_samples=4",
                "calibration.sequence_length=32", "quantize={bits: 4, group_size: 32}")  # fmt: skip
     planned = json.loads(lors(*command, "--dry-run", "--json").stdout)["stages"][0]
-    assert planned["what"] == "sparsegpt 2:4, rounded to 4 bits"
+    assert planned["what"].startswith("sparsegpt 2:4, rounded to 4 bits")
     assert planned["makes"] == "3.50 bits a weight of the pruned linears, once they are packed"
     done = lors(*command)
     assert done.exit_code == 0, done.output

@@ -16,6 +16,7 @@ from lors_cli.recipe.schema import (
     EvalConfig,
     ModelConfig,
     PruneConfig,
+    QuantizeConfig,
     Recipe,
     TuneConfig,
     TuneDataConfig,
@@ -57,7 +58,7 @@ def has(values: object, path: str) -> bool:
 
 def recipe(**changes: object) -> Recipe:
     tune = TuneConfig(distill=DistillConfig(teacher="teacher"))
-    parts = {"prune": PruneConfig(), "tune": tune, "eval": EvalConfig(), **changes}
+    parts = {"prune": PruneConfig(quantize=QuantizeConfig()), "tune": tune, "eval": EvalConfig(), **changes}
     return Recipe(name="all", model=ModelConfig(path="model"), **parts)  # type: ignore[arg-type]
 
 

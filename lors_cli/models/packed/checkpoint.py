@@ -114,7 +114,7 @@ class Checkpoint:
 
     def read(self, key: str) -> torch.Tensor:
         """A tensor of the files, in the number format that was asked for."""
-        tensor: torch.Tensor = self.tensors[key][:]
+        tensor: torch.Tensor = self.tensors[key][...]  # which a number without dimensions has too
         return tensor.to(self.dtype) if self.dtype is not None and tensor.is_floating_point() else tensor
 
     @property

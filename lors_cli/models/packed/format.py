@@ -255,7 +255,7 @@ def _wrong(
 ) -> str:
     if mask.dtype != torch.int32 or tuple(mask.shape) != (rows, mask_words(columns)):
         return f"its mask is {_said(mask)}"
-    has_dtype = values.is_floating_point() if grid is None else values.dtype == torch.uint8
+    has_dtype = values.dtype in _DTYPES if grid is None else values.dtype == torch.uint8
     if values.dim() != 1 or len(values) < PADDING or not has_dtype:
         return f"its values are {_said(values)}"
     if columns % WORD and bool((mask[:, -1] >> columns % WORD & (1 << WORD - columns % WORD) - 1).any()):

@@ -49,7 +49,7 @@ def measure_packed(
     found = []
     for name, pattern in patterns.items():
         packed = read_packed(
-            name, lambda key: tensors[key][:], keys[name], shapes[name], held, kept[name], specs.get(name)
+            name, lambda key: tensors[key][...], keys[name], shapes[name], held, kept[name], specs.get(name)
         )
         weight = packed.values if packed.grid is None else unpack(packed)  # a code is 0 by its group's zero point
         zeros = math.prod(shapes[name]) - int(torch.count_nonzero(weight))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lors_cli.errors import UsageError
 from lors_cli.models.grids import GRIDS_NAME
-from lors_cli.models.packed.format import PADDING, WORD, mask_words, num_stored, pack
+from lors_cli.models.packed.format import PADDING, WORD, num_stored, pack
 from lors_cli.output import progress
 from lors_cli.sparsity import CANDIDATES, Pattern, num_violations
 
@@ -116,29 +116,23 @@ def _bytes_of(pattern: Pattern, rows: int, columns: int, spec: GridSpec) -> int 
     return rows * (whole * in_words[0] + in_words[1])
 
 
-def recorded_kept(
-    record: StageRecord | None, shapes: dict[str, tuple[int, int]], specs: Mapping[str, GridSpec]
-) -> dict[str, int]:
-    """How many values, or bytes of codes, a record says that each linear will keep; empty where it does not say.
+def recorded_kept(record: StageRecord | None, shapes: dict[str, tuple[int, int]]) -> dict[str, int]:
+    """How many values each linear will keep, by the record of its checkpoint; empty where it does not say.
 
-    Good to the digits that a record has of a share; of the words of an unstructured mask half keep an odd number.
+    Good to the digits that a record has of a share.
     """
     metrics = record.metrics if record else {}
     pattern = metrics.get("pattern")
     if pattern in (None, "dense"):
         return {}
     zeros = {layer["name"]: layer["sparsity"] for layer in metrics.get("layers", ()) if layer["name"] in shapes}
-    sizes = {name: shapes[name][0] * shapes[name][1] for name, share in zeros.items()
-             if share >= LEAST_ZEROS or name in specs}  # fmt: skip
+    sizes = {name: shapes[name][0] * shapes[name][1] for name, share in zeros.items() if share >= LEAST_ZEROS}
     kept = {name: round(size * (1 - zeros[name])) for name, size in sizes.items()}
-    held = None if pattern == "unstructured" else Pattern.parse(pattern)
-    if held is not None:
+    if pattern != "unstructured":
+        held = Pattern.parse(pattern)
         filled = {name: size // _m(held) * (held.n or 0) for name, size in sizes.items()}
-        held, kept = (held, filled) if sum(filled.values()) <= SLACK * sum(kept.values()) else (None, kept)
-    for name in kept.keys() & specs.keys():
-        (rows, columns), spec = shapes[name], specs[name]
-        half_odd = kept[name] if spec.bits == 8 else round(kept[name] / 2 + rows * mask_words(columns) / 4)
-        kept[name] = (held and _bytes_of(held, rows, columns, spec)) or half_odd
+        if sum(filled.values()) <= SLACK * sum(kept.values()):
+            return filled
     return kept
 
 

@@ -89,14 +89,15 @@ def foreseen_size(model: ModelConfig) -> str:
     """What packing will make of a model's size, by its record or else by the zeros of its files.
 
     Raises:
-        UsageError: it is dense, packed already, or not in safetensors.
+        UsageError: it is dense, packed already, not in safetensors, or a weight does not lie on its grid.
     """
     from lors_cli.models.packed.checkpoint import Checkpoint
     from lors_cli.models.packed.format import packed_bytes
     from lors_cli.models.packed.plan import recorded_kept
 
     source = Checkpoint(model)
-    kept = recorded_kept(records.read_record(source.folder), source.shapes, source.specs) or _plan(source).modules
+    record = None if source.specs else records.read_record(source.folder)  # which may have left their grids
+    kept = recorded_kept(record, source.shapes) or _plan(source).modules
     before = after = source.num_bytes
     for name, values in kept.items():
         (rows, columns), itemsize = source.shapes[name], source.entry(source.keys[name]).dtype.itemsize

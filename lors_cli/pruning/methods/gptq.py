@@ -33,7 +33,7 @@ def gptq(
     U = inverse_factor(statistics.hessian())
     Wt, kept = stacked(weights), torch.cat([mask.T for mask in masks], dim=1)
     rounding = Rounding(spec, weights[0].dtype, U)
-    sweep(Wt, U, Masks(len(Wt), lambda first, values: kept), rounding)
+    sweep(Wt, U, Masks(len(Wt), lambda first, values: kept.unbind()), rounding)
     return unstacked(Wt, weights), rounding.grids([len(weight) for weight in weights])
 
 

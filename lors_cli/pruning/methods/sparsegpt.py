@@ -34,8 +34,8 @@ def sparsegpt_rounded(
 ) -> tuple[list[torch.Tensor], list[Grid]]:
     """`sparsegpt` that rounds what it keeps to grids, and spreads the error of rounding like that of pruning.
 
-    The grids of a group are fitted when the sweep comes to its first column, to what would stay of it as it stands
-    there.
+    The grids of a group are fitted when the sweep comes to its first column, to what would stay of it if only the
+    columns before and within the group were to be made up for.
 
     Source: SparseGPT §3.5 (joint sparsification and quantisation), arXiv:2301.00774.
     """

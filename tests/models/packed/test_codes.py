@@ -114,7 +114,8 @@ def test_packed_and_unpacked_in_tiles_are_the_same(monkeypatch: pytest.MonkeyPat
 def test_what_does_not_lie_on_its_grid_is_refused() -> None:
     weight, grid = on_a_grid(4, 64, GridSpec(4, 32))
     place = tuple(weight.nonzero()[0].tolist())
-    for wrong in (weight[place] * 1.01 + 1e-2, weight[place] * 1e3, float("nan"), float("inf")):
+    between = weight[place] + 0.4 * grid.scales[place[0], place[1] // 32]
+    for wrong in (between, weight[place] * 1e3, float("nan"), float("inf")):
         moved = weight.clone()
         moved[place] = wrong
         with pytest.raises(ValueError, match="do not lie on its grid"):

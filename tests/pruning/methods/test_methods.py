@@ -302,7 +302,7 @@ class TestInverseFactor:
 
     def test_float64_before_more_damping(self, messages: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(
-            importlib.import_module("lors_cli.pruning.methods.sparsegpt"), "FLOAT64_COLUMNS", 0
+            importlib.import_module("lors_cli.pruning.methods.sweep"), "FLOAT64_COLUMNS", 0
         )  # as for a wide matrix
         near = np.float32(1.01)  # 9.5e-9 below 1.01, lost in float32
         U = inverse_factor(torch.tensor([[1.0, near], [near, 1.0]]))
