@@ -67,20 +67,24 @@ class Grid:
         Args:
             weight: (R, columns), which are the columns from `first` on.
         """
-        scales, zeros = self._spread(first, weight.shape[1])
+        scales, zeros = self.spread(first, weight.shape[1])
         return (weight.float() / scales).round_().add_(zeros).clamp_(0, self.spec.num_codes - 1).byte()
 
     def values(self, codes: torch.Tensor, first: int = 0) -> torch.Tensor:
         """What codes (R, columns) stand for, in the scales' dtype."""
-        scales, zeros = self._spread(first, codes.shape[1])
+        scales, zeros = self.spread(first, codes.shape[1])
         return ((codes.float() - zeros) * scales).to(self.scales.dtype)
 
     def rounded(self, weight: torch.Tensor, first: int = 0) -> torch.Tensor:
         """A weight's (R, columns) nearest values on the grid, in the scales' dtype."""
         return self.values(self.codes(weight, first), first)
 
-    def _spread(self, first: int, num_columns: int) -> tuple[torch.Tensor, torch.Tensor | int]:
-        """Scale and zero point of each column, in float32."""
+    def of_rows(self, rows: slice) -> Grid:
+        """The grid of some rows."""
+        return Grid(self.spec, self.scales[rows], None if self.zeros is None else self.zeros[rows])
+
+    def spread(self, first: int, num_columns: int) -> tuple[torch.Tensor, torch.Tensor | int]:
+        """Scale and zero point of each of some columns, in float32."""
         size = self.spec.group_size
         groups = slice(first // size, -(-(first + num_columns) // size))
         inside = slice(first - groups.start * size, first - groups.start * size + num_columns)

@@ -21,6 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
+from lors_cli.grid import Grid, GridSpec
 from lors_cli.models.packed.format import PADDING, Packed
 from lors_cli.models.packed.kernels import triton_linear
 from lors_cli.sparsity import TWO_OF_FOUR, Pattern
@@ -46,9 +47,10 @@ class Case:
     rounding: Rounding
     rank: int = 16
     shape: tuple[int, int] = (4096, 14336)
+    spec: GridSpec | None = None
 
     def __str__(self) -> str:
-        kind = "packed" if self.packed else "plain"
+        kind = ("packed" if self.packed else "plain") + (f" {self.spec.bits}-bit" if self.spec else "")
         return f"{TYPES[self.dtype]} {kind} {self.rounding}, rank {self.rank}, {self.shape[0]}x{self.shape[1]}"
 
     @property
@@ -63,7 +65,12 @@ class Case:
         if self.packed:
             weight = empty_packed(self.dtype, self.shape, TWO_OF_FOUR)
         A, B = empty(torch.float32, self.rank, columns), empty(torch.float32, rows, self.rank)
-        return triton_merge.launch(weight, A, B, 0.5, empty(self.dtype, rows, columns), self.rounding, block)[1]
+        out, grid = empty(self.dtype, rows, columns), None
+        if self.spec is not None:
+            groups = (rows, self.spec.num_groups(columns))
+            zeros = None if self.spec.symmetric else empty(torch.uint8, *groups)
+            grid = Grid(self.spec, empty(self.dtype, *groups), zeros)
+        return triton_merge.launch(weight, A, B, 0.5, out, self.rounding, block, grid)[1]
 
 
 @dataclass(frozen=True)

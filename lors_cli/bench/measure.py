@@ -21,9 +21,10 @@ import torch
 from torch import nn
 
 from lors_cli import __version__
-from lors_cli.bench.model import ARMS, adapted, checkpoint_blocks, memory_of_step, sparse_model, tidy
+from lors_cli.bench.model import ARMS, adapted, checkpoint_blocks, memory_of_step, put_on_grids, sparse_model, tidy
 from lors_cli.errors import UsageError
 from lors_cli.files.atomic import write_json
+from lors_cli.grid import Grid
 from lors_cli.machine.devices import resolve_device
 from lors_cli.models.blocks import model_max_length
 from lors_cli.models.shapes import SHAPES
@@ -34,7 +35,7 @@ from lors_cli.tuning.kernels.masked_merge import how_merged
 
 AUTHORS_LOG = {"lora": (1.13, 26.0), "lors": (1.28, 26.0), "sqft": (1.26, 44.2), "spp-gc": (2.20, 25.8)}
 """Seconds an iteration and GiB in the LoRS authors' own log (A6000), for comparison."""
-ASKED_FOR = ("lora-float32", "lors-nearest", "lors-packed")
+ASKED_FOR = ("lora-float32", "lors-nearest", "lors-packed", "lors-int4", "lors-qa", "sqft-qa")
 """Methods that are measured only when they are named."""
 
 Figures = dict[str, Any]
@@ -122,6 +123,7 @@ def bench(config: BenchConfig, out: Path | None = None) -> Figures:
     model, linears = sparse_model(
         config.shape, config.model, config.blocks, getattr(torch, config.dtype), resolve_device(config.device)
     )
+    grids = put_on_grids(linears) if any(ARMS[name].int4 for name in config.methods) else {}
     longest = model_max_length(model)
     if max(config.lengths) > longest:
         raise UsageError(f"--lengths: {max(config.lengths)} is above the model's {longest} tokens.")
@@ -132,7 +134,7 @@ def bench(config: BenchConfig, out: Path | None = None) -> Figures:
     with progress.progress("bench", turns, "turns") as task:
         for cell in missing:
             chosen = replace(config, methods=fitting[cell.rank])
-            document["cells"][str(cell)] = _measure(chosen, cell, model, linears, task)
+            document["cells"][str(cell)] = _measure(chosen, cell, model, linears, grids, task)
             if out is not None:
                 write_json(out / "bench.json", document)
     return document
@@ -186,8 +188,9 @@ def _installed(methods: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _measure(
-    config: BenchConfig, cell: Cell, model: Any, linears: dict[str, nn.Linear], task: progress.Task
-) -> dict[str, Figures]:
+    config: BenchConfig, cell: Cell, model: Any, linears: dict[str, nn.Linear], grids: dict[str, Grid],
+    task: progress.Task,
+) -> dict[str, Figures]:  # fmt: skip
     """All methods at one cell."""
     checkpoint_blocks(model, cell.checkpointing)
     model.train()
@@ -202,7 +205,7 @@ def _measure(
         for name in rotated(config.methods, number):
             if "failed" not in memory.get(name, {}):
                 try:
-                    with adapted(model, linears, ARMS[name], cell.rank) as optimizer:
+                    with adapted(model, linears, ARMS[name], cell.rank, grids) as optimizer:
                         step = partial(_step, model, batches, optimizer)
                         step()
                         seconds[name].append(_median_seconds(step, config.steps, model.device))

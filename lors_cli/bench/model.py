@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import nn
 
 from lors_cli.bench.live_memory import LiveBytes
 from lors_cli.errors import MissingError
+from lors_cli.grid import Grid, GridSpec, fit_grid
 from lors_cli.models.shapes import SHAPES
 from lors_cli.output import console
 from lors_cli.tuning.baselines import LAYERS
@@ -35,6 +36,8 @@ class Arm:
         keep: lors: how long merged weights are kept.
         float32_adapters: lora: PEFT's default; without it its adapters have the weights' dtype, which is faster.
         packed: lors: the weights are held packed.
+        int4: the weights lie on a grid of 4 bits, and packed ones are held as codes.
+        quantization_aware: merged weights stay on it.
     """
 
     method: str
@@ -42,8 +45,12 @@ class Arm:
     float32_adapters: bool = True
     packed: bool = False
     rounding: Rounding = "stochastic"
+    int4: bool = False
+    quantization_aware: bool = False
 
 
+GRID = GridSpec(bits=4, group_size=128)
+"""Of arms with 4 bits."""
 ARMS: dict[str, Arm] = {
     "lora": Arm("lora", float32_adapters=False),
     "lora-float32": Arm("lora"),
@@ -51,6 +58,9 @@ ARMS: dict[str, Arm] = {
     "lors-cached": Arm("lors", "always"),
     "lors-nearest": Arm("lors", rounding="nearest"),
     "lors-packed": Arm("lors", packed=True),
+    "lors-int4": Arm("lors", packed=True, int4=True),
+    "lors-qa": Arm("lors", packed=True, int4=True, quantization_aware=True),
+    "sqft-qa": Arm("sqft", int4=True, quantization_aware=True),
     **{method: Arm(method) for method in LAYERS if method not in ("lora", "lors")},
 }
 
@@ -109,6 +119,17 @@ def _make_half(weight: torch.Tensor) -> None:
     weight.mul_(torch.rand(weight.shape, device=weight.device) < 0.5)
 
 
+@torch.no_grad()
+def put_on_grids(linears: Mapping[str, nn.Linear]) -> dict[str, Grid]:
+    """Round sparse weights to grids of 4 bits, in place; the grids by name."""
+    grids = {}
+    for name, linear in linears.items():
+        kept = linear.weight != 0
+        grids[name] = fit_grid(linear.weight, kept, GRID)
+        linear.weight.copy_(grids[name].rounded(linear.weight).mul_(kept))
+    return grids
+
+
 def checkpoint_blocks(model: Any, wanted: bool) -> None:
     """Have decoder blocks computed again in backward, or not."""
     with warnings.catch_warnings():
@@ -120,13 +141,19 @@ def checkpoint_blocks(model: Any, wanted: bool) -> None:
 
 
 @contextmanager
-def adapted(model: Any, linears: dict[str, nn.Linear], arm: Arm, rank: int) -> Iterator[torch.optim.Optimizer]:
-    """The model with an arm's adapters on it (lora_B no longer zero) and afterwards as before; their optimiser."""
+def adapted(
+    model: Any, linears: dict[str, nn.Linear], arm: Arm, rank: int, grids: Mapping[str, Grid] | None = None
+) -> Iterator[torch.optim.Optimizer]:
+    """The model with an arm's adapters on it (lora_B no longer zero) and afterwards as before; their optimiser.
+
+    Args:
+        grids: of the weights, for arms with 4 bits.
+    """
     adapters: list[nn.Parameter] = []
     device = model.device
     try:
         for name, linear in linears.items():
-            layer = _layer(linear, arm, rank)
+            layer = _layer(linear, arm, rank, (grids or {})[name] if arm.int4 else None)
             adapters += [layer.lora_A, layer.lora_B]
             model.set_submodule(name, layer)
             if arm.packed:
@@ -139,10 +166,11 @@ def adapted(model: Any, linears: dict[str, nn.Linear], arm: Arm, rank: int) -> I
         free_scratch()
 
 
-def _layer(linear: nn.Linear, arm: Arm, rank: int) -> AdapterLinear:
-    layer = (PackedLorsLinear if arm.packed else LAYERS[arm.method])(linear, rank, float(rank))
+def _layer(linear: nn.Linear, arm: Arm, rank: int, grid: Grid | None) -> AdapterLinear:
+    layer = (PackedLorsLinear if arm.packed else LAYERS[arm.method])(linear, rank, float(rank), grid=grid)
+    layer.rounding, layer.quantization_aware = arm.rounding, arm.quantization_aware
     if isinstance(layer, LorsLinear):
-        layer.cache, layer.rounding = MergedCache(arm.keep), arm.rounding
+        layer.cache = MergedCache(arm.keep)
     if not arm.float32_adapters:
         layer.peft.to(linear.weight.dtype)
     nn.init.normal_(layer.lora_B, std=1e-3)

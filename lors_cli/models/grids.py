@@ -25,6 +25,7 @@ def save_grids(folder: Path, grids: Mapping[str, Grid]) -> None:
 
     grids = dict(sorted(grids.items()))
     spec = next(iter(grids.values())).spec
+    grids = dict(sorted(grids.items()))  # the same bytes, whoever wrote them
     tensors = {f"{name}.scale": grid.scales for name, grid in grids.items()}
     tensors |= {f"{name}.zero": grid.zeros for name, grid in grids.items() if grid.zeros is not None}
     (folder / GRIDS_NAME).parent.mkdir(exist_ok=True)
@@ -65,6 +66,7 @@ def _grid(spec: GridSpec, key: str, tensors: dict[str, Any]) -> Grid:
     zeros = None if spec.symmetric else tensors[f"{key.removesuffix('.scale')}.zero"]
     if scales.dim() != 2 or not scales.is_floating_point() or not bool((scales.isfinite() & (scales > 0)).all()):
         raise ValueError(f"{key} holds no scales")
-    if zeros is not None and (zeros.shape != scales.shape or zeros.dtype != torch.uint8):
+    fitting = zeros is None or (zeros.shape == scales.shape and zeros.dtype == torch.uint8)
+    if not fitting or (zeros is not None and bool((zeros >= spec.num_codes).any())):
         raise ValueError(f"{key} has no zero points that fit it")
     return Grid(spec, scales, zeros)

@@ -91,9 +91,13 @@ class TuneConfig(Section):
     init_samples: Positive = 8
     """Samples the gradient is summed over."""
     rounding: Literal["nearest", "stochastic"] | None = None
-    """How merged weights are rounded to bfloat16. nearest loses updates below half of bfloat16's step; stochastic keeps
-    them on average, by a threshold for each weight that is fixed by its place. Default: stochastic for lors; the others
-    have nearest alone."""
+    """How merged weights are rounded to bfloat16, or with quantization_aware to their grid. nearest loses updates below
+    half of a step; stochastic keeps them on average, by a threshold for each weight that is fixed by its place.
+    Default: stochastic for lors and on a grid; the others have nearest alone."""
+    quantization_aware: bool = False
+    """lors and sqft, on a base that was pruned with prune.quantize: round merged weights to its grid, scales and zero
+    points kept, so that the tuned model has the base's bits a weight, exactly as it was trained. Otherwise the tuned
+    model's weights leave the grid, and take their number format's bits."""
     merged_cache: Literal["auto", "off", "on"] = "auto"
     """lors: keep every merged weight while its adapters are unchanged (from the forward pass to the backward pass, and
     over the micro-batches of a step), or build it anew for each use. auto: on if that takes at most a quarter of the
@@ -196,8 +200,8 @@ class TuneConfig(Section):
 
     @property
     def weight_rounding(self) -> Literal["nearest", "stochastic"]:
-        """How merged weights are rounded to bfloat16: `rounding`, or what the method implies."""
-        return self.rounding or ("stochastic" if self.method == "lors" else "nearest")
+        """How merged weights are rounded: `rounding`, or what the method or the grid implies."""
+        return self.rounding or ("stochastic" if self.method == "lors" or self.quantization_aware else "nearest")
 
     @property
     def loads_best(self) -> bool:

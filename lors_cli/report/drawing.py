@@ -20,8 +20,8 @@ DENSE = "#4D4D4D"
 PALETTE = {"dense": DENSE, "pruned": "#E69F00", "tuned": "#0072B2"}  # Okabe and Ito, safe for colour-blind eyes
 METHOD_COLOURS = {
     "lora": "#7A5230", "lora-float32": "#B89B7F", "lors": PALETTE["tuned"], "lors-cached": "#56B4E9",
-    "lors-nearest": "#003F66", "lors-packed": "#CC79A7",
-    "sqft": "#8C6BB1", "sqft-gc": "#C5B3DB", "spp": "#D55E00", "spp-gc": "#F0997A",
+    "lors-nearest": "#003F66", "lors-packed": "#CC79A7", "lors-int4": "#E0B0CC", "lors-qa": "#882255",
+    "sqft": "#8C6BB1", "sqft-gc": "#C5B3DB", "sqft-qa": "#332288", "spp": "#D55E00", "spp-gc": "#F0997A",
     "hira": "#009E73",
 }  # fmt: skip
 """None of them is that of a dense or a pruned model."""

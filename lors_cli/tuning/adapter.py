@@ -6,6 +6,7 @@ it densely without a word, so it must not take it for LoRA. Only an adapter that
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -17,8 +18,11 @@ from transformers import PreTrainedModel
 from lors_cli.data.prompts import TEMPLATES
 from lors_cli.errors import UsageError, require_file
 from lors_cli.files import atomic
-from lors_cli.tuning.attach import adapter_parameters, adapter_tensors, attach, base_mask
+from lors_cli.grid import Grid
+from lors_cli.models.grids import load_grids, save_grids
+from lors_cli.tuning.attach import adapter_layers, adapter_parameters, adapter_tensors, attach, base_mask
 from lors_cli.tuning.baselines import LAYERS
+from lors_cli.tuning.grids import grid_digest
 from lors_cli.tuning.kernels.rounding import Rounding
 from lors_cli.tuning.norms import train_norms
 
@@ -26,6 +30,10 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 MAX_RANK, MAX_ALPHA = 1 << 20, 1e9
 """Beyond what any adapter has, and within what can be computed."""
+
+
+QUANTIZATION_AWARE = "_QA"
+"""What the type of an adapter ends in that merges to its base's grid: who does not know that refuses it."""
 
 
 def peft_type(method: str) -> str:
@@ -42,9 +50,10 @@ class AdapterConfig:
         base: the sparse model's path or hub id.
         base_mask: digest of where the adapted weights, and those that no adapter can be put on, are zero.
         norms: full names of the trained parameters of normalisation layers.
-        rounding: of merged bfloat16 weights.
+        rounding: of merged weights to bfloat16, or to their grid.
         prompt: `data.template` of what was learnt, None of text.
         skipped: full names of the sparse linears that were to have no adapter; their zeros are in `base_mask` too.
+        base_grid: digest of the adapted weights and of the grids that they merge to; None without quantization_aware.
     """
 
     method: str
@@ -59,15 +68,16 @@ class AdapterConfig:
     rounding: Rounding = "nearest"
     prompt: str | None = None
     skipped: tuple[str, ...] = ()
+    base_grid: str | None = None
 
 
 def save_adapter(model: nn.Module, folder: Path, config: AdapterConfig) -> None:
-    """Write `adapter_model.safetensors` and `adapter_config.json`."""
+    """Write `adapter_model.safetensors` and `adapter_config.json`; and the grids that merged weights stay on."""
     from safetensors.torch import save
 
     atomic.write_bytes(folder / WEIGHTS_NAME, save(adapter_tensors(model), metadata={"format": "pt"}))
     content = {
-        "peft_type": peft_type(config.method),
+        "peft_type": peft_type(config.method) + (QUANTIZATION_AWARE if config.base_grid else ""),
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": config.base,
         "r": config.rank,
@@ -79,6 +89,9 @@ def save_adapter(model: nn.Module, folder: Path, config: AdapterConfig) -> None:
         content.update(base_fingerprint=config.base_fingerprint, base_mask=config.base_mask)
         if config.prompt is not None:
             content["prompt_format"] = config.prompt
+    if config.base_grid:
+        content.update(quantization_aware=True, base_grid=config.base_grid)
+        save_grids(folder, layer_grids(model))
     if config.rounding != "nearest":
         content["rounding"] = config.rounding
     if config.skipped and content["peft_type"] != "LORA":
@@ -88,6 +101,11 @@ def save_adapter(model: nn.Module, folder: Path, config: AdapterConfig) -> None:
     atomic.write_json(folder / CONFIG_NAME, content)
 
 
+def layer_grids(model: nn.Module) -> dict[str, Grid]:
+    """The grids that a model's adapted weights stay on, by the layers' full names."""
+    return {name: layer.grid for name, layer in adapter_layers(model).items() if layer.grid is not None}
+
+
 def read_adapter_config(folder: Path) -> AdapterConfig:
     """The configuration of a saved adapter; a UsageError if it is broken, or of a type that fills zeros."""
     path = require_file(folder / CONFIG_NAME, "adapter configuration")
@@ -95,14 +113,15 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     if not isinstance(content, dict):
         raise UsageError(f"{path} is not readable JSON.")
     methods = {peft_type(method): method for method in reversed(LAYERS) if LAYERS[method].keeps_zeros}
-    if str(content.get("peft_type")) not in methods:
+    kind = str(content.get("peft_type"))
+    if kind.removesuffix(QUANTIZATION_AWARE) not in methods:
         raise UsageError(
-            f"{path} is a {content.get('peft_type')!s} adapter, none of {', '.join(sorted(methods))}.",
+            f"{path} is a {kind} adapter, none of {', '.join(sorted(methods))}.",
             "Merging another kind of adapter would fill the zeros; lors merges those that keep them.",
         )
     try:
         found = AdapterConfig(
-            method=methods[content["peft_type"]],
+            method=methods[kind.removesuffix(QUANTIZATION_AWARE)],
             rank=int(content["r"]),
             alpha=float(content["lora_alpha"]),
             use_rslora=bool(content["use_rslora"]),
@@ -114,6 +133,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
             rounding=content.get("rounding", "nearest"),
             prompt=content.get("prompt_format"),
             skipped=_names(content.get("skipped_modules", [])),
+            base_grid=str(content["base_grid"]) if kind.endswith(QUANTIZATION_AWARE) else None,
         )
         if found.prompt not in (None, "chat", *TEMPLATES):
             raise ValueError(f"prompt_format is {found.prompt!r}, none of chat, {', '.join(TEMPLATES)}")
@@ -155,7 +175,8 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """Put a saved adapter on the sparse model it was trained for, in place.
 
     Raises:
-        UsageError: the base has other layers, or its zeros lie elsewhere.
+        UsageError: the base has other layers, or its zeros lie elsewhere; or, of a quantisation-aware adapter, its
+            weights are others than those that it was trained on.
         MissingError: the adapter is not there.
     """
     config = read_adapter_config(folder)
@@ -173,11 +194,25 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
             f"the adapter in {folder} belongs to another sparse model: the zeros lie elsewhere.",
             f"It was trained on {config.base}; merging it here would not keep what was tuned.",
         )
+    grids = _grids(config, folder, linears)
     attach(base, list(config.layers), config.rank, config.alpha, use_rslora=config.use_rslora, method=config.method,
-           rounding=config.rounding)  # fmt: skip
+           rounding=config.rounding, grids=grids, quantization_aware=bool(grids))  # fmt: skip
     try:
         train_norms(base, config.norms)
     except AttributeError as error:
         raise UsageError(f"the adapter in {folder} was made for another model: {error}") from error
     load_tensors(base, folder / WEIGHTS_NAME)
     return base
+
+
+def _grids(config: AdapterConfig, folder: Path, linears: Mapping[str, nn.Linear]) -> dict[str, Grid]:
+    """The grids that a quantisation-aware adapter's merged weights stay on, if these linears are its base's."""
+    if config.base_grid is None:
+        return {}
+    grids, weights = load_grids(folder), {name: linear.weight for name, linear in linears.items()}
+    if set(weights) - set(grids) or grid_digest(weights, grids) != config.base_grid:
+        raise UsageError(
+            f"the quantisation-aware adapter in {folder} belongs on other weights, or on these in another format.",
+            f"It was trained on {config.base}, as it is stored; on others its merged weights would be others too.",
+        )
+    return grids

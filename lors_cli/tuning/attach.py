@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -11,15 +11,17 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lors_cli.errors import UsageError
+from lors_cli.grid import Grid
 from lors_cli.models.blocks import left_out, prunable_weights
 from lors_cli.models.skip import say_skipped, skipped
 from lors_cli.output import console
 from lors_cli.recipe.schema import TuneConfig
 from lors_cli.sparsity import mask_digest
 from lors_cli.tuning.baselines import LAYERS, check_rank
+from lors_cli.tuning.grids import check_on_grids
 from lors_cli.tuning.kernels.rounding import Rounding
 from lors_cli.tuning.layers import AdapterLinear
-from lors_cli.tuning.lors import LorsLinear, PackedLorsLinear
+from lors_cli.tuning.lors import PackedLorsLinear
 from lors_cli.tuning.norms import norm_parameters, norm_shifts, train_norms
 
 PREFIX = "base_model.model."
@@ -35,23 +37,30 @@ def attach(
     method: str = "lors",
     packed: bool = False,
     rounding: Rounding = "nearest",
+    grids: Mapping[str, Grid] | None = None,
+    quantization_aware: bool = False,
 ) -> dict[str, AdapterLinear]:
     """Replace linears by layers with adapters, in place; the new layers by name.
 
     Args:
         layers: full names of its linears.
         packed: hold the weights packed; for lors alone.
-        rounding: of merged bfloat16 weights; stochastic for lors alone.
+        rounding: of merged weights to bfloat16, stochastic for lors alone, or to their grids.
+        grids: that the weights lie on, where they do.
+        quantization_aware: round merged weights to their grids; for lors and sqft alone.
     """
     check_rank(method, rank, (model.get_submodule(name).out_features for name in layers))  # type: ignore[misc]
+    grids = grids or {}
+    if quantization_aware:
+        check_on_grids({name: model.get_submodule(name).weight for name in layers}, grids)  # type: ignore[misc]
     layer_class = PackedLorsLinear if packed else LAYERS[method]
     adapted = {}
     for name in layers:
-        adapted[name] = layer_class(model.get_submodule(name), rank, alpha, use_rslora=use_rslora)  # type: ignore[arg-type]
+        linear: Any = model.get_submodule(name)
+        adapted[name] = layer_class(linear, rank, alpha, use_rslora=use_rslora, grid=grids.get(name))
         model.set_submodule(name, adapted[name])
     for layer in adapted.values():
-        if isinstance(layer, LorsLinear):
-            layer.rounding = rounding
+        layer.rounding, layer.quantization_aware = rounding, quantization_aware
     return adapted
 
 
@@ -106,10 +115,17 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return trained | {f"{PREFIX}{name}.shift": shift for name, shift in norm_shifts(model).items()}
 
 
-def put_adapters(config: TuneConfig, network: PreTrainedModel, layers: list[str]) -> dict[str, AdapterLinear]:
-    """Put all that is trained on a model, in place; the adapted layers by name."""
+def put_adapters(
+    config: TuneConfig, network: PreTrainedModel, layers: list[str], grids: Mapping[str, Grid]
+) -> dict[str, AdapterLinear]:
+    """Put all that is trained on a model, in place; the adapted layers by name.
+
+    Args:
+        grids: of the sparse weights, where they lie on such.
+    """
     adapted = attach(network, layers, config.rank, config.alpha, use_rslora=config.use_rslora, method=config.method,
-                     packed=config.base == "packed", rounding=config.weight_rounding)  # fmt: skip
+                     packed=config.base == "packed", rounding=config.weight_rounding,
+                     grids=grids, quantization_aware=config.quantization_aware)  # fmt: skip
     if config.train_norms:
         apart = tuple(f"{part}." for part in left_out(network))
         train_norms(network, [name for name in norm_parameters(network) if not name.startswith(apart)])

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lors_cli.errors import MissingError, UsageError
+from lors_cli.tuning.kernels.on_grid import RoundedToGrid
 from lors_cli.tuning.layers import AdapterLinear
 from lors_cli.tuning.lors import LorsLinear
 
@@ -23,14 +24,17 @@ from lors_cli.tuning.lors import LorsLinear
 class SqftLinear(AdapterLinear):
     """Y = X·(W + s·mask ⊙ (B·A))ᵀ in one product; autograd keeps the mask and the merged weight.
 
-    Source: SparsePEFT of SQFT §2.2, arXiv:2410.03750.
+    On a grid the merged weight is rounded to it, its gradient straight-through but for the mask.
+
+    Source: SparsePEFT and QA-SparsePEFT of SQFT §2.2 and §2.3, arXiv:2410.03750.
     """
 
     def merged_weight(self) -> torch.Tensor:
         """The very weight of the forward pass, (R, C) in the base's dtype."""
         A, B = self.lora_A.to(self.weight.dtype), self.lora_B.to(self.weight.dtype)
         mask = self.weight != 0
-        return self.weight + self.scale * (mask * (B @ A))
+        total = self.weight + self.scale * (mask * (B @ A))
+        return total if self.grid is None else RoundedToGrid.apply(total, self.weight, self.grid, self.rounding)
 
 
 class SqftCheckpointedLinear(SqftLinear):

@@ -8,6 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lors_cli.grid import Grid, GridSpec
+from lors_cli.tuning.kernels.rounding import Rounding
+
 
 class AdapterLinear(nn.Module):
     """A frozen linear with a trainable low-rank update; at its start it computes what the linear did.
@@ -15,6 +18,7 @@ class AdapterLinear(nn.Module):
     Args:
         linear: (C → R); its weight and bias are taken over, not copied, and frozen.
         use_rslora: scale s = alpha/√r (rsLoRA, arXiv:2312.03732), else alpha/r.
+        grid: that the weight lies on, where it does.
 
     `lora_A` (r, C) is drawn Kaiming-uniform and `lora_B` (R, r) is zero, both float32 (float64 for a float64 weight).
     """
@@ -22,14 +26,26 @@ class AdapterLinear(nn.Module):
     keeps_zeros = True
     """Whether the merged weight is zero wherever the base is."""
 
+    rounding: Rounding = "nearest"
+    """Of merged weights to bfloat16, or to a grid."""
+    quantization_aware = False
+    """Whether the merged weight is rounded to the grid that the weight lies on."""
+    grid_spec: GridSpec | None = None
+    grid_scales: torch.Tensor
+    grid_zeros: torch.Tensor | None
+
     weight: torch.Tensor
     lora_A: nn.Parameter
     lora_B: nn.Parameter
 
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float, *, use_rslora: bool = True) -> None:
+    def __init__(
+        self, linear: nn.Linear, rank: int, alpha: float, *, use_rslora: bool = True, grid: Grid | None = None
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         linear.requires_grad_(False)
+        if grid is not None:
+            self.take_grid(grid, linear.weight.device)
         self.take_weight(linear.weight)
         self.bias = linear.bias
         self.rank, self.alpha = rank, alpha
@@ -39,6 +55,22 @@ class AdapterLinear(nn.Module):
     def take_weight(self, weight: torch.Tensor) -> None:
         """Hold the linear's weight, so that `self.weight` gives it."""
         self.weight = weight
+
+    def take_grid(self, grid: Grid, device: torch.device) -> None:
+        """Hold the weight's grid, so that `self.base_grid` gives it."""
+        self.grid_spec = grid.spec
+        self.register_buffer("grid_scales", grid.scales.to(device), persistent=False)
+        self.register_buffer("grid_zeros", None if grid.zeros is None else grid.zeros.to(device), persistent=False)
+
+    @property
+    def base_grid(self) -> Grid | None:
+        """What the weight lies on."""
+        return None if self.grid_spec is None else Grid(self.grid_spec, self.grid_scales, self.grid_zeros)
+
+    @property
+    def grid(self) -> Grid | None:
+        """What the merged weight is rounded to; None where it leaves its grid, or has none."""
+        return self.base_grid if self.quantization_aware else None
 
     def make_adapters(self) -> None:
         """Draw `lora_A` and `lora_B`."""

@@ -3,6 +3,8 @@
 Legend: W (R, C) sparse weight, X (tokens, C) input, Y (tokens, R) output, A = lora_A (r, C), B = lora_B (R, r),
 s scale, W_t = (W + s·B·A) ⊙ (W ≠ 0), dY, dX, dA, dB gradients; R out_features, C in_features, r rank.
 
+Quantisation-aware, W_t is rounded to the grid that W lies on.
+
 Source: LoRS Algorithms 1 and 2, arXiv:2501.08582 (its A is our lora_B, its B our lora_A).
 """
 
@@ -16,11 +18,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lors_cli.errors import UsageError
-from lors_cli.models.packed.format import Packed, pack
+from lors_cli.grid import Grid
+from lors_cli.models.packed.format import Packed, pack, wrong_spec
 from lors_cli.models.packed.kernels.choice import unpack
 from lors_cli.sparsity import TWO_OF_FOUR, num_violations
 from lors_cli.tuning.kernels.cache import Keep, MergedCache
 from lors_cli.tuning.kernels.masked_merge import masked_merge, masked_merge_formula
+from lors_cli.tuning.kernels.on_grid import lies_on
 from lors_cli.tuning.kernels.rounding import Rounding
 from lors_cli.tuning.layers import AdapterLinear
 
@@ -41,12 +45,14 @@ class _LorsFunction(torch.autograd.Function):
         scale: float,
         cache: MergedCache | None,
         rounding: Rounding,
+        grid: Grid | None,
     ) -> torch.Tensor:
         parts = (weight.values, weight.mask, weight.starts) if isinstance(weight, Packed) else (weight,)
         ctx.save_for_backward(x, lora_A, lora_B, *parts)
-        ctx.scale, ctx.cache, ctx.rounding = scale, cache, rounding
-        ctx.packing = (weight.columns, weight.pattern) if isinstance(weight, Packed) else ()
-        return F.linear(x, _merged(weight, lora_A, lora_B, scale, x.dtype, cache, rounding, last_use=False), bias)
+        ctx.scale, ctx.cache, ctx.rounding, ctx.grid = scale, cache, rounding, grid
+        ctx.packing = (weight.columns, weight.pattern, weight.grid) if isinstance(weight, Packed) else ()
+        W_t = _merged(weight, lora_A, lora_B, scale, x.dtype, cache, rounding, grid, last_use=False)
+        return F.linear(x, W_t, bias)
 
     @staticmethod
     @once_differentiable
@@ -56,7 +62,7 @@ class _LorsFunction(torch.autograd.Function):
         s = ctx.scale
         dX = dbias = dA = dB = None
         if ctx.needs_input_grad[0]:
-            dX = dY @ _merged(weight, lora_A, lora_B, s, x.dtype, ctx.cache, ctx.rounding, last_use=True)
+            dX = dY @ _merged(weight, lora_A, lora_B, s, x.dtype, ctx.cache, ctx.rounding, ctx.grid, last_use=True)
         dY2, X = dY.reshape(-1, dY.shape[-1]), x.reshape(-1, x.shape[-1])
         if ctx.needs_input_grad[2]:
             dbias = dY2.sum(0)
@@ -64,17 +70,17 @@ class _LorsFunction(torch.autograd.Function):
             dA = ((dY2 @ lora_B.to(dY.dtype)).T @ X).to(lora_A.dtype).mul_(s)
         if ctx.needs_input_grad[4]:
             dB = (dY2.T @ (X @ lora_A.to(X.dtype).T)).to(lora_B.dtype).mul_(s)
-        return dX, None, dbias, dA, dB, None, None, None
+        return dX, None, dbias, dA, dB, None, None, None, None
 
 
 def _merged(
     weight: torch.Tensor | Packed, lora_A: torch.Tensor, lora_B: torch.Tensor, scale: float, dtype: torch.dtype,
-    cache: MergedCache | None, rounding: Rounding, *, last_use: bool,
+    cache: MergedCache | None, rounding: Rounding, grid: Grid | None, *, last_use: bool,
 ) -> torch.Tensor:  # fmt: skip
     if cache is None:
         weight = unpack(weight) if isinstance(weight, Packed) else weight
-        return masked_merge_formula(weight, lora_A, lora_B, scale, dtype, rounding)
-    return cache.merged(weight, lora_A, lora_B, scale, dtype, last_use=last_use, rounding=rounding)
+        return masked_merge_formula(weight, lora_A, lora_B, scale, dtype, rounding, grid)
+    return cache.merged(weight, lora_A, lora_B, scale, dtype, last_use=last_use, rounding=rounding, grid=grid)
 
 
 def lors_linear(
@@ -87,10 +93,11 @@ def lors_linear(
     *,
     cache: MergedCache | None = None,
     rounding: Rounding = "nearest",
+    grid: Grid | None = None,
 ) -> torch.Tensor:
     """Y = X·W_tᵀ + bias with W_t = (W + s·B·A) ⊙ (W ≠ 0), recomputed in backward.
 
-    Gradients: dX = dY·W_t; dB = s·dYᵀ(X·Aᵀ); dA = s·(dY·B)ᵀX. The mask is ignored in the adapters' gradients
+    Gradients: dX = dY·W_t; dB = s·dYᵀ(X·Aᵀ); dA = s·(dY·B)ᵀX. Mask and rounding are ignored in the adapters' gradients
     (straight-through), so no (R, C) gradient is ever formed. Products are in the weight's dtype, under autocast in
     autocast's (W_t is then rounded to it once).
 
@@ -100,7 +107,8 @@ def lors_linear(
         lora_A: (r, C), usually float32.
         lora_B: (R, r), usually float32.
         cache: keeps W_t between calls; default: W_t is built in scratch memory each time it is needed.
-        rounding: of W_t to bfloat16.
+        rounding: of W_t to bfloat16 or to the grid.
+        grid: that W lies on and W_t is to lie on too (quantisation-aware).
 
     Returns:
         (…, R) in the products' dtype.
@@ -115,7 +123,7 @@ def lors_linear(
     holder = None if torch.compiler.is_compiling() else cache or _NO_CACHE
     with torch.autocast(kind, enabled=False):
         bias = None if bias is None else bias.to(dtype)
-        Y = _LorsFunction.apply(rows_of(x.to(dtype)), weight, bias, lora_A, lora_B, scale, holder, rounding)
+        Y = _LorsFunction.apply(rows_of(x.to(dtype)), weight, bias, lora_A, lora_B, scale, holder, rounding, grid)
     return Y.view(*x.shape[:-1], Y.shape[-1])
 
 
@@ -127,10 +135,10 @@ def rows_of(x: torch.Tensor) -> torch.Tensor:
 class LorsLinear(AdapterLinear):
     """A frozen sparse linear with a LoRS adapter; `cache` says how long the merged weight is kept."""
 
-    rounding: Rounding = "nearest"
-
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float, *, use_rslora: bool = True) -> None:
-        super().__init__(linear, rank, alpha, use_rslora=use_rslora)
+    def __init__(
+        self, linear: nn.Linear, rank: int, alpha: float, *, use_rslora: bool = True, grid: Grid | None = None
+    ) -> None:
+        super().__init__(linear, rank, alpha, use_rslora=use_rslora, grid=grid)
         self.cache = MergedCache("never")
 
     @property
@@ -141,15 +149,17 @@ class LorsLinear(AdapterLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, C) → (…, R)."""
         return lors_linear(x, self.held, self.bias, self.lora_A, self.lora_B, self.scale, cache=self.cache,
-                           rounding=self.rounding)  # fmt: skip
+                           rounding=self.rounding, grid=self.grid)  # fmt: skip
 
     def merged_weight(self) -> torch.Tensor:
         """The very weight of the forward pass, (R, C) in the base's dtype."""
-        return masked_merge(self.held, self.lora_A, self.lora_B, self.scale, rounding=self.rounding)
+        return masked_merge(self.held, self.lora_A, self.lora_B, self.scale, rounding=self.rounding, grid=self.grid)
 
 
 class PackedLorsLinear(LorsLinear):
     """A LorsLinear that holds its weight packed, at 50 % in bfloat16 9/16 of the memory, and gives the same bits.
+
+    Of a weight on a grid of 4 bits it holds codes, a fifth of the memory.
 
     `weight` unpacks it, for what looks at the base's zeros.
     """
@@ -161,15 +171,18 @@ class PackedLorsLinear(LorsLinear):
     def take_weight(self, weight: torch.Tensor) -> None:
         """Hold it packed, as 2:4 where it is that: the CUDA kernel reads it so."""
         is_two_of_four = weight.shape[1] % 4 == 0 and not num_violations(weight, TWO_OF_FOUR)
-        packed = pack(weight, TWO_OF_FOUR if is_two_of_four else None)
-        self.pattern = packed.pattern
+        grid = self.base_grid
+        has_codes = grid is not None and not wrong_spec(grid.spec) and lies_on(weight, grid)
+        packed = pack(weight, TWO_OF_FOUR if is_two_of_four else None, grid if has_codes else None)
+        self.pattern, self.has_codes = packed.pattern, has_codes
         for name in ("values", "mask", "starts"):
             self.register_buffer(name, getattr(packed, name), persistent=False)
 
     @property
     def held(self) -> Packed:
         """The weight as it is held."""
-        return Packed(self.values, self.mask, self.starts, self.in_features, self.pattern)
+        grid = self.base_grid if self.has_codes else None
+        return Packed(self.values, self.mask, self.starts, self.in_features, self.pattern, grid)
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]

@@ -15,6 +15,7 @@ from lors_cli.files import atomic, hashes, records
 from lors_cli.machine import environment
 from lors_cli.models.blocks import prunable_weights
 from lors_cli.models.card import model_card
+from lors_cli.models.grids import save_grids
 from lors_cli.models.inspection import layer_patterns
 from lors_cli.models.loading import load_model, load_tokenizer, save_checkpoint
 from lors_cli.models.origins import inherited
@@ -24,6 +25,8 @@ from lors_cli.recipe.schema import ModelConfig
 from lors_cli.sparsity import Pattern, measure, summarise
 from lors_cli.tuning.adapter import WEIGHTS_NAME, load_adapter, read_adapter_config
 from lors_cli.tuning.attach import adapter_layers
+from lors_cli.tuning.grids import base_grids, grid_metrics, kept_grids
+from lors_cli.tuning.kernels.on_grid import lies_on
 from lors_cli.tuning.norms import merge_norms
 from lors_cli.tuning.prompt_format import fit_to_prompt
 
@@ -53,12 +56,13 @@ def merge_counted(model: PreTrainedModel) -> MergeCounts:
     with progress.progress("merge", len(layers), "layers") as task:
         for name, layer in layers.items():
             linear = layer.to_linear()
-            if not bool(torch.isfinite(linear.weight).all()):
+            if not all(bool(torch.isfinite(part).all()) for part in (linear.weight, layer.lora_A, layer.lora_B)):
                 raise UsageError(f"the merged weight of {name} holds NaN or Inf; the adapter is broken.")
             base = layer.weight
             kept = base != 0
             if layer.keeps_zeros and bool(((linear.weight != 0) & ~kept).any()):
                 raise SparsityError(f"merging would fill zeros of {name}; nothing was written.")
+            assert layer.grid is None or lies_on(linear.weight, layer.grid), f"{name} left its grid"
             counts.kept += int(kept.sum())
             counts.moved += int(((linear.weight != base) & kept).sum())
             counts.zeroed += int(((linear.weight == 0) & kept).sum())
@@ -87,14 +91,19 @@ def merge(
     base = records.read_record(Path(base_path)) if Path(base_path).is_dir() else None
     patterns: dict[str, Pattern | None] = {**layer_patterns(prunable_weights(model), base)}
     load_adapter(model, adapter)
+    grids = kept_grids(base_grids(source), quantization_aware=config.base_grid is not None)
     counts = {"layers_merged": len(config.layers), "zeroed": merge_adapters(model)}
     weights = prunable_weights(model)
     layers = [measure(name, weights[name].matrix, pattern) for name, pattern in patterns.items()]
     method = {key: getattr(config, key) for key in ("method", "rank", "alpha", "use_rslora")}
-    metrics = {**counts, **summarise(layers, next(iter(patterns.values()), None)),
+    method |= {"quantization_aware": True} if grids else {}
+    pattern = next(iter(patterns.values()), None)
+    metrics = {**counts, **summarise(layers, pattern), **grid_metrics(grids, layers, pattern),
                **fit_to_prompt(model, tokenizer, config.prompt), "adapter": method}  # fmt: skip
     staging = records.staging_dir(out)
     save_checkpoint(model, tokenizer, staging)
+    if grids:
+        save_grids(staging, grids)
     inputs = {"model": fingerprint, "adapter": hashes.file_sha256(adapter / WEIGHTS_NAME)}
     record = records.StageRecord(
         "merge", hashes.fingerprint("merge", 1, {}, inputs), {"adapter": str(adapter)}, {**inputs, "path": base_path},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +10,20 @@ from transformers import PreTrainedModel
 
 from lors_cli.errors import SparsityError
 from lors_cli.files import atomic, hashes, records
+from lors_cli.grid import Grid
 from lors_cli.machine import environment
 from lors_cli.models.blocks import prunable_weights
 from lors_cli.models.card import model_card
+from lors_cli.models.grids import save_grids
 from lors_cli.models.loading import save_checkpoint
 from lors_cli.models.origins import inherited, with_dataset
 from lors_cli.output import console
 from lors_cli.recipe.schema import ModelConfig, TuneConfig
 from lors_cli.sparsity import Pattern, measure, summarise
-from lors_cli.tuning.adapter import AdapterConfig, save_adapter
+from lors_cli.tuning.adapter import AdapterConfig, layer_grids, save_adapter
 from lors_cli.tuning.attach import adapter_layers, adapter_tensors, base_mask
 from lors_cli.tuning.baselines import LAYERS
+from lors_cli.tuning.grids import grid_digest, grid_metrics, kept_grids
 from lors_cli.tuning.merge import merge_counted
 from lors_cli.tuning.norms import norm_shifts
 
@@ -35,20 +38,28 @@ def adapter_config(
 ) -> AdapterConfig:  # fmt: skip
     """What adapter_config.json says of this training; `pruned` are the names of all sparse weights."""
     skipped = tuple(name for name in pruned if name not in layers) if config.skip else ()
+    adapted = adapter_layers(network)
+    grids = layer_grids(network)
     return AdapterConfig(
         method=config.method, rank=config.rank, alpha=config.alpha, use_rslora=config.use_rslora,
         layers=tuple(layers), base=model.path,
-        base_fingerprint=base_fingerprint, base_mask=base_mask(network, adapter_layers(network), skipped),
+        base_fingerprint=base_fingerprint, base_mask=base_mask(network, adapted, skipped),
         norms=tuple(norm_shifts(network)), rounding=config.weight_rounding,
         prompt=prompt,
         skipped=skipped,
+        base_grid=grid_digest({name: layer.weight for name, layer in adapted.items()}, grids) if grids else None,
     )  # fmt: skip
 
 
 def write_results(
-    staging: Path, network: PreTrainedModel, tokenizer: Any, adapter: AdapterConfig, patterns: dict[str, Pattern]
-) -> dict[str, Any]:
-    """Adapter and merged checkpoint into `staging`, once the merged weights are known to keep the zeros."""
+    staging: Path, network: PreTrainedModel, tokenizer: Any, adapter: AdapterConfig, patterns: dict[str, Pattern],
+    grids: Mapping[str, Grid],
+) -> dict[str, Any]:  # fmt: skip
+    """Adapter and merged checkpoint into `staging`, once the merged weights are known to keep the zeros.
+
+    Args:
+        grids: of the base, where it lies on such.
+    """
     trainable = sum(tensor.numel() for tensor in adapter_tensors(network).values())
     save_adapter(network, staging / ADAPTER_NAME, adapter)
     counts = merge_counted(network)
@@ -70,9 +81,13 @@ def write_results(
             f"the merged model breaks {pattern} at {summary['violations']} places; nothing was written."
         )
     save_checkpoint(network, tokenizer, staging)
+    grids = kept_grids(grids, quantization_aware=adapter.base_grid is not None)
+    if grids:
+        save_grids(staging, grids)
     return {**summary, "trainable_parameters": trainable, "zeroed": counts.zeroed, "moved": round(moved, 6),
             "base_mask": adapter.base_mask,
-            **({"skipped_layers": list(adapter.skipped)} if adapter.skipped else {})}  # fmt: skip
+            **({"skipped_layers": list(adapter.skipped)} if adapter.skipped else {}),
+            **grid_metrics(grids, layers, pattern)}  # fmt: skip
 
 
 def write_card(

@@ -37,7 +37,7 @@ WITHOUT_EFFECT = (
 """Settings that change how the work is done, not what comes out."""
 UNSAID: dict[str, Any] = {
     "skip": (), "lr_schedule": "cosine", "optim": "adamw", "spike_factor": None, "val_size": None, "eval_steps": None,
-    "early_stopping_patience": None, "load_best_model_at_end": None,
+    "early_stopping_patience": None, "load_best_model_at_end": None, "quantization_aware": False,
 }  # fmt: skip
 """Settings that fingerprints have only where they are not this, since earlier versions did not have them."""
 CHECKPOINTS_NAME = "checkpoints"
@@ -90,10 +90,7 @@ def _identity(
     settings["data"]["stream"] = is_streamed(config, source)
     if not settings["data"]["stream"]:
         del settings["data"]["shuffle_buffer"]
-    inputs = {
-        "model": model_fingerprint,
-        "data": source.fingerprint,
-    }
+    inputs = {"model": model_fingerprint, "data": source.fingerprint}
     if config.distill is not None:
         inputs["teacher"] = fingerprint_model(teacher_model(config.distill))
         settings["distill"] = {"weight": config.distill.weight, "temperature": float(config.distill.temperature)}
@@ -126,6 +123,7 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
     from lors_cli.models.loading import load_tokenizer
     from lors_cli.models.sources import model_fingerprint
     from lors_cli.tuning.attach import adaptable_layers
+    from lors_cli.tuning.grids import base_grids
     from lors_cli.tuning.prompt_format import fit_to_prompt
     from lors_cli.tuning.results import adapter_config, write_card, write_results
     from lors_cli.tuning.training.distributed import say_how
@@ -142,6 +140,7 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
     inputs = {**read, "version": version, "path": model.path}
     stored, template, data_fingerprint = _as_read(resolved_tune(config), data_dir)
     console.info(f"  model: {model.path}")
+    grids = base_grids(model, needed=config.quantization_aware)
     with progress.busy("reading the tokenizer"):
         tokenizer = load_tokenizer(model)
     say_how(config)
@@ -154,17 +153,17 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
     log = StepLog(processes.from_main(lambda: _running_log(out, records.work_dir(out, fingerprint, made))))
     schedule = config if data.num_steps is None else replace(config, max_steps=data.num_steps, max_tokens=None)
     trainer = prepare_trainer(schedule, network, layers, data, tokenizer, out / CHECKPOINTS_NAME, fingerprint,
-                              device=resolve_device(model.device))  # fmt: skip
+                              device=resolve_device(model.device), grids=grids)  # fmt: skip
     training = _train(trainer, data, log, _tracked_run(config, model, out, fingerprint))
     data.close()
 
     def write() -> records.StageRecord:
-        tuned = whole_model(config, model, network, layers)
+        tuned = whole_model(config, model, network, layers, grids)
         adapter = adapter_config(config, tuned, layers, model, base_fingerprint, template, patterns)
         staging = records.staging_dir(out)
         prompt = fit_to_prompt(tuned, tokenizer, template)
         metrics = {**training, **_data_metrics(data), **prompt,
-                   **write_results(staging, tuned, tokenizer, adapter, patterns),
+                   **write_results(staging, tuned, tokenizer, adapter, patterns, grids),
                    **_left_dense(Path(model.path))}  # fmt: skip
         write_card(staging, stored, model, metrics, data_fingerprint)
         atomic.write_bytes(staging / LOG_NAME, log.path.read_bytes())

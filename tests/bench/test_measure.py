@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from lors_cli.bench import measure as benchmark
 from lors_cli.bench.live_memory import LiveBytes
 from lors_cli.bench.measure import BenchConfig, bench
-from lors_cli.bench.model import ARMS, adapted, sparse_model
+from lors_cli.bench.model import ARMS, adapted, put_on_grids, sparse_model
 from lors_cli.cli.app import app
 from lors_cli.cli.views.bench import parse_flags, table_rows
 from lors_cli.errors import UsageError
@@ -97,8 +97,10 @@ def test_random_weights_are_two_of_four_and_come_back_untouched() -> None:
         kept = (weight.view(weight.shape[0], -1, 4) != 0).sum(2)
         assert bool((kept <= 2).all())
         assert kept.double().mean() > 1.99
+    grids = put_on_grids(linears)
+    before = {name: linear.weight.clone() for name, linear in linears.items()}
     for arm in ARMS.values():
-        with adapted(model, linears, arm, 4) as optimizer:
+        with adapted(model, linears, arm, 4, grids) as optimizer:
             loss = model(input_ids=torch.arange(9)[None], labels=torch.arange(9)[None]).loss
             loss.backward()
             optimizer.step()

@@ -108,7 +108,7 @@ def test_merge_by_tiles_equals_merge_at_once(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("lors_cli.tuning.kernels.masked_merge._addmm_rounds_once", lambda *_: False)
     case = _case(torch.bfloat16, rows=100, columns=64)
     at_once = masked_merge(case["weight"], case["lora_A"], case["lora_B"], 2.0)
-    monkeypatch.setattr("lors_cli.tuning.kernels.masked_merge.TILE_ELEMENTS", 64 * 17)
+    monkeypatch.setattr("lors_cli.tuning.kernels.on_grid.TILE_ELEMENTS", 64 * 17)
     torch.testing.assert_close(
         masked_merge(case["weight"], case["lora_A"], case["lora_B"], 2.0), at_once, rtol=0, atol=0
     )

@@ -102,6 +102,10 @@ class Checkpoint:
         key = self.keys[name]
         return [key, mask_key(key), *grid_keys(key, self.specs.get(name))]
 
+    def grid(self, name: str) -> Grid:
+        """What the codes of a packed linear stand for."""
+        return Grid(self.specs[name], *(self.read(part) for part in self.parts(name)[2:]))
+
     def packed(self, name: str) -> Packed:
         """A packed linear's weight, checked."""
         assert self.config is not None
@@ -254,7 +258,7 @@ def unpack_model(model: ModelConfig, out: Path) -> dict[str, Any]:
         with progress.progress("unpack", len(tensors), "tensors") as task:
             write_checkpoint(staging, step_by_step(tensors, task), max_shard_size=source.shard_size)
         if source.specs:
-            save_grids(staging, {name: _grid(source, name) for name in source.specs})
+            save_grids(staging, {name: source.grid(name) for name in source.specs})
         (out / GRIDS_NAME).unlink(missing_ok=True)  # of a model that was there before
         files = [path for path in staging.rglob("*") if path.is_file()]
         for file in sorted(files, key=lambda path: path.name == "config.json"):
@@ -265,8 +269,3 @@ def unpack_model(model: ModelConfig, out: Path) -> dict[str, Any]:
         shutil.rmtree(staging, ignore_errors=True)
     num_bytes = sum(entry.num_bytes for entry, _ in tensors)
     return {"weights": len(source.keys), "bytes_before": source.num_bytes, "bytes": num_bytes}
-
-
-def _grid(source: Checkpoint, name: str) -> Grid:
-    """What the codes of a packed linear stand for."""
-    return Grid(source.specs[name], *(source.read(part) for part in source.parts(name)[2:]))

@@ -216,12 +216,12 @@ def specs_of(settings: Mapping[str, Any]) -> dict[str, GridSpec]:
     if bits is None:
         return {}
     spec = GridSpec(bits, settings.get("group_size", 0), settings.get("symmetric", True))
-    if wrong := _wrong_spec(spec):
+    if wrong := wrong_spec(spec):
         raise UsageError(f"quantization_config: {wrong}.")
     return dict.fromkeys((name for name in modules if name not in (floats or ())), spec)
 
 
-def _wrong_spec(spec: GridSpec) -> str:
+def wrong_spec(spec: GridSpec) -> str:
     """Why weights on such a grid cannot be packed, empty where they can; its values may be anything."""
     known = type(spec.bits) is type(spec.group_size) is int and type(spec.symmetric) is bool
     if not known or spec.bits not in BITS or spec.group_size not in GROUP_SIZES:
@@ -232,7 +232,7 @@ def _wrong_spec(spec: GridSpec) -> str:
 def _wrong_grid(grid: Grid, rows: int, columns: int, dtype: torch.dtype | None = None) -> str:
     """What does not fit a weight (R, C), or is no grid."""
     spec, scales, zeros = grid.spec, grid.scales, grid.zeros
-    if wrong := _wrong_spec(spec):
+    if wrong := wrong_spec(spec):
         return wrong
     shape = (rows, spec.num_groups(columns))
     if scales.dtype not in _DTYPES or (dtype is not None and scales.dtype != dtype) or tuple(scales.shape) != shape:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 
+from lors_cli.grid import Grid
 from lors_cli.models.packed.format import Packed
 from lors_cli.output import console
 from lors_cli.tuning.kernels.masked_merge import masked_merge
@@ -47,10 +48,12 @@ class MergedCache:
         *,
         last_use: bool,
         rounding: Rounding = "nearest",
+        grid: Grid | None = None,
     ) -> torch.Tensor:
         """W_t in `dtype`, to be used before any other layer's is asked for; `last_use`: this is the backward pass."""
         base = weight.values if isinstance(weight, Packed) else weight
-        key = (dtype, scale, rounding, *((part.data_ptr(), part._version) for part in (base, lora_A, lora_B)))
+        on_grid = grid is not None and grid.scales.data_ptr()
+        key = (dtype, scale, rounding, on_grid, *((part.data_ptr(), part._version) for part in (base, lora_A, lora_B)))
         if self._merged is not None and self._key == key:
             found = self._merged
             if last_use and self.keep == "recompute":
@@ -61,11 +64,11 @@ class MergedCache:
         in_backward = torch._C._current_graph_task_id() != -1
         if self.keep == "always" or (self.keep == "recompute" and not last_use and in_backward):
             kept = base.new_empty(weight.shape, dtype=dtype)
-            self._merged = masked_merge(weight, lora_A, lora_B, scale, rounding=rounding, out=kept)
+            self._merged = masked_merge(weight, lora_A, lora_B, scale, rounding=rounding, grid=grid, out=kept)
             self._key = key
             return self._merged
         shared = scratch(weight.shape, dtype, weight.device)
-        return masked_merge(weight, lora_A, lora_B, scale, rounding=rounding, out=shared)
+        return masked_merge(weight, lora_A, lora_B, scale, rounding=rounding, grid=grid, out=shared)
 
 
 def cache_policy(

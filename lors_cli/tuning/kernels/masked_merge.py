@@ -9,23 +9,21 @@ from functools import cache
 
 import torch
 
+from lors_cli.grid import Grid
 from lors_cli.models.packed.format import Packed
 from lors_cli.models.packed.kernels.choice import unpack
 from lors_cli.models.packed.kernels.cuda import why_no_cuda_kernel
-from lors_cli.models.packed.kernels.ops import instructions
+from lors_cli.models.packed.kernels.ops import available, instructions
 from lors_cli.sparsity import TWO_OF_FOUR
 from lors_cli.tuning.kernels.c_merge import masked_merge_in_c, why_not_in_c
+from lors_cli.tuning.kernels.on_grid import round_to_grid, row_tiles
 from lors_cli.tuning.kernels.rounding import (
-    PERIOD,
     Rounding,
     is_stochastic,
     round_stochastically,
     round_stochastically_formula,
 )
 from lors_cli.tuning.kernels.scratch import scratch
-
-TILE_ELEMENTS = 1 << 18
-"""Elements of W merged at a time by each thread of a CPU: a float32 tile of 1 MiB stays in the cache."""
 
 
 @torch.no_grad()
@@ -36,48 +34,55 @@ def masked_merge(
     scale: float,
     *,
     rounding: Rounding = "nearest",
+    grid: Grid | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """W_t = (W + s·B·A) ⊙ (W ≠ 0), in one rounding order everywhere.
 
     The adapters are cast to the weight's dtype, the sum is accumulated in float32 (float64 for a float64 weight)
-    and rounded once: to bfloat16 as `rounding` says, to other dtypes to the nearest. On CUDA one kernel reads W once
-    and writes W_t once; on a CPU one in C does, but for bfloat16 to the nearest. Else it is one `addmm` that
-    accumulates in float32 itself, where there is such a one, or row tiles that stay in the cache. None makes a mask or
-    a second matrix of W's size; only a packed weight is unpacked first, in scratch memory, where no kernel reads it:
-    the CUDA kernel wants 2:4.
+    and rounded once: to a grid or to bfloat16 as `rounding` says, to other dtypes to the nearest. On CUDA one kernel
+    reads W once and writes W_t once; on a CPU one in C does, but for bfloat16 to the nearest. Else it is one `addmm`
+    that accumulates in float32 itself, where there is such a one, or row tiles that stay in the cache. None makes a
+    mask or a second matrix of W's size; only a packed weight is unpacked first, in scratch memory, where no kernel
+    reads it: the CUDA kernel wants 2:4, and no codes.
 
     Args:
         weight: (R, C), plain or packed: the result has the same bits.
+        grid: that W lies on, and W_t is to lie on too; its scales have the weight's dtype.
         out: (R, C), where to put the result; its dtype may be another than the weight's. Default: a new tensor.
     """
     merged = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if out is None else out
-    readable = not isinstance(weight, Packed) or weight.pattern == TWO_OF_FOUR
-    if weight.device.type == "cuda" and readable and not why_no_kernel(weight.device, weight.dtype):
+    on_cuda, same_dtype = weight.device.type == "cuda", merged.dtype == weight.dtype
+    if on_cuda:
+        has_kernel = not why_no_kernel(weight.device, weight.dtype)
+    else:
+        in_rows = merged.stride(1) == 1 and (isinstance(weight, Packed) or weight.stride(1) == 1)
+        why_not = why_not_in_c(weight.device, weight.dtype, rounding, len(lora_A), grid)
+        has_kernel = in_rows and same_dtype and not why_not
+    if isinstance(weight, Packed) and not (has_kernel and _reads(weight)):
+        weight = unpack(weight, out=scratch(weight.shape, weight.dtype, weight.device, use="restored"))
+    if has_kernel and on_cuda:
         from lors_cli.tuning.kernels.triton_merge import masked_merge_kernel
 
-        return masked_merge_kernel(weight, lora_A, lora_B, scale, merged, rounding=rounding)
-    in_rows = merged.stride(1) == 1 and (isinstance(weight, Packed) or weight.stride(1) == 1)
-    same_dtype = merged.dtype == weight.dtype
-    if in_rows and same_dtype and not why_not_in_c(weight.device, weight.dtype, rounding, len(lora_A)):
-        return masked_merge_in_c(weight, lora_A, lora_B, scale, merged)
-    if isinstance(weight, Packed):
-        weight = unpack(weight, out=scratch(weight.shape, weight.dtype, weight.device, use="restored"))
+        return masked_merge_kernel(weight, lora_A, lora_B, scale, merged, rounding=rounding, grid=grid)
+    if has_kernel:
+        return masked_merge_in_c(weight, lora_A, lora_B, scale, merged, grid=grid, rounding=rounding)
+    assert not isinstance(weight, Packed)
     A, B = lora_A.to(weight.dtype), lora_B.to(weight.dtype)
-    by_thresholds = is_stochastic(rounding, merged.dtype)
-    if merged.dtype == weight.dtype and not by_thresholds and _addmm_rounds_once(weight.device, weight.dtype):
+    by_thresholds = grid is None and is_stochastic(rounding, merged.dtype)
+    if grid is None and same_dtype and not by_thresholds and _addmm_rounds_once(weight.device, weight.dtype):
         return _mask(torch.addmm(weight, B, A, alpha=scale, out=merged), weight)
     exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
     A, B = A.to(exact), B.to(exact)
-    tile_rows = TILE_ELEMENTS * torch.get_num_threads() // weight.shape[1]  # a multiple of the thresholds' period
-    height = weight.shape[0] if weight.is_cuda else max(1, tile_rows // PERIOD) * PERIOD
-    for start in range(0, weight.shape[0], height):
-        rows = slice(start, start + height)
+    for rows in row_tiles(*weight.shape, whole=weight.is_cuda):  # float32 tiles of 1 MiB stay in the cache
         part = weight[rows]
         tile = part.to(exact, copy=by_thresholds)  # the rounding works in place, and W is to stay as it is
         if by_thresholds:
             total = torch.addmm(tile, B[rows], A, alpha=scale, out=tile).float()
             _mask(round_stochastically(total, merged[rows]), part.to(merged.dtype))
+        elif grid is not None:
+            total = torch.addmm(tile, B[rows], A, alpha=scale).float()
+            merged[rows].copy_(_mask(round_to_grid(total, part, grid.of_rows(rows), rounding), part))
         else:
             merged[rows].copy_(_mask(torch.addmm(tile, B[rows], A, alpha=scale), tile))
     return merged
@@ -85,15 +90,24 @@ def masked_merge(
 
 def masked_merge_formula(
     weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scale: float, dtype: torch.dtype,
-    rounding: Rounding = "nearest",
+    rounding: Rounding = "nearest", grid: Grid | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """`masked_merge` to `dtype` as one plain expression, for torch.compile to fuse."""
     exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
     A, B = lora_A.to(weight.dtype).to(exact), lora_B.to(weight.dtype).to(exact)
     total = torch.addmm(weight.to(exact), B, A, alpha=scale)
-    if is_stochastic(rounding, dtype):
+    if grid is not None:
+        total = round_to_grid(total.float(), weight, grid, rounding)
+    elif is_stochastic(rounding, dtype):
         total = round_stochastically_formula(total.float())
     return total.to(dtype).mul(weight.sign().square().to(dtype))
+
+
+def _reads(weight: Packed) -> bool:
+    """Whether the kernel reads such a packed weight: on CUDA no codes, and 2:4 alone."""
+    if weight.device.type == "cpu":
+        return not available(weight.dtype, weight.spec)
+    return weight.grid is None and weight.pattern == TWO_OF_FOUR
 
 
 def _mask(merged: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -119,13 +133,17 @@ def why_no_kernel(device: torch.device, dtype: torch.dtype) -> str:
     return why_no_cuda_kernel(device, dtype)
 
 
-def how_merged(device: torch.device, dtype: torch.dtype, rounding: Rounding = "nearest", rank: int = 1) -> str:
+def how_merged(
+    device: torch.device, dtype: torch.dtype, rounding: Rounding = "nearest", rank: int = 1, grid: Grid | None = None
+) -> str:
     """In words: by what `masked_merge` builds a merged weight, and why not by something faster."""
     on_cpu = device.type == "cpu"
-    missing = why_not_in_c(device, dtype, rounding, rank) if on_cpu else why_no_kernel(device, dtype)
+    missing = why_not_in_c(device, dtype, rounding, rank, grid) if on_cpu else why_no_kernel(device, dtype)
     if not missing:
         return f"one pass in C ({instructions()})" if on_cpu else "one CUDA kernel"
     why = f"no {'C' if on_cpu else 'CUDA'} kernel: {missing}"
+    if grid is not None:
+        return f"float32 tiles, rounded to the grid ({why})"
     if is_stochastic(rounding, dtype):
         return f"float32 tiles, rounded stochastically ({why})"
     if _addmm_rounds_once(device, dtype):

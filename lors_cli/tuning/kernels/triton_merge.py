@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lors_cli.grid import Grid
 from lors_cli.models.packed.format import Packed
 from lors_cli.sparsity import TWO_OF_FOUR
 from lors_cli.tuning.kernels import rounding as thresholds
@@ -25,6 +26,8 @@ MAX_TILES, MIN_PROGRAMS = 8, 1024
 PERIOD = tl.constexpr(thresholds.PERIOD)
 ROW_FACTOR, COLUMN_FACTOR = tl.constexpr(thresholds.ROW_FACTOR), tl.constexpr(thresholds.COLUMN_FACTOR)
 MIX_FIRST, MIX_SECOND = (tl.constexpr(factor) for factor in thresholds.MIX_FACTORS)
+WHOLE = tl.constexpr(1.5 * 2.0**23)
+"""Added and taken away it leaves a whole number, ties to even."""
 SMALLEST_DOT = 16
 """Triton multiplies no matrices with a shorter inner side; a smaller rank is padded with zeros."""
 
@@ -73,11 +76,31 @@ def _factor(factor, rows, columns, num_rows, num_columns, stride, dtype, DOT: tl
 
 
 @triton.jit
+def _between(x, least, most):
+    """What is no number stays so."""
+    x = tl.where(x < least, least, x)
+    return tl.where(x > most, most, x)
+
+
+@triton.jit
+def _on_grid(W, total, threshold, scale, zero, TOP: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """A tile rounded to the grid as `on_grid.py` does, in float32."""
+    if STOCHASTIC:
+        share = (threshold.to(tl.float32) + 0.5) * (1 / 65536)
+        up = _between(tl.div_rn(total - W, scale) + share, -512.0, 512.0)
+        steps = (tl.div_rn(W, scale) + WHOLE) - WHOLE + tl.floor(up)
+        steps = _between(steps, -zero, TOP - zero)
+    else:
+        steps = (_between(tl.div_rn(total, scale), -zero, TOP - zero) + WHOLE) - WHOLE
+    return steps * scale
+
+
+@triton.jit
 def _merge(
-    weight, kept_mask, lora_A, lora_B, merged, num_rows, num_columns, scale,
-    stride_weight, stride_mask, stride_merged, PACKED: tl.constexpr, RANK: tl.constexpr,
-    RANK_STEP: tl.constexpr, DOT: tl.constexpr, STOCHASTIC: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, TILES: tl.constexpr,
+    weight, kept_mask, lora_A, lora_B, merged, scales, zeros, num_rows, num_columns, scale,
+    stride_weight, stride_mask, stride_merged, stride_scales, PACKED: tl.constexpr, RANK: tl.constexpr,
+    RANK_STEP: tl.constexpr, DOT: tl.constexpr, STOCHASTIC: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
+    SYMMETRIC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = weight.dtype.element_ty
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -101,7 +124,17 @@ def _merge(
             B = _factor(lora_B, rows, first + ranks, num_rows, RANK, RANK, dtype, DOT)
             delta += tl.dot(B, A, input_precision="ieee")
         total = tl.where(W != 0, W.to(tl.float32) + scale * delta, 0.0)
-        if STOCHASTIC:
+        if GROUP:
+            groups = row_starts * stride_scales + (columns // GROUP)[None, :]
+            step = tl.load(scales + groups, mask=inside, other=1.0).to(tl.float32)
+            if SYMMETRIC:
+                zero = tl.full((ROWS, COLUMNS), 2 ** (BITS - 1), tl.float32)
+            else:
+                zero = tl.load(zeros + groups, mask=inside, other=0).to(tl.float32)
+            bound = threshold if STOCHASTIC else 0
+            total = _on_grid(W.to(tl.float32), total, bound, step, zero, 2**BITS - 1, STOCHASTIC)
+            total = tl.where(W != 0, total, 0.0).to(dtype)
+        elif STOCHASTIC:
             bits = (total.to(tl.uint32, bitcast=True) + threshold) & 0xFFFF0000
             total = tl.where(total == total, bits.to(tl.float32, bitcast=True), total)
         place = merged + row_starts * stride_merged + columns[None, :]
@@ -115,7 +148,7 @@ DOTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 def launch(
     weight: torch.Tensor | Packed, lora_A: torch.Tensor, lora_B: torch.Tensor, scale: float,
-    merged: torch.Tensor, rounding: Rounding, block: dict[str, int] = BLOCK,
+    merged: torch.Tensor, rounding: Rounding, block: dict[str, int] = BLOCK, grid: Grid | None = None,
 ) -> tuple[tuple[int, int], dict[str, Any]]:  # fmt: skip
     """The grid and the arguments by name with which the kernel is called."""
     num_rows, num_columns = weight.shape
@@ -126,34 +159,42 @@ def launch(
     else:
         base, mask, stride = weight, weight, weight.stride(0)
     assert base.stride(-1) == mask.stride(1) == merged.stride(1) == 1
+    spec = grid.spec if grid is not None else None
+    scales = base if grid is None else grid.scales.contiguous()
+    zeros = scales if grid is None or grid.zeros is None else grid.zeros.contiguous()
     down, across = triton.cdiv(num_rows, block["ROWS"]), triton.cdiv(num_columns, block["COLUMNS"])
     block = {"TILES": min(MAX_TILES, 2 ** (max(1, down * across // MIN_PROGRAMS).bit_length() - 1)), **block}
     return (triton.cdiv(down, block["TILES"]), across), {
         "weight": base, "kept_mask": mask, "lora_A": lora_A.contiguous(), "lora_B": lora_B.contiguous(),
-        "merged": merged, "num_rows": num_rows, "num_columns": num_columns, "scale": float(scale),
+        "merged": merged, "scales": scales, "zeros": zeros, "num_rows": num_rows, "num_columns": num_columns,
+        "scale": float(scale),
         "stride_weight": stride, "stride_mask": mask.stride(0),
-        "stride_merged": merged.stride(0), "PACKED": isinstance(weight, Packed), "RANK": rank,
+        "stride_merged": merged.stride(0), "stride_scales": 0 if grid is None else scales.stride(0),
+        "PACKED": isinstance(weight, Packed), "RANK": rank,
         "RANK_STEP": SMALLEST_DOT if is_float32 else min(64, max(SMALLEST_DOT, triton.next_power_of_2(rank))),
         "DOT": tl.float32 if is_float32 or INTERPRETED else DOTS[weight.dtype],
-        "STOCHASTIC": thresholds.is_stochastic(rounding, merged.dtype), **block,
+        "STOCHASTIC": rounding == "stochastic" if spec else thresholds.is_stochastic(rounding, merged.dtype),
+        "GROUP": spec.group_size if spec else 0, "BITS": spec.bits if spec else 0,
+        "SYMMETRIC": spec is None or spec.symmetric, **block,
     }  # fmt: skip
 
 
 def masked_merge_kernel(
     weight: torch.Tensor | Packed, lora_A: torch.Tensor, lora_B: torch.Tensor, scale: float,
-    merged: torch.Tensor, *, rounding: Rounding = "nearest",
+    merged: torch.Tensor, *, rounding: Rounding = "nearest", grid: Grid | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """W_t = (W + s·B·A) ⊙ (W ≠ 0), rounded once from float32 (as `rounding` says where that is to bfloat16).
+    """W_t = (W + s·B·A) ⊙ (W ≠ 0), rounded once from float32 (as `rounding` says where that is to bfloat16 or a grid).
 
     Args:
         weight: (R, C) bfloat16, float16 or float32, rows contiguous, or packed as 2:4.
         lora_A: (r, C), any float dtype; read as it is and cast to the weight's dtype.
         lora_B: (R, r), likewise.
         merged: (R, C), rows contiguous: where the result goes.
+        grid: that W_t is rounded to; its scales have the weight's dtype.
 
     Returns:
         `merged`.
     """
-    grid, arguments = launch(weight, lora_A, lora_B, scale, merged, rounding)
-    _merge[grid](**arguments)
+    programs, arguments = launch(weight, lora_A, lora_B, scale, merged, rounding, grid=grid)
+    _merge[programs](**arguments)
     return merged

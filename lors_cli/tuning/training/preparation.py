@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lors_cli.data.samples import PadCollator, TuneData
+from lors_cli.grid import Grid
 from lors_cli.machine import processes
 from lors_cli.machine.devices import set_seed
 from lors_cli.output import console
@@ -29,7 +31,7 @@ from lors_cli.tuning.training.trainer import AdapterTrainer
 
 def prepare_trainer(
     config: TuneConfig, network: PreTrainedModel, layers: list[str], data: TuneData, tokenizer: Any, checkpoints: Path,
-    fingerprint: str, *, device: torch.device,
+    fingerprint: str, *, device: torch.device, grids: Mapping[str, Grid],
 ) -> AdapterTrainer:  # fmt: skip
     """Adapters on the model, changed in place and started as the config says, and a trainer around it.
 
@@ -38,12 +40,13 @@ def prepare_trainer(
         checkpoints: folder for training checkpoints; where there is one to resume from, the start is not computed.
         fingerprint: of the stage.
         device: of this process; a model that is to be sharded is not on it yet.
+        grids: of the sparse weights, where they lie on such.
     """
     _say_rounding(config, network.dtype)
     collator = PadCollator(tokenizer.pad_token_id)
     sharded, adapted = is_sharded(config), None
     if sharded:  # the start is computed past the adapters
-        adapted = put_adapters(config, network, layers)
+        adapted = put_adapters(config, network, layers, grids)
         shard(network, device)
     loss = _loss(config, network, collator(data.samples[:1]))
     if config.gradient_checkpointing:
@@ -51,7 +54,7 @@ def prepare_trainer(
         network.gradient_checkpointing_enable({"use_reentrant": False})
     resumes = processes.from_main(lambda: latest_checkpoint(checkpoints, fingerprint) is not None)
     start = {} if resumes or config.start == "kaiming" else _start(config, network, layers, data, collator, loss)
-    adapted = adapted or put_adapters(config, network, layers)
+    adapted = adapted or put_adapters(config, network, layers, grids)
     if config.method == "lors":
         _keep_merged(network, config, sharded=sharded)
     with torch.no_grad():
@@ -93,17 +96,19 @@ def _keep_merged(network: PreTrainedModel, config: TuneConfig, *, sharded: bool)
     if sharded:
         console.info("  merged weights: built anew for every use (parallelism: fsdp)")
         return
-    num_weights = sum(layer.in_features * layer.out_features for layer in adapter_layers(network).values())
+    adapted = adapter_layers(network)
+    num_weights = sum(layer.in_features * layer.out_features for layer in adapted.values())
     device, dtype = network.device, network.dtype
     keep, reason = cache_policy(num_weights * dtype.itemsize, device, config.merged_cache,
                                 checkpointing=config.gradient_checkpointing)  # fmt: skip
     keep_merged(network, keep)
     console.info(f"  merged weights: {reason}")
-    console.detail(f"  merged by {how_merged(device, dtype, config.weight_rounding, config.rank)}")
+    grid = next(iter(adapted.values())).grid
+    console.detail(f"  merged by {how_merged(device, dtype, config.weight_rounding, config.rank, grid)}")
 
 
 def _say_rounding(config: TuneConfig, dtype: torch.dtype) -> None:
     """Mention a way of rounding that is asked for, as a stored recipe does, and that weights of this dtype lack."""
-    if config.rounding == "stochastic" and dtype != torch.bfloat16:
+    if config.rounding == "stochastic" and dtype != torch.bfloat16 and not config.quantization_aware:
         name = str(dtype).removeprefix("torch.")
         console.info(f"  rounding: stochastic has nothing to do, merged weights are {name}")

@@ -7,11 +7,13 @@ stay whole in every process, in float32: they are small, and their gradients are
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import chain
 
 import torch
 from transformers import PreTrainedModel
 
+from lors_cli.grid import Grid
 from lors_cli.machine import processes
 from lors_cli.models.blocks import decoder_blocks
 from lors_cli.models.loading import load_model
@@ -46,12 +48,14 @@ def shard(network: PreTrainedModel, device: torch.device) -> None:
     fully_shard(network.base_model, mesh=mesh, ignored_params=whole)  # leads the blocks, shards nothing itself
 
 
-def whole_model(config: TuneConfig, model: ModelConfig, trained: PreTrainedModel, layers: list[str]) -> PreTrainedModel:
+def whole_model(
+    config: TuneConfig, model: ModelConfig, trained: PreTrainedModel, layers: list[str], grids: Mapping[str, Grid]
+) -> PreTrainedModel:
     """The trained model whole: itself, or the sparse model read again with what was trained put on it."""
     if not is_sharded(config):
         return trained
     network = load_model(model, device=torch.device("cpu"))
-    put_adapters(config, network, layers)
+    put_adapters(config, network, layers, grids)
     found = adapter_parameters(trained)
     with torch.no_grad():
         for name, parameter in adapter_parameters(network).items():

@@ -123,6 +123,7 @@ def main(jobs: dict[str, Any], folder: Path) -> None:
         with worse_after(jobs["best"]):
             tune(tune_config(jobs["validated"]), ModelConfig(path=jobs["model"]), folder / "validated")
         tune_and_stop(jobs["stop"], jobs["model"], folder / "stop", jobs["step"])
+        tune(tune_config(jobs["aware"]), ModelConfig(path=jobs["grid_model"]), folder / "aware")
         found["shares"] = shard_shares(jobs["fsdp"], jobs["half_model"], folder / "fsdp")
         with mock.patch.object(preparation, "why_not_chunked", return_value="of the test"):
             tune(tune_config(jobs["plain"]), ModelConfig(path=jobs["model"]), folder / "plain")

@@ -52,7 +52,8 @@ def library(target: str = NATIVE, *defines: str) -> ctypes.CDLL:
         linear, unpack = getattr(found, f"{prefix}_linear"), getattr(found, f"{prefix}_unpack")
         codes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 2
         linear.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 3 + [*codes, ctypes.c_int64]
-        getattr(found, f"{prefix}_merge").argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 5
+        merge = getattr(found, f"{prefix}_merge")
+        merge.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 5 + [*codes, *[ctypes.c_int64] * 2]
         unpack.argtypes, unpack.restype = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 2 + codes, None
     return found
 

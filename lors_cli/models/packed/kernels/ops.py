@@ -152,7 +152,7 @@ def product(
     out = x.new_empty(*x.shape[:-1], rows)
     if batch and _function("linear", dtype, target)(
         values.data_ptr(), mask.data_ptr(), offsets.data_ptr(), None if bias is None else bias.data_ptr(), x.data_ptr(),
-        out.data_ptr(), rows, columns, batch, *_in_c(grid), half,
+        out.data_ptr(), rows, columns, batch, *in_c(grid), half,
     ):  # fmt: skip
         raise MemoryError(f"no memory for a batch of {batch} × {columns}")
     return out
@@ -166,11 +166,11 @@ def restore(
     rows, columns = out.shape
     check(values, mask, offsets, columns, grid)
     function = _function("unpack", out.dtype, target)
-    function(values.data_ptr(), mask.data_ptr(), offsets.data_ptr(), out.data_ptr(), rows, columns, *_in_c(grid))
+    function(values.data_ptr(), mask.data_ptr(), offsets.data_ptr(), out.data_ptr(), rows, columns, *in_c(grid))
     return out
 
 
-def _in_c(grid: Grid | None) -> tuple[int | None, int | None, int, int]:
+def in_c(grid: Grid | None) -> tuple[int | None, int | None, int, int]:
     """The last arguments of a function in C."""
     if grid is None:
         return None, None, 0, 0

@@ -148,6 +148,7 @@ PREPARE_PAIR(bf16, uint16_t)
 #define PERIOD 64            /* rows after which the thresholds repeat */
 #define PARTS (32 / LANES)   /* registers a word of float32 */
 #define STRIP (256 << 10)    /* bytes of the second cache for a part of A and of the thresholds */
+#define CODES_WORDS 32       /* of a row at most, a multiple of any group's, whose codes are looked up together */
 
 struct merge {
     const void *weight;
@@ -157,8 +158,11 @@ struct merge {
     const int32_t *thresholds;
     void *out;
     int64_t rows, columns, words, rank, weight_stride, out_stride;
+    const struct linear *grid; /* where weights are held as codes or merged ones are rounded to its values */
+    int has_codes, to_grid;
 };
 typedef uint32_t bits_of_lanes __attribute__((vector_size(4 * LANES)));
+typedef int32_t threshold_lanes __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 
 /* The bits, as of float32, of values from memory, and such bits back to it; bfloat16 is the upper half of them. */
@@ -176,6 +180,34 @@ static inline bits_of_lanes bf16_bits(const uint16_t *from) {
 static inline void bf16_put(uint16_t *to, bits_of_lanes bits) {
     halves upper = __builtin_convertvector(bits >> 16, halves);
     memcpy(to, &upper, sizeof upper);
+}
+
+/* Bits of float32 that are rounded to those that a type has room for, to the nearest and ties to even. */
+static inline bits_of_lanes f32_rounded(bits_of_lanes bits) { return bits; }
+static inline bits_of_lanes bf16_rounded(bits_of_lanes bits) { return bits + 0x7FFF + (bits >> 16 & 1); }
+
+struct step { /* of a group: its scale, and its least and largest value in steps of it */
+    lanes scale, least, most;
+};
+
+static inline lanes pick(bits_of_lanes where, lanes one, lanes other) {
+    return (lanes)((where & (bits_of_lanes)one) | (~where & (bits_of_lanes)other));
+}
+static inline lanes between(lanes x, lanes least, lanes most) { /* what is no number stays so */
+    x = pick((bits_of_lanes)(x < least), least, x);
+    return pick((bits_of_lanes)(x > most), most, x);
+}
+static inline lanes whole(lanes x) { return (x + 0x1.8p23f) - 0x1.8p23f; } /* up to 2^22, ties to even */
+
+/* Merged weights as `tuning/kernels/on_grid.py` rounds them to the grid of the weights that they were. */
+static inline lanes on_grid(lanes w, lanes merged, const struct step *s, const int32_t *thresholds) {
+    if (!thresholds) return whole(between(merged / s->scale, s->least, s->most)) * s->scale;
+    threshold_lanes threshold;
+    memcpy(&threshold, thresholds, sizeof threshold);
+    lanes share = (__builtin_convertvector(threshold, lanes) + 0.5f) * 0x1p-16f;
+    lanes most = (lanes){0} + 512.0f, up = between((merged - w) / s->scale + share, -most, most), down = whole(up);
+    down -= pick((bits_of_lanes)(down > up), (lanes){0} + 1.0f, (lanes){0});
+    return between(whole(w / s->scale) + down, s->least, s->most) * s->scale;
 }
 
 #define T(name) f32_##name
