@@ -23,6 +23,7 @@ from lors_cli.output import console
 from lors_cli.pipeline.folders import claim, tidy
 from lors_cli.pipeline.plans import StagePlan, describe
 from lors_cli.sweep.cells import Sweep, load_sweep, select_cells
+from lors_cli.sweep.costs import operations
 from lors_cli.sweep.index import update_index
 from lors_cli.sweep.running import do_stage
 from lors_cli.sweep.stages import CellPlan, distinct, plan_cells
@@ -42,6 +43,8 @@ class Job:
     cell: str
     after: tuple[str, ...]
     """Names of the jobs whose results it reads."""
+    work: float
+    """Floating-point operations; 1 where they are not known."""
 
     @property
     def name(self) -> str:
@@ -64,9 +67,15 @@ def jobs_of(plans: Sequence[CellPlan], names: set[str]) -> list[Job]:
     """What the named cells lack, in an order in which it can be done."""
     mine = distinct(plan for plan in plans if plan.cell.name in names)
     left = {folder: entry for folder, entry in mine.items() if entry[0].status != "done"}
+    data_dirs = {stage.folder: plan.data_dir for plan in plans for stage in plan.plans}
     read = {folder: {Path(model.path) for model in plan.models.values()} for folder, (plan, _) in left.items()}
     return [
-        Job(plan, cells[0], tuple(other.name for other in left if other in read[folder]))
+        Job(
+            plan,
+            cells[0],
+            tuple(other.name for other in left if other in read[folder]),
+            operations(plan, data_dirs[folder]) or 1.0,
+        )
         for folder, (plan, cells) in left.items()
     ]
 

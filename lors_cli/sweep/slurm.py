@@ -108,7 +108,8 @@ class Slurm:
     def _submit(self, jobs: Sequence[Job], folder: JobFolder) -> dict[str, str]:
         """Cluster's job ids by name; those that are in the queue stay there."""
         queue, ids, new = queued(), dict[str, str](), 0
-        for number, job in enumerate(jobs):
+        lanes = lanes_of(jobs, self.jobs) if self.jobs else {}
+        for job in jobs:
             after = [ids[name] for name in job.after]
             known = folder.submission(job.name)
             if known is not None and known["id"] in queue:
@@ -116,7 +117,7 @@ class Slurm:
                     ids[job.name] = known["id"]
                     continue
                 subprocess.run(["scancel", known["id"]], check=False)  # it waits for a job that failed
-            ids[job.name] = self._submit_one(job, number, after, folder)
+            ids[job.name] = self._submit_one(job, lanes.get(job.name), after, folder)
             folder.note_submission(job.name, {"id": ids[job.name], "after": after})
             new += 1
         kept = len(jobs) - new
@@ -124,29 +125,39 @@ class Slurm:
                      "command, and the same command follows them again.")  # fmt: skip
         return ids
 
-    def _submit_one(self, job: Job, number: int, after: Sequence[str], folder: JobFolder) -> str:
+    def _submit_one(self, job: Job, lane: int | None, after: Sequence[str], folder: JobFolder) -> str:
         import submitit
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-        lane = f"-{number % self.jobs}" if self.jobs else f"-{job.name}"
         waits = [f"afterok:{':'.join(after)}"] if after else []
-        waits += ["singleton"] if self.jobs else []
+        waits += [] if lane is None else ["singleton"]  # of one name one at a time
         options: dict[str, Any] = {"kill_on_invalid_dep": "yes", "requeue": True, **self.more}
         if waits:
             options["dependency"] = ",".join(waits)
         given = {"partition": self.partition, "gpus_per_node": self.gpus or None}
         executor = submitit.SlurmExecutor(folder=folder.folder / "submitit", max_num_timeout=NO_LIMIT)
         executor.update_parameters(
-            job_name=f"lors-{folder.out.name}{lane}", time=self.minutes, signal_delay_s=SIGNAL_DELAY_S,
-            additional_parameters=options,
+            job_name=f"lors-{folder.out.name}-{job.name if lane is None else lane}", time=self.minutes,
+            signal_delay_s=SIGNAL_DELAY_S, additional_parameters=options,
             **{name: value for name, value in given.items() if value is not None},
         )  # fmt: skip
-        process = StageProcess(job.name, job.cell, folder.out.absolute(), folder.text.absolute())
+        process = StageProcess(job.name, job.cell, folder.out, folder.text)  # in this folder: sbatch keeps it
         try:
             return str(executor.submit(process).job_id)
         except (FailedJobError, FailedSubmissionError) as error:
             said = [line for line in str(error).splitlines() if line.startswith("sbatch: ")]
             raise UsageError(f"the cluster refused a job: {' '.join(said) or error}") from error
+
+
+def lanes_of(jobs: Sequence[Job], number: int) -> dict[str, int]:
+    """Each job's lane, of so many, in which one runs after the other: where it can start first, by the work of each."""
+    free, lanes, ends = [0.0] * number, dict[str, int](), dict[str, float]()
+    for job in jobs:
+        ready = max((ends[name] for name in job.after), default=0.0)
+        lane = min(range(number), key=lambda lane: (max(free[lane], ready), -free[lane]))
+        lanes[job.name], free[lane] = lane, max(free[lane], ready) + job.work
+        ends[job.name] = free[lane]
+    return lanes
 
 
 def minutes(text: str) -> int:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,19 @@ def test_jobs_wait_for_what_they_read(jobs: tuple[list[Job], JobFolder]) -> None
             (job.plan.stage, next(iter(job.plan.models)))]  # fmt: skip
         assert [stages[name] for name in job.after] == expected
         assert all(order.index(name) < order.index(job.name) for name in job.after)
+
+
+def test_lanes_keep_all_processes_busy(jobs: tuple[list[Job], JobFolder]) -> None:
+    work = {"eval": 1.0, "prune": 1.0, "tune": 100.0}
+    timed = [replace(job, work=work[job.plan.stage]) for job in jobs[0]]
+    lanes = slurm.lanes_of(timed, 2)
+    stages = [f"{job.plan.stage} {next(iter(job.plan.models))}" for job in jobs[0]]
+    assert stages == [
+        "eval dense", "prune dense", "eval pruned", "tune pruned", "eval tuned", "tune pruned", "eval tuned",
+    ]  # fmt: skip
+    assert list(lanes.values()) == [0, 1, 0, 1, 1, 0, 0]  # a tuning each
+    assert all(job.work > 1e4 for job in jobs[0])
+    assert set(slurm.lanes_of(jobs[0], 1).values()) == {0}
 
 
 def test_each_process_has_a_gpu_of_its_own_and_no_more_run_at_once(

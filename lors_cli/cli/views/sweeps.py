@@ -125,9 +125,9 @@ def show_status(document: dict[str, Any]) -> None:
         console.result()
         console.table(["stage", "state", "what"], list(told.values()), prose=True)
     console.result()
-    states = [cell["status"] for cell in document["cells"]]
-    counts = [f"{states.count(state)} {state}" for state in ("done", "running", "waiting", "failed") if state in states]
-    console.result(f"{console.counted(len(states), 'cell')}: {', '.join(counts)}.")
+    found = [cell["status"] for cell in document["cells"]]
+    counts = [f"{found.count(state)} {state}" for state in ("done", "running", "waiting", "failed") if state in found]
+    console.result(f"{console.counted(len(found), 'cell')}: {', '.join(counts)}.")
     console.document(document)
 
 
