@@ -31,7 +31,7 @@ from lors_cli.sweep.stages import CellPlan, distinct, plan_cells
 JOBS_NAME = "jobs"
 COMMAND = "sweep-stage"
 """The hidden command that does one stage."""
-STAGE_WAIT_S, INDEX_WAIT_S, INDEX_PATIENCE_S = 1.0, 0.1, 10.0
+STAGE_WAIT_S, INDEX_WAIT_S, INDEX_PATIENCE_S = 1.0, 0.1, 30.0
 TAIL_BYTES = 8192
 
 
@@ -92,11 +92,8 @@ class JobFolder:
 
     @classmethod
     def of(cls, out: Path, sweep: Sweep) -> JobFolder:
-        """That of a sweep, with its text in it."""
-        text = out / JOBS_NAME / f"sweep-{hashlib.sha256(sweep.text.encode()).hexdigest()[:12]}.yaml"
-        if not text.is_file():
-            atomic.write_text(text, sweep.text)
-        return cls(out, text)
+        """That of a sweep; nothing is written."""
+        return cls(out, out / JOBS_NAME / f"sweep-{hashlib.sha256(sweep.text.encode()).hexdigest()[:12]}.yaml")
 
     @property
     def folder(self) -> Path:

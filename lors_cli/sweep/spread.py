@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lors_cli.errors import UsageError
-from lors_cli.files import locks
+from lors_cli.files import atomic, locks
 from lors_cli.output import console, progress
 from lors_cli.pipeline.folders import guard_out
 from lors_cli.sweep.cells import Cell, Sweep
@@ -52,6 +52,8 @@ def spread_sweep(sweep: Sweep, out: Path, chosen: Sequence[Cell], executor: Exec
     folder = JobFolder.of(out, sweep)
     watch = _Watch(folder, len(jobs))
     if jobs:
+        if not folder.text.is_file():
+            atomic.write_text(folder.text, sweep.text)
         for job in jobs:
             folder.clear_failure(job.name)
         try:

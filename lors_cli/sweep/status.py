@@ -18,7 +18,7 @@ from lors_cli.sweep.stages import CellPlan, distinct, plan_cells
 def sweep_status(sweep: Sweep, out: Path, chosen: Sequence[Cell]) -> dict[str, Any]:
     """Each chosen cell's stages with their state: done, running, waiting or failed; nothing is written."""
     plans = plan_cells(chosen, out)
-    jobs = JobFolder(out, out)
+    jobs = JobFolder.of(out, sweep)
     submitted = {folder: jobs.submission(folder.name) for folder in distinct(plans)}
     asks = any(submitted.values()) and shutil.which("squeue") is not None
     queue = queued() if asks else None
