@@ -147,8 +147,8 @@ def test_values_off_their_grid_publish_nothing(
 ) -> None:
     round_group = methods.round_group
 
-    def off(*args: Any) -> Any:
-        weights, grids = round_group(*args)
+    def off(*args: Any, **settings: Any) -> Any:
+        weights, grids = round_group(*args, **settings)
         weights[0][weights[0] != 0] *= 1.01
         return weights, grids
 
