@@ -11,11 +11,19 @@ import pytest
 
 from lors_cli.evaluation import eval_fingerprint
 from lors_cli.pruning import stage as pruning
-from lors_cli.recipe.schema import CalibrationConfig, DistillConfig, EvalConfig, PruneConfig, TuneConfig, TuneDataConfig
+from lors_cli.recipe.schema import (
+    CalibrationConfig,
+    DistillConfig,
+    EvalConfig,
+    PruneConfig,
+    QuantizeConfig,
+    TuneConfig,
+    TuneDataConfig,
+)
 from lors_cli.tuning import stage as tuning
 
 TEXT = {"text.txt": "some text\n", "other.txt": "other text\n"}
-PRUNE = PruneConfig(method="wanda", pattern="unstructured", sparsity=0.5,
+PRUNE = PruneConfig(method="wanda", pattern="unstructured", sparsity=0.5, quantize=QuantizeConfig(),
                     calibration=CalibrationConfig(dataset="text.txt"))  # fmt: skip
 TUNE = TuneConfig(
     data=TuneDataConfig(dataset="text.txt", stream="on"), distill=DistillConfig(teacher="teacher.gguf"),
@@ -24,7 +32,8 @@ TUNE = TuneConfig(
 EVAL = EvalConfig(tasks=("rte",), perplexity=("text.txt",), apply_chat_template=True)
 OTHER: dict[str, Any] = {
     "prune.method": "ria", "prune.pattern": None, "prune.channel_permutation": None,  # these have tests of their own
-    "prune.true_sequential": True, "prune.layer_sparsity": "owl", "prune.skip": ("a.*",),
+    "prune.quantize.bits": 8, "prune.quantize.group_size": 64, "prune.true_sequential": True,
+    "prune.layer_sparsity": "owl", "prune.skip": ("a.*",),
     "prune.calibration.dataset": "other.txt",
     "prune.calibration.split": None, "prune.calibration.columns": None,  # in the text's fingerprint; a file has none
     "prune.calibration.offload": "disk",
