@@ -51,7 +51,7 @@ class RoundedToGrid(torch.autograd.Function):
         return merged
 
     @staticmethod
-    def backward(ctx: object, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: object, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """The gradient of `total`."""
         return grad, None, None, None
 
