@@ -1,5 +1,6 @@
 # make demo: SmolLM2-135M pruned, tuned and scored.   make test: the whole test suite.   All make .venv first.
 # make faults: runs and sweeps killed again and again, KILLS times, at moments drawn by SEED.
+# make slurm: sweeps on a real Slurm of one node, set up on this machine (Debian, as root); minutes.
 # make gpu: everything that only a GPU can show, in nine minutes (rehearsed on a CPU where there is none); results in OUT.
 # make docs: the documentation as a site in build/docs, which needs no network to be read.   make dist: wheel and sdist in dist/.
 # make fuzz: broken inputs by the thousand.   make audit: known vulnerabilities of the installed packages.
@@ -8,7 +9,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: install demo test check faults gpu docs dist fuzz audit clean
+.PHONY: install demo test check faults slurm gpu docs dist fuzz audit clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed $(VENV)/.demo-model
@@ -37,6 +38,10 @@ SEED ?= 0
 KILLS ?= 80
 faults: install
 	LORS_KILLS=$(KILLS) LORS_KILLS_SEED=$(SEED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/faults/test_kills.py
+
+slurm: install
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[slurm]'
+	OMP_NUM_THREADS=1 PATH="$(PATH):/usr/sbin" $(BIN)/python -m pytest -q -m slurm tests/slurm
 
 OUT ?= runs/gpu
 gpu: install

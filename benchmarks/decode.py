@@ -6,9 +6,9 @@ python benchmarks/decode.py --out results.json [--shapes 2048x5632 …] [--batch
 `--shapes` or `--models` without a word leaves that part out. The file is written after each cell; the same command
 goes on from there, also with more cells. Every cell has the machine's load average.
 
-Linears are compared with torch's dense ones and with dense kernels in C that are tuned alike, of bfloat16 and of 4 bits:
-the same loops and look-ups without a mask. Sparse weights of 4 and 8 bits lie on symmetric grids in groups of
-`--group-size`; all inputs and sums are those of the others. Each round runs every
+Linears are compared with torch's dense ones and with dense kernels in C that are tuned alike, of bfloat16 and of 4
+bits: the same loops and look-ups without a mask. Weights of 4 and 8 bits lie on symmetric grids in groups of
+`--group-size`. Each round runs every
 arm in turn, in rotating order, on the same inputs; a ratio is taken within a round, and given as the median over rounds
 with its range. As in decoding, each call finds its weight in memory and not in the cache: the arms go round as many
 copies as fill `--megabytes` (0: one copy, which a large cache may hold). With one thread the thread's processor time is
@@ -50,8 +50,8 @@ ROUND_S = 0.004
 """A turn repeats its call for about so long."""
 LEAST_ROUNDS = 5
 RATIOS = (
-    ("torch", "packed"), ("dense C", "packed"), ("torch", "dense C"), ("torch", "packed int4"), ("torch", "packed int8"),
-    ("dense int4", "packed int4"), ("packed", "packed int4"),
+    ("torch", "packed"), ("dense C", "packed"), ("torch", "dense C"), ("torch", "packed int4"),
+    ("torch", "packed int8"), ("dense int4", "packed int4"), ("packed", "packed int4"),
 )  # fmt: skip
 """Arms whose times are divided within a round."""
 
@@ -172,8 +172,8 @@ def measure_models(given: argparse.Namespace, document: dict[str, Any], keep: Ca
     """Every model at every number of threads: decoding and prompts, cell by cell."""
     for shape, bits in itertools.product(given.models, given.bits):
         config = DecodeConfig(
-            shape=shape, pattern=given.pattern, bits=bits, group_size=given.group_size, lengths=tuple(given.lengths), tokens=given.tokens, dtype=given.dtype,
-            device="cpu", rounds=given.rounds,
+            shape=shape, pattern=given.pattern, bits=bits, group_size=given.group_size, lengths=tuple(given.lengths),
+            tokens=given.tokens, dtype=given.dtype, device="cpu", rounds=given.rounds,
         )  # fmt: skip
         kind = f"{shape} int{bits}" if bits else shape
         for threads in given.threads:
@@ -202,7 +202,8 @@ def show(document: dict[str, Any]) -> None:
         linears.add_row(result["shape"], str(result["batch"]), str(result["threads"]), cell(times["torch"]),
                         cell(times["packed"]), cell(result["torch ÷ packed"], 2),
                         cell(result["dense C ÷ packed"], 2), cell(times["packed int4"]),
-                        cell(result["torch ÷ packed int4"], 2), cell(result["dense int4 ÷ packed int4"], 2))  # fmt: skip
+                        cell(result["torch ÷ packed int4"], 2),
+                        cell(result["dense int4 ÷ packed int4"], 2))  # fmt: skip
     models = Table("model", "what", "dense, ms", "packed, ms", "dense ÷ packed", "load")
     for name, found in document["models"].items():
         for what, figures in found["cells"].items():

@@ -73,7 +73,7 @@ class Commands(Group):
 
 def command(
     app: typer.Typer, panel: str, *examples: str, name: str | None = None, sections: Sequence[str] = (),
-    flags: Sequence[inspect.Parameter] = (),
+    flags: Sequence[inspect.Parameter] = (), hidden: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:  # fmt: skip
     """Makes a function a guarded command of a panel, with examples at the end of its help.
 
@@ -95,7 +95,7 @@ def command(
 
         wrapped = guarded(function, flags)
         kind = WithFlags if sections else Command
-        app.command(name=name, cls=kind, rich_help_panel=panel, epilog=epilog)(wrapped)
+        app.command(name=name, cls=kind, rich_help_panel=panel, epilog=epilog, hidden=hidden)(wrapped)
         return wrapped
 
     return register

@@ -105,6 +105,24 @@ Tflops = Annotated[
     float | None, option("With --dry-run: the device's TFLOP/s for the time; default: this one's.", panel=OUTPUT)
 ]
 
+ON = "Several processes"
+Executor = Annotated[
+    str | None, option("Stages as processes of their own: local (this machine) or slurm; default: one after the other.",
+                       panel=ON, complete=of("local", "slurm"))
+]  # fmt: skip
+Jobs = Annotated[int | None, option("Stages at once; local: default 1, or one a GPU.", panel=ON, min=1)]
+Gpus = Annotated[str | None, option("local: the GPUs, such as 0,1,2,3; slurm: GPUs a stage, 0 or 1.", panel=ON)]
+Partition = Annotated[str | None, option("slurm: where jobs go.", panel=ON)]
+TimeLimit = Annotated[
+    str | None, option("slurm: a job's time; one that runs out of it is saved and goes on later.", "--time", panel=ON)
+]
+Sbatch = Annotated[
+    list[str] | None, option("slurm: another option of sbatch, such as account=mine; may be repeated.", panel=ON)
+]
+Status = Annotated[bool, option("Show how far each cell's stages are; nothing is run.", "--status", panel=OUTPUT)]
+StageOfSweep = Annotated[str, _argument("The name of its folder.", "STAGE")]
+CellOfSweep = Annotated[str, _argument("A cell that needs it.", "CELL")]
+
 # lors prune, tune, eval; their flags are in `flags`
 PruneModel = Annotated[str, _model("prune")]
 TuneModel = Annotated[str, _model("tune")]

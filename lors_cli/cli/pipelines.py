@@ -15,6 +15,7 @@ from lors_cli.recipe.shipped import find
 
 if TYPE_CHECKING:
     from lors_cli.recipe.schema import Recipe
+    from lors_cli.sweep.spread import Executor
 
 pipelines_app = typer.Typer()
 
@@ -75,28 +76,68 @@ def _show_plan(recipe: Recipe, folder: Path, first: str | None, last: str | None
 
 @command(
     pipelines_app, PIPELINE, "lors sweep smollm2 --dry-run", "lors sweep table1.yaml",
-    "lors sweep table1.yaml --only 'wanda-*'",
+    "lors sweep table1.yaml --only 'wanda-*'", "lors sweep table1 --executor local --gpus 0,1,2,3",
+    "lors sweep table1 --executor slurm --partition gpu --gpus 1 --time 08:00:00", "lors sweep table1 --status",
 )  # fmt: skip
 def sweep(
     sweep: o.SweepName, overrides: o.RunSettings = None, out: o.SweepOut = None, only: o.Only = None,
-    dry_run: o.DryRun = False, tflops: o.Tflops = None,
+    executor: o.Executor = None, jobs: o.Jobs = None, gpus: o.Gpus = None, partition: o.Partition = None,
+    time_limit: o.TimeLimit = None, sbatch: o.Sbatch = None, status: o.Status = False, dry_run: o.DryRun = False,
+    tflops: o.Tflops = None,
 ) -> None:  # fmt: skip
     """Run a recipe over a grid of settings; cells share their stages."""
     from lors_cli.cli.views import sweeps
     from lors_cli.pipeline.folders import guard_out
     from lors_cli.sweep.cells import load_sweep, select_cells
     from lors_cli.sweep.running import run_sweep
+    from lors_cli.sweep.spread import spread_sweep
+    from lors_cli.sweep.status import sweep_status
 
     if tflops is not None and (not dry_run or tflops <= 0):
         raise UsageError(f"--tflops {tflops:g}: a rate above 0, for the times that --dry-run shows.")
+    if status and dry_run:
+        raise UsageError("--status shows what is, --dry-run what would be done.", "Use one of the two.")
+    engine = _executor(executor, jobs, gpus, partition, time_limit, sbatch or [])
     plan = load_sweep(find("sweep", sweep), overrides or [])
     folder = out or Path("sweeps") / plan.name
     chosen = select_cells(plan, only or [])
-    if dry_run:
+    if dry_run or status:
         guard_out(folder, "sweep")
-        sweeps.show_plan(sweeps.plan_document(plan, folder, chosen, tflops))
+        if status:
+            sweeps.show_status(sweep_status(plan, folder, chosen))
+        else:
+            sweeps.show_plan(sweeps.plan_document(plan, folder, chosen, tflops))
         return
-    summary = run_sweep(plan, folder, chosen)
+    summary = run_sweep(plan, folder, chosen) if engine is None else spread_sweep(plan, folder, chosen, engine)
     sweeps.show_sweep(summary)
     if summary["failed"]:
         raise typer.Exit(next(iter(summary["failed"].values()))["exit_code"])
+
+
+def _executor(
+    name: str | None, jobs: int | None, gpus: str | None, partition: str | None, time_limit: str | None,
+    sbatch: list[str],
+) -> Executor | None:  # fmt: skip
+    """What does the stages of a sweep; None: this process, one after the other."""
+    from lors_cli.sweep.local import Local
+    from lors_cli.sweep.slurm import Slurm
+
+    given = {"--jobs": jobs, "--gpus": gpus, "--partition": partition, "--time": time_limit, "--sbatch": sbatch}
+    takes = {None: (), "local": ("--jobs", "--gpus"), "slurm": tuple(given)}.get(name)
+    if takes is None:
+        raise UsageError(f"--executor {name}: there is local, this machine, and slurm.")
+    odd = [flag for flag, value in given.items() if value and flag not in takes]
+    if odd:
+        wanted = "slurm" if name else "local or slurm"
+        raise UsageError(f"{odd[0]} has no effect without --executor {wanted}.", "Give it, or leave the flag out.")
+    if name == "slurm":
+        return Slurm.of(partition, gpus, jobs, time_limit, sbatch)
+    return Local.of(jobs, gpus) if name == "local" else None
+
+
+@command(pipelines_app, PIPELINE, name="sweep-stage", hidden=True)
+def sweep_stage(sweep: o.SweepName, cell: o.CellOfSweep, stage: o.StageOfSweep, out: o.Out) -> None:
+    """Do one stage of a sweep; lors sweep --executor starts it."""
+    from lors_cli.sweep.jobs import run_job
+
+    run_job(Path(sweep), cell, stage, out)

@@ -24,7 +24,7 @@ from lors_cli.evaluation.plain_results import finite
 from lors_cli.evaluation.summary import average
 from lors_cli.evaluation.tasks import check_tasks
 from lors_cli.evaluation.texts import lacking_texts, published, write_texts
-from lors_cli.files import atomic, hashes, records
+from lors_cli.files import atomic, hashes, locks, records
 from lors_cli.machine import environment, processes
 from lors_cli.machine.memory import collect_garbage
 from lors_cli.models import blocks, loading, sources
@@ -174,6 +174,7 @@ def _publish(
     out: Path,
 ) -> dict[str, dict[str, Any]]:
     """Write each model's results and, last, the stage's record; files that already say so are left alone."""
+    locks.check(out)
     stored = [(piece, piece.stored() or {}) for piece in pieces]
     entries = resolve(config)
     results = {

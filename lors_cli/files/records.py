@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lors_cli.files import locks
 from lors_cli.files.atomic import read_json, sync_file, sync_folder, write_json
 from lors_cli.files.hashes import cached_sha256, file_sha256, plain
 
@@ -134,7 +135,11 @@ def publish(folder: Path, record: StageRecord, *, keep: Sequence[str] = ()) -> S
     Args:
         record: its `files` are filled in here.
         keep: names in `folder` that belong to the result though they were not staged.
+
+    Raises:
+        UsageError: another process has taken the folder over.
     """
+    locks.check(folder)
     staging = folder / STAGING_NAME
     names = sorted(str(path.relative_to(staging)) for path in staging.rglob("*") if path.is_file())
     umask = os.umask(0)
@@ -157,6 +162,7 @@ def publish(folder: Path, record: StageRecord, *, keep: Sequence[str] = ()) -> S
     with progress.busy("hashing the results"):
         files = {name: file_sha256(folder / name) for name in sorted({*names, *keep}) if (folder / name).is_file()}
     finished = replace(record, files=files)
+    locks.check(folder)
     write_json(folder / RECORD_NAME, plain(finished))
     (folder / JOURNAL_NAME).unlink()
     shutil.rmtree(staging)

@@ -15,10 +15,10 @@ from lors_cli.files.revisions import known_commit
 from lors_cli.machine.devices import cpu_has_bfloat16, resolve_device
 from lors_cli.models.checks import check_size, check_vocabulary, forget_own_code, loading
 from lors_cli.models.hub import here, is_whole
-from lors_cli.models.quantised import PACKED
+from lors_cli.models.quantised import BITSANDBYTES, PACKED, Quantised
 from lors_cli.models.quiet import library_bars, quiet_libraries
 from lors_cli.models.sources import ModelSource, locate
-from lors_cli.models.stored import check_files, refuse, settle_ties
+from lors_cli.models.stored import check_files, check_plain, refuse, settle_ties
 from lors_cli.output import console, progress
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def load_config(config: ModelConfig) -> Any:
 
     Raises:
         MissingError: not there or not reachable.
-        UsageError: its config.json cannot be read.
+        UsageError: its config.json cannot be read, or the weights are stored in a way that nothing here undoes.
     """
     from transformers import AutoConfig
 
@@ -67,7 +67,10 @@ def load_config(config: ModelConfig) -> Any:
                 settings._commit_hash = known_commit(repo, config.revision)
             if source.folder is not None and source.gguf_file is None and (repo is None or is_whole(source.folder)):
                 check_size(settings, source.folder, config.path)
-            return settings
+    quantised = Quantised.of(settings) if source.gguf_file is None else None
+    if quantised is not None:
+        quantised.check_method(config.path)
+    return settings
 
 
 def load_model(
@@ -98,10 +101,14 @@ def load_model(
         quantised = check_files(settings, config)
         if quantised is not None:
             settings.dtype = dtype
-            if not (keep_packed and quantised.method == PACKED):
-                console.info(f"  {config.path} is {quantised.what}: its weights are made plain again")
-                settings.quantization_config = {**quantised.settings, "dequantize": True}
             options["config"] = settings
+            if not (keep_packed and quantised.method == PACKED):
+                console.info(f"  {config.path} is {quantised.what}: its weights, and what is made of them, become "
+                             f"{str(dtype).removeprefix('torch.')}")  # fmt: skip
+                if quantised.method == BITSANDBYTES:
+                    options["device_map"] = "cpu"  # else it takes the first GPU, whatever the device is
+                else:
+                    settings.quantization_config = {**quantised.settings, "dequantize": True}
         options["use_safetensors"] = True
     reading = progress.busy("reading the .gguf") if source.gguf_file else library_bars("loading", "weights")
     with quiet_libraries(), reading:
@@ -113,10 +120,14 @@ def load_model(
                 ignore_mismatched_sizes=True,  # they are refused below, by name
                 **options,
             )
-    model, report = loaded
+            model, report = loaded
+            if quantised is not None and quantised.method == BITSANDBYTES:
+                model = model.dequantize(dtype)
     refuse(config.path, {*report["missing_keys"], *(str(item[0]) for item in report["mismatched_keys"])})
     settle_ties(model, config.path)
     if quantised is not None:
+        if quantised.method != PACKED:
+            check_plain(model, config.path)
         _cast(model, dtype)
         model._weight_conversions = None  # saved under the names of its family's plain checkpoints
     model.requires_grad_(False)

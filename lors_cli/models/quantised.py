@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +14,16 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 """safetensors' names of the number formats that plain weights are in."""
 PACKED = "lors_packed"
 """`quant_method` of what `lors pack` writes."""
-DEQUANTISED: dict[str, tuple[str, ...]] = {"fp8": (), "mxfp4": (), "compressed-tensors": ("compressed_tensors",),
-                                          PACKED: ()}  # fmt: skip
-"""What transformers turns back into plain weights while it loads: `quant_method` and the packages that it needs."""
-DENSE_HINT = "Give the checkpoint in bfloat16, float16 or float32 that it was made from."
+BITSANDBYTES = "bitsandbytes"
+DEQUANTISED: dict[str, tuple[str, ...]] = {
+    "fp8": (), "mxfp8": (), "mxfp4": (), "compressed-tensors": ("compressed_tensors",), BITSANDBYTES: ("bitsandbytes",),
+    PACKED: (),
+}  # fmt: skip
+"""What transformers turns back into plain weights, on any device: `quant_method` and the packages that it needs."""
+DENSE_HINT = (
+    "Give the checkpoint in bfloat16, float16 or float32 that it was made from; on the hub its page names it as the "
+    "base model."
+)
 
 LEFT_BY_QUANTISING = re.compile(
     r"(scales?|scale_inv|scale_2|amax|zero_point|zeros|qweight|weight_mask|g_idx|weight_packed|bitmask|compressed|absmax|quant_map"
@@ -46,15 +53,14 @@ class Quantised:
         values = found if isinstance(found, dict) else found.to_dict()
         return cls(str(values.get("quant_method", "unknown")), values)
 
-    def check(self, tensors: dict[str, Any], path: str) -> None:
-        """Refuse what transformers cannot turn back into plain weights.
+    def check_method(self, path: str) -> None:
+        """Refuse a kind that transformers cannot turn back into plain weights, before any weight is there.
 
         Args:
-            tensors: of the files, as safetensors' slices.
             path: names the checkpoint in messages.
 
         Raises:
-            UsageError: it has no way to, or the weights are plain ones.
+            UsageError: it has no way to.
             MissingError: a package that it needs for that is not installed.
         """
         if self.method not in DEQUANTISED:
@@ -66,6 +72,16 @@ class Quantised:
                 "weights, is not installed.",
                 f"pip install {' '.join(lacking)}, or give the checkpoint that it was made from.",
             )
+
+    def check(self, tensors: dict[str, Any], path: str) -> None:
+        """Refuse files that transformers would not turn back into the weights that they stand for.
+
+        Args:
+            tensors: of the files, as safetensors' slices.
+
+        Raises:
+            UsageError: saying which, or that the weights are plain ones.
+        """
         if self.method != PACKED and all(
             tensor.get_dtype() in FLOATS and not LEFT_BY_QUANTISING.search(key) for key, tensor in tensors.items()
         ):
@@ -74,8 +90,12 @@ class Quantised:
                 "ones.",
                 "Take quantization_config out of config.json.",
             )
-        if self.method == "fp8":
+        if self.method in ("fp8", "mxfp8"):
             self._check_fp8(tensors, path)
+        if self.method == "compressed-tensors":
+            self._check_compressed(tensors, path)
+        if self.method == BITSANDBYTES:
+            self._check_bitsandbytes(tensors, path)
 
     def _check_fp8(self, tensors: dict[str, Any], path: str) -> None:
         """Refuse FP8 that transformers would load as other weights without a word.
@@ -100,3 +120,36 @@ class Quantised:
                     "fill it, which transformers cannot turn back into plain weights.",
                     DENSE_HINT,
                 )
+
+    def _check_bitsandbytes(self, tensors: dict[str, Any], path: str) -> None:
+        """Refuse 4-bit blocks that go over the ends of rows, of which its CPU code (0.50) makes other numbers."""
+        for key, tensor in tensors.items():
+            if ".quant_state." in key:
+                state = json.loads(bytes(tensor[:].tolist()))
+                if state["shape"][-1] % state["blocksize"]:
+                    raise UsageError(
+                        f"{path}: {key.partition('.quant_state.')[0]} has rows of {state['shape'][-1]} in blocks of "
+                        f"{state['blocksize']}, which bitsandbytes does not turn back into plain weights on a CPU.",
+                        DENSE_HINT,
+                    )
+
+    def _check_compressed(self, tensors: dict[str, Any], path: str) -> None:
+        """Refuse compressed-tensors that transformers would load as other weights without a word.
+
+        It takes one kind of numbers for all linears but experts, and columns for being in their order.
+        """
+        odd = next((key for key in sorted(tensors) if key.endswith(("_g_idx", ".bitmask", ".compressed"))), None)
+        if odd is not None:
+            what = "columns out of their order" if odd.endswith("_g_idx") else "kept values and where they stand"
+            raise UsageError(f"{path} holds {what} ({odd}), which transformers does not undo.", DENSE_HINT)
+        groups: dict[str, Any] = self.settings.get("config_groups") or {}
+        kinds = [
+            {"weights": group.get("weights"), "format": group.get("format") or self.settings.get("format")}
+            for group in groups.values()
+            if not any(target.startswith("re:") and "experts" in target for target in group.get("targets", ()))
+        ]
+        if any(kind != kinds[0] for kind in kinds):
+            raise UsageError(
+                f"{path} is quantised in several ways ({', '.join(groups)}); transformers takes one for all.",
+                DENSE_HINT,
+            )

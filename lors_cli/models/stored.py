@@ -145,6 +145,26 @@ def match(
     return found
 
 
+def check_plain(model: PreTrainedModel, path: str) -> None:
+    """Refuse a network whose weights are not its family's plain ones, though they were to be made that.
+
+    Layers that are no linears are put in by some libraries, and none of them is taken out: GPT-2's, turned round.
+    """
+    import torch
+
+    with torch.device("meta"):
+        family = type(model)(model.config)
+    plain = {name: tuple(tensor.shape) for name, tensor in family.state_dict().items()}
+    found = {name: tuple(tensor.shape) if tensor.is_floating_point() else None
+             for name, tensor in model.state_dict().items()}  # fmt: skip
+    odd = {name for name in plain.keys() | found.keys() if plain.get(name) != found.get(name)}
+    if odd:
+        raise UsageError(
+            f"{path}: transformers does not make plain weights of {len(odd)} of its tensors, first: {min(odd)}",
+            DENSE_HINT,
+        )
+
+
 def refuse(path: str, bad: set[str]) -> None:
     """Refuse a checkpoint of whose weights some are `bad`, if any."""
     if bad:

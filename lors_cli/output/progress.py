@@ -33,15 +33,20 @@ _listeners: ContextVar[tuple[Callable[[Task], None], ...]] = ContextVar("listene
 
 def interval_s() -> float:
     """Seconds between lines: $LORS_HEARTBEAT_S, else 60."""
-    text = os.environ.get(VARIABLE)
+    return seconds_of(VARIABLE, DEFAULT_S)
+
+
+def seconds_of(variable: str, default: float) -> float:
+    """The seconds that an environment variable gives, else `default`."""
+    text = os.environ.get(variable)
     if not text:
-        return DEFAULT_S
+        return default
     try:
         value = float(text)
     except ValueError:
         value = 0.0
     if not 0 < value < threading.TIMEOUT_MAX:
-        raise UsageError(f"${VARIABLE} is {text}; it must be a number of seconds above 0.")
+        raise UsageError(f"${variable} is {text}; it must be a number of seconds above 0.")
     return value
 
 

@@ -52,16 +52,17 @@ def guard_out(out: Path, stage: str, inputs: Iterable[str] = ()) -> None:
 
 
 @contextmanager
-def claim(out: Path) -> Iterator[None]:
+def claim(out: Path, *, wait_s: float | None = None) -> Iterator[None]:
     """Hold `out` for this process; a folder made for it goes again when nothing was written there.
 
-    Of several processes on one job the first one holds it for all.
+    Of several processes on one job the first one holds it for all. One that is in use is refused, or looked at every
+    `wait_s` seconds until it is free.
     """
     if not processes.is_main():
         yield
         return
     fresh = not out.exists()
-    with locks.hold(out):
+    with locks.hold(out, wait_s=wait_s):
         try:
             yield
         finally:

@@ -30,6 +30,8 @@ MATRICES = {"sparsegpt": 2, "admm": 4}
 STACKS = {"sparsegpt": 3, "admm": 6}
 """Copies of the stacked weights of a group that a solver holds, in float32."""
 ADMM_ITERATIONS = 20
+PASSES = 3
+"""Of the descent over codes."""
 
 
 def memory_parts(config: PruneConfig, size: ModelSize, num_processes: int = 1) -> dict[str, int]:
@@ -165,8 +167,10 @@ def _solver(config: PruneConfig, size: ModelSize) -> int:
     for columns in {columns for _, columns, _ in size.block}:
         rows = max(rows for rows, other, _ in size.block if other == columns)
         stacked = 2 * rows if columns == size.hidden_size else rows  # gate and up are solved together
-        matrices = max(MATRICES.get(config.method, 0), 1 if config.refit else 0, 2 if config.quantize else 0)
-        stacks = max(STACKS.get(config.method, 3), 7 if config.refit else 0) + (1 if config.quantize else 0)
+        matrices = max(MATRICES.get(config.method, 0), 1 if config.refit else 0)
+        stacks = max(STACKS.get(config.method, 3), 7 if config.refit else 0)
+        if config.quantize:
+            matrices, stacks = max(matrices, 2), stacks + (5 if config.method == "admm" else 1)
         most = max(most, FLOAT * (matrices * columns**2 + stacks * stacked * columns))
     return most
 
@@ -184,5 +188,7 @@ def operations(config: PruneConfig, size: ModelSize) -> float:
         inputs = distinct_inputs(size)
         total += size.num_blocks * sum(2.0 * tokens * columns**2 + 2.0 * columns**3 for columns in inputs)
         sweeps = (2 * ADMM_ITERATIONS if config.method == "admm" else 1) + (2 * ADMM_ITERATIONS if config.refit else 0)
+        if config.quantize and (config.refit or config.method == "admm"):
+            sweeps += 2 * ADMM_ITERATIONS + 2 * PASSES
         total += sweeps * sum(1.0 * rows * columns**2 for rows, columns in size.linears)
     return total

@@ -27,12 +27,6 @@ def _blind(c: Any) -> bool:
     return bool(c.method == "magnitude" and not (c.refit or c.quantize))
 
 
-def _floats(c: Any) -> str | None:
-    """The setting that makes floats of the weights again, where they are to be quantised."""
-    found = {"method: admm": c.method == "admm", "refit": c.refit, "reconstruct_epochs": c.reconstruct_epochs}
-    return next((key for key, is_set in found.items() if is_set), None) if c.quantize else None
-
-
 def implied_sparsity(pattern: str) -> float | None:
     """The sparsity that N:M has; None when it keeps nothing or prunes nothing, and for unstructured."""
     if pattern == "unstructured":
@@ -121,8 +115,6 @@ RULES: dict[str, tuple[Rule, ...]] = {
         ("reconstruct_epochs", lambda c: c.reconstruct_epochs and _blind(c),
          "magnitude takes no calibration samples; choose another method",
          "`reconstruct_epochs` needs calibration samples: not `magnitude`, unless `refit` or `quantize` is on."),
-        ("quantize", _floats, "{found} leaves weights between the values of a grid; leave one of them out",
-         "`quantize` excludes `method: admm`, `refit` and `reconstruct_epochs`."),
         ("channel_permutation", lambda c: c.channel_permutation and c.pattern == "unstructured",
          "groups of M are what it fills; it needs a pattern N:M",
          "`channel_permutation` needs a pattern N:M."),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from lors_cli.bench import decode as benchmark
@@ -17,6 +17,8 @@ from lors_cli.bench.decode import DecodeConfig, bench_decode
 from lors_cli.cli.app import app
 from lors_cli.cli.views.bench import decode_rows, decode_settings, parse_flags
 from lors_cli.errors import UsageError
+from lors_cli.grid import GridSpec, fit_grid
+from lors_cli.models.grids import save_grids
 from lors_cli.models.packed.linear import PackedLinear
 from lors_cli.models.packed.stage import pack_model
 from lors_cli.models.shapes import SHAPES, Shape
@@ -43,8 +45,6 @@ def _config(**changes: object) -> DecodeConfig:
 
 @pytest.fixture
 def sparse(checkpoint: Path) -> Path:
-    from safetensors.torch import save_file
-
     tensors = load_file(checkpoint / "model.safetensors")
     for name, tensor in tensors.items():
         if name.endswith("_proj.weight"):
@@ -101,6 +101,52 @@ def test_both_arms_write_the_same_text_with_their_own_linears(monkeypatch: pytes
     assert len({tuple(text) for _, text in seen}) == 1
 
 
+@pytest.mark.parametrize(("bits", "dtype"), [(4, "bfloat16"), (8, "bfloat16"), (4, "float32")])
+def test_a_shape_s_weights_of_few_bits(bits: int, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes, a bit a place, scales of each row's groups of 32 and 32 bytes more a linear; the text stays the same."""
+    texts: list[list[int]] = []
+    plain = benchmark._generate
+
+    def watching(model: torch.nn.Module, prompt: torch.Tensor, tokens: int, clock: object) -> tuple[float, float]:
+        held = model.get_submodule("model.layers.1.mlp.down_proj")
+        assert isinstance(held, PackedLinear) == (False, True, True, False)[len(texts)]
+        assert not isinstance(held, PackedLinear) or held.weight.dtype == torch.uint8
+        weight = held.unpacked().weight if isinstance(held, PackedLinear) else held.weight
+        texts.append(weight.flatten().tolist())
+        return plain(model, prompt, tokens, clock)
+
+    monkeypatch.setattr(benchmark, "_generate", watching)
+    found = bench_decode(_config(lengths=(), rounds=1, bits=bits, group_size=32, dtype=dtype))
+    assert texts[0] == texts[1] == texts[2] == texts[3]
+    assert len(set(texts[0])) > 32 * 2
+    itemsize = 2 if dtype == "bfloat16" else 4
+    scales = LINEARS // 32 * itemsize
+    assert found["sizes"]["pattern"] == "2:4"
+    assert found["sizes"]["packed_linears_bytes"] == {
+        "dense": itemsize * LINEARS, "packed": LINEARS // 2 * bits // 8 + LINEARS // 8 + scales + 14 * 32
+    }  # fmt: skip
+
+
+def test_a_checkpoint_s_own_grids_are_used(sparse: Path, tmp_path: Path) -> None:
+    tensors = load_file(sparse / "model.safetensors")
+    spec, grids = GridSpec(4, 32), {}
+    for name, tensor in tensors.items():
+        if name.endswith("_proj.weight"):
+            grid = fit_grid(tensor, tensor != 0, spec)
+            tensors[name], grids[name.removesuffix(".weight")] = grid.rounded(tensor) * (tensor != 0), grid
+    save_file(tensors, sparse / "model.safetensors", {"format": "pt"})
+    save_grids(sparse, grids)
+    pack_model(PackConfig(), ModelConfig(path=str(sparse)), tmp_path / "packed")
+    found = [bench_decode(_config(model=str(path), shape=None, lengths=(), rounds=1))
+             for path in (sparse, tmp_path / "packed")]  # fmt: skip
+    assert found[0]["sizes"] == found[1]["sizes"]
+    stored = load_file(tmp_path / "packed/model.safetensors")
+    assert any(tensor.dtype == torch.uint8 for tensor in stored.values())
+    assert found[0]["sizes"]["bytes"]["packed"] == sum(tensor.nbytes for tensor in stored.values())
+    with pytest.raises(UsageError, match="lies on grids in float32"):
+        bench_decode(_config(model=str(sparse), shape=None, lengths=(), rounds=1, dtype="bfloat16"))
+
+
 def test_batches_count_every_sequence() -> None:
     cell = bench_decode(_config(batch_size=3, lengths=(8,)))["cells"]
     for name, tokens in (("decode 5 tokens", 3), ("prefill 8 tokens", 24)):
@@ -136,7 +182,7 @@ def test_a_dense_model_is_refused(checkpoint: Path) -> None:
 def test_without_a_kernel_it_says_why_and_both_arms_are_dense(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(benchmark, "why_none", lambda device, dtype: "there is no C compiler")
+    monkeypatch.setattr(benchmark, "why_none", lambda *_: "there is no C compiler")
     monkeypatch.setattr(benchmark, "_packed", None)  # is not called
     found = bench_decode(_config(lengths=()))
     assert found["environment"]["kernel"] is None

@@ -25,8 +25,10 @@ Lors = Callable[..., Result]
 
 
 def commands(group: Any = None, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every command and group below `lors`, with all of its flags."""
+    """Every command and group below `lors` that is for people, with all of its flags."""
     for name, command in (group or get_command(app)).commands.items():
+        if command.hidden:
+            continue
         yield (*path, name), command.make_context(name, [], resilient_parsing=True).command
         if hasattr(command, "commands"):
             yield from commands(command, (*path, name))

@@ -185,7 +185,7 @@ def test_a_dry_run_shows_all_and_writes_nothing(lors: Lors, hub: Hub, mine: Path
     for part in (
         "me/dry (new, private), branch main",
         "model-00001-of",
-        "stays here: .lock, checkpoints, log.jsonl, stage.json",
+        "stays here: checkpoints, log.jsonl, stage.json",
         f"base_model {BASE}; license mit",
         "2 scores",
         "Nothing was uploaded",

@@ -196,19 +196,6 @@ def test_every_method_sums_the_hessian_then(method: Any, kind: str) -> None:
     assert PruneConfig(method="magnitude", quantize=QuantizeConfig(), true_sequential=True).sequential
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"method": "admm"}, "method: admm leaves weights between the values of a grid"),
-        ({"refit": True}, "refit leaves weights between"),
-        ({"reconstruct_epochs": 1}, "reconstruct_epochs leaves weights between"),
-    ],
-)
-def test_what_makes_floats_again_is_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        PruneConfig(quantize=QuantizeConfig(), **settings)
-
-
 def test_eight_bits_are_symmetric() -> None:
     with pytest.raises(ValueError, match="8 bits are symmetric"):
         QuantizeConfig(bits=8, symmetric=False)

@@ -14,7 +14,7 @@ from lors_cli.pipeline.resources import free_disk
 from lors_cli.report.scores import INSIDE_ERROR, by_cell
 from lors_cli.sweep.cells import Cell, Sweep
 from lors_cli.sweep.costs import assumption, costs, disk_needed
-from lors_cli.sweep.running import index
+from lors_cli.sweep.index import index
 from lors_cli.sweep.stages import CellPlan, distinct, plan_cells
 
 
@@ -108,6 +108,27 @@ def _gib(num_bytes: int | None) -> str:
 
 def _time(seconds: float | None) -> str:
     return "unknown" if seconds is None else progress.duration(seconds)
+
+
+def show_status(document: dict[str, Any]) -> None:
+    """How far a sweep is: a row a cell with its stages, and what is to be said of those that run or failed."""
+    labels = list(dict.fromkeys(stage["stage"] for cell in document["cells"] for stage in cell["stages"]))
+    rows, told = [], dict[str, list[str]]()
+    for cell in document["cells"]:
+        states = {stage["stage"]: stage["status"] for stage in cell["stages"]}
+        rows.append([cell["name"], cell["status"], *(states.get(label, "") for label in labels)])
+        for stage in cell["stages"]:
+            if stage["detail"]:
+                told.setdefault(stage["folder"], [Path(stage["folder"]).name, stage["status"], stage["detail"]])
+    console.table(["cell", "state", *labels], rows)
+    if told:
+        console.result()
+        console.table(["stage", "state", "what"], list(told.values()), prose=True)
+    console.result()
+    found = [cell["status"] for cell in document["cells"]]
+    counts = [f"{found.count(state)} {state}" for state in ("done", "running", "waiting", "failed") if state in found]
+    console.result(f"{console.counted(len(found), 'cell')}: {', '.join(counts)}.")
+    console.document(document)
 
 
 # Results --------------------------------------------------------------------------------------------------------

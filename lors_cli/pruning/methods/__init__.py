@@ -8,10 +8,10 @@ import torch
 
 from lors_cli.grid import GridSpec
 from lors_cli.pruning.facts import RECONSTRUCTION_SAMPLES, STATISTICS, grid_spec, statistics_kind
-from lors_cli.pruning.methods.admm import admm
+from lors_cli.pruning.methods.admm import admm, admm_rounded
 from lors_cli.pruning.methods.gptq import Rounded, quantise_pruned
 from lors_cli.pruning.methods.magnitude import magnitude
-from lors_cli.pruning.methods.refit import refit
+from lors_cli.pruning.methods.refit import refit_group, refit_rounded
 from lors_cli.pruning.methods.ria import relative_importance, ria
 from lors_cli.pruning.methods.sparsegpt import sparsegpt, sparsegpt_rounded
 from lors_cli.pruning.methods.statistics import InputStatistics
@@ -40,7 +40,7 @@ SOLVERS: dict[str, Solver] = {
     "admm": admm,
 }
 """Each method: linears that share their input, what is known of it, and the pattern -> the pruned weights."""
-ROUNDED_SOLVERS: dict[str, RoundedSolver] = {"sparsegpt": sparsegpt_rounded}
+ROUNDED_SOLVERS: dict[str, RoundedSolver] = {"sparsegpt": sparsegpt_rounded, "admm": admm_rounded}
 """The methods that round what they keep to grids themselves; what the others keep GPTQ rounds."""
 
 
@@ -52,13 +52,17 @@ def prune_group(
 
 
 def round_group(
-    method: str, weights: Sequence[torch.Tensor], statistics: InputStatistics, pattern: Pattern, spec: GridSpec
-) -> Rounded:
+    method: str, weights: Sequence[torch.Tensor], statistics: InputStatistics, pattern: Pattern, spec: GridSpec,
+    *, refit: bool = False,
+) -> Rounded:  # fmt: skip
     """`prune_group` that puts what it keeps on grids: the pruned weights and the grids.
 
     Args:
         statistics: with the Hessian; without any, weights are rounded to the nearest.
+        refit: solve for the kept weights anew, on the mask that the method chose.
     """
+    if refit:
+        return refit_rounded(weights, prune_group(method, weights, statistics, pattern), statistics, spec)
     if method in ROUNDED_SOLVERS:
         return ROUNDED_SOLVERS[method](weights, statistics, pattern, spec)
     return quantise_pruned(prune_group(method, weights, statistics, pattern), statistics, spec)
@@ -73,12 +77,3 @@ def scores(method: str, weight: torch.Tensor, statistics: InputStatistics) -> to
         return relative_importance(weight, statistics)
     size = weight.abs().float()
     return size * statistics.input_norms() if statistics.num_tokens and statistics.kind != "none" else size
-
-
-def refit_group(
-    weights: Sequence[torch.Tensor], pruned: Sequence[torch.Tensor], statistics: InputStatistics
-) -> list[torch.Tensor]:
-    """`refit` of linears (out_features_i, in_features) that share their input, whose Hessian is known."""
-    rows = [weight.shape[0] for weight in weights]
-    solved = refit(torch.cat([*weights]), torch.cat([*pruned]), statistics.hessian())
-    return [part.to(weight.dtype) for part, weight in zip(solved.split(rows), weights, strict=True)]

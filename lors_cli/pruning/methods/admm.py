@@ -10,6 +10,9 @@ from collections.abc import Sequence
 
 import torch
 
+from lors_cli.grid import GridSpec, fit_grid
+from lors_cli.pruning.methods.gptq import Rounded
+from lors_cli.pruning.methods.refit import refit_rounded
 from lors_cli.pruning.methods.statistics import InputStatistics
 from lors_cli.sparsity import Pattern, keep_largest
 
@@ -27,6 +30,7 @@ def admm(
     iterations: int = ITERATIONS,
     mask_iterations: int = MASK_ITERATIONS,
     penalty: float = PENALTY,
+    spec: GridSpec | None = None,
 ) -> list[torch.Tensor]:
     """Prune linears (R_i, C) that share their input, alternating between the least-squares weight and its sparse copy.
 
@@ -36,6 +40,7 @@ def admm(
     Args:
         mask_iterations: the first ones, in which the mask is chosen anew; then it is kept while the weights converge.
         penalty: ρ, weight of the two copies' difference.
+        spec: the sparse copies are rounded to grids, so that the mask knows of it; the result is not.
 
     Source: Boža, Algorithms 1 and 2, arXiv:2401.02938.
     """
@@ -60,10 +65,20 @@ def admm(
         if iteration < mask_iterations:
             mask = _mask(W.abs(), pattern, rows)
         Z = W * mask
+        if spec is not None:
+            Z = fit_grid(Z / norms, mask, spec, importance=norms.square()).rounded(Z / norms).mul_(norms)
         D = W - Z
         W = torch.addmm(base, Z - D, inverse, alpha=penalty)
     Z = (W + D).mul_(mask).div_(norms)
     return [part.to(weight.dtype) for part, weight in zip(Z.split(rows), weights, strict=True)]
+
+
+def admm_rounded(
+    weights: Sequence[torch.Tensor], statistics: InputStatistics, pattern: Pattern, spec: GridSpec
+) -> Rounded:
+    """`admm` with masks that are chosen for grids, on which the kept weights are then solved for."""
+    masked = admm(weights, statistics, pattern, mask_iterations=ITERATIONS, spec=spec)
+    return refit_rounded(weights, masked, statistics, spec)
 
 
 def _mask(scores: torch.Tensor, pattern: Pattern, rows: list[int]) -> torch.Tensor:

@@ -152,7 +152,7 @@ def _reconstruct(
     with block.phases("reconstruct"):
         reconstruct(block.module, dense, [*block.weights.values()], arguments.run,
                     [partial(_input, states, number) for number in states.numbers],
-                    epochs=block.config.reconstruct_epochs, seed=block.index)  # fmt: skip
+                    epochs=block.config.reconstruct_epochs, seed=block.index, grids=block.grids)  # fmt: skip
 
 
 def _pass(module: nn.Module, states: HiddenStates, arguments: BlockArguments, number: int) -> torch.Tensor:
@@ -209,7 +209,8 @@ def _pruned(block: Block, group: InputGroup, matrices: Sequence[torch.Tensor]) -
     if unseen:
         method, statistics = "magnitude", InputStatistics("none")
     if spec is not None:
-        return methods.round_group(method, matrices, statistics, block.pattern, spec)
+        return methods.round_group(method, matrices, statistics, block.pattern, spec,
+                                   refit=block.config.refit and not unseen)  # fmt: skip
     pruned = methods.prune_group(method, matrices, statistics, block.pattern)
     return methods.refit_group(matrices, pruned, statistics) if block.config.refit and not unseen else pruned, []
 

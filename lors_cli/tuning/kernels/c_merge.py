@@ -61,7 +61,8 @@ def masked_merge_in_c(
         assert codes is None or codes.spec == grid.spec
         assert grid.scales.dtype == weight.dtype
         assert grid.scales.shape == (rows, grid.spec.num_groups(columns))
-        assert grid.scales.is_contiguous() and (grid.zeros is None or grid.zeros.is_contiguous())
+        assert grid.scales.is_contiguous()
+        assert grid.zeros is None or grid.zeros.is_contiguous()
     if isinstance(weight, Packed):
         held, mask, starts, stride = weight.values, weight.mask.data_ptr(), weight.starts.data_ptr(), columns
         ops.check(weight.values, weight.mask, weight.starts, columns, codes)

@@ -34,7 +34,7 @@ def restored(case: Case, target: str) -> torch.Tensor:
     return ops.restore(*case.packed, torch.full_like(case.weight, 7), case.grid, target)
 
 
-def arguments(case: Case) -> tuple[torch.Tensor | None | int, ...]:
+def arguments(case: Case) -> tuple[torch.Tensor | int | None, ...]:
     """The last arguments of an operation."""
     assert case.grid is not None
     return case.grid.scales, case.grid.zeros, case.grid.spec.bits, case.grid.spec.group_size

@@ -186,7 +186,7 @@ def table_for(case: Case) -> torch.Tensor | None:
 
 
 NEON = ("aarch64-linux-gnu-gcc", ["-Wall", "-Wextra", "-Werror", "-static"], ["qemu-aarch64"])
-SANITISED = ("gcc", ["-march=native", "-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"], [])
+SANITISED = ("gcc", ["-march=native", "-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"], [])
 
 
 @pytest.mark.parametrize(("compiler", "flags", "emulator"), [NEON, SANITISED], ids=["neon", "sanitised"])

@@ -279,9 +279,7 @@ def test_where_there_is_no_kernel_weights_are_unpacked_and_it_is_said_why(
     sparse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pack(sparse, tmp_path / "packed")
-    monkeypatch.setattr(
-        "lors_cli.models.packed.kernels.ops.available", lambda dtype, grid=None: "there is no C compiler here"
-    )
+    monkeypatch.setattr("lors_cli.models.packed.kernels.ops.available", lambda *_: "there is no C compiler here")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
     assert type(model.get_submodule(LAYERS[0])) is torch.nn.Linear
     assert "there is no C compiler here" in capsys.readouterr().err
@@ -353,13 +351,3 @@ def test_what_generates_keeps_the_weights_packed(sparse: Path, tmp_path: Path) -
     model, _ = load(tmp_path / "packed")
     assert isinstance(model.get_submodule(LAYERS[0]), PackedLinear)
     assert not any(parameter.requires_grad for parameter in model.parameters())
-
-
-def test_a_number_without_dimensions_is_carried_on(sparse: Path, tmp_path: Path) -> None:
-    """A scalar among a checkpoint's tensors ended in an IndexError."""
-    tensors = load_file(sparse / "model.safetensors")
-    tensors["model.scalar"] = torch.tensor(1.5)
-    save_file(tensors, sparse / "model.safetensors", {"format": "pt"})
-    pack(sparse, tmp_path / "packed")
-    unpack_model(ModelConfig(path=str(tmp_path / "packed")), tmp_path / "plain")
-    assert load_file(tmp_path / "plain/model.safetensors")["model.scalar"].equal(torch.tensor(1.5))

@@ -91,7 +91,7 @@ typedef struct { uint8x16_t low, high; } bf16_table;
 static inline uint8x8_t spread_4(const uint8_t *codes, int first, unsigned byte) {
     uint8x8_t two = vcreate_u8(eight_codes(codes, first)), places = vreinterpret_u8_s8(vld1_s8(eight_places[byte]));
     uint8x8_t each = vzip1_u8(vand_u8(two, vdup_n_u8(15)), vshr_n_u8(two, 4));
-    return vorr_u8(vtbl1_u8(each, places), places);
+    return vorr_u8(vtbl1_u8(each, places), vcltz_s8(vreinterpret_s8_u8(places)));
 }
 static inline f32_table f32_table_of(float scale, int zero) {
     float values[16];

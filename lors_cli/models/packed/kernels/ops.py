@@ -2,11 +2,10 @@
 
 Legend: R rows, C columns; `values` (K + 32), the K kept ones row by row, columns ascending, then 32 zeros; `mask`
 (R, ⌈C/32⌉) int32, bit j of word c is column 32·c + j, bits past C are 0; `offsets` (R) int64, where each row's values
-begin. Of a quantised weight `values` are the codes' bytes (uint8), then 32 zeros: with 4 bits two a byte, the lower half
-first, and those of each word of the mask begin at a byte, which `offsets` count. `scales` (R, G) and, where it is not
-symmetric, `zeros` (R, G) are those of its grid; `half` says that each whole word of the mask keeps 16 columns, as of
-2:4. What they hold is checked where a checkpoint is loaded: here wrong
-offsets or bits read foreign memory.
+begin. Of a quantised weight `values` are bytes of codes (uint8) and 32 zeros: with 4 bits two a byte, the lower half
+first, those of each word of the mask from a byte on; `offsets` count bytes. `scales` (R, G) and, where it is not
+symmetric, `zeros` (R, G) are of its grid; `half`: each whole word of the mask keeps 16 columns, as of 2:4. What they
+hold is checked where a checkpoint is loaded: here wrong offsets or bits read foreign memory.
 """
 
 from __future__ import annotations

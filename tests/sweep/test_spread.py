@@ -1,0 +1,328 @@
+"""`lors sweep --executor local`: stages as processes; kills, failures, a second command; and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from chains import compare, results
+from typer.testing import Result
+
+from lors_cli.errors import MissingError, UsageError
+from lors_cli.files import locks
+from lors_cli.sweep import local, slurm
+from lors_cli.sweep.cells import load_sweep
+from lors_cli.sweep.index import update_index
+from lors_cli.sweep.jobs import Job, JobFolder, jobs_of
+from lors_cli.sweep.local import Local
+from lors_cli.sweep.slurm import Slurm
+from lors_cli.sweep.stages import plan_cells
+
+Lors = Callable[..., Result]
+PAIR = """\
+name: pair
+recipe: tiny.yaml
+set: {tune.max_steps: 40, eval.tasks: [], eval.perplexity_windows: 2, prune.method: magnitude}
+grid: {tune.method: [lors, sqft]}
+"""
+OUT = Path("sweeps/pair")
+LOCAL = ("sweep", "pair.yaml", "--executor", "local", "--jobs", "2")
+
+
+@pytest.fixture
+def at_pair(at_workshop: Path) -> Path:
+    """The current folder is a fresh copy of the workshop with a sweep of two cells and six stages."""
+    Path("pair.yaml").write_text(PAIR)
+    return at_workshop
+
+
+@pytest.fixture(scope="session")
+def serial(workshop: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the plain command leaves."""
+    folder = tmp_path_factory.mktemp("serial") / "workshop"
+    shutil.copytree(workshop, folder)
+    (folder / "pair.yaml").write_text(PAIR)
+    done = subprocess.run(
+        [sys.executable, "-m", "lors_cli", "sweep", "pair.yaml"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return left_by(folder)
+
+
+def left_by(folder: Path) -> dict[str, Any]:
+    """What a sweep has left but what its jobs said."""
+    found = results(folder / OUT)
+    return {name: content for name, content in found.items() if not name.startswith(("jobs/", "report.", "figures/"))}
+
+
+def command(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "lors_cli", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(found: Callable[[], Any], seconds: float = 120.0) -> Any:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if (value := found()) is not None:
+            return value
+        time.sleep(0.02)
+    raise AssertionError("it did not come")
+
+
+def tuning() -> psutil.Process | None:
+    """A process of this folder's sweep that has saved a step of tuning, and goes on."""
+    for place in OUT.glob("stages/tune-*"):
+        owner = locks.holder(place)
+        if owner is not None and any(place.glob("checkpoints/*")):
+            return psutil.Process(owner.pid)
+    return None
+
+
+def logs() -> dict[str, str]:
+    return {path.stem: path.read_text() for path in sorted(OUT.glob("jobs/*.log"))}
+
+
+def test_it_ends_in_what_the_plain_command_leaves(at_pair: Path, lors: Lors, serial: dict[str, Any]) -> None:
+    result = lors(*LOCAL)
+    assert result.exit_code == 0, result.output
+    assert compare(serial, left_by(at_pair)) == []
+    said = logs()
+    assert len(said) == 7
+    assert all(text.count("took") + text.count("resum") <= 1 and "error" not in text for text in said.values())
+    document = json.loads(lors("sweep", "pair.yaml", "--status", "--json").stdout)
+    assert [cell["status"] for cell in document["cells"]] == ["done", "done"]
+    before = {path: path.stat().st_mtime_ns for path in OUT.rglob("*") if path.is_file()}
+    again = lors(*LOCAL)
+    assert "Nothing was left to do." in again.stdout
+    assert {path: path.stat().st_mtime_ns for path in OUT.rglob("*") if path.is_file()} == before
+
+
+def test_a_killed_stage_is_told_and_the_next_call_goes_on(at_pair: Path, lors: Lors, serial: dict[str, Any]) -> None:
+    first = command(*LOCAL, "--json")
+    wait_for(tuning).kill()
+    stdout, stderr = first.communicate(timeout=300)
+    assert first.returncode == 4, stderr
+    document = json.loads(stdout)
+    (failed,) = document["failed"].values()
+    assert "was killed by signal 9; is memory short?" in failed["message"]
+    assert sorted(cell["status"] for cell in document["cells"]) == ["done", "failed"]
+    status = json.loads(lors("sweep", "pair.yaml", "--status", "--json").stdout)
+    states = {
+        stage["stage"]: stage for cell in status["cells"] for stage in cell["stages"] if cell["status"] == "failed"
+    }
+    assert (states["tune"]["status"], states["eval tuned"]["status"]) == ("failed", "waiting")
+    assert "killed by signal 9" in states["tune"]["detail"]
+    result = lors(*LOCAL)
+    assert result.exit_code == 0, result.output
+    assert compare(serial, left_by(at_pair)) == []
+
+
+def test_a_stopped_command_stops_its_stages_which_save(at_pair: Path, lors: Lors, serial: dict[str, Any]) -> None:
+    first = command(*LOCAL)
+    process = wait_for(tuning)
+    first.send_signal(signal.SIGTERM)
+    _, stderr = first.communicate(timeout=300)
+    assert first.returncode == 130, stderr
+    assert not process.is_running()
+    assert any("stopped by SIGTERM" in text for text in logs().values())
+    assert all(cell["status"] == "pending" for cell in json.loads((OUT / "sweep.json").read_text())["cells"])
+    result = lors("sweep", "pair.yaml")  # the plain command goes on where they stopped
+    assert result.exit_code == 0, result.output
+    assert compare(serial, left_by(at_pair)) == []
+
+
+def test_a_killed_command_takes_its_stages_with_it(at_pair: Path, lors: Lors, serial: dict[str, Any]) -> None:
+    first = command(*LOCAL)
+    process = wait_for(tuning)
+    first.kill()
+    first.communicate(timeout=60)
+    process.wait(60)
+    assert lors(*LOCAL).exit_code == 0
+    assert compare(serial, left_by(at_pair)) == []
+
+
+def test_two_commands_at_once_share_the_stages(at_pair: Path, serial: dict[str, Any]) -> None:
+    both = [command(*LOCAL, "--json") for _ in range(2)]
+    answers = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], answers
+    assert compare(serial, left_by(at_pair)) == []
+    did = [
+        text.count("· tune:") + text.count("· prune:") for name, text in logs().items() if not name.startswith("eval")
+    ]
+    assert did == [1, 1, 1]  # in all, though both may have started a process for it
+
+
+def test_a_failed_stage_fails_its_cells_as_in_the_plain_command(at_pair: Path, lors: Lors) -> None:
+    rows = Path("rows.jsonl").read_text().splitlines()
+    Path("broken.jsonl").write_text(f"{rows[0]}\n{{}}\n")
+    Path("pair.yaml").write_text(PAIR.replace("grid: {", "grid: {tune.data.dataset: [broken.jsonl, rows.jsonl], ")
+                                 .replace("[lors, sqft]", "[lors]"))  # fmt: skip
+    plain = lors("sweep", "pair.yaml", "--out", "plain")
+    result = lors(*LOCAL)
+    assert (plain.exit_code, result.exit_code) == (2, 2)
+    assert (OUT / "sweep.json").read_bytes() == Path("plain/sweep.json").read_bytes()
+    assert "tune: broken.jsonl" in " ".join(result.stderr.split()) or "broken.jsonl" in result.stderr
+    shown = lors("sweep", "pair.yaml", "--status").stdout
+    assert "1 done, 1 failed" in shown
+    assert "broken.jsonl" in shown
+
+
+# Without processes of ours ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def jobs(at_pair: Path) -> tuple[list[Job], JobFolder]:
+    sweep = load_sweep(Path("pair.yaml"))
+    return jobs_of(plan_cells(sweep.cells, OUT), {"lors", "sqft"}), JobFolder.of(OUT, sweep)
+
+
+def test_jobs_wait_for_what_they_read(jobs: tuple[list[Job], JobFolder]) -> None:
+    stages = {job.name: job.plan.stage for job in jobs[0]}
+    order = list(stages)
+    assert sorted(stages.values()) == ["eval"] * 4 + ["prune"] + ["tune"] * 2
+    for job in jobs[0]:
+        expected = {("eval", "dense"): [], ("prune", "dense"): [], ("eval", "pruned"): ["prune"],
+                    ("tune", "pruned"): ["prune"], ("eval", "tuned"): ["tune"]}[
+            (job.plan.stage, next(iter(job.plan.models)))]  # fmt: skip
+        assert [stages[name] for name in job.after] == expected
+        assert all(order.index(name) < order.index(job.name) for name in job.after)
+
+
+def test_lanes_keep_all_processes_busy(jobs: tuple[list[Job], JobFolder]) -> None:
+    work = {"eval": 1.0, "prune": 1.0, "tune": 100.0}
+    timed = [replace(job, work=work[job.plan.stage]) for job in jobs[0]]
+    lanes = slurm.lanes_of(timed, 2)
+    stages = [f"{job.plan.stage} {next(iter(job.plan.models))}" for job in jobs[0]]
+    assert stages == [
+        "eval dense", "prune dense", "eval pruned", "tune pruned", "eval tuned", "tune pruned", "eval tuned",
+    ]  # fmt: skip
+    assert list(lanes.values()) == [0, 1, 0, 1, 1, 0, 0]  # a tuning each
+    assert all(job.work > 1e4 for job in jobs[0])
+    assert set(slurm.lanes_of(jobs[0], 1).values()) == {0}
+
+
+def test_each_process_has_a_gpu_of_its_own_and_no_more_run_at_once(
+    jobs: tuple[list[Job], JobFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_work, most, seen, names = dict[str, str](), list[int](), list[str](), list[str]()
+
+    class Process:
+        def __init__(self, name: str, gpu: str) -> None:
+            assert gpu not in at_work.values()
+            self.name, self.left, self.returncode = name, 3, None
+            at_work[name] = gpu
+            seen.append(gpu)
+            most.append(len(at_work))
+
+        def poll(self) -> int | None:
+            self.left -= 1
+            if self.left <= 0 and self.returncode is None:
+                del at_work[self.name]
+                self.returncode = 0  # type: ignore[assignment]
+            return self.returncode
+
+    def start(name: str, cell: str, folder: JobFolder, **environment: str) -> Process:
+        assert environment["OMP_NUM_THREADS"].isdecimal()
+        names.append(name)
+        return Process(name, environment["CUDA_VISIBLE_DEVICES"])
+
+    monkeypatch.setattr(local, "start", start)
+    monkeypatch.setattr(local, "POLL_S", 0.0)
+    Local.of(None, "3,5").run(*jobs, lambda job, state: None)
+    assert max(most) == 2
+    assert set(seen) == {"3", "5"}
+    assert sorted(names) == sorted(job.name for job in jobs[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--jobs", "2"], "--jobs has no effect without --executor local or slurm"),
+        (["--executor", "ray"], "--executor ray: there is local"),
+        (["--executor", "local", "--partition", "gpu"], "--partition has no effect without --executor slurm"),
+        (["--executor", "local", "--gpus", "two"], "--gpus two: give the numbers"),
+        (["--executor", "local", "--gpus", "0,0"], "--gpus 0,0: give the numbers"),
+        (["--executor", "local", "--gpus", "0,1", "--jobs", "3"], "--jobs 3: there are 2 GPUs"),
+        (["--executor", "slurm", "--gpus", "4"], "--gpus 4: a stage of a sweep uses one GPU"),
+        (["--executor", "slurm", "--time", "soon"], "--time soon"),
+        (["--executor", "slurm"], "--executor slurm needs --time"),
+        (["--executor", "slurm", "--sbatch", "account"], "--sbatch account: give an option of sbatch and its value"),
+        (["--status", "--dry-run"], "Use one of the two"),
+        (["--executor", "local", "model.device=cuda:1"], "cuda:1 would be every process's"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(at_pair: Path, lors: Lors, arguments: list[str], said: str) -> None:
+    result = lors("sweep", "pair.yaml", *arguments)
+    assert result.exit_code == 2
+    assert said in " ".join(result.stderr.split())
+    assert not OUT.exists()
+
+
+def test_without_submitit_or_slurm_nothing_is_begun(at_pair: Path, lors: Lors, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slurm.importlib.util, "find_spec", lambda name: None)
+    result = lors("sweep", "pair.yaml", "--executor", "slurm", "--time", "30")
+    assert (result.exit_code, "pip install 'lors-cli[slurm]'" in result.stderr) == (3, True)
+    monkeypatch.setattr(slurm.importlib.util, "find_spec", lambda name: "there")
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(MissingError, match="here is no sbatch nor srun nor squeue"):
+        Slurm.of(None, None, None, "30", [])
+    assert not OUT.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("30", 30), ("90:30", 91), ("04:00:00", 240), ("1-12", 2160), ("2-01:30", 2970), ("1-00:00:01", 1441)],
+)
+def test_times_are_slurms(text: str, expected: int) -> None:
+    assert slurm.minutes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "0", "1h", "1:2:3:4", "-5"])
+def test_other_times_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="--time"):
+        slurm.minutes(text)
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from lors_cli.files import locks
+from lors_cli.sweep.index import update_index
+out, name = Path(sys.argv[1]), sys.argv[2]
+for turn in range(40):
+    with locks.hold(out, wait_s=0.001):
+        update_index(out, {name: f"turn {turn} of {name}"}.get)
+"""
+
+
+def test_the_index_is_whole_while_several_processes_write_it(tmp_path: Path) -> None:
+    names = [f"tune-{number}" for number in range(3)]
+    cells = [
+        {"name": name, "status": "pending", "error": None, "stages": {"tune": f"stages/{name}"}, "models": {}}
+        for name in names
+    ]
+    (tmp_path / "sweep.json").write_text(json.dumps({"name": "s", "cells": cells}))
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), name]) for name in names]
+    while any(writer.poll() is None for writer in writers):
+        assert len(json.loads((tmp_path / "sweep.json").read_text())["cells"]) == 3  # whole at any time
+    assert [writer.returncode for writer in writers] == [0] * 3
+    update_index(tmp_path, {"tune-1": "the last word"}.get)
+    found = json.loads((tmp_path / "sweep.json").read_text())["cells"]
+    assert [(cell["status"], cell["error"]) for cell in found] == [
+        ("pending", None), ("failed", "the last word"), ("pending", None),
+    ]  # fmt: skip
