@@ -19,6 +19,7 @@ from lors_cli.bench.model import ARMS, adapted, put_on_grids, sparse_model
 from lors_cli.cli.app import app
 from lors_cli.cli.views.bench import parse_flags, table_rows
 from lors_cli.errors import UsageError
+from lors_cli.grid import Grid
 from lors_cli.models.shapes import SHAPES, Shape
 
 TINY = Shape(("nobody/tiny",), 64, 128, 2, 4, 2, 96, 128)
@@ -145,10 +146,10 @@ def test_a_second_call_goes_on_where_the_first_stopped(tmp_path: Path, monkeypat
 def test_a_method_that_does_not_fit_is_reported_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = benchmark.adapted
 
-    def full(model: object, linears: dict[str, nn.Linear], arm: object, rank: int) -> object:
+    def full(model: object, linears: dict[str, nn.Linear], arm: object, rank: int, grids: dict[str, Grid]) -> object:
         if arm is ARMS["sqft"]:
             raise torch.OutOfMemoryError
-        return plain(model, linears, arm, rank)
+        return plain(model, linears, arm, rank, grids)
 
     monkeypatch.setattr(benchmark, "adapted", full)
     (cell,) = bench(_config(methods=("lors", "sqft")))["cells"].values()

@@ -125,12 +125,15 @@ def _merge(
             delta += tl.dot(B, A, input_precision="ieee")
         total = tl.where(W != 0, W.to(tl.float32) + scale * delta, 0.0)
         if GROUP:
-            groups = row_starts * stride_scales + (columns // GROUP)[None, :]
-            step = tl.load(scales + groups, mask=inside, other=1.0).to(tl.float32)
-            if SYMMETRIC:
-                zero = tl.full((ROWS, COLUMNS), 2 ** (BITS - 1), tl.float32)
+            if GROUP % COLUMNS == 0:  # a tile lies in one group
+                groups, present = row_starts * stride_scales + tl.program_id(1) * COLUMNS // GROUP, inside_rows
             else:
-                zero = tl.load(zeros + groups, mask=inside, other=0).to(tl.float32)
+                groups, present = row_starts * stride_scales + (columns // GROUP)[None, :], inside
+            step = tl.load(scales + groups, mask=present, other=1.0).to(tl.float32)
+            if SYMMETRIC:
+                zero = tl.full((ROWS, 1), 2 ** (BITS - 1), tl.float32)
+            else:
+                zero = tl.load(zeros + groups, mask=present, other=0).to(tl.float32)
             bound = threshold if STOCHASTIC else 0
             total = _on_grid(W.to(tl.float32), total, bound, step, zero, 2**BITS - 1, STOCHASTIC)
             total = tl.where(W != 0, total, 0.0).to(dtype)

@@ -120,7 +120,7 @@ for rows, columns, rank in ((64, 64, 16), (70, 196, 5), (130, 300, 33)):
             weight = grid.values(codes.view(rows, columns).byte())
             places = torch.rand(rows, columns // 4, 4, generator=generator).argsort(-1)
             weight = torch.where(places.view(rows, columns) < 2, weight, 0).to(dtype)
-            A, B = whole(-1, 2, rank, columns) / 8, whole(-9, 10, rows, rank) / 64
+            A, B = whole(-1, 2, rank, columns), whole(-9, 10, rows, rank) / 64
             for rounding in ("nearest", "stochastic"):
                 expected = masked_merge_formula(weight, A, B, 0.5, dtype, rounding, grid) + 0.0
                 for base in (weight, pack(weight, TWO_OF_FOUR)):
@@ -159,13 +159,13 @@ def test_it_compiles_without_spills_and_with_wide_accesses(ahead: Any, capabilit
 
 
 def test_on_a_grid_it_spills_neither(ahead: Any) -> None:
-    for case in (ahead.Case(torch.bfloat16, packed, rounding, spec=GridSpec(4, 128, symmetric))
-                 for packed in (False, True) for rounding in ("nearest", "stochastic")
-                 for symmetric in (True, False)):  # fmt: skip
+    specs = GridSpec(4, 128), GridSpec(4, 128, symmetric=False), GridSpec(4, 32, symmetric=False)
+    for case in (ahead.Case(torch.bfloat16, packed, rounding, spec=spec)
+                 for packed in (False, True) for rounding in ("nearest", "stochastic") for spec in specs):  # fmt: skip
         found = ahead.resources(ahead.compiled(case, 90))
         print(ahead.show(case, 90, found))
         assert found["spilled_bytes"] == 0, case
-        assert found["registers"] <= 128, case
+        assert found["registers"] <= (192 if case.spec.group_size == 32 else 144), case
 
 
 def test_no_shape_spills(ahead: Any) -> None:
