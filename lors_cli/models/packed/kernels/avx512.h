@@ -88,8 +88,9 @@ static inline int is_subnormal(float scale) {
     return __builtin_expect(bits < 0x00800000, 0);
 }
 static inline __m512 values_of_codes(float scale, int zero) {
-    const __m512i codes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    return _mm512_mul_ps(_mm512_set1_ps(scale), _mm512_cvtepi32_ps(_mm512_sub_epi32(codes, _mm512_set1_epi32(zero))));
+    static const float steps[] = {-15, -14, -13, -12, -11, -10, -9, -8, -7, -6, -5, -4, -3, -2, -1, 0,
+                                  1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return _mm512_mul_ps(_mm512_set1_ps(scale), _mm512_loadu_ps(steps + 15 - (zero & 15))); /* of code less zero point */
 }
 
 static inline f32_table f32_table_of(float scale, int zero) {
