@@ -23,7 +23,8 @@ from lors_cli.errors import UsageError
 from lors_cli.grid import Grid
 from lors_cli.models.blocks import prunable_weights
 from lors_cli.models.grids import GRIDS_NAME, load_grids
-from lors_cli.recipe.schema import ModelConfig, PruneConfig, QuantizeConfig, Recipe, TuneConfig
+from lors_cli.models.packed.stage import pack_model
+from lors_cli.recipe.schema import ModelConfig, PackConfig, PruneConfig, QuantizeConfig, Recipe, TuneConfig
 from lors_cli.tuning.adapter import load_adapter, read_adapter_config
 from lors_cli.tuning.baselines import LAYERS, SqftLinear
 from lors_cli.tuning.kernels.on_grid import lies_on
@@ -217,6 +218,25 @@ def test_a_float_merge_leaves_the_grid_and_says_so(
     packed = replace(config, base="packed")
     tune(packed, ModelConfig(path=str(quantised)), tmp_path / "packed")
     same_files(tmp_path / "out", tmp_path / "packed", RESULTS[:3])
+
+
+def test_a_packed_base_tunes_to_the_same_bits_and_its_result_packs_to_codes(
+    quantised: Path, aware: TuneConfig, tmp_path: Path
+) -> None:
+    pack_model(PackConfig(), ModelConfig(path=str(quantised)), tmp_path / "codes")
+    tune(aware, ModelConfig(path=str(quantised)), tmp_path / "plain")
+    for base in ("plain", "packed"):
+        tune(replace(aware, base=base), ModelConfig(path=str(tmp_path / "codes")), tmp_path / f"of-{base}")  # type: ignore[arg-type]
+        same_files(tmp_path / "plain", tmp_path / f"of-{base}", ("model.safetensors", RESULTS[1], GRIDS_NAME))
+    merge(str(tmp_path / "codes"), tmp_path / "plain/adapter", tmp_path / "merged")  # the same weights, held otherwise
+    same_files(tmp_path / "plain", tmp_path / "merged", ("model.safetensors", GRIDS_NAME))
+    pack_model(PackConfig(), ModelConfig(path=str(tmp_path / "plain")), tmp_path / "small")
+    name = "model.layers.0.mlp.up_proj"
+    tensors, tuned = load_file(tmp_path / "small/model.safetensors"), load_file(tmp_path / "plain/model.safetensors")
+    assert tensors[f"{name}.weight"].dtype == torch.uint8
+    codes = load_grids(quantised)[name].codes(tuned[f"{name}.weight"])
+    first = next(int(code) for code, value in zip(codes[0], tuned[f"{name}.weight"][0], strict=True) if value != 0)
+    assert first in (int(tensors[f"{name}.weight"][0]) & 15, int(tensors[f"{name}.weight"][0]) >> 4)
 
 
 def test_a_base_without_a_grid_is_refused(sparse_checkpoint: Path, aware: TuneConfig, tmp_path: Path) -> None:
