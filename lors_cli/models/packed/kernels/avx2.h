@@ -43,10 +43,7 @@ static inline f32_word f32_load(const float *from) {
 static inline void f32_store(float *to, f32_word w) {
     UNROLL for (int i = 0; i < 4; i++) _mm256_storeu_ps(to + 8 * i, w.part[i]);
 }
-static inline f32_item f32_fetch(const f32_input *x, const int keep) {
-    (void)keep;
-    return x;
-}
+static inline f32_item f32_fetch(const f32_input *x) { return x; }
 static inline sums f32_dot(sums s, f32_word w, f32_item x) {
     UNROLL for (int i = 0; i < 4; i++)
         s.part[i & 1] = _mm256_fmadd_ps(w.part[i], _mm256_loadu_ps(x + 8 * i), s.part[i & 1]);
@@ -70,10 +67,7 @@ static inline bf16_word bf16_load(const uint16_t *from) {
 static inline void bf16_store(uint16_t *to, bf16_word w) {
     UNROLL for (int i = 0; i < 2; i++) _mm256_storeu_si256((__m256i *)to + i, w.part[i]);
 }
-static inline bf16_item bf16_fetch(const bf16_input *x, const int keep) {
-    (void)keep;
-    return x;
-}
+static inline bf16_item bf16_fetch(const bf16_input *x) { return x; }
 static inline sums bf16_dot(sums s, bf16_word w, bf16_item x) {
     const __m256i high = _mm256_set1_epi32((int)0xFFFF0000);
     UNROLL for (int i = 0; i < 2; i++) {

@@ -46,10 +46,7 @@ static inline void f32_store(float *to, f32_word w) {
     _mm512_storeu_ps(to, w.part[0]);
     _mm512_storeu_ps(to + 16, w.part[1]);
 }
-static inline f32_item f32_fetch(const f32_input *x, const int keep) {
-    (void)keep;
-    return x;
-}
+static inline f32_item f32_fetch(const f32_input *x) { return x; }
 static inline sums f32_dot(sums s, f32_word w, f32_item x) {
     s = _mm512_fmadd_ps(w.part[0], _mm512_loadu_ps(x), s);
     return _mm512_fmadd_ps(w.part[1], _mm512_loadu_ps(x + 16), s);
@@ -62,9 +59,9 @@ static inline bf16_word bf16_expand(const uint16_t *values, uint32_t bits) {
 }
 static inline bf16_word bf16_load(const uint16_t *from) { return _mm512_loadu_si512(from); }
 static inline void bf16_store(uint16_t *to, bf16_word w) { _mm512_storeu_si512(to, w); }
-static inline bf16_item bf16_fetch(const bf16_input *x, const int keep) {
+static inline bf16_item bf16_fetch(const bf16_input *x) {
     bf16_item item = _mm512_loadu_si512(x);
-    if (keep) __asm__("" : "+v"(item)); /* in a register for all rows, where the compiler would load it for each */
+    __asm__("" : "+v"(item)); /* stays in a register for all rows, where the compiler would load it anew for each */
     return item;
 }
 static inline sums bf16_dot(sums s, bf16_word w, bf16_item x) {

@@ -129,14 +129,13 @@ ALWAYS_INLINE void T(block)(const struct linear *l, const enum rows_are are, con
                 __builtin_prefetch((const VALUE *)l->scales + (row + later + r) * l->groups + (c >> l->group_shift), 0, 2);
         if (are != IN_PANEL && c % often == 0)
             UNROLL for (int r = 0; r < height; r++) __builtin_prefetch(from[r].next + ahead, 0, 2);
-        T(item) items[2][MAX_WIDTH];
-        UNROLL for (int i = 0; i < step; i++) UNROLL for (int b = 0; b < width; b++)
-            items[i][b] = T(fetch)(x + ((c + i) * width + b) * 32, step * width <= MAX_WIDTH);
-        UNROLL for (int r = 0; r < height; r++) {
-            T(word) w[2];
-            T(read)(are, packed ? mask + r * apart + c : NULL, mask_words - c, are == IN_PANEL ? height : 1, &from[r], w);
-            UNROLL for (int i = 0; i < step; i++) UNROLL for (int b = 0; b < width; b++)
-                s[r][b] = T(dot)(s[r][b], w[i], items[i][b]);
+        T(word) w[MAX_HEIGHT][2];
+        UNROLL for (int r = 0; r < height; r++)
+            T(read)(are, packed ? mask + r * apart + c : NULL, mask_words - c, are == IN_PANEL ? height : 1, &from[r],
+                    w[r]);
+        UNROLL for (int i = 0; i < step; i++) UNROLL for (int b = 0; b < width; b++) {
+            T(item) item = T(fetch)(x + ((c + i) * width + b) * 32);
+            UNROLL for (int r = 0; r < height; r++) s[r][b] = T(dot)(s[r][b], w[r][i], item);
         }
     }
     float bias[MAX_HEIGHT] = {0};

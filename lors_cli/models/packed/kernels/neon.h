@@ -41,10 +41,7 @@ static inline f32_word f32_load(const float *from) {
 static inline void f32_store(float *to, f32_word w) {
     UNROLL for (int i = 0; i < 8; i++) vst1q_f32(to + 4 * i, w.part[i]);
 }
-static inline f32_item f32_fetch(const f32_input *x, const int keep) {
-    (void)keep;
-    return x;
-}
+static inline f32_item f32_fetch(const f32_input *x) { return x; }
 static inline sums f32_dot(sums s, f32_word w, f32_item x) {
     UNROLL for (int i = 0; i < 8; i++) s.part[i & 1] = vfmaq_f32(s.part[i & 1], w.part[i], vld1q_f32(x + 4 * i));
     return s;
@@ -68,10 +65,7 @@ static inline bf16_word bf16_load(const uint16_t *from) {
 static inline void bf16_store(uint16_t *to, bf16_word w) {
     UNROLL for (int i = 0; i < 4; i++) vst1q_u16(to + 8 * i, w.part[i]);
 }
-static inline bf16_item bf16_fetch(const bf16_input *x, const int keep) {
-    (void)keep;
-    return x;
-}
+static inline bf16_item bf16_fetch(const bf16_input *x) { return x; }
 static inline sums bf16_dot(sums s, bf16_word w, bf16_item x) {
     const uint32x4_t high = vdupq_n_u32(0xFFFF0000);
     UNROLL for (int i = 0; i < 4; i++) {

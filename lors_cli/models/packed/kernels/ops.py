@@ -256,19 +256,21 @@ def _(
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, values, mask, offsets, _, scales, zeros, *kind = inputs
+    x, values, mask, offsets, _, *codes = inputs  # defaults that are left out are not among them
+    scales, zeros, *ctx.bits_and_group = codes[:4] or (None, None, 0, 0)
     ctx.save_for_backward(values, mask, offsets, scales, zeros)
-    ctx.columns, ctx.bits_and_group = x.shape[-1], kind[:2]
+    ctx.columns = x.shape[-1]
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    needs_x, needs_values, _, _, needs_bias, needs_scales, *_ = ctx.needs_input_grad
-    if needs_values or needs_scales:
+    needs_x, needs_values, _, _, needs_bias, *of_codes = ctx.needs_input_grad
+    if needs_values or any(of_codes):
         raise RuntimeError("packed weights cannot be trained: freeze them, or unpack the model first")
     values, mask, offsets, scales, zeros = ctx.saved_tensors
-    grad_x = grad @ unpack(values, mask, offsets, ctx.columns, scales, zeros, *ctx.bits_and_group) if needs_x else None
+    weight = (values, mask, offsets, ctx.columns, scales, zeros, *ctx.bits_and_group)
+    grad_x = grad @ unpack(*weight) if needs_x else None
     grad_bias = grad.flatten(0, -2).sum(0) if needs_bias else None
-    return grad_x, None, None, None, grad_bias, None, None, None, None, None
+    return grad_x, None, None, None, grad_bias, *[None] * len(of_codes)
 
 
 packed_linear.register_autograd(_backward, setup_context=_remember)

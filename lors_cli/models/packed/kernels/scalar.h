@@ -39,18 +39,12 @@ static inline void add_up(float *to, const sums s[4]) {
 PLAIN(f32, float)
 PLAIN(bf16, uint16_t)
 
-static inline f32_item f32_fetch(const f32_input *x, const int keep) {
-    (void)keep;
-    return x;
-}
+static inline f32_item f32_fetch(const f32_input *x) { return x; }
 static inline sums f32_dot(sums s, f32_word w, f32_item x) {
     for (int i = 0; i < 32; i++) s.part[i % 8] += w.column[i] * x[i];
     return s;
 }
-static inline bf16_item bf16_fetch(const bf16_input *x, const int keep) {
-    (void)keep;
-    return x;
-}
+static inline bf16_item bf16_fetch(const bf16_input *x) { return x; }
 static inline sums bf16_dot(sums s, bf16_word w, bf16_item x) {
     for (int i = 0; i < 32; i++) s.part[i % 8] += bf16_to_float(w.column[i]) * x[i];
     return s;
