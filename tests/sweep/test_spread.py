@@ -112,6 +112,7 @@ def test_it_ends_in_what_the_plain_command_leaves(at_pair: Path, lors: Lors, ser
     assert {path: path.stat().st_mtime_ns for path in OUT.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.long
 def test_a_killed_stage_is_told_and_the_next_call_goes_on(at_pair: Path, lors: Lors, serial: dict[str, Any]) -> None:
     first = command(*LOCAL, "--json")
     wait_for(tuning).kill()
@@ -132,6 +133,7 @@ def test_a_killed_stage_is_told_and_the_next_call_goes_on(at_pair: Path, lors: L
     assert compare(serial, left_by(at_pair)) == []
 
 
+@pytest.mark.long
 def test_a_stopped_command_stops_its_stages_which_save(at_pair: Path, lors: Lors, serial: dict[str, Any]) -> None:
     first = command(*LOCAL)
     process = wait_for(tuning)
@@ -156,6 +158,7 @@ def test_a_killed_command_takes_its_stages_with_it(at_pair: Path, lors: Lors, se
     assert compare(serial, left_by(at_pair)) == []
 
 
+@pytest.mark.long
 def test_two_commands_at_once_share_the_stages(at_pair: Path, serial: dict[str, Any]) -> None:
     both = [command(*LOCAL, "--json") for _ in range(2)]
     answers = [process.communicate(timeout=300) for process in both]
@@ -167,6 +170,7 @@ def test_two_commands_at_once_share_the_stages(at_pair: Path, serial: dict[str, 
     assert did == [1, 1, 1]  # in all, though both may have started a process for it
 
 
+@pytest.mark.long
 def test_a_failed_stage_fails_its_cells_as_in_the_plain_command(at_pair: Path, lors: Lors) -> None:
     rows = Path("rows.jsonl").read_text().splitlines()
     Path("broken.jsonl").write_text(f"{rows[0]}\n{{}}\n")

@@ -17,7 +17,8 @@ static void *take(size_t bytes) {
         float *A = malloc((size_t)(rank * columns * 4)), *B = malloc((size_t)(rank * rows * 4));                  \
         for (int64_t i = 0; i < rank * columns; i++) A[i] = name##_to_float(x[i]);                                \
         for (int64_t i = 0; i < rank * rows; i++) B[i % rows * rank + i / rows] = name##_to_float(out[i]);        \
-        int failed = name##_merge(values, mask, offsets, A, B, thresholds, merged, rows, columns, rank, columns, columns); \
+        int failed = name##_merge(values, mask, offsets, A, B, thresholds, merged, rows, columns, rank, columns, columns, \
+                                  NULL, NULL, 0, 0, 0, 0);                                                        \
         free(A), free(B);                                                                                         \
         return failed;                                                                                            \
     }
