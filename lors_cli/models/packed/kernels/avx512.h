@@ -87,6 +87,7 @@ static inline int is_subnormal(float scale) {
 static inline __m512 values_of_codes(float scale, int zero) {
     static const float steps[] = {-15, -14, -13, -12, -11, -10, -9, -8, -7, -6, -5, -4, -3, -2, -1, 0,
                                   1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    __asm__("" : "+m"(scale)); /* loads spread it for nothing, the units that shuffle are wanted for all else */
     return _mm512_mul_ps(_mm512_set1_ps(scale), _mm512_loadu_ps(steps + 15 - (zero & 15))); /* of code less zero point */
 }
 
@@ -111,10 +112,11 @@ static inline __m256i rounded_with_subnormals(__m512 values) {
 enum { bf16_STEP = 2 }; /* words: the even columns of two, and the odd ones */
 static inline bf16_table bf16_table_of(float scale, int zero) {
     __m512 values = values_of_codes(scale, zero);
-    __m256i each = is_subnormal(scale) ? rounded_with_subnormals(values)
-                                                        : (__m256i)_mm512_cvtneps_pbh(values);
-    __m256i zeros = _mm256_set1_epi8((char)zero);
-    return (bf16_table){_mm512_broadcast_i64x4(each), _mm512_broadcast_i64x4(zeros), zeros};
+    __m512i twice = (__m512i)_mm512_cvtne2ps_pbh(values, values);
+    if (is_subnormal(scale)) twice = _mm512_broadcast_i64x4(rounded_with_subnormals(values));
+    uint32_t zeros = (uint32_t)zero * 0x01010101;
+    __asm__("" : "+m"(zeros));
+    return (bf16_table){twice, _mm512_set1_epi32((int)zeros), _mm256_set1_epi32((int)zeros)};
 }
 static inline bf16_table bf16_two_tables(bf16_table first, bf16_table second) { /* the first 32 columns', and the last */
     __m512i values = _mm512_inserti64x4(first.values, _mm512_castsi512_si256(second.values), 1);
