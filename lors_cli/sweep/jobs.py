@@ -153,7 +153,7 @@ def start(name: str, cell: str, jobs: JobFolder, **environment: str) -> subproce
     command = [sys.executable, "-m", "lors_cli", COMMAND, str(jobs.text), cell, name, "--out", str(jobs.out)]
     with open(jobs.log(name), "ab") as log:
         return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            [*command], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             env={**os.environ, **environment, LAUNCHER: str(os.getpid())},
         )  # fmt: skip
 

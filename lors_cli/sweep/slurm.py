@@ -184,7 +184,7 @@ def queued() -> dict[str, str]:
     """
     command = ["squeue", "--noheader", "--user", getpass.getuser(), "--format", "%i %T"]
     for pause_s in (1, 5, 20, 60, None):  # a controller that is started again
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run([*command], capture_output=True, text=True, check=False)
         if done.returncode == 0:
             return dict(line.split(None, 1) for line in done.stdout.splitlines())
         if pause_s is None:

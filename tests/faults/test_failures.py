@@ -5,6 +5,7 @@ Each is one message with its exit code, keeps what was finished, and the same co
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from chains import Process, Server, compare, copied, results
 
 RUN = ("run", "chain.yaml")
 SWEEP = ("sweep", "grid.yaml", "eval.tasks=[]")
+ABORTED = re.compile(r"memory allocation of \d+ bytes failed")
+"""What the tokenizer's library, in Rust, says before it ends the process."""
 
 
 def check_told(process: Process, code: int, said: str, errors: int = 1) -> None:
@@ -99,8 +102,8 @@ def test_too_little_memory_is_told(server: Server, bench: Path, whole: Path) -> 
     codes = []
     for mib in (16, 48, 96, 192):
         process = server.run(folder, RUN, memory_mib=mib)
-        if "cannot allocate memory for thread-local data" in process.output:
-            continue  # where a thread finds no room for itself, glibc ends the process and nobody can say more
+        if "cannot allocate memory for thread-local data" in process.output or ABORTED.search(process.output):
+            continue  # where a thread finds no room for itself, glibc ends the process; Rust does where there is none
         codes.append(process.code)
         assert process.code in (0, 4), process.output
         assert "Traceback" not in process.output, process.output
