@@ -148,6 +148,7 @@ def test_a_stopped_command_stops_its_stages_which_save(at_pair: Path, lors: Lors
     assert compare(serial, left_by(at_pair)) == []
 
 
+@pytest.mark.long
 def test_a_killed_command_takes_its_stages_with_it(at_pair: Path, lors: Lors, serial: dict[str, Any]) -> None:
     first = command(*LOCAL)
     process = wait_for(tuning)
