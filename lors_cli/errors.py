@@ -197,7 +197,7 @@ def _translate_one(error: BaseException) -> LorsError | None:
         return MissingError(first_line, offline_hint())
     if isinstance(error, FileNotFoundError) and "on the Hugging Face Hub either: " in text:  # what datasets says
         return MissingError(first_line.partition("either: ")[2], offline_hint())
-    if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("lors_cli"):
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("lors_cli"):
         return MissingError(f"The package {error.name!r} is not installed.", f"pip install {error.name}")
     if isinstance(error, (NotADirectoryError, IsADirectoryError, FileExistsError)):
         return UsageError(f"A file stands where a folder should be, or the reverse: {first_line}")

@@ -8,8 +8,8 @@ they are.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -106,6 +106,11 @@ def bits_a_weight(spec: GridSpec, weights: Iterable[tuple[int, int, float]], sca
         total += rows * (columns * (spec.bits * kept + 1) + spec.num_groups(columns) * group_bits)
         number += rows * columns
     return total / number
+
+
+def packed_metrics(spec: GridSpec, weights: Iterable[tuple[int, int, float]], scale_bits: int) -> dict[str, Any]:
+    """What records and `lors inspect` say of weights on grids; arguments as of `bits_a_weight`."""
+    return {"quantize": asdict(spec), "bits_a_weight": round(bits_a_weight(spec, weights, scale_bits), 4)}
 
 
 def fit_grid(

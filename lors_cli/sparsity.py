@@ -160,6 +160,11 @@ class LayerSparsity:
         """Share of weights that are zero."""
         return self.num_zeros / (self.shape[0] * self.shape[1])
 
+    def as_packed(self, pattern: Pattern | None) -> tuple[int, int, float]:
+        """Its rows, columns and the share that is kept when it is packed: N:M as N, zeros among them or not."""
+        rows, columns = self.shape
+        return rows, columns, 1 - (pattern.sparsity if pattern and pattern.structured else self.sparsity)
+
 
 def measure(name: str, weight: torch.Tensor, pattern: Pattern | None) -> LayerSparsity:
     """Count a weight's zeros and its violations of `pattern` (none without one)."""

@@ -97,6 +97,22 @@ def check_vocabulary(tokenizer: Any, vocab_size: int, path: str) -> None:
         )
 
 
+def check_token_ids(network: Any, path: str) -> None:
+    """Refuse special tokens of generation_config.json that are no numbers: they are compared with the model's ids.
+
+    Raises:
+        UsageError: naming one.
+    """
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        given = getattr(getattr(network, "generation_config", None), name, None)
+        for found in given if isinstance(given, list) else [given]:
+            if found is not None and type(found) is not int:
+                raise UsageError(
+                    f"{path}: generation_config.json has {found!r} as {name}, where a token's number belongs.",
+                    "Write the number that the tokenizer has for it.",
+                )
+
+
 def check_size(settings: Any, folder: Path, path: str) -> None:
     """Refuse a config.json that describes a far larger model than its files hold, before memory is taken for it.
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lors_cli.data.saved_prompts import template_name
 from lors_cli.errors import UsageError
 from lors_cli.files import atomic, records
-from lors_cli.grid import bits_a_weight
+from lors_cli.grid import packed_metrics
 from lors_cli.models.blocks import PrunableWeight, prunable_weights
 from lors_cli.models.checks import safetensors_files
 from lors_cli.models.grids import load_grids
@@ -72,16 +71,12 @@ def _on_grids(
     if not grids:
         return {}
     grid = next(iter(grids.values()))
-    weights = []
-    for layer in layers:
-        held, (rows, columns) = patterns[layer.name], layer.shape
-        weights.append((rows, columns, held.n / held.m if held and held.n and held.m else 1 - layer.sparsity))
     off = 0
     for name, each in grids.items():
         weight = matrix(name)
         off += int((each.rounded(weight) != weight).sum())
-    bits = bits_a_weight(grid.spec, weights, 8 * grid.scales.dtype.itemsize)
-    return {"quantize": asdict(grid.spec), "bits_a_weight": round(bits, 4), "off_grid": off}
+    held = [layer.as_packed(patterns[layer.name]) for layer in layers]
+    return {**packed_metrics(grid.spec, held, 8 * grid.scales.dtype.itemsize), "off_grid": off}
 
 
 def _measure_packed(model: ModelConfig, pattern: Pattern | None) -> dict[str, Any]:

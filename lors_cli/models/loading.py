@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lors_cli.errors import UsageError
 from lors_cli.files.revisions import known_commit
 from lors_cli.machine.devices import cpu_has_bfloat16, resolve_device
-from lors_cli.models.checks import check_size, check_vocabulary, forget_own_code, loading
+from lors_cli.models.checks import check_size, check_token_ids, check_vocabulary, forget_own_code, loading
 from lors_cli.models.hub import here, is_whole
 from lors_cli.models.quantised import BITSANDBYTES, PACKED, Quantised
 from lors_cli.models.quiet import library_bars, quiet_libraries
@@ -125,6 +125,7 @@ def load_model(
                 model = model.dequantize(dtype)
     refuse(config.path, {*report["missing_keys"], *(str(item[0]) for item in report["mismatched_keys"])})
     settle_ties(model, config.path)
+    check_token_ids(model, config.path)
     if quantised is not None:
         if quantised.method != PACKED:
             check_plain(model, config.path)

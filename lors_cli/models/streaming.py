@@ -215,7 +215,7 @@ def network_without_weights(settings: Any, dtype: torch.dtype, config: ModelConf
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    from lors_cli.models.checks import loading
+    from lors_cli.models.checks import check_token_ids, loading
     from lors_cli.models.quiet import quiet_libraries
 
     with loading(config.path, "the checkpoint"), quiet_libraries(), init_empty_weights(include_buffers=False):
@@ -231,4 +231,5 @@ def network_without_weights(settings: Any, dtype: torch.dtype, config: ModelConf
                 network.generation_config = found
             except OSError:
                 console.detail(f"  {config.path} has no generation_config.json")
+        check_token_ids(network, config.path)
     return network.requires_grad_(False).eval()

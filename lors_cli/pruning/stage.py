@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lors_cli.errors import SparsityError, UsageError
 from lors_cli.files import atomic, hashes, records
-from lors_cli.grid import bits_a_weight
+from lors_cli.grid import packed_metrics
 from lors_cli.machine import environment, processes
 from lors_cli.output import console, progress
 from lors_cli.pruning.facts import RECONSTRUCTION_SAMPLES, grid_spec, statistics_kind
@@ -210,10 +210,8 @@ def _bits(config: PruneConfig, outcome: Outcome, pattern: Pattern, source: Block
     spec = grid_spec(config)
     if spec is None:
         return {}
-    kept = None if pattern.m is None else 1 - pattern.sparsity  # N:M is packed as N, zeros among them or not
-    weights = [(*layer.shape, kept or 1 - layer.sparsity) for layer in outcome.layers]
-    bits = bits_a_weight(spec, weights, 8 * source.network.dtype.itemsize)  # type: ignore[arg-type]  # two sizes
-    return {"quantize": asdict(spec), "bits_a_weight": round(bits, 4)}
+    weights = [layer.as_packed(pattern) for layer in outcome.layers]
+    return packed_metrics(spec, weights, 8 * source.network.dtype.itemsize)
 
 
 def _report_few_tokens(few_tokens: dict[str, int]) -> None:

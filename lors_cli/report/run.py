@@ -195,8 +195,11 @@ def _sparsity(cell: Cell) -> list[Block]:
         if "sparsity" in metrics:
             shares = [layer["sparsity"] for layer in metrics.get("layers", [])] or [metrics["sparsity"]]
             rows.append([label, str(metrics.get("pattern", "-")), f"{metrics['sparsity']:.4f}",
-                         f"{min(shares):.4f} to {max(shares):.4f}", str(metrics.get("violations", "-"))])  # fmt: skip
-    return table_of(["model", "pattern", "sparsity", "layers", "violations"], rows)
+                         f"{min(shares):.4f} to {max(shares):.4f}", str(metrics.get("violations", "-")),
+                         f"{metrics['bits_a_weight']:.2f}" if "bits_a_weight" in metrics else "-"])  # fmt: skip
+    head = ["model", "pattern", "sparsity", "layers", "violations", "bits a weight"]
+    has_grids = any(row[-1] != "-" for row in rows)
+    return table_of(head if has_grids else head[:-1], rows if has_grids else [row[:-1] for row in rows])
 
 
 def _making(cell: Cell) -> list[Block]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from lors_cli.errors import UsageError
-from lors_cli.grid import Grid, bits_a_weight
+from lors_cli.grid import Grid, packed_metrics
 from lors_cli.models.grids import load_grids
 from lors_cli.models.hub import here
 from lors_cli.models.loading import load_config
@@ -51,10 +51,7 @@ def grid_metrics(grids: Mapping[str, Grid], layers: Sequence[LayerSparsity], pat
     if not grids:
         return {}
     grid = next(iter(grids.values()))
-    kept = 1 - pattern.sparsity if pattern is not None and pattern.structured else None
-    weights = [(*layer.shape, kept or 1 - layer.sparsity) for layer in layers]
-    bits = bits_a_weight(grid.spec, weights, 8 * grid.scales.dtype.itemsize)  # type: ignore[arg-type]  # two sizes
-    return {"quantize": asdict(grid.spec), "bits_a_weight": round(bits, 4)}
+    return packed_metrics(grid.spec, [layer.as_packed(pattern) for layer in layers], 8 * grid.scales.dtype.itemsize)
 
 
 def kept_grids(grids: Mapping[str, Grid], *, quantization_aware: bool) -> Mapping[str, Grid]:

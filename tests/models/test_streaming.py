@@ -168,6 +168,15 @@ class TestRefusals:
         with pytest.raises(UsageError, match="which is not in the checkpoint's folder"):
             self.open(folder)
 
+    @pytest.mark.parametrize("found", ["</s>", [2, "</s>"], 2.5, True])
+    def test_a_special_token_that_is_no_number(self, found: object, folder: Path) -> None:
+        path = folder / "generation_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": found}))
+        source = ModelConfig(path=str(folder), dtype="float32")
+        for load in (open_blockwise, load_model):
+            with pytest.raises(UsageError, match=r"generation_config\.json has .* as eos_token_id"):
+                load(source)
+
     def test_a_truncated_file(self, folder: Path) -> None:
         data = (folder / "model.safetensors").read_bytes()
         (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
