@@ -19,7 +19,7 @@ from lors_cli.models.packed.kernels.choice import unpack
 from lors_cli.tuning.kernels.masked_merge import mask_by
 
 ROWS_ON_CPU, ROWS = 256, 1024
-"""Of a tile. On a core with 1 MiB of L2, 256 rows cost 2 % more than all rows at once, 64 rows 20 % (docs/tuning.md);
+"""Of a tile. On a core with 1 MiB of L2, 256 rows cost 3 % more than all rows at once, 64 rows 20 % (docs/tuning.md);
 on other devices a tile must fill many more cores."""
 
 
