@@ -37,7 +37,8 @@ OTHER: dict[str, Any] = {
     "prune.calibration.dataset": "other.txt",
     "prune.calibration.split": None, "prune.calibration.columns": None,  # in the text's fingerprint; a file has none
     "prune.calibration.offload": "disk",
-    "tune.method": "sqft", "tune.init": "kaiming", "tune.rounding": "nearest", "tune.merged_cache": "on",
+    "tune.method": "sqft", "tune.init": "kaiming", "tune.rounding": "nearest", "tune.gradient": "exact",
+    "tune.merged_cache": "on",
     "tune.base": "packed", "tune.data.dataset": "other.txt", "tune.data.split": None, "tune.data.columns": None,
     "tune.data.template": "vicuna", "tune.data.packing": "isolated", "tune.data.stream": "off",
     "tune.data.max_length": 64, "tune.skip": ("a.*",), "tune.lr_schedule": "linear", "tune.optim": "adamw_8bit",

@@ -109,6 +109,7 @@ def test_a_rate_that_the_method_implies_is_the_same_as_that_rate_written_out() -
         ("spp", None, 3e-2),
         ("spp-gc", None, 3e-2),
         ("hira", None, 1e-2),
+        ("hira-gc", None, 1e-2),
         ("lora", None, 3e-3),
     ]
     for method, init, rate in implied:
@@ -119,7 +120,15 @@ def test_a_rate_that_the_method_implies_is_the_same_as_that_rate_written_out() -
 
 
 @pytest.mark.parametrize(
-    "change", [{"skip": ("*.down_proj",)}, {"lr_schedule": "linear"}, {"optim": "adamw_8bit"}, {"spike_factor": 9.0}]
+    "change",
+    [
+        {"skip": ("*.down_proj",)},
+        {"lr_schedule": "linear"},
+        {"optim": "adamw_8bit"},
+        {"spike_factor": 9.0},
+        {"gradient": "exact"},
+        {"gradient": "rotating"},
+    ],
 )
 def test_a_setting_that_earlier_versions_lacked_counts_once_it_is_not_the_default(change: dict[str, Any]) -> None:
     config = TuneConfig(data=DATA)

@@ -35,7 +35,7 @@ from lors_cli.tuning.kernels.masked_merge import how_merged
 
 AUTHORS_LOG = {"lora": (1.13, 26.0), "lors": (1.28, 26.0), "sqft": (1.26, 44.2), "spp-gc": (2.20, 25.8)}
 """Seconds an iteration and GiB in the LoRS authors' own log (A6000), for comparison."""
-ASKED_FOR = ("lora-float32", "lors-nearest", "lors-packed", "lors-int4", "lors-qa", "sqft-qa")
+ASKED_FOR = ("lora-float32", "lors-rotating", "lors-nearest", "lors-packed", "lors-int4", "lors-qa", "sqft-qa")
 """Methods that are measured only when they are named."""
 
 Figures = dict[str, Any]

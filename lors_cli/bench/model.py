@@ -24,7 +24,7 @@ from lors_cli.tuning.kernels.cache import Keep, MergedCache
 from lors_cli.tuning.kernels.rounding import Rounding, kept_thresholds
 from lors_cli.tuning.kernels.scratch import free_scratch, scratch_memory
 from lors_cli.tuning.layers import AdapterLinear
-from lors_cli.tuning.lors import LorsLinear, PackedLorsLinear
+from lors_cli.tuning.lors import Gradient, LorsLinear, PackedLorsLinear, choose_gradients
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Arm:
         packed: lors: the weights are held packed.
         int4: the weights lie on a grid of 4 bits, and packed ones are held as codes.
         quantization_aware: merged weights stay on it.
+        gradient: lors: of `tune.gradient`.
     """
 
     method: str
@@ -47,6 +48,7 @@ class Arm:
     rounding: Rounding = "stochastic"
     int4: bool = False
     quantization_aware: bool = False
+    gradient: Gradient = "approximate"
 
 
 GRID = GridSpec(bits=4, group_size=128)
@@ -56,6 +58,8 @@ ARMS: dict[str, Arm] = {
     "lora-float32": Arm("lora"),
     "lors": Arm("lors"),
     "lors-cached": Arm("lors", "always"),
+    "lors-exact": Arm("lors", gradient="exact"),
+    "lors-rotating": Arm("lors", gradient="rotating"),
     "lors-nearest": Arm("lors", rounding="nearest"),
     "lors-packed": Arm("lors", packed=True),
     "lors-int4": Arm("lors", packed=True, int4=True),
@@ -158,6 +162,7 @@ def adapted(
             model.set_submodule(name, layer)
             if arm.packed:
                 linear.weight.data = linear.weight.data.cpu()  # or the plain weights would count too
+        choose_gradients(model, arm.gradient, step=0)  # any step's quarter takes as long
         yield torch.optim.AdamW(adapters, lr=1e-5)
     finally:
         for name, linear in linears.items():

@@ -13,8 +13,8 @@ from lors_cli.models.shapes import SHAPES
 from lors_cli.recipe.shipped import Kind, shipped_files
 
 BENCH_METHODS = (
-    "lors", "lors-cached", "lors-nearest", "lors-packed", "lors-int4", "lors-qa", "sqft", "sqft-gc", "sqft-qa", "spp",
-    "spp-gc", "hira", "lora", "lora-float32",
+    "lors", "lors-cached", "lors-exact", "lors-rotating", "lors-nearest", "lors-packed", "lors-int4", "lors-qa", "sqft",
+    "sqft-gc", "sqft-qa", "spp", "spp-gc", "hira", "hira-gc", "lora", "lora-float32",
 )  # fmt: skip
 EXAMPLES = {
     "model.device": ("auto", "cpu", "cuda", "cuda:1", "mps"), "prune.pattern": ("2:4", "4:8", "1:4", "unstructured"),

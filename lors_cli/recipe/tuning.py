@@ -12,7 +12,7 @@ from lors_cli.errors import UsageError
 from lors_cli.recipe.columns import ColumnsConfig, Name, NotNegative, Positive, Rate, Seed
 from lors_cli.recipe.section import Section
 
-TuneMethod = Literal["lors", "sqft", "sqft-gc", "spp", "spp-gc", "hira", "lora"]
+TuneMethod = Literal["lors", "sqft", "sqft-gc", "spp", "spp-gc", "hira", "hira-gc", "lora"]
 Tracker = Literal["wandb", "tensorboard", "mlflow", "trackio"]
 RATES = {"lors": 3e-3, "sqft": 3e-3, "spp": 3e-2, "hira": 1e-2, "lora": 3e-3}
 GRADIENT_RATE = 1e-3
@@ -76,8 +76,8 @@ class TuneConfig(Section):
     """Recovery training that keeps the zeros."""
 
     method: TuneMethod = "lors"
-    """lors, or what it is compared with: sqft, spp (both also -gc: their layers computed again in backward), hira, and
-    lora, whose merge fills the zeros."""
+    """lors, or what it is compared with: sqft, spp, hira (each also -gc: what it keeps of a layer beside its input is
+    computed again in backward), and lora, whose merge fills the zeros."""
     rank: Positive = 16
     """Inner size of lora_B·lora_A. spp: a divisor of every layer's outputs."""
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 16.0
@@ -98,6 +98,10 @@ class TuneConfig(Section):
     """lors and sqft, on a base that was pruned with prune.quantize: round merged weights to its grid, scales and zero
     points kept, so that the tuned model has the base's bits a weight, exactly as it was trained. Otherwise the tuned
     model's weights leave the grid, and take their number format's bits."""
+    gradient: Literal["approximate", "exact", "rotating"] = "approximate"
+    """lors: the adapters' gradients. approximate: the mask is left out of them, as in the paper. exact: it is in them,
+    which is SQFT's mathematics at LoRS's memory, for one more product a layer. rotating: exact in every fourth layer,
+    in the next step in those next to them."""
     merged_cache: Literal["auto", "off", "on"] = "auto"
     """lors: keep every merged weight while its adapters are unchanged (from the forward pass to the backward pass, and
     over the micro-batches of a step), or build it anew for each use. auto: on if that takes at most a quarter of the

@@ -22,7 +22,7 @@ METHOD_COLOURS = {
     "lora": "#7A5230", "lora-float32": "#B89B7F", "lors": PALETTE["tuned"], "lors-cached": "#56B4E9",
     "lors-nearest": "#003F66", "lors-packed": "#CC79A7", "lors-int4": "#E0B0CC", "lors-qa": "#882255",
     "sqft": "#8C6BB1", "sqft-gc": "#C5B3DB", "sqft-qa": "#332288", "spp": "#D55E00", "spp-gc": "#F0997A",
-    "hira": "#009E73",
+    "hira": "#009E73", "hira-gc": "#8FD0BB", "lors-exact": "#1B4F9C", "lors-rotating": "#7FA3DB",
 }  # fmt: skip
 """None of them is that of a dense or a pruned model."""
 THEMED = {INK: "currentColor", AXIS: "var(--axis)", GRID: "var(--grid)", PAGE: "var(--page)", DENSE: "var(--dense)"}

@@ -18,7 +18,7 @@ SOURCE = "LoRS, arXiv:2501.08582"
 METHODS = {
     "magnitude": "Magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT", "ria": "RIA", "admm": "ADMM",
     "lors": "LoRS", "sqft": "SQFT", "sqft-gc": "SQFT-gc", "spp": "SPP", "spp-gc": "SPP-gc", "hira": "HiRA",
-    "lora": "LoRA",
+    "hira-gc": "HiRA-gc", "lora": "LoRA",
 }  # fmt: skip
 TASKS = {
     "arc_challenge": "ARC-c", "arc_easy": "ARC-e", "boolq": "BoolQ", "hellaswag": "HellaSwag",

@@ -240,6 +240,8 @@ def _paper_note(models: Sequence[ScoredModel]) -> str:
     extras = sorted({name for model, _ in found for name in _beyond_the_paper(model.prune)})
     if extras:
         texts.append(f"Pruning here had settings that the paper's had not: {escape(', '.join(extras))}.")
+    if any(model.tune.get("gradient", "approximate") != "approximate" for model, _ in found):
+        texts.append("LoRS's gradients had the mask in them here (gradient), the paper's leave it out.")
     return " ".join(texts)
 
 

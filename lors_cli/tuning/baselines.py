@@ -12,13 +12,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lors_cli.errors import MissingError, UsageError
+from lors_cli.tuning.kernels.exact_gradients import adapter_gradients
 from lors_cli.tuning.kernels.on_grid import RoundedToGrid
+from lors_cli.tuning.kernels.scratch import scratch
 from lors_cli.tuning.layers import AdapterLinear
-from lors_cli.tuning.lors import LorsLinear
+from lors_cli.tuning.lors import LorsLinear, product_dtype, rows_of
 
 
 class SqftLinear(AdapterLinear):
@@ -98,6 +101,51 @@ class HiraLinear(AdapterLinear):
         return self.weight + self.scale * (self.weight * (B @ A))
 
 
+class HiraCheckpointedLinear(HiraLinear):
+    """HiRA that keeps X alone: the merged weight is built again in backward, the adapters' gradients by row tiles."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(…, C) → (…, R)."""
+        dtype = product_dtype(x, self.weight)
+        with torch.autocast(x.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.to(dtype)
+            Y = _HiraFunction.apply(rows_of(x.to(dtype)), self.weight, bias, self.lora_A, self.lora_B, self.scale)
+        return Y.view(*x.shape[:-1], Y.shape[-1])
+
+
+class _HiraFunction(torch.autograd.Function):
+    """Saves X and references to parameters."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, lora_A: torch.Tensor,
+        lora_B: torch.Tensor, scale: float,
+    ) -> torch.Tensor:  # fmt: skip
+        ctx.save_for_backward(x, weight, lora_A, lora_B)
+        ctx.scale = scale
+        return F.linear(x, _hira_in_scratch(weight, lora_A, lora_B, scale).to(x.dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dY: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, lora_A, lora_B = ctx.saved_tensors
+        dX = None
+        if ctx.needs_input_grad[0]:
+            dX = dY @ _hira_in_scratch(weight, lora_A, lora_B, ctx.scale).to(dY.dtype)
+        dY2, X = dY.reshape(-1, dY.shape[-1]), x.reshape(-1, x.shape[-1])
+        dA, dB = adapter_gradients(dY2, X, weight, lora_A, lora_B, ctx.scale, factor="weight")
+        return dX, None, None, dA, dB, None
+
+
+def _hira_in_scratch(weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scale: float) -> torch.Tensor:
+    """HiRA's merged weight, the same bits, in memory that all layers share."""
+    A, B = lora_A.to(weight.dtype), lora_B.to(weight.dtype)
+    if torch.compiler.is_compiling():
+        return weight + scale * (weight * (B @ A))
+    out = scratch(weight.shape, weight.dtype, weight.device)
+    return torch.mm(B, A, out=out).mul_(weight).mul_(scale).add_(weight)
+
+
 class LoraLinear(AdapterLinear):
     """LoRA in PEFT's own layer: Y = X·Wᵀ + s·(X·Aᵀ)·Bᵀ. Its merged weight is dense.
 
@@ -154,6 +202,7 @@ LAYERS: dict[str, type[AdapterLinear]] = {
     "spp": SppLinear,
     "spp-gc": SppCheckpointedLinear,
     "hira": HiraLinear,
+    "hira-gc": HiraCheckpointedLinear,
     "lora": LoraLinear,
 }
 """The layer of every `tune.method`."""

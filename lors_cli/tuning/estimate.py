@@ -12,10 +12,14 @@ from lors_cli.recipe.schema import TuneConfig
 HEAD_CHUNKS = 512 << 20
 """The head's logits and their gradient, a chunk of tokens at a time, at most."""
 ALPACA_ROWS, ALPACA_TOKENS = 52_002, 105
-PRODUCTS = {"lors": 4, "lora": 4, "sqft": 6, "sqft-gc": 8, "hira": 6, "spp": 10, "spp-gc": 12}
-"""Operations a token and weight of a training step: 2 forward, 2 for the inputs' gradient, and what a method adds."""
-MERGES = {"lors": 2, "sqft": 2, "sqft-gc": 3, "hira": 2}
+PRODUCTS = {"lors": 4, "lora": 4, "sqft": 6, "sqft-gc": 6, "hira": 6, "hira-gc": 6, "spp": 10, "spp-gc": 10}
+"""Operations a token and weight of a training step: 2 forward, 2 for the inputs' gradient, and what a method adds.
+
+Checkpointing within a layer adds none: torch stops computing again where all that backward needs is there."""
+MERGES = {"lors": 2, "sqft": 2, "sqft-gc": 3, "hira": 2, "hira-gc": 4}
 """Products lora_B·lora_A a micro-batch."""
+EXACT = {"approximate": 0.0, "exact": 1.0, "rotating": 0.25}
+"""Share of the layers whose gradients have lors's mask in them: two operations more, and the tiles' two products."""
 
 
 def needs(config: TuneConfig, size: ModelSize) -> Estimate:
@@ -60,8 +64,10 @@ def operations(config: TuneConfig, size: ModelSize, data_dir: Path | None) -> fl
     rest = forward(size, tokens, length) - 2 * tokens * size.num_prunable  # attention and head
     adapted = size.without(config.skip).num_prunable
     again = 2 if config.gradient_checkpointing else 0
-    products = PRODUCTS[config.method] * adapted + 4 * (size.num_prunable - adapted) + again * size.num_prunable
-    merges = 2 * config.rank * adapted * MERGES.get(config.method, 0) * samples / config.micro_batch_size
+    exact = 2 * EXACT[config.gradient]
+    own = PRODUCTS[config.method] + exact
+    products = own * adapted + 4 * (size.num_prunable - adapted) + again * size.num_prunable
+    merges = 2 * config.rank * adapted * (MERGES.get(config.method, 0) + exact) * samples / config.micro_batch_size
     start = 0.0 if config.start == "kaiming" else 3 * forward(size, config.init_samples * length, length)
     teacher = forward(size, tokens, length) if config.distill else 0.0
     return products * tokens + passes * rest + merges + start + teacher

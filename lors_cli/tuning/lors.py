@@ -3,14 +3,14 @@
 Legend: W (R, C) sparse weight, X (tokens, C) input, Y (tokens, R) output, A = lora_A (r, C), B = lora_B (R, r),
 s scale, W_t = (W + s·B·A) ⊙ (W ≠ 0), dY, dX, dA, dB gradients; R out_features, C in_features, r rank.
 
-Quantisation-aware, W_t is rounded to the grid that W lies on.
+Quantisation-aware, W_t is rounded to the grid that W lies on. Exact gradients have the mask in them, as SQFT's do.
 
 Source: LoRS Algorithms 1 and 2, arXiv:2501.08582 (its A is our lora_B, its B our lora_A).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -23,12 +23,16 @@ from lors_cli.models.packed.format import Packed, pack, wrong_spec
 from lors_cli.models.packed.kernels.choice import unpack
 from lors_cli.sparsity import TWO_OF_FOUR, num_violations
 from lors_cli.tuning.kernels.cache import Keep, MergedCache
+from lors_cli.tuning.kernels.exact_gradients import adapter_gradients
 from lors_cli.tuning.kernels.masked_merge import masked_merge, masked_merge_formula
 from lors_cli.tuning.kernels.on_grid import lies_on
 from lors_cli.tuning.kernels.rounding import Rounding
 from lors_cli.tuning.layers import AdapterLinear
 
+Gradient = Literal["approximate", "exact", "rotating"]
 _NO_CACHE = MergedCache("never")
+QUARTER = 4
+"""Of rotating gradients one in so many layers is exact."""
 
 
 class _LorsFunction(torch.autograd.Function):
@@ -46,10 +50,11 @@ class _LorsFunction(torch.autograd.Function):
         cache: MergedCache | None,
         rounding: Rounding,
         grid: Grid | None,
+        exact: bool,
     ) -> torch.Tensor:
         parts = (weight.values, weight.mask, weight.starts) if isinstance(weight, Packed) else (weight,)
         ctx.save_for_backward(x, lora_A, lora_B, *parts)
-        ctx.scale, ctx.cache, ctx.rounding, ctx.grid = scale, cache, rounding, grid
+        ctx.scale, ctx.cache, ctx.rounding, ctx.grid, ctx.exact = scale, cache, rounding, grid, exact
         ctx.packing = (weight.columns, weight.pattern, weight.grid) if isinstance(weight, Packed) else ()
         W_t = _merged(weight, lora_A, lora_B, scale, x.dtype, cache, rounding, grid, last_use=False)
         return F.linear(x, W_t, bias)
@@ -66,11 +71,14 @@ class _LorsFunction(torch.autograd.Function):
         dY2, X = dY.reshape(-1, dY.shape[-1]), x.reshape(-1, x.shape[-1])
         if ctx.needs_input_grad[2]:
             dbias = dY2.sum(0)
+        if ctx.exact:
+            dA, dB = adapter_gradients(dY2, X, weight, lora_A, lora_B, s, factor="mask")
+            return dX, None, dbias, dA, dB, *[None] * 5
         if ctx.needs_input_grad[3]:
             dA = ((dY2 @ lora_B.to(dY.dtype)).T @ X).to(lora_A.dtype).mul_(s)
         if ctx.needs_input_grad[4]:
             dB = (dY2.T @ (X @ lora_A.to(X.dtype).T)).to(lora_B.dtype).mul_(s)
-        return dX, None, dbias, dA, dB, None, None, None, None
+        return dX, None, dbias, dA, dB, *[None] * 5
 
 
 def _merged(
@@ -94,12 +102,14 @@ def lors_linear(
     cache: MergedCache | None = None,
     rounding: Rounding = "nearest",
     grid: Grid | None = None,
+    exact: bool = False,
 ) -> torch.Tensor:
     """Y = X·W_tᵀ + bias with W_t = (W + s·B·A) ⊙ (W ≠ 0), recomputed in backward.
 
     Gradients: dX = dY·W_t; dB = s·dYᵀ(X·Aᵀ); dA = s·(dY·B)ᵀX. Mask and rounding are ignored in the adapters' gradients
-    (straight-through), so no (R, C) gradient is ever formed. Products are in the weight's dtype, under autocast in
-    autocast's (W_t is then rounded to it once).
+    (straight-through); exact ones, dB = s·(dW ⊙ mask)·Aᵀ and dA = s·Bᵀ·(dW ⊙ mask) with dW = dYᵀX, ignore the rounding
+    alone. No (R, C) gradient is ever formed. Products are in the weight's dtype, under autocast in autocast's (W_t is
+    then rounded to it once).
 
     Args:
         x: (…, C).
@@ -109,6 +119,7 @@ def lors_linear(
         cache: keeps W_t between calls; default: W_t is built in scratch memory each time it is needed.
         rounding: of W_t to bfloat16 or to the grid.
         grid: that W lies on and W_t is to lie on too (quantisation-aware).
+        exact: whether the adapters' gradients have the mask in them.
 
     Returns:
         (…, R) in the products' dtype.
@@ -118,13 +129,19 @@ def lors_linear(
     """
     if isinstance(weight, torch.Tensor) and weight.requires_grad:
         raise UsageError("lors_linear trains adapters only: the weight must not require a gradient.")
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    dtype = product_dtype(x, weight)
     holder = None if torch.compiler.is_compiling() else cache or _NO_CACHE
-    with torch.autocast(kind, enabled=False):
+    with torch.autocast(x.device.type, enabled=False):
         bias = None if bias is None else bias.to(dtype)
-        Y = _LorsFunction.apply(rows_of(x.to(dtype)), weight, bias, lora_A, lora_B, scale, holder, rounding, grid)
+        Y = _LorsFunction.apply(rows_of(x.to(dtype)), weight, bias, lora_A, lora_B, scale, holder, rounding, grid,
+                                exact)  # fmt: skip
     return Y.view(*x.shape[:-1], Y.shape[-1])
+
+
+def product_dtype(x: torch.Tensor, weight: torch.Tensor | Packed) -> torch.dtype:
+    """What products of X with a weight are in: its dtype, under autocast autocast's."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:
@@ -134,6 +151,9 @@ def rows_of(x: torch.Tensor) -> torch.Tensor:
 
 class LorsLinear(AdapterLinear):
     """A frozen sparse linear with a LoRS adapter; `cache` says how long the merged weight is kept."""
+
+    exact = False
+    """Whether the adapters' gradients have the mask in them."""
 
     def __init__(
         self, linear: nn.Linear, rank: int, alpha: float, *, use_rslora: bool = True, grid: Grid | None = None
@@ -149,7 +169,7 @@ class LorsLinear(AdapterLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, C) → (…, R)."""
         return lors_linear(x, self.held, self.bias, self.lora_A, self.lora_B, self.scale, cache=self.cache,
-                           rounding=self.rounding, grid=self.grid)  # fmt: skip
+                           rounding=self.rounding, grid=self.grid, exact=self.exact)  # fmt: skip
 
     def merged_weight(self) -> torch.Tensor:
         """The very weight of the forward pass, (R, C) in the base's dtype."""
@@ -195,3 +215,13 @@ def keep_merged(model: nn.Module, keep: Keep) -> None:
     for module in model.modules():
         if isinstance(module, LorsLinear):
             module.cache = MergedCache(keep)
+
+
+def choose_gradients(model: nn.Module, gradient: Gradient, step: int) -> None:
+    """Say of every LoRS layer of a model whether its gradients are exact in an optimiser step.
+
+    Of rotating ones a quarter is, every fourth layer, and in the next step their neighbours: the step alone says which.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LorsLinear)]
+    for place, layer in enumerate(layers):
+        layer.exact = gradient == "exact" or (gradient == "rotating" and (place - step) % QUARTER == 0)

@@ -67,13 +67,15 @@ def test_the_document_and_its_ratios() -> None:
 
 def test_memory_is_what_the_formulas_say() -> None:
     """LoRS keeps nothing of the weights' size; its cache a bfloat16 copy; SQFT a mask and a bfloat16 copy."""
-    methods = ("lora", "lors", "lors-cached", "lors-packed", "sqft", "sqft-gc")
+    methods = ("lora", "lors", "lors-cached", "lors-exact", "lors-packed", "sqft", "sqft-gc", "hira-gc")
     (cell,) = bench(_config(methods=methods, rounds=1))["cells"].values()
     saved = {name: figures["saved_bytes"] for name, figures in cell.items()}
     assert saved["lors"] <= saved["lora"]
     assert saved["lors-cached"] == saved["lors"] + 2 * LINEARS
     assert saved["sqft"] - saved["lors"] >= 3 * LINEARS
     assert saved["sqft-gc"] < saved["lors"] + LINEARS
+    assert saved["hira-gc"] == saved["lors-exact"] == saved["lors"]
+    assert cell["lors-exact"]["peak_bytes"] < cell["lors"]["peak_bytes"] + 2 * 64 * 128  # a tile is a weight here
     # 9/8 bytes an element instead of 2, and one weight restored
     assert saved["lors-packed"] == saved["lors"]
     won = cell["lors"]["peak_bytes"] - cell["lors-packed"]["peak_bytes"]

@@ -193,7 +193,7 @@ def test_settings_and_their_words() -> None:
 
 def test_values_are_offered_after_the_equals_sign() -> None:
     assert offered("tune", "method=sq") == ["method=sqft", "method=sqft-gc"]
-    assert offered(None, "tune.method=h") == ["tune.method=hira"]
+    assert offered(None, "tune.method=h") == ["tune.method=hira", "tune.method=hira-gc"]
     assert offered(None, "prune.refit=") == ["prune.refit=true", "prune.refit=false"]
     assert offered(None, "prune.calibration.dataset=w") == [
         f"prune.calibration.dataset={name}" for name in ("wikitext2", "wikitext2-lines")
@@ -207,7 +207,7 @@ def test_values_of_settings_in_the_shell(before: list[str]) -> None:
     key = "tune.method" if before[0] == "run" else "method"
     assert completed(*before, f"{key}=lors") == [f"{key}=lors"]  # zsh, fish
     assert completed(*before, key, "=", "sq") == ["sqft", "sqft-gc"]  # bash
-    assert completed(*before, key, "=") == ["lors", "sqft", "sqft-gc", "spp", "spp-gc", "hira", "lora"]
+    assert completed(*before, key, "=") == ["lors", "sqft", "sqft-gc", "spp", "spp-gc", "hira", "hira-gc", "lora"]
 
 
 def test_models_are_files_until_a_setting_is_typed() -> None:

@@ -93,6 +93,8 @@ TUNE = TuneConfig(rank=8, batch_size=8, per_device_batch_size=2, data=TuneDataCo
         (replace(TUNE, init="kaiming"), replace(TUNE, init="gradient-exact")),
         (TUNE, replace(TUNE, merged_cache="on")),
         (replace(TUNE, method="sqft-gc"), replace(TUNE, method="sqft")),
+        (replace(TUNE, method="hira-gc"), replace(TUNE, method="hira")),
+        (replace(TUNE, gradient="exact"), replace(TUNE, method="sqft")),
         (EvalConfig(batch_size=4), EvalConfig(batch_size=8)),
     ],
 )

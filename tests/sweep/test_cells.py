@@ -233,7 +233,7 @@ def test_what_is_wrong_with_a_recipe_names_its_cells() -> None:
         "s.yaml:7: tune.rank: must be a whole number, not no (cells lors-no, spp-no, hirra-no)",
         "s.yaml:8: tune.init: gradient is for additive updates, and spp multiplies the weight "
         "(cells spp-rank8, spp-no)",
-        "s.yaml:6: tune.method: must be one of lors, sqft, sqft-gc, spp, spp-gc, hira, lora, not hirra; "
+        "s.yaml:6: tune.method: must be one of lors, sqft, sqft-gc, spp, spp-gc, hira, hira-gc, lora, not hirra; "
         "did you mean hira? (cells hirra-rank8, hirra-no)",
     ]
 

@@ -72,7 +72,7 @@ def test_every_architecture(architecture: str, sparse: Sparse, batches: list[tor
         assert torch.equal(trained(input_ids=batches[0]).logits, after(input_ids=batches[0]).logits)
 
 
-@pytest.mark.parametrize("method", ["sqft", "sqft-gc", "spp", "spp-gc", "hira", "lora"])
+@pytest.mark.parametrize("method", ["sqft", "sqft-gc", "spp", "spp-gc", "hira", "hira-gc", "lora"])
 def test_blocks_that_add_to_the_output_of_a_linear_in_place(method: str, sparse: Sparse) -> None:
     out = tuned(sparse("Falcon-40B"), method=method)
     losses = json.loads((out / "stage.json").read_text())["metrics"]

@@ -48,7 +48,7 @@ def _formula(method: str, x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor, 
     elif method.startswith("spp"):
         rows = [W[i] * A[i // (W.shape[0] // A.shape[0])] * B[i, 0] for i in range(W.shape[0])]
         update = torch.stack(rows)
-    elif method == "hira":
+    elif method.startswith("hira"):
         update = W * (B @ A)
     else:
         update = B @ A
@@ -118,7 +118,7 @@ def test_what_each_method_keeps_for_backward() -> None:
     """The paper's point: SQFT keeps a mask and a merged weight, SPP two products, the others nothing of W's size."""
     elements = 64 * 32
     assert {method: _saved_matrices(method) / elements for method in LAYERS} == {
-        "lors": 0, "lora": 0, "sqft": 5, "sqft-gc": 0, "spp": 8, "spp-gc": 0, "hira": 4,
+        "lors": 0, "lora": 0, "sqft": 5, "sqft-gc": 0, "spp": 8, "spp-gc": 0, "hira": 4, "hira-gc": 0,
     }  # fmt: skip
 
 

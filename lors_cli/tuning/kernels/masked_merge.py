@@ -71,7 +71,7 @@ def masked_merge(
     A, B = lora_A.to(weight.dtype), lora_B.to(weight.dtype)
     by_thresholds = grid is None and is_stochastic(rounding, merged.dtype)
     if grid is None and same_dtype and not by_thresholds and _addmm_rounds_once(weight.device, weight.dtype):
-        return _mask(torch.addmm(weight, B, A, alpha=scale, out=merged), weight)
+        return mask_by(torch.addmm(weight, B, A, alpha=scale, out=merged), weight)
     exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
     A, B = A.to(exact), B.to(exact)
     for rows in row_tiles(*weight.shape, whole=weight.is_cuda):  # float32 tiles of 1 MiB stay in the cache
@@ -79,12 +79,12 @@ def masked_merge(
         tile = part.to(exact, copy=by_thresholds)  # the rounding works in place, and W is to stay as it is
         if by_thresholds:
             total = torch.addmm(tile, B[rows], A, alpha=scale, out=tile).float()
-            _mask(round_stochastically(total, merged[rows]), part.to(merged.dtype))
+            mask_by(round_stochastically(total, merged[rows]), part.to(merged.dtype))
         elif grid is not None:
             total = torch.addmm(tile, B[rows], A, alpha=scale).float()
-            merged[rows].copy_(_mask(round_to_grid(total, part, grid.of_rows(rows), rounding), part))
+            merged[rows].copy_(mask_by(round_to_grid(total, part, grid.of_rows(rows), rounding), part))
         else:
-            merged[rows].copy_(_mask(torch.addmm(tile, B[rows], A, alpha=scale), tile))
+            merged[rows].copy_(mask_by(torch.addmm(tile, B[rows], A, alpha=scale), tile))
     return merged
 
 
@@ -110,7 +110,7 @@ def _reads(weight: Packed) -> bool:
     return weight.grid is None and weight.pattern == TWO_OF_FOUR
 
 
-def _mask(merged: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def mask_by(merged: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`merged` with zeros where the weight is zero, in place; both have one dtype."""
     # the backward of hardshrink at 0 is "keep where |W| > 0": one vectorised pass, no bool tensor
     return torch.ops.aten.hardshrink_backward.grad_input(merged, weight, 0.0, grad_input=merged)

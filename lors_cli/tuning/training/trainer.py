@@ -22,6 +22,7 @@ from lors_cli.recipe.schema import TuneConfig
 from lors_cli.tuning.adapter import WEIGHTS_NAME, load_tensors
 from lors_cli.tuning.attach import adapter_layers, adapter_tensors
 from lors_cli.tuning.head import Loss
+from lors_cli.tuning.lors import choose_gradients
 from lors_cli.tuning.norms import norm_shifts
 from lors_cli.tuning.training import checkpoints, sampling
 from lors_cli.tuning.training.distributed import add_up_step, micro_batch_size
@@ -148,6 +149,7 @@ class AdapterTrainer:
         num_labels = parallel.add_up(torch.tensor(float(labels), device=self.model.device))
         if rank > 0:  # dropout of its own, the same after a resumption
             torch.manual_seed(hash((seed, self.step, rank)) % 2**63)
+        choose_gradients(self.model, self.config.gradient, self.step)
         loss = torch.zeros((), device=self.model.device)
         for place, batch in enumerate(batches, 1):
             loss = loss + self.micro_batch(batch, num_labels)
