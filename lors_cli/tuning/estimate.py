@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lors_cli.models.needs import RECORDS, RUNTIME, Estimate
 from lors_cli.models.size import ModelSize, forward
-from lors_cli.recipe.schema import TuneConfig
+from lors_cli.recipe.schema import TuneConfig, TuneDataConfig
 
 HEAD_CHUNKS = 512 << 20
 """The head's logits and their gradient, a chunk of tokens at a time, at most."""
@@ -46,9 +46,7 @@ def needs(config: TuneConfig, size: ModelSize) -> Estimate:
 
 def operations(config: TuneConfig, size: ModelSize, data_dir: Path | None) -> float | None:
     """Floating-point operations, None where the number of samples is not known."""
-    length = config.data.max_length
-    if config.data.dataset == "alpaca":
-        length = min(length, ALPACA_TOKENS)
+    length = round(sum(share * _length(data) for share, data in config.data.parts))
     if config.max_tokens:
         samples: float | None = config.max_tokens / length
     else:
@@ -65,6 +63,11 @@ def operations(config: TuneConfig, size: ModelSize, data_dir: Path | None) -> fl
     start = 0.0 if config.start == "kaiming" else 3 * forward(size, config.init_samples * length, length)
     teacher = forward(size, tokens, length) if config.distill else 0.0
     return products * tokens + passes * rest + merges + start + teacher
+
+
+def _length(data: TuneDataConfig) -> int:
+    """Tokens of a sample."""
+    return min(data.max_length, ALPACA_TOKENS) if data.dataset == "alpaca" else data.max_length
 
 
 def _samples(config: TuneConfig, data_dir: Path | None) -> int | None:
