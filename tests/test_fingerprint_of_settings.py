@@ -45,7 +45,7 @@ OTHER: dict[str, Any] = {
     "tune.skip": ("a.*",), "tune.lr_schedule": "linear", "tune.optim": "adamw_8bit",
     "tune.max_tokens": 4096, "tune.per_device_batch_size": 8, "tune.parallelism": "fsdp", "tune.report_to": ("wandb",),
     "tune.load_best_model_at_end": True, "tune.distill.teacher": "other.gguf", "tune.distill.revision": None,
-    "tune.min_learning_rate": 1e-3, "tune.val_size": 0.5,
+    "tune.min_learning_rate": 1e-3, "tune.adam_betas": (0.8, 0.999), "tune.val_size": 0.5,
     "eval.models": None, "eval.tasks": ("boolq",), "eval.perplexity": ("other.txt",), "eval.num_fewshot": 3,
     "eval.fewshot_as_multiturn": False, "eval.system_instruction": "Be brief.", "eval.include_path": None,
     "eval.limit": 7, "eval.generations": False,

@@ -179,6 +179,9 @@ class TuneConfig(Section):
     stays as it is."""
     warmup_steps: NotNegative = 0
     """Optimiser steps in which the learning rate rises to its peak."""
+    adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = (0.9, 0.999)
+    """AdamW's decay of the mean gradient and of its mean square, a step, in 32 and in 8 bits. A lower first one follows
+    the gradient sooner."""
     weight_decay: Rate = 0.0
     """AdamW's, on the adapters."""
     optim: Literal["adamw", "adamw_8bit"] = "adamw"

@@ -39,6 +39,7 @@ WITHOUT_EFFECT = (
 UNSAID: dict[str, Any] = {
     "skip": (), "lr_schedule": "cosine", "optim": "adamw", "spike_factor": None, "val_size": None, "eval_steps": None,
     "early_stopping_patience": None, "load_best_model_at_end": None, "quantization_aware": False,
+    "adam_betas": (0.9, 0.999),
 }  # fmt: skip
 """Settings that fingerprints have only where they are not this, since earlier versions did not have them."""
 CHECKPOINTS_NAME = "checkpoints"
