@@ -18,6 +18,7 @@ from lors_cli.recipe.schema import (
     MixConfig,
     PruneConfig,
     QuantizeConfig,
+    TeacherCacheConfig,
     TuneConfig,
     TuneDataConfig,
 )
@@ -27,7 +28,8 @@ TEXT = {"text.txt": "some text\n", "other.txt": "other text\n"}
 PRUNE = PruneConfig(method="wanda", pattern="unstructured", sparsity=0.5, quantize=QuantizeConfig(),
                     calibration=CalibrationConfig(dataset="text.txt"))  # fmt: skip
 TUNE = TuneConfig(
-    data=TuneDataConfig(dataset="text.txt", stream="on"), distill=DistillConfig(teacher="teacher.gguf"),
+    data=TuneDataConfig(dataset="text.txt", stream="on"),
+    distill=DistillConfig(teacher="teacher.gguf", cache=TeacherCacheConfig()),
     train_norms=True, val_size=8, early_stopping_patience=2, load_best_model_at_end=False, learning_rate=1e-2,
 )  # fmt: skip
 EVAL = EvalConfig(tasks=("rte",), perplexity=("text.txt",), apply_chat_template=True)
@@ -45,7 +47,8 @@ OTHER: dict[str, Any] = {
     "tune.skip": ("a.*",), "tune.lr_schedule": "linear", "tune.optim": "adamw_8bit",
     "tune.max_tokens": 4096, "tune.per_device_batch_size": 8, "tune.parallelism": "fsdp", "tune.report_to": ("wandb",),
     "tune.load_best_model_at_end": True, "tune.distill.teacher": "other.gguf", "tune.distill.revision": None,
-    "tune.min_learning_rate": 1e-3, "tune.adam_betas": (0.8, 0.999), "tune.val_size": 0.5,
+    "tune.min_learning_rate": 1e-3, "tune.distill.cache.dtype": "float32", "tune.adam_betas": (0.8, 0.999),
+    "tune.val_size": 0.5,
     "eval.models": None, "eval.tasks": ("boolq",), "eval.perplexity": ("other.txt",), "eval.num_fewshot": 3,
     "eval.fewshot_as_multiturn": False, "eval.system_instruction": "Be brief.", "eval.include_path": None,
     "eval.limit": 7, "eval.generations": False,

@@ -145,6 +145,14 @@ def _tuning_reads(config: TuneConfig) -> Reads:
     return Reads(texts, teacher=teacher)
 
 
+def _teacher_cache(config: TuneConfig, models: dict[str, ModelConfig]) -> str:
+    """What a teacher's predictions will take on disk."""
+    if config.distill is None or config.distill.cache is None or config.distill.teacher is None:
+        return ""
+    size = try_size(teacher_model(config.distill))
+    return tuning_estimate.teacher_cache(config, size.vocab_size) if size else ""
+
+
 def _tuning_fits(config: TuneConfig, size: ModelSize) -> None:
     from lors_cli.tuning.baselines import check_rank
 
@@ -197,6 +205,7 @@ STAGES = {
         needs=tuning_estimate.needs,
         operations=lambda config, size, num_models, data_dir: tuning_estimate.operations(config, size, data_dir),
         describe=_tuning,
+        foresee=_teacher_cache,
         reads=_tuning_reads,
         fits=_tuning_fits,
         makes="tuned",

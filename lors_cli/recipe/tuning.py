@@ -107,8 +107,19 @@ class TuneDataConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TeacherCacheConfig(Section):
+    """The teacher's likeliest tokens at every label, on disk: made once, and read in every epoch and by every run that
+    takes the same samples, which need neither the teacher's memory nor its forward pass."""
+
+    top_k: Positive = 64
+    """Tokens a label; all others count as one, so that the divergence is at most that from all of the vocabulary."""
+    dtype: Literal["float16", "float32"] = "float16"
+    """Number format of the logarithms of their probabilities."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DistillConfig(Section):
-    """Learning from the dense model's predictions beside the labels; it is held in memory too."""
+    """Learning from the dense model's predictions beside the labels; it is held in memory too, unless cache is set."""
 
     teacher: Name | None = None
     """The dense model, with the same vocabulary. Default: the one that the sparse model was pruned from."""
@@ -118,6 +129,8 @@ class DistillConfig(Section):
     """Share of the divergence from the teacher in the loss; the rest is cross-entropy with the labels."""
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Of both softmaxes (arXiv:1503.02531)."""
+    cache: TeacherCacheConfig | None = None
+    """Keep the teacher's predictions on disk, in `$LORS_CACHE_DIR` (`cache: {}` for the defaults)."""
 
 
 @dataclass(frozen=True, kw_only=True)

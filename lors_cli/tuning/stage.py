@@ -86,6 +86,8 @@ def _identity(
     if config.distill is not None:
         inputs["teacher"] = fingerprint_model(teacher_model(config.distill))
         settings["distill"] = {"weight": config.distill.weight, "temperature": float(config.distill.temperature)}
+        if config.distill.cache is not None:
+            settings["distill"]["cache"] = asdict(config.distill.cache)
     return INSTRUCTIONS_VERSION if read.has_instructions else STAGE_VERSION, settings, inputs
 
 
