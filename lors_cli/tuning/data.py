@@ -32,7 +32,8 @@ def data_identity(config: TuneConfig, data_dir: Path | None) -> tuple[dict[str, 
 
     parts = [(weight, data, tuning_source(data, data_dir)) for weight, data in config.data.parts]
     found = [_identity(config, data, source) for _, data, source in parts]
-    settings, inputs = found[0], {"data": parts[0][2].fingerprint}
+    settings = found[0]
+    inputs: dict[str, Any] = {"data": parts[0][2].fingerprint}
     if config.data.mix:
         settings["mix"] = [{"weight": weight, **each} for (weight, *_), each in zip(parts[1:], found[1:], strict=True)]
         inputs["mix"] = [source.fingerprint for _, _, source in parts[1:]]

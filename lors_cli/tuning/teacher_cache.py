@@ -26,7 +26,7 @@ import torch
 from torch.nn import functional as F
 
 from lors_cli.data.samples import IGNORED, Sample
-from lors_cli.data.stream.cache import cache_dir, make_room, opened_folder
+from lors_cli.data.stream.cache import cache_dir, make_room, opened_folder, writing
 from lors_cli.errors import ResourceError, UsageError
 from lors_cli.files import atomic, hashes
 from lors_cli.machine import processes
@@ -130,7 +130,8 @@ class TeacherCache:
         }
         name = hashlib.sha256(b"".join(entries)).hexdigest()[:32]
         make_room(self, sum(part.nbytes for part in content.values()))
-        atomic.write_bytes(self.folder / f"{name}.safetensors", save(content))
+        with writing(self.folder):  # another run may write the very same
+            atomic.write_bytes(self.folder / f"{name}.safetensors", save(content))
 
     def read(self, keys: Sequence[bytes], device: torch.device) -> TopTokens:
         """What is said of the labels of some samples, one after the other."""
@@ -178,8 +179,8 @@ class TeacherCache:
 def _said(teacher: Teacher, sample: Arrays, top_k: int) -> TopTokens:
     """The likeliest tokens at a sample's labels."""
     device = teacher.model.device
-    inputs = {name: torch.from_numpy(sample[name]).long()[None].to(device) for name in ("input_ids", "position_ids")
-              if name in sample}  # fmt: skip
+    names = [name for name in sample if name != "labels"]
+    inputs = {name: torch.from_numpy(sample[name]).long()[None].to(device) for name in names}
     labels = F.pad(torch.from_numpy(sample["labels"]).long()[1:], (0, 1), value=IGNORED).to(device)
     chosen = (labels != IGNORED).nonzero().squeeze(1)
     said = teacher.predictions(inputs, labels, chosen)

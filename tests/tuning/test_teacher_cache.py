@@ -214,7 +214,7 @@ def test_killed_for_good_while_it_is_made_on_a_real_model(shared_dir: Path, tmp_
     assert list((tmp_path / "cache/teacher").glob("*/.*.partial"))
     done = signalled(signal.SIGKILL, "never", *call("broken"))
     assert done.returncode == 0, done.stderr
-    assert "40 samples to compute" in " ".join(done.stderr.split())
+    assert "samples to compute" in " ".join(done.stderr.split())
     again = signalled(signal.SIGKILL, "never", *call("again"))
     assert "all there" in again.stderr
     assert "loading the teacher" not in again.stderr

@@ -144,13 +144,6 @@ class TokenCache:
         with safe_open(self.shard(number), "np") as file:
             return json.loads(file.metadata()["after"])
 
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Be the only one that writes; waits for another to end."""
-        with open(self.folder / ".writer", "a", encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-
     # ---- staying
 
     def hold(self) -> None:
@@ -162,6 +155,14 @@ class TokenCache:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Be the only one that writes in a cache's folder; waits for another to end."""
+    with open(folder / ".writer", "a", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @lru_cache(maxsize=256)
@@ -193,9 +194,11 @@ def opened_folder(folder: Path, manifest: dict[str, Any], texts: Mapping[str, st
         if lock is None:
             continue  # it was removed in this moment
         if atomic.read_json(folder / MANIFEST_NAME) is None:
-            for name, text in texts.items():
-                atomic.write_text(folder / name, text)
-            atomic.write_json(folder / MANIFEST_NAME, manifest)
+            with writing(folder):  # runs and processes that begin at once
+                if atomic.read_json(folder / MANIFEST_NAME) is None:
+                    for name, text in texts.items():
+                        atomic.write_text(folder / name, text)
+                    atomic.write_json(folder / MANIFEST_NAME, manifest)
         os.utime(folder / MANIFEST_NAME)  # the least recently used goes first
         return lock
 
