@@ -15,8 +15,10 @@ from lors_cli.recipe.schema import (
     CalibrationConfig,
     DistillConfig,
     EvalConfig,
+    MixConfig,
     PruneConfig,
     QuantizeConfig,
+    TeacherCacheConfig,
     TuneConfig,
     TuneDataConfig,
 )
@@ -26,7 +28,8 @@ TEXT = {"text.txt": "some text\n", "other.txt": "other text\n"}
 PRUNE = PruneConfig(method="wanda", pattern="unstructured", sparsity=0.5, quantize=QuantizeConfig(),
                     calibration=CalibrationConfig(dataset="text.txt"))  # fmt: skip
 TUNE = TuneConfig(
-    data=TuneDataConfig(dataset="text.txt", stream="on"), distill=DistillConfig(teacher="teacher.gguf"),
+    data=TuneDataConfig(dataset="text.txt", stream="on"),
+    distill=DistillConfig(teacher="teacher.gguf", cache=TeacherCacheConfig()),
     train_norms=True, val_size=8, early_stopping_patience=2, load_best_model_at_end=False, learning_rate=1e-2,
 )  # fmt: skip
 EVAL = EvalConfig(tasks=("rte",), perplexity=("text.txt",), apply_chat_template=True)
@@ -41,10 +44,12 @@ OTHER: dict[str, Any] = {
     "tune.merged_cache": "on",
     "tune.base": "packed", "tune.data.dataset": "other.txt", "tune.data.split": None, "tune.data.columns": None,
     "tune.data.template": "vicuna", "tune.data.packing": "isolated", "tune.data.stream": "off",
-    "tune.data.max_length": 64, "tune.skip": ("a.*",), "tune.lr_schedule": "linear", "tune.optim": "adamw_8bit",
+    "tune.data.max_length": 64, "tune.data.mix": None,  # which has a test of its own
+    "tune.skip": ("a.*",), "tune.lr_schedule": "linear", "tune.optim": "adamw_8bit",
     "tune.max_tokens": 4096, "tune.per_device_batch_size": 8, "tune.parallelism": "fsdp", "tune.report_to": ("wandb",),
     "tune.load_best_model_at_end": True, "tune.distill.teacher": "other.gguf", "tune.distill.revision": None,
-    "tune.min_learning_rate": 1e-3, "tune.val_size": 0.5,
+    "tune.min_learning_rate": 1e-3, "tune.distill.cache.dtype": "float32", "tune.adam_betas": (0.8, 0.999),
+    "tune.val_size": 0.5,
     "eval.models": None, "eval.tasks": ("boolq",), "eval.perplexity": ("other.txt",), "eval.num_fewshot": 3,
     "eval.fewshot_as_multiturn": False, "eval.system_instruction": "Be brief.", "eval.include_path": None,
     "eval.limit": 7, "eval.generations": False,
@@ -108,3 +113,22 @@ def _value(config: Any, path: list[str]) -> Any:
     for name in path:
         config = getattr(config, name)
     return config
+
+
+MIXED = replace(TUNE, max_steps=4, val_size=None, early_stopping_patience=None, load_best_model_at_end=None)
+
+
+def _mixed(**settings: Any) -> str:
+    part = MixConfig(**{"dataset": "other.txt", "weight": 0.25, **settings})
+    return fingerprint("tune", replace(MIXED, data=replace(MIXED.data, mix=(part,))))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"weight": 0.5}, {"dataset": "third.txt"}, {"num_samples": 3}, {"packing": "isolated"}, {"stream": "on"},
+     {"template": "chat"}, {"train_on_prompt": True}],
+)  # fmt: skip
+def test_a_setting_of_a_mix_moves_the_fingerprint(change: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "third.txt").write_text("third text\n")
+    assert len({fingerprint("tune", MIXED), _mixed(), _mixed(**change)}) == 3
+    assert _mixed() == _mixed(packing="concatenated", stream="off")  # what is implied, said

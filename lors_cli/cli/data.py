@@ -14,8 +14,10 @@ from lors_cli.cli import options as o
 from lors_cli.cli.framework import Group, command
 from lors_cli.data.samples import IGNORED, Sample, TuneData
 from lors_cli.errors import UsageError
+from lors_cli.files.hashes import plain
 from lors_cli.output import console
 from lors_cli.recipe.shipped import find, shipped_files
+from lors_cli.recipe.tuning import data_name
 
 if TYPE_CHECKING:
     from lors_cli.recipe.schema import ModelConfig, TuneConfig
@@ -55,7 +57,7 @@ def show(
     )  # fmt: skip
     shown = [found.samples[index] for index in range(min(num, len(found.samples)))]
     found.close()
-    document = {"dataset": config.data.dataset, **figures(found, shown)}
+    document = {"dataset": data_name(plain(config.data)), **figures(found, shown)}
     for index, sample in enumerate(shown):
         _show_sample(index, sample, tokenizer)
     _show_figures(document)

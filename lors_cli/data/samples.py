@@ -58,7 +58,7 @@ class PadCollator:
         self.pad_token_id = pad_token_id
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
-        """The batch of samples that all have position_ids, or none.
+        """The batch of samples; where one has position_ids, those without are one text each.
 
         Isolated texts go without attention_mask: transformers keeps texts apart by their positions where there is
         none. Padding then repeats the last position, so that each padding token is a text of its own.
@@ -70,7 +70,7 @@ class PadCollator:
 
         longest = max(len(sample["input_ids"]) for sample in samples)
         shape = (len(samples), longest)
-        isolated = "position_ids" in samples[0]
+        isolated = any("position_ids" in sample for sample in samples)
         batch = {
             "input_ids": torch.full(shape, self.pad_token_id, dtype=torch.int64),
             "position_ids" if isolated else "attention_mask": torch.zeros(shape, dtype=torch.int64),
@@ -81,8 +81,9 @@ class PadCollator:
             batch["input_ids"][row, :length] = torch.tensor(sample["input_ids"])
             batch["labels"][row, :length] = torch.tensor(sample["labels"])
             if isolated:
-                batch["position_ids"][row, :length] = torch.tensor(sample["position_ids"])
-                batch["position_ids"][row, length:] = sample["position_ids"][-1]
+                positions = sample.get("position_ids") or list(range(length))
+                batch["position_ids"][row, :length] = torch.tensor(positions)
+                batch["position_ids"][row, length:] = positions[-1]
             else:
                 batch["attention_mask"][row, :length] = 1
         return batch

@@ -122,14 +122,19 @@ def perplexity_windows(
 
 
 def tuning_data(config: TuneConfig, tokenizer: Any, *, model_max_length: int, data_dir: Path | None) -> TuneData:
-    """What a tune stage trains on: samples in memory, or a stream of them.
+    """What a tune stage trains on: samples in memory, a stream of them, or a mixture of both.
 
     Raises:
         UsageError: no usable sample, or settings that do not fit the source.
         MissingError: a file is not there.
     """
+    from lors_cli.data.mixture import mixed_data
     from lors_cli.data.stream.samples import is_streamed, stream_samples
 
+    if config.data.mix:
+        return mixed_data(
+            config, lambda part: tuning_data(part, tokenizer, model_max_length=model_max_length, data_dir=data_dir)
+        )
     source = tuning_source(config.data, data_dir)
     if is_streamed(config, source):
         origin = say_source(source)

@@ -14,6 +14,7 @@ from lors_cli.models.sources import short_name
 from lors_cli.output.console import gib
 from lors_cli.output.markdown import Block, Code, Table, escape, table, to_markdown
 from lors_cli.recipe.loading import without_none
+from lors_cli.recipe.tuning import data_name
 from lors_cli.recipe.yaml12 import write
 
 if TYPE_CHECKING:
@@ -144,8 +145,8 @@ def _description(
         rounded = f", its kept weights rounded to {bits} bits" if bits else ""
         sentences.append(f"It was pruned with {escape(prune.get('method'))}{rounded}{data}.")
     if tune:
-        dataset = (tune.get("data") or {}).get("dataset")
-        data = f" on {escape(portable(dataset))}" if dataset else ""
+        dataset = data_name(portable(tune.get("data") or {}))
+        data = f" on {escape(dataset)}" if dataset else ""
         keeps = ", which keeps every zero" if tune.get("method") != "lora" else ""
         sentences.append(
             f"It was then tuned{data} with {escape(tune.get('method'))} at rank {tune.get('rank')}{keeps}; "

@@ -16,7 +16,9 @@ from lors_cli.recipe.loading import stage_config
 LISTED = 6
 """Settings that a message names."""
 KEEP = "to keep it: --out OTHER"
-_CONTENTS = {"data": "data.dataset", "calibration": "calibration.dataset", "teacher": "distill.teacher"}
+_CONTENTS = {
+    "data": "data.dataset", "mix": "data.mix", "calibration": "calibration.dataset", "teacher": "distill.teacher",
+}  # fmt: skip
 """What is read beside the model, by its key in a record's inputs, and the setting that names it."""
 
 
@@ -126,6 +128,8 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, list) and value and isinstance(value[0], dict):  # of a mix
+        value = [f"{part['dataset']} {part['weight']:g}" for part in value]
     if isinstance(value, list):
         return shorten(f"[{', '.join(map(str, value))}]")
     if isinstance(value, bool):

@@ -20,7 +20,7 @@ from lors_cli.output.console import gib
 from lors_cli.pipeline import resources
 from lors_cli.pipeline.plans import StagePlan
 from lors_cli.pipeline.stages import STAGES, Text
-from lors_cli.recipe.schema import ModelConfig
+from lors_cli.recipe.schema import ModelConfig, TuneConfig
 
 ROWS = 20
 """Rows of a text that are read; what is wrong with a source shows in the first."""
@@ -91,7 +91,7 @@ def _met(look: Callable[[], Any]) -> LorsError | None:
 def _looks(plan: StagePlan, models: Sequence[ModelConfig], data_dir: Path | None) -> Iterator[Callable[[], Any]]:
     """Everything to look at before one stage."""
     yield partial(STAGES[plan.stage].check_packages, plan.config)
-    chat = getattr(getattr(plan.config, "data", None), "template", None) == "chat"
+    chat = isinstance(plan.config, TuneConfig) and any(data.template == "chat" for _, data in plan.config.data.parts)
     for model in models:
         yield partial(_check_model, model, chat)
     reads = STAGES[plan.stage].reads(plan.config)

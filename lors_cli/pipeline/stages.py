@@ -10,6 +10,7 @@ from typing import Any
 from lors_cli.data.sources import Split, Want
 from lors_cli.evaluation import estimate as evaluation_estimate
 from lors_cli.evaluation.entries import Task, resolve, shots_text, tasks_of
+from lors_cli.files.hashes import plain
 from lors_cli.models.needs import RECORDS, Estimate
 from lors_cli.models.packed import stage as packing
 from lors_cli.models.size import ModelSize, try_size
@@ -20,6 +21,7 @@ from lors_cli.pruning.facts import statistics_kind
 from lors_cli.recipe.columns import ColumnsConfig
 from lors_cli.recipe.resolved import resolved_prune
 from lors_cli.recipe.schema import EvalConfig, ModelConfig, PackConfig, PruneConfig, TuneConfig
+from lors_cli.recipe.tuning import data_name
 from lors_cli.sparsity import Pattern
 from lors_cli.tuning import estimate as tuning_estimate
 from lors_cli.tuning import stage as tuning
@@ -134,13 +136,21 @@ def _tune(config: TuneConfig, models: dict[str, ModelConfig], out: Path, data_di
 def _tuning(config: TuneConfig, models: dict[str, ModelConfig]) -> str:
     length = counted(config.max_steps, "step") if config.max_steps else counted(config.epochs, "epoch")
     length = f"{config.max_tokens:,} tokens" if config.max_tokens else length
-    return f"{config.method} rank {config.rank} on {config.data.dataset}, {length}"
+    return f"{config.method} rank {config.rank} on {data_name(plain(config.data))}, {length}"
 
 
 def _tuning_reads(config: TuneConfig) -> Reads:
     teacher = teacher_model(config.distill) if config.distill and config.distill.teacher else None
-    data = config.data
-    return Reads([Text(data.dataset, "train", "instructions", data.columns, data.split)], teacher=teacher)
+    texts = [Text(data.dataset, "train", "instructions", data.columns, data.split) for _, data in config.data.parts]
+    return Reads(texts, teacher=teacher)
+
+
+def _teacher_cache(config: TuneConfig, models: dict[str, ModelConfig]) -> str:
+    """What a teacher's predictions will take on disk."""
+    if config.distill is None or config.distill.cache is None or config.distill.teacher is None:
+        return ""
+    size = try_size(teacher_model(config.distill))
+    return tuning_estimate.teacher_cache(config, size.vocab_size) if size else ""
 
 
 def _tuning_fits(config: TuneConfig, size: ModelSize) -> None:
@@ -195,6 +205,7 @@ STAGES = {
         needs=tuning_estimate.needs,
         operations=lambda config, size, num_models, data_dir: tuning_estimate.operations(config, size, data_dir),
         describe=_tuning,
+        foresee=_teacher_cache,
         reads=_tuning_reads,
         fits=_tuning_fits,
         makes="tuned",

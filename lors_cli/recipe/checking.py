@@ -53,6 +53,17 @@ _MUST_BE = {
 def subsection(schema: type, key: str) -> type | None:
     """The dataclass of the field `key` of `schema`, None for a plain value or no such field."""
     hint = typing.get_type_hints(schema).get(key)
+    return _section_in(hint) if typing.get_origin(hint) is not tuple else None
+
+
+@cache
+def listed_section(schema: type, key: str) -> type | None:
+    """The dataclass of the entries of a list, the field `key` of `schema`; None for anything else."""
+    hint = typing.get_type_hints(schema).get(key)
+    return _section_in(hint) if typing.get_origin(hint) is tuple else None
+
+
+def _section_in(hint: Any) -> type | None:
     for kind in (hint, *typing.get_args(hint)):
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             return kind
@@ -62,7 +73,7 @@ def subsection(schema: type, key: str) -> type | None:
 def owner(schema: type, path: Iterable[str | int]) -> type:
     """The dataclass of the section at `path` below `schema`."""
     for key in path:
-        schema = subsection(schema, str(key)) or schema
+        schema = subsection(schema, str(key)) or listed_section(schema, str(key)) or schema
     return schema
 
 
@@ -98,7 +109,7 @@ def _inner_keys(schema: type) -> Iterator[tuple[str, ...]]:
     """Key paths in the sections below `schema`, and its own."""
     for key in field_names(schema):
         yield (key,)
-        section = subsection(schema, key)
+        section = subsection(schema, key) or listed_section(schema, key)
         if section:
             yield from ((key, *path) for path in _inner_keys(section))
 
@@ -174,6 +185,10 @@ def _check_rules(schema: type, data: dict[str, Any], settings: Settings, wrong: 
             value = getattr(schema, entry.name, None)
         if section and value is not None:
             value = _check_rules(section, value, settings, wrong, key)
+        if (entries := listed_section(schema, entry.name)) and value:
+            made_of = enumerate(value if isinstance(value, (list, tuple)) else ())
+            value = tuple(_check_rules(entries, part, settings, wrong, (*key, index)) for index, part in made_of
+                          if isinstance(part, dict))  # fmt: skip
         object.__setattr__(made, entry.name, value)
     for subject, message in broken(made):
         words = re.findall(r"[a-z_]+(?:\.[a-z_]+)*", f"{subject} {message}")

@@ -191,7 +191,7 @@ def without_none(value: Any) -> Any:
     """Plain values without those that are None."""
     if isinstance(value, dict):
         return {key: without_none(item) for key, item in value.items() if item is not None}
-    return value
+    return [without_none(item) for item in value] if isinstance(value, list) else value
 
 
 def _on_one_line(entry: dict[str, Any]) -> dict[str, Any]:

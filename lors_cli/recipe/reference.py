@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lors_cli.recipe.checking import field_names, subsection
+from lors_cli.recipe.checking import field_names, listed_section, subsection
 from lors_cli.recipe.loading import recipe_schema
 from lors_cli.recipe.rules import RULES
 from lors_cli.recipe.schema import Recipe
@@ -16,7 +16,7 @@ from lors_cli.recipe.schema import Recipe
 def _sections(kind: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
     yield ".".join(path), kind
     for name in field_names(kind):
-        if inner := subsection(kind, name):
+        if inner := subsection(kind, name) or listed_section(kind, name):
             yield from _sections(inner, (*path, name))
 
 
@@ -102,7 +102,7 @@ def _default(value: Any) -> str | None:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):
-        return f"[{', '.join(value)}]"
+        return f"[{', '.join(map(str, value))}]"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

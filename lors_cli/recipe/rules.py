@@ -61,6 +61,12 @@ def _without_val_size(c: Any) -> str | None:
     return next((key for key in about if getattr(c, key)), None)
 
 
+def _no_share_left(c: Any) -> float:
+    """The weights of a mix together, when they leave nothing for the first source."""
+    total = sum(part.weight for part in c.mix or () if isinstance(part.weight, (int, float)))
+    return float(total) if total >= 1 - 1e-9 else 0.0
+
+
 def _twice(values: Any) -> str:
     """The values that are listed more than once."""
     return ", ".join(sorted({value for value in values or () if values.count(value) > 1}))
@@ -128,6 +134,13 @@ RULES: dict[str, tuple[Rule, ...]] = {
          "{c.sparsity} contradicts pattern: {c.pattern}, which is {found:g}; leave it out",
          "`sparsity` beside N:M is 1 − N/M, or left out."),
     ),
+    "TuneDataConfig": (
+        ("mix", _no_share_left, "the weights add up to {found:g}, which leaves nothing for dataset: {c.dataset}",
+         "The weights of a `mix` add up to less than 1; `dataset` has the rest."),
+        ("mix", lambda c: c.mix and _twice([c.dataset, *(str(part.dataset) for part in c.mix)]),
+         "{found} is listed twice; dataset is among the sources that are mixed",
+         "A `mix` names no source twice, `dataset` included."),
+    ),
     "TuneConfig": (
         ("init", lambda c: c.start != "kaiming" and c.method.removesuffix("-gc") in ("spp", "hira"),
          "{c.init} is for additive updates, and {c.method} multiplies the weight",
@@ -161,6 +174,9 @@ RULES: dict[str, tuple[Rule, ...]] = {
         ("max_tokens", lambda c: c.max_tokens is not None and c.data.stream == "off",
          "it counts streamed text, and data.stream is off",
          "`max_tokens` needs streamed text: not `data.stream: off`."),
+        ("data.mix", lambda c: c.data.mix and c.max_steps is None,
+         "it needs max_steps: sources of different length have no epochs in common",
+         "`data.mix` needs `max_steps`; a source that ends before starts again, shuffled anew."),
         ("min_learning_rate", _above_peak, "{c.min_learning_rate:g} is above learning_rate: {found}",
          "`min_learning_rate` is at most `learning_rate`, or what the method implies for it."),
         ("min_learning_rate", lambda c: c.min_learning_rate and c.lr_schedule == "constant",
@@ -171,6 +187,9 @@ RULES: dict[str, tuple[Rule, ...]] = {
          "`val_size` is a whole number of samples, or a share below 1."),
         ("eval_steps", _without_val_size, "{found} needs val_size, the samples to hold out",
          "`eval_steps`, `early_stopping_patience` and `load_best_model_at_end` need `val_size`."),
+        ("adam_betas", lambda c: c.adam_betas is not None and len(c.adam_betas) != 2,
+         "must be two numbers, such as [0.9, 0.999]",
+         "`adam_betas` is two numbers."),
         ("report_to", lambda c: _twice(c.report_to), "{found} is listed twice",
          "Nothing is listed twice in `report_to`."),
         ("batch_size", lambda c: c.per_device_batch_size is not None and c.batch_size % c.per_device_batch_size,

@@ -24,6 +24,8 @@ from lors_cli.recipe.pruning import PruneConfig as PruneConfig
 from lors_cli.recipe.pruning import QuantizeConfig as QuantizeConfig
 from lors_cli.recipe.section import Section
 from lors_cli.recipe.tuning import DistillConfig as DistillConfig
+from lors_cli.recipe.tuning import MixConfig as MixConfig
+from lors_cli.recipe.tuning import TeacherCacheConfig as TeacherCacheConfig
 from lors_cli.recipe.tuning import TuneConfig as TuneConfig
 from lors_cli.recipe.tuning import TuneDataConfig as TuneDataConfig
 from lors_cli.recipe.tuning import TuneMethod as TuneMethod

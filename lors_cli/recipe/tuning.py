@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -13,6 +14,8 @@ from lors_cli.recipe.columns import ColumnsConfig, Name, NotNegative, Positive, 
 from lors_cli.recipe.section import Section
 
 TuneMethod = Literal["lors", "sqft", "sqft-gc", "spp", "spp-gc", "hira", "hira-gc", "lora"]
+Template = Literal["alpaca", "alpaca_short", "vicuna", "chat"]
+Packing = Literal["concatenated", "isolated", "separate"]
 Tracker = Literal["wandb", "tensorboard", "mlflow", "trackio"]
 RATES = {"lors": 3e-3, "sqft": 3e-3, "spp": 3e-2, "hira": 1e-2, "lora": 3e-3}
 GRADIENT_RATE = 1e-3
@@ -20,9 +23,43 @@ GRADIENT_RATE = 1e-3
 Found on SmolLM2-135M at a scale of 4 (docs/tuning.md)."""
 
 
+def data_name(data: Mapping[str, Any]) -> str | None:
+    """The source in a `data` section's plain values; of several `slimpajama 70 %, alpaca 30 %`."""
+    mix = data.get("mix") or ()
+    if not mix:
+        return data.get("dataset")
+    shares = [(data.get("dataset"), 1 - sum(part["weight"] for part in mix))]
+    shares += [(part["dataset"], part["weight"]) for part in mix]
+    return ", ".join(f"{name} {100 * share:.3g} %" for name, share in shares)
+
+
 def _whole(value: Any) -> Any:
     """0.5e9 as the whole number that it is."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixConfig(Section):
+    """A further source, mixed into the text to tune on. What it does not say is as by default, not as in `data`."""
+
+    dataset: Name
+    """As `data.dataset`; a mix names each once."""
+    weight: Annotated[float, Field(gt=0, lt=1)]
+    """Share of all samples (not of tokens) that are of this source."""
+    split: Name = "train"
+    """Of a dataset; a file has no other."""
+    columns: ColumnsConfig | None = None
+    """What the columns of a file or dataset are called, where they are not found or several would do."""
+    num_samples: Positive | None = None
+    """At most so many samples; default: all of them."""
+    template: Template = "alpaca"
+    """What an instruction is written into."""
+    train_on_prompt: bool = False
+    """Instructions: learn the prompt's tokens too."""
+    packing: Packing | None = None
+    """How texts share a sample. Default: text concatenated, instructions separate."""
+    stream: Literal["auto", "on", "off"] = "auto"
+    """Tokenise text in the background while it is trained on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +78,12 @@ class TuneDataConfig(Section):
     """Tokens a sample: instructions are cut there, text is packed to it."""
     num_samples: Positive | None = None
     """At most so many samples; default: all of them (streamed text: as many as the steps need)."""
-    template: Literal["alpaca", "alpaca_short", "vicuna", "chat"] = "alpaca"
+    template: Template = "alpaca"
     """What an instruction is written into: Stanford Alpaca's prompt, alpaca-lora's short one, Vicuna's, or chat, the
     tokenizer's own chat template."""
     train_on_prompt: bool = False
     """Instructions: learn the prompt's tokens too, not the response alone."""
-    packing: Literal["concatenated", "isolated", "separate"] | None = None
+    packing: Packing | None = None
     """How texts share a sample. concatenated: one after the other, each seeing those before it. isolated: positions
     start anew with each text and none sees another; instructions can be packed so too, whole, several a sample.
     separate: one a sample, instructions alone. Default: text concatenated, instructions separate."""
@@ -55,11 +92,34 @@ class TuneDataConfig(Section):
     auto: on for text from the hub, local files above 64 MiB, and max_tokens."""
     shuffle_buffer: Positive = 4096
     """Streamed text: so many consecutive packed samples are shuffled together."""
+    mix: tuple[MixConfig, ...] = ()
+    """Further sources, each with its weight; dataset has the share that they leave."""
+
+    @property
+    def parts(self) -> tuple[tuple[float, TuneDataConfig], ...]:
+        """Every source with its share of the samples: this one, then those that are mixed in."""
+        own = replace(self, mix=()) if self.mix else self
+        found = [(round(1 - sum(part.weight for part in self.mix), 12), own)]
+        for part in self.mix:
+            given = {entry.name: getattr(part, entry.name) for entry in fields(part) if entry.name != "weight"}
+            found.append((float(part.weight), replace(own, **given)))
+        return tuple(found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherCacheConfig(Section):
+    """The teacher's likeliest tokens at every label, on disk: made once, and read in every epoch and by every run that
+    takes the same samples, which need neither the teacher's memory nor its forward pass."""
+
+    top_k: Positive = 64
+    """Tokens a label; all others count as one, so that the divergence is at most that from all of the vocabulary."""
+    dtype: Literal["float16", "float32"] = "float16"
+    """Number format of the logarithms of their probabilities."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig(Section):
-    """Learning from the dense model's predictions beside the labels; it is held in memory too."""
+    """Learning from the dense model's predictions beside the labels; it is held in memory too, unless cache is set."""
 
     teacher: Name | None = None
     """The dense model, with the same vocabulary. Default: the one that the sparse model was pruned from."""
@@ -69,6 +129,8 @@ class DistillConfig(Section):
     """Share of the divergence from the teacher in the loss; the rest is cross-entropy with the labels."""
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Of both softmaxes (arXiv:1503.02531)."""
+    cache: TeacherCacheConfig | None = None
+    """Keep the teacher's predictions on disk, in `$LORS_CACHE_DIR` (`cache: {}` for the defaults)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +196,9 @@ class TuneConfig(Section):
     stays as it is."""
     warmup_steps: NotNegative = 0
     """Optimiser steps in which the learning rate rises to its peak."""
+    adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = (0.9, 0.999)
+    """AdamW's decay of the mean gradient and of its mean square, a step, in 32 and in 8 bits. A lower first one follows
+    the gradient sooner."""
     weight_decay: Rate = 0.0
     """AdamW's, on the adapters."""
     optim: Literal["adamw", "adamw_8bit"] = "adamw"

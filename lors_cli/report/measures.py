@@ -10,6 +10,7 @@ from typing import Any, Literal
 from lors_cli.evaluation.summary import average_stderr, recovered
 from lors_cli.files.records import StageRecord
 from lors_cli.models.sources import short_name
+from lors_cli.recipe.tuning import data_name
 from lors_cli.report.drawing import Look
 from lors_cli.report.paper import TASKS, PaperRow, find_paper_row
 
@@ -77,7 +78,7 @@ def _paper_row(model: ScoredModel, role: str) -> PaperRow | None:
         return None
     return find_paper_row(
         model.base, prune=prune.get("method"), pattern=prune.get("pattern"), sparsity=prune.get("sparsity"),
-        tune=tune.get("method"), data=(tune.get("data") or {}).get("dataset"),
+        tune=tune.get("method"), data=data_name(tune.get("data") or {}),
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Sequence
 
 from lors_cli.evaluation.summary import LOST_IN_ERROR
+from lors_cli.recipe.tuning import data_name
 from lors_cli.report.measures import Group, Measure, ScoredModel, measures
 
 HEADER = (
@@ -44,7 +45,7 @@ def _identity(model: ScoredModel) -> Line:
     return {
         "label": model.label, "cells": " ".join(model.cells), "role": model.role, "model": model.base,
         "prune": model.prune.get("method"), "pattern": model.prune.get("pattern"), "tune": model.tune.get("method"),
-        "data": (model.tune.get("data") or {}).get("dataset"),
+        "data": data_name(model.tune.get("data") or {}),
         "settings": json.dumps(model.settings, ensure_ascii=False) if model.settings else "", "status": model.status,
     }  # fmt: skip
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from lors_cli.models.needs import RECORDS, RUNTIME, Estimate
 from lors_cli.models.size import ModelSize, forward
-from lors_cli.recipe.schema import TuneConfig
+from lors_cli.output.console import gib
+from lors_cli.recipe.schema import TeacherCacheConfig, TuneConfig, TuneDataConfig
 
 HEAD_CHUNKS = 512 << 20
 """The head's logits and their gradient, a chunk of tokens at a time, at most."""
@@ -42,17 +43,17 @@ def needs(config: TuneConfig, size: ModelSize) -> Estimate:
     training = (8 + state) * adapters + merged
     if config.base == "packed":  # once the start is computed, on the plain weights
         training -= adapted.num_prunable * size.bytes_a_weight // 2 - adapted.num_prunable // 8
-    teacher = size.num_bytes if config.distill else 0
-    memory = RUNTIME + size.num_bytes + teacher + activations + logits + max(training, gradient)
+    needed = activations + logits + max(training, gradient)
+    if config.distill:  # with a cache it is there before the training, and one sample is looked at a time
+        needed = max(needed, size.num_bytes + logits) if config.distill.cache else needed + size.num_bytes
+    memory = RUNTIME + size.num_bytes + needed
     checkpoints = config.keep_checkpoints + 1 + config.loads_best
     return Estimate(memory, size.num_bytes + checkpoints * (4 + state) * adapters + RECORDS)
 
 
 def operations(config: TuneConfig, size: ModelSize, data_dir: Path | None) -> float | None:
     """Floating-point operations, None where the number of samples is not known."""
-    length = config.data.max_length
-    if config.data.dataset == "alpaca":
-        length = min(length, ALPACA_TOKENS)
+    length = round(sum(share * _length(data) for share, data in config.data.parts))
     if config.max_tokens:
         samples: float | None = config.max_tokens / length
     else:
@@ -71,6 +72,33 @@ def operations(config: TuneConfig, size: ModelSize, data_dir: Path | None) -> fl
     start = 0.0 if config.start == "kaiming" else 3 * forward(size, config.init_samples * length, length)
     teacher = forward(size, tokens, length) if config.distill else 0.0
     return products * tokens + passes * rest + merges + start + teacher
+
+
+def id_bytes(vocab_size: int) -> int:
+    """Bytes of a token on disk."""
+    return 2 if vocab_size <= 1 << 16 else 4
+
+
+def bytes_a_label(config: TeacherCacheConfig, vocab_size: int) -> int:
+    """What a label takes in a teacher's cache: a token and a number for each that is kept, and one for the rest."""
+    return config.top_k * (id_bytes(vocab_size) + {"float16": 2, "float32": 4}[config.dtype]) + 4
+
+
+def teacher_cache(config: TuneConfig, vocab_size: int) -> str:
+    """What the teacher's predictions will take on disk, in words."""
+    from lors_cli.data.stream.cache import cache_dir
+
+    if config.distill is None or config.distill.cache is None:
+        return ""
+    each = bytes_a_label(config.distill.cache, vocab_size)
+    words = f"teacher's cache: {each:,} bytes a label"
+    tokens = config.max_tokens or (config.max_steps or 0) * config.batch_size * config.data.max_length
+    return f"{words}, at most {gib(tokens * each)} in {cache_dir()}" if tokens else f"{words}, in {cache_dir()}"
+
+
+def _length(data: TuneDataConfig) -> int:
+    """Tokens of a sample."""
+    return min(data.max_length, ALPACA_TOKENS) if data.dataset == "alpaca" else data.max_length
 
 
 def _samples(config: TuneConfig, data_dir: Path | None) -> int | None:

@@ -3,7 +3,7 @@
 The loss is cross-entropy with the labels, or a mixture of it and the divergence from a dense teacher's predictions.
 
 Legend: H (tokens, hidden_size) the head's inputs, V (vocabulary, hidden_size) its weight, dH the gradient of H, T the
-temperature, p the teacher's and q the student's softmax of logits / T.
+temperature.
 """
 
 from __future__ import annotations
@@ -11,21 +11,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lors_cli.models.blocks import has_plain_head
+from lors_cli.tuning.divergence import AllTokens, Predictions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Loss = Callable[[Any, dict[str, torch.Tensor], Any], torch.Tensor]
 """A model's loss on a batch with labels, a sum over the labels divided by the third argument."""
-Head = tuple[torch.Tensor, torch.Tensor, "torch.Tensor | None"]
-"""H, V and the bias (vocabulary,) of a frozen head."""
 IGNORED = -100
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 """Of float32 logits at a time."""
@@ -34,9 +33,8 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 """Relative difference of plain and chunked loss that is rounding; 0.01 for half-precision dtypes."""
 
 
-@dataclass(frozen=True)
-class Teacher:
-    """A frozen dense model, with the student's vocabulary and a plain head, whose predictions are to be matched.
+class AnyTeacher(Protocol):
+    """Whose predictions are to be matched.
 
     Args:
         weight: share of the divergence in the loss, above 0 and at most 1; the rest is cross-entropy.
@@ -45,16 +43,41 @@ class Teacher:
     Source: Hinton et al. §2, arXiv:1503.02531.
     """
 
+    @property
+    def weight(self) -> float: ...
+
+    @property
+    def temperature(self) -> float: ...
+
+    def predictions(self, inputs: dict[str, torch.Tensor], labels: torch.Tensor, chosen: torch.Tensor) -> Predictions:
+        """What it says at these positions of the flattened batch, those with a label.
+
+        Args:
+            inputs: of a base model.
+            labels: (samples × tokens,), the token each position should predict.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen dense model, with the student's vocabulary and a plain head."""
+
     model: Any
     weight: float
     temperature: float
 
     @torch.no_grad()
-    def head(self, inputs: dict[str, torch.Tensor], chosen: torch.Tensor) -> Head:
-        """Its head, and what goes into it of the tokens at these positions of the flattened batch."""
+    def predictions(self, inputs: dict[str, torch.Tensor], labels: torch.Tensor, chosen: torch.Tensor) -> AllTokens:
+        """Those of all tokens."""
         hidden = self.model.base_model(**inputs, use_cache=False)[0]
         head = self.model.get_output_embeddings()
-        return _picked(hidden, chosen, head.weight.dtype), head.weight, head.bias
+        return AllTokens(_picked(hidden, chosen, head.weight.dtype), head.weight, head.bias)
+
+
+def chunk_tokens(device: torch.device, vocab_size: int) -> int:
+    """Tokens whose logits are in memory at a time."""
+    return max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // (4 * vocab_size))
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -63,19 +86,18 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor,
-        num_items: float, teacher: Head | None, share: float, temperature: float,
+        num_items: float, teacher: Predictions | None, share: float, temperature: float,
     ) -> torch.Tensor:  # fmt: skip
         total = torch.zeros((), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32,
                             device=hidden.device)  # fmt: skip
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        size = max(1, CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cpu"]) // (4 * weight.shape[0]))
+        size = chunk_tokens(hidden.device, weight.shape[0])
         for first in range(0, hidden.shape[0], size):
             tokens = slice(first, first + size)
             logits = F.linear(hidden[tokens], weight, bias).to(total.dtype)
             slope = None
             if teacher is not None:
-                wanted = F.linear(teacher[0][tokens], *teacher[1:]).to(total.dtype)
-                divergence, slope = _divergence(logits, wanted, temperature)
+                divergence, slope = teacher.divergence(tokens, logits, temperature)
                 total += share * divergence
                 slope.mul_(share)
             if share < 1:
@@ -103,15 +125,6 @@ def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Te
     return total, slope
 
 
-def _divergence(logits: torch.Tensor, wanted: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """T²·KL(p ‖ q) summed over tokens, and its gradient T·(q − p); the teacher's `wanted` logits are overwritten."""
-    log_q = torch.log_softmax(logits / temperature, 1)
-    log_p = torch.log_softmax(wanted.div_(temperature), 1)
-    p = log_p.exp()
-    total = temperature**2 * torch.sum(p * (log_p - log_q))
-    return total, log_q.exp_().sub_(p).mul_(temperature)
-
-
 def chunked_cross_entropy(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -119,7 +132,7 @@ def chunked_cross_entropy(
     labels: torch.Tensor,
     num_items: float | torch.Tensor | None = None,
     *,
-    teacher: Teacher | None = None,
+    teacher: AnyTeacher | None = None,
     inputs: dict[str, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Cross-entropy of a linear head's float32 logits, which never exist all at once.
@@ -131,7 +144,7 @@ def chunked_cross_entropy(
         labels: (…), the token each position should predict, -100 for none.
         num_items: what the summed loss is divided by; default: the number of labels.
         teacher: whose predictions at the labelled positions are mixed into the loss.
-        inputs: what the teacher's base model takes; needed with a teacher.
+        inputs: what the teacher's base model takes; needed with a teacher, and labels of their shape.
 
     Returns:
         The loss, float32 (float64 for float64 inputs); one backward pass can be made of it.
@@ -142,10 +155,10 @@ def chunked_cross_entropy(
     chosen = (labels != IGNORED).nonzero().squeeze(1)
     divisor = float(len(chosen) if num_items is None else num_items)
     with torch.autocast(hidden.device.type, enabled=False):
-        mixture: tuple[Head | None, float, float] = (None, 0.0, 1.0)
+        mixture: tuple[Predictions | None, float, float] = (None, 0.0, 1.0)
         if teacher is not None:
             assert inputs is not None
-            mixture = (teacher.head(inputs, chosen), teacher.weight, teacher.temperature)
+            mixture = (teacher.predictions(inputs, labels, chosen), teacher.weight, teacher.temperature)
         picked = _picked(hidden, chosen, weight.dtype)
         return _HeadLoss.apply(picked, weight, bias, labels[chosen], divisor, *mixture)
 
@@ -160,7 +173,7 @@ def causal_lm_loss(
     inputs: dict[str, torch.Tensor],
     num_items: float | torch.Tensor | None = None,
     *,
-    teacher: Teacher | None = None,
+    teacher: AnyTeacher | None = None,
 ) -> torch.Tensor:
     """The loss of a causal LM that `why_not_chunked` has nothing against, its head chunked."""
     inputs = dict(inputs)

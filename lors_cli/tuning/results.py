@@ -91,14 +91,17 @@ def write_results(
 
 
 def write_card(
-    staging: Path, config: TuneConfig, model: ModelConfig, metrics: dict[str, Any], data_fingerprint: str
+    staging: Path, config: TuneConfig, model: ModelConfig, metrics: dict[str, Any], data_fingerprints: Iterable[str]
 ) -> None:
     """The model card of the tuned model."""
     record = records.read_record(Path(model.path)) if Path(model.path).is_dir() else None
+    fields = inherited(model)
+    for fingerprint in data_fingerprints:
+        fields = with_dataset(fields, fingerprint)
     card = model_card(
         base_model=record.inputs.get("path", model.path) if record else model.path,
         prune=record.config if record and record.stage == "prune" else None,
         tune=hashes.plain(config), metrics=metrics, environment=environment.environment(),
-        fields=with_dataset(inherited(model), data_fingerprint),
+        fields=fields,
     )  # fmt: skip
     atomic.write_text(staging / records.CARD_NAME, card)

@@ -16,6 +16,7 @@ from lors_cli.output.console import counted
 from lors_cli.recipe.resolved import resolved_tune
 from lors_cli.recipe.schema import ModelConfig, TuneConfig
 from lors_cli.sparsity import Pattern
+from lors_cli.tuning.data import as_read, data_identity, data_metrics, load_data
 from lors_cli.tuning.needed import require_packages
 from lors_cli.tuning.teacher import teacher_model, with_teacher
 
@@ -38,7 +39,7 @@ WITHOUT_EFFECT = (
 UNSAID: dict[str, Any] = {
     "skip": (), "lr_schedule": "cosine", "optim": "adamw", "spike_factor": None, "val_size": None, "eval_steps": None,
     "early_stopping_patience": None, "load_best_model_at_end": None, "quantization_aware": False,
-    "gradient": "approximate",
+    "gradient": "approximate", "adam_betas": (0.9, 0.999),
 }  # fmt: skip
 """Settings that fingerprints have only where they are not this, since earlier versions did not have them."""
 CHECKPOINTS_NAME = "checkpoints"
@@ -64,9 +65,6 @@ def _identity(
     config: TuneConfig, model_fingerprint: str, data_dir: Path | None
 ) -> tuple[int, dict[str, Any], dict[str, Any]]:
     """The version of the code, the settings and the inputs that make a result what it is."""
-    from lors_cli.data.sources import tuning_source
-    from lors_cli.data.stream.samples import is_streamed
-    from lors_cli.data.tokens import usual_packing
     from lors_cli.models.sources import model_fingerprint as fingerprint_model
 
     settings = {key: value for key, value in asdict(config).items() if key not in WITHOUT_EFFECT}
@@ -83,19 +81,14 @@ def _identity(
         del settings["epochs"]
     if config.start == "kaiming":
         del settings["init_samples"]
-    for key in ("dataset", "split", "columns"):  # in the data's fingerprint
-        del settings["data"][key]
-    source = tuning_source(config.data, data_dir)
-    if config.data.packing == usual_packing(source):
-        settings["data"]["packing"] = None
-    settings["data"]["stream"] = is_streamed(config, source)
-    if not settings["data"]["stream"]:
-        del settings["data"]["shuffle_buffer"]
-    inputs = {"model": model_fingerprint, "data": source.fingerprint}
+    settings["data"], read = data_identity(config, data_dir)
+    inputs = {"model": model_fingerprint, **read.inputs}
     if config.distill is not None:
         inputs["teacher"] = fingerprint_model(teacher_model(config.distill))
         settings["distill"] = {"weight": config.distill.weight, "temperature": float(config.distill.temperature)}
-    return INSTRUCTIONS_VERSION if source.kind == "instructions" else STAGE_VERSION, settings, inputs
+        if config.distill.cache is not None:
+            settings["distill"]["cache"] = asdict(config.distill.cache)
+    return INSTRUCTIONS_VERSION if read.has_instructions else STAGE_VERSION, settings, inputs
 
 
 def tune(
@@ -139,7 +132,7 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
     version, settings, read = _identity(config, base_fingerprint, data_dir)
     fingerprint = hashes.fingerprint("tune", version, settings, read)
     inputs = {**read, "version": version, "path": model.path}
-    stored, template, data_fingerprint = _as_read(resolved_tune(config), data_dir)
+    stored, template = as_read(resolved_tune(config), data_dir)
     console.info(f"  model: {model.path}")
     grids = base_grids(model, needed=config.quantization_aware)
     with progress.busy("reading the tokenizer"):
@@ -148,7 +141,7 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
     network = load_trainable(config, model)
     patterns = sparse_layers(network, Path(model.path))
     layers = adaptable_layers(network, patterns, config.skip)
-    data = _load_data(config, network, tokenizer, data_dir)
+    data = load_data(config, network, tokenizer, data_dir)
     set_seed(config.seed)
     made = {"config": stored, "inputs": inputs}
     log = StepLog(processes.from_main(lambda: _running_log(out, records.work_dir(out, fingerprint, made))))
@@ -163,10 +156,10 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
         adapter = adapter_config(config, tuned, layers, model, base_fingerprint, template, patterns)
         staging = records.staging_dir(out)
         prompt = fit_to_prompt(tuned, tokenizer, template)
-        metrics = {**training, **_data_metrics(data), **prompt,
+        metrics = {**training, **data_metrics(data), **prompt,
                    **write_results(staging, tuned, tokenizer, adapter, patterns, grids),
                    **_left_dense(Path(model.path))}  # fmt: skip
-        write_card(staging, stored, model, metrics, data_fingerprint)
+        write_card(staging, stored, model, metrics, [read["data"], *read.get("mix", ())])
         atomic.write_bytes(staging / LOG_NAME, log.path.read_bytes())
         record = records.StageRecord(
             "tune", fingerprint, hashes.plain(stored), inputs, metrics,
@@ -187,20 +180,9 @@ def _tracked_run(config: TuneConfig, model: ModelConfig, out: Path, fingerprint:
     return TrackedRun(name, told, folder, processes.from_main(lambda: records.work_dir(out, fingerprint)))
 
 
-def _as_read(config: TuneConfig, data_dir: Path | None) -> tuple[TuneConfig, str | None, str]:
-    """The config with how texts shared a sample said, instructions' prompt, and the fingerprint of the data."""
-    from lors_cli.data.sources import tuning_source
-    from lors_cli.data.tokens import usual_packing
-
-    data, source = config.data, tuning_source(config.data, data_dir)
-    packing = data.packing or usual_packing(source)
-    template = data.template if source.kind == "instructions" else None
-    return replace(config, data=replace(data, packing=packing)), template, source.fingerprint
-
-
 def stored_config(config: TuneConfig, data_dir: Path | None) -> TuneConfig:
     """The config as `stage.json` has it: what method and text imply is said."""
-    return _as_read(resolved_tune(config), data_dir)[0]
+    return as_read(resolved_tune(config), data_dir)[0]
 
 
 def _left_dense(folder: Path) -> dict[str, list[str]]:
@@ -228,27 +210,6 @@ def sparse_layers(model: PreTrainedModel, folder: Path) -> dict[str, Pattern]:
     if not layers:
         raise UsageError("the model is dense: its decoder blocks have no zeros to keep.", "Prune it first: lors prune")
     return layers
-
-
-def _load_data(config: TuneConfig, network: PreTrainedModel, tokenizer: Any, data_dir: Path | None) -> TuneData:
-    from lors_cli.data.tokens import tuning_data
-    from lors_cli.models.blocks import model_max_length
-    from lors_cli.tuning.training.isolation import refuse_mixing
-
-    if config.data.packing == "isolated":
-        refuse_mixing(network)
-    with progress.busy(f"tokenising {config.data.dataset}"):
-        data = tuning_data(config, tokenizer, model_max_length=model_max_length(network), data_dir=data_dir)
-    skipped = ", ".join(f"{count} {reason}" for reason, count in data.skipped.items() if count)
-    steps = ""
-    if data.num_steps is not None:
-        in_last = len(data.samples) - (data.num_steps - 1) * config.batch_size
-        steps = f" in {counted(data.num_steps, 'step')}"
-        steps += f", {in_last} in the last" if in_last < config.batch_size else ""
-    samples = counted(len(data.samples), "sample") + (f" and {len(data.held_out)} held out" if data.held_out else "")
-    skips = f" (skipped: {skipped})" if skipped else ""
-    console.info(f"  data: {config.data.dataset}, {samples}, {data.num_tokens} tokens{steps}{skips}")
-    return data
 
 
 def _running_log(out: Path, work: Path) -> Path:
@@ -311,10 +272,3 @@ def _train(trainer: AdapterTrainer, data: TuneData, log: StepLog, run: TrackedRu
         return {}
     rows = log.rows()
     return {**step_metrics(rows), **losses, **trainer.validation.metrics(rows)}
-
-
-def _data_metrics(data: TuneData) -> dict[str, Any]:
-    tokens = "tokens_an_epoch" if data.num_steps is None else "tokens"
-    held_out = {"val_samples": len(data.held_out)} if data.held_out else {}
-    return {"num_samples": len(data.samples), "skipped": dict(data.skipped), tokens: data.num_tokens, **held_out,
-            "data": dict(data.origin)}  # fmt: skip

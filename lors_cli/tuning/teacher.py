@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lors_cli.errors import UsageError
 from lors_cli.files import records
+from lors_cli.machine import processes
 from lors_cli.output import console
 from lors_cli.recipe.schema import DistillConfig, ModelConfig, TuneConfig
 
@@ -15,7 +18,13 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from lors_cli.data.samples import Sample
     from lors_cli.tuning.head import Teacher
+    from lors_cli.tuning.teacher_cache import CachedTeacher
+
+
+ROUNDS = 3
+"""Of looks at what is missing: another run may write while processes deal it out, or remove a broken file."""
 
 
 def with_teacher(config: TuneConfig, model: ModelConfig) -> TuneConfig:
@@ -49,13 +58,52 @@ def load_teacher(
     from lors_cli.models.loading import load_model
     from lors_cli.tuning.head import Teacher, why_not_chunked
 
+    refuse_obstacle(obstacle)
     console.info(f"  loading the teacher {config.teacher}")
     source = replace(teacher_model(config), dtype=str(network.dtype).removeprefix("torch."))  # type: ignore[arg-type]
     model = load_model(source, device=network.device)
-    obstacle = obstacle or why_not_chunked(model, batch)
-    if obstacle:
-        raise UsageError(f"distill: it needs predictions that are the head's plain outputs: {obstacle}.")
+    refuse_obstacle(why_not_chunked(model, batch))
     sizes = [each.get_output_embeddings().weight.shape[0] for each in (network, model)]
     if sizes[0] != sizes[1]:
         raise UsageError(f"distill: {config.teacher} knows {sizes[1]} tokens, the sparse model {sizes[0]}.")
     return Teacher(model, config.weight, config.temperature)
+
+
+def refuse_obstacle(obstacle: str) -> None:
+    """Refuse a model whose head cannot be chunked, and why, if so."""
+    if obstacle:
+        raise UsageError(f"distill: it needs predictions that are the head's plain outputs: {obstacle}.")
+
+
+def cached_teacher(
+    config: DistillConfig, network: PreTrainedModel, batch: dict[str, torch.Tensor], obstacle: str,
+    samples: Iterable[Sample],
+) -> CachedTeacher:  # fmt: skip
+    """What the teacher says of these samples, from disk; it is loaded only if something of it is missing there.
+
+    Raises:
+        ResourceError: there is no room for what is missing.
+    """
+    from lors_cli.models.sources import model_fingerprint
+    from lors_cli.tuning.teacher_cache import CachedTeacher, TeacherCache
+
+    refuse_obstacle(obstacle)
+    assert config.cache is not None
+    cache = TeacherCache(config.cache, model_fingerprint(teacher_model(config)),
+                         network.get_output_embeddings().weight.shape[0], network.device,
+                         str(network.dtype).removeprefix("torch."))  # fmt: skip
+    cache.look()
+    missing, teacher = cache.missing(samples), None
+    for _ in range(ROUNDS):
+        if not any(processes.gather(bool(missing))):
+            return CachedTeacher(cache, config.weight, config.temperature)
+        processes.from_main(partial(cache.check_room, missing))
+        teacher = teacher or load_teacher(config, network, batch, obstacle)
+        cache.fill(missing, teacher)
+        processes.gather(None)  # all have written
+        cache.look()
+        missing = {key: sample for key, sample in missing.items() if key not in cache}
+    raise UsageError(
+        f"distill.cache: the processes do not see one another's files in {cache.folder}.",
+        "Set LORS_CACHE_DIR to a folder that all machines share.",
+    )

@@ -29,7 +29,9 @@ def test_every_setting_is_there_and_described() -> None:
     found = {setting.key: setting for setting in settings()}
     assert len(found) == sum(len(fields(kind)) for kind in SECTIONS.values())
     assert all(setting.description for setting in found.values())
-    assert {setting.key for setting in found.values() if setting.required} == {"name", "model", "model.path"}
+    assert {setting.key for setting in found.values() if setting.required} == {
+        "name", "model", "model.path", "tune.data.mix.dataset", "tune.data.mix.weight",
+    }  # fmt: skip
 
 
 def test_a_setting_says_what_it_may_be() -> None:

@@ -19,11 +19,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 
@@ -144,13 +144,6 @@ class TokenCache:
         with safe_open(self.shard(number), "np") as file:
             return json.loads(file.metadata()["after"])
 
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Be the only one that writes; waits for another to end."""
-        with open(self.folder / ".writer", "a", encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-
     # ---- staying
 
     def hold(self) -> None:
@@ -162,6 +155,14 @@ class TokenCache:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Be the only one that writes in a cache's folder; waits for another to end."""
+    with open(folder / ".writer", "a", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @lru_cache(maxsize=256)
@@ -182,16 +183,24 @@ def open_cache(root: Path, manifest: dict[str, Any], tokenizer: str) -> TokenCac
     settings["tokenizer"] = hashlib.sha256(tokenizer.encode()).hexdigest()
     key = hashes.fingerprint("tokens", CACHE_VERSION, settings, {})
     folder = root / "tokens" / key
+    return TokenCache(folder, opened_folder(folder, settings, {TOKENIZER_NAME: tokenizer}))
+
+
+def opened_folder(folder: Path, manifest: dict[str, Any], texts: Mapping[str, str]) -> IO[str]:
+    """Make a cache's folder, with these texts and last its manifest, when it is not there, and hold it."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         lock = _locked(folder)
         if lock is None:
             continue  # it was removed in this moment
         if atomic.read_json(folder / MANIFEST_NAME) is None:
-            atomic.write_text(folder / TOKENIZER_NAME, tokenizer)
-            atomic.write_json(folder / MANIFEST_NAME, settings)
+            with writing(folder):  # runs and processes that begin at once
+                if atomic.read_json(folder / MANIFEST_NAME) is None:
+                    for name, text in texts.items():
+                        atomic.write_text(folder / name, text)
+                    atomic.write_json(folder / MANIFEST_NAME, manifest)
         os.utime(folder / MANIFEST_NAME)  # the least recently used goes first
-        return TokenCache(folder, lock)
+        return lock
 
 
 def _locked(folder: Path) -> IO[str] | None:
@@ -207,8 +216,14 @@ def _locked(folder: Path) -> IO[str] | None:
     return None
 
 
-def make_room(cache: TokenCache, num_bytes: int) -> None:
-    """Remove the caches that were not used for longest until `cache` has room for more, but none that is in use.
+class Kept(Protocol):
+    """A cache: a folder beside those of its kind, with a manifest, that is held while it is used."""
+
+    folder: Path
+
+
+def make_room(cache: Kept, num_bytes: int) -> None:
+    """Remove the caches of its kind that were not used for longest until `cache` has room for more, but none in use.
 
     Raises:
         ResourceError: what is in use takes the whole room.
@@ -226,7 +241,7 @@ def make_room(cache: TokenCache, num_bytes: int) -> None:
             total -= sizes[folder]
     if total > limit:
         raise ResourceError(
-            f"the cache of tokens in {root.parent} may take {gib(limit)}, and what is in use needs more.",
+            f"the cache of {root.name} in {root.parent} may take {gib(limit)}, and what is in use needs more.",
             "Raise it with LORS_CACHE_GIB=40 or so, or choose another disk with LORS_CACHE_DIR.",
         )
 

@@ -28,7 +28,7 @@ def shuffled_block(position: int, *, seed: int, buffer: int, num_blocks: int | N
     return first + _permutation(seed, epoch, window, size)[inside]
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=32)
 def _permutation(seed: int, epoch: int, window: int, size: int) -> list[int]:
     order = list(range(size))
     random.Random(f"{seed} {epoch} {window}").shuffle(order)

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from lors_cli.data.sources import TextSource, open_source
-from lors_cli.data.stream.cache import TOKENIZER_NAME, TokenCache, make_room
+from lors_cli.data.stream.cache import TOKENIZER_NAME, TokenCache, make_room, writing
 from lors_cli.data.stream.documents import START, read_documents
 from lors_cli.errors import LorsError, ResourceError, UsageError, translate
 from lors_cli.machine.devices import usable_processors
@@ -52,7 +52,7 @@ class Filler:
         """Write shards until there are so many tokens in all, or the source ends."""
         if self._is_enough(num_tokens):
             return
-        with self.cache.writing():
+        with writing(self.cache.folder):
             while not self._is_enough(num_tokens):
                 self._write_next()
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lors_cli.data.samples import TuneData
+    from lors_cli.recipe.schema import TuneConfig
     from lors_cli.tuning.training.trainer import AdapterTrainer
 
 NUM_SAMPLES = 16
@@ -34,6 +35,11 @@ class FixedBatch:
 
 
 def choose(trainer: AdapterTrainer, data: TuneData) -> FixedBatch:
+    """The samples for a trainer's run."""
+    return chosen(trainer.config, trainer.num_steps, data)
+
+
+def chosen(config: TuneConfig, num_steps: int, data: TuneData) -> FixedBatch:
     """Of held-out samples the first; else the last that the run never takes, or, if too few, the first that it takes.
 
     Training takes what it would take anyway: nothing is kept from it here.
@@ -41,10 +47,10 @@ def choose(trainer: AdapterTrainer, data: TuneData) -> FixedBatch:
     if data.held_out:
         few = list(data.held_out[:NUM_SAMPLES])
         return FixedBatch(few, list(range(len(few))), held_out=True)
-    config, number = trainer.config, len(data.samples)
-    if data.num_steps is None and trainer.num_steps * config.batch_size + NUM_SAMPLES <= number:
+    number = len(data.samples)
+    if data.num_steps is None and num_steps * config.batch_size + NUM_SAMPLES <= number:
         taken: set[int] = set()
-        for step in range(trainer.num_steps):
+        for step in range(num_steps):
             taken.update(step_samples(data.samples, step, batch_size=config.batch_size, seed=config.seed))
         if config.start != "kaiming":
             taken.update(data.first_drawn(config.init_samples, config.seed))

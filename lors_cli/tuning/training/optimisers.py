@@ -17,7 +17,12 @@ def make_optimizer(config: TuneConfig, groups: list[dict[str, Any]]) -> torch.op
     """AdamW on groups of parameters with rates of their own, its state in 32 or in 8 bits."""
     if config.optim == "adamw_8bit":
         return _adamw_8bit(config, groups)
-    return torch.optim.AdamW(groups, lr=config.peak_learning_rate)
+    return torch.optim.AdamW(groups, lr=config.peak_learning_rate, betas=_betas(config))
+
+
+def _betas(config: TuneConfig) -> tuple[float, float]:
+    first, second = config.adam_betas
+    return first, second
 
 
 def _adamw_8bit(config: TuneConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -27,7 +32,7 @@ def _adamw_8bit(config: TuneConfig, groups: list[dict[str, Any]]) -> torch.optim
     """
     with quiet_libraries():
         from bitsandbytes.optim import AdamW8bit
-    optimizer: torch.optim.Optimizer = AdamW8bit(groups, lr=config.peak_learning_rate)
+    optimizer: torch.optim.Optimizer = AdamW8bit(groups, lr=config.peak_learning_rate, betas=_betas(config))
 
     def changed(*_: Any) -> None:
         torch.autograd.graph.increment_version([each for group in groups for each in group["params"]])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from lors_cli.data.samples import PadCollator, TuneData
+from lors_cli.data.samples import PadCollator, Sample, TuneData
 from lors_cli.grid import Grid
 from lors_cli.machine import processes
 from lors_cli.machine.devices import set_seed
@@ -23,10 +24,12 @@ from lors_cli.tuning.initialization import gradient_directions
 from lors_cli.tuning.kernels.cache import cache_policy
 from lors_cli.tuning.kernels.masked_merge import how_merged
 from lors_cli.tuning.lors import keep_merged
-from lors_cli.tuning.teacher import load_teacher
+from lors_cli.tuning.teacher import cached_teacher, load_teacher
+from lors_cli.tuning.training import fixed_batch
 from lors_cli.tuning.training.checkpoints import latest_checkpoint
+from lors_cli.tuning.training.sampling import step_samples
 from lors_cli.tuning.training.sharding import is_sharded, shard
-from lors_cli.tuning.training.trainer import AdapterTrainer
+from lors_cli.tuning.training.trainer import AdapterTrainer, num_steps
 
 
 def prepare_trainer(
@@ -48,7 +51,7 @@ def prepare_trainer(
     if sharded:  # the start is computed past the adapters
         adapted = put_adapters(config, network, layers, grids)
         shard(network, device)
-    loss = _loss(config, network, collator(data.samples[:1]))
+    loss = _loss(config, network, data, collator(data.samples[:1]))
     if config.gradient_checkpointing:
         network.enable_input_require_grads()
         network.gradient_checkpointing_enable({"use_reentrant": False})
@@ -80,15 +83,28 @@ def _start(
                                exact=config.start == "gradient-exact", loss=loss)  # fmt: skip
 
 
-def _loss(config: TuneConfig, network: PreTrainedModel, batch: dict[str, torch.Tensor]) -> Loss:
+def _loss(config: TuneConfig, network: PreTrainedModel, data: TuneData, batch: dict[str, torch.Tensor]) -> Loss:
     """The loss with its head in chunks, or the model's own where that cannot be."""
     obstacle = why_not_chunked(network, batch)
+    if config.distill is not None and config.distill.cache is not None:
+        samples = _samples_seen(config, data)
+        return partial(causal_lm_loss, teacher=cached_teacher(config.distill, network, batch, obstacle, samples))
     if config.distill is not None:
         return partial(causal_lm_loss, teacher=load_teacher(config.distill, network, batch, obstacle))
     if obstacle:
         console.info(f"  all logits are kept at once, the head cannot be chunked: {obstacle}")
         return model_loss
     return causal_lm_loss
+
+
+def _samples_seen(config: TuneConfig, data: TuneData) -> Iterator[Sample]:
+    """Every sample whose loss is taken in a run, some more than once."""
+    steps, number = num_steps(config, len(data.samples)), len(data.samples)
+    for step in range(min(steps, math.ceil(number / config.batch_size))):  # an epoch has all
+        for index in step_samples(data.samples, step, batch_size=config.batch_size, seed=config.seed):
+            yield data.samples[index]
+    yield from (data.samples[index] for index in data.first_drawn(config.init_samples, config.seed))
+    yield from fixed_batch.chosen(config, steps, data).samples
 
 
 def _keep_merged(network: PreTrainedModel, config: TuneConfig, *, sharded: bool) -> None:

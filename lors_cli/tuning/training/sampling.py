@@ -10,6 +10,7 @@ import random
 from collections.abc import Sequence
 from functools import lru_cache
 
+from lors_cli.data.mixture import Mixture
 from lors_cli.data.samples import IGNORED, Sample
 
 BLANK = -1
@@ -24,11 +25,13 @@ def place_in_epoch(step: int, num_samples: int, batch_size: int) -> tuple[int, i
 def step_samples(samples: Sequence[Sample], step: int, *, batch_size: int, seed: int) -> list[int]:
     """The samples of a step (from 0), over all processes.
 
-    Samples in memory are shuffled anew in each epoch, and those of a step come longest first: its micro-batches then
-    hold samples of like length, at less padding. A stream is in order.
+    Samples in memory are shuffled anew in each epoch; a stream and a mixture are in order. Those of a step come longest
+    first, but for a stream's, which are alike: its micro-batches then hold samples of like length, at less padding.
     """
     epoch, place = place_in_epoch(step, len(samples), batch_size)
     chosen = range(len(samples))[place * batch_size : (place + 1) * batch_size]
+    if isinstance(samples, Mixture):
+        return sorted(chosen, key=lambda index: -samples.length(index))
     if not isinstance(samples, list):
         return list(chosen)
     order = _shuffled(len(samples), seed, epoch)

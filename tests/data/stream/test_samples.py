@@ -415,3 +415,16 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert token_cache.cache_dir() == Path("/x/lors")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert token_cache.cache_dir() == Path.home() / ".cache/lors"
+
+
+def test_processes_that_begin_at_once_make_one_folder(tmp_path: Path) -> None:
+    """Two that wrote the manifest at the same moment took each other's file away."""
+    code = (
+        "import sys, time; from pathlib import Path; from lors_cli.data.stream.cache import opened_folder\n"
+        "while time.time() < float(sys.argv[2]): pass\n"
+        "for number in range(100): opened_folder(Path(sys.argv[1]) / str(number), {'a': 1}, {'b.json': 'b' * 9000})\n"
+    )
+    start = str(time.time() + 3)
+    both = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), start]) for _ in range(2)]
+    assert [process.wait(60) for process in both] == [0, 0]
+    assert all((tmp_path / str(number) / "b.json").read_text() == "b" * 9000 for number in range(100))

@@ -63,6 +63,11 @@ def both(
             "tokens": settings(rows, max_steps=None, max_tokens=64 * 22 + 20, batch_size=6, per_device_batch_size=1,
                                gradient="rotating", data=text),
             "continued": settings(rows),
+            "cached": settings(rows, max_steps=4, distill={"teacher": str(folder / "model"), "cache": {"top_k": 64}}),
+            "mixed": settings(rows, max_steps=6, val_size=5, data={
+                "dataset": str(rows), "max_length": 320,
+                "mix": [{"dataset": str(texts), "weight": 0.3, "stream": "on", "packing": "isolated"}],
+            }),
         },
         "validated": settings(rows, val_size=5, eval_steps=3, early_stopping_patience=2),
         "stop": settings(rows),
@@ -89,6 +94,7 @@ def both(
         tune_and_stop(jobs["tune"]["continued"], jobs["model"], two / "continued", STOP)  # one begins, two go on
         (folder / "jobs.json").write_text(json.dumps(jobs))
         script = Path(__file__).with_name("two_processes.py")
+        patch.setenv("LORS_CACHE_DIR", str(folder / "cache_of_two"))
         assert launch([sys.executable, str(script), str(folder / "jobs.json"), str(two)], 2) == 0
     return jobs, one, two
 
@@ -113,7 +119,7 @@ def assert_alike(one: Path, two: Path, tolerance: float) -> None:
             torch.testing.assert_close(found[key].float(), tensor.float(), atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("job", ["rows", "tokens", "continued", "validated", "plain"])
+@pytest.mark.parametrize("job", ["rows", "tokens", "continued", "cached", "mixed", "validated", "plain"])
 def test_two_processes_tune_like_one(both: tuple[dict[str, Any], Path, Path], job: str) -> None:
     _, one, two = both
     assert_alike(one / job, two / job, 1e-4)

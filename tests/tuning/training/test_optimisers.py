@@ -142,3 +142,36 @@ def test_without_bitsandbytes_nothing_is_loaded_and_what_to_install_is_said(
     plan = plan_single("tune", config, {"pruned": model}, tmp_path / "tune", None)
     assert [type(trouble.error) for trouble in troubles([plan], None)] == [MissingError]
     assert troubles([replace(plan, config=replace(config, optim="adamw"))], None) == []
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.8, 0.95), (0.0, 0.5)])
+def test_a_step_is_adam_s_formula_with_the_betas_that_are_set(betas: tuple[float, float]) -> None:
+    """arXiv:1412.6980, algorithm 1, on one number."""
+    first, second = betas
+    config = TuneConfig(learning_rate=PEAK, adam_betas=betas)
+    weight = torch.nn.Parameter(torch.full((1,), 0.5, dtype=torch.float64))
+    optimizer = make_optimizer(config, [{"params": [weight], "lr": PEAK, "weight_decay": 0.0}])
+    expected_weight, mean, square = 0.5, 0.0, 0.0
+    for step, gradient in enumerate((0.3, -1.0, 0.25, 4.0), 1):
+        weight.grad = torch.full((1,), gradient, dtype=torch.float64)
+        optimizer.step()
+        mean = first * mean + (1 - first) * gradient
+        square = second * square + (1 - second) * gradient**2
+        expected_weight -= PEAK * (mean / (1 - first**step)) / (math.sqrt(square / (1 - second**step)) + 1e-8)
+        assert float(weight.detach()) == pytest.approx(expected_weight, rel=1e-12)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+def test_eight_bits_have_the_betas_too() -> None:
+    config = TuneConfig(learning_rate=PEAK, adam_betas=(0.8, 0.95), optim="adamw_8bit")
+    optimizer = make_optimizer(config, [{"params": [torch.zeros(8, requires_grad=True)], "lr": PEAK}])
+    assert [tuple(group["betas"]) for group in optimizer.param_groups] == [(0.8, 0.95)]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [([0.9], "two numbers"), ([0.9, 0.99, 0.999], "two numbers"), ([0.9, 1.0], "below 1"), ([-0.1, 0.9], "at least 0")],
+)
+def test_betas_that_are_none_are_refused(given: list[float], said: str) -> None:
+    with pytest.raises(ValueError, match=f"adam_betas: must be .*{said}"):
+        TuneConfig(adam_betas=given)  # type: ignore[arg-type]
