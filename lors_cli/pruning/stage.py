@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from lors_cli.recipe.schema import ModelConfig, PruneConfig
 
 STAGE_VERSION = 3
+RECONSTRUCTION_VERSION = 4
+"""Of blocks that are reconstructed: at 3 the first step was a third of what it is now."""
 
 
 def stage_fingerprint(config: PruneConfig, model_fingerprint: str, data_dir: Path | None) -> str:
@@ -60,7 +62,7 @@ def _identity(
         for key in ("dataset", "split", "columns"):  # in the text's fingerprint
             del settings["calibration"][key]
         inputs["calibration"] = _text_fingerprint(config, data_dir)
-    return STAGE_VERSION, settings, inputs
+    return RECONSTRUCTION_VERSION if config.reconstruct_epochs else STAGE_VERSION, settings, inputs
 
 
 def prune(

@@ -184,6 +184,7 @@ def test_settings_and_their_words() -> None:
         *(f"tune.data.columns.{name}=" for name in ("instruction", "input", "output", "system", "history")),
         "tune.data.max_length=", "tune.data.num_samples=", "tune.data.template=",
         "tune.data.train_on_prompt=", "tune.data.packing=", "tune.data.stream=", "tune.data.shuffle_buffer=",
+        "tune.data.mix=",
     ]  # fmt: skip
     assert offered("tune", "rank") == ["rank="]
     assert offered("tune", "rank=") == []

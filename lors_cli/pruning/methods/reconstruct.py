@@ -22,7 +22,7 @@ from lors_cli.pruning.methods.statistics import NOT_FINITE
 if TYPE_CHECKING:
     from torch import nn
 
-RATE = 0.005
+RATE = 0.015
 """The first step's size, as a share of the root mean square of a parameter's kept weights."""
 GRID_RATE = 0.02
 """The same of weights on a grid, which have half of its step to go before anything changes."""
