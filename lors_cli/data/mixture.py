@@ -140,6 +140,7 @@ def _in_turn(parts: Sequence[Sequence[Sample]]) -> list[Sample]:
 
 
 def _told(data: TuneDataConfig, weight: float, num_samples: int, found: TuneData) -> dict[str, Any]:
-    """What a run records of one of its sources; of a stream how often it is passed over shows only at its end."""
-    passes = {"passes": round(num_samples / len(found.samples), 4)} if isinstance(found.samples, list) else {}
+    """What a run records of one of its sources; how often it is passed over, unless no more of it was read."""
+    is_whole = isinstance(found.samples, list) and len(found.samples) != num_samples
+    passes = {"passes": round(num_samples / len(found.samples), 4)} if is_whole else {}
     return {"dataset": data.dataset, "weight": weight, "num_samples": num_samples, **passes, **found.origin}

@@ -191,9 +191,7 @@ def describe(plan: StagePlan) -> str:
 
 
 def foresee(plan: StagePlan) -> str:
-    """What a stage's result will be like, where its models lie here to be looked at; else empty."""
-    if not all((Path(model.path) / "config.json").is_file() for model in plan.models.values()):
-        return ""  # yet to be made, or to be downloaded
+    """What a stage's result will be like, where that can be known now; else empty."""
     return STAGES[plan.stage].foresee(plan.config, plan.models)
 
 

@@ -108,10 +108,15 @@ def _pruning(config: PruneConfig, models: dict[str, ModelConfig]) -> str:
     return f"{config.method} {config.pattern}{share}{rounded}"
 
 
+def _lies_here(model: ModelConfig) -> bool:
+    """Whether a model is a folder that is there, not yet to be made or downloaded."""
+    return (Path(model.path) / "config.json").is_file()
+
+
 def _pruned_bits(config: PruneConfig, models: dict[str, ModelConfig]) -> str:
     """What quantised weights will take."""
     (model,) = models.values()
-    size = try_size(model) if config.quantize else None
+    size = try_size(model) if config.quantize and _lies_here(model) else None
     found = pruning_estimate.bits(config, size) if size else None
     return f"{found:.2f} bits a weight of the pruned linears, once they are packed" if found else ""
 
@@ -181,7 +186,7 @@ def _pack(config: PackConfig, models: dict[str, ModelConfig], out: Path, data_di
 
 def _packed_size(config: PackConfig, models: dict[str, ModelConfig]) -> str:
     (model,) = models.values()
-    return packing.foreseen_size(model)
+    return packing.foreseen_size(model) if _lies_here(model) else ""
 
 
 STAGES = {

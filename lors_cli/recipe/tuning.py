@@ -130,7 +130,7 @@ class DistillConfig(Section):
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Of both softmaxes (arXiv:1503.02531)."""
     cache: TeacherCacheConfig | None = None
-    """Keep the teacher's predictions on disk, in `$LORS_CACHE_DIR` (`cache: {}` for the defaults)."""
+    """Keep the teacher's predictions on disk, in $LORS_CACHE_DIR; `cache: {}` takes the defaults."""
 
 
 @dataclass(frozen=True, kw_only=True)
