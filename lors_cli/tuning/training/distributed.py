@@ -47,6 +47,7 @@ def describe(config: TuneConfig) -> str:
     size = micro_batch_size(config, processes)
     passes = config.batch_size // (size * processes)
     held = "a shard of the frozen weights" if config.parallelism == "fsdp" else "the whole model"
+    held += " and the whole teacher" if config.parallelism == "fsdp" and config.distill is not None else ""
     return f"{processes} processes, each with {held}: a step is {passes} forward passes of {size} samples in each"
 
 
