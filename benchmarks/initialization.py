@@ -24,6 +24,7 @@ from lors_cli.bench.live_memory import LiveBytes
 from lors_cli.data.samples import PadCollator
 from lors_cli.data.tokens import tuning_samples
 from lors_cli.files import atomic
+from lors_cli.models.blocks import prunable_weights
 from lors_cli.models.loading import load_model, load_tokenizer
 from lors_cli.recipe.schema import ModelConfig, TuneDataConfig
 from lors_cli.tuning.attach import adaptable_layers
@@ -72,7 +73,7 @@ def main() -> None:
 
     source = ModelConfig(path=options.model)
     model, tokenizer = load_model(source), load_tokenizer(source)
-    names = adaptable_layers(model, sparse_layers(model, Path(options.model)))
+    names = adaptable_layers(model, sparse_layers(prunable_weights(model), Path(options.model)))
     linears: dict[str, nn.Linear] = {name: model.get_submodule(name) for name in names}
     wanted = TuneDataConfig(dataset=options.rows, num_samples=2 * options.samples)
     data = tuning_samples(wanted, tokenizer, seed=0, num_needed=None, model_max_length=2048, data_dir=None).samples

@@ -7,12 +7,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
     """Counts, while it is entered, the bytes of new tensors; `known` ones, views and changes in place are no new ones.
+
+    What has no memory of its own is not counted: tensors on meta, and those that wrap others.
 
     `current` and `peak` are bytes.
     """
@@ -26,7 +28,7 @@ class LiveBytes(TorchDispatchMode):
         """Run one operation of torch and look at what came out."""
         result = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
+            if isinstance(leaf, torch.Tensor) and not (leaf.is_meta or is_traceable_wrapper_subclass(leaf)):
                 self._note(leaf)
         return result
 

@@ -25,6 +25,7 @@ from lors_cli.errors import UsageError
 from lors_cli.machine import processes as parallel
 from lors_cli.machine.devices import usable_processors
 from lors_cli.machine.processes import LAUNCHER
+from lors_cli.machine.signals import STOPPING
 from lors_cli.output import console
 
 POLL_S = 0.1
@@ -105,17 +106,17 @@ def _environment(rank: int, num_processes: int, port: int) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _passing_on(processes: list[subprocess.Popen[Any]]) -> Iterator[None]:
-    """Pass every Ctrl-C and SIGTERM on as a Ctrl-C; from the third one on processes are killed."""
+    """Pass every Ctrl-C and a scheduler's signals on; from the third Ctrl-C on processes are killed."""
     count = 0
 
     def pass_on(number: int, frame: Any) -> None:
         nonlocal count
-        count += 1
+        count += number == signal.SIGINT
         for process in processes:
             if process.poll() is None:
-                process.send_signal(signal.SIGINT if count < 3 else signal.SIGKILL)
+                process.send_signal(number if count < 3 else signal.SIGKILL)
 
-    before = {each: signal.signal(each, pass_on) for each in (signal.SIGINT, signal.SIGTERM)}
+    before = {each: signal.signal(each, pass_on) for each in (signal.SIGINT, *STOPPING)}
     try:
         yield
     finally:
@@ -154,7 +155,7 @@ def _report(failed: int, code: int, scratch: Path) -> int:
         stream.flush()
     if code >= 0:
         return code
-    if -code in (signal.SIGINT, signal.SIGTERM):  # before it could say so
+    if -code in (signal.SIGINT, *STOPPING):  # before it could say so
         return INTERRUPTED
     killed = code == -signal.SIGKILL
     console.error(

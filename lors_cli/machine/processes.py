@@ -123,6 +123,28 @@ def add_up(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def add_up_gradients(parameters: Sequence[torch.Tensor], told: Sequence[float]) -> list[float]:
+    """Leave in parameters, alike in every process, the sum of all processes' gradients; the sums of what they told.
+
+    A parameter that took part in no process keeps no gradient, as with one process.
+    """
+    import torch
+
+    gradients = [parameter.grad for parameter in parameters]
+    exact = torch.float64 if any(each.dtype == torch.float64 for each in parameters) else torch.float32
+    numbers = torch.tensor([*told, *(each is not None for each in gradients)], dtype=exact, device=parameters[0].device)
+    parts = [
+        torch.zeros_like(parameter).view(-1) if gradient is None else gradient.reshape(-1)
+        for parameter, gradient in zip(parameters, gradients, strict=True)
+    ]
+    total = add_up(torch.cat([numbers, *(part.to(exact) for part in parts)]))
+    numbers, *found = total.split([len(numbers), *(len(part) for part in parts)])
+    sums = numbers.tolist()
+    for parameter, gradient, took_part in zip(parameters, found, sums[len(told) :], strict=True):
+        parameter.grad = gradient.view_as(parameter).to(parameter.dtype) if took_part else None
+    return sums[: len(told)]
+
+
 def send_to_all(tensor: torch.Tensor, source: int) -> torch.Tensor:
     """Process `source`'s `tensor`, in place of everyone's."""
     if num_processes() > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -194,16 +195,16 @@ def layer_patterns(weights: dict[str, PrunableWeight], record: records.StageReco
 def detect_pattern(weights: dict[str, PrunableWeight]) -> Pattern | None:
     """The pattern that the zeros of a model look like; None when it is dense."""
     zeros = {name: int((weight.matrix == 0).sum()) for name, weight in weights.items()}
-    if sum(zeros.values()) < DENSE_BELOW * sum(weight.matrix.numel() for weight in weights.values()):
+    if sum(zeros.values()) < DENSE_BELOW * sum(math.prod(weight.shape) for weight in weights.values()):
         return None
-    matrices = [weight.matrix for name, weight in weights.items()
-                if zeros[name] >= DENSE_BELOW * weight.matrix.numel()]  # fmt: skip
-    total = sum(matrix.numel() for matrix in matrices)
-    sparsity = sum(int((matrix == 0).sum()) for matrix in matrices) / max(total, 1)
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    sparse = [name for name, (rows, columns) in shapes.items() if zeros[name] >= DENSE_BELOW * rows * columns]
+    total = sum(math.prod(shapes[name]) for name in sparse)
+    sparsity = sum(zeros[name] for name in sparse) / max(total, 1)
     for n, m in CANDIDATES:
         candidate = Pattern(n, m, 1 - n / m)
-        if sparsity < candidate.sparsity - TOLERATED or any(matrix.shape[1] % m for matrix in matrices):
+        if sparsity < candidate.sparsity - TOLERATED or any(shapes[name][1] % m for name in sparse):
             continue
-        if sum(num_violations(matrix, candidate) for matrix in matrices) <= TOLERATED * total / m:
+        if sum(num_violations(weights[name].matrix, candidate) for name in sparse) <= TOLERATED * total / m:
             return candidate
     return Pattern(None, None, sparsity)

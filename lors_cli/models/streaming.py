@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lors_cli.machine.memory import give_back_memory
+from lors_cli.models.blocks import PrunableWeight, decoder_blocks, prunable_weights
 from lors_cli.models.tensor_files import Entry
 from lors_cli.output import console
 
@@ -32,8 +34,6 @@ class BlockwiseModel:
     """
 
     def __init__(self, network: PreTrainedModel, device: torch.device, weights: _Weights | None) -> None:
-        from lors_cli.models.blocks import decoder_blocks
-
         self.network = network
         self.device = device
         self.prefix, self.blocks = decoder_blocks(network)
@@ -70,20 +70,24 @@ class BlockwiseModel:
 
     def outer_tensors(self) -> list[tuple[Entry, Callable[[], torch.Tensor]]]:
         """Every tensor of the checkpoint outside the blocks: its entry, and how to read it."""
+        return [(entry, partial(self.read, name)) for name, entry in self.outer_entries().items()]
+
+    def outer_entries(self) -> dict[str, Entry]:
+        """What every tensor outside the blocks takes in the checkpoint, by its name in the network."""
         from transformers.core_model_loading import revert_weight_conversion
 
         state = self.network.state_dict()
         tied, ignored = self.network.all_tied_weights_keys, self.network._keys_to_ignore_on_save or ()
-        found: list[tuple[Entry, Callable[[], torch.Tensor]]] = []
+        found = {}
         for name, tensor in state.items():
             if name in tied or name in ignored or name.startswith(f"{self.prefix}."):
                 continue
             (saved_name,) = revert_weight_conversion(self.network, {name: tensor})
-            found.append((Entry.of(saved_name, tensor), partial(self._read, name)))
+            found[name] = Entry.of(saved_name, tensor)
         return found
 
     def checkpoint_tensors(self, index: int) -> dict[str, torch.Tensor]:
-        """The tensors of a block that is present, under the names and in the shapes of its family's checkpoints."""
+        """The tensors of a block, as they are now, under the names and in the shapes of its family's checkpoints."""
         from transformers.core_model_loading import revert_weight_conversion
 
         prefix = f"{self.prefix}.{index}."
@@ -109,7 +113,8 @@ class BlockwiseModel:
                     setattr(child, key, buffer.to(self.device))
             yield
 
-    def _read(self, name: str) -> torch.Tensor:
+    def read(self, name: str) -> torch.Tensor:
+        """One parameter or stored buffer by its name in the network, whole, in CPU memory."""
         import torch
 
         if self._weights is not None:
@@ -118,6 +123,43 @@ class BlockwiseModel:
         if self._weights is not None:
             _forget(self.network.get_submodule(name.rpartition(".")[0]), {name})
         return tensor
+
+    def read_rows(self, name: str, rows: slice) -> torch.Tensor:
+        """Some rows of a parameter: nothing else of it is read, unless it is made of several tensors of the files."""
+        stored = None if self._weights is None else self._weights.as_stored(self.network, name)
+        if stored is None:
+            return self.read(name)[rows].clone()
+        part: torch.Tensor = stored[rows]
+        return part.to(self.network.get_parameter(name).dtype)
+
+    def weights(self) -> dict[str, PrunableWeight]:
+        """The prunable weights by full name, each read when its `matrix` is asked for."""
+        names = {module: name for name, module in self.network.named_modules()}
+        return {name: _StoredWeight(**vars(weight), source=self, stored=f"{names[weight.module]}.{weight.key}")
+                for name, weight in prunable_weights(self.network).items()}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _StoredWeight(PrunableWeight):
+    """A matrix that is read from the files each time it is asked for; `stored` is its parameter's full name."""
+
+    source: BlockwiseModel = field(kw_only=True)
+    stored: str = field(kw_only=True)
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        """(out_features, in_features)."""
+        if self.expert is None:
+            tensor = self.source.read_rows(self.stored, slice(None))
+        else:
+            tensor = self.source.read_rows(self.stored, slice(self.expert, self.expert + 1))[0]
+        return tensor.T if self.transposed else tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features); nothing is read."""
+        out_features, in_features = super().matrix.shape  # without memory
+        return out_features, in_features
 
 
 def _own_tensors(module: nn.Module) -> list[str]:
@@ -142,15 +184,25 @@ class _Weights:
     """A checkpoint's safetensors files and what each tensor in them becomes in the network."""
 
     def __init__(self, network: PreTrainedModel, files: list[Path], dtype: torch.dtype, path: str) -> None:
-        from lors_cli.models.stored import conversions_of, find_sources, open_tensors, untie
+        from lors_cli.models.stored import conversions_of, find_sources, match, open_tensors, untie
 
         self.path = path
         self._dtype = dtype
         self._conversions: Any = conversions_of(network)
-        self._sources = find_sources(network, open_tensors(files, path), self._conversions, path)
+        tensors = open_tensors(files, path)
+        self._sources = find_sources(network, tensors, self._conversions, path)
+        found = match(tensors, network.state_dict(), self._conversions, network.base_model_prefix)
+        self._made = {name for name, keys in found.items() if any(is_converted for _, is_converted in keys)}
         untie(network, self._sources, dtype)
         self._used = [conversion for conversion in self._conversions if conversion.was_used()]
         network._weight_conversions = self._used  # type: ignore[assignment]  # what `revert_weight_conversion` goes by
+
+    def as_stored(self, network: PreTrainedModel, name: str) -> Any:
+        """The slice of the files that is a parameter as it is; None where transformers has to make it."""
+        if name in self._made or name not in self._sources or network._get_dtype_plan(self._dtype):
+            return None
+        ((_, stored),) = self._sources[name]
+        return stored
 
     def load(self, network: PreTrainedModel, names: set[str], device: torch.device) -> None:
         """Read the named parameters into the network; what the files do not hold (computed buffers) is left out.
@@ -190,24 +242,30 @@ def open_blockwise(config: ModelConfig) -> BlockwiseModel:
 
     from lors_cli.machine.devices import resolve_device
     from lors_cli.models.loading import load_config, load_model, resolve_dtype
-    from lors_cli.models.quantised import Quantised
-    from lors_cli.models.sources import locate
     from lors_cli.models.stored import settle_ties, weight_files
 
-    device = resolve_device(config.device)
-    if locate(config.path).gguf_file is not None:
-        console.detail("  a .gguf is read whole: blocks are not streamed")
+    device, kind = resolve_device(config.device), read_whole(config)
+    if kind:
+        console.detail(f"  {kind} is read whole: blocks are not streamed")
         return BlockwiseModel(load_model(config, device=torch.device("cpu")), device, None)
-    files = weight_files(config)
-    settings = load_config(config)
-    if Quantised.of(settings) is not None:
-        console.detail("  a quantised checkpoint is read whole: blocks are not streamed")
-        return BlockwiseModel(load_model(config, device=torch.device("cpu")), device, None)
+    files, settings = weight_files(config), load_config(config)
     dtype = resolve_dtype(config, getattr(settings, "dtype", None), device)
     network = network_without_weights(settings, dtype, config)
     weights = _Weights(network, files, dtype, config.path)
     settle_ties(network, config.path)
     return BlockwiseModel(network, device, weights)
+
+
+def read_whole(config: ModelConfig) -> str:
+    """What a checkpoint is whose blocks cannot be read one at a time; empty for one whose can be."""
+    from lors_cli.models.loading import load_config
+    from lors_cli.models.quantised import Quantised
+    from lors_cli.models.sources import locate
+
+    if locate(config.path).gguf_file is not None:
+        return "a .gguf"
+    quantised = Quantised.of(load_config(config))
+    return "" if quantised is None else f"a quantised checkpoint ({quantised.method})"
 
 
 def network_without_weights(settings: Any, dtype: torch.dtype, config: ModelConfig) -> PreTrainedModel:

@@ -152,11 +152,6 @@ def _check(config: PruneConfig, pattern: Pattern, model: ModelConfig, out: Path)
 
     if Path(model.path).expanduser().resolve() == out.resolve():
         raise UsageError(f"{out} is the model itself and would be overwritten.", "Choose another --out.")
-    if config.reconstruct_epochs and processes.num_processes() > 1:
-        raise UsageError(
-            "reconstruct_epochs runs in one process.",
-            "Prune without --nproc or torchrun (a recipe: lors run RECIPE --until prune), then start several.",
-        )
     if config.layer_sparsity == "owl":
         check_limits(pattern.sparsity, SPREAD)
 
@@ -164,7 +159,10 @@ def _check(config: PruneConfig, pattern: Pattern, model: ModelConfig, out: Path)
 def _calibration_batches(
     config: PruneConfig, source: BlockwiseModel, tokenizer: PreTrainedTokenizerBase, data_dir: Path | None
 ) -> list[torch.Tensor]:
-    """The calibration sequences; none for a method that looks at weights alone."""
+    """The calibration sequences; none for a method that looks at weights alone.
+
+    Of several processes that reconstruct blocks each has a part of every step's.
+    """
     from lors_cli.data.tokens import calibration_tokens
     from lors_cli.models.blocks import model_max_length
 
@@ -174,8 +172,18 @@ def _calibration_batches(
     with progress.busy(f"tokenising {calibration.dataset}"):
         tokens = calibration_tokens(calibration, tokenizer, model_max_length=max_length, data_dir=data_dir)
     console.info(f"  calibration: {calibration.dataset}, {tokens.shape[0]} × {tokens.shape[1]} tokens")
-    size = min(calibration.batch_size, RECONSTRUCTION_SAMPLES) if config.reconstruct_epochs else calibration.batch_size
-    return list(tokens.split(size))
+    if not config.reconstruct_epochs:
+        return list(tokens.split(calibration.batch_size))
+    number = processes.num_processes()
+    steps = tokens.split(min(calibration.batch_size, RECONSTRUCTION_SAMPLES))
+    first, last = len(steps[0]), len(steps[-1])
+    if last < number:
+        raise UsageError(
+            f"reconstruct_epochs: steps of {first} calibration samples, the last of {last}, cannot be shared by "
+            f"{number} processes.",
+            f"Start no more than {last}, or give a calibration.num_samples that is a multiple of {first}.",
+        )
+    return [part for step in steps for part in step.tensor_split(number)]
 
 
 def _metrics(outcome: Outcome, pattern: Pattern, source: BlockwiseModel, batches: list[torch.Tensor]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from lors_cli.errors import UsageError
 from lors_cli.grid import Grid
-from lors_cli.models.blocks import left_out, prunable_weights
+from lors_cli.models.blocks import PrunableWeight, left_out, prunable_weights
 from lors_cli.models.skip import say_skipped, skipped
 from lors_cli.output import console
 from lors_cli.recipe.schema import TuneConfig
@@ -96,11 +96,37 @@ def adaptable_layers(model: PreTrainedModel, pruned: Iterable[str], skip: Sequen
     return layers
 
 
+class Matrices(Mapping[str, torch.Tensor]):
+    """Weights by name, each made, or read, when it is asked for."""
+
+    def __init__(self, names: Collection[str], make: Callable[[str], torch.Tensor]) -> None:
+        self._names, self._make = names, make
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._make(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 def base_mask(model: PreTrainedModel, layers: dict[str, Any], skipped: Collection[str] = ()) -> str:
     """The digest of where a sparse model is zero: in `layers`, in `skipped`, and in what can have no adapter."""
-    others = ((name, weight.matrix) for name, weight in prunable_weights(model).items()
-              if name not in layers and (name in skipped or not isinstance(weight.module, nn.Linear)))  # fmt: skip
-    return mask_digest(chain(((name, layer.weight) for name, layer in layers.items()), others))
+    return mask_of(Matrices(layers, lambda name: layers[name].weight), prunable_weights(model), skipped)
+
+
+def mask_of(
+    adapted: Mapping[str, torch.Tensor], weights: Mapping[str, PrunableWeight], skipped: Collection[str]
+) -> str:
+    """`base_mask`, of matrices; `weights` are all that could be pruned of the model."""
+    others = ((name, weight.matrix) for name, weight in weights.items()
+              if name not in adapted and (name in skipped or not isinstance(weight.module, nn.Linear)))  # fmt: skip
+    return mask_digest(chain(adapted.items(), others))
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -116,17 +142,18 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def put_adapters(
-    config: TuneConfig, network: PreTrainedModel, layers: list[str], grids: Mapping[str, Grid]
+    config: TuneConfig, network: PreTrainedModel, layers: list[str], grids: Mapping[str, Grid], *, norms: bool = True
 ) -> dict[str, AdapterLinear]:
     """Put all that is trained on a model, in place; the adapted layers by name.
 
     Args:
         grids: of the sparse weights, where they lie on such.
+        norms: put shifts on normalisation layers too, where they are trained.
     """
     adapted = attach(network, layers, config.rank, config.alpha, use_rslora=config.use_rslora, method=config.method,
                      packed=config.base == "packed", rounding=config.weight_rounding,
                      grids=grids, quantization_aware=config.quantization_aware)  # fmt: skip
-    if config.train_norms:
+    if config.train_norms and norms:
         apart = tuple(f"{part}." for part in left_out(network))
         train_norms(network, [name for name in norm_parameters(network) if not name.startswith(apart)])
     return adapted

@@ -27,6 +27,7 @@ from lors_cli.tuning.adapter import WEIGHTS_NAME, load_adapter, read_adapter_con
 from lors_cli.tuning.attach import adapter_layers
 from lors_cli.tuning.grids import base_grids, grid_metrics, kept_grids
 from lors_cli.tuning.kernels.on_grid import lies_on
+from lors_cli.tuning.layers import AdapterLinear
 from lors_cli.tuning.norms import merge_norms
 from lors_cli.tuning.prompt_format import fit_to_prompt
 
@@ -55,21 +56,26 @@ def merge_counted(model: PreTrainedModel) -> MergeCounts:
     layers = adapter_layers(model)
     with progress.progress("merge", len(layers), "layers") as task:
         for name, layer in layers.items():
-            linear = layer.to_linear()
-            if not all(bool(torch.isfinite(part).all()) for part in (linear.weight, layer.lora_A, layer.lora_B)):
-                raise UsageError(f"the merged weight of {name} holds NaN or Inf; the adapter is broken.")
-            base = layer.weight
-            kept = base != 0
-            if layer.keeps_zeros and bool(((linear.weight != 0) & ~kept).any()):
-                raise SparsityError(f"merging would fill zeros of {name}; nothing was written.")
-            assert layer.grid is None or lies_on(linear.weight, layer.grid), f"{name} left its grid"
-            counts.kept += int(kept.sum())
-            counts.moved += int(((linear.weight != base) & kept).sum())
-            counts.zeroed += int(((linear.weight == 0) & kept).sum())
-            model.set_submodule(name, linear)
+            merge_layer(model, name, layer, counts)
             task.advance()
     merge_norms(model)
     return counts
+
+
+def merge_layer(model: PreTrainedModel, name: str, layer: AdapterLinear, counts: MergeCounts) -> None:
+    """Replace one layer with an adapter as `merge_counted` does, and add it to the counts."""
+    linear = layer.to_linear()
+    if not all(bool(torch.isfinite(part).all()) for part in (linear.weight, layer.lora_A, layer.lora_B)):
+        raise UsageError(f"the merged weight of {name} holds NaN or Inf; the adapter is broken.")
+    base = layer.weight
+    kept = base != 0
+    if layer.keeps_zeros and bool(((linear.weight != 0) & ~kept).any()):
+        raise SparsityError(f"merging would fill zeros of {name}; nothing was written.")
+    assert layer.grid is None or lies_on(linear.weight, layer.grid), f"{name} left its grid"
+    counts.kept += int(kept.sum())
+    counts.moved += int(((linear.weight != base) & kept).sum())
+    counts.zeroed += int(((linear.weight == 0) & kept).sum())
+    model.set_submodule(name, linear)
 
 
 def merge(

@@ -30,6 +30,14 @@ class NormShift(nn.Module):
         return torch.add(parameter.to(self.shift.dtype), self.shift, alpha=self.unit).to(parameter.dtype)
 
 
+def shifted(parameter: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """The very parameter of the forward pass, of a frozen one and its trained shift."""
+    step = NormShift(parameter)
+    with torch.no_grad():
+        step.shift.copy_(shift)
+        return step(parameter)
+
+
 def norm_parameters(model: nn.Module) -> list[str]:
     """Full names of the parameters of a model's normalisation layers.
 

@@ -15,14 +15,16 @@ from lors_cli.machine import environment
 from lors_cli.models.blocks import prunable_weights
 from lors_cli.models.card import model_card
 from lors_cli.models.grids import save_grids
-from lors_cli.models.loading import save_checkpoint
+from lors_cli.models.loading import save_checkpoint, save_settings
 from lors_cli.models.origins import inherited, with_dataset
+from lors_cli.models.streaming import BlockwiseModel
 from lors_cli.output import console
 from lors_cli.recipe.schema import ModelConfig, TuneConfig
 from lors_cli.sparsity import Pattern, measure, summarise
 from lors_cli.tuning.adapter import AdapterConfig, layer_grids, save_adapter
-from lors_cli.tuning.attach import adapter_layers, adapter_tensors, base_mask
+from lors_cli.tuning.attach import Matrices, adapter_layers, adapter_tensors, mask_of
 from lors_cli.tuning.baselines import LAYERS
+from lors_cli.tuning.block_merge import BlockMerge
 from lors_cli.tuning.grids import grid_digest, grid_metrics, kept_grids
 from lors_cli.tuning.merge import merge_counted
 from lors_cli.tuning.norms import norm_shifts
@@ -34,53 +36,65 @@ ALMOST_NONE = 0.001
 
 def adapter_config(
     config: TuneConfig, network: PreTrainedModel, layers: list[str], model: ModelConfig, base_fingerprint: str,
-    prompt: str | None, pruned: Iterable[str],
+    prompt: str | None, pruned: Iterable[str], source: BlockwiseModel | None = None,
 ) -> AdapterConfig:  # fmt: skip
-    """What adapter_config.json says of this training; `pruned` are the names of all sparse weights."""
+    """What adapter_config.json says of this training.
+
+    Args:
+        pruned: the names of all sparse weights.
+        source: what a model in shards is read from.
+    """
     skipped = tuple(name for name in pruned if name not in layers) if config.skip else ()
-    adapted = adapter_layers(network)
-    grids = layer_grids(network)
+    adapted, grids = adapter_layers(network), layer_grids(network)
+    weights = prunable_weights(network) if source is None else source.weights()
+    matrices = Matrices(adapted, lambda name: adapted[name].weight if source is None else weights[name].matrix)
     return AdapterConfig(
         method=config.method, rank=config.rank, alpha=config.alpha, use_rslora=config.use_rslora,
         layers=tuple(layers), base=model.path,
-        base_fingerprint=base_fingerprint, base_mask=base_mask(network, adapted, skipped),
+        base_fingerprint=base_fingerprint, base_mask=mask_of(matrices, weights, skipped),
         norms=tuple(norm_shifts(network)), rounding=config.weight_rounding,
         prompt=prompt,
         skipped=skipped,
-        base_grid=grid_digest({name: layer.weight for name, layer in adapted.items()}, grids) if grids else None,
+        base_grid=grid_digest(matrices, grids) if grids else None,
     )  # fmt: skip
 
 
 def write_results(
     staging: Path, network: PreTrainedModel, tokenizer: Any, adapter: AdapterConfig, patterns: dict[str, Pattern],
-    grids: Mapping[str, Grid],
+    grids: Mapping[str, Grid], merging: BlockMerge | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Adapter and merged checkpoint into `staging`, once the merged weights are known to keep the zeros.
+    """Adapter and merged checkpoint into `staging`, which is for use if the merged weights keep the zeros.
 
     Args:
         grids: of the base, where it lies on such.
+        merging: of a model in shards.
     """
     trainable = sum(tensor.numel() for tensor in adapter_tensors(network).values())
     save_adapter(network, staging / ADAPTER_NAME, adapter)
-    counts = merge_counted(network)
+    held: dict[str, Pattern | None] = {**patterns}
+    if not LAYERS[adapter.method].keeps_zeros:
+        console.warn(f"method: {adapter.method} fills the zeros when it is merged: the tuned model is dense.")
+        held = dict.fromkeys(patterns)
+    if merging is None:
+        counts, weights = merge_counted(network), prunable_weights(network)
+        layers = [measure(name, weights[name].matrix, pattern) for name, pattern in held.items()]
+    else:
+        save_settings(merging.source.network, tokenizer, staging)
+        layers = merging.write(staging, held)
+        counts = merging.counts
     moved = counts.moved / counts.kept
     if moved < ALMOST_NONE:
         console.warn(f"{100 * moved:.2g} % of the weights moved: learning_rate is too low for {adapter.method}.")
     if counts.zeroed:
         console.info(f"  {counts.zeroed} kept weights became exactly zero in the merge")
-    weights = prunable_weights(network)
-    held: dict[str, Pattern | None] = {**patterns}
-    if not LAYERS[adapter.method].keeps_zeros:
-        console.warn(f"method: {adapter.method} fills the zeros when it is merged: the tuned model is dense.")
-        held = dict.fromkeys(patterns)
-    layers = [measure(name, weights[name].matrix, pattern) for name, pattern in held.items()]
     pattern = next(iter(held.values()))
     summary = summarise(layers, pattern)
     if summary["violations"]:
         raise SparsityError(
             f"the merged model breaks {pattern} at {summary['violations']} places; nothing was written."
         )
-    save_checkpoint(network, tokenizer, staging)
+    if merging is None:
+        save_checkpoint(network, tokenizer, staging)
     grids = kept_grids(grids, quantization_aware=adapter.base_grid is not None)
     if grids:
         save_grids(staging, grids)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lors_cli.errors import UsageError
 from lors_cli.files import atomic, hashes, records
 from lors_cli.machine import environment, processes
-from lors_cli.models.blocks import prunable_weights
+from lors_cli.models.blocks import PrunableWeight, prunable_weights
 from lors_cli.output import console, progress
 from lors_cli.output.console import counted
 from lors_cli.recipe.resolved import resolved_tune
@@ -21,8 +21,6 @@ from lors_cli.tuning.needed import require_packages
 from lors_cli.tuning.teacher import teacher_model, with_teacher
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from lors_cli.data.samples import TuneData
     from lors_cli.tuning.training.step_log import StepLog
     from lors_cli.tuning.training.trackers import TrackedRun
@@ -117,12 +115,13 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
     from lors_cli.models.loading import load_tokenizer
     from lors_cli.models.sources import model_fingerprint
     from lors_cli.tuning.attach import adaptable_layers
+    from lors_cli.tuning.block_merge import BlockMerge
     from lors_cli.tuning.grids import base_grids
     from lors_cli.tuning.prompt_format import fit_to_prompt
     from lors_cli.tuning.results import adapter_config, write_card, write_results
     from lors_cli.tuning.training.distributed import say_how
     from lors_cli.tuning.training.preparation import prepare_trainer
-    from lors_cli.tuning.training.sharding import load_trainable, whole_model
+    from lors_cli.tuning.training.sharding import load_trainable
     from lors_cli.tuning.training.step_log import StepLog
 
     started = time.monotonic()
@@ -138,8 +137,9 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
     with progress.busy("reading the tokenizer"):
         tokenizer = load_tokenizer(model)
     say_how(config)
-    network = load_trainable(config, model)
-    patterns = sparse_layers(network, Path(model.path))
+    network, source = load_trainable(config, model)
+    weights = prunable_weights(network) if source is None else source.weights()
+    patterns = processes.from_main(lambda: sparse_layers(weights, Path(model.path)))
     layers = adaptable_layers(network, patterns, config.skip)
     data = load_data(config, network, tokenizer, data_dir)
     set_seed(config.seed)
@@ -147,17 +147,17 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
     log = StepLog(processes.from_main(lambda: _running_log(out, records.work_dir(out, fingerprint, made))))
     schedule = config if data.num_steps is None else replace(config, max_steps=data.num_steps, max_tokens=None)
     trainer = prepare_trainer(schedule, network, layers, data, tokenizer, out / CHECKPOINTS_NAME, fingerprint,
-                              device=resolve_device(model.device), grids=grids)  # fmt: skip
+                              device=resolve_device(model.device), grids=grids, source=source)  # fmt: skip
     training = _train(trainer, data, log, _tracked_run(config, model, out, fingerprint))
     data.close()
 
     def write() -> records.StageRecord:
-        tuned = whole_model(config, model, network, layers, grids)
-        adapter = adapter_config(config, tuned, layers, model, base_fingerprint, template, patterns)
+        adapter = adapter_config(config, network, layers, model, base_fingerprint, template, patterns, source)
         staging = records.staging_dir(out)
-        prompt = fit_to_prompt(tuned, tokenizer, template)
+        prompt = fit_to_prompt(network if source is None else source.network, tokenizer, template)
+        merging = None if source is None else BlockMerge(config, source, network, layers, grids)
         metrics = {**training, **data_metrics(data), **prompt,
-                   **write_results(staging, tuned, tokenizer, adapter, patterns, grids),
+                   **write_results(staging, network, tokenizer, adapter, patterns, grids, merging),
                    **_left_dense(Path(model.path))}  # fmt: skip
         write_card(staging, stored, model, metrics, [read["data"], *read.get("mix", ())])
         atomic.write_bytes(staging / LOG_NAME, log.path.read_bytes())
@@ -193,8 +193,8 @@ def _left_dense(folder: Path) -> dict[str, list[str]]:
     return {"dense_layers": names} if names else {}
 
 
-def sparse_layers(model: PreTrainedModel, folder: Path) -> dict[str, Pattern]:
-    """The weights the pruner made sparse.
+def sparse_layers(weights: dict[str, PrunableWeight], folder: Path) -> dict[str, Pattern]:
+    """Those of a model's prunable weights that the pruner made sparse.
 
     A folder written by `lors` says which; elsewhere every weight of a decoder block with at least 5 % zeros.
 
@@ -206,7 +206,7 @@ def sparse_layers(model: PreTrainedModel, folder: Path) -> dict[str, Pattern]:
     """
     from lors_cli.models.inspection import layer_patterns
 
-    layers = layer_patterns(prunable_weights(model), records.read_record(folder) if folder.is_dir() else None)
+    layers = layer_patterns(weights, records.read_record(folder) if folder.is_dir() else None)
     if not layers:
         raise UsageError("the model is dense: its decoder blocks have no zeros to keep.", "Prune it first: lors prune")
     return layers

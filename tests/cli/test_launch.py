@@ -67,10 +67,11 @@ def launcher_of(command: list[str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", code, json.dumps(command)])
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_an_interrupt_reaches_every_process_once(tmp_path: Path, sent: signal.Signals) -> None:
     waits = (
-        "import signal", "count = 0", "def note(*_):", "    global count; count += 1", "signal.signal(2, note)",
+        "import signal", "count = 0", "def note(*_):", "    global count; count += 1",
+        f"signal.signal({int(sent)}, note)",
         "open(sys.argv[1] + f'/started-{rank}', 'w').write('yes')",
         "while not count: time.sleep(0.05)", "time.sleep(0.3)",
         "open(sys.argv[1] + f'/{rank}', 'w').write(str(count))", "sys.exit(130)",

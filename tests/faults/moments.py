@@ -30,7 +30,8 @@ class Watch:
         folder: what lies elsewhere is not watched.
         trace: where lines are added, outside of `folder`.
         moment: {"key", "count"}: kill the process group at that moment, the count-th of its key.
-        faults: {part of a key: errno's name} for moments that raise this OSError instead, or "remove FOLDER".
+        faults: {part of a key: errno's name} for moments that raise this OSError instead, "remove FOLDER", or a
+            signal's name for one that it comes at.
     """
 
     def __init__(self, folder: Path, trace: Path, moment: dict[str, Any] | None, faults: dict[str, str]) -> None:
@@ -59,11 +60,15 @@ class Watch:
         return True
 
     def fail(self, key: str, fault: str, part: str) -> None:
-        """Let an operation fail from now on, or remove a folder once."""
+        """Let an operation fail from now on; or, once, remove a folder or send a signal."""
         self.note("fault", f"{fault} {key}")
         if fault.startswith("remove "):
             del self.faults[part]
             shutil.rmtree(self.root + fault.removeprefix("remove "))
+            return
+        if fault.startswith("SIG"):
+            del self.faults[part]
+            os.kill(os.getpid(), signal.Signals[fault])
             return
         number = getattr(errno, fault)
         raise OSError(number, os.strerror(number), self.root + key.split(" ", 2)[2])

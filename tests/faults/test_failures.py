@@ -74,6 +74,26 @@ def test_a_run_goes_on_after_every_failure(server: Server, bench: Path, whole: P
     assert compare(results(whole), results(folder)) == []
 
 
+@pytest.mark.long
+def test_a_spot_machine_is_taken_away_in_every_stage(server: Server, bench: Path, whole: Path) -> None:
+    """SIGTERM; each time another process with the same folder goes on."""
+    folder = copied(bench / "start", bench / "spot")
+    stages = {
+        "prune": "before rename runs/chain/prune/.work/block_0002",
+        "tune": "before rename runs/chain/tune/checkpoints/checkpoint-4",
+        "pack": "before rename runs/chain/pack/",
+        "eval": "before rename runs/chain/eval/samples/pruned",
+    }
+    for number, (stage, moment) in enumerate(stages.items()):
+        process = server.run(folder, RUN, faults={moment: "SIGTERM"})
+        check_told(process, 130, "stopped by SIGTERM; what was finished is kept. The same command resumes from there.")
+        finished = {path.parent.name for path in folder.glob("runs/chain/*/stage.json")}
+        assert finished == set(list(stages)[:number]), stage
+    process = server.run(folder, RUN)
+    assert process.code == 0, process.output
+    assert compare(results(whole), results(folder)) == []
+
+
 def test_a_stage_that_vanishes_between_stages_is_made_again(server: Server, bench: Path, whole: Path) -> None:
     folder = copied(bench / "start", bench / "vanishing")
     process = server.run(folder, RUN, faults={"before mkdir runs/chain/tune": "remove runs/chain/prune"})

@@ -7,6 +7,7 @@ it in every forward pass, gradients go straight through, and the scales are tune
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ import torch
 
 from lors_cli.errors import UsageError
 from lors_cli.grid import Grid
+from lors_cli.machine import processes
 from lors_cli.models.blocks import PrunableWeight
 from lors_cli.output import console
 from lors_cli.pruning.methods.statistics import NOT_FINITE
@@ -135,13 +137,14 @@ def reconstruct(
     """Minimise the squared difference to the dense block's outputs, as a share of theirs, by Adam; zeros are kept.
 
     The kept weights are held in float32 meanwhile and rounded to their dtype or grid in every forward pass. The rate
-    falls linearly to 0.
+    falls linearly to 0. Of several processes each has its part of every step's batch; gradients are summed.
 
     Args:
         dense: a copy of the block from before it was pruned.
         weights: the block's prunable weights; the parameters that hold them are what is tuned.
         run: (block, X, number of the batch) -> the block's output, X (samples, tokens, hidden_size).
-        inputs: give X and number of each step, drawn in random order; on what the pruned blocks before put out.
+        inputs: give X and number of each step (of this process's part of it), drawn in random order; on what the
+            pruned blocks before put out.
         grids: those of weights that lie on one, by full name; the tuned ones take their place.
 
     Returns:
@@ -159,32 +162,40 @@ def reconstruct(
         [group for parameter in tuned.values() for group in parameter.groups()],
         betas=BETAS, eps=1e-20,  # gradients may be of any size
     )  # fmt: skip
+    trained = [each for group in optimizer.param_groups for each in group["params"]]
     steps = epochs * len(inputs)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
 
     def step(x: torch.Tensor, batch: int) -> float:
         with torch.no_grad():
             target = run(dense, x, batch).float()
+            told = torch.stack([target.square().sum(), target.new_tensor(float(target.numel()))])
+            size, numel = processes.add_up(told)
         with torch.enable_grad():
             rounded = {name: parameter.rounded() for name, parameter in tuned.items()}
             output = run(Substituted(block, rounded), x, batch)
-            loss = (output.float() - target).square().sum() / target.square().sum()
-            if not bool(loss.isfinite()):
-                raise UsageError(NOT_FINITE)
+            loss = (output.float() - target).square().sum() / size
             optimizer.zero_grad()
-            (loss * loss.new_tensor(float(target.numel()))).backward()
+            (loss * numel).backward()
+        total = float(loss.detach())
+        if processes.num_processes() > 1:
+            (total,) = processes.add_up_gradients(trained, [total])
+        if not math.isfinite(total):
+            raise UsageError(NOT_FINITE)
         optimizer.step()
         schedule.step()
         with torch.no_grad():
             for parameter in tuned.values():
                 parameter.master.mul_(parameter.kept)
-        return float(loss.detach())
+        return total
 
     generator = torch.Generator().manual_seed(seed)
     losses: list[float] = []
     for _ in range(epochs):
         order = torch.randperm(len(inputs), generator=generator).tolist()
         losses.append(sum(step(*inputs[number]()) for number in order) / len(inputs))
+    for each in trained:
+        processes.send_to_all(each.data, 0)
     for parameter in tuned.values():
         parameter.stored.data.copy_(parameter.rounded().detach())
         grids |= parameter.grids()

@@ -128,7 +128,7 @@ class HiddenStates:
         """
         for index, files in sorted(self._saved().items(), reverse=True):
             found = {number: file for file in files for number in _numbers(file)}
-            if len(found) == num_batches:
+            if found.keys() == set(range(num_batches)):  # batches may be cut otherwise for other processes
                 self._index = index
                 self._files = {number: found[number] for number in numbers}
                 self._entries = [_entry(found[number], number) for number in sorted(numbers)]

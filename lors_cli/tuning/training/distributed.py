@@ -47,6 +47,7 @@ def describe(config: TuneConfig) -> str:
     size = micro_batch_size(config, processes)
     passes = config.batch_size // (size * processes)
     held = "a shard of the frozen weights" if config.parallelism == "fsdp" else "the whole model"
+    held += " and the whole teacher" if config.parallelism == "fsdp" and config.distill is not None else ""
     return f"{processes} processes, each with {held}: a step is {passes} forward passes of {size} samples in each"
 
 
@@ -67,19 +68,5 @@ def add_up_step(
     """
     if parallel.num_processes() == 1:
         return float(loss), tokens, asked_to_stop
-    device = parameters[0].device
-    gradients = [parameter.grad for parameter in parameters]
-    exact = torch.float64 if any(each.dtype == torch.float64 for each in parameters) else torch.float32
-    told = torch.tensor(
-        [float(loss), tokens, asked_to_stop, *(each is not None for each in gradients)], dtype=exact, device=device
-    )
-    parts = [
-        torch.zeros_like(parameter).view(-1) if gradient is None else gradient.reshape(-1)
-        for parameter, gradient in zip(parameters, gradients, strict=True)
-    ]
-    total = parallel.add_up(torch.cat([told, *(part.to(exact) for part in parts)]))
-    told, *found = total.split([len(told), *(len(part) for part in parts)])
-    numbers = told.tolist()
-    for parameter, gradient, took_part in zip(parameters, found, numbers[3:], strict=True):
-        parameter.grad = gradient.view_as(parameter).to(parameter.dtype) if took_part else None
-    return numbers[0], round(numbers[1]), numbers[2] > 0
+    total, num_tokens, asked = parallel.add_up_gradients(parameters, [float(loss), tokens, asked_to_stop])
+    return total, round(num_tokens), asked > 0

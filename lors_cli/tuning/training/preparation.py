@@ -16,6 +16,7 @@ from lors_cli.data.samples import PadCollator, Sample, TuneData
 from lors_cli.grid import Grid
 from lors_cli.machine import processes
 from lors_cli.machine.devices import set_seed
+from lors_cli.models.streaming import BlockwiseModel
 from lors_cli.output import console
 from lors_cli.recipe.schema import TuneConfig
 from lors_cli.tuning.attach import adapter_layers, put_adapters
@@ -28,13 +29,13 @@ from lors_cli.tuning.teacher import cached_teacher, load_teacher
 from lors_cli.tuning.training import fixed_batch
 from lors_cli.tuning.training.checkpoints import latest_checkpoint
 from lors_cli.tuning.training.sampling import step_samples
-from lors_cli.tuning.training.sharding import is_sharded, shard
+from lors_cli.tuning.training.sharding import shard
 from lors_cli.tuning.training.trainer import AdapterTrainer, num_steps
 
 
 def prepare_trainer(
     config: TuneConfig, network: PreTrainedModel, layers: list[str], data: TuneData, tokenizer: Any, checkpoints: Path,
-    fingerprint: str, *, device: torch.device, grids: Mapping[str, Grid],
+    fingerprint: str, *, device: torch.device, grids: Mapping[str, Grid], source: BlockwiseModel | None = None,
 ) -> AdapterTrainer:  # fmt: skip
     """Adapters on the model, changed in place and started as the config says, and a trainer around it.
 
@@ -44,13 +45,17 @@ def prepare_trainer(
         fingerprint: of the stage.
         device: of this process; a model that is to be sharded is not on it yet.
         grids: of the sparse weights, where they lie on such.
+        source: what a model that is to be sharded is read from.
+
+    Raises:
+        UsageError: the model would mix texts that are to be isolated, or leaves what it has to lie on.
     """
     _say_rounding(config, network.dtype)
     collator = PadCollator(tokenizer.pad_token_id)
-    sharded, adapted = is_sharded(config), None
-    if sharded:  # the start is computed past the adapters
+    adapted = None
+    if source is not None:  # the start is computed past the adapters
         adapted = put_adapters(config, network, layers, grids)
-        shard(network, device)
+        shard(network, source, device, grids if config.quantization_aware else {})
     loss = _loss(config, network, data, collator(data.samples[:1]))
     if config.gradient_checkpointing:
         network.enable_input_require_grads()
@@ -59,7 +64,7 @@ def prepare_trainer(
     start = {} if resumes or config.start == "kaiming" else _start(config, network, layers, data, collator, loss)
     adapted = adapted or put_adapters(config, network, layers, grids)
     if config.method == "lors":
-        _keep_merged(network, config, sharded=sharded)
+        _keep_merged(network, config, sharded=source is not None)
     with torch.no_grad():
         for name, directions in start.items():
             adapted[name].lora_A.copy_(directions)

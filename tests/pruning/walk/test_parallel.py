@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +16,10 @@ from safetensors.torch import load_file
 from lors_cli.errors import UsageError
 from lors_cli.machine import processes as parallel
 from lors_cli.models.streaming import open_blockwise
+from lors_cli.pruning import stage
 from lors_cli.pruning.walk.hidden_states import HiddenStates
 from lors_cli.pruning.walk.passes import start_walk
-from lors_cli.recipe.schema import CalibrationConfig, ModelConfig
+from lors_cli.recipe.schema import CalibrationConfig, ModelConfig, PruneConfig
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, processes: int, rank: int) -> None:
@@ -103,11 +105,56 @@ def test_experts_that_one_process_does_not_see(
     assert (metrics["sparsity"], metrics["violations"]) == (0.5, 0)
 
 
-def test_reconstruction_is_for_one_process(checkpoint: Path, token_file: Path, tmp_path: Path) -> None:
-    done = prune(2, checkpoint, token_file, tmp_path / "out", "--method", "wanda", "reconstruct_epochs=1")
-    assert done.returncode != 0
-    assert "reconstruct_epochs runs in one process" in done.stderr
-    assert not (tmp_path / "out" / "model.safetensors").exists()
+@pytest.mark.long
+@pytest.mark.parametrize("options", [(), ("quantize={group_size: 32}",)])
+def test_two_processes_reconstruct_like_one(
+    options: tuple[str, ...], checkpoint: Path, token_file: Path, tmp_path: Path
+) -> None:
+    """Ten samples: steps of four, four and two; each process has half of each."""
+    results, losses = [], []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        done = prune(
+            processes, checkpoint, token_file, out, "--method", "wanda", "reconstruct_epochs=3", "-v", *options
+        )
+        assert done.returncode == 0, done.stderr
+        results.append(load_file(out / "model.safetensors"))
+        said = re.findall(r"mean loss (\S+) in the first epoch, (\S+) in the last", done.stderr)
+        losses.append([float(value) for pair in said for value in pair])
+    first, second = results
+    assert len(losses[0]) == 6
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+    assert losses[1][1] < (0.97 if options else 0.9) * losses[1][0]
+    for name, tensor in first.items():
+        if ".layers.0." in name:  # later blocks see what these put out
+            assert torch.equal(tensor == 0, second[name] == 0), name
+            apart = (second[name].float() - tensor.float()).norm() / tensor.float().norm()
+            assert apart < (0.02 if options else 1e-4), name
+
+
+def test_more_processes_than_a_step_has_samples_cannot_reconstruct(
+    checkpoint: Path, token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch, 3, 0)
+    text = CalibrationConfig(dataset=str(token_file))
+    with pytest.raises(UsageError, match="steps of 4 calibration samples, the last of 2, cannot be shared by 3 proc"):
+        stage.prune(PruneConfig(method="wanda", reconstruct_epochs=1, calibration=text),
+                    ModelConfig(path=str(checkpoint)), tmp_path / "out")  # fmt: skip
+
+
+def test_the_work_of_another_number_of_reconstructing_processes_is_not_taken_for_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four batches, cut in halves for two processes: what one of them wrote are four batches too, but not these."""
+    pretend(monkeypatch, 2, 1)
+    half = HiddenStates(tmp_path, "device", torch.device("cpu"))
+    half.expect(dict.fromkeys(range(1, 8, 2), (1, 3, 4)), torch.float32)
+    for number in half.numbers:
+        half.put(number, torch.zeros(1, 3, 4))
+    half.advance()
+    half.close()
+    monkeypatch.delenv("WORLD_SIZE")
+    assert HiddenStates(tmp_path, "device", torch.device("cpu")).resume([0, 1, 2, 3], 4) is None
 
 
 def test_more_processes_than_batches_are_refused(

@@ -71,8 +71,8 @@ def shard_shares(settings: dict[str, Any], model: str, out: Path) -> list[float]
     found: list[float] = []
     original = preparation.shard
 
-    def observed(network: Any, device: torch.device) -> None:
-        original(network, device)
+    def observed(network: Any, *args: Any) -> None:
+        original(network, *args)
         for layer in attach.adapter_layers(network).values():
             found.append(layer.weight.to_local().numel() / layer.weight.numel())  # type: ignore[attr-defined]
             assert layer.lora_A.dtype == torch.float32
