@@ -96,6 +96,8 @@ def cached_teacher(
     missing, teacher = cache.missing(samples), None
     for _ in range(ROUNDS):
         if not any(processes.gather(bool(missing))):
+            if teacher is None:
+                console.info(f"  teacher's cache: {cache.folder}, all there")
             return CachedTeacher(cache, config.weight, config.temperature)
         processes.from_main(partial(cache.check_room, missing))
         teacher = teacher or load_teacher(config, network, batch, obstacle)
