@@ -1,6 +1,7 @@
 # make demo: SmolLM2-135M pruned, tuned and scored.   make test: the whole test suite.   All make .venv first.
 # make faults: runs and sweeps killed again and again, KILLS times, at moments drawn by SEED.
 # make slurm: sweeps on a real Slurm of one node, set up on this machine (Debian, as root); minutes.
+# make soak: STEPS steps (20,000) of a tiny model: memory flat, disk bounded, the last thousand as fast as the first.
 # make gpu: everything that only a GPU can show, in nine minutes (rehearsed on a CPU where there is none); results in OUT.
 # make docs: the documentation as a site in build/docs, which needs no network to be read.   make dist: wheel and sdist in dist/.
 # make fuzz: broken inputs by the thousand.   make audit: known vulnerabilities of the installed packages.
@@ -9,7 +10,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: install demo test check faults slurm gpu docs dist fuzz audit clean
+.PHONY: install demo test check faults slurm soak gpu docs dist fuzz audit clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed $(VENV)/.demo-model
@@ -42,6 +43,10 @@ faults: install
 slurm: install
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[slurm]'
 	OMP_NUM_THREADS=1 PATH="$(PATH):/usr/sbin" $(BIN)/python -m pytest -q -m slurm tests/slurm
+
+STEPS ?= 20000
+soak: install
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py --steps $(STEPS)
 
 OUT ?= runs/gpu
 gpu: install

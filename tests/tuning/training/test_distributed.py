@@ -15,7 +15,7 @@ import torch
 from on_grids import save_on_grids
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
-from two_processes import scores, tune_and_stop, tune_config, worse_after
+from two_processes import generated, scores, tune_and_stop, tune_config, worse_after
 
 from lors_cli.cli.launch import launch
 from lors_cli.data.samples import IGNORED
@@ -185,6 +185,16 @@ def test_scores_of_two_processes_are_those_of_one(both: tuple[dict[str, Any], Pa
         found = json.loads((two / f"{rank}.json").read_text())
         assert found["scores"] == expected
         assert found["failure"] == "no never"
+
+
+def test_requests_to_generate_are_shared_out_and_answered_alike(both: tuple[dict[str, Any], Path, Path]) -> None:
+    jobs, _, two = both
+    expected = generated(jobs["model"])
+    assert expected["mine"] == 7
+    assert len(set(expected["texts"])) > 1
+    found = [json.loads((two / f"{rank}.json").read_text())["generated"] for rank in (0, 1)]
+    assert [each["texts"] for each in found] == [expected["texts"]] * 2
+    assert [each["mine"] for each in found] == [4, 3]  # batches of 2, 2, 2 and 1
 
 
 # ---- without a second process

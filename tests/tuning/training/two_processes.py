@@ -16,7 +16,7 @@ from lors_cli.evaluation.perplexity import token_perplexity
 from lors_cli.evaluation.prefix_tree import Choice
 from lors_cli.evaluation.scoring import score_choices
 from lors_cli.machine import processes
-from lors_cli.models.loading import load_model
+from lors_cli.models.loading import load_model, load_tokenizer
 from lors_cli.recipe.schema import ModelConfig, TuneConfig, TuneDataConfig
 from lors_cli.tuning import attach
 from lors_cli.tuning.stage import tune
@@ -98,6 +98,27 @@ def scores(model: str) -> dict[str, Any]:
     return {"choices": found, "counted": sum(counted), "perplexity": token_perplexity(network, windows, batch_size=2)}
 
 
+def generated(model: str) -> dict[str, Any]:
+    """What lm-eval's requests to generate are answered, and how many of them this process answered itself."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from lors_cli.evaluation.shown_model import ShownModel
+
+    config, mine = ModelConfig(path=model), []
+    lm = ShownModel(load_model(config), load_tokenizer(config), 2, "t")
+    requests = [Instance("generate_until", {}, (f"say {'a' * number}", {"until": ["zz"], "max_gen_toks": 6}), number)
+                for number in range(7)]  # fmt: skip
+    original = HFLM.generate_until
+
+    def counted(self: HFLM, asked: list[Instance], **options: Any) -> list[str]:
+        mine.extend(asked)
+        return original(self, asked, **options)
+
+    with mock.patch.object(HFLM, "generate_until", counted):
+        return {"texts": lm.generate_until(requests), "mine": len(mine)}
+
+
 def failure(rank: int) -> str:
     """What everyone hears of a main process that cannot go on."""
     from lors_cli.errors import UsageError
@@ -128,6 +149,7 @@ def main(jobs: dict[str, Any], folder: Path) -> None:
         with mock.patch.object(preparation, "why_not_chunked", return_value="of the test"):
             tune(tune_config(jobs["plain"]), ModelConfig(path=jobs["model"]), folder / "plain")
         found["scores"] = scores(jobs["model"])
+        found["generated"] = generated(jobs["model"])
         found["failure"] = failure(rank)
     (folder / f"{rank}.json").write_text(json.dumps(found))
 
