@@ -6,7 +6,8 @@ python benchmarks/methods.py --calibration TOKENS.safetensors --windows WINDOWS.
 python benchmarks/methods.py --out results.json --table     prints what the file holds as Markdown
 
 A cell is method:pattern with any of the options refit, sequential, whole (not sequential), permute, owl, reconstruct
-(two epochs), reconstruct6, batchN (N sequences a forward pass); unstructured is 50 %. Cells that `--out` holds already are not measured again.
+(two epochs), reconstruct6, batchN (N sequences a forward pass); unstructured is 50 %. Cells that `--out` holds already
+are not measured again.
 `cpu_s` is the process's processor time while it prunes, over all its threads, which other work on the machine
 disturbs less than `elapsed_s`.
 """
