@@ -30,7 +30,7 @@ class Cell:
         return f"{self.tokens} tokens, rank {self.rank}{', block checkpointing' if self.checkpointing else ''}"
 
 
-ALL = ("lora", "lors", "lors-cached", "spp-gc", "sqft", "lors-nearest", "hira", "lors-packed")
+ALL = ("lora", "lors", "lors-cached", "spp-gc", "sqft", "lors-nearest", "hira", "lors-exact", "hira-gc", "lors-packed")
 MAIN = ("lora", "lors", "lors-cached", "spp-gc", "sqft")
 CELLS = (
     Cell(2048, 16, False, ALL),
