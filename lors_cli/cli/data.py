@@ -17,7 +17,6 @@ from lors_cli.errors import UsageError
 from lors_cli.files.hashes import plain
 from lors_cli.output import console
 from lors_cli.recipe.shipped import find, shipped_files
-from lors_cli.recipe.tuning import data_name
 
 if TYPE_CHECKING:
     from lors_cli.recipe.schema import ModelConfig, TuneConfig
@@ -48,6 +47,7 @@ def show(
     from lors_cli.data.tokens import tuning_data
     from lors_cli.models.blocks import model_max_length
     from lors_cli.models.loading import load_config, load_tokenizer
+    from lors_cli.recipe.tuning import data_name
 
     config, source, folder = load_settings(recipe, overrides or [], model)
     tokenizer = load_tokenizer(source)

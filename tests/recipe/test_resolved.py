@@ -18,6 +18,7 @@ from lors_cli.recipe.schema import (
     PruneConfig,
     QuantizeConfig,
     Recipe,
+    TeacherCacheConfig,
     TuneConfig,
     TuneDataConfig,
 )
@@ -57,7 +58,7 @@ def has(values: object, path: str) -> bool:
 
 
 def recipe(**changes: object) -> Recipe:
-    tune = TuneConfig(distill=DistillConfig(teacher="teacher"))
+    tune = TuneConfig(distill=DistillConfig(teacher="teacher", cache=TeacherCacheConfig()))
     parts = {"prune": PruneConfig(quantize=QuantizeConfig()), "tune": tune, "eval": EvalConfig(), **changes}
     return Recipe(name="all", model=ModelConfig(path="model"), **parts)  # type: ignore[arg-type]
 

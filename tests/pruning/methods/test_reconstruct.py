@@ -100,7 +100,7 @@ def test_rounding_inside_is_better_than_rounding_afterwards(build: Build, batche
     for inside in (True, False):
         block, dense, weights, run, inputs = halved(build, batches)
         grids = to_grids(weights, spec) if inside else {}
-        reconstruct(block, dense, [*weights.values()], run, inputs, epochs=6, seed=0, grids=grids)
+        reconstruct(block, dense, [*weights.values()], run, inputs, epochs=12, seed=0, grids=grids)
         if not inside:
             to_grids(weights, spec)
         losses.append(loss(block, dense, run, inputs))
