@@ -33,7 +33,7 @@ demo: install
 
 # A process a core with one thread each: on tiny models two threads wait for each other more than they help.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 SEED ?= 0
 KILLS ?= 80

@@ -23,6 +23,19 @@ from lors_cli.cli.app import app
 pytest_plugins = ("tiny_models", "packed_cases")
 
 
+SLOW = (
+    "sweep/test_running.py", "test_gpu_benchmark.py", "walk/test_parallel.py", "pipeline/test_running.py",
+    "test_real_model.py", "sweep/test_spread.py", "bench/test_measure.py", "faults/test_failures.py",
+    "training/test_distributed.py",
+)  # fmt: skip
+"""Modules that take a minute or two: first, so that no worker is left alone with one at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put slow modules first; each worker takes the next module that is left."""
+    items.sort(key=lambda item: not item.path.as_posix().endswith(SLOW))
+
+
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """The folder with real data and models beside the checkout; tests that need it are skipped without it."""
