@@ -279,7 +279,7 @@ def figure(rows: dict[str, Figures]) -> bytes:
         if has_tasks:
             _panel(panels[1], rows, "mean_acc", 100, "Mean of seven tasks, % (higher is better)")
         handles, labels = panels[0].get_legend_handles_labels()
-        canvas.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9)
+        canvas.legend(handles, labels, loc="outside lower center", ncols=len(labels) if has_tasks else 3, fontsize=9)
         return drawing.png(canvas)
 
 
