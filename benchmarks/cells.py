@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import resource
@@ -14,7 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lors_cli.files import atomic
+
 Figures = dict[str, Any]
+PLACES = ("work", "data_dir", "calibration")
+"""Options that a benchmark needs in order to measure."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +45,6 @@ class Cells:
     def finish(self, name: str, figures: Figures) -> None:
         """Keep what a cell has measured."""
         from common import software
-
-        from lors_cli.files import atomic
 
         atomic.write_json(self.file(name), {**figures, **software()})
 
@@ -108,6 +111,73 @@ def lors(*arguments: str, counted: Path | None = None) -> None:
 def seconds_of(counted: Path) -> float:
     """What `lors` has added up."""
     return float(json.loads(counted.read_text())) if counted.is_file() else 0.0
+
+
+def evaluated(model: str, out: Path, data_dir: Path, *settings: str) -> Figures:
+    """What `lors eval` finds of a model."""
+    lors("eval", f"model={model}", "--out", str(out), "--data-dir", str(data_dir), "generations=false", *settings)
+    found: Figures = json.loads((out / "model.json").read_text())
+    return found
+
+
+def accuracies(found: Figures) -> Figures:
+    """Of every task, and their mean."""
+    return {"tasks": {task: scores["acc"] for task, scores in found["tasks"].items()},
+            "mean_acc": found["average"]["value"]}  # fmt: skip
+
+
+# ---- the command line
+
+
+def parser_of(text: str | None, results: Path, model: str) -> argparse.ArgumentParser:
+    """The options of every benchmark of cells."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=results)
+    parser.add_argument("--work", type=Path)
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--calibration", type=Path, help="safetensors file with input_ids (samples, tokens)")
+    parser.add_argument("--model", default=model)
+    parser.add_argument("--jobs", type=int, default=1, help="cells at a time, a core each")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    parser.add_argument("--plot", type=Path, help="draw what --out holds")
+    parser.add_argument("--page", type=Path, help="Markdown page whose table is made anew")
+    return parser
+
+
+def require_places(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End if one of `PLACES` is not given; else make them absolute."""
+    for name in PLACES:
+        if getattr(options, name) is None:
+            parser.error(f"{_flag(name)} is needed to measure")
+        setattr(options, name, getattr(options, name).resolve())
+
+
+def cells_of_command(options: argparse.Namespace, *names: str) -> Cells:
+    """The cells that this very program measures, with `PLACES`, the model and further options handed on."""
+    command = [sys.executable, sys.argv[0]]
+    for name in (*PLACES, "model", *names):
+        command += [_flag(name), str(getattr(options, name))]
+    return Cells(options.work, (*command, "--cell"))
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def keep(out: Path, found: dict[str, Figures]) -> None:
+    """Put figures into the results' file, beside those that are there."""
+    atomic.write_json(out, {**(atomic.read_json(out) or {}), **found})
+
+
+def publish(
+    options: argparse.Namespace, title: str, marks: tuple[str, str], table: Iterable[str], figure: Callable[[], bytes]
+) -> None:
+    """Draw the figure, and write the page's table anew, where they are asked for."""
+    if options.plot:
+        options.plot.write_bytes(figure())
+    if options.page:
+        image = f"![{title}]({options.plot.name})" if options.plot else None
+        options.page.write_text(with_table(options.page.read_text(), marks, table, image))
 
 
 def with_table(page: str, marks: tuple[str, str], table: Iterable[str], image: str | None = None) -> str:

