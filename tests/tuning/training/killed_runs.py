@@ -1,4 +1,4 @@
-"""Tuning that is killed, and the log that it leaves."""
+"""Tuning that is killed, and the weights and the log that it leaves."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ import torch
 from lors_cli.recipe.schema import ModelConfig, TuneConfig
 from lors_cli.tuning.stage import tune
 from lors_cli.tuning.training.trainer import AdapterTrainer
+
+MODELS = ("model.safetensors", "adapter/adapter_model.safetensors")
+"""The weights that a tuned model's folder holds."""
 
 
 def log(out: Path) -> list[dict[str, Any]]:

@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from killed_runs import killed_at, log
+from killed_runs import MODELS, killed_at, log
 from killing import signalled
 
 from lors_cli.models.loading import load_model
 from lors_cli.recipe.schema import MixConfig, ModelConfig, PruneConfig, TuneConfig
 from lors_cli.tuning.stage import tune
 from lors_cli.tuning.training.trainer import AdapterTrainer
-
-MODELS = ("model.safetensors", "adapter/adapter_model.safetensors", "log.jsonl")
 
 
 @pytest.fixture
@@ -43,7 +41,7 @@ def test_a_resumed_run_equals_an_unbroken_one_and_record_and_card_name_every_sou
     tune(mixed, model, tmp_path / "whole")
     killed_at(5, mixed, model, tmp_path / "broken", monkeypatch)
     record = tune(mixed, model, tmp_path / "broken")
-    for name in MODELS[:2]:
+    for name in MODELS:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "broken" / name).read_bytes()
     assert _numbers(tmp_path / "whole") == _numbers(tmp_path / "broken")
     told = record.metrics["data"]["mix"]
@@ -118,6 +116,6 @@ def test_killed_for_good_and_gone_on_with_on_a_real_model(
     assert (tmp_path / "broken/checkpoints/checkpoint-3").is_dir()
     for out in ("broken", "whole"):
         assert signalled(signal.SIGKILL, "never", *call(out)).returncode == 0
-    for name in MODELS[:2]:
+    for name in MODELS:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "broken" / name).read_bytes()
     assert _numbers(tmp_path / "whole") == _numbers(tmp_path / "broken")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from killed_runs import MODELS
 
 from lors_cli.data.samples import count_tokens
 from lors_cli.data.stream import cache as token_cache
@@ -19,8 +20,6 @@ from lors_cli.files import records
 from lors_cli.recipe.schema import ModelConfig, TuneConfig, TuneDataConfig
 from lors_cli.tuning.stage import stage_fingerprint, tune
 from lors_cli.tuning.training.trainer import AdapterTrainer
-
-MODELS = ("model.safetensors", "adapter/adapter_model.safetensors")
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from killed_runs import killed_at, log
+from killed_runs import MODELS, killed_at, log
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -25,8 +25,6 @@ from lors_cli.tuning.training import trainer as trainer_module
 from lors_cli.tuning.training.checkpoints import whole_checkpoints
 from lors_cli.tuning.training.trainer import AdapterTrainer
 from lors_cli.tuning.training.validation import Validation
-
-MODELS = ("model.safetensors", "adapter/adapter_model.safetensors")
 
 
 @pytest.fixture
