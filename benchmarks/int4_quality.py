@@ -73,8 +73,12 @@ ROWS: dict[str, Row] = {
     "admm-int4": Row("2:4 int4, ADMM + reconstruction", "sparse int4", prune=(*ADMM, QUANTIZED)),
     **_tuned("sparsegpt-int4", "2:4 int4, SparseGPT"),
     **_tuned("admm-int4", "2:4 int4, ADMM + reconstruction"),
-    "admm-int4-lors-qa-exact": Row("2:4 int4, ADMM + reconstruction, LoRS-QA, exact gradients", "sparse int4, tuned",
-                                   base="admm-int4", tune=("gradient=exact", AWARE)),  # fmt: skip
+    "admm-int4-lors-qa-exact": Row(
+        "2:4 int4, ADMM + reconstruction, LoRS-QA, exact gradients",
+        "sparse int4, tuned",
+        base="admm-int4",
+        tune=("gradient=exact", AWARE),
+    ),  # fmt: skip
 }
 COLOURS = {"dense": "#4D4D4D", "dense, few bits": "#CC79A7", "sparse bfloat16": "#E69F00",
            "sparse bfloat16, tuned": "#D55E00", "sparse int4": "#56B4E9", "sparse int4, tuned": "#0072B2"}  # fmt: skip
