@@ -2,6 +2,7 @@
 
 python benchmarks/int4_quality.py --work FOLDER --data-dir DATA --calibration TOKENS --jobs 2   measures what is missing
 python benchmarks/int4_quality.py --plot docs/int4-quality.png --page docs/int4.md              figure and table
+Another model: with `--model` and tokens of its own, another `--work`, and an `--out` that the page has marks for.
 
 A row of `ROWS` is a model. Its first cell makes it (`lors prune`, `lors tune`, or GPTQ of the dense model), packs it,
 and takes perplexity on the first 80 windows of WikiText-2 (512 tokens); its second one the seven tasks at limit 200.
@@ -78,7 +79,7 @@ ROWS: dict[str, Row] = {
         "sparse int4, tuned",
         base="admm-int4",
         tune=("gradient=exact", AWARE),
-    ),  # fmt: skip
+    ),
 }
 COLOURS = {"dense": "#4D4D4D", "dense, few bits": "#CC79A7", "sparse bfloat16": "#E69F00",
            "sparse bfloat16, tuned": "#D55E00", "sparse int4": "#56B4E9", "sparse int4, tuned": "#0072B2"}  # fmt: skip
@@ -116,8 +117,17 @@ class Bench:
             quantise_dense_model(self.model, Path(self.folder(name)), self.calibration, row.bits)
 
     def evaluated(self, name: str, folder: str, *settings: str) -> Figures:
-        """What `lors eval` finds."""
-        return cells.evaluated(self.folder(name), self.work / folder / name, self.data_dir, *settings)
+        """What `lors eval` finds; windows begin as the tokenizer begins a text."""
+        bos = ("--add-bos-token",) if self.begins_with_bos() else ()
+        return cells.evaluated(self.folder(name), self.work / folder / name, self.data_dir, *bos, *settings)
+
+    def begins_with_bos(self) -> bool:
+        """Whether the tokenizer puts BOS before a text: Gemma's perplexity is twice as high without."""
+        from lors_cli.models.loading import load_tokenizer
+        from lors_cli.recipe.schema import ModelConfig
+
+        tokenizer = load_tokenizer(ModelConfig(path=self.model))
+        return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
     def size(self, name: str) -> Figures:
         """Bits a weight and bytes of a row's file."""
@@ -262,7 +272,9 @@ def table(rows: dict[str, Figures]) -> Iterator[str]:
                f"{figures['file_bytes'] / 1e6:.0f} | {figures['wikitext2']:.2f} | {accuracy} |")  # fmt: skip
 
 
-MARKS = ("<!-- made by benchmarks/int4_quality.py -->", "<!-- end -->")
+def marks_of(out: Path) -> tuple[str, str]:
+    """Between which the page has the table of a file of results."""
+    return f"<!-- {out.name}, by benchmarks/int4_quality.py -->", "<!-- end -->"
 
 
 def figure(rows: dict[str, Figures]) -> bytes:
@@ -315,7 +327,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.plot or options.page:
         rows = {name: row for name in ROWS if (row := json.loads(options.out.read_text()).get(name))}
-        cells.publish(options, "Quality over bits a weight", MARKS, table(rows), lambda: figure(rows))
+        cells.publish(options, "Quality over bits a weight", marks_of(options.out), table(rows), lambda: figure(rows))
         return
     cells.require_places(parser, options)
     own = cells.cells_of_command(options, "limit", "windows")

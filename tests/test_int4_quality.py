@@ -19,6 +19,7 @@ from lors_cli.recipe.schema import ModelConfig, PackConfig, PruneConfig
 
 LINEARS = 3 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 64)  # q and o, k and v, gate, up and down of three blocks
 BESIDES = 2 * 64 * 32 + 7 * 32  # embedding, head, norms
+MARKS = int4_quality.marks_of(Path("results/int4-quality-cpu.json"))
 
 
 def test_a_base_comes_before_what_is_tuned_from_it_and_perplexities_before_tasks() -> None:
@@ -70,16 +71,16 @@ FIGURES = {
 
 
 def test_the_table_of_a_page_is_made_anew() -> None:
-    page = "before\n\n{}\n\nold\n\n{}\n\nafter\n".format(*int4_quality.MARKS)
+    page = "before\n\n{}\n\nold\n\n{}\n\nafter\n".format(*MARKS)
     table = list(int4_quality.table(FIGURES))
-    new = cells.with_table(page, int4_quality.MARKS, table)
+    new = cells.with_table(page, MARKS, table)
     assert new.startswith("before\n\n")
     assert new.endswith("\n\nafter\n")
     assert "old" not in new
     assert "| dense bfloat16 | 16.00 | 16.00 | 269 | 29.53 | 45.00 |" in new
     assert "| 2:4 int4, SparseGPT | 3.13 | 5.80 | 98 | 120.00 |  |" in new
-    assert cells.with_table(new, int4_quality.MARKS, table) == new
-    assert "\n\n![Bits](plot.png)\n\n" in cells.with_table(page, int4_quality.MARKS, table, "![Bits](plot.png)")
+    assert cells.with_table(new, MARKS, table) == new
+    assert "\n\n![Bits](plot.png)\n\n" in cells.with_table(page, MARKS, table, "![Bits](plot.png)")
 
 
 def test_the_figure_is_small_and_the_same_each_time() -> None:
