@@ -57,10 +57,10 @@ def sync_file(path: Path) -> None:
 
 
 def read_json(path: Path) -> Any | None:
-    """The file's JSON, or None when it is absent or not whole."""
+    """The file's JSON, or None when it is absent (also as something below a file) or not whole."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError, RecursionError):  # not there, not JSON or UTF-8, or nested without end
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):  # or nested without end
         return None
 
 
