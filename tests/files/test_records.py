@@ -85,6 +85,10 @@ class TestWrite:
             (tmp_path / "a.json").write_bytes(content)
         assert read_json(tmp_path / "a.json") is None
 
+    def test_nothing_is_below_a_file(self, tmp_path: Path) -> None:
+        (tmp_path / "m.gguf").touch()
+        assert read_json(tmp_path / "m.gguf" / "a.json") is None
+
 
 class TestHashes:
     def test_sha256(self, tmp_path: Path) -> None:

@@ -24,8 +24,9 @@ from lors_cli.models.packed.checkpoint import unpack_model
 from lors_cli.models.packed.linear import PackedLinear
 from lors_cli.models.packed.stage import pack_model
 from lors_cli.output.console import gib
+from lors_cli.pruning.stage import prune
 from lors_cli.recipe.packing import PackConfig
-from lors_cli.recipe.schema import ModelConfig
+from lors_cli.recipe.schema import ModelConfig, PruneConfig
 from lors_cli.sparsity import Pattern, keep_largest
 from lors_cli.tuning.loading import load
 
@@ -49,6 +50,15 @@ def made_sparse(folder: Path, pattern: Pattern, spare: tuple[str, ...] = ()) -> 
 
 def pack(model: Path, out: Path) -> records.StageRecord:
     return pack_model(PackConfig(), ModelConfig(path=str(model)), out)
+
+
+def test_a_model_whose_base_is_a_file_is_packed(checkpoint: Path, tmp_path: Path) -> None:
+    prune(PruneConfig(method="magnitude", pattern="2:4"), ModelConfig(path=str(checkpoint)), tmp_path / "sparse")
+    record = json.loads((tmp_path / "sparse/stage.json").read_text())
+    (tmp_path / "m.gguf").touch()
+    record["inputs"]["path"] = str(tmp_path / "m.gguf")
+    (tmp_path / "sparse/stage.json").write_text(json.dumps(record))
+    assert pack(tmp_path / "sparse", tmp_path / "packed").stage == "pack"
 
 
 def test_a_packed_model_loads_in_one_line_and_gives_the_same_logits(sparse: Path, tmp_path: Path) -> None:
