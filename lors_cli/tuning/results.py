@@ -108,7 +108,7 @@ def write_card(
     staging: Path, config: TuneConfig, model: ModelConfig, metrics: dict[str, Any], data_fingerprints: Iterable[str]
 ) -> None:
     """The model card of the tuned model."""
-    record = records.read_record(Path(model.path)) if Path(model.path).is_dir() else None
+    record = records.read_record(Path(model.path))
     fields = inherited(model)
     for fingerprint in data_fingerprints:
         fields = with_dataset(fields, fingerprint)

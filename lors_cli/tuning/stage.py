@@ -206,7 +206,7 @@ def sparse_layers(weights: dict[str, PrunableWeight], folder: Path) -> dict[str,
     """
     from lors_cli.models.inspection import layer_patterns
 
-    layers = layer_patterns(weights, records.read_record(folder) if folder.is_dir() else None)
+    layers = layer_patterns(weights, records.read_record(folder))
     if not layers:
         raise UsageError("the model is dense: its decoder blocks have no zeros to keep.", "Prune it first: lors prune")
     return layers

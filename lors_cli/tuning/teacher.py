@@ -32,7 +32,7 @@ def with_teacher(config: TuneConfig, model: ModelConfig) -> TuneConfig:
     if config.distill is None or config.distill.teacher is not None:
         return config
     folder = Path(model.path)
-    record = records.read_record(folder) if folder.is_dir() else None
+    record = records.read_record(folder)
     if record is None or record.stage != "prune" or "path" not in record.inputs:
         raise UsageError(
             f"distill: {model.path} does not say which dense model it was pruned from.", "Give distill.teacher."
