@@ -6,7 +6,7 @@ python benchmarks/frontier.py --plot docs/frontier.png --page docs/frontier.md  
 `plan` says which trials are worth running, given those that are there:
 1. every start untuned; every method on the best start and web text, at learning rates outwards from its first one until
    the best is not at the edge;
-2. the two best methods, at these rates, with every text and loss;
+2. the best method, at its rate, with every text and loss;
 3. with the best text and loss 100 steps: every method on the best start, the best method on every start;
 4. the three best of these for an hour and a half, among them the best of LoRS, with two seeds;
 5. the best of those for six hours, two seeds.
@@ -36,9 +36,9 @@ HERE = Path(__file__).parent
 STARTS = {"sparsegpt": ("method=sparsegpt",), "admm": ("method=admm",),
           "reconstructed": ("method=admm", "reconstruct_epochs=6")}  # fmt: skip
 METHODS: dict[str, tuple[float, tuple[str, ...]]] = {
-    "lors": (1e-3, ("method=lors",)),
-    "lors-exact": (1e-3, ("method=lors", "gradient=exact")),
-    "sqft": (1e-3, ("method=sqft",)),
+    "lors": (3e-4, ("method=lors",)),
+    "lors-exact": (3e-4, ("method=lors", "gradient=exact")),
+    "sqft": (3e-4, ("method=sqft",)),
     "hira": (3e-3, ("method=hira",)),
     "spp": (1e-2, ("method=spp",)),
 }
@@ -103,7 +103,7 @@ def plan(found: Found) -> list[Trial]:
     if missing(wanted, found):
         return wanted
     rates = {trial.method: trial.rate for trial in best}
-    texts = [replace(trial, text=text, loss=loss) for trial in best[:2] for text in TEXTS for loss in LOSSES]
+    texts = [replace(trial, text=text, loss=loss) for trial in best[:1] for text in TEXTS for loss in LOSSES]
     wanted = [*wanted, *texts]
     if missing(texts, found):
         return wanted
