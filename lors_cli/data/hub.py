@@ -12,8 +12,7 @@ from typing import Any
 
 from lors_cli.data.layouts import Row
 from lors_cli.errors import LorsError, MissingError, UsageError, innermost, offline_hint, translate
-from lors_cli.files import atomic
-from lors_cli.files.hashes import user_cache
+from lors_cli.files.remembered import Remembered
 from lors_cli.files.revisions import known_commit
 from lors_cli.output import console
 
@@ -21,6 +20,7 @@ FORM = "org/name, org/name:configuration or org/name:configuration@revision"
 """How a dataset on the hub is named."""
 HELD_OUT = ("validation", "valid", "dev", "test")
 """Splits that perplexity is measured on: the first that there is."""
+_datasets = Remembered("datasets", "datasets")
 _ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?::([\w.+-]+))?(?:@([\w./+-]+))?")
 _PAGE = re.compile(r"(?:https?://huggingface\.co/datasets/|hf://datasets/|datasets/)([\w.-]+/[\w.-]+)")
 _AVAILABLE = re.compile(r"(?:Available: |available configs: )\[(.*?)\]", re.DOTALL)
@@ -222,21 +222,10 @@ def _reason(error: Exception, place: Place) -> Exception:
 
 def remembered(fingerprint: str) -> dict[str, str] | None:
     """What `remember` has kept, None where it has not; a fingerprint holds the commit, so it stays true."""
-    found = _memory().get(fingerprint)
+    found = _datasets.get(fingerprint)
     return found if isinstance(found, dict) else None
 
 
 def remember(fingerprint: str, seen: dict[str, str]) -> None:
     """Keep what a look at a dataset has shown, among the last hundred."""
-    try:
-        atomic.write_json(user_cache("datasets.json"), {**dict(list(_memory().items())[-100:]), fingerprint: seen})
-    except OSError as error:
-        console.detail(f"datasets are not remembered: {error}")
-
-
-def _memory() -> dict[str, Any]:
-    try:
-        found: Any = atomic.read_json(user_cache("datasets.json"))
-    except OSError:
-        return {}
-    return found if isinstance(found, dict) else {}
+    _datasets.keep(fingerprint, seen)

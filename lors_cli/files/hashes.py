@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from lors_cli.files.atomic import read_json, write_json
+from lors_cli.files.remembered import Remembered
+
+_known = Remembered("sha256", "file hashes", most=500)
 
 
 def file_sha256(path: Path) -> str:
@@ -22,11 +23,6 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def user_cache(name: str) -> Path:
-    """A file of what is remembered per user, in $XDG_CACHE_HOME/lors (~/.cache/lors)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lors" / name
-
-
 def cached_sha256(path: Path) -> str:
     """`file_sha256`, remembered per user by path, size and modification time.
 
@@ -34,23 +30,11 @@ def cached_sha256(path: Path) -> str:
     """
     stat = path.stat()
     key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
-    cache = user_cache("sha256.json")
-    try:
-        known = read_json(cache)
-    except OSError:
-        known = None
-    known = known if isinstance(known, dict) else {}
-    if isinstance(known.get(key), str):
-        return known[key]
+    if isinstance(known := _known.get(key), str):
+        return known
     digest = file_sha256(path)
-    if time.time() - stat.st_mtime < 5:  # a file still being written could change within the clock's grain
-        return digest
-    try:
-        write_json(cache, {**dict(list(known.items())[-500:]), key: digest})
-    except OSError as error:
-        from lors_cli.output import console
-
-        console.detail(f"file hashes are not remembered: {error}")
+    if time.time() - stat.st_mtime >= 5:  # a file still being written could change within the clock's grain
+        _known.keep(key, digest)
     return digest
 
 

@@ -6,16 +6,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from lors_cli.errors import LorsError, MissingError, UsageError
-from lors_cli.files import atomic
-from lors_cli.files.hashes import user_cache
+from lors_cli.files.remembered import Remembered
 from lors_cli.models.skip import skipped
-from lors_cli.output import console
 from lors_cli.recipe.schema import ModelConfig
 
+_sizes = Remembered("sizes", "sizes of models")  # making a model only to measure it takes most of a dry run
 _BLOCK = re.compile(r".*?\.\d+(?=\.|$)")
 """The start of a layer's name that names its block."""
 MEMORY_VERSION = 2
@@ -87,17 +85,16 @@ def model_size(config: ModelConfig) -> ModelSize | None:
     return _known_sizes[fingerprint]
 
 
-def _memory(fingerprint: str) -> tuple[Path, str]:
-    """The user's file of sizes, and a model's key in it; making a model only to measure it takes most of a dry run."""
+def _key(fingerprint: str) -> str:
+    """A model's among the sizes that are remembered."""
     from importlib.metadata import version
 
-    return user_cache("sizes.json"), f"{MEMORY_VERSION}|{version('transformers')}|{fingerprint}"
+    return f"{MEMORY_VERSION}|{version('transformers')}|{fingerprint}"
 
 
 def _remembered(fingerprint: str, config: ModelConfig) -> ModelSize | None:
-    path, key = _memory(fingerprint)
     try:
-        known = dict(_read(path)[key])
+        known = dict(_sizes.get(_key(fingerprint)))
         layers = tuple((name, rows, columns, expert) for name, rows, columns, expert in known["layers"])
         bytes_a_weight = _bytes_a_weight(config, known.pop("stored"))
         return ModelSize(**{**known, "layers": layers, "bytes_a_weight": bytes_a_weight})
@@ -108,19 +105,7 @@ def _remembered(fingerprint: str, config: ModelConfig) -> ModelSize | None:
 def _remember(fingerprint: str, size: ModelSize, stored: str) -> None:
     if fingerprint.startswith("hub:"):  # whose configuration may not be the one that is in the cache tomorrow
         return
-    path, key = _memory(fingerprint)
-    try:
-        atomic.write_json(path, {**dict(list(_read(path).items())[-100:]), key: {**asdict(size), "stored": stored}})
-    except OSError as error:
-        console.detail(f"sizes of models are not remembered: {error}")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found: Any = atomic.read_json(path)
-    except OSError:
-        return {}
-    return found if isinstance(found, dict) else {}
+    _sizes.keep(_key(fingerprint), {**asdict(size), "stored": stored})
 
 
 def _measured(config: ModelConfig, fingerprint: str) -> ModelSize | None:

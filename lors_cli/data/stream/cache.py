@@ -29,6 +29,7 @@ import numpy as np
 
 from lors_cli.errors import ResourceError, UsageError
 from lors_cli.files import atomic, hashes, locks
+from lors_cli.files.remembered import user_cache
 from lors_cli.output.console import gib
 
 CACHE_VERSION = 1
@@ -45,7 +46,7 @@ def cache_dir() -> Path:
     chosen = os.environ.get("LORS_CACHE_DIR")
     if chosen:
         return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lors"
+    return user_cache()
 
 
 def size_limit() -> int:

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from lors_cli.files.atomic import sync_file, sync_folder
-from lors_cli.files.hashes import user_cache
+from lors_cli.files.remembered import user_cache
 from lors_cli.machine.devices import processor, processor_features
 
 SOURCES = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".c", ".h"))
@@ -86,7 +86,7 @@ def _built(target: str, defines: tuple[str, ...]) -> Path:
 
 def _own_folder() -> Path:
     """Where libraries are kept: nobody else may put one there."""
-    folder = user_cache("kernels")
+    folder = user_cache() / "kernels"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     _check_ours(folder)
     return folder
