@@ -99,16 +99,16 @@ def plan(found: Found) -> list[Trial]:
         return sorted(starts, key=lambda trial: trial.start != BEST_START)
     searches = {method: search(method, found) for method in METHODS}
     wanted = [trial for trials, _ in searches.values() for trial in trials] + starts
-    best = sorted((rate for _, rate in searches.values() if rate is not None), key=lambda t: _loss(t, found))
     if missing(wanted, found):
         return wanted
-    rates = {trial.method: trial.rate for trial in best}
-    texts = [replace(trial, text=text, loss=loss) for trial in best[:1] for text in TEXTS for loss in LOSSES]
+    at_best_rate = {method: trial for method, (_, trial) in searches.items() if trial is not None}
+    best = min(at_best_rate.values(), key=lambda trial: _loss(trial, found))
+    texts = [replace(best, text=text, loss=loss) for text in TEXTS for loss in LOSSES]
     wanted = [*wanted, *texts]
     if missing(texts, found):
         return wanted
     chosen = min(texts, key=lambda trial: _loss(trial, found))
-    medium = [replace(chosen, method=method, rate=rates[method], steps=MEDIUM) for method in METHODS]
+    medium = [replace(chosen, method=method, rate=at_best_rate[method].rate, steps=MEDIUM) for method in METHODS]
     medium += [replace(chosen, start=start, steps=MEDIUM) for start in STARTS if start != BEST_START]
     wanted = [*wanted, *medium]
     if missing(medium, found):

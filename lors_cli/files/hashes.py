@@ -24,10 +24,7 @@ def file_sha256(path: Path) -> str:
 
 
 def cached_sha256(path: Path) -> str:
-    """`file_sha256`, remembered per user by path, size and modification time.
-
-    The memory lies in $XDG_CACHE_HOME/lors (~/.cache/lors); where that cannot be written the file is read anew.
-    """
+    """`file_sha256`, remembered per user by path, size and modification time."""
     stat = path.stat()
     key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
     if isinstance(known := _known.get(key), str):

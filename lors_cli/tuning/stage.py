@@ -189,7 +189,7 @@ def _left_dense(folder: Path) -> dict[str, list[str]]:
     """What pruning skipped, for the record of the tuned model too."""
     from lors_cli.models.inspection import dense_layers
 
-    names = dense_layers(records.read_record(folder)) if folder.is_dir() else []
+    names = dense_layers(records.read_record(folder))
     return {"dense_layers": names} if names else {}
 
 
