@@ -34,6 +34,7 @@ from quality import held_out_loss, split_rows
 
 HERE = Path(__file__).parent
 STARTS = {"sparsegpt": ("method=sparsegpt",), "admm": ("method=admm",),
+          "reconstructed-2": ("method=admm", "reconstruct_epochs=2"),
           "reconstructed": ("method=admm", "reconstruct_epochs=6")}  # fmt: skip
 METHODS: dict[str, tuple[float, tuple[str, ...]]] = {
     "lors": (3e-4, ("method=lors",)),
