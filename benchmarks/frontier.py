@@ -4,11 +4,12 @@ python benchmarks/frontier.py --work FOLDER --data-dir DATA --calibration TOKENS
 python benchmarks/frontier.py --plot docs/frontier.png --page docs/frontier.md              figure and table
 
 `plan` says which trials are worth running, given those that are there:
-1. every start untuned; every method on the best start and web text, at learning rates outwards from its first one until
+1. every start untuned; every method on one start and web text, at learning rates outwards from its first one until
    the best is not at the edge;
-2. the best method, at its rate, with every text and loss;
-3. with the best text and loss 100 steps: every method on the best start, the best method on every start;
-4. the three best of these for an hour and a half, among them the best of LoRS, with two seeds;
+2. LoRS on every start for what is left of an hour and a half after pruning;
+3. the best method, at its rate, with every text and loss;
+4. with the best text and loss on the best start the three best methods for an hour and a half, among them LoRS, with
+   two seeds;
 5. the best of those for six hours, two seeds.
 Trials are chosen by held-out web text and held-out responses together (mean of both losses), never by WikiText-2, which
 is what the table is about. Each is a process of one thread; a killed run goes on from its training checkpoints. Core
@@ -47,10 +48,15 @@ METHODS: dict[str, tuple[float, tuple[str, ...]]] = {
 TEXTS = ("web", "alpaca", "both")
 LOSSES = {"labels": (), "teacher": ("distill={weight: 0.5}",)}
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-BEST_START = "reconstructed"
+FIRST_START = "reconstructed"
+"""On which methods, texts and losses are tried."""
 DENSE = 29.53
 """WikiText-2 of the dense model."""
-SHORT, MEDIUM, LONG, FULL = 40, 100, 220, 1300  # steps; the last two are to fill 1.5 and 6 hours
+SHORT = 40  # steps
+LONG = {"sparsegpt": 350, "admm": 350, "reconstructed-2": 310, "reconstructed": 220}
+"""Steps by start: with its pruning an hour and a half."""
+FULL_STEPS = 1080
+"""As many more make six hours of it."""
 TUNING = ("rank=64", "alpha=64", "init=kaiming", "batch_size=4", "per_device_batch_size=4", "save_steps=20",
           "data.max_length=512")  # fmt: skip
 
@@ -96,47 +102,44 @@ def objective(figures: Figures) -> float:
 def plan(found: Found) -> list[Trial]:
     """The trials that are wanted next, the most wanted first; those that are there may be among them."""
     starts = [Trial(start) for start in STARTS]
-    if BEST_START not in found:
-        return sorted(starts, key=lambda trial: trial.start != BEST_START)
+    if FIRST_START not in found:
+        return sorted(starts, key=lambda trial: trial.start != FIRST_START)
     searches = {method: search(method, found) for method in METHODS}
     wanted = [trial for trials, _ in searches.values() for trial in trials] + starts
     if missing(wanted, found):
         return wanted
-    at_best_rate = {method: trial for method, (_, trial) in searches.items() if trial is not None}
-    best = min(at_best_rate.values(), key=lambda trial: _loss(trial, found))
-    texts = [replace(best, text=text, loss=loss) for text in TEXTS for loss in LOSSES]
-    wanted = [*wanted, *texts]
-    if missing(texts, found):
+    tried = sorted((trial for _, trial in searches.values() if trial is not None), key=lambda t: _loss(t, found))
+    own = next(trial for trial in tried if trial.method.startswith("lors"))
+    on_starts = [replace(own, start=start, steps=steps) for start, steps in LONG.items()]
+    texts = [replace(tried[0], text=text, loss=loss) for text in TEXTS for loss in LOSSES]
+    wanted = [*wanted, *on_starts, *texts]
+    if missing(wanted, found):
         return wanted
-    chosen = min(texts, key=lambda trial: _loss(trial, found))
-    medium = [replace(chosen, method=method, rate=at_best_rate[method].rate, steps=MEDIUM) for method in METHODS]
-    medium += [replace(chosen, start=start, steps=MEDIUM) for start in STARTS if start != BEST_START]
-    wanted = [*wanted, *medium]
-    if missing(medium, found):
-        return wanted
-    leaders = sorted(medium, key=lambda trial: _loss(trial, found))[:3]
-    if not any(trial.method.startswith("lors") for trial in leaders):
-        own = [trial for trial in medium if trial.method.startswith("lors")]
-        leaders[-1] = min(own, key=lambda trial: _loss(trial, found))
-    long = [replace(trial, steps=LONG, seed=seed) for seed in (0, 1) for trial in leaders]
+    start = min(on_starts, key=lambda trial: _loss(trial, found)).start
+    best = min(texts, key=lambda trial: _loss(trial, found))
+    leaders = tried[:3] if own in tried[:3] else [*tried[:2], own]
+    long = [
+        replace(trial, start=start, text=best.text, loss=best.loss, steps=LONG[start], seed=seed)
+        for seed in (0, 1) for trial in leaders
+    ]  # fmt: skip
     wanted = [*wanted, *long]
     if missing(long, found):
         return wanted
-    last = min(leaders, key=lambda t: sum(_loss(replace(t, steps=LONG, seed=seed), found) for seed in (0, 1)))
-    return [*wanted, *(replace(last, steps=FULL, seed=seed) for seed in (0, 1))]
+    last = min(long[:3], key=lambda trial: _loss(trial, found) + _loss(replace(trial, seed=1), found))
+    return [*wanted, *(replace(last, steps=LONG[start] + FULL_STEPS, seed=seed) for seed in (0, 1))]
 
 
 def names(found: Found) -> list[str]:
     """The cells of the plan: its trials, and then the tasks of starts and of all with many steps."""
     trials = plan(found)
-    scored = [trial for trial in trials if trial.name in found and (trial.method == "none" or trial.steps >= LONG)]
+    scored = [trial for trial in trials if trial.name in found and (trial.method == "none" or trial.steps > SHORT)]
     return [trial.name for trial in trials] + [f"tasks-{trial.name}" for trial in scored]
 
 
 def search(method: str, found: Found) -> tuple[list[Trial], Trial | None]:
     """Trials of a method's learning rates, and the best one once it is not at the edge of those tried."""
     first, _ = METHODS[method]
-    trials = {index: Trial(BEST_START, method, rate=rate, steps=SHORT) for index, rate in enumerate(GRID)}
+    trials = {index: Trial(FIRST_START, method, rate=rate, steps=SHORT) for index, rate in enumerate(GRID)}
     tried = {index for index, trial in trials.items() if trial.name in found}
     middle = GRID.index(first)
     if not tried >= (start := {middle, middle + 1}):
