@@ -160,6 +160,9 @@ def unknown_setting(schema: type, keys: tuple[str, ...]) -> str | None:
     """What is wrong with a key path, or None when the schema has it."""
     for depth, key in enumerate(keys):
         if key not in field_names(schema):
+            inner_keys = keys[depth + 1 :]
+            if inner_keys and unknown_setting(schema, inner_keys) is None:  # a recipe's prefix in a stage's settings
+                return f"unknown key; did you mean {'.'.join((*keys[:depth], *inner_keys))}?"
             return unknown_key(schema, key, keys[:depth], "".join(f"{part}." for part in keys[:depth]))
         inner = subsection(schema, key)
         if inner is None and depth + 1 < len(keys):

@@ -370,6 +370,14 @@ def test_schema_describes_every_section() -> None:
     assert schema["additionalProperties"] is False
 
 
+def test_a_recipes_prefix_in_a_stage_is_named() -> None:
+    for written, meant in (("tune.gradient=exakt", "gradient"), ("tune.data.dataset=x", "data.dataset")):
+        with pytest.raises(UsageError, match=rf"unknown key; did you mean {meant}\?"):
+            load_stage("tune", None, [written])
+    with pytest.raises(UsageError, match="unknown key; the nearest here are"):
+        load_stage("tune", None, ["tune.gradiant=exact"])
+
+
 @pytest.mark.parametrize("written", ["0.5e9", "5e8", "500000000"])
 def test_a_budget_of_tokens_may_be_written_as_a_float(written: str) -> None:
     config = load_stage("tune", None, [f"max_tokens={written}"])
