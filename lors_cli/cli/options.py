@@ -205,7 +205,7 @@ BENCH = (
     flag("bits", int | None, None, "decode: of a shape's weights, 4 or 8, on a grid a group of 128 inputs.", SETTINGS),
     flag("blocks", int | None, None, "Only so many decoder blocks.", SETTINGS),
     flag("methods", str | None, None,
-         "Comma-separated; default: all but lora-float32, lors-nearest and lors-packed.", SETTINGS,
+         "Comma-separated; default: all but variants of them such as lors-packed and sqft-qa.", SETTINGS,
          completion.bench_methods),
     flag("lengths", str | None, None,
          "Tokens a sequence, comma-separated; default 512,1024,2048. decode: of prompts; default 128,512.", SETTINGS),

@@ -29,7 +29,7 @@ def run(
     last: o.Last = None, force: o.Force = None, from_manifest: o.FromManifest = None,
     allow_changed_inputs: o.ChangedInputs = False, dry_run: o.DryRun = False, nproc: o.Nproc = None,
 ) -> None:  # fmt: skip
-    """Run a recipe: prune, tune, eval; a second call resumes."""
+    """Run a recipe: prune, tune, pack, eval; a second call resumes."""
     from lors_cli.cli.views.runs import show_run
     from lors_cli.pipeline.repeat import open_repeat
     from lors_cli.pipeline.running import run_recipe

@@ -28,7 +28,7 @@ FILES = (
 )  # fmt: skip
 """What goes; the rest is of the run: records, logs, training checkpoints, with paths of the machine."""
 ADAPTER_FILES = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
-INNER_FILES = (*ADAPTER_FILES, GRIDS_NAME)
+INNER_FILES = (*ADAPTER_FILES, f"adapter/{GRIDS_NAME}", GRIDS_NAME)
 """What goes of folders within."""
 _TOKENS = "https://huggingface.co/settings/tokens"
 

@@ -33,8 +33,8 @@ _HEAD = """\
 
 <!-- Generated: lors recipes reference > docs/recipe.md -->
 
-A recipe is a YAML file with a `name`, a `model` and one or more of the stages `prune`, `tune`, `eval`. On the command
-line any setting is given as `key=value`, its value in YAML: `lors run mine.yaml tune.rank=32 eval.tasks=[boolq,rte]`. A
+A recipe is a YAML file with a `name`, a `model` and one or more of the stages `prune`, `tune`, `pack`, `eval`. On the
+command line any setting is given as `key=value`, its value in YAML: `lors run mine.yaml tune.rank=32 eval.tasks=[boolq,rte]`. A
 single stage's settings, on the command line and in the file of `--config`, are relative to the stage:
 `lors tune sparse --out tuned rank=32 data.max_length=1024`.
 

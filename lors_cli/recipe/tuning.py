@@ -170,8 +170,8 @@ class TuneConfig(Section):
     free memory. Not part of a stage's fingerprint."""
     base: Literal["plain", "packed"] = "plain"
     """lors: hold the sparse weights as they are, or packed, their kept values and a bit a place (at 50 % in bfloat16
-    9/16 of the memory, the same results; each is unpacked before it is merged, which takes longer, but for 2:4 on a
-    CUDA GPU). Not part of a stage's fingerprint."""
+    9/16 of the memory, the same results; the C kernel on a CPU, and for 2:4 the one on a GPU, reads them so, elsewhere
+    each is unpacked before it is merged, which takes longer). Not part of a stage's fingerprint."""
     data: TuneDataConfig = field(default_factory=TuneDataConfig)
     """Which text, and how much of it."""
     skip: tuple[Name, ...] = ()

@@ -376,6 +376,8 @@ def test_a_recipes_prefix_in_a_stage_is_named() -> None:
             load_stage("tune", None, [written])
     with pytest.raises(UsageError, match="unknown key; the nearest here are"):
         load_stage("tune", None, ["tune.gradiant=exact"])
+    with pytest.raises(UsageError, match="unknown key; write --data-dir FOLDER"):
+        load_stage("eval", None, ["data_dir=x"])
 
 
 @pytest.mark.parametrize("written", ["0.5e9", "5e8", "500000000"])

@@ -24,6 +24,7 @@ from lors_cli.grid import Grid
 from lors_cli.models.blocks import prunable_weights
 from lors_cli.models.grids import GRIDS_NAME, load_grids
 from lors_cli.models.packed.stage import pack_model
+from lors_cli.pipeline.pushing import INNER_FILES
 from lors_cli.recipe.schema import ModelConfig, PackConfig, PruneConfig, QuantizeConfig, Recipe, TuneConfig
 from lors_cli.tuning.adapter import load_adapter, read_adapter_config
 from lors_cli.tuning.baselines import LAYERS, SqftLinear
@@ -164,6 +165,8 @@ def test_the_tuned_model_lies_on_its_base_s_grid(
     same_files(tmp_path / "out", tmp_path / "merged", ("model.safetensors", GRIDS_NAME))
     content = json.loads((tmp_path / "out/adapter/adapter_config.json").read_text())
     assert content["quantization_aware"] is True
+    adapter_files = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out/adapter").rglob("*.*")}
+    assert {*adapter_files, GRIDS_NAME} == set(INNER_FILES)  # `lors push` takes all of them
     assert content["peft_type"] == f"{method.removesuffix('-gc').upper()}_QA"  # which an earlier lors refuses
 
 
