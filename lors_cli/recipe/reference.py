@@ -34,9 +34,9 @@ _HEAD = """\
 <!-- Generated: lors recipes reference > docs/recipe.md -->
 
 A recipe is a YAML file with a `name`, a `model` and one or more of the stages `prune`, `tune`, `pack`, `eval`. On the
-command line any setting is given as `key=value`, its value in YAML: `lors run mine.yaml tune.rank=32 eval.tasks=[boolq,rte]`. A
-single stage's settings, on the command line and in the file of `--config`, are relative to the stage:
-`lors tune sparse --out tuned rank=32 data.max_length=1024`.
+command line any setting is given as `key=value`, its value in YAML:
+`lors run mine.yaml tune.rank=32 eval.tasks=[boolq,rte]`. A single stage's settings, on the command line and in the file
+of `--config`, are relative to the stage: `lors tune sparse --out tuned rank=32 data.max_length=1024`.
 
 Unknown or doubled keys, wrong types and impossible values are all reported at once, with file and line. `2:4` and
 `2e-5` are read as they look. Where the default is —, the setting may be left out, and its text says what then holds.
