@@ -61,7 +61,7 @@ def free_memory(device: str) -> int:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The torch device for a config's `device`.
+    """The torch device for a config's `device`; a numbered GPU becomes the current one, where Triton launches.
 
     Raises:
         UsageError: the device is not on this machine.
@@ -82,7 +82,12 @@ def resolve_device(name: str) -> torch.device:
         raise UsageError(f"device: {name} was asked for, but torch sees no GPU here.", "Use --device cpu.")
     if name == "mps" and not torch.backends.mps.is_available():
         raise UsageError("device: mps was asked for, but torch sees no Apple GPU here.", "Use --device cpu.")
-    return torch.device(name)
+    device = torch.device(name)
+    if device.index is not None:
+        if device.index >= torch.cuda.device_count():
+            raise UsageError(f"device: there is no {name} here, torch sees {torch.cuda.device_count()} GPUs.")
+        torch.cuda.set_device(device)
+    return device
 
 
 def cpu_has_bfloat16() -> bool:

@@ -187,7 +187,7 @@ def layer_patterns(weights: dict[str, PrunableWeight], record: records.StageReco
     found = detect_pattern(weights)
     if found is None:
         return {}
-    zeros = {layer: float((weight.matrix == 0).double().mean()) for layer, weight in weights.items()}
+    zeros = {layer: int((weight.matrix == 0).sum()) / weight.matrix.numel() for layer, weight in weights.items()}
     return {layer: found if found.structured else Pattern(None, None, share)
             for layer, share in zeros.items() if share >= DENSE_BELOW}  # fmt: skip
 

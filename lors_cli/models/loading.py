@@ -102,7 +102,9 @@ def load_model(
         if quantised is not None:
             settings.dtype = dtype
             options["config"] = settings
-            if not (keep_packed and quantised.method == PACKED):
+            if keep_packed and quantised.method == PACKED:
+                settings.quantization_config = {**quantised.settings, "device": str(device or computing)}
+            else:
                 console.info(f"  {config.path} is {quantised.what}: its weights, and what is made of them, become "
                              f"{str(dtype).removeprefix('torch.')}")  # fmt: skip
                 if quantised.method == BITSANDBYTES:

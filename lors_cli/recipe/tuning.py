@@ -105,6 +105,11 @@ class TuneDataConfig(Section):
             found.append((float(part.weight), replace(own, **given)))
         return tuple(found)
 
+    @property
+    def is_isolated(self) -> bool:
+        """Whether texts of a source share samples without seeing one another."""
+        return any(part.packing == "isolated" for _, part in self.parts)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherCacheConfig(Section):

@@ -77,8 +77,9 @@ def load_data(config: TuneConfig, network: PreTrainedModel, tokenizer: Any, data
     from lors_cli.files.hashes import plain
     from lors_cli.models.blocks import model_max_length
     from lors_cli.tuning.training.isolation import refuse_mixing
+    from lors_cli.tuning.training.sharding import is_sharded
 
-    if any(data.packing == "isolated" for _, data in config.data.parts):
+    if config.data.is_isolated and not is_sharded(config):  # else once it has its weights
         refuse_mixing(network)
     name = data_name(plain(config.data))
     with progress.busy(f"tokenising {name}"):

@@ -193,7 +193,11 @@ def model_loss(
         takes_number = any(each.kind == inspect.Parameter.VAR_KEYWORD for each in parameters)
     if takes_number:
         return model(**inputs, use_cache=False, num_items_in_batch=num_items)["loss"]
-    return model(**inputs)["loss"] * (inputs["labels"][:, 1:] != IGNORED).sum() / num_items
+    labels = (inputs["labels"][:, 1:] != IGNORED).sum()
+    if not labels:  # a mean over none is not a number
+        unlabelled = {key: value for key, value in inputs.items() if key != "labels"}
+        return model(**unlabelled, use_cache=False).logits.float().mean() * 0.0
+    return model(**inputs)["loss"] * labels / num_items
 
 
 @torch.no_grad()

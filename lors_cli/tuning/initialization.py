@@ -6,6 +6,7 @@ Legend: dW (R, C) loss gradient at a weight, A = lora_A (r, C), R out_features, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -87,18 +88,18 @@ def gradient_directions(
     for name, linear in linears.items():
         if rank > linear.in_features:
             raise UsageError(f"rank: {rank} is above the {linear.in_features} inputs of {name}; choose a smaller rank.")
-    _make_checkpointing_act(model)
-    if not exact:
-        return _sketched_directions(model, linears, batches, rank, seed, loss)
-    directions = {}
-    groups = list(_layer_groups(linears))
-    with progress.progress("gradient init", len(groups), "layer groups") as task:
-        for group in groups:
-            for name, dW in _summed_gradients(model, group, batches, loss).items():
-                _check_finite(name, dW)
-                directions[name] = top_right_singular_vectors(dW, rank, seed=seed)
-            task.advance()
-    return directions
+    with _checkpointing(model):
+        if not exact:
+            return _sketched_directions(model, linears, batches, rank, seed, loss)
+        directions = {}
+        groups = list(_layer_groups(linears))
+        with progress.progress("gradient init", len(groups), "layer groups") as task:
+            for group in groups:
+                for name, dW in _summed_gradients(model, group, batches, loss).items():
+                    _check_finite(name, dW)
+                    directions[name] = top_right_singular_vectors(dW, rank, seed=seed)
+                task.advance()
+        return directions
 
 
 def _sketched_directions(
@@ -134,13 +135,26 @@ def _check_finite(name: str, gradient: torch.Tensor) -> None:
         raise UsageError(f"the loss gradient of {name} is not finite; try dtype: float32.")
 
 
-def _make_checkpointing_act(model: PreTrainedModel) -> None:
+@contextmanager
+def _checkpointing(model: PreTrainedModel) -> Iterator[None]:
     """Blocks recompute their activations only in training mode; dropout, which knows that mode too, stays off."""
-    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        model.train()
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.eval()
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    rates = []
+    for block in modes:
+        if getattr(block, "gradient_checkpointing", False):
+            block.training = True  # of itself, not of what is in it
+            rates += [(block, name, rate) for name, rate in vars(block).items()
+                      if "dropout" in name and isinstance(rate, float)]  # fmt: skip
+    for block, name, _ in rates:
+        setattr(block, name, 0.0)
+    try:
+        yield
+    finally:
+        for block, name, rate in rates:
+            setattr(block, name, rate)
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _layer_groups(linears: Mapping[str, Any]) -> Iterator[dict[str, nn.Linear]]:
@@ -187,7 +201,8 @@ def _summed_gradients(
 def _backward_passes(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]], loss: Loss) -> Iterator[None]:
     """The loss over all samples, one batch after the other, and its gradient; yields after each."""
     num_labels = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+    divisor = 1 if model.dtype == torch.float16 else num_labels  # directions do not know it, float16 would lose some
     for batch in batches:
         inputs = {key: value.to(model.device) for key, value in batch.items()}
-        loss(model, inputs, num_labels).backward()
+        loss(model, inputs, divisor).backward()
         yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,9 @@ def merge(
     save_checkpoint(model, tokenizer, staging)
     if grids:
         save_grids(staging, grids)
-    inputs = {"model": fingerprint, "adapter": hashes.file_sha256(adapter / WEIGHTS_NAME)}
+    settings = {key: value for key, value in asdict(config).items() if not key.startswith("base")}
+    inputs = {"model": fingerprint, "adapter": hashes.file_sha256(adapter / WEIGHTS_NAME),
+              "adapter_settings": hashes.fingerprint("adapter", 1, settings, {})}  # fmt: skip
     record = records.StageRecord(
         "merge", hashes.fingerprint("merge", 1, {}, inputs), {"adapter": str(adapter)}, {**inputs, "path": base_path},
         metrics, environment.environment(), round(time.monotonic() - started, 2), {},

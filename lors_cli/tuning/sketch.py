@@ -41,11 +41,14 @@ class GradientSketch:
 
     def right_singular_vectors(self, rank: int) -> torch.Tensor:
         """The r leading right singular vectors of dW, (r, C) float32; r is at most that of the sketch."""
-        Q = torch.linalg.qr(self.S).Q
+        S, T, psi = self.S, self.T, self.psi
+        if S.device.type == "mps":  # has no float64
+            S, T, psi = S.cpu(), T.cpu(), psi.cpu()
+        Q = torch.linalg.qr(S).Q
         # dW ≈ Q·core, where core solves (Ψ·Q)·core = T
-        core = torch.linalg.lstsq(self.psi.double() @ Q.double(), self.T.double()).solution
+        core = torch.linalg.lstsq(psi.double() @ Q.double(), T.double()).solution
         vectors = torch.linalg.svd(core, full_matrices=core.shape[0] < rank).Vh
-        return vectors[:rank].float()
+        return vectors[:rank].float().to(self.S.device)
 
 
 class _Tap(torch.autograd.Function):

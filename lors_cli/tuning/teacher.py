@@ -28,7 +28,7 @@ ROUNDS = 3
 
 
 def with_teacher(config: TuneConfig, model: ModelConfig) -> TuneConfig:
-    """The config with `distill.teacher` filled in: by default the model that the sparse one was pruned from."""
+    """The config with `distill.teacher` filled in: by default the model, and commit, that was pruned."""
     if config.distill is None or config.distill.teacher is not None:
         return config
     folder = Path(model.path)
@@ -37,7 +37,9 @@ def with_teacher(config: TuneConfig, model: ModelConfig) -> TuneConfig:
         raise UsageError(
             f"distill: {model.path} does not say which dense model it was pruned from.", "Give distill.teacher."
         )
-    return replace(config, distill=replace(config.distill, teacher=str(record.inputs["path"])))
+    commit = record.metrics.get("commit") if config.distill.revision == DistillConfig.revision else None
+    distill = replace(config.distill, teacher=str(record.inputs["path"]), revision=commit or config.distill.revision)
+    return replace(config, distill=distill)
 
 
 def teacher_model(config: DistillConfig) -> ModelConfig:

@@ -231,6 +231,18 @@ class TestDtypeAndDevice:
             with pytest.raises(UsageError, match=f"device: {name}"):
                 resolve_device(name)
 
+    def test_a_numbered_gpu_is_the_current_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Triton launches on the current GPU, whatever the tensors' own is."""
+        current: list[torch.device] = []
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "set_device", current.append)
+        assert resolve_device("cuda:1") == torch.device("cuda:1")
+        assert resolve_device("cpu") == torch.device("cpu")
+        assert current == [torch.device("cuda:1")]
+        with pytest.raises(UsageError, match="there is no cuda:2 here, torch sees 2 GPUs"):
+            resolve_device("cuda:2")
+
 
 class TestLoadModel:
     def test_it_is_ready_for_inference(self, folder: Path) -> None:

@@ -116,3 +116,10 @@ def test_the_models_own_loss_is_a_share_of_its_step_with_or_without_a_say(
         model.accepts_loss_kwargs = takes_number
         found = model_loss(model, {"input_ids": ids, "labels": labels}, torch.tensor(40.0))
         torch.testing.assert_close(found, plain)
+        # a process whose samples are all blanks has no label, and still takes part in backward
+        model.requires_grad_(True)
+        nothing = model_loss(model, {"input_ids": ids, "labels": torch.full_like(ids, -100)}, torch.tensor(40.0))
+        nothing.backward()
+        assert float(nothing.detach()) == 0.0
+        assert all(bool((p.grad == 0).all()) for p in model.parameters() if p.grad is not None)
+        model.zero_grad()

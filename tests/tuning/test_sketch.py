@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, OPTConfig, PreTrainedModel
 
 from lors_cli.errors import UsageError
 from lors_cli.models.blocks import prunable_weights
@@ -100,6 +102,25 @@ def test_directions_of_a_model_agree_with_the_exact_ones(
     assert sum(overlaps) / len(overlaps) > 0.8
     again = gradient_directions(model, linears, batches, 4, **options)
     assert all(torch.equal(again[name], sketched[name]) for name in linears)
+
+
+def test_recomputing_blocks_draws_no_dropout() -> None:
+    """OPT's blocks call dropout themselves, by their own training mode and rate."""
+    torch.manual_seed(0)
+    shape = OPTConfig(vocab_size=258, hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=2,
+                      num_attention_heads=4, max_position_embeddings=64, dropout=0.5)  # fmt: skip
+    model = AutoModelForCausalLM.from_config(shape).eval().requires_grad_(False)
+    linears: dict[str, nn.Linear] = {name: model.get_submodule(name) for name in prunable_weights(model)}
+    plain = gradient_directions(model, linears, _batches(2), 4, seed=0)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with patch.object(torch.utils.checkpoint, "checkpoint", wraps=torch.utils.checkpoint.checkpoint) as recomputed:
+        model._set_gradient_checkpointing(gradient_checkpointing_func=partial(recomputed, use_reentrant=False))
+        again = gradient_directions(model, linears, _batches(2), 4, seed=0)
+    assert recomputed.call_count == 2 * 2  # blocks and batches
+    assert all(torch.equal(again[name], plain[name]) for name in linears)
+    assert model.model.decoder.layers[0].dropout == 0.5
+    assert not any(module.training for module in model.modules())
 
 
 def test_a_rank_above_the_inputs_is_refused_by_name(sparse_llama: Callable[..., PreTrainedModel]) -> None:

@@ -105,6 +105,11 @@ def test_the_teacher_is_the_model_that_was_pruned(sparse_checkpoint: Path, confi
     record = records.StageRecord("prune", "f", {}, {"path": "some/dense"}, {}, {}, 1.0, {})
     atomic.write_json(sparse_checkpoint / "stage.json", record.__dict__)
     assert with_teacher(config, model).distill == DistillConfig(teacher="some/dense")
+    record.metrics["commit"] = "c0ffee"  # main may have moved since
+    atomic.write_json(sparse_checkpoint / "stage.json", record.__dict__)
+    assert with_teacher(config, model).distill == DistillConfig(teacher="some/dense", revision="c0ffee")
+    chosen = replace(config, distill=DistillConfig(revision="v2"))
+    assert with_teacher(chosen, model).distill == DistillConfig(teacher="some/dense", revision="v2")
     given = replace(config, distill=DistillConfig(teacher="another"))
     assert with_teacher(given, model) is given
 

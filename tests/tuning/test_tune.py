@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from lors_cli.data.tokens import tuning_samples
 from lors_cli.errors import SparsityError, UsageError
 from lors_cli.files import records
+from lors_cli.machine import processes
 from lors_cli.models.blocks import prunable_weights
 from lors_cli.models.inspection import inspect, prompt_of
 from lors_cli.recipe.schema import ColumnsConfig, ModelConfig, TuneConfig, TuneDataConfig
@@ -386,6 +387,29 @@ def test_the_checkpoint_has_the_prompt_it_was_trained_with(
     assert record.metrics["prompt"] == {"format": template, "ends_with": "</s>"}
 
 
+def test_float16_keeps_the_gradients_of_steps_with_many_labels(
+    sparse_checkpoint: Path, config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Divided by a step's labels before backward they would fall below its smallest number."""
+    original, found = AdapterTrainer.gradients, {}
+
+    def gradients(self: AdapterTrainer) -> Any:
+        result = original(self)
+        found[self.model.dtype] = torch.cat([parameter.grad.flatten() for parameter in self.trained])
+        return result
+
+    monkeypatch.setattr(AdapterTrainer, "gradients", gradients)
+    monkeypatch.setattr(processes, "add_up", lambda labels: labels * 2**16)
+    config = replace(config, init="kaiming", max_steps=1)
+    losses = []
+    for dtype in ("float16", "float32"):
+        model = ModelConfig(path=str(sparse_checkpoint), dtype=dtype, device="cpu")  # type: ignore[arg-type]
+        losses.append(tune(config, model, tmp_path / dtype).metrics["first_loss"])
+    half, exact = found[torch.float16], found[torch.float32]
+    assert float((half - exact).norm()) < 0.02 * float(exact.norm())
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+
+
 def test_a_merge_carries_prompt_and_card(sparse_checkpoint: Path, config: TuneConfig, tmp_path: Path) -> None:
     """A merged checkpoint once had the base's chat template, and no card."""
     config = replace(config, max_steps=1, data=replace(config.data, template="vicuna"))
@@ -393,6 +417,15 @@ def test_a_merge_carries_prompt_and_card(sparse_checkpoint: Path, config: TuneCo
     merge(str(sparse_checkpoint), tmp_path / "tune" / "adapter", tmp_path / "merged")
     for name in ("chat_template.jinja", "generation_config.json", "model.safetensors"):
         assert (tmp_path / "merged" / name).read_bytes() == (tmp_path / "tune" / name).read_bytes(), name
+    first = records.read_record(tmp_path / "merged")
+    settings = json.loads((tmp_path / "tune/adapter/adapter_config.json").read_text())
+    (tmp_path / "tune/adapter/adapter_config.json").write_text(json.dumps({**settings, "lora_alpha": 1.0}))
+    merge(str(sparse_checkpoint), tmp_path / "tune" / "adapter", tmp_path / "weaker")
+    weaker = records.read_record(tmp_path / "weaker")
+    assert first is not None
+    assert weaker is not None
+    assert weaker.files["model.safetensors"] != first.files["model.safetensors"]
+    assert weaker.fingerprint != first.fingerprint  # else scores of the one would be those of the other
     card = (tmp_path / "merged" / "README.md").read_text()
     assert "vicuna: one question" in card
     assert "tuned with lors at rank 4" in card

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -20,7 +21,6 @@ from lors_cli.output import console
 from lors_cli.sparsity import Pattern
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
 
@@ -34,16 +34,18 @@ class PackedConfig(QuantizationConfigMixin):
         dequantize: load plain linears, bit for bit those that were packed, as `model.dequantize()` makes them later.
         bits: of the codes; `group_size` inputs of a row share a scale; `symmetric`: no zero points are stored.
         floats: those of `modules` that are packed as values though others are on a grid.
+        device: where the model is to compute, if not where it is loaded; of no file.
     """
 
     def __init__(
         self, version: int = VERSION, pattern: str = "unstructured", modules: dict[str, int] | None = None,
         dequantize: bool = False, bits: int | None = None, group_size: int | None = None,
-        symmetric: bool | None = None, floats: list[str] | None = None, **_: Any,
+        symmetric: bool | None = None, floats: list[str] | None = None, device: str | None = None, **_: Any,
     ) -> None:  # fmt: skip
         self.quant_method = PACKED  # type: ignore[assignment]  # transformers' enum has only its own
         self.version, self.pattern, self.modules, self.dequantize = version, pattern, modules or {}, dequantize
         self.bits, self.group_size, self.symmetric, self.floats = bits, group_size, symmetric, floats
+        self.device = device
         self.post_init()
 
     def post_init(self) -> None:
@@ -76,7 +78,9 @@ class PackedConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json says."""
-        said = {key: value for key, value in vars(self).items() if key != "dequantize" and value is not None}
+        said = {
+            key: value for key, value in vars(self).items() if key not in ("dequantize", "device") and value is not None
+        }
         return copy.deepcopy(said)
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -107,7 +111,7 @@ class PackedQuantizer(HfQuantizer):
             linear.ready(name)
         if self.quantization_config.dequantize:
             unpack_linears(model)
-        elif slow := why_unpacked(model):
+        elif slow := why_unpacked(model, self.quantization_config.device):
             console.warn(f"packed weights are unpacked: {slow}. The model runs at the dense one's speed and memory.")
             unpack_linears(model)
             self.remove_quantization_config(model)
@@ -131,9 +135,10 @@ class PackedQuantizer(HfQuantizer):
         return True
 
 
-def why_unpacked(model: nn.Module) -> str:
-    """Why packed linears cannot be computed with as they are where they lie, empty when they can."""
+def why_unpacked(model: nn.Module, device: str | None = None) -> str:
+    """Why packed linears cannot be computed with as they are, there or where they lie, empty when they can."""
     for name, linear in packed_linears(model).items():
-        if reason := why_none(linear.weight.device, linear.packed.dtype, linear.spec):
+        place = linear.weight.device if device is None else torch.device(device)
+        if reason := why_none(place, linear.packed.dtype, linear.spec):
             return f"no kernel for {name}: {reason}"
     return ""

@@ -33,6 +33,8 @@ def inverse_factor(H: torch.Tensor) -> torch.Tensor:
     Raises:
         UsageError: H holds NaN or infinities.
     """
+    if H.device.type == "mps":  # has no float64
+        return inverse_factor(H.cpu()).to(H.device)
     diagonal = torch.where(H.diagonal() == 0, 1, H.diagonal())
     mean = diagonal.double().mean()
     damping = DAMPING

@@ -55,25 +55,29 @@ def latest_checkpoint(folder: Path, fingerprint: str) -> Path | None:
 def write_checkpoint(
     folder: Path, step: int, marker: dict[str, Any], write: Callable[[Path], None], *, keep: int
 ) -> None:
-    """Add a checkpoint, unless a whole one of that step lies there, and keep so many of the newest, and their best.
+    """Add a checkpoint, and keep so many of the newest, and their best.
+
+    Where a whole one of that step lies, its marker alone is replaced: a stop within an evaluation left one without
+    its outcome.
 
     `marker` holds the stage's `fingerprint`, the `best_step` that is to stay, and what else is to be known; `write`
     puts the files into a folder.
     """
     partial, target = folder / PARTIAL_NAME / f"checkpoint-{step}", folder / f"checkpoint-{step}"
     if target in whole_checkpoints(folder, marker["fingerprint"]):
-        return
-    shutil.rmtree(partial.parent, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write(partial)
-    atomic.write_json(partial / MARKER_NAME, marker)
-    for file in partial.iterdir():
-        atomic.sync_file(file)
-    atomic.sync_folder(partial)
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(partial, target)
-    atomic.sync_folder(folder)
-    shutil.rmtree(partial.parent)
+        atomic.write_json(target / MARKER_NAME, marker)
+    else:
+        shutil.rmtree(partial.parent, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write(partial)
+        atomic.write_json(partial / MARKER_NAME, marker)
+        for file in partial.iterdir():
+            atomic.sync_file(file)
+        atomic.sync_folder(partial)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(partial, target)
+        atomic.sync_folder(folder)
+        shutil.rmtree(partial.parent)
     whole = whole_checkpoints(folder, marker["fingerprint"])
     best = {(atomic.read_json(path / MARKER_NAME) or {}).get("best_step") for path in whole[-keep:]}
     for old in whole[:-keep]:

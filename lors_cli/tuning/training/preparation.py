@@ -28,6 +28,7 @@ from lors_cli.tuning.lors import keep_merged
 from lors_cli.tuning.teacher import cached_teacher, load_teacher
 from lors_cli.tuning.training import fixed_batch
 from lors_cli.tuning.training.checkpoints import latest_checkpoint
+from lors_cli.tuning.training.isolation import refuse_mixing
 from lors_cli.tuning.training.sampling import step_samples
 from lors_cli.tuning.training.sharding import shard
 from lors_cli.tuning.training.trainer import AdapterTrainer, num_steps
@@ -56,6 +57,8 @@ def prepare_trainer(
     if source is not None:  # the start is computed past the adapters
         adapted = put_adapters(config, network, layers, grids)
         shard(network, source, device, grids if config.quantization_aware else {})
+        if config.data.is_isolated:
+            refuse_mixing(network)
     loss = _loss(config, network, data, collator(data.samples[:1]))
     if config.gradient_checkpointing:
         network.enable_input_require_grads()

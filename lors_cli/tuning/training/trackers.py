@@ -146,9 +146,11 @@ def _mlflow(run: TrackedRun, first_step: int) -> Iterator[Tracker]:
     try:
         if not {"MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"} & os.environ.keys():
             mlflow.set_experiment(PROJECT)
-        active = mlflow.start_run(run_id=run.known_id("mlflow"), run_name=run.name)
-        run.kept_id("mlflow", lambda: active.info.run_id)
-        mlflow.log_params(_flat(run.config))
+        known = run.known_id("mlflow")
+        active = mlflow.start_run(run_id=known, run_name=run.name)
+        if known is None:  # it refuses other ones later, and a run may go on with another save_steps
+            mlflow.log_params(_flat(run.config))
+            run.kept_id("mlflow", lambda: active.info.run_id)
     except mlflow.MlflowException as error:
         raise MissingError(f"report_to: mlflow cannot begin: {error}", "Look at MLFLOW_TRACKING_URI.") from error
     with active:

@@ -150,16 +150,21 @@ class AdapterTrainer:
         if rank > 0:  # dropout of its own, the same after a resumption
             torch.manual_seed(hash((seed, self.step, rank)) % 2**63)
         choose_gradients(self.model, self.config.gradient, self.step)
+        is_half = self.model.dtype == torch.float16  # a gradient over so many labels would be lost: divided last
         loss = torch.zeros((), device=self.model.device)
         for place, batch in enumerate(batches, 1):
-            loss = loss + self.micro_batch(batch, num_labels)
+            loss = loss + self.micro_batch(batch, torch.ones_like(num_labels) if is_half else num_labels)
             if self.stop.asked and processes == 1 and place < len(batches):
                 return None
+        if is_half:
+            loss = loss / num_labels
+            for gradient in (parameter.grad for parameter in self.trained if parameter.grad is not None):
+                gradient.div_(num_labels)
         return add_up_step(self.trained, loss, sum(map(count_tokens, batches)), bool(self.stop.asked))
 
-    def micro_batch(self, batch: dict[str, torch.Tensor], num_labels: torch.Tensor) -> torch.Tensor:
-        """Forward and backward; the loss, summed over the batch's tokens and divided by the labels of the step."""
-        loss = self.loss(self.model, {key: value.to(self.model.device) for key, value in batch.items()}, num_labels)
+    def micro_batch(self, batch: dict[str, torch.Tensor], divisor: torch.Tensor) -> torch.Tensor:
+        """Forward and backward; the loss, summed over the batch's tokens and divided."""
+        loss = self.loss(self.model, {key: value.to(self.model.device) for key, value in batch.items()}, divisor)
         loss.backward()
         return loss.detach()
 

@@ -173,6 +173,16 @@ def test_lors_takes_a_packed_model_for_what_was_packed(checkpoint: Path, tmp_pat
     assert isinstance(kept.get_submodule(Q_PROJ), PackedLinear)
 
 
+def test_whether_it_stays_packed_is_asked_of_the_device_that_it_goes_to(checkpoint: Path, tmp_path: Path) -> None:
+    """It is read on the CPU, whose kernel knows codes; no other's does."""
+    pack(quantised(checkpoint), tmp_path / "packed")
+    source, elsewhere = ModelConfig(path=str(tmp_path / "packed")), torch.device("meta")
+    assert isinstance(load_model(source, keep_packed=True).get_submodule(Q_PROJ), PackedLinear)
+    moved = load_model(source, device=elsewhere, keep_packed=True)
+    assert type(moved.get_submodule(Q_PROJ)) is torch.nn.Linear
+    assert moved.device == elsewhere
+
+
 @pytest.mark.parametrize("recorded", [True, False])
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_inspect_says_its_zeros_and_bits(checkpoint: Path, tmp_path: Path, spec: GridSpec, recorded: bool) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from lors_cli.machine import processes
 from lors_cli.tuning.kernels import cache as merged_cache
 from lors_cli.tuning.kernels import masked_merge as merging
 from lors_cli.tuning.kernels import scratch as kernels_scratch
@@ -166,5 +167,9 @@ def test_the_policy_follows_free_memory_and_says_so(monkeypatch: pytest.MonkeyPa
         keep, reason = cache_policy(size, cpu, "auto", checkpointing=checkpointing)
         assert keep == expected
         assert "free" in reason
+    free("psutil.virtual_memory", lambda: type("Memory", (), {"available": 1 << 27}))
+    for number, expected in ((1, "always"), (4, "never")):  # the memory is that of all processes of the machine
+        free(processes, "num_local_processes", lambda number=number: number)
+        assert cache_policy(size, cpu, "auto", checkpointing=False)[0] == expected
     assert cache_policy(size, cpu, "on", checkpointing=False)[0] == "always"
     assert cache_policy(size, cpu, "off", checkpointing=True)[0] == "never"

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from two_processes import tune_config
 
 from lors_cli.bench.live_memory import LiveBytes
+from lors_cli.errors import UsageError
 from lors_cli.machine import processes
 from lors_cli.recipe.schema import ModelConfig
 from lors_cli.tuning.attach import put_adapters
@@ -52,10 +53,15 @@ def main(jobs: dict[str, Any], folder: Path) -> None:
     with processes.joined():
         for name, (model, settings) in jobs["tune"].items():
             tune(tune_config(settings), ModelConfig(path=model), folder / name)
+        model, settings = jobs["refused"]
+        try:
+            tune(tune_config(settings), ModelConfig(path=model), folder / "refused")
+        except UsageError as error:
+            refused = error.message
         wide = folder / "wide"
         if processes.is_main():
             wide.mkdir()
-        found = measured(jobs["wide"][1], jobs["wide"][0], wide)
+        found = {**measured(jobs["wide"][1], jobs["wide"][0], wide), "refused": refused}
     (folder / f"{processes.process_index()}.json").write_text(json.dumps(found))
 
 

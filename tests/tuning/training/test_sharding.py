@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     MixtralConfig,
+    OPTConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2MoeConfig,
@@ -42,6 +43,8 @@ MODELS: dict[str, PreTrainedConfig] = {
     "experts": MixtralConfig(**{**SIZES, "intermediate_size": 48}, num_local_experts=4, num_experts_per_tok=2),
     "shared": Qwen2MoeConfig(**SIZES, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2,
                              shared_expert_intermediate_size=40, mlp_only_layers=[1]),
+    "mixing": OPTConfig(vocab_size=258, hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=2,
+                        num_attention_heads=4, max_position_embeddings=512, init_std=0.3, pad_token_id=257),
     "wide": LlamaConfig(**{**SIZES, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": NUM_BLOCKS}),
 }  # fmt: skip
 
@@ -78,6 +81,7 @@ def both(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> tuple
     }
     models = {"lora": "tied", "isolated": "tied"}
     told = {"tune": {name: (str(folder / models.get(name, name)), job) for name, job in jobs.items()},
+            "refused": (str(folder / "mixing"), jobs["isolated"]),
             "wide": (str(folder / "wide"), settings(rows))}  # fmt: skip
     one, two = folder / "one", folder / "two"
     with pytest.MonkeyPatch.context() as patch:
@@ -110,6 +114,14 @@ def test_a_model_in_shards_is_tuned_like_a_whole_one(both: tuple[dict[str, Any],
     metrics = [json.loads((folder / job / "stage.json").read_text())["metrics"] for folder in (one, two)]
     for key in ("layers", "violations", "pattern", "base_mask", "trainable_parameters", "zeroed", "skipped_layers"):
         assert metrics[0].get(key) == metrics[1].get(key)
+
+
+@pytest.mark.long
+def test_a_model_in_shards_that_mixes_texts_is_refused(both: tuple[dict[str, Any], Path, Path]) -> None:
+    """Its weights are there by then: with stand-ins of zeros every model would keep texts apart."""
+    said = "data.packing: isolated cannot be had with OPTForCausalLM: its attention does not end where positions"
+    for rank in (0, 1):
+        assert json.loads((both[2] / f"{rank}.json").read_text())["refused"].startswith(said)
 
 
 @pytest.mark.long

@@ -22,7 +22,7 @@ from lors_cli.files import records
 from lors_cli.recipe.schema import DistillConfig, ModelConfig, TuneConfig
 from lors_cli.tuning.stage import stage_fingerprint, tune
 from lors_cli.tuning.training import trainer as trainer_module
-from lors_cli.tuning.training.checkpoints import whole_checkpoints
+from lors_cli.tuning.training.checkpoints import remove_others, whole_checkpoints, write_checkpoint
 from lors_cli.tuning.training.trainer import AdapterTrainer
 from lors_cli.tuning.training.validation import Validation
 
@@ -251,13 +251,32 @@ def test_a_stop_within_an_evaluation_saves_at_once_and_the_loss_is_measured_late
     assert_same(tmp_path / "whole", tmp_path / "broken")
 
 
+STORED = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+
+
+def test_a_checkpoint_written_again_knows_the_outcome_and_stays(tmp_path: Path) -> None:
+    """A stop within the evaluation of step 6 left it with the best one before; later ones dropped it with that."""
+
+    def write(folder: Path) -> None:
+        for name in STORED:
+            (folder / name).touch()
+
+    for step, best in ((3, 3), (6, 3), (6, 6), (9, 6), (12, 6)):
+        state = {"best_step": best, "best_loss": 1.5, "without_gain": 0}
+        marker = {"fingerprint": "f", "validation": state, "best_step": best, "unlogged": None}
+        write_checkpoint(tmp_path, step, marker, write, keep=1)
+        remove_others(tmp_path, "f")  # as a run that goes on does
+        assert tmp_path / f"checkpoint-{step}" in whole_checkpoints(tmp_path, "f")
+    assert [path.name for path in whole_checkpoints(tmp_path, "f")] == ["checkpoint-6", "checkpoint-12"]
+
+
 @pytest.mark.parametrize("broken", [
     {"validation": []}, {"validation": {"best_step": 6}}, {"best_step": [6]}, {"unlogged": "x"}, {"unlogged": {}},
 ])  # fmt: skip
 def test_a_checkpoint_whose_state_is_no_state_is_passed_over(tmp_path: Path, broken: dict[str, Any]) -> None:
     folder = tmp_path / "checkpoint-6"
     folder.mkdir()
-    for name in ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"):
+    for name in STORED:
         (folder / name).touch()
     state = {"best_step": 6, "best_loss": 1.5, "without_gain": 0}
     marker = {"fingerprint": "f", "validation": state, "best_step": 6, "unlogged": None}
