@@ -36,7 +36,10 @@ from quality import held_out_loss, split_rows
 HERE = Path(__file__).parent
 STARTS = {"sparsegpt": ("method=sparsegpt",), "admm": ("method=admm",),
           "reconstructed-2": ("method=admm", "reconstruct_epochs=2"),
-          "reconstructed": ("method=admm", "reconstruct_epochs=6")}  # fmt: skip
+          "reconstructed": ("method=admm", "reconstruct_epochs=6"),
+          "reconstructed-256": ("method=admm", "reconstruct_epochs=2", "calibration.dataset=slimpajama",
+                                "calibration.num_samples=256", "calibration.sequence_length=512")}  # fmt: skip
+"""On the given tokens, but those that say which ones they take."""
 METHODS: dict[str, tuple[float, tuple[str, ...]]] = {
     "lors": (3e-4, ("method=lors",)),
     "lors-exact": (3e-4, ("method=lors", "gradient=exact")),
@@ -53,7 +56,8 @@ FIRST_START = "reconstructed"
 DENSE = 29.53
 """WikiText-2 of the dense model."""
 SHORT = 40  # steps
-LONG = {"sparsegpt": 350, "admm": 350, "reconstructed-2": 310, "reconstructed": 220}
+LONG = {"sparsegpt": 350, "admm": 350, "reconstructed-2": 310, "reconstructed": 220,
+        "reconstructed-256": 185}  # fmt: skip
 """Steps by start: with its pruning an hour and a half."""
 FULL_STEPS = 1080
 """As many more make six hours of it."""
@@ -193,8 +197,8 @@ class Bench:
 
     def pruning(self, trial: Trial) -> list[str]:
         """The command of a start."""
-        return ["prune", self.model, "--calibration", str(self.calibration), "pattern=2:4", "calibration.batch_size=8",
-                *STARTS[trial.start]]  # fmt: skip
+        return ["prune", self.model, "--data-dir", str(self.data_dir), f"calibration.dataset={self.calibration}",
+                "pattern=2:4", "calibration.batch_size=8", *STARTS[trial.start]]  # fmt: skip
 
     def tuning(self, trial: Trial) -> list[str]:
         """The command of a tuned model."""
