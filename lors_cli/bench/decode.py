@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers.generation import BaseStreamer
 
-from lors_cli.bench.measure import Figures, begun, environment_of, rotated, spread
+from lors_cli.bench.measure import Figures, begun, environment_of, measured_model, rotated, spread
 from lors_cli.bench.model import sparse_model
 from lors_cli.errors import UsageError
 from lors_cli.files.atomic import write_json
@@ -35,7 +35,6 @@ from lors_cli.models.packed.measured import FILE_NAME
 from lors_cli.models.packed.plan import PackPlan, plan_packing
 from lors_cli.models.quantised import PACKED, Quantised
 from lors_cli.models.shapes import SHAPES
-from lors_cli.models.sources import model_fingerprint
 from lors_cli.output import console, progress
 from lors_cli.recipe.schema import ModelConfig
 
@@ -142,9 +141,7 @@ def measure_missing(config: DecodeConfig, document: Figures, keep: Callable[[], 
         "kernel": None if reason else _instructions(device), "why_no_kernel": reason,
         "clock": "processor time of the thread" if clock is time.thread_time else "wall clock",
     }  # fmt: skip
-    document["model"] = None
-    if config.model is not None and config.blocks is None:
-        document["model"] = model_fingerprint(ModelConfig(path=config.model))
+    document["model"] = measured_model(config)
     document["sizes"] = _sizes(model, plan, dtype, grids)
     with progress.progress("bench", config.rounds * len(ARMS) * len(missing), "turns") as task:
         for name, cell in missing.items():

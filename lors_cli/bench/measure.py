@@ -28,7 +28,9 @@ from lors_cli.grid import Grid
 from lors_cli.machine.devices import resolve_device
 from lors_cli.models.blocks import model_max_length
 from lors_cli.models.shapes import SHAPES
+from lors_cli.models.sources import model_fingerprint
 from lors_cli.output import console, progress
+from lors_cli.recipe.schema import ModelConfig
 from lors_cli.tuning.baselines import check_rank
 from lors_cli.tuning.head import causal_lm_loss
 from lors_cli.tuning.kernels.masked_merge import how_merged
@@ -130,6 +132,7 @@ def bench(config: BenchConfig, out: Path | None = None) -> Figures:
     fitting = {rank: _fitting(config.methods, rank, linears) for rank in config.ranks}
     merge = how_merged(model.device, model.dtype, "stochastic")
     document["environment"] = {**environment_of(model.device), "merge": merge}
+    document["model"] = measured_model(config)
     turns = config.rounds * sum(len(fitting[cell.rank]) for cell in missing)
     with progress.progress("bench", turns, "turns") as task:
         for cell in missing:
@@ -163,7 +166,7 @@ def begun(config: Any, out: Path | None) -> Figures:
     """The document of bench.json as far as it was measured with these settings, a dataclass.
 
     Raises:
-        UsageError: the folder holds a benchmark with others.
+        UsageError: the folder holds a benchmark with others, of another machine, or of what the model was before.
     """
     settings = json.loads(json.dumps(asdict(config)))
     path = out / "bench.json" if out else None
@@ -172,7 +175,21 @@ def begun(config: Any, out: Path | None) -> Figures:
     found: Figures = json.loads(path.read_text(encoding="utf-8"))
     if found["settings"] != settings:
         raise UsageError(f"{path} holds a benchmark with other settings.", "Name another folder with --out.")
+    here = environment_of(resolve_device(config.device))
+    then = {key: found["environment"][key] for key in here if key in found["environment"]}
+    if found["cells"] and (then != {key: here[key] for key in then} or found.get("model") != measured_model(config)):
+        raise UsageError(
+            f"{path} holds figures of another machine, of other packages, or of what the model was before.",
+            "Name another folder with --out.",
+        )
     return found
+
+
+def measured_model(config: Any) -> str | None:
+    """The fingerprint of a checkpoint that is measured whole."""
+    if config.model is None or config.blocks is not None:
+        return None
+    return model_fingerprint(ModelConfig(path=config.model))
 
 
 def _installed(methods: tuple[str, ...]) -> tuple[str, ...]:

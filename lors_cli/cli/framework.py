@@ -142,7 +142,7 @@ def fail(error: BaseException) -> NoReturn:
     """Say what went wrong and leave with the right exit code."""
     if isinstance(error, typer.Exit):
         raise error
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, (KeyboardInterrupt, typer.Abort)):  # the latter is Ctrl-C, or Ctrl-D, at a question
         how = f"stopped by {error.name}" if isinstance(error, Stopped) else "interrupted"
         _leave_to_another(130)
         console.error(f"{how}; what was finished is kept.", "The same command resumes from there.")

@@ -55,7 +55,7 @@ def run(
     together(nproc)
     summary = run_recipe(settings, folder, **choice)
     if repeat is not None:
-        files = repeat.compare(folder)
+        files = repeat.compare(folder, {entry["stage"] for entry in summary["stages"]})
         summary["repeat"] = {"manifest": str(repeat.path), "changed": changed, "different_files": files}
     show_run(summary)
 

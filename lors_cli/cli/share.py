@@ -35,7 +35,9 @@ def push(
     if not yes:
         if console.is_json() or not sys.stdin.isatty():
             raise UsageError("nobody is here to be asked whether to upload.", "Look at --dry-run, then add --yes.")
-        typer.confirm("\nUpload?", abort=True)
+        if not typer.confirm("\nUpload?"):
+            console.result("Nothing was uploaded.")
+            return
     commit, address = pushing.push(plan)
     console.result(f"\nuploaded: {address}")
     console.document({**document, "dry_run": False, "commit": commit, "url": address})

@@ -35,7 +35,8 @@ def prune(
     """Prune a dense causal LM to a sparse checkpoint."""
     from lors_cli.cli.views.runs import show_record
 
-    if flags["sparsity"] is not None and flags["pattern"] is None and config is None:
+    has_pattern = any(override.partition("=")[0].strip() == "pattern" for override in overrides or [])
+    if flags["sparsity"] is not None and flags["pattern"] is None and config is None and not has_pattern:
         flags["pattern"] = "unstructured"
     models = {"dense": _model(model, flags)}
     if _stage("prune", models, out, config, overrides, flags, data_dir, nproc, dry_run):

@@ -57,7 +57,7 @@ def read_prompts(path: Path) -> list[Row]:
     if form == "safetensors":
         raise UsageError(f"{path} holds tokens and is no file of prompts.", "Give a .txt or a .jsonl.")
     if form == "txt":
-        found = [question(line.strip()) for line in text_files.read_text(path).splitlines() if line.strip()]
+        found = [question(line.strip()) for line in text_files.read_text(path).split("\n") if line.strip()]
     else:
         found = [_read(row, f"{path}:{number}") for number, row in text_files.json_values(path)]
     if not found:

@@ -109,15 +109,22 @@ def _renderer(template: str, tokenizer: Any) -> Callable[[dict[str, Any]], Rende
 
     def render(row: dict[str, Any]) -> Rendered:
         text, boundary = template_text(template, row)
-        return Rendered(text, [(boundary, len(text))], begin, [eos])
+        return Rendered(text, [(boundary, len(text), len(text))], begin, [eos])
 
     return render
 
 
 def _sample(text: Rendered, ids: list[int], offsets: list[tuple[int, int]], config: TuneDataConfig) -> Sample:
-    """One sample, cut on the right; a response that was cut has no end."""
+    """One sample, cut on the right; a response that was cut has no end.
+
+    A token that reaches out of an answer is learnt, one that reaches out of what ends it begins the next turn.
+    """
     is_learnt = [
-        any(start < stop and (end > first or start >= first) for first, stop in text.spans) for start, end in offsets
+        any(
+            (start < answer or end <= stop) and start < stop and (end > first or start >= first)
+            for first, answer, stop in text.spans
+        )
+        for start, end in offsets
     ]
     end = [] if ids[-len(text.end) :] == text.end else text.end
     tokens = [*text.begin, *ids, *end]

@@ -41,8 +41,8 @@ class Rendered:
     """A row as one text."""
 
     text: str
-    spans: list[tuple[int, int]]
-    """First character and end of each part that is learnt, in order."""
+    spans: list[tuple[int, int, int]]
+    """Of each answer that is learnt, in order: its first character, its end, and the end of what ends it."""
     begin: list[int]
     """Tokens before the text."""
     end: list[int]
@@ -182,7 +182,7 @@ class ChatTemplate:
         last = len(turns) - 1
         stop = places[last][1] if last in places else self._place(turns, last, whole)[1]
         ending = whole[stop:].rstrip()
-        spans = [(first, end + _length_of_end(whole, first, end, ending)) for first, end in places.values()]
+        spans = [(first, end, end + _length_of_end(whole, first, end, ending)) for first, end in places.values()]
         return Rendered(whole[: stop + len(ending)], spans, [], [] if ending else [self._eos])
 
     def prompt(self, turns: Sequence[Turn]) -> str:

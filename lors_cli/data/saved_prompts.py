@@ -46,10 +46,10 @@ def chat_template(name: str, begin: str = "") -> str:
     )
 
 
-def template_name(template: str | None) -> str | None:
-    """Which of `TEMPLATES` a chat template was made of, None of any other."""
+def template_name(template: Any) -> str | None:
+    """Which of `TEMPLATES` a chat template was made of, None of any other; some tokenizers have several, by name."""
     made = {chat_template(name, begin): name for name in TEMPLATES for begin in _BEGINS}
-    return made.get(template or "")
+    return made.get(template) if isinstance(template, str) else None
 
 
 def trained_template(name: str, tokenizer: Any) -> str:
@@ -74,5 +74,5 @@ def answer_ending(template: str | None, tokenizer: Any) -> list[int]:
     rendered = ChatTemplate(tokenizer, eos).render([Turn("user", _QUESTION), Turn("assistant", _ANSWER, learnt=True)])
     if rendered.end:
         return rendered.end
-    ((first, stop),) = rendered.spans
+    ((first, _, stop),) = rendered.spans
     return encode(tokenizer, [rendered.text[first:stop].removeprefix(_ANSWER)])[0]

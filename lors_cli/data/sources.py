@@ -252,7 +252,8 @@ def _open_file(name: str, path: Path, fingerprint: str, columns: Columns = None)
     if form == "safetensors":
         return TextSource(name, "tokens", fingerprint, path, False, lambda: _no_rows(path))
     if form == "txt":
-        return TextSource(name, "text", fingerprint, None, False, lambda: iter([{"text": read_text(path)}]))
+        return TextSource(name, "text", fingerprint, None, False, lambda: iter([{"text": read_text(path)}]),
+                          num_bytes=path.stat().st_size)  # fmt: skip
     layout, size = row_layout(path, columns), path.stat().st_size
     return TextSource(name, layout.kind, fingerprint, None, False, lambda: read_rows(path, layout, columns),
                       num_bytes=size, layout=layout.name)  # fmt: skip

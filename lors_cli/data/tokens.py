@@ -109,7 +109,7 @@ def perplexity_windows(
     if source.streamed and max_windows is None:
         max_windows = _STREAM_WINDOWS
         console.info(f"{name} is streamed: its first {max_windows} windows of {length} tokens are measured.")
-    enough = length * (max_windows + 1) if source.streamed and max_windows is not None else None
+    enough = None if max_windows is None else length * (max_windows + 1)
     text = _joined_text(_texts(source), tokenizer, enough)
     tokens = torch.tensor(encode(tokenizer, [text])[0], dtype=torch.int64)
     windows = len(tokens) // length

@@ -16,6 +16,7 @@ from typing import Literal
 
 from lors_cli import __version__
 from lors_cli.errors import LorsError
+from lors_cli.machine.memory import container_memory
 from lors_cli.output.console import gib
 
 GIB = 1 << 30
@@ -114,21 +115,14 @@ def memory() -> Iterator[Finding]:
     found = psutil.virtual_memory()
     free, total = found.available, found.total
     text = f"{gib(free)} free of {gib(total)}"
-    limit = _cgroup_number("memory.max")
-    if limit is not None and limit < total:
-        used = _cgroup_number("memory.current") or 0
-        free = min(free, limit - used)
-        text += f"; this container may take {gib(limit)} and has taken {gib(used)}"
+    for limit, used in container_memory():
+        if limit - used < free:
+            free = limit - used
+            text += f"; this container may take {gib(limit)} and has taken {gib(used)}"
     if free < 2 * GIB:
         yield Finding("memory", "warn", text, "End other programs: the libraries alone take half a GiB.")
     else:
         yield Finding("memory", "ok", text)
-
-
-def _cgroup_number(name: str) -> int | None:
-    path = Path("/sys/fs/cgroup", name)
-    text = path.read_text(encoding="ascii").strip() if path.is_file() else ""
-    return int(text) if text.isdecimal() else None
 
 
 def disk() -> Iterator[Finding]:

@@ -10,6 +10,7 @@ import importlib.util
 import os
 import re
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,10 +82,18 @@ def _text(path: Path) -> str:
 
 
 def definition_text(path: Path) -> list[str]:
-    """The file's text and that of every file it includes."""
-    text = path.read_text(encoding="utf-8")
-    included = [definition_text(path.parent / name) for name in _INCLUDE_LINE.findall(text)]
-    return [text, *(part for parts in included for part in parts)]
+    """The file's text and that of every file it includes.
+
+    Raises:
+        UsageError: as `read_definition`.
+    """
+    return [_text(file) for file in _files(path.resolve(), ())]
+
+
+def _files(path: Path, above: tuple[Path, ...]) -> Iterator[Path]:
+    yield path
+    for included in _includes(path, _read(path, above)):
+        yield from _files(included, (*above, path))
 
 
 @functools.cache
@@ -98,6 +107,19 @@ def read_definition(path: Path) -> dict[str, Any]:
 
 
 def _merged(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    content, merged = _read(path, above), dict[str, Any]()
+    for included in _includes(path, content):
+        merged |= _merged(included, (*above, path))
+    return merged | {key: value for key, value in content.items() if key != "include"}
+
+
+def _includes(path: Path, content: dict[str, Any]) -> list[Path]:
+    """The files that a definition names to be read first: one, or a list."""
+    named = content.get("include", [])
+    return [(path.parent / name).resolve() for name in (named if isinstance(named, list) else [named])]
+
+
+def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     import yaml
 
     if path in above:
@@ -108,11 +130,7 @@ def _merged(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         raise UsageError(f"{path} cannot be read as a task's definition: {error}") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path} is no task's definition: it has no keys.")
-    included = content.pop("include", [])
-    merged: dict[str, Any] = {}
-    for name in included if isinstance(included, list) else [included]:
-        merged |= _merged((path.parent / name).resolve(), (*above, path))
-    return merged | content
+    return content
 
 
 def _loader(folder: Path) -> Any:

@@ -224,6 +224,6 @@ def _read_documents(path: Path) -> dict[Any, float]:
     """A task's accuracies by document; nothing where they are not there or not numbers."""
     if not path.is_file():
         return {}
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in path.read_bytes().splitlines()]
     found = {row["doc_id"]: row.get("acc") for row in rows if "filter" not in row}
     return {} if None in found.values() else found

@@ -23,7 +23,7 @@ WORK_NAME = ".work"
 JOURNAL_NAME = ".publishing.json"
 CARD_NAME = "README.md"
 """The model card, which is for people to edit."""
-FINGERPRINT_NAME, MADE_NAME = "fingerprint.json", "made.json"
+FINGERPRINT_NAME, MADE_NAME, DTYPE_NAME = "fingerprint.json", "made.json", "dtype.json"
 """In the work folder: whose work it is, and the settings and inputs that it is done with."""
 
 
@@ -114,7 +114,8 @@ def is_made(value: Any) -> bool:
 def has_work(folder: Path) -> bool:
     """Whether the work folder holds more than what it is begun with."""
     work = folder / WORK_NAME
-    return work.is_dir() and any(path.name not in (FINGERPRINT_NAME, MADE_NAME) for path in work.iterdir())
+    begun = (FINGERPRINT_NAME, MADE_NAME, DTYPE_NAME)
+    return work.is_dir() and any(path.name not in begun for path in work.iterdir())
 
 
 def staging_dir(folder: Path) -> Path:

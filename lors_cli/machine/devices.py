@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lors_cli.errors import UsageError
 from lors_cli.machine import processes
+from lors_cli.machine.memory import available_memory
 
 if TYPE_CHECKING:
     import torch
@@ -53,11 +54,10 @@ def usable_cores() -> int:
 
 def free_memory(device: str) -> int:
     """Bytes that are free where `device` (auto, cpu, cuda, …) computes."""
-    import psutil
     import torch
 
     found = resolve_device(device)
-    return torch.cuda.mem_get_info(found)[0] if found.type == "cuda" else psutil.virtual_memory().available
+    return torch.cuda.mem_get_info(found)[0] if found.type == "cuda" else available_memory()
 
 
 def resolve_device(name: str) -> torch.device:

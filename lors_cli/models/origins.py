@@ -18,7 +18,10 @@ TAG = "lors"
 OF_THE_BASE = ("license", "license_name", "license_link", "language")
 """What a card takes over from the base model's."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_DATASET = re.compile(r"([\w.-]+/[\w.-]+)(?::[\w.+-]+)?(?:@[\w./+-]+)?")
 _HUB_DATA = re.compile(r"hub:([\w.-]+/[\w.-]+?)[/@].*")
+_WORDS = ("system_instruction",)
+"""Settings that are no name of anything."""
 _FILE_ENDINGS = (".gguf", ".safetensors", ".bin", ".json", *FORMATS)
 
 Fields = dict[str, Any]
@@ -89,9 +92,12 @@ def with_dataset(fields: Fields, fingerprint: str) -> Fields:
 def portable(value: Any) -> Any:
     """Settings without the paths of this machine: of a file or folder its name alone."""
     if isinstance(value, dict):
-        return {key: portable(item) for key, item in value.items()}
+        return {key: item if key in _WORDS else portable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [portable(item) for item in value]
     if not isinstance(value, str) or value.startswith(PACKAGE_SCHEME) or looks_like_hub_id(value):
+        return value
+    dataset = _HUB_DATASET.fullmatch(value)
+    if dataset and looks_like_hub_id(dataset[1]):
         return value
     return short_name(value) if "/" in value or "\\" in value else value

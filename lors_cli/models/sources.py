@@ -142,6 +142,8 @@ def model_fingerprint(config: ModelConfig) -> str:
 
 def _as_recorded(folder: Path, files: dict[str, str]) -> bool:
     wanted = {name: digest for name, digest in files.items() if not name.endswith((".md", ".jsonl"))}
+    if not files.keys() >= set(checkpoint_files(folder)):  # a chat template, say, that was put beside them
+        return False
     return all((folder / name).is_file() and hashes.cached_sha256(folder / name) == digest
                for name, digest in wanted.items() if "/" not in name or name == GRIDS_NAME)  # fmt: skip
 

@@ -7,6 +7,7 @@ given up afterwards. A .gguf has to be read whole.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -78,12 +79,14 @@ class BlockwiseModel:
 
         state = self.network.state_dict()
         tied, ignored = self.network.all_tied_weights_keys, self.network._keys_to_ignore_on_save or ()
+        plan = self.network._get_dtype_plan(self.network.dtype)  # some families keep norms in float32
         found = {}
         for name, tensor in state.items():
             if name in tied or name in ignored or name.startswith(f"{self.prefix}."):
                 continue
             (saved_name,) = revert_weight_conversion(self.network, {name: tensor})
-            found[name] = Entry.of(saved_name, tensor)
+            kept = next((dtype for pattern, dtype in plan.items() if re.search(pattern, name)), tensor.dtype)
+            found[name] = Entry.of(saved_name, tensor.to(kept) if tensor.is_floating_point() else tensor)
         return found
 
     def checkpoint_tensors(self, index: int) -> dict[str, torch.Tensor]:

@@ -21,6 +21,9 @@ MARKS = {
 }  # fmt: skip
 """By kind of folder, the names that show that it was made here."""
 
+UNFINISHED = (records.WORK_NAME, records.STAGING_NAME, "checkpoints", ".pieces")
+"""What an interrupted stage leaves in its folder to go on with."""
+
 
 def guard_out(out: Path, stage: str, inputs: Iterable[str] = ()) -> None:
     """Refuse to write into a folder that holds something else.
@@ -80,5 +83,5 @@ def tidy(folder: Path) -> None:
 def forget(plan: StagePlan) -> None:
     """Make a finished or begun stage undone, for --force."""
     (plan.folder / records.RECORD_NAME).unlink(missing_ok=True)
-    for name in (records.WORK_NAME, records.STAGING_NAME, "checkpoints", ".pieces"):
+    for name in UNFINISHED:
         shutil.rmtree(plan.folder / name, ignore_errors=True)

@@ -80,7 +80,10 @@ def plan_chain(recipe: Recipe, place: Callable[[str, str], Path], data_dir: Path
         chain.plans.append(_plan(stage, folder, config, read, recipe.model, fingerprint, made))
         current = doors.makes
         chain.models[current] = replace(recipe.model, path=str(folder), revision="main")
-        chain.fingerprints[current] = f"{stage}:{fingerprint}{fingerprint_suffix(recipe.model)}"  # the folder's answer
+        if chain.plans[-1].status == "done":  # something may have been put beside the results
+            chain.fingerprints[current] = model_fingerprint(chain.models[current])
+        else:
+            chain.fingerprints[current] = f"{stage}:{fingerprint}{fingerprint_suffix(recipe.model)}"
     return chain
 
 

@@ -173,7 +173,7 @@ def _check_disk(plans: Sequence[StagePlan]) -> None:
         if needed is None or size is None:
             continue
         free = resources.free_disk(plan.folder)
-        if before + needed.disk > free:
+        if before + needed.disk - resources.occupied(plan.folder) > free:
             raise ResourceError(
                 f"{plan.stage} needs about {gib(before + needed.disk)} of disk in {plan.folder.parent}, with the "
                 f"stages before it; {gib(free)} are free.",

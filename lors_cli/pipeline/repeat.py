@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,15 +99,18 @@ class Repeat:
                 lines.setdefault(line, []).append(stage["stage"])
         return [f"{', '.join(stages)}: {line}" for line, stages in lines.items()]
 
-    def compare(self, out: Path) -> dict[str, list[str]]:
+    def compare(self, out: Path, stages: Collection[str]) -> dict[str, list[str]]:
         """By stage, the files of results in `out` that are not those of the run that is repeated.
 
         Args:
             out: the repeat's folder.
+            stages: that were asked for.
         """
         different: dict[str, list[str]] = {}
         for entry in self.content["stages"]:
             stage, wanted = entry["stage"], entry["results"]
+            if stage not in stages:
+                continue
             found = results(out, stage) if records.read_record(out / stage) else {}
             different[stage] = sorted(name for name in {**wanted, **found} if wanted.get(name) != found.get(name))
         return different

@@ -9,6 +9,7 @@ from lors_cli.errors import LorsError, ResourceError
 from lors_cli.models.needs import Estimate
 from lors_cli.models.size import model_size, try_size
 from lors_cli.output import console
+from lors_cli.pipeline.folders import UNFINISHED
 from lors_cli.pipeline.plans import StagePlan
 from lors_cli.pipeline.stages import STAGES
 
@@ -32,12 +33,17 @@ def check_disk(plan: StagePlan) -> None:
     """
     needed, _ = try_estimate(plan)
     free = free_disk(plan.folder)
-    if needed is not None and needed.disk > free:
+    if needed is not None and needed.disk - occupied(plan.folder) > free:
         raise ResourceError(
             f"{plan.stage} needs about {console.gib(needed.disk)} of disk in {plan.folder}; "
             f"{console.gib(free)} are free.",
             "Free some space or choose another --out; what was finished before is intact.",
         )
+
+
+def occupied(folder: Path) -> int:
+    """Bytes of the unfinished work in a stage's folder, with which the next call goes on."""
+    return sum(file.lstat().st_size for name in UNFINISHED for file in (folder / name).rglob("*") if file.is_file())
 
 
 def free_disk(folder: Path) -> int:

@@ -11,6 +11,7 @@ from lors_cli.data.sources import Split, Want
 from lors_cli.evaluation import estimate as evaluation_estimate
 from lors_cli.evaluation.entries import Task, resolve, shots_text, tasks_of
 from lors_cli.files.hashes import plain
+from lors_cli.machine import processes
 from lors_cli.models.needs import RECORDS, Estimate
 from lors_cli.models.packed import stage as packing
 from lors_cli.models.size import ModelSize, try_size
@@ -181,7 +182,11 @@ def _evaluation(config: EvalConfig, models: dict[str, ModelConfig]) -> str:
 
 def _pack(config: PackConfig, models: dict[str, ModelConfig], out: Path, data_dir: Path | None) -> None:
     (model,) = models.values()
-    packing.pack_model(config, model, out, data_dir=data_dir)
+
+    def pack() -> None:
+        packing.pack_model(config, model, out, data_dir=data_dir)
+
+    processes.from_main(pack)
 
 
 def _packed_size(config: PackConfig, models: dict[str, ModelConfig]) -> str:

@@ -6,6 +6,7 @@ for what happens to one.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -119,7 +120,7 @@ def prune(
     batches = _calibration_batches(config, source, tokenizer, data_dir)
     alone = processes.start()
     if processes.is_main():
-        records.work_dir(out, fingerprint, {"config": resolved_prune(config), "inputs": inputs})
+        _work_dir(out, fingerprint, {"config": resolved_prune(config), "inputs": inputs}, str(source.network.dtype))
     processes.wait_for_all()
     outcome = prune_blocks(config, source, pattern, out / records.WORK_NAME, batches)
     metrics = _metrics(outcome, pattern, source, batches)
@@ -137,6 +138,17 @@ def prune(
     if alone:
         processes.stop()
     return record
+
+
+def _work_dir(out: Path, fingerprint: str, made: dict[str, Any], dtype: str) -> None:
+    """The work folder, emptied if what lies there is in another number format: `dtype: auto` is the machine's."""
+    work = records.work_dir(out, fingerprint, made)
+    begun = atomic.read_json(work / records.DTYPE_NAME)
+    if begun not in (None, dtype):
+        console.warn(f"the interrupted call computed in {begun}, this one in {dtype}: pruning begins anew.")
+        shutil.rmtree(work)
+        records.work_dir(out, fingerprint, made)
+    atomic.write_json(work / records.DTYPE_NAME, dtype)
 
 
 def _text_fingerprint(config: PruneConfig, data_dir: Path | None) -> str:

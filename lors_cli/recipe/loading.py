@@ -180,14 +180,16 @@ def _refuse_empty_stages(settings: Settings) -> None:
 
 
 def _hand_down_seed(settings: Settings) -> None:
-    """Give the recipe's seed to the stages that set none."""
+    """Give the recipe's seed to the stages that set none, or in what it comes after, such as the file an override's."""
     seed = settings.data.get("seed")
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
         return
     prune, tune = settings.data.get("prune"), settings.data.get("tune")
-    for section in (tune, prune.setdefault("calibration", {}) if isinstance(prune, dict) else None):
-        if isinstance(section, dict):
-            section.setdefault("seed", seed)
+    calibration = prune.setdefault("calibration", {}) if isinstance(prune, dict) else None
+    layer = settings.place(("seed",)).order[0]
+    for path, section in ((("tune", "seed"), tune), (("prune", "calibration", "seed"), calibration)):
+        if isinstance(section, dict) and ("seed" not in section or settings.place(path).order[0] < layer):
+            section["seed"] = seed
 
 
 def without_none(value: Any) -> Any:

@@ -78,7 +78,8 @@ class Recipe(Section):
     data_dir: Name | None = None
     """Folder with local copies of the datasets; default $LORS_DATA_DIR, else the hub."""
     seed: Seed = 0
-    """Seed of every stage that does not set its own."""
+    """Seed of every stage that does not set its own; given later than the file, on the command line or by a sweep, also
+    of those that the file gives one."""
     deterministic: bool = False
     """Take only operations that give the same bits each time (docs/reproducibility.md). On a CPU whose number of
     threads stays the same they do so without it; on a GPU it costs some speed. Not part of a stage's fingerprint."""

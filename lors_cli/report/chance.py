@@ -28,6 +28,6 @@ def _of_samples(paths: Iterable[Path]) -> float | None:
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         return None
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in path.read_bytes().splitlines()]
     counts = [len(row.get("log_likelihoods") or ()) for row in rows]
     return fmean(1 / count for count in counts) if counts and min(counts) > 1 else None

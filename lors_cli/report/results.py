@@ -192,10 +192,10 @@ def read_log(path: Path | None, key: str = "loss") -> list[dict[str, Any]]:
     if path is None or not path.is_file():
         return []
     by_step = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_bytes().splitlines():
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except ValueError:  # no JSON, or no UTF-8
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int) and finite(row.get(key)) is not None:
             by_step[row["step"]] = row

@@ -240,14 +240,22 @@ def _paper_note(models: Sequence[ScoredModel]) -> str:
     extras = sorted({name for model, _ in found for name in _beyond_the_paper(model.prune)})
     if extras:
         texts.append(f"Pruning here had settings that the paper's had not: {escape(', '.join(extras))}.")
+    more = sorted({name for model, _ in found for name in _MORE_TUNING if model.tune.get(name)})
+    if more:
+        texts.append(f"Tuning here had settings that the paper's had not: {escape(', '.join(more))}.")
     if any(model.tune.get("gradient", "approximate") != "approximate" for model, _ in found):
         texts.append("LoRS's gradients had the mask in them here (gradient), the paper's leave it out.")
     return " ".join(texts)
 
 
+_MORE_TUNING = ("distill", "train_norms", "quantization_aware", "skip")
+
+
 def _beyond_the_paper(prune: dict[str, Any]) -> list[str]:
-    usual = {"refit": False, "reconstruct_epochs": 0, "true_sequential": None, "channel_permutation": False,
-             "layer_sparsity": "uniform"}  # fmt: skip
+    usual: dict[str, Any] = {"refit": False, "reconstruct_epochs": 0, "true_sequential": None,
+                             "channel_permutation": False, "layer_sparsity": "uniform", "skip": []}  # fmt: skip
     if prune.get("true_sequential") is (prune.get("method") == "admm"):  # what the method implies
         prune = {**prune, "true_sequential": None}
-    return [f"{name} {prune[name]}" for name, value in usual.items() if name in prune and prune[name] != value]
+    found = [f"{name} {prune[name]}" for name, value in usual.items() if name in prune and prune[name] != value]
+    grid = prune.get("quantize")
+    return [*found, f"weights of {grid['bits']} bits"] if grid else found

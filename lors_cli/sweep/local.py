@@ -54,8 +54,6 @@ class Local:
                         over[job.name] = False
                     elif not all(over.get(name) for name in job.after):
                         continue
-                    elif job.is_finished():  # by another command on this sweep
-                        over[job.name] = True
                     elif len(running) < self.jobs and locks.holder(job.plan.folder) is None:
                         slot = next(slot for slot in range(self.jobs) if slot not in running)
                         running[slot] = (job, start(job.name, job.cell, folder, **self._environment(slot)))

@@ -29,6 +29,8 @@ from lors_cli.sweep.jobs import Job, JobFolder, start
 from lors_cli.sweep.spread import Told
 
 POLL_S = 5.0
+SETTLE_S = 60.0
+"""How late a network file system may show what a job has written."""
 SIGNAL_DELAY_S = 120
 """Seconds before the end of its time that a job is told to save what it has."""
 NO_LIMIT = 1_000_000
@@ -85,7 +87,7 @@ class Slurm:
         with locks.hold(folder.folder, wait_s=0.2):
             ids = self._submit(jobs, folder)
         by_name = {job.name: job for job in jobs}
-        left, seen = dict(by_name), set[str]()
+        left, seen, gone = dict(by_name), set[str](), dict[str, float]()
         while left:
             queue = queued()
             for name, job in list(left.items()):
@@ -93,10 +95,12 @@ class Slurm:
                 if state == "RUNNING" and name not in seen:
                     seen.add(name)
                     told(job, "started")
-                if state is not None:
+                is_finished = state is None and job.is_finished()
+                since = gone.setdefault(name, time.monotonic()) if state is None else 0.0
+                if state is not None or not (is_finished or self._is_settled(job, since, folder)):
                     continue
                 del left[name]
-                if job.is_finished():
+                if is_finished:
                     told(job, "done")
                 elif all(by_name[other].is_finished() for other in job.after):
                     _note_silence(job, ids[name], folder)
@@ -104,6 +108,14 @@ class Slurm:
             folder.update_index()
             if left:
                 time.sleep(POLL_S)
+
+    def _is_settled(self, job: Job, since: float, folder: JobFolder) -> bool:
+        """Whether a job that left the queue then, and of which no result is seen, has left none."""
+        if any(folder.failure(name) is not None for name in (job.name, *job.after)):
+            return True
+        if job.plan.folder.is_dir():
+            list(job.plan.folder.iterdir())  # has NFS look again
+        return time.monotonic() - since > SETTLE_S
 
     def _submit(self, jobs: Sequence[Job], folder: JobFolder) -> dict[str, str]:
         """Cluster's job ids by name; those that are in the queue stay there."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from lors_cli.data.prompts import TEMPLATES
 from lors_cli.data.saved_prompts import answer_ending, trained_template
 from lors_cli.data.tokenising import eos_token_id
 from lors_cli.output import console
+
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+"""What acts where `do_sample` is true alone; transformers refuses to save it without, once a setting has changed."""
 
 
 def fit_to_prompt(network: PreTrainedModel, tokenizer: Any, template: str | None) -> dict[str, Any]:
@@ -33,4 +36,14 @@ def fit_to_prompt(network: PreTrainedModel, tokenizer: Any, template: str | None
         settings.eos_token_id = ends[0] if len(ends) == 1 else ends
         if settings.pad_token_id is None:
             settings.pad_token_id = tokenizer.pad_token_id
+        _leave_out_sampling(settings)
     return {"prompt": {"format": template, "ends_with": said}} if template else {}
+
+
+def _leave_out_sampling(settings: GenerationConfig) -> None:
+    usual = GenerationConfig()
+    idle = [] if settings.do_sample else [name for name in SAMPLING if getattr(settings, name) != getattr(usual, name)]
+    for name in idle:
+        setattr(settings, name, getattr(usual, name))
+    if idle:
+        console.detail(f"  generation_config.json: {', '.join(idle)} had no effect without do_sample and are left out")

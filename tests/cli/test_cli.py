@@ -85,6 +85,8 @@ def test_sparsity_alone_means_unstructured(at_workshop: Path, lors: Lors) -> Non
     found = document(lors("prune", "dense", "--out", "p", "--method", "magnitude", "--sparsity", "0.7", "--json"))
     assert found["config"]["pattern"] == "unstructured"
     assert found["metrics"]["sparsity"] == pytest.approx(0.7, abs=0.01)
+    options = ("--method", "magnitude", "--sparsity", "0.6", "pattern=2:4")  # which is 0.5
+    failed(lors("prune", "dense", "--out", "q", *options), 2, "contradicts pattern: 2:4")
 
 
 def test_a_shipped_config_and_overrides(at_workshop: Path, lors: Lors) -> None:

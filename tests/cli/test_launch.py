@@ -147,12 +147,12 @@ def test_what_nproc_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_recipe_runs_in_two_processes(finished_workshop: Path, at_workshop: Path) -> None:
-    command = [sys.executable, "-m", "lors_cli", "run", "tiny.yaml", "prune.calibration.batch_size=4"]
+    command = [sys.executable, "-m", "lors_cli", "run", "tiny.yaml", "prune.calibration.batch_size=4", "pack={}"]
     done = subprocess.run([*command, "--nproc", "2", "--json"], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
-    assert [stage["status"] for stage in json.loads(done.stdout)["stages"]] == ["done", "done", "done"]
+    assert [stage["status"] for stage in json.loads(done.stdout)["stages"]] == ["done"] * 4
     one, two = (folder / "runs" / "tiny" for folder in (finished_workshop, at_workshop))
     for name in ("dense.json", "samples/dense/pydoc_choice.jsonl"):
         assert (two / "eval" / name).read_bytes() == (one / "eval" / name).read_bytes()
     again = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=500)  # in one process
-    assert [stage["status"] for stage in json.loads(again.stdout)["stages"]] == ["skipped", "skipped", "skipped"]
+    assert [stage["status"] for stage in json.loads(again.stdout)["stages"]] == ["skipped"] * 4

@@ -7,11 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from typer.testing import Result
+from typer.testing import CliRunner, Result
 
+from lors_cli.cli import share
+from lors_cli.cli.app import app
 from lors_cli.cli.views.runs import show_results
 from lors_cli.evaluation.summary import average
 from lors_cli.output.console import counted
+from lors_cli.pipeline import pushing
 
 Lors = Callable[..., Result]
 
@@ -117,3 +120,20 @@ def test_a_bar_fits_a_terminal_of_80_columns(
     lines = [line for line in re.split(r"[\r\n]+", plain) if line.strip()]
     assert max(map(len, lines)) <= 80
     assert "1000/1000 windows" in lines[-1]
+
+
+@pytest.mark.parametrize(("typed", "exit_code", "said"), [("n\n", 0, "Nothing was uploaded"), ("", 130, "interrupted")])
+def test_who_is_asked_whether_to_upload_may_decline(
+    monkeypatch: pytest.MonkeyPatch, typed: str, exit_code: int, said: str
+) -> None:
+    """An answer of no, and Ctrl-D or Ctrl-C at the question; each was once a bug of lors, with its traceback."""
+    monkeypatch.setattr(pushing, "chosen_checkpoint", lambda folder: folder)
+    monkeypatch.setattr(pushing, "prepare", lambda *args, **options: None)
+    monkeypatch.setattr(pushing, "push", None)  # is not called
+    monkeypatch.setattr(share, "show_push", lambda plan: {})
+    terminal = type("Terminal", (), {"isatty": lambda self: True})()
+    monkeypatch.setattr(share, "sys", type("System", (), {"stdin": terminal}))
+    result = CliRunner().invoke(app, ["push", "folder", "me/model"], input=typed)
+    assert result.exit_code == exit_code, result.output
+    assert said in result.output
+    assert "bug" not in result.output

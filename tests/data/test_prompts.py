@@ -168,6 +168,25 @@ def test_only_the_assistants_turns_are_learnt(tmp_path: Path, tokenizer: Any) ->
         assert learnt == [f"Lilywent.{ENDS[name]}", f"hello!{ENDS[name]}"]
 
 
+def test_no_token_of_the_next_turn_is_learnt(tmp_path: Path) -> None:
+    """Phi-3 ends a conversation with one token more than a turn, and both begin alike: <|end|>, <|user|>."""
+    tokenizer = _trained("bytes")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>", "<|end|>", "<|all|>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ '<|all|>' }}{% endif %}"
+    )
+    talk = [{"role": role, "content": text} for role, text in (
+        ("user", "Tell."), ("assistant", "Lily went."), ("user", "More."), ("assistant", "hello!"))]  # fmt: skip
+    (sample,) = _samples(tmp_path, tokenizer, [{"messages": talk}], template="chat")
+    learnt = [text.strip() for is_learnt, text in _parts(sample, tokenizer) if is_learnt]
+    assert learnt == ["Lily went.<|end|>", "hello!<|end|>\n<|all|>"]
+
+
+def test_several_templates_by_name_are_none_of_ours() -> None:
+    assert template_name({"default": TEMPLATES["chatml"], "tool_use": "x"}) is None
+
+
 def _render(template: str, *turns: Turn) -> Any:
     tokenizer = _made.setdefault("bytes", _trained("bytes"))
     tokenizer.chat_template = template
@@ -199,14 +218,14 @@ def test_what_a_template_makes_of_an_answer_is_the_answer() -> None:
         "{{ a if '</think>' in a else '<think></think>' + a }}<|im_end|>"
     )
     plain = _render(template, Turn("user", "q"), Turn("assistant", "A", learnt=True))
-    assert [plain.text[first:stop] for first, stop in plain.spans] == ["A<|im_end|>"]
+    assert [plain.text[first:stop] for first, _, stop in plain.spans] == ["A<|im_end|>"]
     thought = _render(template, Turn("user", "q"), Turn("assistant", "<think>x</think>A", learnt=True))
-    assert [thought.text[first:stop] for first, stop in thought.spans] == ["x</think>A<|im_end|>"]
+    assert [thought.text[first:stop] for first, _, stop in thought.spans] == ["x</think>A<|im_end|>"]
 
 
 def test_an_end_that_the_answer_brings_is_not_learnt_twice() -> None:
     found = _render(TEMPLATES["chatml"], Turn("user", "q"), Turn("assistant", "A<|im_end|>", learnt=True))
-    assert found.text[found.spans[0][0] : found.spans[0][1]] == "A<|im_end|>"
+    assert found.text[found.spans[0][0] : found.spans[0][2]] == "A<|im_end|>"
 
 
 # ---- as a checkpoint says them

@@ -111,12 +111,11 @@ def test_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         total, available = 16 << 30, 1 << 30
 
     monkeypatch.setattr(psutil, "virtual_memory", Memory)
-    monkeypatch.setattr(checkups, "_cgroup_number", lambda name: None)
+    monkeypatch.setattr(checkups, "container_memory", lambda: iter(()))
     (found,) = checkups.memory()
     assert (found.status, found.text) == ("warn", "1.0 GiB free of 16.0 GiB")
     Memory.available = 8 << 30
-    limits = {"memory.max": 4 << 30, "memory.current": 3 << 30}
-    monkeypatch.setattr(checkups, "_cgroup_number", limits.get)
+    monkeypatch.setattr(checkups, "container_memory", lambda: iter([(4 << 30, 3 << 30)]))
     (found,) = checkups.memory()
     assert found.status == "warn"
     assert "this container may take 4.0 GiB and has taken 3.0 GiB" in found.text

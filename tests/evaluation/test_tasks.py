@@ -13,6 +13,7 @@ import yaml
 
 from lors_cli.errors import MissingError, UsageError
 from lors_cli.evaluation import tasks
+from lors_cli.evaluation.definitions import definition_text, read_definition
 from lors_cli.evaluation.entries import Task, resolve
 from lors_cli.recipe.schema import SEVEN_TASKS, EvalConfig
 
@@ -153,3 +154,12 @@ def test_local_examples_are_the_training_documents(tmp_path: Path) -> None:
     assert content["dataset_kwargs"]["data_files"]["train"] == str(train)
     assert tasks.task_fingerprint(named("rte"), tmp_path) == before
     assert tasks.task_fingerprint(task, tmp_path) != before
+
+
+@pytest.mark.parametrize("include", ["include: base.yaml", "include: [base.yaml]", "include:\n  - base.yaml"])
+def test_what_a_definition_includes_belongs_to_its_fingerprint(tmp_path: Path, include: str) -> None:
+    for name, text in (("base", "output_type: multiple_choice\n"), ("mine", f"task: mine\n{include}\n")):
+        (tmp_path / f"{name}.yaml").write_text(text)
+    found = definition_text(tmp_path / "mine.yaml")
+    assert found == [(tmp_path / f"{name}.yaml").read_text() for name in ("mine", "base")]
+    assert read_definition(tmp_path / "mine.yaml") == {"task": "mine", "output_type": "multiple_choice"}

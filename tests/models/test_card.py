@@ -178,6 +178,9 @@ def test_data_sets_are_those_that_the_hub_gave() -> None:
 def test_settings_without_paths() -> None:
     found = portable({"a": ["/x/rows.jsonl", "org/name", "package://m/f.gguf", "2:4"], "b": {"c": "data/rows.csv"}})
     assert found == {"a": ["rows.jsonl", "org/name", "package://m/f.gguf", "2:4"], "b": {"c": "rows.csv"}}
+    kept = {"dataset": "HuggingFaceFW/fineweb:sample-10BT@main", "system_instruction": "Answer yes/no."}
+    assert portable(kept) == kept
+    assert portable({"dataset": "/home/me/fineweb:x@main"}) == {"dataset": "fineweb:x@main"}
 
 
 def test_of_a_packed_model() -> None:

@@ -187,6 +187,15 @@ class TestFingerprint:
         save_checkpoint(tiny_llama(), tiny_tokenizer, staging_dir(out))
         publish(out, StageRecord("prune", "f" * 32, {}, {}, {}, {}, 0.0, {}))
         assert model_fingerprint(at(out)) == f"prune:{'f' * 32}:auto"
+        (out / "notes.txt").touch()
+        assert model_fingerprint(at(out)) == f"prune:{'f' * 32}:auto"
+        added = set()
+        for text in ("one", "two"):  # a tokenizer without a template is given one, and then another
+            (out / "chat_template.jinja").write_text(text)
+            added.add(model_fingerprint(at(out)))
+        assert len(added) == 2
+        assert all(found.startswith("folder:") for found in added)
+        (out / "chat_template.jinja").unlink()
         weights = load_file(out / "model.safetensors")
         weights[UP][0, 0] += 1
         save_file(weights, out / "model.safetensors", metadata={"format": "pt"})

@@ -62,18 +62,23 @@ def test_a_deterministic_run_repeated_elsewhere_from_its_manifest_alone_has_the_
     assert all(stage["environment"]["deterministic"] for stage in content["stages"])
 
 
+STAGES = ("prune", "tune", "eval")
+
+
 def test_other_results_are_named(at_finished: Path) -> None:
     from lors_cli.pipeline.repeat import open_repeat
 
     shutil.copytree(RUN, "again")
     repeat = open_repeat(RUN, [])
-    assert repeat.compare(Path("again")) == {"prune": [], "tune": [], "eval": []}
+    assert repeat.compare(Path("again"), STAGES) == {"prune": [], "tune": [], "eval": []}
     edit(Path("again/tune/stage.json"), lambda record: record["files"].update({"model.safetensors": "0"}))
     edit(Path("again/eval/tuned.json"), lambda scores: scores.update(model="moved"))
     edit(Path("again/eval/pruned.json"), lambda scores: scores["tasks"]["pydoc_choice"].update(acc=2))
-    assert repeat.compare(Path("again")) == {"prune": [], "tune": ["model.safetensors"], "eval": ["pruned.json"]}
+    found = repeat.compare(Path("again"), STAGES)
+    assert found == {"prune": [], "tune": ["model.safetensors"], "eval": ["pruned.json"]}
     (Path("again") / "prune" / "stage.json").unlink()
-    assert repeat.compare(Path("again"))["prune"] == ["model.safetensors"]
+    assert repeat.compare(Path("again"), STAGES)["prune"] == ["model.safetensors"]
+    assert repeat.compare(Path("again"), ["tune"]) == {"tune": ["model.safetensors"]}  # as after --until
     assert set(results(RUN, "tune")) == {"model.safetensors", "adapter/adapter_model.safetensors"}
 
 

@@ -11,8 +11,9 @@ import pytest
 from lors_cli.errors import ResourceError
 from lors_cli.models.needs import RUNTIME, Estimate
 from lors_cli.models.size import ModelSize, model_size
+from lors_cli.pipeline import resources
 from lors_cli.pipeline.plans import StagePlan
-from lors_cli.pipeline.resources import check_memory, try_estimate
+from lors_cli.pipeline.resources import check_disk, check_memory, try_estimate
 from lors_cli.pipeline.stages import STAGES
 from lors_cli.pruning import estimate as pruning_estimate
 from lors_cli.pruning.estimate import memory_parts, shortage
@@ -50,6 +51,20 @@ def test_an_unknown_hub_model_has_no_size() -> None:
     needs, why = try_estimate(plan_of(PruneConfig(), ModelConfig(path="nobody/nothing")))
     assert needs is None
     assert "unknown" in why
+
+
+def test_what_an_interrupted_call_has_written_is_not_needed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = replace(plan_of(PruneConfig(), ModelConfig(path="HuggingFaceTB/SmolLM2-135M")), folder=tmp_path)
+    needs, _ = try_estimate(plan)
+    assert needs is not None
+    monkeypatch.setattr(resources, "free_disk", lambda folder: needs.disk - 1000)
+    with pytest.raises(ResourceError, match="prune needs about"):
+        check_disk(plan)
+    (tmp_path / ".work").mkdir()
+    (tmp_path / ".work" / "block-0.safetensors").write_bytes(bytes(1000))
+    check_disk(plan)
 
 
 def test_a_missing_folder_is_a_reason_not_an_error() -> None:

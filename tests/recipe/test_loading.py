@@ -297,6 +297,12 @@ def test_seed_is_handed_down_only_where_none_is_set() -> None:
     assert recipe.tune is not None
     assert (recipe.prune.calibration.seed, recipe.tune.seed) == (7, 3)
     assert load(BASE + "tune: {}\n", "seed=9").tune == TuneConfig(seed=9)
+    given = BASE + "seed: 7\nprune: {calibration: {seed: 1}}\ntune: {seed: 3}\n"
+    for overrides, seeds in ((["seed=9"], (9, 9)), (["tune.seed=4", "seed=9"], (9, 4)), (["tune={seed: 4}"], (1, 4))):
+        recipe = load(given, *overrides)  # the command line comes after the file
+        assert recipe.prune is not None
+        assert recipe.tune is not None
+        assert (recipe.prune.calibration.seed, recipe.tune.seed) == seeds
     assert problems(BASE + "seed: x\ntune: {}\nprune: {}\n") == ["x.yaml:3: seed: must be a whole number, not x"]
 
 

@@ -14,9 +14,10 @@ from lors_cli.report.measures import Measure, ScoredModel
 def write(folder: Path, task: str, choices: list[int]) -> None:
     path = folder / "samples" / "m" / f"{task}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [{"doc_id": place, "log_likelihoods": [-1.0] * count} if count else {"doc_id": place, "responses": ["x"]}
+    told = {"responses": ["a\u2028b\x85c"]}  # which are no ends of lines
+    rows = [{"doc_id": place, **({"log_likelihoods": [-1.0] * count} if count else told)}
             for place, count in enumerate(choices)]  # fmt: skip
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def test_one_over_the_choices_of_each_document(tmp_path: Path) -> None:

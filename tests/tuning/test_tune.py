@@ -469,7 +469,8 @@ def test_generation_ends_and_says_nothing(
     path.write_text(json.dumps({"instruction": "say 3", "input": "", "output": "ab"}) + "\n")
     settings = json.loads((sparse_checkpoint / "generation_config.json").read_text())
     del settings["pad_token_id"]
-    (sparse_checkpoint / "generation_config.json").write_text(json.dumps(settings))
+    idle = {"temperature": 0.9, "top_p": 0.6}  # without do_sample, as Llama 2's first files had it
+    (sparse_checkpoint / "generation_config.json").write_text(json.dumps({**settings, **idle}))
     data = replace(config.data, dataset=str(path), template="alpaca_short")
     out = tmp_path / "tune"
     config = replace(config, rank=16, batch_size=1, per_device_batch_size=1, max_steps=60, data=data)
@@ -483,6 +484,7 @@ def test_generation_ends_and_says_nothing(
     assert tokenizer.decode(found[0, asked["input_ids"].shape[1] :]) == "ab</s>"
     assert not caplog.records
     assert model.generation_config.pad_token_id == model.generation_config.eos_token_id == 257
+    assert not idle.keys() & json.loads((out / "generation_config.json").read_text()).keys()
 
 
 def test_columns_are_those_of_the_recipe_to_the_end(

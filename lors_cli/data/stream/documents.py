@@ -20,9 +20,11 @@ def read_documents(source: TextSource, position: Position) -> Iterator[tuple[lis
     if dataset is None:
         rows: Iterator[Any] = islice(source.rows(), position["documents"], None)
     else:
+        skipped = position["documents"]  # read before without the hub, from what is kept here
         if "state" in position:
             dataset.load_state_dict(position["state"])
-        rows = map(source.read_streamed, dataset)
+            skipped = 0
+        rows = islice(map(source.read_streamed, dataset), skipped, None)
     number = position["documents"]
     for texts in batches(row["text"] for row in rows):
         number += len(texts)

@@ -94,6 +94,11 @@ class Tuned:
 
     def __init__(self, stored: torch.Tensor, weights: Sequence[PrunableWeight], grids: dict[str, Grid]) -> None:
         self.stored, self.kept = stored, stored != 0
+        tuned = {weight.expert for weight in weights}
+        self.left = [] if None in tuned else [number for number in range(len(stored)) if number not in tuned]
+        """Experts that were skipped, and what they are."""
+        self.left_as = stored.detach()[self.left].float()
+        self.kept[self.left] = False
         self.master = stored.detach().float().requires_grad_()
         self.on_grid = {weight.expert: (weight, grids[weight.name]) for weight in weights if weight.name in grids}
         self.stretch = {expert: torch.zeros_like(grid.scales, dtype=torch.float32).requires_grad_()
@@ -104,6 +109,12 @@ class Tuned:
         size = float(self.master.detach()[self.kept].square().mean().sqrt())
         return [{"params": [self.master], "lr": (GRID_RATE if self.on_grid else RATE) * size},
                 *({"params": [stretch], "lr": SCALE_RATE} for stretch in self.stretch.values())]  # fmt: skip
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """After a step: zeros are zeros again, and what was skipped is what it was."""
+        self.master.mul_(self.kept)
+        self.master[self.left] = self.left_as
 
     def rounded(self) -> torch.Tensor:
         """The parameter as it would be stored."""
@@ -184,9 +195,8 @@ def reconstruct(
             raise UsageError(NOT_FINITE)
         optimizer.step()
         schedule.step()
-        with torch.no_grad():
-            for parameter in tuned.values():
-                parameter.master.mul_(parameter.kept)
+        for parameter in tuned.values():
+            parameter.settle()
         return total
 
     generator = torch.Generator().manual_seed(seed)

@@ -10,11 +10,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
-import psutil
 import torch
 from safetensors import safe_open
 
 from lors_cli.machine import processes
+from lors_cli.machine.memory import available_memory
 from lors_cli.models.tensor_files import Entry, TensorWriter, write_tensors
 from lors_cli.output import console
 
@@ -30,7 +30,7 @@ def choose_place(wanted: Literal["auto", "device", "cpu", "disk"], num_bytes: in
         return "device" if wanted == "cpu" and device.type == "cpu" else wanted
     if device.type == "cuda" and num_bytes <= SHARE_OF_FREE * torch.cuda.mem_get_info(device)[0]:
         return "device"
-    if num_bytes <= SHARE_OF_FREE * psutil.virtual_memory().available / processes.num_local_processes():
+    if num_bytes <= SHARE_OF_FREE * available_memory() / processes.num_local_processes():
         if device.type == "cuda":
             console.info(f"  {console.gib(num_bytes)} of hidden states are too many for the GPU: kept in CPU memory")
         return "cpu" if device.type == "cuda" else "device"

@@ -51,8 +51,9 @@ def start_walk(
     mine = {number: batches[number]
             for number in range(processes.process_index(), len(batches), processes.num_processes())}  # fmt: skip
     arguments = [BlockArguments() for _ in model.blocks]
-    hidden_size = model.network.config.get_text_config().hidden_size
-    num_bytes = sum(batch.numel() for batch in mine.values()) * hidden_size * model.network.dtype.itemsize
+    text = model.network.config.get_text_config()
+    numbers = text.hidden_size * getattr(text, "altup_num_inputs", 1)  # a token; Gemma 3n has several streams
+    num_bytes = sum(batch.numel() for batch in mine.values()) * numbers * model.network.dtype.itemsize
     place = choose_place(config.offload, num_bytes, model.device)
     states = HiddenStates(folder, place, model.device)
     resumed = None if (folder / ANEW).exists() else states.resume(list(mine), len(batches))

@@ -8,6 +8,7 @@ import torch
 
 from lors_cli.grid import Grid
 from lors_cli.machine import processes
+from lors_cli.machine.memory import available_memory
 from lors_cli.models.packed.format import Packed
 from lors_cli.output import console
 from lors_cli.tuning.kernels.masked_merge import masked_merge
@@ -86,9 +87,7 @@ def cache_policy(
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
-        import psutil
-
-        free = psutil.virtual_memory().available // processes.num_local_processes()
+        free = available_memory() // processes.num_local_processes()
     sizes = f"{console.gib(num_bytes)} of {console.gib(free)} free"
     if num_bytes <= SHARE_OF_FREE * free:
         return "always", f"kept until the adapters change ({sizes})"

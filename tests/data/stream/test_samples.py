@@ -335,6 +335,8 @@ def test_streamed_datasets_go_on_from_their_own_state(tmp_path: Path) -> None:
     assert [position["documents"] for _, position in batches] == [256, 512, 768, 1024, 1200]
     position = json.loads(json.dumps(batches[2][1]))
     assert [texts for texts, _ in read_documents(source, position)] == [texts for texts, _ in batches[3:]]
+    del position["state"]  # begun without the hub, which knows no state
+    assert [texts for texts, _ in read_documents(source, position)] == [texts for texts, _ in batches[3:]]
 
 
 def test_the_tokens_are_those_of_the_models_tokenizer(shared_dir: Path, cache_root: Path) -> None:

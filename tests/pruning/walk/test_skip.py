@@ -124,14 +124,14 @@ def test_owl_shares_out_among_the_blocks_that_are_pruned(
     assert fewer[1] != ratios[2]
 
 
-@pytest.mark.parametrize("family", ["Mixtral", "Qwen2-MoE"])
+@pytest.mark.parametrize(("family", "epochs"), [("Mixtral", 0), ("Qwen2-MoE", 0), ("Mixtral", 1)])
 def test_one_expert_of_several(
-    family: str, build: Callable[..., PreTrainedModel], batches: list[torch.Tensor], tmp_path: Path
+    family: str, epochs: int, build: Callable[..., PreTrainedModel], batches: list[torch.Tensor], tmp_path: Path
 ) -> None:
     dense, model = build(family), build(family)
     skip = ("*.experts.1.*", "*.q_proj")
     source = BlockwiseModel(model.requires_grad_(False), torch.device("cpu"), None)
-    config = PruneConfig(method="wanda", skip=skip)
+    config = PruneConfig(method="wanda", skip=skip, reconstruct_epochs=epochs)
     prune_blocks(config, source, Pattern.of(config), tmp_path, batches)
     before = prunable_weights(dense)
     left = {name for name, weight in prunable_weights(model).items() if torch.equal(weight.matrix, before[name].matrix)}
