@@ -213,6 +213,10 @@ def test_a_second_call_goes_on_where_the_first_stopped(tmp_path: Path, monkeypat
     assert bench_decode(_config(), tmp_path) == found
     with pytest.raises(UsageError, match="other settings"):
         bench_decode(_config(tokens=6), tmp_path)
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
+    with pytest.raises(UsageError, match="figures of another machine"):
+        bench_decode(_config(), tmp_path)
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -110,6 +110,10 @@ def test_it_ends_in_what_the_plain_command_leaves(at_pair: Path, lors: Lors, ser
     again = lors(*LOCAL)
     assert "Nothing was left to do." in again.stdout
     assert {path: path.stat().st_mtime_ns for path in OUT.rglob("*") if path.is_file()} == before
+    (place,) = OUT.glob("stages/prune-*")
+    (place / "model.safetensors").unlink()  # its record still says that it is done
+    assert lors(*LOCAL).exit_code == 0
+    assert compare(serial, left_by(at_pair)) == []
 
 
 @pytest.mark.long

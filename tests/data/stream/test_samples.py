@@ -179,6 +179,8 @@ def test_when_text_is_streamed(text: Path, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("lors_cli.data.stream.samples.LARGE_FILE", 20)
     assert streamed(str(text))
     assert not streamed(str(rows))
+    (tmp_path / "book.txt").write_text("A whole book. " * 10)
+    assert streamed(str(tmp_path / "book.txt"))
 
 
 def test_endless_text_needs_a_bound(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:

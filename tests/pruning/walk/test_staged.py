@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel
 from lors_cli.errors import UsageError
 from lors_cli.models.blocks import block_weights, decoder_blocks, prunable_weights
 from lors_cli.models.streaming import BlockwiseModel
-from lors_cli.pruning import methods
+from lors_cli.pruning import methods, stage
 from lors_cli.pruning.methods.reconstruct import reconstruct
 from lors_cli.pruning.stage import prune
 from lors_cli.pruning.walk import hidden_states
@@ -214,6 +215,35 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     prune(config, ModelConfig(path=str(checkpoint)), tmp_path / "out")
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("unbroken", "out"))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("method", ["wanda", "magnitude"])
+def test_where_auto_is_another_format_a_killed_run_begins_anew(
+    method: Any, checkpoint: Path, token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on another node, whose processor has no bfloat16; blocks of both formats would make one checkpoint."""
+    config = PruneConfig(method=method, calibration=CalibrationConfig(dataset=str(token_file), batch_size=4))
+    model = ModelConfig(path=str(checkpoint))
+    prune(config, replace(model, dtype="float32"), tmp_path / "unbroken")
+    formats = iter([torch.bfloat16, torch.float32])
+    monkeypatch.setattr("lors_cli.models.loading.resolve_dtype", lambda *args: next(formats))
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "_metrics", None)  # it fails after the last block
+        with pytest.raises(TypeError):
+            prune(config, model, tmp_path / "out")
+    prune(config, model, tmp_path / "out")
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("unbroken", "out"))
+    assert all(torch.equal(first[name], second[name]) and second[name].dtype == torch.float32 for name in first)
+
+
+def test_norms_that_a_family_keeps_in_float32(build: Build, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    build("GPT-OSS", vocab_size=258).to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    tiny_tokenizer.save_pretrained(tmp_path / "dense")
+    model = ModelConfig(path=str(tmp_path / "dense"), dtype="float16", device="cpu")
+    prune(PruneConfig(method="magnitude"), model, tmp_path / "out")
+    found = load_file(tmp_path / "out/model.safetensors")
+    assert found["model.norm.weight"].dtype == torch.float32
+    assert found["model.embed_tokens.weight"].dtype == torch.float16
 
 
 def test_where_hidden_states_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
