@@ -46,16 +46,17 @@ def _memory(groups: dict[str, dict[str, Any]], title: str) -> bytes:
 
 def _bars(groups: dict[str, dict[str, Any]], value: Any, title: str, unit: str) -> bytes:
     """Groups of bars, a colour a method, each bar named once in the legend."""
-    methods = list(next(iter(groups.values())))
+    methods = list(dict.fromkeys(method for cell in groups.values() for method in cell))  # some fit some ranks alone
     with style():
         figure, axes = figure_of(max(6.0, 1.6 + 0.3 * len(groups) * (len(methods) + 1.5)), 4.2)
         width = 0.84 / len(methods)
         for index, method in enumerate(methods):
-            heights = [math.nan if "failed" in cell[method] else value(cell[method]) for cell in groups.values()]
+            found = [cell.get(method) for cell in groups.values()]
+            heights = [math.nan if each is None or "failed" in each else value(each) for each in found]
             at = [group + (index - (len(methods) - 1) / 2) * width for group in range(len(groups))]
             axes.bar(at, heights, width * 0.92, label=method, color=METHOD_COLOURS[method])
-            for place, height in zip(at, heights, strict=True):
-                if math.isnan(height):
+            for place, each in zip(at, found, strict=True):
+                if each is not None and "failed" in each:
                     axes.annotate("out of memory", (place, 0), (0, 3), textcoords="offset points", rotation=90,
                                   ha="center", va="bottom", fontsize=8)  # fmt: skip
         axes.set_title(title, pad=46 if len(methods) > 5 else 30)

@@ -16,6 +16,7 @@ from torch import nn
 from lors_cli.bench.live_memory import LiveBytes
 from lors_cli.errors import MissingError
 from lors_cli.grid import Grid, GridSpec, fit_grid
+from lors_cli.models.blocks import decoder_blocks, prunable_weights
 from lors_cli.models.shapes import SHAPES
 from lors_cli.output import console
 from lors_cli.tuning.baselines import LAYERS
@@ -96,12 +97,11 @@ def sparse_model(
             raise MissingError(f"No checkpoint folder at {path}.")
         source = ModelConfig(path=path, dtype=str(dtype).removeprefix("torch."), device=str(device))  # type: ignore[arg-type]
         model = load_model(source)
-        layers = model.get_decoder().layers
+        layers = decoder_blocks(model)[1]
         del layers[blocks or len(layers) :]
     model.requires_grad_(False)
-    prefix = next(name for name, module in model.named_modules() if module is model.get_decoder().layers)
-    linears = {name: module for name, module in model.named_modules()
-               if name.startswith(f"{prefix}.") and type(module) is nn.Linear}  # fmt: skip
+    linears = {name: weight.module for name, weight in prunable_weights(model).items()
+               if isinstance(weight.module, nn.Linear)}  # fmt: skip
     if path is None:
         for linear in linears.values():
             (_make_two_of_four if pattern == "2:4" else _make_half)(linear.weight)

@@ -1,7 +1,7 @@
 """Put adapters on a sparse model, save and load them, and merge them into the weights.
 
-On disk an adapter looks like PEFT's, but names its type by its method (LORS, SQFT, SPP, HIRA): stock PEFT would merge
-it densely without a word, so it must not take it for LoRA. Only an adapter that is LoRA says LORA.
+On disk an adapter looks like PEFT's, but names its type by its method (LORS, SQFT, SPP, LORS_HIRA): stock PEFT would
+merge it densely without a word, so it must not take it for LoRA. Only an adapter that is LoRA says LORA.
 """
 
 from __future__ import annotations
@@ -37,8 +37,12 @@ QUANTIZATION_AWARE = "_QA"
 
 
 def peft_type(method: str) -> str:
-    """`peft_type` on disk of a `tune.method`: checkpointing changes how a layer is computed, not what."""
-    return method.removesuffix("-gc").upper()
+    """`peft_type` on disk of a `tune.method`: checkpointing changes how a layer is computed, not what.
+
+    PEFT has a HiRA of its own, which would take ours for an untrained one.
+    """
+    name = method.removesuffix("-gc").upper()
+    return "LORS_HIRA" if name == "HIRA" else name
 
 
 @dataclass(frozen=True)

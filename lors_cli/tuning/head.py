@@ -186,7 +186,8 @@ def causal_lm_loss(
 def model_loss(
     model: PreTrainedModel, inputs: dict[str, torch.Tensor], num_items: float | torch.Tensor
 ) -> torch.Tensor:
-    """The model's own loss, summed over the labels of a batch and divided by `num_items`."""
+    """The model's own loss, summed over the labels of a batch and divided by `num_items`; of its predictions alone."""
+    inputs = {**inputs, **_without_routers(model)}
     takes_number = getattr(model, "accepts_loss_kwargs", None)
     if takes_number is None:
         parameters = inspect.signature(model.forward).parameters.values()
@@ -198,6 +199,12 @@ def model_loss(
         unlabelled = {key: value for key, value in inputs.items() if key != "labels"}
         return model(**unlabelled, use_cache=False).logits.float().mean() * 0.0
     return model(**inputs)["loss"] * labels / num_items
+
+
+def _without_routers(model: PreTrainedModel) -> dict[str, Any]:
+    """What leaves out a loss that balances a mixture's routers: it is a batch's, not a label's, and none is trained."""
+    has_one = getattr(model.config.get_text_config(), "output_router_logits", False)
+    return {"output_router_logits": False} if has_one else {}
 
 
 @torch.no_grad()
@@ -216,7 +223,8 @@ def why_not_chunked(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> 
     was_training = model.training
     model.eval()
     try:
-        plain, chunked = float(model(**few, use_cache=False).loss), float(causal_lm_loss(model, few))
+        plain = float(model(**few, **_without_routers(model), use_cache=False).loss)
+        chunked = float(causal_lm_loss(model, few))
     finally:
         model.train(was_training)
     limit = TOLERANCE.get(head.weight.dtype, 1e-2)

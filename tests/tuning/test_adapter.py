@@ -104,7 +104,7 @@ def test_another_kind_of_adapter_is_refused(tmp_path: Path, sparse_llama: Callab
     folder = _saved(_adapted(sparse_llama()), tmp_path / "adapter")
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "LORA"}))
-    with pytest.raises(UsageError, match="LORA adapter, none of HIRA, LORS, SPP, SQFT"):
+    with pytest.raises(UsageError, match="LORA adapter, none of LORS, LORS_HIRA, SPP, SQFT"):
         load_adapter(sparse_llama(), folder)
 
 

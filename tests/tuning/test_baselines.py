@@ -17,7 +17,7 @@ from lors_cli.errors import UsageError
 from lors_cli.files import atomic
 from lors_cli.models.blocks import prunable_weights
 from lors_cli.recipe.schema import ModelConfig, TuneConfig
-from lors_cli.tuning.adapter import AdapterConfig, load_adapter, save_adapter
+from lors_cli.tuning.adapter import AdapterConfig, load_adapter, peft_type, save_adapter
 from lors_cli.tuning.attach import adapter_layers, attach, base_mask
 from lors_cli.tuning.baselines import LAYERS, check_rank
 from lors_cli.tuning.stage import tune
@@ -140,7 +140,7 @@ def test_a_saved_adapter_gives_the_same_logits(
         nn.init.normal_(layer.lora_B, std=0.1)
     config = AdapterConfig(method, 4, 8.0, True, tuple(layers), "some/base", "print", base_mask(model, layers))
     save_adapter(model, tmp_path, config)
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == method.upper()
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == peft_type(method)
     loaded = load_adapter(sparse_llama(), tmp_path)
     assert type(next(iter(adapter_layers(loaded).values()))) is LAYERS[method]
     assert torch.equal(loaded(ids).logits, model(ids).logits)
@@ -155,7 +155,7 @@ def test_the_tune_stage_with_every_method(
     assert record.metrics["pattern"] == ("dense" if method == "lora" else "2:4")
     assert record.metrics["violations"] == 0
     assert (record.metrics["sparsity"] < 0.01) == (method == "lora")
-    assert atomic.read_json(tmp_path / "tune/adapter/adapter_config.json")["peft_type"] == method.split("-")[0].upper()
+    assert atomic.read_json(tmp_path / "tune/adapter/adapter_config.json")["peft_type"] == peft_type(method)
 
 
 def test_checkpointing_inside_a_layer_changes_nothing_but_memory(
@@ -173,7 +173,7 @@ def test_checkpointing_inside_a_layer_changes_nothing_but_memory(
 def test_stock_peft_loads_what_is_lora_and_nothing_else(
     sparse_checkpoint: Path, config: TuneConfig, tmp_path: Path
 ) -> None:
-    from peft import PeftModel
+    from peft import PeftModel, PeftType
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(sparse_checkpoint)
@@ -186,3 +186,5 @@ def test_stock_peft_loads_what_is_lora_and_nothing_else(
     torch.testing.assert_close(F.softmax(logits, -1), F.softmax(merged(ids).logits, -1), rtol=0.1, atol=2e-3)
     with pytest.raises((KeyError, ValueError)):
         PeftModel.from_pretrained(base, str(tmp_path / "lors/adapter"))
+    known = {kind.value for kind in PeftType}  # it has a HiRA of its own, and would load ours as an untrained one
+    assert {method for method in LAYERS if peft_type(method) in known} == {"lora"}

@@ -26,6 +26,7 @@ from lors_cli.output import console
 from lors_cli.recipe.schema import ModelConfig, TuneConfig, TuneDataConfig
 from lors_cli.tuning.adapter import load_adapter
 from lors_cli.tuning.attach import adapter_layers, attach, base_mask
+from lors_cli.tuning.head import causal_lm_loss, model_loss, why_not_chunked
 from lors_cli.tuning.merge import merge
 from lors_cli.tuning.stage import tune
 
@@ -107,6 +108,18 @@ def test_routers_and_everything_else_stay_dense_and_unchanged(make: Make, config
     for key in before:
         if "gate." in key or "norm" in key or "embed" in key or "experts." in key:
             assert torch.equal(before[key], after[key]), key
+
+
+def test_a_loss_that_balances_routers_is_left_out(make: Callable[..., Path]) -> None:
+    """It is a batch's and not a label's: the loss of a step would depend on how the step is cut."""
+    network = load(make("Mixtral"))
+    ids = torch.arange(24).view(2, 12) % 200
+    batch = {"input_ids": ids, "labels": ids}
+    losses = []
+    for network.config.output_router_logits in (False, True):
+        assert why_not_chunked(network, batch) == ""
+        losses.append(float(model_loss(network, batch, torch.tensor(22.0)).detach()))
+    assert losses[0] == losses[1] == pytest.approx(float(causal_lm_loss(network, batch).detach()), rel=1e-5)
 
 
 def test_a_saved_adapter_merges_to_the_same_and_only_where_the_experts_zeros_are_the_same(

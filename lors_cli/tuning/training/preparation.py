@@ -66,14 +66,14 @@ def prepare_trainer(
     resumes = processes.from_main(lambda: latest_checkpoint(checkpoints, fingerprint) is not None)
     start = {} if resumes or config.start == "kaiming" else _start(config, network, layers, data, collator, loss)
     adapted = adapted or put_adapters(config, network, layers, grids)
+    gc.collect()
+    torch.cuda.empty_cache()  # what the start took, and what is free is asked for next
     if config.method == "lors":
         _keep_merged(network, config, sharded=source is not None)
     with torch.no_grad():
         for name, directions in start.items():
             adapted[name].lora_A.copy_(directions)
     network.zero_grad()
-    gc.collect()
-    torch.cuda.empty_cache()  # what the start took
     set_seed(config.seed)  # dropout is the same after any start
     return AdapterTrainer(config, network, data.samples, collator, loss, checkpoints, fingerprint, data.held_out)
 
