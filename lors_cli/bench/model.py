@@ -97,11 +97,13 @@ def sparse_model(
             raise MissingError(f"No checkpoint folder at {path}.")
         source = ModelConfig(path=path, dtype=str(dtype).removeprefix("torch."), device=str(device))  # type: ignore[arg-type]
         model = load_model(source)
-        layers = decoder_blocks(model)[1]
-        del layers[blocks or len(layers) :]
     model.requires_grad_(False)
-    linears = {name: weight.module for name, weight in prunable_weights(model).items()
-               if isinstance(weight.module, nn.Linear)}  # fmt: skip
+    layers = decoder_blocks(model)[1]
+    weights = prunable_weights(model)
+    del layers[blocks or len(layers) :]
+    left = set(layers.modules())
+    linears = {name: weight.module for name, weight in weights.items()
+               if isinstance(weight.module, nn.Linear) and weight.module in left}  # fmt: skip
     if path is None:
         for linear in linears.values():
             (_make_two_of_four if pattern == "2:4" else _make_half)(linear.weight)
