@@ -38,7 +38,9 @@ STARTS = {"sparsegpt": ("method=sparsegpt",), "admm": ("method=admm",),
           "reconstructed-2": ("method=admm", "reconstruct_epochs=2"),
           "reconstructed": ("method=admm", "reconstruct_epochs=6"),
           "reconstructed-256": ("method=admm", "reconstruct_epochs=2", "calibration.dataset=slimpajama",
-                                "calibration.num_samples=256", "calibration.sequence_length=512")}  # fmt: skip
+                                "calibration.num_samples=256", "calibration.sequence_length=512"),
+          "reconstructed-512": ("method=admm", "reconstruct_epochs=1", "calibration.dataset=slimpajama",
+                                "calibration.num_samples=512", "calibration.sequence_length=512")}  # fmt: skip
 """On the given tokens, but those that say which ones they take."""
 METHODS: dict[str, tuple[float, tuple[str, ...]]] = {
     "lors": (3e-4, ("method=lors",)),
@@ -57,7 +59,7 @@ DENSE = 29.53
 """WikiText-2 of the dense model."""
 SHORT = 40  # steps
 LONG = {"sparsegpt": 350, "admm": 350, "reconstructed-2": 310, "reconstructed": 220,
-        "reconstructed-256": 185}  # fmt: skip
+        "reconstructed-256": 185, "reconstructed-512": 130}  # fmt: skip
 """Steps by start: with its pruning an hour and a half."""
 FULL_STEPS = 1080
 """As many more make six hours of it."""
