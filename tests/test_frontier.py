@@ -55,7 +55,8 @@ def test_short_trials_choose_text_and_loss_and_few_are_run_long() -> None:
     assert {trial.method for trial in texts} == {"hira"}
     assert len(texts) == 3 * 2 - 1
     long = [trial for trial in order if trial.steps > frontier.SHORT]
-    on_starts, leaders, last = long[:4], long[4:-2], long[-2:]
+    number = len(frontier.STARTS)
+    on_starts, leaders, last = long[:number], long[number:-2], long[-2:]
     assert {(trial.start, trial.steps) for trial in on_starts} == set(frontier.LONG.items())
     assert {(trial.method, trial.text, trial.loss) for trial in on_starts} == {("lors-exact", "web", "labels")}
     assert {(trial.start, trial.steps) for trial in leaders} == {("admm", frontier.LONG["admm"])}

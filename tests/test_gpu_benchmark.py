@@ -78,6 +78,7 @@ def test_the_rehearsal_runs_everything_with_few_packages(tmp_path: Path) -> None
     assert len(found["text"].splitlines()) <= LINES + len(found["run"]["steps"])
 
 
+@pytest.mark.long
 def test_what_needs_no_stage_runs_without_their_packages_too(tmp_path: Path) -> None:
     """Steps 2 to 5 and all of 1 but the resumed run."""
     found = rehearsed(tmp_path, (*ABSENT, "accelerate", "psutil"), "right", "kernel", "decode", "pruning")

@@ -44,7 +44,6 @@ def prune(*args: object, **environment: str) -> subprocess.CompletedProcess[str]
 
 @pytest.mark.parametrize("options", [
     ("--method", "sparsegpt"), ("--method", "admm"), ("--method", "magnitude"),
-    ("--method", "wanda", "channel_permutation=true"),
     ("--method", "wanda", "channel_permutation=true", "quantize={group_size: 32, symmetric: false}"),
     ("--method", "wanda", "--pattern", "unstructured", "--sparsity", "0.5", "layer_sparsity=owl"),
 ])  # fmt: skip
