@@ -19,6 +19,7 @@ from byte_tokens import byte_tokenizer
 from typer.testing import CliRunner, Result
 
 from lors_cli.cli.app import app
+from lors_cli.output import console
 
 pytest_plugins = ("tiny_models", "packed_cases")
 
@@ -159,3 +160,9 @@ def ahead() -> Any:
     if not ahead.TOOL.is_file():
         pytest.skip(f"this wheel of Triton has no {ahead.TOOL.name}: registers and spills cannot be read")
     return ahead
+
+
+@pytest.fixture(autouse=True)
+def plain_console() -> None:
+    """No test writes as the one before it was told to, such as `--json`."""
+    console.configure(json_mode=False, verbosity=0)
