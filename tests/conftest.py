@@ -52,6 +52,12 @@ def _no_data_dir(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LORS_DATA_DIR", raising=False)
 
 
+@pytest.fixture(autouse=True)
+def _usual_console() -> None:
+    """No test writes as the one before it was told to, such as `--json`."""
+    console.configure()
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> Any:
     """`byte_tokenizer` for 64 tokens."""
@@ -160,9 +166,3 @@ def ahead() -> Any:
     if not ahead.TOOL.is_file():
         pytest.skip(f"this wheel of Triton has no {ahead.TOOL.name}: registers and spills cannot be read")
     return ahead
-
-
-@pytest.fixture(autouse=True)
-def plain_console() -> None:
-    """No test writes as the one before it was told to, such as `--json`."""
-    console.configure(json_mode=False, verbosity=0)

@@ -176,8 +176,8 @@ def begun(config: Any, out: Path | None) -> Figures:
     if found["settings"] != settings:
         raise UsageError(f"{path} holds a benchmark with other settings.", "Name another folder with --out.")
     here = environment_of(resolve_device(config.device))
-    then = {key: found["environment"][key] for key in here if key in found["environment"]}
-    if found["cells"] and (then != {key: here[key] for key in then} or found.get("model") != measured_model(config)):
+    is_elsewhere = any(found["environment"].get(key, value) != value for key, value in here.items())
+    if found["cells"] and (is_elsewhere or found.get("model") != measured_model(config)):
         raise UsageError(
             f"{path} holds figures of another machine, of other packages, or of what the model was before.",
             "Name another folder with --out.",

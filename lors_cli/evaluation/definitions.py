@@ -87,13 +87,8 @@ def definition_text(path: Path) -> list[str]:
     Raises:
         UsageError: as `read_definition`.
     """
-    return [_text(file) for file in _files(path.resolve(), ())]
-
-
-def _files(path: Path, above: tuple[Path, ...]) -> Iterator[Path]:
-    yield path
-    for included in _includes(path, _read(path, above)):
-        yield from _files(included, (*above, path))
+    texts = [file.read_text(encoding="utf-8", errors="replace") for file, _ in _parts(path.resolve(), ())]
+    return texts[::-1]
 
 
 @functools.cache
@@ -103,23 +98,14 @@ def read_definition(path: Path) -> dict[str, Any]:
     Raises:
         UsageError: it is no YAML mapping, or includes itself or what is not there.
     """
-    return _merged(path.resolve(), ())
+    merged: dict[str, Any] = {}
+    for _, content in _parts(path.resolve(), ()):
+        merged |= content
+    return merged
 
 
-def _merged(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
-    content, merged = _read(path, above), dict[str, Any]()
-    for included in _includes(path, content):
-        merged |= _merged(included, (*above, path))
-    return merged | {key: value for key, value in content.items() if key != "include"}
-
-
-def _includes(path: Path, content: dict[str, Any]) -> list[Path]:
-    """The files that a definition names to be read first: one, or a list."""
-    named = content.get("include", [])
-    return [(path.parent / name).resolve() for name in (named if isinstance(named, list) else [named])]
-
-
-def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+def _parts(path: Path, above: tuple[Path, ...]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The files that a definition includes, one or a list, and then itself, each with its own content."""
     import yaml
 
     if path in above:
@@ -130,7 +116,10 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         raise UsageError(f"{path} cannot be read as a task's definition: {error}") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path} is no task's definition: it has no keys.")
-    return content
+    included = content.pop("include", [])
+    for name in included if isinstance(included, list) else [included]:
+        yield from _parts((path.parent / name).resolve(), (*above, path))
+    yield path, content
 
 
 def _loader(folder: Path) -> Any:

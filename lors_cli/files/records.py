@@ -24,7 +24,7 @@ JOURNAL_NAME = ".publishing.json"
 CARD_NAME = "README.md"
 """The model card, which is for people to edit."""
 FINGERPRINT_NAME, MADE_NAME, DTYPE_NAME = "fingerprint.json", "made.json", "dtype.json"
-"""In the work folder: whose work it is, and the settings and inputs that it is done with."""
+"""In the work folder: whose work it is, the settings and inputs that it is done with, and the number format."""
 
 
 @dataclass(frozen=True)

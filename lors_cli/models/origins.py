@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from lors_cli.data import hub
 from lors_cli.data.text_files import FORMATS
 from lors_cli.files.records import CARD_NAME, StageRecord, read_record
 from lors_cli.files.revisions import listing_of
@@ -18,7 +19,6 @@ TAG = "lors"
 OF_THE_BASE = ("license", "license_name", "license_link", "language")
 """What a card takes over from the base model's."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_DATASET = re.compile(r"([\w.-]+/[\w.-]+)(?::[\w.+-]+)?(?:@[\w./+-]+)?")
 _HUB_DATA = re.compile(r"hub:([\w.-]+/[\w.-]+?)[/@].*")
 _WORDS = ("system_instruction",)
 """Settings that are no name of anything."""
@@ -95,9 +95,8 @@ def portable(value: Any) -> Any:
         return {key: item if key in _WORDS else portable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [portable(item) for item in value]
-    if not isinstance(value, str) or value.startswith(PACKAGE_SCHEME) or looks_like_hub_id(value):
+    if not isinstance(value, str) or value.startswith(PACKAGE_SCHEME):
         return value
-    dataset = _HUB_DATASET.fullmatch(value)
-    if dataset and looks_like_hub_id(dataset[1]):
+    if (place := hub.parse(value)) and looks_like_hub_id(place.repo):
         return value
     return short_name(value) if "/" in value or "\\" in value else value

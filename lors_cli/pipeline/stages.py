@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -182,11 +183,7 @@ def _evaluation(config: EvalConfig, models: dict[str, ModelConfig]) -> str:
 
 def _pack(config: PackConfig, models: dict[str, ModelConfig], out: Path, data_dir: Path | None) -> None:
     (model,) = models.values()
-
-    def pack() -> None:
-        packing.pack_model(config, model, out, data_dir=data_dir)
-
-    processes.from_main(pack)
+    processes.from_main(partial(packing.pack_model, config, model, out, data_dir=data_dir))
 
 
 def _packed_size(config: PackConfig, models: dict[str, ModelConfig]) -> str:

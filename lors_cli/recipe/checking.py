@@ -88,7 +88,7 @@ def unknown_key(schema: type, key: str, parent: KeyPath, prefix: str = "") -> st
     plain = key.lower().replace("-", "_")
     if plain in ("target_modules", "lora_target_modules"):
         return "unknown key; every pruned linear gets an adapter, there is no choice to make"
-    if plain == "data_dir":
+    if plain == "data_dir" and not parent:  # a recipe's, in a stage's settings
         return "unknown key; write --data-dir FOLDER"
     if plain == "tensorboard" and "report_to" in field_names(schema):
         return f"this setting is gone; write {dotted((*parent, 'report_to'))}: [tensorboard]"

@@ -95,9 +95,11 @@ class Slurm:
                 if state == "RUNNING" and name not in seen:
                     seen.add(name)
                     told(job, "started")
-                is_finished = state is None and job.is_finished()
-                since = gone.setdefault(name, time.monotonic()) if state is None else 0.0
-                if state is not None or not (is_finished or self._is_settled(job, since, folder)):
+                if state is not None:
+                    gone.pop(name, None)
+                    continue
+                is_finished = job.is_finished()
+                if not is_finished and not self._is_settled(job, gone.setdefault(name, time.monotonic()), folder):
                     continue
                 del left[name]
                 if is_finished:

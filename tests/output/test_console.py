@@ -4,20 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from lors_cli.output import console, progress
-
-
-@pytest.fixture(autouse=True)
-def _usual_console() -> Iterator[None]:
-    console.configure()
-    yield
-    console.configure()
-
 
 Capture = pytest.CaptureFixture[str]
 ODD = "a [bold]word[/bold] [/x] [link=y] :warning: 100 % C:\\dir\\ [1/3]"

@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 
 import pytest
 
 from lors_cli.errors import UsageError
 from lors_cli.machine import memory as heap
 from lors_cli.output import console, progress
-
-
-@pytest.fixture(autouse=True)
-def _usual_console() -> Iterator[None]:
-    console.configure()
-    yield
-    console.configure()
 
 
 @pytest.fixture

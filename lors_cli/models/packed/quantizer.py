@@ -23,6 +23,9 @@ from lors_cli.sparsity import Pattern
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_OF_LOADING = ("dequantize", "device")
+"""What says how to load, and is of no file."""
+
 
 @register_quantization_config(PACKED)
 class PackedConfig(QuantizationConfigMixin):
@@ -78,9 +81,7 @@ class PackedConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json says."""
-        said = {
-            key: value for key, value in vars(self).items() if key not in ("dequantize", "device") and value is not None
-        }
+        said = {key: value for key, value in vars(self).items() if key not in _OF_LOADING and value is not None}
         return copy.deepcopy(said)
 
     def to_diff_dict(self) -> dict[str, Any]:

@@ -96,8 +96,8 @@ class Tuned:
         self.stored, self.kept = stored, stored != 0
         tuned = {weight.expert for weight in weights}
         self.left = [] if None in tuned else [number for number in range(len(stored)) if number not in tuned]
-        """Experts that were skipped, and what they are."""
         self.left_as = stored.detach()[self.left].float()
+        """Experts that were skipped: their numbers, and what they are."""
         self.kept[self.left] = False
         self.master = stored.detach().float().requires_grad_()
         self.on_grid = {weight.expert: (weight, grids[weight.name]) for weight in weights if weight.name in grids}
