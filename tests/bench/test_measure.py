@@ -60,7 +60,8 @@ def test_the_document_and_its_ratios() -> None:
     assert list(cell) == ["lora", "lors", "lors-cached", "sqft", "sqft-gc"]
     for figures in cell.values():
         assert figures["tokens_per_s"]["min"] > 0
-        assert figures["tokens_per_s"]["median"] == pytest.approx(16 / figures["step_s"]["median"], rel=0.5)
+        for slowest, longest in (("min", "max"), ("max", "min")):  # medians of two are no inverses of each other
+            assert figures["tokens_per_s"][slowest] == pytest.approx(16 / figures["step_s"][longest], rel=0.05)
     assert cell["lora"]["step_over_lora"]["median"] == cell["lors"]["step_over_lors"]["median"] == 1
     json.dumps(found)
 
