@@ -26,7 +26,7 @@ from lors_cli.tuning import stage as tuning
 
 TEXT = {"text.txt": "some text\n", "other.txt": "other text\n"}
 PRUNE = PruneConfig(method="wanda", pattern="unstructured", sparsity=0.5, quantize=QuantizeConfig(),
-                    calibration=CalibrationConfig(dataset="text.txt"))  # fmt: skip
+                    reconstruct_epochs=1, calibration=CalibrationConfig(dataset="text.txt"))  # fmt: skip
 TUNE = TuneConfig(
     data=TuneDataConfig(dataset="text.txt", stream="on"),
     distill=DistillConfig(teacher="teacher.gguf", cache=TeacherCacheConfig()),
@@ -56,7 +56,8 @@ OTHER: dict[str, Any] = {
 }  # fmt: skip
 """Another value than the default's neighbour; None where there is none that could be given beside the others."""
 WITHOUT_EFFECT = {
-    "prune.calibration.offload", "eval.generations", *(f"tune.{name}" for name in tuning.WITHOUT_EFFECT),
+    "prune.calibration.offload", "prune.calibration.batch_size", "eval.generations",
+    *(f"tune.{name}" for name in tuning.WITHOUT_EFFECT),
 }  # fmt: skip
 BEGUN = {"prune": PRUNE, "tune": TUNE, "eval": EVAL}
 

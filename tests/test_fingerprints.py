@@ -52,7 +52,7 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                 reconstruct_epochs=2,
                 calibration=CalibrationConfig(dataset="text.txt", seed=3),
             ),
-            "7c2017ba7ecdafe73a893cc034bf7220",
+            "f2b4ce7c9053e910f931e67920a119a3",
         ),
     ],
 )

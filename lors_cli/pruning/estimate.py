@@ -18,7 +18,7 @@ from lors_cli.machine.devices import free_memory
 from lors_cli.models.needs import RECORDS, RUNTIME, Estimate
 from lors_cli.models.size import ModelSize, forward
 from lors_cli.output.console import gib
-from lors_cli.pruning.facts import RECONSTRUCTION_SAMPLES, grid_spec, statistics_kind
+from lors_cli.pruning.facts import grid_spec, statistics_kind
 from lors_cli.recipe.schema import ModelConfig, PruneConfig
 from lors_cli.sparsity import Pattern
 
@@ -54,12 +54,12 @@ def memory_parts(config: PruneConfig, size: ModelSize, num_processes: int = 1) -
         activations += mine * (2 * size.hidden_size + size.intermediate_size) * size.bytes_a_weight
     statistics, solver = _statistics(config, size), _solver(config, size.without(config.skip))
     if config.reconstruct_epochs:
-        samples = RECONSTRUCTION_SAMPLES * in_flight // config.calibration.batch_size
-        kept = samples * (10 * size.hidden_size + 6 * size.intermediate_size) * FLOAT
-        solver = max(statistics + solver, 5 * FLOAT * block // size.bytes_a_weight + block + kept) - statistics
+        kept = in_flight * (10 * size.hidden_size + 6 * size.intermediate_size) * FLOAT
+        solver = max(statistics + solver, 5 * FLOAT * block // size.bytes_a_weight + kept) - statistics
     outside = (size.num_parameters - size.num_prunable) * size.bytes_a_weight  # read before the blocks, then given up
     weights = max(weights, outside - activations - statistics - solver)
     hidden = 0 if config.calibration.offload == "disk" else mine * size.hidden_size * size.bytes_a_weight
+    hidden *= 2 if config.reconstruct_epochs else 1  # the dense blocks' beside the pruned ones'
     return {"weights": weights, "activations": activations, "statistics": statistics, "solver": solver,
             "hidden_states": hidden}  # fmt: skip
 
@@ -67,7 +67,9 @@ def memory_parts(config: PruneConfig, size: ModelSize, num_processes: int = 1) -
 def needs(config: PruneConfig, size: ModelSize) -> Estimate:
     """Memory by `memory_parts`; on disk the checkpoint, its blocks, and the hidden states to resume from."""
     tokens = 0 if statistics_kind(config) == "none" else calibration_tokens(config, size)[0]
-    disk = 2 * (size.num_bytes + _grids(config, size)) + 2 * tokens * size.hidden_size * size.bytes_a_weight + RECORDS
+    copies = 5 if config.reconstruct_epochs else 2  # of the hidden states
+    hidden = copies * tokens * size.hidden_size * size.bytes_a_weight
+    disk = 2 * (size.num_bytes + _grids(config, size)) + hidden + RECORDS
     return Estimate(RUNTIME + sum(memory_parts(config, size).values()), disk)
 
 
@@ -125,7 +127,8 @@ def calibration_tokens(config: PruneConfig, size: ModelSize) -> tuple[int, int]:
     calibration = config.calibration
     samples, length = _stored_tokens(calibration.dataset) or (DEFAULT_SAMPLES, min(DEFAULT_LENGTH, size.max_length))
     samples, length = calibration.num_samples or samples, calibration.sequence_length or length
-    return samples * length, min(samples, calibration.batch_size) * length
+    together = config.reconstruct_batch_size if config.reconstruct_epochs else calibration.batch_size
+    return samples * length, min(samples, together) * length
 
 
 def _stored_tokens(dataset: str) -> tuple[int, int] | None:
@@ -182,7 +185,8 @@ def operations(config: PruneConfig, size: ModelSize) -> float:
     tokens, _ = calibration_tokens(config, size)
     length = config.calibration.sequence_length or min(DEFAULT_LENGTH, size.max_length)
     total = (1 if config.sequential else 2) * forward(size, tokens, length, head=False)
-    total += config.reconstruct_epochs * 3 * forward(size, tokens, length, head=False)
+    if config.reconstruct_epochs:  # and the dense blocks once
+        total += (1 + 3 * config.reconstruct_epochs) * forward(size, tokens, length, head=False)
     if statistics_kind(config) == "hessian":
         size = size.without(config.skip)
         inputs = distinct_inputs(size)

@@ -15,8 +15,6 @@ STATISTICS: dict[str, Kind] = {
     "magnitude": "none", "wanda": "norm", "ria": "norm", "sparsegpt": "hessian", "admm": "hessian",
 }  # fmt: skip
 """What each method looks at."""
-RECONSTRUCTION_SAMPLES = 4
-"""Calibration samples in one step of block reconstruction."""
 
 
 def statistics_kind(config: PruneConfig) -> Kind:

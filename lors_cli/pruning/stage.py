@@ -18,7 +18,7 @@ from lors_cli.files import atomic, hashes, records
 from lors_cli.grid import packed_metrics
 from lors_cli.machine import environment, processes
 from lors_cli.output import console, progress
-from lors_cli.pruning.facts import RECONSTRUCTION_SAMPLES, grid_spec, statistics_kind
+from lors_cli.pruning.facts import grid_spec, statistics_kind
 from lors_cli.recipe.resolved import resolved_prune
 from lors_cli.sparsity import Pattern, summarise
 
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from lors_cli.recipe.schema import ModelConfig, PruneConfig
 
 STAGE_VERSION = 3
-RECONSTRUCTION_VERSION = 4
-"""Of blocks that are reconstructed: at 3 the first step was a third of what it is now."""
+RECONSTRUCTION_VERSION = 5
+"""Of blocks that are reconstructed: at 4 towards what the dense block makes of the pruned ones' outputs."""
 
 
 def stage_fingerprint(config: PruneConfig, model_fingerprint: str, data_dir: Path | None) -> str:
@@ -56,6 +56,10 @@ def _identity(
     for key in ("skip", "quantize"):  # earlier versions had none
         if not settings[key]:
             del settings[key]
+    if config.reconstruct_epochs:
+        del settings["calibration"]["batch_size"]
+    else:
+        del settings["reconstruct_batch_size"]
     inputs = {"model": model_fingerprint}
     if statistics_kind(config) == "none":
         del settings["calibration"]
@@ -187,13 +191,12 @@ def _calibration_batches(
     if not config.reconstruct_epochs:
         return list(tokens.split(calibration.batch_size))
     number = processes.num_processes()
-    steps = tokens.split(min(calibration.batch_size, RECONSTRUCTION_SAMPLES))
+    steps = tokens.split(config.reconstruct_batch_size)
     first, last = len(steps[0]), len(steps[-1])
     if last < number:
         raise UsageError(
-            f"reconstruct_epochs: steps of {first} calibration samples, the last of {last}, cannot be shared by "
-            f"{number} processes.",
-            f"Start no more than {last}, or give a calibration.num_samples that is a multiple of {first}.",
+            f"reconstruct_batch_size: steps of {first}, the last of {last}, cannot be shared by {number} processes.",
+            f"Give a reconstruct_batch_size of {number} or more that divides the number of samples ({len(tokens)}).",
         )
     return [part for step in steps for part in step.tensor_split(number)]
 

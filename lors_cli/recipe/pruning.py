@@ -28,7 +28,7 @@ class CalibrationConfig(Section):
     sequence_length: Positive | None = None
     """Tokens a sequence. Default 2048 or the model's limit; a pre-tokenised file is used whole."""
     batch_size: Positive = 8
-    """Sequences a forward pass."""
+    """Sequences a forward pass; where blocks are reconstructed that is `reconstruct_batch_size`."""
     offload: Literal["auto", "device", "cpu", "disk"] = "auto"
     """Where hidden states are kept between blocks. auto: on the device if they take at most half of its free memory,
     else in CPU memory, else on disk. Not part of a stage's fingerprint."""
@@ -62,7 +62,10 @@ class PruneConfig(Section):
     """Solve for the kept weights anew on the mask that the method chose (least squares on the layer's outputs)."""
     reconstruct_epochs: NotNegative = 0
     """Passes over the calibration samples in which the kept weights of each block are then tuned by gradients to give
-    the dense block's outputs (EBFT, arXiv:2402.12419). The best recovery without training, and the slowest."""
+    what the block gives in the dense model (EBFT, arXiv:2402.12419). The best recovery without training, and the
+    slowest."""
+    reconstruct_batch_size: Positive = 1
+    """Calibration samples in one step of these, which several processes share. More give fewer and larger steps."""
     true_sequential: bool | None = None
     """Prune each group of linears (q/k/v, o, gate/up, down) on inputs from the already pruned ones before it, in one
     pass of each block, and not the whole block on its dense inputs in two. Faster and mostly better, at the price of

@@ -324,7 +324,7 @@ def test_load_stage_problems() -> None:
     assert caught.value.message.splitlines() == [
         "p.yaml:1: method: must be one of magnitude, wanda, sparsegpt, ria, admm, not wnda; did you mean wanda?",
         "p.yaml:2: tune: unknown key; known here: method, pattern, sparsity, refit, reconstruct_epochs, "
-        "true_sequential, channel_permutation, layer_sparsity, quantize, skip, calibration",
+        "reconstruct_batch_size, true_sequential, channel_permutation, layer_sparsity, quantize, skip, calibration",
         "override sparsity=2: must be below 1, not 2",
         "override foo: must be key=value",
         "--num-samples: must be above 0, not 0",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from lors_cli.grid import GridSpec
-from lors_cli.pruning.facts import RECONSTRUCTION_SAMPLES, STATISTICS, grid_spec, statistics_kind
+from lors_cli.pruning.facts import STATISTICS, grid_spec, statistics_kind
 from lors_cli.pruning.methods.admm import admm, admm_rounded
 from lors_cli.pruning.methods.gptq import Rounded, quantise_pruned
 from lors_cli.pruning.methods.magnitude import magnitude
@@ -19,7 +19,7 @@ from lors_cli.pruning.methods.wanda import wanda
 from lors_cli.sparsity import Pattern
 
 __all__ = [
-    "RECONSTRUCTION_SAMPLES", "ROUNDED_SOLVERS", "SOLVERS", "STATISTICS", "grid_spec", "prune_group", "refit_group",
+    "ROUNDED_SOLVERS", "SOLVERS", "STATISTICS", "grid_spec", "prune_group", "refit_group",
     "round_group", "scores", "statistics_kind",
 ]  # fmt: skip
 

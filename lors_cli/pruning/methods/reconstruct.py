@@ -24,16 +24,17 @@ from lors_cli.pruning.methods.statistics import NOT_FINITE
 if TYPE_CHECKING:
     from torch import nn
 
-RATE = 0.015
-"""The first step's size, as a share of the root mean square of a parameter's kept weights."""
-GRID_RATE = 0.02
+RATE = 0.0075
+"""The first step's size, as a share of the root mean square of a parameter's kept weights; this and those below for one
+sample a step, for more of them times the root of their number."""
+GRID_RATE = 0.01
 """The same of weights on a grid, which have half of its step to go before anything changes."""
-SCALE_RATE = 0.003
+SCALE_RATE = 0.0015
 """The first step's size, as a share of a scale."""
 BETAS = (0.9, 0.95)
 
 Run = Callable[["nn.Module | Substituted", torch.Tensor, int], torch.Tensor]
-Inputs = Callable[[], "tuple[torch.Tensor, int]"]
+Inputs = Callable[[], "tuple[torch.Tensor, torch.Tensor, int]"]
 
 
 @dataclass
@@ -104,11 +105,11 @@ class Tuned:
         self.stretch = {expert: torch.zeros_like(grid.scales, dtype=torch.float32).requires_grad_()
                         for expert, (_, grid) in self.on_grid.items()}  # fmt: skip
 
-    def groups(self) -> list[dict[str, Any]]:
-        """What the optimiser is to change, and how fast."""
-        size = float(self.master.detach()[self.kept].square().mean().sqrt())
+    def groups(self, scale: float) -> list[dict[str, Any]]:
+        """What the optimiser is to change, and how fast, all rates times `scale`."""
+        size = scale * float(self.master.detach()[self.kept].square().mean().sqrt())
         return [{"params": [self.master], "lr": (GRID_RATE if self.on_grid else RATE) * size},
-                *({"params": [stretch], "lr": SCALE_RATE} for stretch in self.stretch.values())]  # fmt: skip
+                *({"params": [stretch], "lr": scale * SCALE_RATE} for stretch in self.stretch.values())]  # fmt: skip
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -142,8 +143,8 @@ class Tuned:
 
 
 def reconstruct(
-    block: nn.Module, dense: nn.Module, weights: Sequence[PrunableWeight], run: Run, inputs: Sequence[Inputs],
-    *, epochs: int, seed: int, grids: dict[str, Grid] | None = None,
+    block: nn.Module, weights: Sequence[PrunableWeight], run: Run, inputs: Sequence[Inputs],
+    *, epochs: int, seed: int, samples: int = 1, grids: dict[str, Grid] | None = None,
 ) -> tuple[float, float]:  # fmt: skip
     """Minimise the squared difference to the dense block's outputs, as a share of theirs, by Adam; zeros are kept.
 
@@ -151,11 +152,12 @@ def reconstruct(
     falls linearly to 0. Of several processes each has its part of every step's batch; gradients are summed.
 
     Args:
-        dense: a copy of the block from before it was pruned.
         weights: the block's prunable weights; the parameters that hold them are what is tuned.
         run: (block, X, number of the batch) -> the block's output, X (samples, tokens, hidden_size).
-        inputs: give X and number of each step (of this process's part of it), drawn in random order; on what the
-            pruned blocks before put out.
+        inputs: give X, what the block is to put out, and number of each step (of this process's part of it), drawn in
+            random order. X is what the pruned blocks before put out, the target what the dense model's block does, so
+            that this one makes up for those before, too.
+        samples: in a step, of all processes together.
         grids: those of weights that lie on one, by full name; the tuned ones take their place.
 
     Returns:
@@ -170,16 +172,16 @@ def reconstruct(
     grids = {} if grids is None else grids
     tuned = _tuned(block, weights, grids)
     optimizer = torch.optim.Adam(
-        [group for parameter in tuned.values() for group in parameter.groups()],
+        [group for parameter in tuned.values() for group in parameter.groups(math.sqrt(samples))],
         betas=BETAS, eps=1e-20,  # gradients may be of any size
     )  # fmt: skip
     trained = [each for group in optimizer.param_groups for each in group["params"]]
     steps = epochs * len(inputs)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
 
-    def step(x: torch.Tensor, batch: int) -> float:
+    def step(x: torch.Tensor, target: torch.Tensor, batch: int) -> float:
         with torch.no_grad():
-            target = run(dense, x, batch).float()
+            target = target.float()
             told = torch.stack([target.square().sum(), target.new_tensor(float(target.numel()))])
             size, numel = processes.add_up(told)
         with torch.enable_grad():

@@ -7,7 +7,6 @@ every pass before each group, prunes it there, and goes on.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
@@ -25,9 +24,8 @@ from lors_cli.output import console
 from lors_cli.pruning import methods
 from lors_cli.pruning.methods.reconstruct import reconstruct
 from lors_cli.pruning.methods.statistics import InputStatistics
-from lors_cli.pruning.walk.calibration import BlockArguments
 from lors_cli.pruning.walk.free_inputs import FreeInput, apply_permutation, find_for, free_inputs, row_orders
-from lors_cli.pruning.walk.hidden_states import HiddenStates
+from lors_cli.pruning.walk.passes import Walk
 from lors_cli.pruning.walk.phases import Phases
 from lors_cli.pruning.walk.recorder import BlockDone, InputGroup, InputRecorder
 from lors_cli.pruning.walk.staged import Forward, run_staged, shared_inputs
@@ -93,16 +91,23 @@ def without_data(block: Block) -> None:
         solve(block, InputGroup([name], InputStatistics("none")), number)
 
 
-def prune_block(block: Block, states: HiddenStates, arguments: BlockArguments, orders: Orders) -> None:
-    """Prune a block on its inputs in `states`, and put the pruned block's outputs there."""
-    forwards = [partial(_pass, block.module, states, arguments, number) for number in states.numbers]
+def prune_block(block: Block, walk: Walk, orders: Orders) -> None:
+    """Prune a block on its inputs in a walk, and put the pruned block's outputs there."""
+    states = walk.states
+    if walk.dense is not None:
+        with block.phases("forward"):
+            list(walk.dense.run(block.module, block.index))
+        with block.phases("io"):
+            states.settle()
+            walk.dense.states.advance()
+    forwards = [partial(_pass, block, walk, number) for number in states.numbers]
     with block.phases("forward"):
         stages = _stages(block, forwards[-1], orders) if block.config.sequential and block.weights else None
         outputs: Iterator[torch.Tensor] = (forward() for forward in forwards)
         if block.weights:
             outputs = at_once(block, forwards) if stages is None else in_stages(block, stages, forwards)
         if block.config.reconstruct_epochs and block.weights:
-            _reconstruct(block, outputs, states, arguments)
+            _reconstruct(block, outputs, walk)
             outputs = (forward() for forward in forwards)
         for number, output in zip(states.numbers, outputs, strict=True):
             with block.phases("io"):
@@ -142,25 +147,25 @@ def in_stages(block: Block, stages: list[list[str]], forwards: Sequence[Forward]
     return run_staged([block.weights[group.names[0]].module for group in groups], forwards, observe, prune)
 
 
-def _reconstruct(
-    block: Block, outputs: Iterator[torch.Tensor], states: HiddenStates, arguments: BlockArguments
-) -> None:
-    """Prune a block, dense as yet, in the way that yields `outputs`, and tune the weights that are kept."""
-    dense = copy.deepcopy(block.module)
+def _reconstruct(block: Block, outputs: Iterator[torch.Tensor], walk: Walk) -> None:
+    """Prune a block in the way that yields `outputs`, and tune the weights that are kept."""
     with closing(outputs):  # type: ignore[type-var]
         next(outputs)  # by then every group is pruned; the other passes need not be run to their ends
     with block.phases("reconstruct"):
-        reconstruct(block.module, dense, [*block.weights.values()], arguments.run,
-                    [partial(_input, states, number) for number in states.numbers],
-                    epochs=block.config.reconstruct_epochs, seed=block.index, grids=block.grids)  # fmt: skip
+        reconstruct(block.module, [*block.weights.values()], walk.arguments[block.index].run,
+                    [partial(_step, walk, number) for number in walk.states.numbers],
+                    epochs=block.config.reconstruct_epochs, samples=block.config.reconstruct_batch_size,
+                    seed=block.index, grids=block.grids)  # fmt: skip
 
 
-def _pass(module: nn.Module, states: HiddenStates, arguments: BlockArguments, number: int) -> torch.Tensor:
-    return arguments.run(module, states.get(number), number)
+def _pass(block: Block, walk: Walk, number: int) -> torch.Tensor:
+    return walk.arguments[block.index].run(block.module, walk.states.get(number), number)
 
 
-def _input(states: HiddenStates, number: int) -> tuple[torch.Tensor, int]:
-    return states.get(number), number
+def _step(walk: Walk, number: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """A step's inputs, and what the dense block put out in the dense model."""
+    assert walk.dense is not None
+    return walk.states.get(number), walk.dense.states.get(number), number
 
 
 def _stages(block: Block, forward: Forward, orders: Orders) -> list[list[str]] | None:

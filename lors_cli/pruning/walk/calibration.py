@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
+from copy import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,16 @@ class BlockArguments:
         named = {key: _map(here, (key,), value) for key, value in keyword.items()}
         output = block(hidden, *_map(here, (), positional), **named)
         return output[0] if isinstance(output, tuple) else output
+
+    def apart(self, twins: dict[int, MutableMapping[Any, Any]]) -> BlockArguments:
+        """The same for another run of the same texts, which mappings are not shared with: by id, its are `twins`."""
+
+        def own(value: Any) -> Any:
+            return twins.setdefault(id(value), copy(value)) if isinstance(value, MutableMapping) else value
+
+        by_batch = {number: (tuple(map(own, positional)), {key: own(value) for key, value in keyword.items()})
+                    for number, (positional, keyword) in self.by_batch.items()}  # fmt: skip
+        return BlockArguments(by_batch, [*map(own, self.empty)])
 
     @property
     def shared(self) -> bool:

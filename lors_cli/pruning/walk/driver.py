@@ -98,25 +98,25 @@ def _with_calibration(
     phases, num_blocks, orders = outcome.phases, len(model.blocks), Orders()
     patterns = _patterns(config, model, pattern, work, batches, phases)
     with phases("forward"):
-        states, arguments, first = start_walk(model, batches, config.calibration, work)
-    if first:
-        console.info(f"  resuming after {first} of {num_blocks} blocks done by an earlier run")
-    with progress.progress("prune", num_blocks, "blocks") as task, closing(states):
-        task.skip(sum(_take_up(work, index, outcome) for index in range(first)))
-        for index in range(first, num_blocks):
+        walk = start_walk(model, batches, config.calibration, work, with_dense=config.reconstruct_epochs > 0)
+    if walk.first:
+        console.info(f"  resuming after {walk.first} of {num_blocks} blocks done by an earlier run")
+    with progress.progress("prune", num_blocks, "blocks") as task, closing(walk):
+        task.skip(sum(_take_up(work, index, outcome) for index in range(walk.first)))
+        for index in range(walk.first, num_blocks):
             with ExitStack() as stack:
                 with phases("io"):
                     module = stack.enter_context(model.block(index))
                 block = open_block(config, model, index, module, patterns[index], phases)
-                prune_block(block, states, arguments[index], orders)
+                prune_block(block, walk, orders)
                 _note(work, block, outcome)
-                note_shared(work, arguments[index])
+                note_shared(work, walk.arguments[index])
                 with phases("io"):
                     tensors = model.checkpoint_tensors(index) if processes.is_main() else {}
-                    states.advance(block_file(work, index) if processes.is_main() else None, tensors)
+                    walk.states.advance(block_file(work, index) if processes.is_main() else None, tensors)
             task.advance(note=str(phases))
         with phases("io"):
-            states.settle()
+            walk.states.settle()
 
 
 def _patterns(

@@ -42,10 +42,14 @@ class HiddenStates:
     """Hidden states (samples, tokens, hidden_size) by batch number.
 
     They are written to `folder`, kept in `place` between blocks, and `get` puts them on `device`.
+
+    Args:
+        ahead: they go on before the block is done, so that a run may have to resume one block earlier.
     """
 
-    def __init__(self, folder: Path, place: Place, device: torch.device) -> None:
-        self.folder, self._place, self._device = folder, place, device
+    def __init__(self, folder: Path, place: Place, device: torch.device, *, ahead: bool = False) -> None:
+        self.folder, self._place, self._device, self._ahead = folder, place, device, ahead
+        folder.mkdir(exist_ok=True)
         self._index = -1
         self._kept: dict[int, torch.Tensor] = {}
         self._files: dict[int, Path] = {}
@@ -97,7 +101,7 @@ class HiddenStates:
         self.settle()
         writer, self._writer = self._writer, None
         assert writer is not None
-        old = self._path(self._index - (0 if processes.num_processes() == 1 else 2))
+        old = self._path(self._index - (2 if processes.num_processes() > 1 else int(self._ahead)))
         self._saving = self._saver.submit(_save, weights, tensors or {}, writer, old)
         self._index += 1
         self._files = dict.fromkeys(self.numbers, writer.path)
@@ -116,17 +120,19 @@ class HiddenStates:
         if self._writer is not None:
             self._writer.abandon()
 
-    def resume(self, numbers: list[int], num_batches: int) -> int | None:
+    def resume(self, numbers: list[int], num_batches: int, at: int | None = None) -> int | None:
         """Take up the hidden states of an earlier run, of as many processes as it may have had.
 
         Args:
             numbers: this process's batches.
             num_batches: of all processes; only a block whose inputs are there for all of them counts.
+            at: the only block that will do, None for any.
 
         Returns:
             The index of the block to resume at, None when there is nothing to resume from.
         """
-        for index, files in sorted(self._saved().items(), reverse=True):
+        saved = self._saved().items()
+        for index, files in sorted((item for item in saved if at in (None, item[0])), reverse=True):
             found = {number: file for file in files for number in _numbers(file)}
             if found.keys() == set(range(num_batches)):  # batches may be cut otherwise for other processes
                 self._index = index

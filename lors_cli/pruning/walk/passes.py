@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,6 +23,8 @@ from lors_cli.pruning.walk.hidden_states import HiddenStates, choose_place
 from lors_cli.pruning.walk.recorder import InputRecorder
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from lors_cli.models.streaming import BlockwiseModel
     from lors_cli.recipe.schema import CalibrationConfig
 
@@ -29,16 +32,43 @@ ANEW = "anew"
 """A file in a folder of hidden states that says that more than these would be needed to resume from them."""
 
 
-def start_walk(
-    model: BlockwiseModel, batches: list[torch.Tensor], config: CalibrationConfig, folder: Path
-) -> tuple[HiddenStates, list[BlockArguments], int]:
+@dataclass
+class Walk:
     """The inputs of the first block that is to do, what all blocks get besides, and that block's index.
+
+    `dense` is the same of a walk beside it, through the blocks as they were before they were pruned.
+    """
+
+    states: HiddenStates
+    arguments: list[BlockArguments]
+    first: int
+    dense: Walk | None = None
+
+    def run(self, block: nn.Module, index: int) -> Iterator[int]:
+        """Put what block `index` makes of its inputs where the next one's inputs are: yields a batch that is done."""
+        for number in self.states.numbers:
+            self.states.put(number, self.arguments[index].run(block, self.states.get(number), number))
+            yield number
+
+    def close(self) -> None:
+        """Stop saving; what is not whole is removed."""
+        self.states.close()
+        if self.dense is not None:
+            self.dense.close()
+
+
+def start_walk(
+    model: BlockwiseModel, batches: list[torch.Tensor], config: CalibrationConfig, folder: Path, *,
+    with_dense: bool = False,
+) -> Walk:  # fmt: skip
+    """A walk from the first block that is to do.
 
     Args:
         model: its blocks are not read.
         batches: (samples, tokens) int64 each, of all processes together; this one takes its share.
         config: says where hidden states are kept.
         folder: of hidden states, perhaps with those of an earlier run.
+        with_dense: there is to be a walk through the dense blocks, too.
 
     Raises:
         UsageError: there are fewer batches than processes, or the model does more than hand on hidden states.
@@ -54,23 +84,37 @@ def start_walk(
     text = model.network.config.get_text_config()
     numbers = text.hidden_size * getattr(text, "altup_num_inputs", 1)  # a token; Gemma 3n has several streams
     num_bytes = sum(batch.numel() for batch in mine.values()) * numbers * model.network.dtype.itemsize
-    place = choose_place(config.offload, num_bytes, model.device)
-    states = HiddenStates(folder, place, model.device)
-    resumed = None if (folder / ANEW).exists() else states.resume(list(mine), len(batches))
+    place = choose_place(config.offload, (2 if with_dense else 1) * num_bytes, model.device)
+    walk = Walk(HiddenStates(folder, place, model.device), arguments, 0)
+    resumed = None if (folder / ANEW).exists() else walk.states.resume(list(mine), len(batches))
+    walks = [walk]
+    if with_dense:
+        states = HiddenStates(folder / "dense", place, model.device, ahead=True)
+        if resumed is not None and states.resume(list(mine), len(batches), at=resumed) is None:
+            walk.states, resumed = HiddenStates(folder, place, model.device), None
+        walk.dense = Walk(states, [], 0)
+        walks = [walk.dense, walk]  # in this order to the next block, too
     aside = None if place == "device" else torch.device("cpu")
     with model.embeddings():
         inputs = first_inputs(model.network, list(model.blocks), mine, model.device, arguments, aside)
         for number, hidden in zip(mine, inputs, strict=True):
             if resumed is not None:
                 continue
-            if not states.numbers:
-                before, last = hidden.shape[:-3], hidden.shape[-1]  # Gemma 3n has several streams, stacked first
-                states.expect({key: (*before, *batch.shape, last) for key, batch in mine.items()}, hidden.dtype)
-            states.put(number, hidden)
+            before, last = hidden.shape[:-3], hidden.shape[-1]  # Gemma 3n has several streams, stacked first
+            shapes = {key: (*before, *batch.shape, last) for key, batch in mine.items()}
+            for each in walks:
+                if not each.states.numbers:
+                    each.states.expect(shapes, hidden.dtype)
+                each.states.put(number, hidden)
+    if walk.dense is not None:
+        twins: dict[int, MutableMapping[Any, Any]] = {}
+        walk.dense.arguments = [each.apart(twins) for each in arguments]
     if resumed is not None:
-        return states, arguments, resumed
-    states.advance()
-    return states, arguments, 0
+        walk.first = resumed
+        return walk
+    for each in walks:
+        each.states.advance()
+    return walk
 
 
 def note_shared(folder: Path, arguments: BlockArguments) -> None:
@@ -93,20 +137,20 @@ def owl_shares(
     if len(found["ratios"]) < len(model.blocks):
         folder = work / "owl"
         folder.mkdir(exist_ok=True)
-        states, arguments, first = start_walk(model, batches, config, folder)
-        found = {name: values[:first] for name, values in found.items()}
-        with progress.progress("outliers", len(model.blocks), "blocks") as task, closing(states):
-            task.skip(first)
-            for index in range(first, len(model.blocks)):
-                ratio, size = _outliers(model, index, states, arguments[index], skip)
+        walk = start_walk(model, batches, config, folder)
+        found = {name: values[: walk.first] for name, values in found.items()}
+        with progress.progress("outliers", len(model.blocks), "blocks") as task, closing(walk):
+            task.skip(walk.first)
+            for index in range(walk.first, len(model.blocks)):
+                ratio, size = _outliers(model, index, walk, skip)
                 found["ratios"].append(ratio)
                 found["sizes"].append(size)
                 if processes.is_main():
                     atomic.write_json(work / "owl.json", found)
-                note_shared(folder, arguments[index])
-                states.advance()
+                note_shared(folder, walk.arguments[index])
+                walk.states.advance()
                 task.advance()
-            states.settle()
+            walk.states.settle()
         processes.wait_for_all()
         if processes.is_main():
             shutil.rmtree(folder)
@@ -116,17 +160,14 @@ def owl_shares(
     return [shares.get(place, sparsity) for place in range(len(model.blocks))]
 
 
-def _outliers(
-    model: BlockwiseModel, index: int, states: HiddenStates, arguments: BlockArguments, skip: Sequence[str]
-) -> tuple[float, int]:
+def _outliers(model: BlockwiseModel, index: int, walk: Walk, skip: Sequence[str]) -> tuple[float, int]:
     """A dense block's outlier ratio and number of weights, without those to skip; its outputs are the next's inputs."""
     with model.block(index) as block:
         weights = {name: weight for name, weight in block_weights(block, f"{model.prefix}.{index}").items()
                    if not is_skipped(name, skip)}  # fmt: skip
         recorder = InputRecorder(weights, "norm")
         with closing(recorder):
-            for number in states.numbers:
-                states.put(number, arguments.run(block, states.get(number), number))
+            for _ in walk.run(block, index):
                 recorder.end_batch()
         norms = {}
         for group in recorder.groups:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -48,18 +47,20 @@ def test_gradients_are_those_of_the_formula(spec: GridSpec) -> None:
 
 def halved(
     build: Build, batches: list[torch.Tensor], architecture: str = "Llama", dtype: torch.dtype = torch.float32
-) -> tuple[Any, Any, dict[str, PrunableWeight], Any, list[Any]]:
-    """A block whose larger weights stay, the dense one, its weights, how it is run and on what."""
+) -> tuple[Any, dict[str, PrunableWeight], Any, list[Any]]:
+    """A block whose larger weights stay, its weights, how it is run, and on what towards what."""
     model = build(architecture).to(dtype).requires_grad_(False)
     blocks = list(decoder_blocks(model)[1])
     hidden, arguments = capture(model, blocks, batches)
     block = blocks[0]
     weights = block_weights(block, "b")
-    dense = copy.deepcopy(block)
+    run = arguments[0].run
+    with torch.no_grad():
+        inputs = [partial(tuple, (x, run(block, x, number), number)) for number, x in enumerate(hidden)]
     for weight in weights.values():
         smaller = weight.matrix.abs().view(len(weight.matrix), -1, 4).argsort(-1)[..., :2]
         weight.matrix.view(len(weight.matrix), -1, 4).scatter_(-1, smaller, 0.0)
-    return block, dense, weights, arguments[0].run, [partial(tuple, (x, number)) for number, x in enumerate(hidden)]
+    return block, weights, run, inputs
 
 
 def to_grids(weights: dict[str, PrunableWeight], spec: GridSpec) -> dict[str, Grid]:
@@ -75,11 +76,11 @@ def to_grids(weights: dict[str, PrunableWeight], spec: GridSpec) -> dict[str, Gr
 def test_weights_stay_on_grids_whose_scales_learn(
     architecture: str, spec: GridSpec, build: Build, batches: list[torch.Tensor]
 ) -> None:
-    block, dense, weights, run, inputs = halved(build, batches, architecture, torch.bfloat16)
+    block, weights, run, inputs = halved(build, batches, architecture, torch.bfloat16)
     zeros = {name: weight.matrix == 0 for name, weight in weights.items()}
     grids = to_grids(weights, spec)
     before = dict(grids)
-    first, last = reconstruct(block, dense, [*weights.values()], run, inputs, epochs=4, seed=0, grids=grids)
+    first, last = reconstruct(block, [*weights.values()], run, inputs, epochs=4, seed=0, grids=grids)
     assert last < first
     assert grids.keys() == weights.keys()
     for name, weight in weights.items():
@@ -89,29 +90,29 @@ def test_weights_stay_on_grids_whose_scales_learn(
     assert any(not grids[name].scales.equal(before[name].scales) for name in weights)
 
 
-def loss(block: Any, dense: Any, run: Any, inputs: list[Any]) -> float:
+def loss(block: Any, run: Any, inputs: list[Any]) -> float:
     with torch.no_grad():
-        pairs = [(run(block, *given()), run(dense, *given())) for given in inputs]
+        pairs = [(run(block, x, number), due) for x, due, number in (given() for given in inputs)]
     return sum(float((got - due).square().sum() / due.square().sum()) for got, due in pairs) / len(pairs)
 
 
 def test_rounding_inside_is_better_than_rounding_afterwards(build: Build, batches: list[torch.Tensor]) -> None:
     spec, losses = GridSpec(4, 32), []
     for inside in (True, False):
-        block, dense, weights, run, inputs = halved(build, batches)
+        block, weights, run, inputs = halved(build, batches)
         grids = to_grids(weights, spec) if inside else {}
-        reconstruct(block, dense, [*weights.values()], run, inputs, epochs=12, seed=0, grids=grids)
+        reconstruct(block, [*weights.values()], run, inputs, epochs=12, seed=0, grids=grids)
         if not inside:
             to_grids(weights, spec)
-        losses.append(loss(block, dense, run, inputs))
+        losses.append(loss(block, run, inputs))
     assert losses[0] < losses[1]
 
 
 def test_a_weight_without_a_grid_is_tuned_as_ever(build: Build, batches: list[torch.Tensor]) -> None:
-    block, dense, weights, run, inputs = halved(build, batches, "Mixtral")
+    block, weights, run, inputs = halved(build, batches, "Mixtral")
     names = [name for name in weights if "experts.0" not in name]
     grids = to_grids({name: weights[name] for name in names}, GridSpec(4, 32))
-    reconstruct(block, dense, [*weights.values()], run, inputs, epochs=1, seed=0, grids=grids)
+    reconstruct(block, [*weights.values()], run, inputs, epochs=1, seed=0, grids=grids)
     assert sorted(grids) == sorted(names)
     for name, weight in weights.items():
         values = weight.matrix[0].unique()

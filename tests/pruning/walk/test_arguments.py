@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -127,26 +127,29 @@ def test_owl_is_that_of_the_whole_model(shared: int, gemma: Gemma, tmp_path: Pat
 
 
 @pytest.mark.parametrize("shared", [0, 2])
-def test_reconstruction_aims_at_what_dense_blocks_give_in_the_pruned_model(
+def test_reconstruction_goes_from_what_pruned_blocks_give_to_what_dense_ones_do(
     shared: int, gemma: Gemma, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    targets: list[torch.Tensor] = []
+    """Each in its own model, with its own keys and values where blocks share them."""
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def noted(block: nn.Module, dense: nn.Module, weights: Any, run: Any, inputs: Any, **options: Any) -> None:
-        targets.append(torch.cat([run(dense, *each()) for each in inputs]))
+    def noted(block: nn.Module, weights: Any, run: Any, inputs: Any, **options: Any) -> None:
+        given = [each() for each in inputs]
+        outputs = [run(block, x, number) for x, _, number in given]
+        found.append((torch.cat(outputs), torch.cat([target for _, target, _ in given])))
 
     monkeypatch.setattr(walk_block, "reconstruct", noted)
-    pruned, dense = gemma.pruned(shared, reconstruct_epochs=1), gemma.dense(shared)
-    model = gemma.dense(shared)
-    for index, target in enumerate(targets):
-        prefix = f"model.layers.{index}."
-        original = {name: tensor for name, tensor in dense.state_dict().items() if name.startswith(prefix)}
-        model.load_state_dict(pruned | original)
+    pruned, dense = gemma.dense(shared), gemma.dense(shared)
+    pruned.load_state_dict(gemma.pruned(shared, reconstruct_epochs=1))
+    for place, model in enumerate((pruned, dense)):
         seen: list[torch.Tensor] = []
-        with model.model.layers[index].register_forward_hook(lambda _, __, out, seen=seen: seen.append(out)):
+        with ExitStack() as stack:
+            for block in model.model.layers:
+                stack.enter_context(block.register_forward_hook(lambda _, __, out, seen=seen: seen.append(out)))
             model(input_ids=TOKENS)
-        torch.testing.assert_close(target, torch.cat(seen))
-    assert len(targets) == 4
+        for outputs, expected in zip(found, seen, strict=True):
+            torch.testing.assert_close(outputs[place], expected)
+    assert len(found) == 4
 
 
 class Killed(BaseException):

@@ -114,7 +114,16 @@ def test_two_processes_reconstruct_like_one(
     for processes in (1, 2):
         out = tmp_path / str(processes)
         done = prune(
-            processes, checkpoint, token_file, out, "--method", "wanda", "reconstruct_epochs=3", "-v", *options
+            processes,
+            checkpoint,
+            token_file,
+            out,
+            "--method",
+            "wanda",
+            "reconstruct_epochs=3",
+            "-v",
+            "reconstruct_batch_size=4",
+            *options,
         )
         assert done.returncode == 0, done.stderr
         results.append(load_file(out / "model.safetensors"))
@@ -136,8 +145,8 @@ def test_more_processes_than_a_step_has_samples_cannot_reconstruct(
 ) -> None:
     pretend(monkeypatch, 3, 0)
     text = CalibrationConfig(dataset=str(token_file))
-    with pytest.raises(UsageError, match="steps of 4 calibration samples, the last of 2, cannot be shared by 3 proc"):
-        stage.prune(PruneConfig(method="wanda", reconstruct_epochs=1, calibration=text),
+    with pytest.raises(UsageError, match="steps of 4, the last of 2, cannot be shared by 3 proc"):
+        stage.prune(PruneConfig(method="wanda", reconstruct_epochs=1, reconstruct_batch_size=4, calibration=text),
                     ModelConfig(path=str(checkpoint)), tmp_path / "out")  # fmt: skip
 
 
