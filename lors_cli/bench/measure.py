@@ -22,10 +22,10 @@ from torch import nn
 
 from lors_cli import __version__
 from lors_cli.bench.model import ARMS, adapted, checkpoint_blocks, memory_of_step, put_on_grids, sparse_model, tidy
-from lors_cli.errors import UsageError
+from lors_cli.errors import MissingError, UsageError
 from lors_cli.files.atomic import write_json
 from lors_cli.grid import Grid
-from lors_cli.machine.devices import resolve_device
+from lors_cli.machine.devices import processor, resolve_device
 from lors_cli.models.blocks import model_max_length
 from lors_cli.models.shapes import SHAPES
 from lors_cli.models.sources import model_fingerprint
@@ -121,7 +121,7 @@ def bench(config: BenchConfig, out: Path | None = None) -> Figures:
     missing = [cell for cell in cells if str(cell) not in document["cells"]]
     if not missing:
         return document
-    config = replace(config, methods=_installed(config.methods))
+    config = replace(config, methods=_installed(tuple(dict.fromkeys(config.methods))))
     model, linears = sparse_model(
         config.shape, config.model, config.blocks, getattr(torch, config.dtype), resolve_device(config.device)
     )
@@ -198,6 +198,8 @@ def _installed(methods: tuple[str, ...]) -> tuple[str, ...]:
         import peft  # noqa: F401
     except ImportError:
         left = tuple(name for name in methods if ARMS[name].method != "lora")
+        if not left:
+            raise MissingError("LoRA is measured with the package peft.", "pip install peft") from None
         if left != methods:
             console.warn("the package peft is not installed: no row for LoRA (pip install peft).")
         return left
@@ -280,8 +282,8 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def environment_of(device: torch.device) -> Figures:
@@ -289,7 +291,7 @@ def environment_of(device: torch.device) -> Figures:
     import transformers
 
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "threads": torch.get_num_threads(),
         "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),

@@ -23,7 +23,7 @@ import typer
 
 from lors_cli.errors import UsageError
 from lors_cli.machine import processes as parallel
-from lors_cli.machine.devices import usable_processors
+from lors_cli.machine.devices import threads_of_each
 from lors_cli.machine.processes import LAUNCHER
 from lors_cli.machine.signals import STOPPING
 from lors_cli.output import console
@@ -94,11 +94,10 @@ def _free_port() -> int:
 
 def _environment(rank: int, num_processes: int, port: int) -> dict[str, str]:
     """What torchrun would set, and threads so that all processes together have the machine's cores."""
-    usual = {"OMP_NUM_THREADS": str(max(1, usable_processors() // num_processes))}
-    if sys.platform == "linux":
-        usual["GLOO_SOCKET_IFNAME"] = "lo"
+    usual = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
     return {
-        **usual, **os.environ, LAUNCHER: str(os.getpid()), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        **usual, **os.environ, **threads_of_each(num_processes),
+        LAUNCHER: str(os.getpid()), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes),
         "LOCAL_WORLD_SIZE": str(num_processes),
     }  # fmt: skip

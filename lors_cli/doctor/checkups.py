@@ -170,15 +170,17 @@ def hub() -> Iterator[Finding]:
 
 
 def _reach(endpoint: str) -> Finding:
+    from http.client import HTTPException
     from urllib.error import HTTPError
     from urllib.request import Request, urlopen
 
+    endpoint = re.sub(r"^(\w+://)?[^/@]*@", r"\1", endpoint)  # a name and password are neither shown nor sent
     try:
         urlopen(Request(endpoint, method="HEAD"), timeout=HUB_TIMEOUT_S).close()
     except HTTPError as error:
         if error.code >= 500:
             return Finding("access", "warn", f"{endpoint} answers with {error.code}", "Try again later.")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         reason = getattr(error, "reason", None) or error
         return Finding("access", "warn", f"{endpoint} cannot be reached: {reason}",
                        "Check network and proxy (HTTPS_PROXY), or work offline (docs/how-to.md).")  # fmt: skip

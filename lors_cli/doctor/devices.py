@@ -36,7 +36,8 @@ def devices() -> Iterator[Finding]:
 def _cores() -> str:
     import psutil
 
-    physical, logical, usable = psutil.cpu_count(logical=False), psutil.cpu_count(), usable_cores()
+    logical, usable = psutil.cpu_count(), usable_cores()
+    physical = psutil.cpu_count(logical=False) or logical  # not known everywhere
     text = f"{physical} cores" + (f" ({logical} threads)" if logical != physical else "")
     return text if usable == physical else f"{text}, {usable} of them for this process"
 

@@ -182,9 +182,8 @@ def compare_models(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> li
         names each against the first. A pair whose documents' results are not there is left out.
     """
     pairs = [pair for pair in _ROLE_PAIRS if set(pair) <= results.keys()]
-    if not pairs:
-        base, *others = results or [""]
-        pairs = [(label, base) for label in others]
+    paired = {label for pair in pairs for label in pair}
+    pairs += [(label, base) for base in [*results][:1] for label in [*results][1:] if label not in paired]
     known = {label: read_accuracies(folder, label, result) for label, result in results.items()}
     found = [compare(*pair, known[pair[0]], known[pair[1]]) for pair in pairs]
     return [comparison for comparison in found if comparison is not None]

@@ -52,6 +52,13 @@ def usable_cores() -> int:
     return max(1, min(cores, int(limit) // int(period))) if limit.isdecimal() and period.isdecimal() else cores
 
 
+def threads_of_each(num_processes: int) -> dict[str, str]:
+    """OMP_NUM_THREADS for processes that are to have the cores together, unless the user has set it."""
+    if num_processes == 1 or "OMP_NUM_THREADS" in os.environ:
+        return {}
+    return {"OMP_NUM_THREADS": str(max(1, usable_cores() // num_processes))}
+
+
 def free_memory(device: str) -> int:
     """Bytes that are free where `device` (auto, cpu, cuda, …) computes."""
     import torch

@@ -179,6 +179,10 @@ def _refuse_empty_stages(settings: Settings) -> None:
             settings.data[stage] = {}
 
 
+STAGE_SEEDS = (("tune", "seed"), ("prune", "calibration", "seed"))
+"""Settings that the recipe's seed goes to."""
+
+
 def _hand_down_seed(settings: Settings) -> None:
     """Give the recipe's seed to the stages that set none, or in what it comes after, such as the file an override's."""
     seed = settings.data.get("seed")
@@ -187,7 +191,7 @@ def _hand_down_seed(settings: Settings) -> None:
     prune, tune = settings.data.get("prune"), settings.data.get("tune")
     calibration = prune.setdefault("calibration", {}) if isinstance(prune, dict) else None
     layer = settings.place(("seed",)).order[0]
-    for path, section in ((("tune", "seed"), tune), (("prune", "calibration", "seed"), calibration)):
+    for path, section in zip(STAGE_SEEDS, (tune, calibration), strict=True):
         if isinstance(section, dict) and ("seed" not in section or settings.place(path).order[0] < layer):
             section["seed"] = seed
 

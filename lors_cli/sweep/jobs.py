@@ -6,33 +6,29 @@ waits, and one that goes on after another's end resumes.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lors_cli.errors import UsageError, translate
-from lors_cli.files import atomic, locks, records
+from lors_cli.files import records
 from lors_cli.machine.determinism import determinism
 from lors_cli.machine.processes import LAUNCHER
 from lors_cli.output import console
 from lors_cli.pipeline.folders import claim, tidy
 from lors_cli.pipeline.plans import StagePlan, describe
-from lors_cli.sweep.cells import Sweep, load_sweep, select_cells
+from lors_cli.sweep.cells import load_sweep, select_cells
 from lors_cli.sweep.costs import operations
-from lors_cli.sweep.index import update_index
+from lors_cli.sweep.job_folder import JobFolder
 from lors_cli.sweep.running import do_stage
 from lors_cli.sweep.stages import CellPlan, distinct, plan_cells
 
-JOBS_NAME = "jobs"
 COMMAND = "sweep-stage"
 """The hidden command that does one stage."""
-STAGE_WAIT_S, INDEX_WAIT_S, INDEX_PATIENCE_S = 1.0, 0.1, 30.0
-TAIL_BYTES = 8192
+STAGE_WAIT_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -78,74 +74,6 @@ def jobs_of(plans: Sequence[CellPlan], names: set[str]) -> list[Job]:
         )
         for folder, (plan, cells) in left.items()
     ]
-
-
-@dataclass(frozen=True)
-class JobFolder:
-    """`jobs/` of a sweep's folder: by stage a log, why it failed, and what a cluster calls its job.
-
-    `text` is the sweep's own text, for its jobs to read; named by its content, so that other settings are another's.
-    """
-
-    out: Path
-    text: Path
-
-    @classmethod
-    def of(cls, out: Path, sweep: Sweep) -> JobFolder:
-        """That of a sweep; nothing is written."""
-        return cls(out, out / JOBS_NAME / f"sweep-{hashlib.sha256(sweep.text.encode()).hexdigest()[:12]}.yaml")
-
-    @property
-    def folder(self) -> Path:
-        """Where everything lies."""
-        return self.out / JOBS_NAME
-
-    def log(self, name: str) -> Path:
-        """What a stage's processes said, one after the other."""
-        return self.folder / f"{name}.log"
-
-    def last_line(self, name: str) -> str:
-        """The end of a stage's log."""
-        path = self.log(name)
-        if not path.is_file():
-            return ""
-        with open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - TAIL_BYTES))
-            lines = file.read().decode("utf-8", "replace").split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), "")
-
-    def failure(self, name: str) -> dict[str, Any] | None:
-        """Message and exit code of a stage that failed."""
-        return atomic.read_json(self.folder / f"{name}.failed.json")
-
-    def note_failure(self, name: str, message: str, exit_code: int) -> None:
-        """Keep why a stage failed until it is tried again."""
-        atomic.write_json(self.folder / f"{name}.failed.json", {"message": message, "exit_code": exit_code})
-
-    def clear_failure(self, name: str) -> None:
-        """It is tried again."""
-        (self.folder / f"{name}.failed.json").unlink(missing_ok=True)
-
-    def submission(self, name: str) -> dict[str, Any] | None:
-        """What a cluster's scheduler was last asked for a stage."""
-        return atomic.read_json(self.folder / f"{name}.job.json")
-
-    def note_submission(self, name: str, content: Mapping[str, Any]) -> None:
-        """Keep it."""
-        atomic.write_json(self.folder / f"{name}.job.json", dict(content))
-
-    def update_index(self) -> None:
-        """Bring the sweep's index up to date, unless another command keeps the folder: then that one does it."""
-
-        def message(name: str) -> str | None:
-            failed = self.failure(name)
-            return None if failed is None else str(failed["message"])
-
-        try:
-            with locks.hold(self.out, wait_s=INDEX_WAIT_S, patience_s=INDEX_PATIENCE_S):
-                update_index(self.out, message)
-        except locks.InUseError as error:
-            console.detail(f"  the index is left as it is: {error.message}")
 
 
 def start(name: str, cell: str, jobs: JobFolder, **environment: str) -> subprocess.Popen[bytes]:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from lors_cli.errors import UsageError
 from lors_cli.files import locks
-from lors_cli.machine.devices import usable_processors
-from lors_cli.sweep.jobs import Job, JobFolder, start
+from lors_cli.machine.devices import threads_of_each
+from lors_cli.sweep.job_folder import JobFolder
+from lors_cli.sweep.jobs import Job, start
 from lors_cli.sweep.spread import Told
 
 POLL_S = 0.2
@@ -65,8 +66,7 @@ class Local:
 
     def _environment(self, slot: int) -> dict[str, str]:
         """What a process is to see of the machine; threads so that all have the cores together."""
-        threads = {"OMP_NUM_THREADS": str(max(1, usable_processors() // self.jobs))}
-        return {**threads, **({"CUDA_VISIBLE_DEVICES": self.gpus[slot]} if self.gpus else {})}
+        return {**threads_of_each(self.jobs), **({"CUDA_VISIBLE_DEVICES": self.gpus[slot]} if self.gpus else {})}
 
 
 @contextmanager

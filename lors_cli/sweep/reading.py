@@ -14,7 +14,7 @@ from typing import Any
 
 from lors_cli.errors import UsageError, nearest, shorten
 from lors_cli.recipe.checking import SHAPES, field_names, owner, subsection
-from lors_cli.recipe.loading import apply_overrides, read_settings, unknown_setting
+from lors_cli.recipe.loading import STAGE_SEEDS, apply_overrides, read_settings, unknown_setting
 from lors_cli.recipe.schema import NAME, Recipe
 from lors_cli.recipe.settings import KeyPath, Place, Settings, dotted
 from lors_cli.recipe.shipped import find
@@ -202,11 +202,14 @@ def _apply(sheet: Settings, draft: Draft, overrides: Sequence[str]) -> None:
         return
     settings = list(settings_below(given, ()))
     sheet.problems += given.problems
+    keys = [setting.keys for setting in settings]
     axes = draft.axes()
     for setting in settings:
-        if setting.name in axes:
-            sheet.add((), "is an axis of the grid; --only chooses cells", setting.place)
-    keys = [setting.keys for setting in settings]
+        seeds = STAGE_SEEDS if setting.keys == ("seed",) else ()
+        keys += seeds
+        for name in (setting.name, *map(".".join, seeds)):
+            if name in axes:
+                sheet.add((), f"{name} is an axis of the grid; --only chooses cells", setting.place)
     draft.common = [*_without(draft.common, keys), *settings]
     draft.per = {key: _without(known, keys) for key, known in draft.per.items()}
 

@@ -22,6 +22,7 @@ from lors_cli.pipeline.running import run_stage
 from lors_cli.sweep.cells import Cell, Sweep
 from lors_cli.sweep.costs import disk_needed
 from lors_cli.sweep.index import index, scores, write_index
+from lors_cli.sweep.job_folder import JobFolder
 from lors_cli.sweep.stages import STAGES_NAME, CellPlan, distinct, plan_cells
 
 
@@ -42,7 +43,7 @@ def run_sweep(sweep: Sweep, out: Path, chosen: Sequence[Cell]) -> dict[str, Any]
     names = {cell.name for cell in chosen}
     warn_of_disk(plans, names, out)
     with claim(out):
-        work = _Work(out, index(sweep, plans, out), plans, names, sweep.text)
+        work = _Work(out, index(sweep, plans, out), plans, names, sweep.text, JobFolder.of(out, sweep))
         work.write_index()
         for cell_plan in plans:
             if cell_plan.cell.name in names:
@@ -80,6 +81,7 @@ class _Work:
     plans: list[CellPlan]
     names: set[str]
     text: str
+    jobs: JobFolder
     log: list[dict[str, Any]] = field(default_factory=list)
     failed: dict[str, LorsError] = field(default_factory=dict)
     """By cell."""
@@ -139,9 +141,10 @@ class _Work:
 
     def _run_stage(self, plan: StagePlan, cell_plan: CellPlan) -> LorsError | None:
         """Do a stage for all cells that need it; its error when it failed."""
-        started = time.monotonic()
+        started, name = time.monotonic(), plan.folder.name
         number = len(self._broken) + len(self.log) + 1
         console.heading(f"[{number}/{self._total}] {cell_plan.cell.name} · {plan.stage}: {describe(plan)}")
+        self.jobs.clear_failure(name)
         try:
             with claim(plan.folder):  # against the same stage run on its own
                 do_stage(plan, cell_plan.data_dir, self.out)
@@ -149,6 +152,7 @@ class _Work:
             known = translate(error)
             if known is None:
                 raise
+            self.jobs.note_failure(name, known.message, known.exit_code)
             self._broken[plan.folder] = type(known)(known.message, known.hint)  # without the frames of its traceback
         else:
             elapsed_s = time.monotonic() - started

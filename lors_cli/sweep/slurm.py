@@ -25,7 +25,8 @@ from typing import Any
 from lors_cli.errors import MissingError, UsageError
 from lors_cli.files import locks
 from lors_cli.output import console
-from lors_cli.sweep.jobs import Job, JobFolder, start
+from lors_cli.sweep.job_folder import JobFolder
+from lors_cli.sweep.jobs import Job, start
 from lors_cli.sweep.spread import Told
 
 POLL_S = 5.0

@@ -17,7 +17,8 @@ from lors_cli.output import console, progress
 from lors_cli.pipeline.folders import guard_out
 from lors_cli.sweep.cells import Cell, Sweep
 from lors_cli.sweep.index import index, write_index
-from lors_cli.sweep.jobs import INDEX_PATIENCE_S, INDEX_WAIT_S, Job, JobFolder, jobs_of
+from lors_cli.sweep.job_folder import INDEX_PATIENCE_S, INDEX_WAIT_S, JobFolder
+from lors_cli.sweep.jobs import Job, jobs_of
 from lors_cli.sweep.running import one_process, summary, warn_of_disk
 from lors_cli.sweep.stages import CellPlan, plan_cells
 

@@ -10,7 +10,7 @@ from typing import Any
 from lors_cli.files import locks
 from lors_cli.pipeline.plans import StagePlan
 from lors_cli.sweep.cells import Cell, Sweep
-from lors_cli.sweep.jobs import JobFolder
+from lors_cli.sweep.job_folder import JobFolder
 from lors_cli.sweep.slurm import queued
 from lors_cli.sweep.stages import CellPlan, distinct, plan_cells
 

@@ -18,7 +18,7 @@ from lors_cli.bench.measure import BenchConfig, bench
 from lors_cli.bench.model import ARMS, adapted, put_on_grids, sparse_model
 from lors_cli.cli.app import app
 from lors_cli.cli.views.bench import parse_flags, table_rows
-from lors_cli.errors import UsageError
+from lors_cli.errors import MissingError, UsageError
 from lors_cli.grid import Grid
 from lors_cli.models.shapes import SHAPES, Shape
 
@@ -64,6 +64,17 @@ def test_the_document_and_its_ratios() -> None:
             assert figures["tokens_per_s"][slowest] == pytest.approx(16 / figures["step_s"][longest], rel=0.05)
     assert cell["lora"]["step_over_lora"]["median"] == cell["lors"]["step_over_lors"]["median"] == 1
     json.dumps(found)
+
+
+def test_a_method_named_twice_is_measured_once() -> None:
+    (cell,) = bench(_config(methods=("lors", "sqft", "lors"), rounds=1))["cells"].values()
+    assert list(cell) == ["lors", "sqft"]
+
+
+def test_nothing_to_measure_without_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(MissingError, match="peft"):
+        bench(_config(methods=("lora",)))
 
 
 def test_memory_is_what_the_formulas_say() -> None:

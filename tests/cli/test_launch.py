@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import typer
 from lors_cli.cli import launch as module
 from lors_cli.cli.launch import launch, together
 from lors_cli.errors import UsageError
+from lors_cli.machine import devices
 
 
 def python(*lines: str) -> list[str]:
@@ -32,13 +32,15 @@ def wait_for(path: Path) -> str:
 
 def test_every_process_knows_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(devices, "usable_cores", lambda: 8)
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
     write = "import json; open(sys.argv[1] + f'/{rank}', 'w').write(json.dumps(dict(os.environ)))"
     assert launch([*python(write), str(tmp_path)], 3) == 0
     found = [[json.loads((tmp_path / str(rank)).read_text())[name] for name in names] for rank in range(3)]
     port = found[0][5]
     assert found == [[str(rank), str(rank), "3", "3", "127.0.0.1", port, "2"] for rank in range(3)]
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert module._environment(0, 3, 1)["OMP_NUM_THREADS"] == "5"
 
 
 def test_the_first_process_alone_is_heard(capfd: pytest.CaptureFixture[str]) -> None:

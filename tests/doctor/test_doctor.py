@@ -178,6 +178,17 @@ def test_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     assert only(checkups.hub(), "access").status == "warn"
 
 
+@pytest.mark.usefixtures("online")
+@pytest.mark.parametrize(
+    "endpoint", ["http://me:secret@127.0.0.1:9", "secret@127.0.0.1", "http://secret@[::1", "secret"]
+)
+def test_a_password_in_the_hubs_address_is_never_shown(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    found = only(checkups.hub(), "access")
+    assert found.status == "warn"
+    assert ("secret" in found.text) == ("@" not in endpoint)
+
+
 def test_a_token_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_made-up-for-this-test")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

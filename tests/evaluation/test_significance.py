@@ -172,6 +172,9 @@ def test_models_of_a_folder(tmp_path: Path) -> None:
 def test_other_names_are_compared_with_the_first(tmp_path: Path) -> None:
     results = {label: write_samples(tmp_path, label, {"a": [1, 0]}) for label in ("x", "y", "z")}
     assert [(pair.first, pair.second) for pair in compare_models(tmp_path, results)] == [("y", "x"), ("z", "x")]
+    results = {label: write_samples(tmp_path, label, {"a": [1, 0]}) for label in ("dense", "tuned", "packed")}
+    found = [(pair.first, pair.second) for pair in compare_models(tmp_path, results)]
+    assert found == [("tuned", "dense"), ("packed", "dense")]
 
 
 def test_documents_that_were_cut_to_whole_numbers_are_left_out(tmp_path: Path) -> None:

@@ -135,9 +135,21 @@ def test_the_command_line_wins_over_the_file() -> None:
     assert [cell.recipe.tune.learning_rate for cell in sweep.cells if cell.recipe.tune] == [1e-3, 1e-3]
     assert [cell.recipe.tune.rank for cell in sweep.cells if cell.recipe.tune] == [8, 4]
     assert problems(text, "tune.method=lors") == [
-        "override tune.method=lors: is an axis of the grid; --only chooses cells"
+        "override tune.method=lors: tune.method is an axis of the grid; --only chooses cells"
     ]
     assert "did you mean tune.rank?" in problems(text, "tune.rnak=2")[0]
+
+
+def test_a_seed_on_the_command_line_is_every_stages() -> None:
+    sweep = load("set: {tune.seed: 5}\ngrid: {tune.rank: [2, 4]}\n", "seed=7")
+    Path("again.yaml").write_text(sweep.text)
+    for cell in (*sweep.cells, *load_sweep(Path("again.yaml")).cells):
+        assert cell.recipe.tune is not None
+        assert cell.recipe.prune is not None
+        assert (cell.recipe.tune.seed, cell.recipe.prune.calibration.seed) == (7, 7)
+    assert problems("grid: {tune.seed: [1, 2]}\n", "seed=7") == [
+        "override seed=7: tune.seed is an axis of the grid; --only chooses cells"
+    ]
 
 
 @pytest.mark.parametrize(

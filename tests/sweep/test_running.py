@@ -234,9 +234,12 @@ def test_a_shared_stage_fails_once_for_all_its_cells(
         "wanda-lors": "failed", "wanda-sqft": "failed", "magnitude-lors": "done", "magnitude-sqft": "done",
     }  # fmt: skip
     assert "2 done, 2 failed" in result.stdout
+    (wanda, *_) = json.loads(lors("sweep", "grid.yaml", "eval.tasks=[]", "--status", "--json").stdout)["cells"]
+    assert [stage["detail"] for stage in wanda["stages"] if stage["status"] == "failed"] == ["no room"]
     monkeypatch.setattr(running, "run_stage", real)
     assert lors("sweep", "grid.yaml", "eval.tasks=[]").exit_code == 0
     assert set(states().values()) == {"done"}
+    assert not list(SWEEP.glob("jobs/*.failed.json"))
 
 
 def test_a_bug_is_told_and_noted(at_start: Path, monkeypatch: pytest.MonkeyPatch) -> None:

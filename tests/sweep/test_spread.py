@@ -20,10 +20,12 @@ from typer.testing import Result
 
 from lors_cli.errors import MissingError, UsageError
 from lors_cli.files import locks
+from lors_cli.machine import devices
 from lors_cli.sweep import local, slurm
 from lors_cli.sweep.cells import load_sweep
 from lors_cli.sweep.index import update_index
-from lors_cli.sweep.jobs import Job, JobFolder, jobs_of
+from lors_cli.sweep.job_folder import JobFolder
+from lors_cli.sweep.jobs import Job, jobs_of
 from lors_cli.sweep.local import Local
 from lors_cli.sweep.slurm import Slurm
 from lors_cli.sweep.stages import plan_cells
@@ -246,10 +248,12 @@ def test_each_process_has_a_gpu_of_its_own_and_no_more_run_at_once(
             return self.returncode
 
     def start(name: str, cell: str, folder: JobFolder, **environment: str) -> Process:
-        assert environment["OMP_NUM_THREADS"].isdecimal()
+        assert environment["OMP_NUM_THREADS"] == "4"
         names.append(name)
         return Process(name, environment["CUDA_VISIBLE_DEVICES"])
 
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(devices, "usable_cores", lambda: 8)
     monkeypatch.setattr(local, "start", start)
     monkeypatch.setattr(local, "POLL_S", 0.0)
     Local.of(None, "3,5").run(*jobs, lambda job, state: None)
