@@ -173,7 +173,7 @@ def reconstruct(
     tuned = _tuned(block, weights, grids)
     optimizer = torch.optim.Adam(
         [group for parameter in tuned.values() for group in parameter.groups(math.sqrt(samples))],
-        betas=BETAS, eps=1e-20,  # gradients may be of any size
+        betas=BETAS, eps=1e-20, fused=True,  # gradients may be of any size
     )  # fmt: skip
     trained = [each for group in optimizer.param_groups for each in group["params"]]
     steps = epochs * len(inputs)
