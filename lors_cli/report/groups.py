@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -42,7 +42,7 @@ def groups(results: Results) -> list[Group]:
         for cells in origins.values():
             models = (*_models("pruned", base, cells), *_models("tuned", base, cells))
             found.append(Group(_title(title if len(by_base) > 1 else "", cells[0]), models))
-    return coloured([Group(group.title, _told_apart(group.models)) for group in found if group.models])
+    return coloured(_told_apart([group for group in found if group.models]))
 
 
 def _named(cell: Cell) -> list[ScoredModel]:
@@ -127,13 +127,23 @@ def _spoken(settings: dict[str, Any]) -> list[str]:
     return words
 
 
-def _told_apart(models: Sequence[ScoredModel]) -> tuple[ScoredModel, ...]:
-    """Labels that several models of a group have get the cells' names."""
-    counts = Counter(model.label for model in models)
-    return tuple(
-        replace(model, label=f"{model.label} [{', '.join(model.cells)}]") if counts[model.label] > 1 else model
-        for model in models
-    )
+def _told_apart(found: Sequence[Group]) -> list[Group]:
+    """Labels that several groups have get a mark; what is then still named alike gets the cells' names."""
+    counts = Counter(label for group in found for label in {model.label for model in group.models})
+    has_one_base = len({model.base for group in found for model in group.models}) == 1
+
+    def marked(model: ScoredModel) -> ScoredModel:
+        words = ["" if has_one_base else short_name(model.base), pattern_name(model.prune)]
+        return replace(model, mark=", ".join(filter(None, words))) if counts[model.label] > 1 else model
+
+    found = _each(found, marked)
+    names = Counter(model.name for group in found for model in group.models)
+    return _each(found, lambda model: replace(model, label=f"{model.label} [{', '.join(model.cells)}]")
+                 if names[model.name] > 1 else model)  # fmt: skip
+
+
+def _each(found: Sequence[Group], change: Callable[[ScoredModel], ScoredModel]) -> list[Group]:
+    return [replace(group, models=tuple(map(change, group.models))) for group in found]
 
 
 def model_label(role: str, prune: dict[str, Any], tune: dict[str, Any]) -> str:

@@ -53,6 +53,13 @@ class ScoredModel:
     chance: dict[str, float] = field(default_factory=dict)
     """Task to the accuracy of guessing, where it is known."""
     look: Look = field(default_factory=Look)
+    mark: str = ""
+    """What tells it from a model of another group that has the same label: dense model, pattern."""
+
+    @property
+    def name(self) -> str:
+        """Its label as it stands where no group's title is beside it."""
+        return f"{self.mark}: {self.label}" if self.mark else self.label
 
     @property
     def paper(self) -> PaperRow | None:

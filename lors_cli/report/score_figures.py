@@ -159,7 +159,7 @@ def _panels(groups: Sequence[Group], titles: Mapping[Measure, str], unit: str) -
         return None
     across = min(4, len(shown))
     down = math.ceil(len(shown) / across)
-    longest = max(len(short(model.label)) for _, model in rows)
+    longest = max(len(short(model.name)) for _, model in rows)
     width = min(16.0, 0.6 + 0.085 * longest + max(2.9 * across, 5.0))
     figure = canvas(width, 0.4 + down * (0.85 + 0.27 * (rows[-1][0] + 1)))
     engine: Any = figure.get_layout_engine()
@@ -171,7 +171,7 @@ def _panels(groups: Sequence[Group], titles: Mapping[Measure, str], unit: str) -
         axes.set_title(f"{name}, log scale" if axes.get_xscale() == "log" else name, fontsize=11, pad=6)
     for axes in grid.flat[len(shown) :]:
         axes.set_visible(False)
-    grid[0][0].set_yticks([place for place, _ in rows], [short(model.label) for _, model in rows])
+    grid[0][0].set_yticks([place for place, _ in rows], [short(model.name) for _, model in rows])
     grid[0][0].set_ylim(rows[-1][0] + 0.7, -0.7)
     if len(shown) == 1:
         grid[0][0].set_xlabel(unit, fontsize=10)

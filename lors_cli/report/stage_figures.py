@@ -59,7 +59,7 @@ def loss_of_cells(cells: Sequence[Cell], groups: Sequence[Group]) -> Figure | No
     figure, axes = figure_of(9.5, max(4.2, 1.0 + 0.22 * len(cells)))
     for cell in cells:
         model = next((model for model in tuned if cell.name in model.cells), None)
-        label, look = (short(model.label), model.look) if model else (short(cell.name), Look())
+        label, look = (short(model.name), model.look) if model else (short(cell.name), Look())
         window = max(1, len(cell.log) // 10)
         means = _running_mean([row["loss"] for row in cell.log], window)
         every = max(1, math.ceil(len(means) / _POINTS))
@@ -116,8 +116,7 @@ def sparsity_by_model(groups: Sequence[Group]) -> Figure | None:
                 pruned = shares
             differs = any(abs(share - pruned.get(block, math.inf)) > 5e-4 for block, share in shares.items())
             if shares and (model.role == "pruned" or differs):
-                prefix = f"{group.title}: " if len(groups) > 2 and model.label in rows else ""
-                rows[prefix + model.label] = shares
+                rows[model.name] = shares
     return sparsity_map(rows) if rows else None
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from report_pages import Page, is_safe
-from sweep_folder import write_json
+from sweep_folder import SweepFolder, write_json
 from typer.testing import Result
 
 from lors_cli.errors import MissingError, UsageError
@@ -165,6 +165,37 @@ def test_a_sweep_and_a_stage(sweep: Path, tmp_path: Path) -> None:
     assert "| llama3/SparseGPT + LoRS |" in text
     assert "| scores/mine |" in text
     assert "| llama3 | Sweep llama3. |" in text
+
+
+def two_bases(folder: Path, methods: list[tuple[str, str]], patterns: tuple[str, ...] = ("2:4",)) -> Path:
+    """A sweep over two dense models: of each, every pair of methods and pattern tuned."""
+    made = SweepFolder(folder, folder.name, {})
+    for base in ("o/7B", "o/8B"):
+        for place, (prune, tune) in enumerate(methods):
+            for pattern in patterns:
+                name = f"{base[2:]}-{prune}-{tune}-{pattern}"
+                config = {"method": prune, "pattern": pattern}
+                stages = {"prune": made.stage(f"p-{name}", "prune", config, {}, 1.0, origin=base),
+                          "tune": made.tune(f"t-{name}", tune)}  # fmt: skip
+                acc = {"boolq": 0.5 + 0.1 * place + 0.2 * (base == "o/8B") + 0.05 * (pattern == "4:8")}
+                made.cell(name, {}, stages=stages, models={"tuned": made.score(f"e-{name}", "tuned", acc, 9.0)})
+    return made.close()
+
+
+def test_models_of_sweeps_are_compared_with_their_likes(tmp_path: Path) -> None:
+    one = two_bases(tmp_path / "a", [("sparsegpt", "lors"), ("wanda", "sqft")])
+    two = two_bases(tmp_path / "b", [("wanda", "sqft"), ("ria", "lors")], ("2:4", "4:8"))
+    text = text_of(write_reports([one, two], ("md",), tmp_path / "out"))
+    title = next(line for line in text.splitlines() if line.startswith("| task | "))
+    assert title[2:-2].split(" | ")[1:] == [
+        "b/7B, 2:4: Wanda + SQFT − a/7B, 2:4: Wanda + SQFT", "b/7B, 4:8: Wanda + SQFT − a/7B, 2:4: Wanda + SQFT",
+        "b/7B, 2:4: RIA + LoRS − a/7B, 2:4: SparseGPT + LoRS", "b/7B, 4:8: RIA + LoRS − a/7B, 2:4: SparseGPT + LoRS",
+        "b/8B, 2:4: Wanda + SQFT − a/8B, 2:4: Wanda + SQFT", "b/8B, 4:8: Wanda + SQFT − a/8B, 2:4: Wanda + SQFT",
+        "b/8B, 2:4: RIA + LoRS − a/8B, 2:4: SparseGPT + LoRS", "b/8B, 4:8: RIA + LoRS − a/8B, 2:4: SparseGPT + LoRS",
+    ]  # fmt: skip
+    rows = [line.split(" | ")[0][2:] for line in text.splitlines() if line.startswith(("| a/", "| b/")) and "±" in line]
+    assert len(set(rows)) == len(rows) == 12
+    assert len([line for line in text.splitlines() if "**" in line]) == 1
 
 
 def test_what_is_no_folder_of_ours(tmp_path: Path, lors: Lors) -> None:
