@@ -136,6 +136,22 @@ class Measure:
             return finite(scores.get("perplexity", {}).get(self.name, {}).get("value"))
         return model.shares.get(self.name)
 
+    def basis(self, model: ScoredModel) -> tuple[Any, ...]:
+        """What the number is of: tasks with their documents and examples, or a text's tokens and windows."""
+        scores = model.scores or {}
+        text = self.name.removeprefix("perplexity ")
+        if self.kind == "perplexity" or text != self.name:
+            found = scores.get("perplexity", {}).get(text, {})
+            return found.get("tokens"), found.get("sequence_length")
+        tasks = scores.get("tasks", {})
+        names = [self.name] if self.kind == "task" else sorted(_averaged(model))
+        kept = [tasks.get(name, {}) for name in names]
+        return (*names, *((found.get("num_samples"), found.get("num_fewshot") or 0) for found in kept))
+
+    def is_alike(self, models: Iterable[ScoredModel]) -> bool:
+        """Whether the models that have a number have it of the same tasks, documents and windows."""
+        return len({self.basis(model) for model in models if self.stored(model) is not None}) <= 1
+
     def value(self, model: ScoredModel) -> float | None:
         """The model's number as it is shown, None when it has none."""
         found = self.stored(model)
