@@ -208,13 +208,13 @@ def _paper_share(model: ScoredModel) -> float | None:
 
 
 def measures(
-    models: Iterable[ScoredModel], *, with_norm: bool = False, subtasks: bool = False,
+    models: Iterable[ScoredModel], *, every_metric: bool = False, subtasks: bool = False,
     first: Collection[str] = tuple(TASKS),
 ) -> list[Measure]:  # fmt: skip
     """What any of the models has a number for: tasks, the average, perplexities, recovered shares.
 
     Args:
-        with_norm: acc_norm as well, which the paper's tables do not have.
+        every_metric: of tasks that have an acc the other metrics as well, which the paper's tables do not have.
         subtasks: those of groups as well.
         first: tasks that lead, in this order; the others follow as they come.
     """
@@ -226,7 +226,7 @@ def measures(
         for task, found in (scores.get("tasks") or {}).items():
             if subtasks or task not in inside:
                 key = task, found.get("num_fewshot") or 0
-                metrics.setdefault(key, {}).update(dict.fromkeys(_metrics_of(found, with_norm)))
+                metrics.setdefault(key, {}).update(dict.fromkeys(_metrics_of(found, every_metric)))
     texts = dict.fromkeys(text for model in models for text in (model.scores or {}).get("perplexity") or {})
     average = Measure("average", "accuracy")
     return [
@@ -237,6 +237,9 @@ def measures(
     ]
 
 
-def _metrics_of(found: dict[str, Any], with_norm: bool) -> list[str]:
-    usual: list[str] = [name for name in ("acc", "acc_norm") if name in found and (with_norm or name == "acc")]
-    return usual or [name for name in found if "_stderr" not in name and name not in _COUNTS]
+def _metrics_of(found: dict[str, Any], every_metric: bool) -> list[str]:
+    """The accuracies first."""
+    if "acc" in found and not every_metric:
+        return ["acc"]
+    names = [name for name in found if "_stderr" not in name and name not in _COUNTS]
+    return sorted(names, key=lambda name: (name != "acc", name != "acc_norm"))

@@ -25,7 +25,7 @@ _CROWD = 48
 
 def accuracy_bars(group: Group) -> Figure | None:
     """Accuracy of each model and task, acc_norm beside acc, with standard errors and what guessing gives."""
-    found = _drawable(group, with_norm=True, first=())
+    found = _drawable(group, every_metric=True, first=())
     tasks = [item for item in found if item.kind == "task" and item.is_percent]
     average = [item for item in found if item.kind == "average" and len(tasks) > 1]
     items = [*tasks, *average]
@@ -138,7 +138,7 @@ def _or_nan(value: float | None) -> float:
 
 def accuracy_panels(groups: Sequence[Group]) -> Figure | None:
     """Accuracy of every model, the average first, with standard errors, the paper's figures and what guessing gives."""
-    found = measures((model for group in groups for model in group.models), with_norm=True)
+    found = measures((model for group in groups for model in group.models), every_metric=True)
     shown = [item for item in found if item.kind == "average"]
     shown += [item for item in found if item.kind == "task" and item.is_percent]
     return _panels(groups, {item: "Average accuracy" if item.kind == "average" else item.title for item in shown},

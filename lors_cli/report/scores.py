@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from lors_cli.evaluation.summary import LOST_IN_ERROR, recovered
@@ -46,7 +47,7 @@ def by_task(results: Mapping[str, dict[str, Any]]) -> tuple[list[str], list[list
     """A row a task and text: accuracies in percent with their standard error, then perplexities.
 
     Behind each model but the first stands its difference to `dense` (or, where there is none, to the first), and
-    last the share that tuning recovered. A task with acc_norm has it in the row below its acc.
+    last the share that tuning recovered. Other metrics of a task with an acc are in the rows below it.
 
     Returns:
         Column titles and rows of text, for `console.table`.
@@ -58,8 +59,9 @@ def by_task(results: Mapping[str, dict[str, Any]]) -> tuple[list[str], list[list
     for model in models:
         columns += [model.label] if model is base else [model.label, f"Δ {base.label}"]
     rows, depths = [], _depths(results)
-    for item in measures(models, with_norm=True, subtasks=True, first=()):
-        row = ["  " * depths.get(item.name, 0) + _row_title(item)]
+    items = measures(models, every_metric=True, subtasks=True, first=())
+    for item in items:
+        row = ["  " * depths.get(item.name, 0) + _row_title(item, below_acc=replace(item, metric="acc") in items)]
         for model in models:
             row += [_with_error(item, model)] if model is base else [_with_error(item, model), _gap(item, model, base)]
         if shares:
@@ -83,10 +85,10 @@ def share_text(share: float | None) -> str:
     return INSIDE_ERROR if share is None else f"{share:.1%}"
 
 
-def _row_title(item: Measure) -> str:
+def _row_title(item: Measure, *, below_acc: bool) -> str:
     if item.kind == "task":
         name = item.name + item.shots
-        return {"acc": name, "acc_norm": "  acc_norm"}.get(item.metric, f"{name} {item.metric}")
+        return name if item.metric == "acc" else f"  {item.metric}" if below_acc else f"{name} {item.metric}"
     return "average acc" if item.kind == "average" else f"perplexity {item.name}"
 
 

@@ -122,7 +122,7 @@ def test_other_metrics_follow_the_papers_tasks() -> None:
     scores["tasks"] = {"gsm8k": {"exact_match,strict": 0.25, "exact_match_stderr,strict": 0.1}, **scores["tasks"]}
     model = ScoredModel("dense", "dense", "a/b", scores=scores)
     assert [item.title for item in measures([model])][:3] == ["BoolQ", "RTE", "gsm8k exact_match,strict"]
-    assert [item.metric for item in measures([model], with_norm=True)][:2] == ["acc", "acc_norm"]
+    assert [item.metric for item in measures([model], every_metric=True)][:2] == ["acc", "acc_norm"]
 
 
 def test_notes_name_what_is_not_as_in_the_paper() -> None:
@@ -205,6 +205,18 @@ def test_task_without_accuracy_shows_its_own_metric() -> None:
     tasks = {"gsm8k": {"exact_match,strict-match": 0.25, "exact_match_stderr,strict-match": 0.1, "num_samples": 4}}
     result = {"model": "m", "tasks": tasks, "average": average(tasks), "perplexity": {}}
     assert by_task({"m": result}) == (["task", "m"], [["gsm8k exact_match,strict-match", "25.00 ± 10.00"]])
+
+
+def test_every_metric_has_its_row_below_the_tasks_accuracy() -> None:
+    tasks = {
+        "mrpc": {"acc": 0.5, "acc_stderr": 0.01, "f1": 0.75, "f1_stderr": 0.02, "num_samples": 9},
+        "lambada": {"perplexity": 20.5, "perplexity_stderr": 1.0, "acc": 0.25, "num_samples": 9},
+    }
+    result = {"model": "m", "tasks": tasks, "average": average(tasks), "perplexity": {}}
+    assert by_task({"m": result})[1] == [
+        ["mrpc", "50.00 ± 1.00"], ["  f1", "0.750"], ["lambada", "25.00"], ["  perplexity", "20.500"],
+        ["average acc", "37.50"],
+    ]  # fmt: skip
 
 
 # By cell --------------------------------------------------------------------------------------------------------
