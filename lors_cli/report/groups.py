@@ -16,7 +16,7 @@ from lors_cli.report.results import ROLES, Cell, Results, Scores
 
 _IN_TITLES = ("model.path", "prune.method", "prune.pattern", "prune.sparsity", "tune.method")
 """Settings that labels and titles say anyway."""
-_MAKERS = {"pruned": "prune", "tuned": "tune"}
+_MAKERS = {"dense": (), "pruned": ("prune",), "tuned": ("tune", "merge")}
 
 
 def run_group(run: Results) -> Group:
@@ -76,7 +76,7 @@ def _models(role: str, base: str, cells: Sequence[Cell]) -> tuple[ScoredModel, .
 
 def _last_role(cell: Cell) -> str:
     """Of the last model that a cell's stages make, which is the one that is packed; empty where they make none."""
-    if "tune" in cell.folders or not cell.folders:
+    if {"tune", "merge"} & set(cell.folders) or not cell.folders:
         return "tuned"
     return "pruned" if {"prune", "pack"} & set(cell.folders) else ""
 
@@ -88,12 +88,13 @@ def _model(role: str, base: str, cells: list[Cell]) -> ScoredModel:
     prune = cell.config("prune") if role != "dense" else {}
     tune = cell.config("tune") if role == "tuned" else {}
     label, settings = model_label(role, prune, tune), _common_settings(role, cells)
+    made = [cell.records[stage] for stage in _MAKERS[role] if stage in cell.records]
     return ScoredModel(
         role, f"{label} ({', '.join(_spoken(settings))})" if settings else label, base,
         cells=tuple(other.name for other in cells), settings=settings, prune=prune, tune=tune,
         status="done" if is_scored else _status(cells), error=None if is_scored else cell.error,
         scores=scores.content, shares=recovered(cell.evaluated()) if role == "tuned" else {}, limit=scores.limit,
-        made=cell.records.get(_MAKERS.get(role, "")), eval_s=scores.elapsed_s, chance=scores.chance,
+        made=next(iter(made), None), eval_s=scores.elapsed_s, chance=scores.chance,
         folder=scores.folder, packed=cell.records.get("pack") if role == _last_role(cell) else None,
     )  # fmt: skip
 

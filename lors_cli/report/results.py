@@ -67,6 +67,8 @@ class Cell:
         """The stage's settings: all of them once it is finished, before that those that the sweep overrides."""
         if stage in self.records:
             return self.records[stage].config
+        if stage == "tune" and "merge" in self.records:  # which knows the adapter, not how it was trained
+            return self.records["merge"].metrics.get("adapter") or {}
         known = {key[len(stage) + 1 :]: value for key, value in self.settings.items() if key.startswith(f"{stage}.")}
         return {"method": None, **known} if stage in self.folders else known
 
@@ -115,7 +117,7 @@ def read_run(folder: Path, finished: Collection[str] | None = None) -> Results:
 
 
 def read_stage(folder: Path) -> Results:
-    """The results of a single stage, as `lors prune`, `tune` and `eval` write them to --out.
+    """The results of a single stage, as `lors prune`, `tune`, `merge`, `pack` and `eval` write them to --out.
 
     Raises:
         UsageError: its record is broken, or the scores are no longer those that were measured.

@@ -97,7 +97,7 @@ def _running_mean(values: Sequence[float], window: int) -> list[float]:
 
 def sparsity_by_kind(cell: Cell) -> Figure | None:
     """Share of zeros of each pruned linear of a run: decoder blocks across, kinds of linear down."""
-    record = cell.records.get("prune") or cell.records.get("tune")
+    record = next((cell.records[stage] for stage in ("prune", "tune", "merge") if stage in cell.records), None)
     rows: dict[str, dict[int, float]] = {}
     for layer in (record.metrics.get("layers") or []) if record else []:
         block, kind = split_name(layer["name"])

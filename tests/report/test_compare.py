@@ -112,6 +112,23 @@ def test_a_stage_alone_and_out(tmp_path: Path) -> None:
     assert not (tmp_path / "tuned/report.md").exists()
 
 
+def test_a_merged_model(tmp_path: Path) -> None:
+    layers = [{"name": f"model.layers.{block}.mlp.up_proj", "shape": [4, 4], "sparsity": 0.5 + 0.25 * block}
+              for block in range(2)]  # fmt: skip
+    metrics = {"layers_merged": 2, "zeroed": 0, "pattern": "2:4", "sparsity": 0.625, "violations": 0, "layers": layers,
+               "adapter": {"method": "lors", "rank": 8}}  # fmt: skip
+    record(tmp_path / "merged", "merge", {"adapter": "t/adapter"}, {"path": "sparse"}, metrics, [])
+    text = text_of(write_reports([tmp_path / "merged"], FORMATS, None))
+    assert "sparse: merged with an adapter of lors at rank 8." in text
+    assert "| merged | 2:4 | 0.6250 | 0.5000 to 0.7500 | 0 |" in text
+    assert "figures/sparsity.png" in text
+    assert "| merge | 1 min 00 s |" in text
+    rows = list(csv.DictReader((tmp_path / "merged/report.csv").open(newline="")))
+    assert {(row["label"], row["role"], row["tune"]) for row in rows} == {("LoRS", "tuned", "lors")}
+    numbers = {row["measure"]: row["value"] for row in rows if row["value"]}
+    assert numbers == {"sparsity": "0.625", "violations": "0", "elapsed": "60.0"}
+
+
 def test_several_are_compared_with_the_first(tmp_path: Path) -> None:
     dense = {"boolq": 9, "arc_easy": 4}
     for name, right in (("a", 2), ("b", 8)):
