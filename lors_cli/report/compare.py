@@ -60,7 +60,10 @@ class Source:
         """Its cells as if they were of one sweep with the others."""
         for cell in self.results.cells:
             folders = {stage: f"{self.label}/{path}" for stage, path in cell.folders.items()}
-            yield replace(cell, name=self.cell_name(cell.name), folders=folders)
+            scores = {
+                role: replace(found, folder=f"{self.label}/{found.folder}") for role, found in cell.scores.items()
+            }
+            yield replace(cell, name=self.cell_name(cell.name), folders=folders, scores=scores)
 
 
 @dataclass(frozen=True)

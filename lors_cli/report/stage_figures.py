@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 _POINTS = 200
 """Of a curve, at most."""
-_STAGE_COLOURS = {"prune": "#C9B18B", "tune": "#5F7285", "eval": "#B4C3CC"}
-"""None of them is a model's."""
+STAGE_COLOURS = {"prune": "#C9B18B", "tune": "#5F7285", "merge": "#8F9779", "pack": "#A98F9B", "eval": "#B4C3CC"}
+"""Of every stage that takes time; none of them is a model's."""
 
 
 def loss_of_run(cell: Cell) -> Figure | None:
@@ -149,22 +149,22 @@ def cost(cells: Sequence[Cell]) -> Figure | None:
     engine: Any = figure.get_layout_engine()
     engine.set(w_pad=0.14)
     grid = figure.subplots(1, 2 if any(peaks) else 1, sharey=True, squeeze=False)[0]
-    times = {stage: row for stage in _STAGE_COLOURS if any(row := [cell.seconds().get(stage, 0.0) for cell in cells])}
+    times = {stage: row for stage in STAGE_COLOURS if any(row := [cell.seconds().get(stage, 0.0) for cell in cells])}
     longest = max((sum(row) for row in zip(*times.values(), strict=True)), default=0.0)
     unit, seconds = ("hours", 3600) if longest > 2 * 3600 else ("minutes", 60) if longest > 120 else ("seconds", 1)
     left = [0.0] * len(cells)
     for stage, row in times.items():
         scaled = [value / seconds for value in row]
-        grid[0].barh(range(len(cells)), scaled, 0.72, left=left, color=_STAGE_COLOURS[stage], label=stage)
+        grid[0].barh(range(len(cells)), scaled, 0.72, left=left, color=STAGE_COLOURS[stage], label=stage)
         left = [start + value for start, value in zip(left, scaled, strict=True)]
     grid[0].set_yticks(range(len(cells)), [short(cell.name) for cell in cells])
     grid[0].invert_yaxis()
     grid[0].set_title(f"Time ({unit})", pad=26)
     if times:
-        grid[0].legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=3, borderaxespad=0.2, fontsize=9)
+        grid[0].legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=len(times), borderaxespad=0.2, fontsize=9)
     if any(peaks):
         name, size = byte_unit(max(peaks))
-        grid[1].barh(range(len(cells)), [peak / size for peak in peaks], 0.72, color=_STAGE_COLOURS["tune"])
+        grid[1].barh(range(len(cells)), [peak / size for peak in peaks], 0.72, color=STAGE_COLOURS["tune"])
         grid[1].set_title(f"Peak memory ({name})", pad=26)
     for axes in grid:
         axes.grid(axis="x", color=GRID)
