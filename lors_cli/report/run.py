@@ -31,20 +31,19 @@ _OF_SCORES = {
 }
 
 
-def write_report(run: Path, finished: Collection[str] | None = None) -> Path:
+def write_report(run: Path, finished: Collection[str]) -> Path:
     """Write a run's report in every format, as `write_run_report`; the path of `report.md`."""
     return write_run_report(run, finished)[0]
 
 
 def write_run_report(
-    run: Path, finished: Collection[str] | None = None, formats: Collection[str] = FORMATS, out: Path | None = None
+    run: Path, finished: Collection[str], formats: Collection[str] = FORMATS, out: Path | None = None
 ) -> list[Path]:
     """Write a run's reports and `figures/*.png`; the same results give the same bytes.
 
     Args:
         run: a run folder; any stage may be missing.
-        finished: the stages whose results belong to the recipe; what others left from earlier settings is not
-            shown. None for all that are there.
+        finished: the stages whose results belong to the recipe; what others left from earlier settings is not shown.
         out: where the reports go, None for the run folder.
 
     Raises:

@@ -61,8 +61,8 @@ def tuned(folder: Path, rank: int) -> Path:
     metrics = {"steps": 3, "first_loss": 3.0, "last_loss": 2.0, "pattern": "2:4", "sparsity": 0.5, "violations": 0,
                "layers": layers, "peak_bytes": 700 * 2**20}  # fmt: skip
     record(folder, "tune", {"method": "lors", "rank": rank}, {"path": "sparse"}, metrics, [])
-    rows = [{"step": 0, "val_loss": 3.5}, {"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.5, "val_loss": 2.75}]
-    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows: list[dict[str, Any]] = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.5, "val_loss": 2.75}]
+    (folder / "log.jsonl").write_text("".join(json.dumps({**row, "tokens_per_s": 9.0}) + "\n" for row in rows))
     return folder
 
 
@@ -243,4 +243,4 @@ def test_no_other_report_is_overwritten(tmp_path: Path) -> None:
 def test_rows_with_a_held_out_loss(tmp_path: Path) -> None:
     path = tuned(tmp_path / "t", 8) / "log.jsonl"
     assert [row["step"] for row in read_log(path)] == [1, 2]
-    assert [(row["step"], row["val_loss"]) for row in read_log(path, "val_loss")] == [(0, 3.5), (2, 2.75)]
+    assert [(row["step"], row["val_loss"]) for row in read_log(path, "val_loss")] == [(2, 2.75)]
