@@ -71,7 +71,7 @@ def _no_folder_of_ours(folder: Path) -> LorsError:
     hint = f"Give folders in it: lors report {' '.join(map(str, inside[:3]))}" if inside else None
     return MissingError(
         f"{folder} is no run folder, no sweep folder and no stage's folder: it has neither {RECIPE_NAME} (lors run) "
-        f"nor {INDEX_NAME} (lors sweep) nor {RECORD_NAME} (lors prune, tune and eval with --out).",
+        f"nor {INDEX_NAME} (lors sweep) nor {RECORD_NAME} (lors prune, tune, merge, pack and eval with --out).",
         hint or "Give the folder that one of them wrote, such as runs/quickstart.",
     )
 

@@ -13,7 +13,7 @@ from lors_cli.evaluation.significance import Comparison, compare, read_accuracie
 from lors_cli.output.markdown import NONE, Block, escape
 from lors_cli.report.colours import coloured
 from lors_cli.report.differences import differences
-from lors_cli.report.groups import groups
+from lors_cli.report.groups import groups, model_label, pattern_name
 from lors_cli.report.measures import Group, Measure, ScoredModel, measures
 from lors_cli.report.output import assemble, pictures, table_of, write_files
 from lors_cli.report.results import Cell, Results
@@ -43,7 +43,7 @@ class Source:
 
     @cached_property
     def models(self) -> list[ScoredModel]:
-        """What was scored or made here, labelled `<folder>/<role>`, of a sweep `<folder>/<label>`."""
+        """What was scored or made here, labelled `<folder>/<role>`, of a sweep `<folder>/<name>`."""
         found = [
             model
             for group in groups(self.results)
@@ -51,7 +51,7 @@ class Source:
             if model.scores or model.made or model.packed
         ]
         return [
-            replace(model, label=f"{self.label}/{(self.is_single and model.role) or model.label}",
+            replace(model, label=f"{self.label}/{(self.is_single and model.role) or model.name}", mark="",
                     cells=tuple(map(self.cell_name, model.cells)))
             for model in found
         ]  # fmt: skip
@@ -60,7 +60,10 @@ class Source:
         """Its cells as if they were of one sweep with the others."""
         for cell in self.results.cells:
             folders = {stage: f"{self.label}/{path}" for stage, path in cell.folders.items()}
-            yield replace(cell, name=self.cell_name(cell.name), folders=folders)
+            scores = {
+                role: replace(found, folder=f"{self.label}/{found.folder}") for role, found in cell.scores.items()
+            }
+            yield replace(cell, name=self.cell_name(cell.name), folders=folders, scores=scores)
 
 
 @dataclass(frozen=True)
@@ -70,12 +73,23 @@ class _Entry:
     source: Source
     model: ScoredModel
 
+    @property
+    def name(self) -> str:
+        """Without its folder."""
+        return self.model.label.removeprefix(f"{self.source.label}/")
+
+    @property
+    def traits(self) -> tuple[str, ...]:
+        """What makes it like another one of its role: methods, dense model, pattern, name, in this order."""
+        model = self.model
+        return model_label(model.role, model.prune, model.tune), model.base, pattern_name(model.prune), self.name
+
     def accuracies(self) -> dict[str, dict[Any, float]]:
         """By task and document; empty where they are not there."""
         if not self.model.scores:
             return {}
-        name = self.model.role or self.model.label.removeprefix(f"{self.source.label}/")
-        return read_accuracies(self.source.root / self.model.folder, name, self.model.scores)
+        folder = self.source.root / self.model.folder
+        return read_accuracies(folder, self.model.role or self.name, self.model.scores)
 
 
 def write_comparison(found: Mapping[Path, tuple[str, Results]], formats: Collection[str], out: Path) -> list[Path]:
@@ -157,13 +171,14 @@ def _differences(sources: Sequence[Source], entries: Sequence[_Entry]) -> list[B
 
 
 def _counterpart(entry: _Entry, others: Sequence[_Entry]) -> _Entry | None:
-    """The first of the same role or the same name; else the last one."""
-    name = entry.model.label.removeprefix(f"{entry.source.label}/")
-    for other in others:
-        theirs = other.model.label.removeprefix(f"{other.source.label}/")
-        if entry.model.role == other.model.role and (entry.model.role or name == theirs):
-            return other
-    return others[-1] if others else None
+    """Of the same role the one with most in common, of models without one that of the same name; else the last one."""
+    like = [other for other in others if entry.model.role == other.model.role
+            and (entry.model.role or entry.name == other.name)]  # fmt: skip
+
+    def in_common(other: _Entry) -> list[bool]:
+        return [mine == theirs for mine, theirs in zip(entry.traits, other.traits, strict=True)]
+
+    return max(like or others[-1:], key=in_common, default=None)
 
 
 def _plain(some: ScoredModel, other: ScoredModel) -> dict[str, float]:

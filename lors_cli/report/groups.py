@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from lors_cli.report.results import ROLES, Cell, Results, Scores
 
 _IN_TITLES = ("model.path", "prune.method", "prune.pattern", "prune.sparsity", "tune.method")
 """Settings that labels and titles say anyway."""
-_MAKERS = {"pruned": "prune", "tuned": "tune"}
+_MAKERS = {"dense": (), "pruned": ("prune",), "tuned": ("tune", "merge")}
 
 
 def run_group(run: Results) -> Group:
@@ -42,7 +42,7 @@ def groups(results: Results) -> list[Group]:
         for cells in origins.values():
             models = (*_models("pruned", base, cells), *_models("tuned", base, cells))
             found.append(Group(_title(title if len(by_base) > 1 else "", cells[0]), models))
-    return coloured([Group(group.title, _told_apart(group.models)) for group in found if group.models])
+    return coloured(_told_apart([group for group in found if group.models]))
 
 
 def _named(cell: Cell) -> list[ScoredModel]:
@@ -76,7 +76,7 @@ def _models(role: str, base: str, cells: Sequence[Cell]) -> tuple[ScoredModel, .
 
 def _last_role(cell: Cell) -> str:
     """Of the last model that a cell's stages make, which is the one that is packed; empty where they make none."""
-    if "tune" in cell.folders or not cell.folders:
+    if {"tune", "merge"} & set(cell.folders) or not cell.folders:
         return "tuned"
     return "pruned" if {"prune", "pack"} & set(cell.folders) else ""
 
@@ -88,12 +88,13 @@ def _model(role: str, base: str, cells: list[Cell]) -> ScoredModel:
     prune = cell.config("prune") if role != "dense" else {}
     tune = cell.config("tune") if role == "tuned" else {}
     label, settings = model_label(role, prune, tune), _common_settings(role, cells)
+    made = [cell.records[stage] for stage in _MAKERS[role] if stage in cell.records]
     return ScoredModel(
         role, f"{label} ({', '.join(_spoken(settings))})" if settings else label, base,
         cells=tuple(other.name for other in cells), settings=settings, prune=prune, tune=tune,
         status="done" if is_scored else _status(cells), error=None if is_scored else cell.error,
         scores=scores.content, shares=recovered(cell.evaluated()) if role == "tuned" else {}, limit=scores.limit,
-        made=cell.records.get(_MAKERS.get(role, "")), eval_s=scores.elapsed_s, chance=scores.chance,
+        made=next(iter(made), None), eval_s=scores.elapsed_s, chance=scores.chance,
         folder=scores.folder, packed=cell.records.get("pack") if role == _last_role(cell) else None,
     )  # fmt: skip
 
@@ -127,13 +128,23 @@ def _spoken(settings: dict[str, Any]) -> list[str]:
     return words
 
 
-def _told_apart(models: Sequence[ScoredModel]) -> tuple[ScoredModel, ...]:
-    """Labels that several models of a group have get the cells' names."""
-    counts = Counter(model.label for model in models)
-    return tuple(
-        replace(model, label=f"{model.label} [{', '.join(model.cells)}]") if counts[model.label] > 1 else model
-        for model in models
-    )
+def _told_apart(found: Sequence[Group]) -> list[Group]:
+    """Labels that several groups have get a mark; what is then still named alike gets the cells' names."""
+    counts = Counter(label for group in found for label in {model.label for model in group.models})
+    has_one_base = len({model.base for group in found for model in group.models}) == 1
+
+    def marked(model: ScoredModel) -> ScoredModel:
+        words = ["" if has_one_base else short_name(model.base), pattern_name(model.prune)]
+        return replace(model, mark=", ".join(filter(None, words))) if counts[model.label] > 1 else model
+
+    found = _each(found, marked)
+    names = Counter(model.name for group in found for model in group.models)
+    return _each(found, lambda model: replace(model, label=f"{model.label} [{', '.join(model.cells)}]")
+                 if names[model.name] > 1 else model)  # fmt: skip
+
+
+def _each(found: Sequence[Group], change: Callable[[ScoredModel], ScoredModel]) -> list[Group]:
+    return [replace(group, models=tuple(map(change, group.models))) for group in found]
 
 
 def model_label(role: str, prune: dict[str, Any], tune: dict[str, Any]) -> str:

@@ -53,6 +53,13 @@ class ScoredModel:
     chance: dict[str, float] = field(default_factory=dict)
     """Task to the accuracy of guessing, where it is known."""
     look: Look = field(default_factory=Look)
+    mark: str = ""
+    """What tells it from a model of another group that has the same label: dense model, pattern."""
+
+    @property
+    def name(self) -> str:
+        """Its label as it stands where no group's title is beside it."""
+        return f"{self.mark}: {self.label}" if self.mark else self.label
 
     @property
     def paper(self) -> PaperRow | None:
@@ -129,6 +136,22 @@ class Measure:
             return finite(scores.get("perplexity", {}).get(self.name, {}).get("value"))
         return model.shares.get(self.name)
 
+    def basis(self, model: ScoredModel) -> tuple[Any, ...]:
+        """What the number is of: tasks with their documents and examples, or a text's tokens and windows."""
+        scores = model.scores or {}
+        text = self.name.removeprefix("perplexity ")
+        if self.kind == "perplexity" or text != self.name:
+            found = scores.get("perplexity", {}).get(text, {})
+            return found.get("tokens"), found.get("sequence_length")
+        tasks = scores.get("tasks", {})
+        names = [self.name] if self.kind == "task" else sorted(_averaged(model))
+        kept = [tasks.get(name, {}) for name in names]
+        return (*names, *((found.get("num_samples"), found.get("num_fewshot") or 0) for found in kept))
+
+    def is_alike(self, models: Iterable[ScoredModel]) -> bool:
+        """Whether the models that have a number have it of the same tasks, documents and windows."""
+        return len({self.basis(model) for model in models if self.stored(model) is not None}) <= 1
+
     def value(self, model: ScoredModel) -> float | None:
         """The model's number as it is shown, None when it has none."""
         found = self.stored(model)
@@ -185,13 +208,13 @@ def _paper_share(model: ScoredModel) -> float | None:
 
 
 def measures(
-    models: Iterable[ScoredModel], *, with_norm: bool = False, subtasks: bool = False,
+    models: Iterable[ScoredModel], *, every_metric: bool = False, subtasks: bool = False,
     first: Collection[str] = tuple(TASKS),
 ) -> list[Measure]:  # fmt: skip
     """What any of the models has a number for: tasks, the average, perplexities, recovered shares.
 
     Args:
-        with_norm: acc_norm as well, which the paper's tables do not have.
+        every_metric: of tasks that have an acc the other metrics as well, which the paper's tables do not have.
         subtasks: those of groups as well.
         first: tasks that lead, in this order; the others follow as they come.
     """
@@ -203,7 +226,7 @@ def measures(
         for task, found in (scores.get("tasks") or {}).items():
             if subtasks or task not in inside:
                 key = task, found.get("num_fewshot") or 0
-                metrics.setdefault(key, {}).update(dict.fromkeys(_metrics_of(found, with_norm)))
+                metrics.setdefault(key, {}).update(dict.fromkeys(_metrics_of(found, every_metric)))
     texts = dict.fromkeys(text for model in models for text in (model.scores or {}).get("perplexity") or {})
     average = Measure("average", "accuracy")
     return [
@@ -214,6 +237,9 @@ def measures(
     ]
 
 
-def _metrics_of(found: dict[str, Any], with_norm: bool) -> list[str]:
-    usual: list[str] = [name for name in ("acc", "acc_norm") if name in found and (with_norm or name == "acc")]
-    return usual or [name for name in found if "_stderr" not in name and name not in _COUNTS]
+def _metrics_of(found: dict[str, Any], every_metric: bool) -> list[str]:
+    """The accuracies first."""
+    if "acc" in found and not every_metric:
+        return ["acc"]
+    names = [name for name in found if "_stderr" not in name and name not in _COUNTS]
+    return sorted(names, key=lambda name: (name != "acc", name != "acc_norm"))

@@ -30,7 +30,7 @@ Line = dict[str, str | float | None]
 def to_csv(groups: Sequence[Group]) -> str:
     """The scores and costs of every model under `HEADER`; what is not known is empty."""
     models = [model for group in groups for model in group.models]
-    columns = measures(models, with_norm=True)
+    columns = measures(models, every_metric=True, subtasks=True)
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, HEADER, restval="", lineterminator="\n")
     writer.writeheader()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from lors_cli.recipe.loading import read_settings, without_none
 from lors_cli.recipe.schema import STAGES
 from lors_cli.report.chance import chance_levels
 from lors_cli.report.measures import finite
+from lors_cli.tuning.training.step_log import StepLog
 
 ROLES = ("dense", "pruned", "tuned")
 INDEX_NAME = "sweep.json"
@@ -67,6 +67,8 @@ class Cell:
         """The stage's settings: all of them once it is finished, before that those that the sweep overrides."""
         if stage in self.records:
             return self.records[stage].config
+        if stage == "tune" and "merge" in self.records:  # which knows the adapter, not how it was trained
+            return self.records["merge"].metrics.get("adapter") or {}
         known = {key[len(stage) + 1 :]: value for key, value in self.settings.items() if key.startswith(f"{stage}.")}
         return {"method": None, **known} if stage in self.folders else known
 
@@ -91,12 +93,12 @@ class Results:
     axes: dict[str, list[Any]] = field(default_factory=dict)
 
 
-def read_run(folder: Path, finished: Collection[str] | None = None) -> Results:
-    """A run's results; of the `finished` stages alone unless that is None."""
+def read_run(folder: Path, finished: Collection[str]) -> Results:
+    """A run's results, of the `finished` stages alone."""
     path = folder / "recipe.yaml"
     recipe = read_settings(path).data if path.is_file() else {}
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    stages = [stage for stage in STAGES if finished is None or stage in finished]
+    stages = [stage for stage in STAGES if stage in finished]
     records = {stage: record for stage in stages if (record := run_dir.read_record(folder / stage)) is not None}
     limit = records["eval"].config.get("limit") if "eval" in records else None
     read = {role: atomic.read_json(folder / "eval" / f"{role}.json") for role in ROLES if "eval" in stages}
@@ -115,7 +117,7 @@ def read_run(folder: Path, finished: Collection[str] | None = None) -> Results:
 
 
 def read_stage(folder: Path) -> Results:
-    """The results of a single stage, as `lors prune`, `tune` and `eval` write them to --out.
+    """The results of a single stage, as `lors prune`, `tune`, `merge`, `pack` and `eval` write them to --out.
 
     Raises:
         UsageError: its record is broken, or the scores are no longer those that were measured.
@@ -188,15 +190,6 @@ def _origin(folders: dict[str, str], records: dict[str, run_dir.StageRecord]) ->
 
 
 def read_log(path: Path | None, key: str = "loss") -> list[dict[str, Any]]:
-    """The rows of a `log.jsonl` that have a finite `key`, by step; a last line that a kill has torn is left out."""
-    if path is None or not path.is_file():
-        return []
-    by_step = {}
-    for line in path.read_bytes().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:  # no JSON, or no UTF-8
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int) and finite(row.get(key)) is not None:
-            by_step[row["step"]] = row
-    return [by_step[step] for step in sorted(by_step)]
+    """The rows of a `log.jsonl` that have a finite `key`; what is no row of the trainer's is left out."""
+    rows = StepLog(path).rows() if path else []
+    return [row for row in rows if finite(row.get(key)) is not None]

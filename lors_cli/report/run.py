@@ -31,20 +31,19 @@ _OF_SCORES = {
 }
 
 
-def write_report(run: Path, finished: Collection[str] | None = None) -> Path:
+def write_report(run: Path, finished: Collection[str]) -> Path:
     """Write a run's report in every format, as `write_run_report`; the path of `report.md`."""
     return write_run_report(run, finished)[0]
 
 
 def write_run_report(
-    run: Path, finished: Collection[str] | None = None, formats: Collection[str] = FORMATS, out: Path | None = None
+    run: Path, finished: Collection[str], formats: Collection[str] = FORMATS, out: Path | None = None
 ) -> list[Path]:
     """Write a run's reports and `figures/*.png`; the same results give the same bytes.
 
     Args:
         run: a run folder; any stage may be missing.
-        finished: the stages whose results belong to the recipe; what others left from earlier settings is not
-            shown. None for all that are there.
+        finished: the stages whose results belong to the recipe; what others left from earlier settings is not shown.
         out: where the reports go, None for the run folder.
 
     Raises:
@@ -60,7 +59,7 @@ def write_run_report(
 
 
 def write_stage_report(folder: Path, formats: Collection[str] = FORMATS, out: Path | None = None) -> list[Path]:
-    """Write the reports of a single stage, as `lors prune`, `tune` or `eval` wrote it to --out.
+    """Write the reports of a single stage, as `lors prune`, `tune`, `merge`, `pack` or `eval` wrote it to --out.
 
     Raises:
         UsageError: its record is broken, or its scores have been changed.
@@ -107,9 +106,10 @@ def summary(cell: Cell) -> str:
         config, share = cell.config("prune"), cell.records["prune"].metrics.get("sparsity")
         zeros = f" ({share:.1%} of the pruned weights are zero)" if share is not None else ""
         words.append(f"pruned with {config.get('method')} to {config.get('pattern')}{zeros}")
-    if "tune" in cell.records:
-        config = cell.config("tune")
-        words.append(f"tuned with {config.get('method')} at rank {config.get('rank')}")
+    for stage, done in (("tune", "tuned with"), ("merge", "merged with an adapter of")):
+        if stage in cell.records:
+            config = cell.config("tune")
+            words.append(f"{done} {config.get('method')} at rank {config.get('rank')}")
     if "pack" in cell.records:
         words.append("packed")
     if cell.scores:
@@ -190,7 +190,7 @@ def _packed(root: Path, cell: Cell) -> list[Block]:
 
 def _sparsity(cell: Cell) -> list[Block]:
     rows = []
-    for stage, label in (("prune", "pruned"), ("tune", "tuned"), ("pack", "packed")):
+    for stage, label in (("prune", "pruned"), ("tune", "tuned"), ("merge", "merged"), ("pack", "packed")):
         metrics: dict[str, Any] = cell.records[stage].metrics if stage in cell.records else {}
         if "sparsity" in metrics:
             shares = [layer["sparsity"] for layer in metrics.get("layers", [])] or [metrics["sparsity"]]

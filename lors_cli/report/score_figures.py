@@ -25,7 +25,7 @@ _CROWD = 48
 
 def accuracy_bars(group: Group) -> Figure | None:
     """Accuracy of each model and task, acc_norm beside acc, with standard errors and what guessing gives."""
-    found = _drawable(group, with_norm=True, first=())
+    found = _drawable(group, every_metric=True, first=())
     tasks = [item for item in found if item.kind == "task" and item.is_percent]
     average = [item for item in found if item.kind == "average" and len(tasks) > 1]
     items = [*tasks, *average]
@@ -138,7 +138,7 @@ def _or_nan(value: float | None) -> float:
 
 def accuracy_panels(groups: Sequence[Group]) -> Figure | None:
     """Accuracy of every model, the average first, with standard errors, the paper's figures and what guessing gives."""
-    found = measures((model for group in groups for model in group.models), with_norm=True)
+    found = measures((model for group in groups for model in group.models), every_metric=True)
     shown = [item for item in found if item.kind == "average"]
     shown += [item for item in found if item.kind == "task" and item.is_percent]
     return _panels(groups, {item: "Average accuracy" if item.kind == "average" else item.title for item in shown},
@@ -159,7 +159,7 @@ def _panels(groups: Sequence[Group], titles: Mapping[Measure, str], unit: str) -
         return None
     across = min(4, len(shown))
     down = math.ceil(len(shown) / across)
-    longest = max(len(short(model.label)) for _, model in rows)
+    longest = max(len(short(model.name)) for _, model in rows)
     width = min(16.0, 0.6 + 0.085 * longest + max(2.9 * across, 5.0))
     figure = canvas(width, 0.4 + down * (0.85 + 0.27 * (rows[-1][0] + 1)))
     engine: Any = figure.get_layout_engine()
@@ -171,7 +171,7 @@ def _panels(groups: Sequence[Group], titles: Mapping[Measure, str], unit: str) -
         axes.set_title(f"{name}, log scale" if axes.get_xscale() == "log" else name, fontsize=11, pad=6)
     for axes in grid.flat[len(shown) :]:
         axes.set_visible(False)
-    grid[0][0].set_yticks([place for place, _ in rows], [short(model.label) for _, model in rows])
+    grid[0][0].set_yticks([place for place, _ in rows], [short(model.name) for _, model in rows])
     grid[0][0].set_ylim(rows[-1][0] + 0.7, -0.7)
     if len(shown) == 1:
         grid[0][0].set_xlabel(unit, fontsize=10)

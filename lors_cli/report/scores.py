@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from lors_cli.evaluation.summary import LOST_IN_ERROR, recovered
@@ -20,6 +21,7 @@ JOINS = {
 """What text WikiText-2's perplexity is of, by name."""
 INSIDE_ERROR = "—"
 """In place of a share of what was lost, where the loss is no larger than its own error."""
+UNLIKE = "Not of the same tasks, documents, examples or windows of text in all rows, so that not all of them compare"
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -45,7 +47,7 @@ def by_task(results: Mapping[str, dict[str, Any]]) -> tuple[list[str], list[list
     """A row a task and text: accuracies in percent with their standard error, then perplexities.
 
     Behind each model but the first stands its difference to `dense` (or, where there is none, to the first), and
-    last the share that tuning recovered. A task with acc_norm has it in the row below its acc.
+    last the share that tuning recovered. Other metrics of a task with an acc are in the rows below it.
 
     Returns:
         Column titles and rows of text, for `console.table`.
@@ -57,8 +59,9 @@ def by_task(results: Mapping[str, dict[str, Any]]) -> tuple[list[str], list[list
     for model in models:
         columns += [model.label] if model is base else [model.label, f"Δ {base.label}"]
     rows, depths = [], _depths(results)
-    for item in measures(models, with_norm=True, subtasks=True, first=()):
-        row = ["  " * depths.get(item.name, 0) + _row_title(item)]
+    items = measures(models, every_metric=True, subtasks=True, first=())
+    for item in items:
+        row = ["  " * depths.get(item.name, 0) + _row_title(item, below_acc=replace(item, metric="acc") in items)]
         for model in models:
             row += [_with_error(item, model)] if model is base else [_with_error(item, model), _gap(item, model, base)]
         if shares:
@@ -82,10 +85,10 @@ def share_text(share: float | None) -> str:
     return INSIDE_ERROR if share is None else f"{share:.1%}"
 
 
-def _row_title(item: Measure) -> str:
+def _row_title(item: Measure, *, below_acc: bool) -> str:
     if item.kind == "task":
         name = item.name + item.shots
-        return {"acc": name, "acc_norm": "  acc_norm"}.get(item.metric, f"{name} {item.metric}")
+        return name if item.metric == "acc" else f"  {item.metric}" if below_acc else f"{name} {item.metric}"
     return "average acc" if item.kind == "average" else f"perplexity {item.name}"
 
 
@@ -105,11 +108,11 @@ def _gap(item: Measure, model: ScoredModel, base: ScoredModel) -> str:
 # By cell --------------------------------------------------------------------------------------------------------
 
 
-def by_cell(cells: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]], set[tuple[int, int]]]:
+def by_cell(cells: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]], set[tuple[int, int]], str]:
     """A row a cell (as in `sweep.json`, with its `results`): average, perplexities, recovered shares of its last model.
 
     Returns:
-        Column titles, rows of text, and (row, column) of each column's best values.
+        Column titles, rows of text, (row, column) of each column's best values, and what was not measured alike.
     """
     models = [_last(cell) for cell in cells]
     found = [item for item in measures(models) if item.kind in ("perplexity", "recovered")]
@@ -122,8 +125,14 @@ def by_cell(cells: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]
     bold = set()
     for place, item in enumerate(shown, 1):
         values = {row: value for row, model in enumerate(models) if (value := item.value(model)) is not None}
-        bold |= {(row, place) for row in _best(item, values)} if len(values) > 1 else set()
-    return titles, rows, bold
+        bold |= {(row, place) for row in _best(item, values)} if len(values) > 1 and item.is_alike(models) else set()
+    return titles, rows, bold, _unlike(shown, models)
+
+
+def _unlike(columns: Sequence[Measure], models: Sequence[ScoredModel]) -> str:
+    """Which columns have numbers that do not compare; empty where all do."""
+    titles = ", ".join(column.title for column in columns if not column.is_alike(models))
+    return f"{UNLIKE}: {titles}." if titles else ""
 
 
 def _cell_text(item: Measure, model: ScoredModel) -> str:
@@ -171,12 +180,15 @@ def by_model(groups: Sequence[Group]) -> Table:
 
 
 def _best_of(group: Group, columns: Sequence[Measure]) -> dict[Measure, set[str]]:
-    """Labels of the best pruned or tuned models by column, where there is a choice by the digits shown."""
+    """Labels of the best pruned or tuned models by column, where they compare and the digits shown differ."""
     best = {}
+    models = [model for model in group.models if model.role != "dense"]
     for column in columns:
         if column.kind == "recovered" or (column.kind == "task" and column.metric != "acc"):
             continue
-        found = {model.label: column.value(model) for model in group.models if model.role != "dense"}
+        if not column.is_alike(models):
+            continue
+        found = {model.label: column.value(model) for model in models}
         values = {label: round(value, 2) for label, value in found.items() if value is not None}
         if len(set(values.values())) > 1:
             best[column] = _best(column, values)
@@ -209,6 +221,8 @@ def notes(groups: Sequence[Group]) -> list[str]:
         texts.append("Accuracy is in percent ± its standard error; the average's takes the tasks as independent.")
     if any(_best_of(group, columns) for group in groups):
         texts.append("Bold is the best of the pruned and tuned models of a group.")
+    if unlike := _unlike(columns, models):
+        texts.append(escape(unlike))
     if any(column.kind == "recovered" for column in columns):
         texts.append(
             "“Recovered” is the share of the loss through pruning that tuning won back, (tuned − pruned) / (dense − "

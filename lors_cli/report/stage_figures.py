@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 _POINTS = 200
 """Of a curve, at most."""
-_STAGE_COLOURS = {"prune": "#C9B18B", "tune": "#5F7285", "eval": "#B4C3CC"}
-"""None of them is a model's."""
+STAGE_COLOURS = {"prune": "#C9B18B", "tune": "#5F7285", "merge": "#8F9779", "pack": "#A98F9B", "eval": "#B4C3CC"}
+"""Of every stage that takes time; none of them is a model's."""
 
 
 def loss_of_run(cell: Cell) -> Figure | None:
@@ -59,7 +59,7 @@ def loss_of_cells(cells: Sequence[Cell], groups: Sequence[Group]) -> Figure | No
     figure, axes = figure_of(9.5, max(4.2, 1.0 + 0.22 * len(cells)))
     for cell in cells:
         model = next((model for model in tuned if cell.name in model.cells), None)
-        label, look = (short(model.label), model.look) if model else (short(cell.name), Look())
+        label, look = (short(model.name), model.look) if model else (short(cell.name), Look())
         window = max(1, len(cell.log) // 10)
         means = _running_mean([row["loss"] for row in cell.log], window)
         every = max(1, math.ceil(len(means) / _POINTS))
@@ -97,7 +97,7 @@ def _running_mean(values: Sequence[float], window: int) -> list[float]:
 
 def sparsity_by_kind(cell: Cell) -> Figure | None:
     """Share of zeros of each pruned linear of a run: decoder blocks across, kinds of linear down."""
-    record = cell.records.get("prune") or cell.records.get("tune")
+    record = next((cell.records[stage] for stage in ("prune", "tune", "merge") if stage in cell.records), None)
     rows: dict[str, dict[int, float]] = {}
     for layer in (record.metrics.get("layers") or []) if record else []:
         block, kind = split_name(layer["name"])
@@ -116,8 +116,7 @@ def sparsity_by_model(groups: Sequence[Group]) -> Figure | None:
                 pruned = shares
             differs = any(abs(share - pruned.get(block, math.inf)) > 5e-4 for block, share in shares.items())
             if shares and (model.role == "pruned" or differs):
-                prefix = f"{group.title}: " if len(groups) > 2 and model.label in rows else ""
-                rows[prefix + model.label] = shares
+                rows[model.name] = shares
     return sparsity_map(rows) if rows else None
 
 
@@ -150,22 +149,22 @@ def cost(cells: Sequence[Cell]) -> Figure | None:
     engine: Any = figure.get_layout_engine()
     engine.set(w_pad=0.14)
     grid = figure.subplots(1, 2 if any(peaks) else 1, sharey=True, squeeze=False)[0]
-    times = {stage: row for stage in _STAGE_COLOURS if any(row := [cell.seconds().get(stage, 0.0) for cell in cells])}
+    times = {stage: row for stage in STAGE_COLOURS if any(row := [cell.seconds().get(stage, 0.0) for cell in cells])}
     longest = max((sum(row) for row in zip(*times.values(), strict=True)), default=0.0)
     unit, seconds = ("hours", 3600) if longest > 2 * 3600 else ("minutes", 60) if longest > 120 else ("seconds", 1)
     left = [0.0] * len(cells)
     for stage, row in times.items():
         scaled = [value / seconds for value in row]
-        grid[0].barh(range(len(cells)), scaled, 0.72, left=left, color=_STAGE_COLOURS[stage], label=stage)
+        grid[0].barh(range(len(cells)), scaled, 0.72, left=left, color=STAGE_COLOURS[stage], label=stage)
         left = [start + value for start, value in zip(left, scaled, strict=True)]
     grid[0].set_yticks(range(len(cells)), [short(cell.name) for cell in cells])
     grid[0].invert_yaxis()
     grid[0].set_title(f"Time ({unit})", pad=26)
     if times:
-        grid[0].legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=3, borderaxespad=0.2, fontsize=9)
+        grid[0].legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=len(times), borderaxespad=0.2, fontsize=9)
     if any(peaks):
         name, size = byte_unit(max(peaks))
-        grid[1].barh(range(len(cells)), [peak / size for peak in peaks], 0.72, color=_STAGE_COLOURS["tune"])
+        grid[1].barh(range(len(cells)), [peak / size for peak in peaks], 0.72, color=STAGE_COLOURS["tune"])
         grid[1].set_title(f"Peak memory ({name})", pad=26)
     for axes in grid:
         axes.grid(axis="x", color=GRID)

@@ -15,7 +15,7 @@ from lors_cli.report.output import FORMATS, assemble, pictures, table_of, write_
 from lors_cli.report.results import Cell, Results, read_sweep
 from lors_cli.report.score_figures import accuracy_panels, perplexity_panels
 from lors_cli.report.scores import by_model, notes
-from lors_cli.report.stage_figures import cost, loss_of_cells, sparsity_by_model
+from lors_cli.report.stage_figures import STAGE_COLOURS, cost, loss_of_cells, sparsity_by_model
 
 OF_SCORES = {
     "accuracy": "Accuracy; lines are standard errors, dashes what guessing gives.",
@@ -80,14 +80,14 @@ def cost_table(cells: Sequence[Cell]) -> list[Block]:
     rows = [[cell.name, *_cost_cells(cell)] for cell in cells if cell.records]
     if not rows:
         return []
-    columns = ["cell", "prune", "tune", "eval", "tokens/s", "steps", "loss before", "loss after",
+    columns = ["cell", *STAGE_COLOURS, "tokens/s", "steps", "loss before", "loss after",
                "loss, first", "loss, last",
                "trainable parameters", "pattern", "sparsity", "violations", "peak memory"]  # fmt: skip
     kept = [index for index in range(len(columns)) if any(row[index] != NONE for row in rows)]
     seconds = {}  # of every stage folder, each once
     for cell in cells:
         seconds.update({cell.folders[stage]: record.elapsed_s for stage, record in cell.records.items()})
-        seconds.update({item.folder: item.elapsed_s or 0.0 for item in cell.scores.values()})
+        seconds.update({item.folder: item.elapsed_s for item in cell.scores.values() if item.elapsed_s is not None})
     return [
         table([columns[index] for index in kept], [[row[index] for index in kept] for row in rows]),
         f"All stages together took {duration(sum(seconds.values()))}; in the table one that cells share counts in each "
@@ -101,7 +101,7 @@ def _cost_cells(cell: Cell) -> list[str]:
     last = tune or next(iter(cell.records.values())).metrics
     peaks = [record.metrics["peak_bytes"] for record in cell.records.values() if record.metrics.get("peak_bytes")]
     return [
-        *(duration(seconds[stage]) if stage in seconds else NONE for stage in ("prune", "tune", "eval")),
+        *(duration(seconds[stage]) if stage in seconds else NONE for stage in STAGE_COLOURS),
         f"{tune['tokens_per_s']:,.0f}" if tune.get("tokens_per_s") else NONE,
         str(tune.get("steps", NONE)),
         *(f"{tune[name]:.4f}" if tune.get(name) is not None else NONE for name in ("loss_before", "loss_after")),

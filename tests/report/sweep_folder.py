@@ -56,7 +56,8 @@ class SweepFolder:
         self.stage(path, "tune", {"method": method, "rank": 16, "data": {"dataset": data}, **config}, metrics,
                    elapsed_s, origin="stages/prune")  # fmt: skip
         draw = random.Random(method + path)
-        rows = [{"step": step, "loss": 1.8 + 1.4 * math.exp(-step / 12) + draw.gauss(0, 0.05)} for step in range(1, 61)]
+        rows = [{"step": step, "loss": 1.8 + 1.4 * math.exp(-step / 12) + draw.gauss(0, 0.05), "tokens_per_s": 9.0}
+                for step in range(1, 61)]  # fmt: skip
         (self.folder / path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         return path
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from report_pages import Page, is_safe
-from sweep_folder import write_json
+from sweep_folder import SweepFolder, write_json
 from typer.testing import Result
 
 from lors_cli.errors import MissingError, UsageError
@@ -61,8 +61,8 @@ def tuned(folder: Path, rank: int) -> Path:
     metrics = {"steps": 3, "first_loss": 3.0, "last_loss": 2.0, "pattern": "2:4", "sparsity": 0.5, "violations": 0,
                "layers": layers, "peak_bytes": 700 * 2**20}  # fmt: skip
     record(folder, "tune", {"method": "lors", "rank": rank}, {"path": "sparse"}, metrics, [])
-    rows = [{"step": 0, "val_loss": 3.5}, {"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.5, "val_loss": 2.75}]
-    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows: list[dict[str, Any]] = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.5, "val_loss": 2.75}]
+    (folder / "log.jsonl").write_text("".join(json.dumps({**row, "tokens_per_s": 9.0}) + "\n" for row in rows))
     return folder
 
 
@@ -110,6 +110,23 @@ def test_a_stage_alone_and_out(tmp_path: Path) -> None:
     assert ">held out</text>" in page
     assert ">training</text>" in page
     assert not (tmp_path / "tuned/report.md").exists()
+
+
+def test_a_merged_model(tmp_path: Path) -> None:
+    layers = [{"name": f"model.layers.{block}.mlp.up_proj", "shape": [4, 4], "sparsity": 0.5 + 0.25 * block}
+              for block in range(2)]  # fmt: skip
+    metrics = {"layers_merged": 2, "zeroed": 0, "pattern": "2:4", "sparsity": 0.625, "violations": 0, "layers": layers,
+               "adapter": {"method": "lors", "rank": 8}}  # fmt: skip
+    record(tmp_path / "merged", "merge", {"adapter": "t/adapter"}, {"path": "sparse"}, metrics, [])
+    text = text_of(write_reports([tmp_path / "merged"], FORMATS, None))
+    assert "sparse: merged with an adapter of lors at rank 8." in text
+    assert "| merged | 2:4 | 0.6250 | 0.5000 to 0.7500 | 0 |" in text
+    assert "figures/sparsity.png" in text
+    assert "| merge | 1 min 00 s |" in text
+    rows = list(csv.DictReader((tmp_path / "merged/report.csv").open(newline="")))
+    assert {(row["label"], row["role"], row["tune"]) for row in rows} == {("LoRS", "tuned", "lors")}
+    numbers = {row["measure"]: row["value"] for row in rows if row["value"]}
+    assert numbers == {"sparsity": "0.625", "violations": "0", "elapsed": "60.0"}
 
 
 def test_several_are_compared_with_the_first(tmp_path: Path) -> None:
@@ -167,6 +184,39 @@ def test_a_sweep_and_a_stage(sweep: Path, tmp_path: Path) -> None:
     assert "| llama3 | Sweep llama3. |" in text
 
 
+def two_bases(folder: Path, methods: list[tuple[str, str]], patterns: tuple[str, ...] = ("2:4",)) -> Path:
+    """A sweep over two dense models: of each, every pair of methods and pattern tuned."""
+    made = SweepFolder(folder, folder.name, {})
+    for base in ("o/7B", "o/8B"):
+        for place, (prune, tune) in enumerate(methods):
+            for pattern in patterns:
+                name = f"{base[2:]}-{prune}-{tune}-{pattern}"
+                config = {"method": prune, "pattern": pattern}
+                stages = {"prune": made.stage(f"p-{name}", "prune", config, {}, 1.0, origin=base),
+                          "tune": made.tune(f"t-{name}", tune)}  # fmt: skip
+                acc = {"boolq": 0.5 + 0.1 * place + 0.2 * (base == "o/8B") + 0.05 * (pattern == "4:8")}
+                made.cell(name, {}, stages=stages, models={"tuned": made.score(f"e-{name}", "tuned", acc, 9.0)})
+    return made.close()
+
+
+def test_models_of_sweeps_are_compared_with_their_likes(tmp_path: Path) -> None:
+    one = two_bases(tmp_path / "a", [("sparsegpt", "lors"), ("wanda", "sqft")])
+    two = two_bases(tmp_path / "b", [("wanda", "sqft"), ("ria", "lors")], ("2:4", "4:8"))
+    text = text_of(write_reports([one, two], ("md",), tmp_path / "out"))
+    title = next(line for line in text.splitlines() if line.startswith("| task | "))
+    assert title[2:-2].split(" | ")[1:] == [
+        "b/7B, 2:4: Wanda + SQFT − a/7B, 2:4: Wanda + SQFT", "b/7B, 4:8: Wanda + SQFT − a/7B, 2:4: Wanda + SQFT",
+        "b/7B, 2:4: RIA + LoRS − a/7B, 2:4: SparseGPT + LoRS", "b/7B, 4:8: RIA + LoRS − a/7B, 2:4: SparseGPT + LoRS",
+        "b/8B, 2:4: Wanda + SQFT − a/8B, 2:4: Wanda + SQFT", "b/8B, 4:8: Wanda + SQFT − a/8B, 2:4: Wanda + SQFT",
+        "b/8B, 2:4: RIA + LoRS − a/8B, 2:4: SparseGPT + LoRS", "b/8B, 4:8: RIA + LoRS − a/8B, 2:4: SparseGPT + LoRS",
+    ]  # fmt: skip
+    rows = [line.split(" | ")[0][2:] for line in text.splitlines() if line.startswith(("| a/", "| b/")) and "±" in line]
+    assert len(set(rows)) == len(rows) == 12
+    assert len([line for line in text.splitlines() if "**" in line]) == 1
+    # 4 and 8 cells of 1 s, 1000 s and, in folders of the same names, 50 s
+    assert "All stages together took 3 h 30 min" in text
+
+
 def test_what_is_no_folder_of_ours(tmp_path: Path, lors: Lors) -> None:
     scored(tmp_path / "runs/a", {"mine": {"boolq": 2, "arc_easy": 4}})
     (tmp_path / "begun/.pieces").mkdir(parents=True)
@@ -193,4 +243,4 @@ def test_no_other_report_is_overwritten(tmp_path: Path) -> None:
 def test_rows_with_a_held_out_loss(tmp_path: Path) -> None:
     path = tuned(tmp_path / "t", 8) / "log.jsonl"
     assert [row["step"] for row in read_log(path)] == [1, 2]
-    assert [(row["step"], row["val_loss"]) for row in read_log(path, "val_loss")] == [(0, 3.5), (2, 2.75)]
+    assert [(row["step"], row["val_loss"]) for row in read_log(path, "val_loss")] == [(2, 2.75)]

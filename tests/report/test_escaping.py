@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from report_pages import Page, is_safe
 from sweep_folder import SweepFolder, shares
 
+from lors_cli.recipe.schema import STAGES
 from lors_cli.report.drawing import style, svg
 from lors_cli.report.run import write_run_report
 from lors_cli.report.sweep import write_sweep_report
@@ -57,7 +58,7 @@ def test_a_runs_page(finished_workshop: Path, tmp_path: Path, name: str, task: s
         path.write_text(json.dumps(content))
     recipe = run / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("path: dense", f"path: {quoted('x' + model)}"))
-    write_run_report(run, None, ("html", "md"))
+    write_run_report(run, STAGES, ("html", "md"))
     page_of(run / "report.html")
 
 

@@ -10,8 +10,11 @@ import pytest
 from sweep_folder import BASE, SweepFolder, shares
 
 from lors_cli.errors import UsageError
+from lors_cli.report.drawing import style
 from lors_cli.report.groups import groups, model_label, pattern_name
 from lors_cli.report.results import read_sweep
+from lors_cli.report.score_figures import accuracy_panels
+from lors_cli.report.stage_figures import loss_of_cells, sparsity_by_model
 
 PRUNE = {"method": "sparsegpt", "pattern": "2:4", "sparsity": None}
 TUNE = {"method": "lors", "data": {"dataset": "alpaca"}}
@@ -81,6 +84,48 @@ def test_several_models_patterns_and_evaluations(tmp_path: Path) -> None:
         "two": ["dense (limit 10)", "dense (limit 20)"],
         "two, RIA 60% unstructured": ["RIA (limit 10)", "RIA (limit 20)"],
     }
+    assert [model.name for group in groups(read_sweep(tmp_path)) for model in group.models][1:4] == [
+        "one: dense (limit 20)", "one, 60% unstructured: RIA (limit 10)", "one, 60% unstructured: RIA (limit 20)",
+    ]  # fmt: skip
+
+
+def patterns(folder: Path) -> Path:
+    """Wanda + LoRS of two patterns, no dense model; layers have other shares in each."""
+    made = SweepFolder(folder, "patterns", {"prune.pattern": ["2:4", "4:8"]})
+    for pattern, share in (("2:4", 0.5), ("4:8", 0.25)):
+        layers = [{"name": f"model.layers.{block}.mlp.up_proj", "shape": [4, 4], "sparsity": share}
+                  for block in range(2)]  # fmt: skip
+        pruned = made.stage(f"stages/p-{pattern}", "prune", {"method": "wanda", "pattern": pattern}, {"layers": layers},
+                            1.0)  # fmt: skip
+        tuned = made.tune(f"stages/t-{pattern}", "lors")
+        models = {role: made.score(f"stages/e-{role}-{pattern}", role, shares(0.4), 9.0)
+                  for role in ("pruned", "tuned")}  # fmt: skip
+        made.cell(pattern, {"prune.pattern": pattern}, stages={"prune": pruned, "tune": tuned}, models=models)
+    return made.close()
+
+
+def test_figures_tell_the_models_of_several_groups_apart(tmp_path: Path) -> None:
+    sweep = read_sweep(patterns(tmp_path))
+    found = groups(sweep)
+    assert [model.label for model in found[1].models] == ["Wanda", "Wanda + LoRS"], "the title tells the rest"
+    with style():
+        panels, losses, sparse = accuracy_panels(found), loss_of_cells(sweep.cells, found), sparsity_by_model(found)
+    names = ["2:4: Wanda", "2:4: Wanda + LoRS", "4:8: Wanda", "4:8: Wanda + LoRS"]
+    assert panels is not None
+    assert [tick.get_text() for tick in panels.axes[0].get_yticklabels()] == names
+    assert losses is not None
+    assert [line.get_label() for line in losses.axes[0].lines] == names[1::2]
+    assert sparse is not None
+    assert {"2:4: Wanda", "4:8: Wanda"} <= {tick.get_text() for tick in sparse.axes[0].get_yticklabels()}
+
+
+def test_groups_that_nothing_tells_apart_have_the_cells_names(tmp_path: Path) -> None:
+    made = SweepFolder(tmp_path, "recipes", {})
+    for recipe in ("a", "b"):
+        models = {"pruned": made.score(f"stages/e-{recipe}", "pruned", shares(0.4), 9.0)}
+        made.cell(recipe, {}, stages={"prune": made.prune(f"stages/p-{recipe}", "wanda")}, models=models, recipe=recipe)
+    found = groups(read_sweep(made.close()))
+    assert [model.label for group in found for model in group.models] == ["Wanda [a]", "Wanda [b]"]
 
 
 def test_nothing_has_run_yet(tmp_path: Path) -> None:

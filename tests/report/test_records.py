@@ -59,5 +59,16 @@ def test_names_come_back_as_they_were() -> None:
     assert (line["group"], line["label"], line["error"]) == (name, name, name)
 
 
+def test_every_metric_and_subtask_is_there() -> None:
+    tasks = {
+        "glue": {"acc": 0.5, "f1": 0.75, "f1_stderr": 0.02, "num_samples": 9},
+        "mrpc": {"acc": 0.25, "num_samples": 9},
+    }
+    model = ScoredModel("dense", "dense", "m/n", scores={"tasks": tasks, "groups": {"glue": ["mrpc"]}})
+    found = [(line["name"], line["measure"], line["value"], line["stderr"])
+             for line in lines(to_csv([Group("g", (model,))]))]  # fmt: skip
+    assert found == [("glue", "acc", "50.0", ""), ("glue", "f1", "0.75", "0.02"), ("mrpc", "acc", "25.0", "")]
+
+
 def test_nothing_is_a_header() -> None:
     assert lines(to_csv([])) == []

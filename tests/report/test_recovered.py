@@ -13,6 +13,7 @@ from sweep_folder import SweepFolder, eval_content, shares, write_json
 from lors_cli.cli.views.runs import show_results
 from lors_cli.cli.views.sweeps import show_sweep
 from lors_cli.evaluation.summary import LOST_IN_ERROR
+from lors_cli.recipe.schema import STAGES
 from lors_cli.report.run import write_run_report
 from lors_cli.report.sweep import write_sweep_report
 
@@ -43,7 +44,7 @@ def test_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results: dict[str, Any] = {role: eval_content("m", shares(acc), text) for role, (acc, text) in SCORES.items()}
     for role, content in results.items():
         write_json(tmp_path / "eval" / f"{role}.json", content)
-    check(write_run_report(tmp_path))
+    check(write_run_report(tmp_path, STAGES))
     assert "accuracy —" in (tmp_path / "report.md").read_text()
     show_results(results)
     shown = capsys.readouterr().out

@@ -83,6 +83,31 @@ def test_equal_ones_are_all_best_unless_there_is_no_other() -> None:
         assert "!" not in "".join(cell for row in by_model([Group("g", models)]).rows for cell in cells(row))
 
 
+@pytest.mark.parametrize(
+    ("change", "columns"),
+    [
+        ({"num_samples": 5}, ["BoolQ", "average"]),
+        ({"tasks": ["boolq"]}, ["average"]),
+        ({"tokens": 99}, ["ppl wikitext2"]),
+        ({"sequence_length": 4}, ["ppl wikitext2"]),
+        ({}, []),
+    ],
+)
+def test_of_what_was_not_measured_alike_none_is_best(change: dict[str, Any], columns: list[str]) -> None:
+    dense, pruned, tuned = group("a/b").models
+    scored = content(0.7, 0.56, 10.0)
+    places = {"num_samples": scored["tasks"]["boolq"], "tasks": scored["average"]}
+    for name, value in change.items():
+        places.get(name, scored["perplexity"]["wikitext2"])[name] = value
+    shown = [Group("g", (dense, pruned, replace(tuned, scores=scored, shares={})))]
+    table = by_model(shown)
+    best = {title for title, found in zip(table.columns, table.rows[-1].cells, strict=True) if found.is_best}
+    assert best == {"BoolQ", "RTE", "average", "ppl wikitext2"} - {*columns}
+    said = " ".join(notes(shown))
+    assert (f"not all of them compare: {', '.join(columns)}." in said) == bool(columns)
+    assert ("compare" in said) == bool(columns)
+
+
 def test_numbers_that_are_missing_or_broken() -> None:
     broken = content(0.6, 0.5, None)
     broken["tasks"]["rte"] = {"acc": None, "num_samples": 10}
@@ -97,7 +122,7 @@ def test_other_metrics_follow_the_papers_tasks() -> None:
     scores["tasks"] = {"gsm8k": {"exact_match,strict": 0.25, "exact_match_stderr,strict": 0.1}, **scores["tasks"]}
     model = ScoredModel("dense", "dense", "a/b", scores=scores)
     assert [item.title for item in measures([model])][:3] == ["BoolQ", "RTE", "gsm8k exact_match,strict"]
-    assert [item.metric for item in measures([model], with_norm=True)][:2] == ["acc", "acc_norm"]
+    assert [item.metric for item in measures([model], every_metric=True)][:2] == ["acc", "acc_norm"]
 
 
 def test_notes_name_what_is_not_as_in_the_paper() -> None:
@@ -182,6 +207,18 @@ def test_task_without_accuracy_shows_its_own_metric() -> None:
     assert by_task({"m": result}) == (["task", "m"], [["gsm8k exact_match,strict-match", "25.00 ± 10.00"]])
 
 
+def test_every_metric_has_its_row_below_the_tasks_accuracy() -> None:
+    tasks = {
+        "mrpc": {"acc": 0.5, "acc_stderr": 0.01, "f1": 0.75, "f1_stderr": 0.02, "num_samples": 9},
+        "lambada": {"perplexity": 20.5, "perplexity_stderr": 1.0, "acc": 0.25, "num_samples": 9},
+    }
+    result = {"model": "m", "tasks": tasks, "average": average(tasks), "perplexity": {}}
+    assert by_task({"m": result})[1] == [
+        ["mrpc", "50.00 ± 1.00"], ["  f1", "0.750"], ["lambada", "25.00"], ["  perplexity", "20.500"],
+        ["average acc", "37.50"],
+    ]  # fmt: skip
+
+
 # By cell --------------------------------------------------------------------------------------------------------
 
 
@@ -203,7 +240,7 @@ def cell(name: str, acc: float, perplexity: float, status: str = "done") -> dict
 
 def test_a_row_a_cell_with_the_best_marked() -> None:
     cells = [cell("a", 0.5, 100.0), cell("b", 0.55, 31.6227766), cell("c", 0, 0, "failed"), cell("d", 0.5, 10.0)]
-    columns, rows, bold = by_cell(cells)
+    columns, rows, bold, unlike = by_cell(cells)
     assert columns == ["cell", "average acc", "ppl wikitext2", "recovered acc", "recovered ppl"]
     assert rows == [
         ["a", "50.00 ±2.5", "100.000", "50.0 %", "50.0 %"],  # √(0.03² + 0.04²)/2; log 100 lies between log 10 and 1000
@@ -212,12 +249,22 @@ def test_a_row_a_cell_with_the_best_marked() -> None:
         ["d", "50.00 ±2.5", "10.000", "50.0 %", "100.0 %"],
     ]
     assert bold == {(1, 1), (3, 2), (1, 3), (3, 4)}
+    assert unlike == ""
 
 
 def test_one_row_has_no_best_and_equal_ones_share_it() -> None:
     assert by_cell([cell("a", 0.5, 100.0)])[2] == set()
-    _, _, bold = by_cell([cell("a", 0.5, 100.0), cell("b", 0.5, 100.0)])
+    _, _, bold, _ = by_cell([cell("a", 0.5, 100.0), cell("b", 0.5, 100.0)])
     assert {(0, 1), (1, 1), (0, 2), (1, 2)} <= bold
+
+
+def test_cells_that_were_not_measured_alike_have_no_best_and_it_is_said() -> None:
+    other = cell("b", 0.55, 31.6)
+    for scored in other["results"].values():
+        scored["perplexity"]["wikitext2"]["sequence_length"] = 5
+    _, _, bold, unlike = by_cell([cell("a", 0.5, 100.0), other])
+    assert {column for _, column in bold} == {1, 3}
+    assert unlike.endswith("not all of them compare: ppl wikitext2, recovered ppl wikitext2.")
 
 
 def test_nothing_to_show_is_shown_as_that() -> None:

@@ -13,9 +13,11 @@ from sweep_folder import SweepFolder, shares
 from typer.testing import Result
 
 from lors_cli.output.markdown import to_markdown
+from lors_cli.report.drawing import style
 from lors_cli.report.groups import groups
 from lors_cli.report.latex import escape
 from lors_cli.report.results import read_sweep
+from lors_cli.report.stage_figures import cost
 from lors_cli.report.sweep import sweep_blocks, write_sweep_report
 
 HOSTILE = "<script>alert(1)</script> $x_1$ | a_b & 50% \\input{z}"
@@ -82,6 +84,25 @@ def test_peak_memory_where_a_stage_recorded_it(sweep: Path) -> None:
     text = markdown(sweep)
     assert "| peak memory |" in text
     assert re.search(r"^\| wanda-lors .* 3\.0 GiB \|$", text, re.MULTILINE)
+
+
+def test_the_time_of_packing_is_told_and_drawn(sweep: Path) -> None:
+    index = json.loads((sweep / "sweep.json").read_text())
+    (cell,) = (cell for cell in index["cells"] if cell["name"] == "wanda-lors")
+    cell["stages"]["pack"] = "stages/pack"
+    (sweep / "sweep.json").write_text(json.dumps(index))
+    record = json.loads((sweep / "stages/tune-wanda-lors/stage.json").read_text())
+    record |= {"stage": "pack", "metrics": {"bytes": 9, "bytes_before": 16}, "elapsed_s": 600.0}
+    (sweep / "stages/pack").mkdir()
+    (sweep / "stages/pack/stage.json").write_text(json.dumps(record))
+    text = markdown(sweep)
+    assert "| cell | prune | tune | pack | eval |" in text
+    assert "| wanda-lors | 1 min 40 s | 16 min 40 s | 10 min 00 s | 2 min 30 s |" in text
+    assert "All stages together took 1 h 25 min" in text
+    with style():
+        figure = cost(read_sweep(sweep).cells)
+    assert figure is not None
+    assert [part.get_text() for part in figure.axes[0].get_legend().get_texts()] == ["prune", "tune", "pack", "eval"]
 
 
 def hostile_sweep(folder: Path) -> Path:

@@ -136,8 +136,10 @@ def show_status(document: dict[str, Any]) -> None:
 
 def show_sweep(summary: dict[str, Any]) -> None:
     """What `lors sweep` did: a row a cell, and where everything is."""
-    columns, rows, bold = by_cell(summary["cells"])
+    columns, rows, bold, unlike = by_cell(summary["cells"])
     console.table(columns, rows, bold=bold)
+    if unlike:
+        console.result(unlike)
     if any(INSIDE_ERROR in row for row in rows):
         console.result(LOST_IN_ERROR)
     console.result()
