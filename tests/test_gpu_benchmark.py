@@ -74,7 +74,7 @@ def test_the_rehearsal_runs_everything_with_few_packages(tmp_path: Path) -> None
         assert without_figures(found[name]) == {}, name
     assert set(found["right"]) == set(right.CHECKS)
     assert set(found["chain"]) == {"model", "dense", "pruned", "tuned 10", "tuned 300"}
-    assert "14 of 14 checks are right" in found["text"]
+    assert f"{len(right.CHECKS)} of {len(right.CHECKS)} checks are right" in found["text"]
     assert len(found["text"].splitlines()) <= LINES + len(found["run"]["steps"])
 
 
@@ -102,6 +102,36 @@ def test_a_failure_loses_only_itself_and_no_item_begins_late(tmp_path: Path) -> 
     assert written["third"]["left_out"].endswith("were left of about 1000")
 
 
+def document_of(*names: str) -> dict[str, Any]:
+    ended = {"ended": "finished", "elapsed_s": 1.0, "box_s": 2.0}
+    return {"device": "a GPU", "torch": "2", "transformers": "5", "steps": dict.fromkeys(names, ended)}
+
+
+def test_a_number_that_is_none_is_not_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    offs = iter([0.0, float("nan"), *[0.0] * 6])
+    monkeypatch.setattr(right, "off", lambda found, exact: next(offs))
+    with pytest.raises(AssertionError, match=r"wrong: .*nan"):
+        right.layers(torch.device("cpu"), "float32")
+    assert right.worst([1.0, 2.0]) == 2
+
+
+def test_checks_that_a_killed_step_did_not_come_to_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(device: torch.device) -> dict[str, Any]:
+        raise AssertionError("wrong")
+
+    def killed(device: torch.device) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(right, "CHECKS", {"one": lambda _: {}, "two": wrong, "three": killed, "four": lambda _: {}})
+    box = Box(tmp_path / "right.json", time.monotonic() + 100, rehearse=True)
+    with pytest.raises(KeyboardInterrupt):
+        right.run(box)
+    text = summary(document_of("right"), {"right": json.loads(box.path.read_text())})
+    assert "1 of 4 checks are right; missing: three, four" in text
+    assert "two: AssertionError: wrong" in text
+    assert "no check was begun" in summary(document_of("right"), {})
+
+
 def test_the_summary_fits_and_says_which_goal_was_missed() -> None:
     items: dict[str, Any] = {}
     for cell in steps.CELLS:
@@ -113,9 +143,7 @@ def test_the_summary_fits_and_says_which_goal_was_missed() -> None:
                 }  # fmt: skip
     items["compared"] = steps.compared(items)
     lost = {f"item {number}": {"failed": "broke"} for number in range(100)}
-    document = {"device": "a GPU", "torch": "2", "transformers": "5",
-                "steps": {name: {"ended": "finished", "elapsed_s": 1.0, "box_s": 2.0}
-                          for name in ("right", "steps", "kernel", "decode", "pruning", "chain")}}  # fmt: skip
+    document = document_of("right", "steps", "kernel", "decode", "pruning", "chain")
     decoded = {"dense, batch 1": {"tokens_per_s": 200.0}, "2:4, batch 1": {"tokens_per_s": 320.0, "over_dense": 1.6},
                "unstructured, batch 1": {"tokens_per_s": 220.0, "over_dense": 1.1}}  # fmt: skip
     text = summary(document, {"right": lost, "steps": items, "kernel": lost, "decode": decoded, "pruning": lost,

@@ -35,7 +35,8 @@ def summary(document: Figures, steps: dict[str, Figures]) -> str:
         items = steps.get(name, {})
         lines.append(f"== {name}: {ended['ended']}, {ended['elapsed_s']:.0f} of {ended['box_s']:.0f} s")
         lost = [f"   {item}: {found.get('failed') or 'left out: ' + found['left_out']}"[:150]
-                for item, found in items.items() if "failed" in found or "left_out" in found]  # fmt: skip
+                for item, found in sorted(items.items(), key=lambda named: "failed" not in named[1])
+                if "failed" in found or "left_out" in found]  # fmt: skip
         shown = lost[:4] + ([f"   and {len(lost) - 4} more without figures"] if len(lost) > 4 else [])
         lines += [f"   {line}" for line in writers[name](items)] + shown
     lines += _hours(steps)
@@ -43,8 +44,11 @@ def summary(document: Figures, steps: dict[str, Figures]) -> str:
 
 
 def _right(items: Figures) -> list[str]:
-    good = sum("failed" not in found and "left_out" not in found for found in items.values())
-    return [f"{good} of {len(items)} checks are right"]
+    if not items:
+        return ["no check was begun"]
+    missing = [name for name, found in items.items() if "left_out" in found]
+    good = sum("failed" not in found for found in items.values()) - len(missing)
+    return [f"{good} of {len(items)} checks are right" + (f"; missing: {', '.join(missing)}" if missing else "")]
 
 
 def _goal(text: str, value: float, limit: float, *, at_most: bool) -> str:
