@@ -73,6 +73,9 @@ def test_the_rehearsal_runs_everything_with_few_packages(tmp_path: Path) -> None
     for name in found["run"]["steps"]:
         assert without_figures(found[name]) == {}, name
     assert set(found["right"]) == set(right.CHECKS)
+    kernels = list(found["kernel"])
+    assert kernels[:2] == ["copy", "plain stochastic"]
+    assert kernels.index("unstructured 6x64, batch 8") < kernels.index("plain stochastic 64x64x8x1x1")
     assert set(found["chain"]) == {"model", "dense", "pruned", "tuned 10", "tuned 300"}
     assert f"{len(right.CHECKS)} of {len(right.CHECKS)} checks are right" in found["text"]
     assert len(found["text"].splitlines()) <= LINES + len(found["run"]["steps"])
