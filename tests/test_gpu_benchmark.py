@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ import torch
 pytest.importorskip("triton", reason="Triton has no wheel for this system")
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from gpu import carried, decode, right, steps
+from gpu import carried, decode, pruning, right, steps
 from gpu.box import Box
 from gpu.summary import LINES, summary
 from gpu.tiny import llama
@@ -133,6 +134,20 @@ def test_checks_that_a_killed_step_did_not_come_to_are_missing(tmp_path: Path, m
     assert "1 of 4 checks are right; missing: three, four" in text
     assert "two: AssertionError: wrong" in text
     assert "no check was begun" in summary(document_of("right"), {})
+
+
+def test_a_killed_step_leaves_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"step_s": 2.0, "peak_gib": 1.0, "saved_gib": 0.5}
+    monkeypatch.setattr(steps, "measured", Mock(side_effect=[found, KeyboardInterrupt]))
+    monkeypatch.setattr(pruning, "measure", Mock(side_effect=[{"pruning_s": 3.0}, KeyboardInterrupt]))
+    arms = {"lors admm": pruning.forward_floor, "floor": pruning.forward_floor}
+    monkeypatch.setattr(pruning.Settings, "arms", lambda _: arms)
+    for name, run in (("steps", steps.run), ("pruning", pruning.run)):
+        with pytest.raises(KeyboardInterrupt):
+            run(Box(tmp_path / f"{name}.json", time.monotonic() + 100, rehearse=True))
+    table = json.loads((tmp_path / "steps.json").read_text())["compared"]
+    assert table == {str(steps.TINY_CELLS[0]): {"lora": {**found, "over_lora": 1.0}}}
+    assert json.loads((tmp_path / "pruning.json").read_text())["compared"] == {"admm": {}}
 
 
 def test_the_summary_fits_and_says_which_goal_was_missed() -> None:

@@ -100,8 +100,8 @@ def run(box: Box) -> None:
                 name = f"{cell} · {method} · round {number + 1}"
                 took = box.items.get(f"{cell} · {method} · round 1", {}).get("item_s", needs)
                 box.item(name, lambda method=method, cell=cell: measured(model, linears, cell, method, repeats), took)  # type: ignore[misc]
-    box.items["compared"] = compared(box.items, cells)
-    box.write()
+                box.items["compared"] = compared(box.items, cells)
+                box.write()
 
 
 def compared(items: dict[str, Figures], cells: tuple[Cell, ...] = CELLS) -> Figures:
