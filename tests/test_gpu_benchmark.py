@@ -150,6 +150,15 @@ def test_a_killed_step_leaves_its_table(tmp_path: Path, monkeypatch: pytest.Monk
     assert json.loads((tmp_path / "pruning.json").read_text())["compared"] == {"admm": {}}
 
 
+def test_no_packed_item_begins_with_half_of_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, float] = {}
+    monkeypatch.setattr(steps, "sparse_model", lambda *_: (llama(), {}))
+    monkeypatch.setattr(Box, "item", lambda self, name, measure, needs_s: asked.setdefault(name, needs_s))
+    steps.run(Box(tmp_path / "steps.json", 0.0, cpu=True))
+    assert {needs_s for name, needs_s in asked.items() if "lors-packed" in name} == {30}
+    assert {needs_s for name, needs_s in asked.items() if "lors-packed" not in name} == {10}
+
+
 def test_the_summary_fits_and_says_which_goal_was_missed() -> None:
     items: dict[str, Any] = {}
     for cell in steps.CELLS:
@@ -157,7 +166,7 @@ def test_the_summary_fits_and_says_which_goal_was_missed() -> None:
             for number in (1, 2):
                 items[f"{cell} · {method} · round {number}"] = {
                     "step_s": {"lora": 0.2, "lors": 0.21, "lors-cached": 0.19, "spp-gc": 0.4}.get(method, 0.3),
-                    "peak_gib": 50.0 if method == "sqft" else 20.0, "saved_gib": 1.0,
+                    "peak_gib": {"sqft": 50.0, "lora": 19.0}.get(method, 20.0), "saved_gib": 1.0,
                 }  # fmt: skip
     items["compared"] = steps.compared(items)
     lost = {f"item {number}": {"failed": "broke"} for number in range(100)}
@@ -169,6 +178,8 @@ def test_the_summary_fits_and_says_which_goal_was_missed() -> None:
     assert len(text.splitlines()) <= LINES
     assert "step, LoRS / LoRA 1.050 (goal ≤ 1: MISSED)" in text
     assert "step, LoRS kept / LoRA 0.950 (goal ≤ 1: met)" in text
+    assert "peak, LoRS / LoRA with bfloat16 adapters 1.053" in text
+    assert "peak, LoRS / LoRA with float32 adapters, as LoRS's 1.000 (goal ≤ 1: met)" in text
     assert "throughput, LoRS / SPP-gc 1.905 (goal ≥ 1.6: met)" in text
     assert "peak, LoRS / SQFT 0.400 (goal ≤ 0.6: met)" in text
     assert "LoRS about" in text
