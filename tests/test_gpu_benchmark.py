@@ -188,6 +188,31 @@ def test_the_summary_fits_and_says_which_goal_was_missed() -> None:
     assert "decode, 2:4 / dense, batch 1 1.600 (goal ≥ 1.5: met)" in text
 
 
+def test_the_chain_is_held_against_the_cpu_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    items = {"dense": {"perplexity": 20.1}, "pruned": {"perplexity": float("nan")}, "tuned 300": {"perplexity": 9.0}}
+    monkeypatch.setattr("gpu.summary.CPU_CHAIN", tmp_path / "chain.json")
+    assert "no figures of a CPU" in summary(document_of("chain"), {"chain": items})
+    cpu = {"model": {"model": "SmolLM2"}, "dense": {"perplexity": 20.0}, "pruned": {"perplexity": 40.0}}
+    (tmp_path / "chain.json").write_text(json.dumps(cpu))
+    text = summary(document_of("chain"), {"chain": items})
+    assert "dense: perplexity 20.100, on the CPU 20.000, apart 0.005 (goal ≤ 0.01: met)" in text
+    assert "pruned: perplexity nan, on the CPU 40.000, apart nan (goal ≤ 0.01: MISSED)" in text
+    assert "tuned 300: perplexity 9.000\n" in text
+    assert "no figures of a CPU" not in text
+
+
+def test_wrong_logits_are_timed_and_lose_their_goal(tmp_path: Path) -> None:
+    model = llama()
+    expected = decode.Step(model, 2, 8)()
+    box = Box(tmp_path / "decode.json", time.monotonic() + 100, rehearse=True)
+    assert box.item("2:4, batch 1", lambda: decode.timed(model, 2, 8, 1, 1.05 * expected)[0])
+    box.item("2:4, batch 1", lambda: {**decode.timed(model, 2, 8, 1, expected.roll(1))[0], "over_dense": 2.0})
+    assert box.items["2:4, batch 1"]["step_s"] > 0
+    text = summary(document_of("decode"), {"decode": box.items})
+    assert "2:4, batch 1: wrong: its logits are 1" in text
+    assert "goal" not in text
+
+
 def test_the_decode_step_is_the_model_s() -> None:
     """Logits of the last token, by transformers at once and by the step behind transformers' own cache."""
     model = llama()

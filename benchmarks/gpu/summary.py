@@ -111,6 +111,7 @@ def _over_dense(items: Figures, prefix: str) -> str:
 
 
 def _decode(items: Figures) -> list[str]:
+    items = {name: found for name, found in items.items() if "failed" not in found}
     dense = [f"batch {name.rpartition(' ')[2]}: {found['tokens_per_s']:.0f}" for name, found in items.items()
              if name.startswith("dense") and "tokens_per_s" in found]  # fmt: skip
     lines = [f"Llama-3-8B's shape, dense, tokens/s: {'  '.join(dense)}"] if dense else []
@@ -134,12 +135,15 @@ def _pruning(items: Figures) -> list[str]:
 
 def _chain(items: Figures) -> list[str]:
     cpu = json.loads(CPU_CHAIN.read_text()) if CPU_CHAIN.is_file() else {}
-    lines = []
+    lines = [] if cpu else [f"no figures of a CPU to compare with ({CPU_CHAIN.name}): the goal of 1 % is not judged"]
     for name, found in items.items():
         if "perplexity" in found:
-            there = f", on the CPU {cpu[name]['perplexity']:.3f}" if "perplexity" in cpu.get(name, {}) else ""
             speed = f", {found['tokens_per_s']:.0f} tokens/s" if "tokens_per_s" in found else ""
-            lines.append(f"{name}: perplexity {found['perplexity']:.3f}{there}{speed}")
+            lines.append(f"{name}: perplexity {found['perplexity']:.3f}{speed}")
+            if "perplexity" in cpu.get(name, {}):
+                there = cpu[name]["perplexity"]
+                far = abs(found["perplexity"] / there - 1)
+                lines[-1] = _goal(f"{lines[-1]}, on the CPU {there:.3f}, apart", far, 0.01, at_most=True)
     return [*lines, "lors run through two processes needs two GPUs: not tried"]
 
 
