@@ -17,7 +17,7 @@ import torch
 pytest.importorskip("triton", reason="Triton has no wheel for this system")
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from gpu import carried, decode, pruning, right, steps
+from gpu import carried, decode, pruning, right, run, steps
 from gpu.box import Box
 from gpu.summary import LINES, summary
 from gpu.tiny import llama
@@ -142,9 +142,9 @@ def test_a_killed_step_leaves_its_table(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(pruning, "measure", Mock(side_effect=[{"pruning_s": 3.0}, KeyboardInterrupt]))
     arms = {"lors admm": pruning.forward_floor, "floor": pruning.forward_floor}
     monkeypatch.setattr(pruning.Settings, "arms", lambda _: arms)
-    for name, run in (("steps", steps.run), ("pruning", pruning.run)):
+    for name, step in (("steps", steps), ("pruning", pruning)):
         with pytest.raises(KeyboardInterrupt):
-            run(Box(tmp_path / f"{name}.json", time.monotonic() + 100, rehearse=True))
+            step.run(Box(tmp_path / f"{name}.json", time.monotonic() + 100, rehearse=True))
     table = json.loads((tmp_path / "steps.json").read_text())["compared"]
     assert table == {str(steps.TINY_CELLS[0]): {"lora": {**found, "over_lora": 1.0}}}
     assert json.loads((tmp_path / "pruning.json").read_text())["compared"] == {"admm": {}}
@@ -186,6 +186,14 @@ def test_the_summary_fits_and_says_which_goal_was_missed() -> None:
     assert "dense, tokens/s: batch 1: 200" in text
     assert "unstructured over dense by batch: 1: 1.10" in text
     assert "decode, 2:4 / dense, batch 1 1.600 (goal ≥ 1.5: met)" in text
+
+
+def test_figures_of_an_earlier_run_are_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("right", "kernel"):
+        (tmp_path / f"{name}.json").write_text('{"one": {}}')
+    monkeypatch.setattr(run, "spawn", lambda *_: {"ended": "failed", "elapsed_s": 0.0, "box_s": 1.0})
+    assert "no check was begun" in run.run_all(tmp_path, 9, rehearse=True, cpu=False, names=["right"])
+    assert (tmp_path / "kernel.json").is_file()
 
 
 def test_the_chain_is_held_against_the_cpu_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
