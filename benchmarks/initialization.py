@@ -39,7 +39,7 @@ Directions = dict[str, torch.Tensor]
 def gradients(model: Any, linears: dict[str, nn.Linear], batches: Batches) -> Iterator[tuple[str, torch.Tensor]]:
     """Every linear's dW (R, C)."""
     for group in _layer_groups(linears):
-        yield from _summed_gradients(model, group, batches, True).items()
+        yield from _summed_gradients(model, group, batches, causal_lm_loss).items()
 
 
 def captured(
@@ -98,15 +98,12 @@ def main() -> None:
             gradient_directions(model, linears, here, options.rank, seed=0, exact=way == "exact", loss=causal_lm_loss)
         peaks[way] = live.peak
     generator = torch.Generator().manual_seed(1)
-    ways["random"] = {
-        name: torch.linalg.qr(torch.randn(linear.in_features, options.rank, generator=generator)).Q.T
-        for name, linear in linears.items()
-    }
+    drawn = {name: torch.randn(linear.in_features, options.rank, generator=generator)
+             for name, linear in linears.items()}  # fmt: skip
+    ways["random"] = {name: torch.linalg.qr(matrix).Q.T.to(model.device) for name, matrix in drawn.items()}
     results = {
         "rank": options.rank, "samples": options.samples, "linears": len(linears),
         "overlap_sketch_exact": overlap(ways["sketch"], ways["exact"]),
-        "captured": captured(model, linears, here, ways),
-        "captured_held_out": captured(model, linears, others, ways),
         "seconds": {way: round(statistics.median(values), 2) for way, values in taken.items()},
         "seconds_sketch_over_exact": round(
             statistics.median(a / b for a, b in zip(taken["sketch"], taken["exact"], strict=True)), 3
@@ -114,6 +111,9 @@ def main() -> None:
         "peak_mib": {way: round(value / 2**20, 1) for way, value in peaks.items()},
         **software(),
     }  # fmt: skip
+    atomic.write_json(options.out, results)
+    results["captured"] = captured(model, linears, here, ways)
+    results["captured_held_out"] = captured(model, linears, others, ways)
     atomic.write_json(options.out, results)
     for key, value in results.items():
         print(f"{key:28} {value}")

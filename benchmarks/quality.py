@@ -32,7 +32,7 @@ import torch
 from cells import add_places, require_places
 from common import software
 
-from lors_cli.data.samples import PadCollator
+from lors_cli.data.samples import IGNORED, PadCollator
 from lors_cli.data.tokens import tuning_samples
 from lors_cli.evaluation.stage import evaluate
 from lors_cli.files import atomic, records
@@ -111,8 +111,8 @@ def held_out_loss(checkpoint: Path, rows: Path) -> float:
     collator = PadCollator(tokenizer.pad_token_id)
     total, count = 0.0, 0
     for first in range(0, len(samples), 8):
-        batch = collator(samples[first : first + 8])
-        num_labels = int((batch["labels"][:, 1:] != -100).sum())
+        batch = {key: value.to(model.device) for key, value in collator(samples[first : first + 8]).items()}
+        num_labels = int((batch["labels"][:, 1:] != IGNORED).sum())
         total += float(causal_lm_loss(model, batch)) * num_labels
         count += num_labels
     return total / count

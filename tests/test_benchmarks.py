@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import data_throughput
 import decode
 import eval_speed
+import initialization
 import memory
 import prune as prune_benchmark
 import reference
@@ -31,6 +32,7 @@ from common import (
 )
 from gpu import pruning as gpu_pruning
 from gpu.box import Box
+from gpu.tiny import llama
 
 from lors_cli.bench.measure import rotated
 from lors_cli.models import shapes
@@ -270,6 +272,21 @@ def test_an_inner_phase_stops_the_outer_clock(monkeypatch: pytest.MonkeyPatch) -
 def test_rotation_gives_every_arm_every_place() -> None:
     orders = [rotated("abc", by) for by in range(4)]
     assert orders == [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"], ["a", "b", "c"]]
+
+
+def test_directions_are_held_against_the_gradients_of_the_loss() -> None:
+    model, ids = llama(), torch.randint(256, (2, 12), generator=torch.Generator().manual_seed(5))
+    linears = linears_of(decoder_blocks(model)[1][0])
+    batches = [{"input_ids": row[None], "labels": row[None]} for row in ids]
+    found = dict(initialization.gradients(model, linears, batches))
+    for linear in linears.values():
+        linear.weight.requires_grad_(True)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert set(found) == set(linears)
+    for name, linear in linears.items():
+        torch.testing.assert_close(found[name], linear.weight.grad, rtol=1e-3, atol=1e-6)
+    ways = {"all": {name: torch.eye(linear.in_features) for name, linear in linears.items()}}
+    assert initialization.captured(model, linears, batches, ways) == {"all": 1}
 
 
 TINY_SHAPE = Shape((), 32, 64, 22, 4, 2, 300, 128)

@@ -45,7 +45,7 @@ class Box:
         return self.ends - time.monotonic()
 
     def item(self, name: str, measure: Callable[[], Figures], needs_s: float = 1.0) -> Figures | None:
-        """Its figures; None where it failed or had no time, and the file says why."""
+        """Its figures; None where it failed, or says so itself, or had no time, and the file says why."""
         if self.left() < needs_s:
             self.items[name] = {"left_out": f"{max(0.0, self.left()):.0f} s were left of about {needs_s:.0f}"}
         else:

@@ -1,8 +1,8 @@
 """Step 6: the chain for real: SmolLM2 pruned, tuned and scored by the stages a user calls, on this device.
 
 The model lies in parts in .carried or /tmp/carried (carried.py); a rehearsal makes a tiny one. Ten steps are compared
-with the CPU's of `benchmarks/results/gpu-chain-cpu.json` (made by `run.py --cpu --only chain`); 300 are for speed and
-for what they recover. `lors run` through two processes needs two devices, and is not tried here.
+with the CPU's, where `benchmarks/results/gpu-chain-cpu.json` is there (chain.json of `run.py --cpu --only chain`); 300
+are for speed and for what they recover. `lors run` through two processes needs two devices, and is not tried here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Step 3: the kernels alone: products with packed weights against F.linear, the merge against a copy.
+"""Step 3: the kernels alone: the merge against a copy, products with packed weights against F.linear.
 
 Timed over several weights in turns, so that none is found in the cache. A product reads the weight; a merge reads W and
 writes W_t; tokens and adapters are left out of the bytes, as they stay in the cache.
@@ -6,6 +6,7 @@ writes W_t; tokens and adapters are left out of the bytes, as they stay in the c
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -99,10 +100,10 @@ class Products:
             _make_two_of_four(weight)
 
     def become(self, kind: str) -> None:
-        """Packed as 2:4 first, from there unstructured."""
-        self.weights = [pack(weight, TWO_OF_FOUR) if kind == "2:4" else
-                        Packed(weight.values, weight.mask, weight.starts, weight.columns)
-                        for weight in self.weights]  # fmt: skip
+        """Dense as they are made; from then on packed, as 2:4 or unstructured."""
+        if kind != "dense":
+            packed = (weight if isinstance(weight, Packed) else pack(weight, TWO_OF_FOUR) for weight in self.weights)
+            self.weights = [replace(weight, pattern=TWO_OF_FOUR if kind == "2:4" else None) for weight in packed]
 
     def timed(self, tokens: int, block: dict[str, int] | None, repeats: int) -> Figures:
         """Seconds of one product, from a graph of one with every weight, and bytes of the weight a second."""
@@ -128,44 +129,12 @@ class Products:
         return {"seconds": taken, "gb_per_s": read / taken / 1e9}
 
 
-def products(box: Box, shape: tuple[int, int], copies: int) -> None:
-    """Every batch by every way, then other blocks with one token."""
-    weights, name = Products(box.device, shape, copies), f"{shape[0]}x{shape[1]}"
-    repeats, needs_s = (REPEATS, 2.0) if not box.rehearse else (1, 0.1)
-
-    def item(kind: str, tokens: int, block: dict[str, int] | None, named: str = "") -> None:
-        dense = box.items.get(f"dense {name}, batch {tokens}", {}).get("seconds")
-
-        def measure() -> Figures:
-            figures = weights.timed(tokens, block, repeats)
-            return {**figures, "over_dense": dense / figures["seconds"]} if dense and not named else figures
-
-        box.item(f"{kind} {name}, batch {tokens}{named}", measure, needs_s)
-
-    for kind in ("dense", "2:4", "unstructured"):
-        if kind != "dense":
-            weights.become(kind)
-        for tokens in BATCHES:
-            item(kind, tokens, None)
-        for rows, warps in PRODUCT_BLOCKS if kind != "dense" and not box.rehearse else ():
-            block = {"ROWS": rows, "OCTETS": 32 * warps, "num_warps": warps}
-            item(kind, 1, block, f", {rows} rows x {warps} warps")
-
-
 def run(box: Box) -> None:
-    """Products, then merges."""
-    for case, copies in PRODUCTS if not box.rehearse else TINY_PRODUCTS:
-        products(box, case, copies)
-    merges(box)
-
-
-def merges(box: Box) -> None:
-    """The copy, every way with the block in use, other ranks, then the other blocks for what training uses most."""
+    """The copy and every way to merge, products by batch; last the search for faster blocks, and rank 64."""
     shape, repeats = (SHAPE, REPEATS) if not box.rehearse else (TINY_SHAPE, 1)
-    copy = box.item("copy", lambda: copied(box, shape))
-    weights = Weights(box.device, shape, RANK)
+    copy, weights = box.item("copy", lambda: copied(box, shape)), Weights(box.device, shape, RANK)
 
-    def timed(name: str, of: Weights, kind: str, rounding: Rounding, tile: dict[str, int]) -> None:
+    def merge(name: str, of: Weights, kind: str, rounding: Rounding, tile: dict[str, int] = triton_merge.BLOCK) -> None:
         def measure() -> Figures:
             figures = of.timed(kind, rounding, tile, repeats)
             return {**figures, "of_copy": figures["gb_per_s"] / copy["gb_per_s"] if copy else None}
@@ -173,11 +142,37 @@ def merges(box: Box) -> None:
         box.item(name, measure, needs_s=3 if not box.rehearse else 0.1)
 
     for kind, rounding in WAYS:
-        timed(f"{kind} {rounding}", weights, kind, rounding, triton_merge.BLOCK)
+        merge(f"{kind} {rounding}", weights, kind, rounding)
+    made = [Products(box.device, *case) for case in (PRODUCTS if not box.rehearse else TINY_PRODUCTS)]
+    for products in made:
+        for kind in ("dense", "2:4", "unstructured"):
+            for tokens in BATCHES:
+                product(box, products, kind, tokens)
     for kind, rounding in (("plain", "stochastic"), ("packed", "stochastic")):
         for tile in BLOCKS if not box.rehearse else BLOCKS[:1]:
-            timed(f"{kind} {rounding} {'x'.join(map(str, tile.values()))}", weights, kind, rounding, tile)  # type: ignore[arg-type]
+            merge(f"{kind} {rounding} {'x'.join(map(str, tile.values()))}", weights, kind, rounding, tile)  # type: ignore[arg-type]
+    for products in made:
+        for kind in ("2:4", "unstructured"):
+            for rows, warps in PRODUCT_BLOCKS if not box.rehearse else PRODUCT_BLOCKS[:1]:
+                tile = {"ROWS": rows, "OCTETS": 32 * warps, "num_warps": warps}
+                product(box, products, kind, 1, tile, f", {rows} rows x {warps} warps")
     if not box.rehearse:
         wide = Weights(box.device, shape, 64)
         for kind, rounding in WAYS[:1] + WAYS[2:3]:
-            timed(f"{kind} {rounding} rank 64", wide, kind, rounding, triton_merge.BLOCK)
+            merge(f"{kind} {rounding} rank 64", wide, kind, rounding)
+
+
+def product(
+    box: Box, weights: Products, kind: str, tokens: int, block: dict[str, int] | None = None, named: str = ""
+) -> None:
+    """A product by one way; in the block in use it is compared with the dense one."""
+    name = f"{weights.shape[0]}x{weights.shape[1]}"
+    dense = box.items.get(f"dense {name}, batch {tokens}", {}).get("seconds")
+    repeats, needs_s = (REPEATS, 2.0) if not box.rehearse else (1, 0.1)
+
+    def measure() -> Figures:
+        weights.become(kind)
+        figures = weights.timed(tokens, block, repeats)
+        return {**figures, "over_dense": dense / figures["seconds"]} if dense and not named else figures
+
+    box.item(f"{kind} {name}, batch {tokens}{named}", measure, needs_s)

@@ -168,7 +168,7 @@ TINY = Settings(hidden_size=64, intermediate_size=160, num_heads=4, num_key_valu
 
 
 def run(box: Box, settings: Settings | None = None) -> None:
-    """Every arm once, the floor first; then how they compare."""
+    """Every arm once, the floor first, and how those so far compare."""
     settings = settings or (TINY if box.rehearse else Settings())
     if not box.rehearse:
         box.item("warm-up", lambda: warm_up(settings) or {})
@@ -177,8 +177,8 @@ def run(box: Box, settings: Settings | None = None) -> None:
     for arm, prune in settings.arms().items():
         if box.item(arm, lambda prune=prune: measure(model, weights, batches, prune), 5 if not box.rehearse else 0.1):  # type: ignore[misc]
             masks[arm] = first_block_masks(model)
-    box.items["compared"] = compared(box.items, masks)
-    box.write()
+        box.items["compared"] = compared(box.items, masks)
+        box.write()
 
 
 def compared(items: dict[str, Figures], masks: dict[str, dict[str, torch.Tensor]]) -> Figures:

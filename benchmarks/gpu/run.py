@@ -74,6 +74,8 @@ def run_all(out: Path, minutes: float, rehearse: bool, cpu: bool, names: list[st
     ends = time.monotonic() + 60 * minutes
     device = "CPU (rehearsal)" if rehearse else "CPU" if cpu else torch.cuda.get_device_name()
     document: dict[str, Any] = {**software(), "device": device, "minutes": minutes, "steps": {}}
+    for name in names:  # an earlier run's figures are not this one's
+        (out / f"{name}.json").unlink(missing_ok=True)
     for name in names:
         seconds = SHARES[name] * (ends - time.monotonic()) - GRACE_S
         if seconds < GRACE_S:

@@ -35,7 +35,8 @@ def summary(document: Figures, steps: dict[str, Figures]) -> str:
         items = steps.get(name, {})
         lines.append(f"== {name}: {ended['ended']}, {ended['elapsed_s']:.0f} of {ended['box_s']:.0f} s")
         lost = [f"   {item}: {found.get('failed') or 'left out: ' + found['left_out']}"[:150]
-                for item, found in items.items() if "failed" in found or "left_out" in found]  # fmt: skip
+                for item, found in sorted(items.items(), key=lambda named: "failed" not in named[1])
+                if "failed" in found or "left_out" in found]  # fmt: skip
         shown = lost[:4] + ([f"   and {len(lost) - 4} more without figures"] if len(lost) > 4 else [])
         lines += [f"   {line}" for line in writers[name](items)] + shown
     lines += _hours(steps)
@@ -43,8 +44,11 @@ def summary(document: Figures, steps: dict[str, Figures]) -> str:
 
 
 def _right(items: Figures) -> list[str]:
-    good = sum("failed" not in found and "left_out" not in found for found in items.values())
-    return [f"{good} of {len(items)} checks are right"]
+    if not items:
+        return ["no check was begun"]
+    missing = [name for name, found in items.items() if "left_out" in found]
+    good = sum("failed" not in found for found in items.values()) - len(missing)
+    return [f"{good} of {len(items)} checks are right" + (f"; missing: {', '.join(missing)}" if missing else "")]
 
 
 def _goal(text: str, value: float, limit: float, *, at_most: bool) -> str:
@@ -63,7 +67,10 @@ def _steps(items: Figures) -> list[str]:
         lines.append(_goal("step, LoRS / LoRA", lors["over_lora"], 1.0, at_most=True))
         if "lors-cached" in rows:
             lines.append(_goal("step, LoRS kept / LoRA", rows["lors-cached"]["over_lora"], 1.0, at_most=True))
-        lines.append(_goal("peak, LoRS / LoRA", lors["peak_gib"] / rows["lora"]["peak_gib"], 1.0, at_most=True))
+        lines.append(f"peak, LoRS / LoRA with bfloat16 adapters {lors['peak_gib'] / rows['lora']['peak_gib']:.3f}")
+    if lors and "lora-float32" in rows:
+        quotient = lors["peak_gib"] / rows["lora-float32"]["peak_gib"]
+        lines.append(_goal("peak, LoRS / LoRA with float32 adapters, as LoRS's", quotient, 1.0, at_most=True))
     if lors and "spp-gc" in rows:
         lines.append(_goal("throughput, LoRS / SPP-gc", rows["spp-gc"]["step_s"] / lors["step_s"], 1.6, at_most=False))
     if lors and "sqft" in rows:
@@ -104,6 +111,7 @@ def _over_dense(items: Figures, prefix: str) -> str:
 
 
 def _decode(items: Figures) -> list[str]:
+    items = {name: found for name, found in items.items() if "failed" not in found}
     dense = [f"batch {name.rpartition(' ')[2]}: {found['tokens_per_s']:.0f}" for name, found in items.items()
              if name.startswith("dense") and "tokens_per_s" in found]  # fmt: skip
     lines = [f"Llama-3-8B's shape, dense, tokens/s: {'  '.join(dense)}"] if dense else []
@@ -127,12 +135,15 @@ def _pruning(items: Figures) -> list[str]:
 
 def _chain(items: Figures) -> list[str]:
     cpu = json.loads(CPU_CHAIN.read_text()) if CPU_CHAIN.is_file() else {}
-    lines = []
+    lines = [] if cpu else [f"no figures of a CPU to compare with ({CPU_CHAIN.name}): the goal of 1 % is not judged"]
     for name, found in items.items():
         if "perplexity" in found:
-            there = f", on the CPU {cpu[name]['perplexity']:.3f}" if "perplexity" in cpu.get(name, {}) else ""
             speed = f", {found['tokens_per_s']:.0f} tokens/s" if "tokens_per_s" in found else ""
-            lines.append(f"{name}: perplexity {found['perplexity']:.3f}{there}{speed}")
+            lines.append(f"{name}: perplexity {found['perplexity']:.3f}{speed}")
+            if "perplexity" in cpu.get(name, {}):
+                there = cpu[name]["perplexity"]
+                far = abs(found["perplexity"] / there - 1)
+                lines[-1] = _goal(f"{lines[-1]}, on the CPU {there:.3f}, apart", far, 0.01, at_most=True)
     return [*lines, "lors run through two processes needs two GPUs: not tried"]
 
 

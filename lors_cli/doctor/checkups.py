@@ -24,7 +24,7 @@ Status = Literal["ok", "warn", "fail"]
 
 NEEDED = {
     "torch": ("torch", "2.8"),
-    "transformers": ("transformers", "5.0"),
+    "transformers": ("transformers", "5.17"),
     "datasets": ("datasets", "4.0"),
     "lm-eval": ("lm_eval", "0.4.13"),
     "peft": ("peft", "0.17"),

@@ -17,6 +17,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lors_cli.data.samples import IGNORED
 from lors_cli.models.blocks import has_plain_head
 from lors_cli.tuning.divergence import AllTokens, Predictions
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 Loss = Callable[[Any, dict[str, torch.Tensor], Any], torch.Tensor]
 """A model's loss on a batch with labels, a sum over the labels divided by the third argument."""
-IGNORED = -100
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 """Of float32 logits at a time."""
 CHECKED_TOKENS = 64

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lors_cli.data.samples import IGNORED
 from lors_cli.errors import UsageError
 from lors_cli.output import progress
 from lors_cli.tuning.head import Loss, model_loss
@@ -200,7 +201,7 @@ def _summed_gradients(
 
 def _backward_passes(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]], loss: Loss) -> Iterator[None]:
     """The loss over all samples, one batch after the other, and its gradient; yields after each."""
-    num_labels = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+    num_labels = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches)
     divisor = 1 if model.dtype == torch.float16 else num_labels  # directions do not know it, float16 would lose some
     for batch in batches:
         inputs = {key: value.to(model.device) for key, value in batch.items()}

@@ -16,6 +16,7 @@ from killed_runs import killed_at
 from killing import signalled
 from on_grids import FOUR_BITS, SPECS, linear_on_a_grid, save_on_grids
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -23,16 +24,20 @@ from lors_cli.errors import UsageError
 from lors_cli.grid import Grid
 from lors_cli.models.blocks import prunable_weights
 from lors_cli.models.grids import GRIDS_NAME, load_grids
+from lors_cli.models.packed.format import Packed
 from lors_cli.models.packed.stage import pack_model
+from lors_cli.output import console
 from lors_cli.pipeline.pushing import INNER_FILES
 from lors_cli.recipe.schema import ModelConfig, PackConfig, PruneConfig, QuantizeConfig, Recipe, TuneConfig
 from lors_cli.tuning.adapter import load_adapter, read_adapter_config
 from lors_cli.tuning.baselines import LAYERS, SqftLinear
+from lors_cli.tuning.kernels import masked_merge
 from lors_cli.tuning.kernels.on_grid import lies_on
 from lors_cli.tuning.layers import AdapterLinear
 from lors_cli.tuning.lors import LorsLinear, PackedLorsLinear, lors_linear
 from lors_cli.tuning.merge import merge
 from lors_cli.tuning.stage import stage_fingerprint, tune
+from lors_cli.tuning.training import preparation
 
 IDS = torch.arange(40).reshape(2, 20)
 RESULTS = ("model.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json", GRIDS_NAME)
@@ -108,6 +113,20 @@ def test_a_packed_base_holds_codes_and_gives_the_same_gradients() -> None:
         torch.testing.assert_close(codes, plain, rtol=0, atol=0)
     assert layer.values.dtype == torch.uint8
     assert layer.values.numel() < 48 * 64 / 2 / 2 * 1.2 + 32  # half of the weights, two a byte
+
+
+def test_codes_that_no_kernel_reads_on_a_gpu_are_spoken_of(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = nn.Sequential(layer_on_a_grid(PackedLorsLinear))
+    network.device, network.dtype = torch.device("cuda"), torch.bfloat16
+    monkeypatch.setattr(Packed, "device", network.device)
+    monkeypatch.setattr(masked_merge, "why_no_kernel", lambda *_: "")
+    console.configure(verbosity=1)
+    preparation._keep_merged(network, TuneConfig(merged_cache="off"), sharded=False)
+    said = capsys.readouterr().err
+    assert "merged by unpacking by torch's operations, as no CUDA kernel reads codes, then one CUDA kernel" in said
+    assert "warning: base: packed holds codes here" in said
 
 
 def test_it_compiles_to_the_same_bits() -> None:

@@ -134,7 +134,7 @@ def pack(weight: torch.Tensor, pattern: Pattern | None = None, grid: Grid | None
         if grid is None:
             part.copy_(weight[tile][kept])
             continue
-        rows_grid = _rows_of(grid, tile)
+        rows_grid = grid.of_rows(tile)
         codes = rows_grid.codes(weight[tile])
         if bool((rows_grid.values(codes).masked_fill_(~kept, 0) != weight[tile]).any()):
             raise ValueError("its values do not lie on its grid")
@@ -153,7 +153,7 @@ def unpack(packed: Packed, out: torch.Tensor | None = None) -> torch.Tensor:
             weight[tile] = weight.new_zeros(kept.shape).masked_scatter_(kept, part)
         else:
             codes = part.new_zeros(kept.shape).masked_scatter_(kept, from_bytes(part, kept, packed.grid.spec))
-            weight[tile] = _rows_of(packed.grid, tile).values(codes).masked_fill_(~kept, 0)
+            weight[tile] = packed.grid.of_rows(tile).values(codes).masked_fill_(~kept, 0)
     return weight
 
 
@@ -297,10 +297,6 @@ def _kept(weight: torch.Tensor, pattern: Pattern | None) -> torch.Tensor:
     if bool((lacking > 0).any()):
         groups = groups | (~groups & ((~groups).cumsum(-1, dtype=torch.int16) <= lacking))
     return groups.flatten(1)
-
-
-def _rows_of(grid: Grid, tile: slice) -> Grid:
-    return Grid(grid.spec, grid.scales[tile], None if grid.zeros is None else grid.zeros[tile])
 
 
 def _parts(packed: Packed) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:

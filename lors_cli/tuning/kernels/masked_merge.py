@@ -110,6 +110,11 @@ def _reads(weight: Packed) -> bool:
     return weight.grid is None and weight.pattern == TWO_OF_FOUR
 
 
+def codes_on_cuda(weight: torch.Tensor | Packed) -> bool:
+    """Whether torch's operations have to unpack it, slowly: no CUDA kernel reads codes."""
+    return isinstance(weight, Packed) and weight.grid is not None and weight.device.type == "cuda"
+
+
 def mask_by(merged: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`merged` with zeros where the weight is zero, in place; both have one dtype."""
     # the backward of hardshrink at 0 is "keep where |W| > 0": one vectorised pass, no bool tensor
@@ -134,11 +139,19 @@ def why_no_kernel(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def how_merged(
-    device: torch.device, dtype: torch.dtype, rounding: Rounding = "nearest", rank: int = 1, grid: Grid | None = None
-) -> str:
-    """In words: by what `masked_merge` builds a merged weight, and why not by something faster."""
+    device: torch.device, dtype: torch.dtype, rounding: Rounding = "nearest", rank: int = 1, grid: Grid | None = None,
+    weight: torch.Tensor | Packed | None = None,
+) -> str:  # fmt: skip
+    """In words: by what `masked_merge` builds a merged weight, and why not by something faster.
+
+    Args:
+        weight: as it is held, where that is known; a packed one may have to be unpacked first.
+    """
     on_cpu = device.type == "cpu"
     missing = why_not_in_c(device, dtype, rounding, rank, grid) if on_cpu else why_no_kernel(device, dtype)
+    if isinstance(weight, Packed) and (missing or not _reads(weight)):
+        by_torch = " by torch's operations, as no CUDA kernel reads codes" if codes_on_cuda(weight) else ""
+        return f"unpacking{by_torch}, then {how_merged(device, dtype, rounding, rank, grid)}"
     if not missing:
         return f"one pass in C ({instructions()})" if on_cpu else "one CUDA kernel"
     why = f"no {'C' if on_cpu else 'CUDA'} kernel: {missing}"

@@ -23,7 +23,7 @@ from lors_cli.tuning.attach import adapter_layers, put_adapters
 from lors_cli.tuning.head import Loss, causal_lm_loss, model_loss, why_not_chunked
 from lors_cli.tuning.initialization import gradient_directions
 from lors_cli.tuning.kernels.cache import cache_policy
-from lors_cli.tuning.kernels.masked_merge import how_merged
+from lors_cli.tuning.kernels.masked_merge import codes_on_cuda, how_merged
 from lors_cli.tuning.lors import keep_merged
 from lors_cli.tuning.teacher import cached_teacher, load_teacher
 from lors_cli.tuning.training import fixed_batch
@@ -127,8 +127,12 @@ def _keep_merged(network: PreTrainedModel, config: TuneConfig, *, sharded: bool)
                                 checkpointing=config.gradient_checkpointing)  # fmt: skip
     keep_merged(network, keep)
     console.info(f"  merged weights: {reason}")
-    grid = next(iter(adapted.values())).grid
-    console.detail(f"  merged by {how_merged(device, dtype, config.weight_rounding, config.rank, grid)}")
+    first: Any = next(iter(adapted.values()))
+    how = how_merged(device, dtype, config.weight_rounding, config.rank, first.grid, first.held)
+    console.detail(f"  merged by {how}")
+    if codes_on_cuda(first.held):
+        console.warn("base: packed holds codes here, which no CUDA kernel reads: torch's operations unpack each weight "
+                     "before it is merged. base: plain needs none of it, and more memory.")  # fmt: skip
 
 
 def _say_rounding(config: TuneConfig, dtype: torch.dtype) -> None:

@@ -8,6 +8,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lors_cli.machine import processes
+from lors_cli.models.packed.format import Packed, pack
+from lors_cli.sparsity import TWO_OF_FOUR
 from lors_cli.tuning.kernels import cache as merged_cache
 from lors_cli.tuning.kernels import masked_merge as merging
 from lors_cli.tuning.kernels import scratch as kernels_scratch
@@ -132,6 +134,11 @@ def test_how_weights_are_merged_is_said(monkeypatch: pytest.MonkeyPatch) -> None
     assert merging.how_merged(gpu, torch.bfloat16).startswith("float32 tiles (no CUDA kernel: too old")
     monkeypatch.setattr(merging, "why_no_kernel", lambda *_: "")
     assert merging.how_merged(gpu, torch.bfloat16) == "one CUDA kernel"
+    weight = torch.tensor([[1.0, 0, 0, 2], [0, 3, 4, 0]]).to(torch.bfloat16)
+    monkeypatch.setattr(Packed, "device", gpu)
+    for pattern, before in ((TWO_OF_FOUR, ""), (None, "unpacking, then ")):
+        said = merging.how_merged(gpu, torch.bfloat16, weight=pack(weight, pattern))
+        assert said == f"{before}one CUDA kernel"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
