@@ -41,8 +41,8 @@ STARTS = {"sparsegpt": ("method=sparsegpt",), "admm": ("method=admm",),
                                 "calibration.num_samples=256", "calibration.sequence_length=512"),
           "reconstructed-512": ("method=admm", "reconstruct_epochs=1", "calibration.dataset=slimpajama",
                                 "calibration.num_samples=512", "calibration.sequence_length=512")}  # fmt: skip
-"""On the given tokens, but those that say which ones they take. Results have `earlier-…` ones, too: of reconstruction as it
-was, four samples a step, towards what the dense block makes of the pruned ones' outputs."""
+"""On the given tokens, but those that say which ones they take. Results have `earlier-…` ones, too: of reconstruction
+as it was, four samples a step, towards what the dense block makes of the pruned ones' outputs."""
 METHODS: dict[str, tuple[float, tuple[str, ...]]] = {
     "lors": (3e-4, ("method=lors",)),
     "lors-exact": (3e-4, ("method=lors", "gradient=exact")),
