@@ -291,7 +291,8 @@ def environment_of(device: torch.device) -> Figures:
     import transformers
 
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),

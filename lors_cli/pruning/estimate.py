@@ -67,7 +67,8 @@ def memory_parts(config: PruneConfig, size: ModelSize, num_processes: int = 1) -
 def needs(config: PruneConfig, size: ModelSize) -> Estimate:
     """Memory by `memory_parts`; on disk the checkpoint, its blocks, and the hidden states to resume from."""
     tokens = 0 if statistics_kind(config) == "none" else calibration_tokens(config, size)[0]
-    copies = 5 if config.reconstruct_epochs else 2  # of the hidden states
+    several = processes.num_processes() > 1
+    copies = (4 if several else 2) + ((4 if several else 3) if config.reconstruct_epochs else 0)  # of hidden states
     hidden = copies * tokens * size.hidden_size * size.bytes_a_weight
     disk = 2 * (size.num_bytes + _grids(config, size)) + hidden + RECORDS
     return Estimate(RUNTIME + sum(memory_parts(config, size).values()), disk)
@@ -114,10 +115,12 @@ def _smaller(config: PruneConfig) -> list[tuple[str, PruneConfig]]:
     """Settings of the same result, or nearly so, that need less memory: what to write, and the config with it."""
     calibration = config.calibration
     on_disk = replace(config, calibration=replace(calibration, offload="disk"))
-    one = replace(on_disk, calibration=replace(on_disk.calibration, batch_size=1))
-    found = [("calibration.offload=disk", on_disk), ("calibration.offload=disk calibration.batch_size=1", one)]
+    one, word = replace(on_disk, calibration=replace(on_disk.calibration, batch_size=1)), "calibration.batch_size=1"
+    if config.reconstruct_epochs:
+        one, word = replace(on_disk, reconstruct_batch_size=1), "reconstruct_batch_size=1"
+    found = [("calibration.offload=disk", on_disk), (f"calibration.offload=disk {word}", one)]
     if config.sequential:
-        words = "calibration.offload=disk calibration.batch_size=1 true_sequential=false"
+        words = f"calibration.offload=disk {word} true_sequential=false"
         found.append((words, replace(one, true_sequential=False)))
     return found
 

@@ -110,6 +110,12 @@ def prune(
     with progress.busy("reading the tokenizer"):
         tokenizer = load_tokenizer(model)
     source = open_blockwise(model)
+    if config.reconstruct_epochs and config.reconstruct_batch_size < processes.num_processes():
+        raise UsageError(
+            f"reconstruct_batch_size: steps of {config.reconstruct_batch_size} cannot be shared by "
+            f"{processes.num_processes()} processes.",
+            f"Give a reconstruct_batch_size of {processes.num_processes()} or more.",
+        )
     if config.reconstruct_epochs and str(source.network.dtype) == "torch.float16":
         raise UsageError("reconstruct_epochs: gradients do not fit into float16.", "Set dtype=bfloat16 for the model.")
     weights = prunable_weights(source.network)

@@ -203,22 +203,22 @@ def _apply(sheet: Settings, draft: Draft, overrides: Sequence[str]) -> None:
     settings = list(settings_below(given, ()))
     sheet.problems += given.problems
     keys = [setting.keys for setting in settings]
+    seeds = STAGE_SEEDS if ("seed",) in keys else ()  # which the recipe's then is
     axes = draft.axes()
     for setting in settings:
-        seeds = STAGE_SEEDS if setting.keys == ("seed",) else ()
-        keys += seeds
-        for name in (setting.name, *map(".".join, seeds)):
+        for name in (setting.name, *(map(".".join, seeds) if setting.keys == ("seed",) else ())):
             if name in axes:
                 sheet.add((), f"{name} is an axis of the grid; --only chooses cells", setting.place)
-    draft.common = [*_without(draft.common, keys), *settings]
-    draft.per = {key: _without(known, keys) for key, known in draft.per.items()}
+    draft.common = [*_without(draft.common, keys, seeds), *settings]
+    draft.per = {key: _without(known, keys, seeds) for key, known in draft.per.items()}
 
 
-def _without(settings: list[Setting], keys: list[tuple[str, ...]]) -> list[Setting]:
-    """Those that none of `keys` replaces."""
+def _without(settings: list[Setting], keys: list[tuple[str, ...]], seeds: tuple[tuple[str, ...], ...]) -> list[Setting]:
+    """Those that are none of `seeds` and that none of `keys` replaces."""
 
     def overlaps(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
         shorter = min(len(one), len(other))
         return one[:shorter] == other[:shorter]
 
-    return [setting for setting in settings if not any(overlaps(setting.keys, key) for key in keys)]
+    return [setting for setting in settings
+            if setting.keys not in seeds and not any(overlaps(setting.keys, key) for key in keys)]  # fmt: skip

@@ -151,6 +151,7 @@ class _Work:
         except Exception as error:
             known = translate(error)
             if known is None:
+                self.jobs.note_failure(name, f"{type(error).__name__}: {error}", 1)
                 raise
             self.jobs.note_failure(name, known.message, known.exit_code)
             self._broken[plan.folder] = type(known)(known.message, known.hint)  # without the frames of its traceback

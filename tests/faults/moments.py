@@ -231,7 +231,7 @@ def _count_work(watch: Watch) -> None:
 
         setattr(owner, name, call)
 
-    told(driver, "prune_block", lambda block, states, *_: f"block {watch.name(states.folder.parent)} {block.index}")
+    told(driver, "prune_block", lambda block, walk, *_: f"block {watch.name(walk.states.folder.parent)} {block.index}")
     told(
         StepLog, "append", lambda self, row: f"step {watch.name(self.path.parent).replace('/.work', '')} {row['step']}"
     )

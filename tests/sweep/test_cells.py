@@ -147,6 +147,8 @@ def test_a_seed_on_the_command_line_is_every_stages() -> None:
         assert cell.recipe.tune is not None
         assert cell.recipe.prune is not None
         assert (cell.recipe.tune.seed, cell.recipe.prune.calibration.seed) == (7, 7)
+    (bare,) = load("set: {tune: null, eval.models: [dense, pruned]}\ngrid: {prune.method: [wanda]}\n", "seed=7").cells
+    assert bare.recipe.tune is None
     assert problems("grid: {tune.seed: [1, 2]}\n", "seed=7") == [
         "override seed=7: tune.seed is an axis of the grid; --only chooses cells"
     ]

@@ -113,6 +113,8 @@ def _with_calibration(
                 note_shared(work, walk.arguments[index])
                 with phases("io"):
                     tensors = model.checkpoint_tensors(index) if processes.is_main() else {}
+                    if walk.dense is not None:
+                        walk.dense.states.settle()  # without which the pruned ones' are worth nothing
                     walk.states.advance(block_file(work, index) if processes.is_main() else None, tensors)
             task.advance(note=str(phases))
         with phases("io"):

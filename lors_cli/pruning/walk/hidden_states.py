@@ -120,29 +120,34 @@ class HiddenStates:
         if self._writer is not None:
             self._writer.abandon()
 
-    def resume(self, numbers: list[int], num_batches: int, at: int | None = None) -> int | None:
+    def there(self, num_batches: int) -> set[int]:
+        """The blocks whose inputs an earlier run has left for all batches."""
+        return {index for index, files in self._saved().items()
+                if {number for file in files for number in _numbers(file)} == set(range(num_batches))}  # fmt: skip
+
+    def resume(self, numbers: list[int], num_batches: int, among: set[int] | None = None) -> int | None:
         """Take up the hidden states of an earlier run, of as many processes as it may have had.
 
         Args:
             numbers: this process's batches.
             num_batches: of all processes; only a block whose inputs are there for all of them counts.
-            at: the only block that will do, None for any.
+            among: blocks that will do, None for any.
 
         Returns:
             The index of the block to resume at, None when there is nothing to resume from.
         """
-        saved = self._saved().items()
-        for index, files in sorted((item for item in saved if at in (None, item[0])), reverse=True):
-            found = {number: file for file in files for number in _numbers(file)}
-            if found.keys() == set(range(num_batches)):  # batches may be cut otherwise for other processes
-                self._index = index
-                self._files = {number: found[number] for number in numbers}
-                self._entries = [_entry(found[number], number) for number in sorted(numbers)]
-                for number in numbers if self._place != "disk" else ():
-                    with safe_open(found[number], framework="pt") as file:
-                        self._keep(number, file.get_tensor(_name(number)))
-                return index
-        return None
+        left = self.there(num_batches)  # batches may be cut otherwise for other processes
+        index = max(left if among is None else left & among, default=None)
+        if index is None:
+            return None
+        self._index = index
+        found = {number: file for file in self._saved()[index] for number in _numbers(file)}
+        self._files = {number: found[number] for number in numbers}
+        self._entries = [_entry(found[number], number) for number in sorted(numbers)]
+        for number in numbers if self._place != "disk" else ():
+            with safe_open(found[number], framework="pt") as file:
+                self._keep(number, file.get_tensor(_name(number)))
+        return index
 
     def _saved(self) -> dict[int, list[Path]]:
         files: dict[int, list[Path]] = {}

@@ -86,14 +86,14 @@ def start_walk(
     num_bytes = sum(batch.numel() for batch in mine.values()) * numbers * model.network.dtype.itemsize
     place = choose_place(config.offload, (2 if with_dense else 1) * num_bytes, model.device)
     walk = Walk(HiddenStates(folder, place, model.device), arguments, 0)
-    resumed = None if (folder / ANEW).exists() else walk.states.resume(list(mine), len(batches))
-    walks = [walk]
+    walks, among = [walk], None
     if with_dense:
-        states = HiddenStates(folder / "dense", place, model.device, ahead=True)
-        if resumed is not None and states.resume(list(mine), len(batches), at=resumed) is None:
-            walk.states, resumed = HiddenStates(folder, place, model.device), None
-        walk.dense = Walk(states, [], 0)
+        walk.dense = Walk(HiddenStates(folder / "dense", place, model.device, ahead=True), [], 0)
         walks = [walk.dense, walk]  # in this order to the next block, too
+        among = walk.dense.states.there(len(batches))
+    resumed = None if (folder / ANEW).exists() else walk.states.resume(list(mine), len(batches), among)
+    if walk.dense is not None and resumed is not None:
+        walk.dense.states.resume(list(mine), len(batches), {resumed})
     aside = None if place == "device" else torch.device("cpu")
     with model.embeddings():
         inputs = first_inputs(model.network, list(model.blocks), mine, model.device, arguments, aside)
