@@ -28,6 +28,7 @@ data_dir: data
 prune:
   method: sparsegpt
   pattern: 2:4
+  reconstruct_epochs: 1
   calibration: {{dataset: text.jsonl, num_samples: 8, sequence_length: 64, batch_size: 4}}
 tune:
   rank: 4
