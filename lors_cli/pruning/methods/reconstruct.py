@@ -33,7 +33,7 @@ SCALE_RATE = 0.0015
 """The first step's size, as a share of a scale."""
 BETAS = (0.9, 0.95)
 
-Run = Callable[["nn.Module | Substituted", torch.Tensor, int], torch.Tensor]
+Run = Callable[["Substituted", torch.Tensor, int], torch.Tensor]
 Inputs = Callable[[], "tuple[torch.Tensor, torch.Tensor, int]"]
 
 
@@ -153,7 +153,7 @@ def reconstruct(
 
     Args:
         weights: the block's prunable weights; the parameters that hold them are what is tuned.
-        run: (block, X, number of the batch) -> the block's output, X (samples, tokens, hidden_size).
+        run: (the block with other tensors, X, number of the batch) -> its output, X (samples, tokens, hidden_size).
         inputs: give X, what the block is to put out, and number of each step (of this process's part of it), drawn in
             random order. X is what the pruned blocks before put out, the target what the dense model's block does, so
             that this one makes up for those before, too.

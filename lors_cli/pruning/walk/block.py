@@ -100,7 +100,7 @@ def prune_block(block: Block, walk: Walk, orders: Orders) -> None:
         with block.phases("io"):
             states.settle()
             walk.dense.states.advance()
-    forwards = [partial(_pass, block, walk, number) for number in states.numbers]
+    forwards = [partial(walk.output, block.module, block.index, number) for number in states.numbers]
     with block.phases("forward"):
         stages = _stages(block, forwards[-1], orders) if block.config.sequential and block.weights else None
         outputs: Iterator[torch.Tensor] = (forward() for forward in forwards)
@@ -156,10 +156,6 @@ def _reconstruct(block: Block, outputs: Iterator[torch.Tensor], walk: Walk) -> N
                     [partial(_step, walk, number) for number in walk.states.numbers],
                     epochs=block.config.reconstruct_epochs, samples=block.config.reconstruct_batch_size,
                     seed=block.index, grids=block.grids)  # fmt: skip
-
-
-def _pass(block: Block, walk: Walk, number: int) -> torch.Tensor:
-    return walk.arguments[block.index].run(block.module, walk.states.get(number), number)
 
 
 def _step(walk: Walk, number: int) -> tuple[torch.Tensor, torch.Tensor, int]:

@@ -44,10 +44,14 @@ class Walk:
     first: int
     dense: Walk | None = None
 
+    def output(self, block: nn.Module, index: int, number: int) -> torch.Tensor:
+        """What block `index` makes of a batch of its inputs."""
+        return self.arguments[index].run(block, self.states.get(number), number)
+
     def run(self, block: nn.Module, index: int) -> Iterator[int]:
         """Put what block `index` makes of its inputs where the next one's inputs are: yields a batch that is done."""
         for number in self.states.numbers:
-            self.states.put(number, self.arguments[index].run(block, self.states.get(number), number))
+            self.states.put(number, self.output(block, index, number))
             yield number
 
     def close(self) -> None:
@@ -136,7 +140,6 @@ def owl_shares(
     found = atomic.read_json(work / "owl.json") or {"ratios": [], "sizes": []}
     if len(found["ratios"]) < len(model.blocks):
         folder = work / "owl"
-        folder.mkdir(exist_ok=True)
         walk = start_walk(model, batches, config, folder)
         found = {name: values[: walk.first] for name, values in found.items()}
         with progress.progress("outliers", len(model.blocks), "blocks") as task, closing(walk):
