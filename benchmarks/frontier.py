@@ -6,7 +6,7 @@ python benchmarks/frontier.py --plot docs/frontier.png --page docs/frontier.md  
 `plan` says which trials are worth running, given those that are there:
 1. every start untuned; every method on one start and web text, at learning rates outwards from its first one until
    the best is not at the edge;
-2. LoRS on every start for what is left of an hour and a half after pruning;
+2. LoRS on the three best starts for what is left of an hour and a half after pruning;
 3. the best method, at its rate, with every text and loss;
 4. with the best text and loss on the best start the three best methods for an hour and a half, among them LoRS, with
    two seeds;
@@ -54,8 +54,10 @@ METHODS: dict[str, tuple[float, tuple[str, ...]]] = {
 TEXTS = ("web", "alpaca", "both")
 LOSSES = {"labels": (), "teacher": ("distill={weight: 0.5}",)}
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-FIRST_START = "reconstructed"
+FIRST_START = "reconstructed-256"
 """On which methods, texts and losses are tried."""
+NEAR = 3
+"""Starts that go on to an hour and a half, of the best ones untuned: a worse start was never ahead after it."""
 DENSE = 29.53
 """WikiText-2 of the dense model."""
 SHORT = 40  # steps
@@ -117,7 +119,8 @@ def plan(found: Found) -> list[Trial]:
         return wanted
     tried = sorted((trial for _, trial in searches.values() if trial is not None), key=lambda t: _loss(t, found))
     own = next(trial for trial in tried if trial.method.startswith("lors"))
-    on_starts = [replace(own, start=start, steps=steps) for start, steps in LONG.items()]
+    near = sorted(starts, key=lambda trial: _loss(trial, found))[:NEAR]
+    on_starts = [replace(own, start=trial.start, steps=LONG[trial.start]) for trial in near]
     texts = [replace(tried[0], text=text, loss=loss) for text in TEXTS for loss in LOSSES]
     wanted = [*wanted, *on_starts, *texts]
     if missing(wanted, found):
