@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from killing import signalled
+from forking import signalled
 from typer.testing import Result
 
 from lors_cli.files import records

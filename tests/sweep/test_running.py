@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from killing import signalled
+from forking import signalled
 from typer.testing import Result
 
 from lors_cli.errors import ResourceError

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from forking import signalled
 from killed_runs import killed_at
-from killing import signalled
 from on_grids import FOUR_BITS, SPECS, linear_on_a_grid, save_on_grids
 from safetensors.torch import load_file, save_file
 from torch import nn

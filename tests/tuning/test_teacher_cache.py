@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from forking import signalled
 from killed_runs import log
-from killing import signalled
 from safetensors.numpy import load_file
 from torch.nn import functional as F
 from transformers import PreTrainedModel

@@ -1,16 +1,17 @@
-"""Two processes under torchrun prune like one."""
+"""Two processes prune like one: forked from this one, and once under torchrun."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
+from forking import together
 from safetensors.torch import load_file
 
 from lors_cli.errors import UsageError
@@ -28,18 +29,18 @@ def pretend(monkeypatch: pytest.MonkeyPatch, processes: int, rank: int) -> None:
         monkeypatch.setenv(name, str(value))
 
 
-def prune_command(processes: int, checkpoint: Path, tokens: Path, out: Path, *options: str) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [
-        sys.executable, *(launcher if processes > 1 else []), "-m", "lors_cli", "prune", str(checkpoint),
-        "--out", str(out), "--calibration", str(tokens), "calibration.batch_size=4", "--json", *options,
-    ]  # fmt: skip
+def prune(processes: int, checkpoint: Path, tokens: Path, out: Path, *options: str) -> CompletedProcess[str]:
+    return together(processes, *arguments(checkpoint, tokens, out, *options))
 
 
-def prune(*args: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = prune_command(*args)  # type: ignore[arg-type]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+def arguments(checkpoint: Path, tokens: Path, out: Path, *options: str) -> list[str]:
+    return ["prune", str(checkpoint), "--out", str(out), "--calibration", str(tokens), "calibration.batch_size=4",
+            "--json", *options]  # fmt: skip
+
+
+def torchrun(processes: int, *of_lors: str) -> CompletedProcess[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "lors_cli"]
+    return subprocess.run([sys.executable, *launcher, *of_lors], capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize("options", [
@@ -53,7 +54,10 @@ def test_two_processes_prune_like_one(
     results = []
     for processes in (1, 2):
         out = tmp_path / str(processes)
-        done = prune(processes, checkpoint, token_file, out, *options)
+        if processes == 2 and "magnitude" in options:
+            done = torchrun(2, *arguments(checkpoint, token_file, out, *options))
+        else:
+            done = prune(processes, checkpoint, token_file, out, *options)
         assert done.returncode == 0, done.stderr
         json.loads(done.stdout)  # one document, from one process
         record = json.loads((out / "stage.json").read_text())
@@ -113,18 +117,8 @@ def test_two_processes_reconstruct_like_one(
     results, losses = [], []
     for processes in (1, 2):
         out = tmp_path / str(processes)
-        done = prune(
-            processes,
-            checkpoint,
-            token_file,
-            out,
-            "--method",
-            "wanda",
-            "reconstruct_epochs=3",
-            "-v",
-            "reconstruct_batch_size=4",
-            *options,
-        )
+        done = prune(processes, checkpoint, token_file, out, "--method", "wanda", "reconstruct_epochs=3", "-v",
+                     "reconstruct_batch_size=4", *options)  # fmt: skip
         assert done.returncode == 0, done.stderr
         results.append(load_file(out / "model.safetensors"))
         said = re.findall(r"mean loss (\S+) in the first epoch, (\S+) in the last", done.stderr)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forking import signalled
 from killed_runs import MODELS, killed_at, log
-from killing import signalled
 
 from lors_cli.models.loading import load_model
 from lors_cli.recipe.schema import MixConfig, ModelConfig, PruneConfig, TuneConfig
