@@ -14,7 +14,6 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,52 +22,74 @@ from lors_cli.cli.app import app
 from lors_cli.output import console
 
 
-@dataclass(frozen=True)
 class Forked:
-    """A process that was started, and the folder with what it says."""
+    """A process that was started, as `subprocess.Popen` shows one, and the folder with what it says."""
 
-    pid: int
-    folder: Path
-    arguments: tuple[str, ...]
+    def __init__(self, pid: int, folder: Path, arguments: tuple[str, ...]) -> None:
+        self.pid, self.folder, self.args = pid, folder, arguments
+        self.returncode: int | None = None
 
-    def wait(self, timeout_s: float = 300.0) -> subprocess.CompletedProcess[str]:
-        """Its exit code and what it said, once it is over."""
-        until = time.monotonic() + timeout_s
-        while not (ended := os.waitpid(self.pid, os.WNOHANG))[0]:
+    def poll(self) -> int | None:
+        """Its exit code, once it is over."""
+        if self.returncode is None and (ended := os.waitpid(self.pid, os.WNOHANG))[0]:
+            self.returncode = os.waitstatus_to_exitcode(ended[1])
+        return self.returncode
+
+    def wait(self, timeout: float = 300.0) -> int:
+        """Its exit code."""
+        until = time.monotonic() + timeout
+        while self.poll() is None:
             if time.monotonic() > until:
-                os.kill(self.pid, signal.SIGKILL)
-                os.waitpid(self.pid, 0)
-                raise AssertionError(f"{self.arguments} took more than {timeout_s} s: {self._said('stderr')}")
+                raise subprocess.TimeoutExpired(self.args, timeout, stderr=self._said("stderr"))
             time.sleep(0.02)
-        code = os.waitstatus_to_exitcode(ended[1])
-        return subprocess.CompletedProcess(self.arguments, code, self._said("stdout"), self._said("stderr"))
+        return self.returncode or 0
+
+    def send_signal(self, number: int) -> None:
+        """Unless it is over."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """At once."""
+        self.send_signal(signal.SIGKILL)
+
+    def completed(self) -> subprocess.CompletedProcess[str]:
+        """Exit code and what it said, once it is over."""
+        try:
+            self.wait()
+        finally:
+            self.kill()
+        return subprocess.CompletedProcess(self.args, self.wait(), self._said("stdout"), self._said("stderr"))
 
     def _said(self, name: str) -> str:
         return (self.folder / name).read_text()
 
 
-def forked(*arguments: str, first: Callable[[], None] = lambda: None, **environment: str) -> Forked:
+def forked(
+    *arguments: str, first: Callable[[], None] = lambda: None, said: Path | None = None, **environment: str
+) -> Forked:
     """Start `lors`.
 
     Args:
         arguments: of `lors`.
         first: what the process does before.
+        said: the file that everything it says is put at the end of, in place of one for stdout and one for stderr.
         environment: variables that it has besides this one's.
     """
     folder = Path(tempfile.mkdtemp(prefix="forked-"))
     pid = os.fork()
     if pid == 0:
-        _be_lors(folder, arguments, first, environment)
+        _be_lors([said or folder / name for name in ("stdout", "stderr")], arguments, first, environment)
     return Forked(pid, folder, arguments)
 
 
 def _be_lors(
-    folder: Path, arguments: tuple[str, ...], first: Callable[[], None], environment: dict[str, str]
+    said: list[Path], arguments: tuple[str, ...], first: Callable[[], None], environment: dict[str, str]
 ) -> NoReturn:
     code: object = 70  # where a test's own part fails
     try:
-        for number, name in ((1, "stdout"), (2, "stderr")):
-            os.dup2(os.open(folder / name, os.O_CREAT | os.O_WRONLY), number)
+        for number, file in enumerate(said, 1):
+            os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
         sys.argv = ["lors", *arguments]
         os.environ.update(environment)
@@ -99,12 +120,12 @@ def signalled(number: signal.Signals, before: str, *arguments: str) -> subproces
         if event == "os.rename" and before in str(given[1]):
             os.kill(os.getpid(), number)
 
-    return forked(*arguments, first=lambda: sys.addaudithook(hook)).wait()
+    return forked(*arguments, first=lambda: sys.addaudithook(hook)).completed()
 
 
 def together(number: int, *arguments: str) -> subprocess.CompletedProcess[str]:
     """`lors` as `--nproc` does it: what the first process said, or the one that failed."""
     port = launch._free_port()
     started = [forked(*arguments, **launch._environment(rank, number, port)) for rank in range(number)]
-    ended = [process.wait() for process in started]
+    ended = [process.completed() for process in started]
     return next((each for each in ended if each.returncode), ended[0])

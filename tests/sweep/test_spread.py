@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -16,16 +17,18 @@ from typing import Any
 import psutil
 import pytest
 from chains import compare, results
+from forking import Forked, forked
 from typer.testing import Result
 
 from lors_cli.errors import MissingError, UsageError
 from lors_cli.files import locks
 from lors_cli.machine import devices
+from lors_cli.machine.processes import LAUNCHER
 from lors_cli.sweep import local, slurm
 from lors_cli.sweep.cells import load_sweep
 from lors_cli.sweep.index import update_index
 from lors_cli.sweep.job_folder import JobFolder
-from lors_cli.sweep.jobs import Job, jobs_of
+from lors_cli.sweep.jobs import COMMAND, Job, jobs_of
 from lors_cli.sweep.local import Local
 from lors_cli.sweep.slurm import Slurm
 from lors_cli.sweep.stages import plan_cells
@@ -54,13 +57,7 @@ def serial(workshop: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     folder = tmp_path_factory.mktemp("serial") / "workshop"
     shutil.copytree(workshop, folder)
     (folder / "pair.yaml").write_text(PAIR)
-    done = subprocess.run(
-        [sys.executable, "-m", "lors_cli", "sweep", "pair.yaml"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = forked("sweep", "pair.yaml", first=lambda: os.chdir(folder)).completed()
     assert done.returncode == 0, done.stderr
     return left_by(folder)
 
@@ -75,6 +72,12 @@ def command(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "lors_cli", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+
+
+def forked_job(name: str, cell: str, folder: JobFolder, **environment: str) -> Forked:
+    """As `jobs.start`, without what every process imports."""
+    environment[LAUNCHER] = str(os.getpid())
+    return forked(COMMAND, str(folder.text), cell, name, "--out", str(folder.out), said=folder.log(name), **environment)
 
 
 def wait_for(found: Callable[[], Any], seconds: float = 120.0) -> Any:
@@ -99,8 +102,12 @@ def logs() -> dict[str, str]:
     return {path.stem: path.read_text() for path in sorted(OUT.glob("jobs/*.log"))}
 
 
-def test_it_ends_in_what_the_plain_command_leaves(at_pair: Path, lors: Lors, serial: dict[str, Any]) -> None:
-    result = lors(*LOCAL)
+def test_it_ends_in_what_the_plain_command_leaves(
+    at_pair: Path, lors: Lors, serial: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:  # but for the last one
+        patch.setattr(local, "start", forked_job)
+        result = lors(*LOCAL)
     assert result.exit_code == 0, result.output
     assert compare(serial, left_by(at_pair)) == []
     said = logs()
