@@ -10,7 +10,7 @@ from lors_cli.data import hub
 from lors_cli.data.text_files import FORMATS
 from lors_cli.files.records import CARD_NAME, StageRecord, read_record
 from lors_cli.files.revisions import listing_of
-from lors_cli.models.sources import PACKAGE_SCHEME, ModelSource, hub_cache_id, locate, short_name
+from lors_cli.models.sources import PACKAGE_SCHEME, ModelSource, hub_cache_id, is_known_as, locate, short_name
 from lors_cli.output import console
 from lors_cli.recipe.schema import ModelConfig
 
@@ -77,7 +77,7 @@ def made_from(folder: Path, record: StageRecord) -> tuple[Path, StageRecord] | N
     """The checkpoint that one was made from, where it is still there as a stage of lors left it, with its record."""
     for place in (Path(str(record.inputs.get("path"))), folder.parent / "tune", folder.parent / "prune"):
         found = read_record(place)
-        if found is not None and str(record.inputs.get("model")).startswith(found.mark):
+        if found is not None and is_known_as(record.inputs.get("model"), place, found):
             return place, found
     return None
 

@@ -133,11 +133,24 @@ def model_fingerprint(config: ModelConfig) -> str:
     assert source.folder is not None
     if source.gguf_file is not None:
         return f"gguf:{hashes.cached_sha256(source.folder / source.gguf_file)}{suffix}"
-    record = records.read_record(source.folder)
-    if record is not None and _as_recorded(source.folder, record.files):
-        return f"{record.stage}:{record.fingerprint}{suffix}"
-    digests = {name: hashes.cached_sha256(source.folder / name) for name in checkpoint_files(source.folder)}
-    return f"folder:{hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()}{suffix}"
+    return f"{_folder_fingerprint(source.folder)}{suffix}"
+
+
+def _folder_fingerprint(folder: Path) -> str:
+    """A folder's stage while it is as that left it, else its content; without a number format."""
+    record = records.read_record(folder)
+    if record is not None and _as_recorded(folder, record.files):
+        return f"{record.stage}:{record.fingerprint}"
+    digests = {name: hashes.cached_sha256(folder / name) for name in checkpoint_files(folder)}
+    return f"folder:{hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()}"
+
+
+def is_known_as(fingerprint: object, folder: Path, record: records.StageRecord) -> bool:
+    """Whether a model's fingerprint is of what a stage left in a folder, alone or with the files now put beside it."""
+    known = str(fingerprint)
+    if known.startswith(record.mark):
+        return True
+    return known.startswith("folder:") and known.startswith(f"{_folder_fingerprint(folder)}:")
 
 
 def _as_recorded(folder: Path, files: dict[str, str]) -> bool:

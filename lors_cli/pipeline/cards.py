@@ -12,6 +12,7 @@ from lors_cli.files.records import StageRecord
 from lors_cli.models.card import CardScores, model_card, recipe_text
 from lors_cli.models.origins import made_from, read_fields
 from lors_cli.models.packed.measured import packed_size
+from lors_cli.models.sources import is_known_as
 from lors_cli.output import console
 from lors_cli.output.markdown import table
 
@@ -32,57 +33,61 @@ def made_card(folder: Path, record: StageRecord, name: str, scores: Path | None)
         MissingError, UsageError: `scores` holds none of this model.
     """
     place, weights = (folder, record) if record.stage != "pack" else made_from(folder, record) or (folder, record)
-    base = (made_from(place, weights) or (None, None))[1]
-    found = _scores(folder, record, weights, base, scores)
+    origin = made_from(place, weights)
+    base = origin[1] if origin else None
+    found = _scores((folder, record), (place, weights), origin, scores)
     card = folder / records.CARD_NAME
     if weights.stage == "pack":  # of what it was made from its card alone is left
         console.info(f"{card} goes as it is, without scores of lors.")
         return {}
     prune = next((made.config for made in (weights, base) if made and made.stage == "prune"), None)
     tune = weights.config if weights.stage == "tune" else None
-    origin = str((base or weights).inputs.get("path", ""))
+    dense = str((base or weights).inputs.get("path", ""))
     fields = {key: value for key, value in read_fields(folder).items() if key in FIELDS}
     packed = packed_size(folder, record) if record.stage == "pack" else None
     settings = {"prune": prune, "tune": tune, "pack": {} if packed else None, "eval": found.settings if found else None}
-    files: dict[str, Path | bytes] = {RECIPE_NAME: recipe_text(fields.get("base_model") or origin, settings).encode()}
+    files: dict[str, Path | bytes] = {RECIPE_NAME: recipe_text(fields.get("base_model") or dense, settings).encode()}
     if weights.stage == "merge":  # which knows the adapter, not how it was trained
         del files[RECIPE_NAME]
     if card.is_file() and hashes.file_sha256(card) != record.files.get(records.CARD_NAME):
         console.info(f"{card} was edited: it goes as it is, without scores of lors.")
         return files
     text = model_card(
-        base_model=origin, prune=prune, tune=tune or weights.metrics.get("adapter"), metrics=weights.metrics,
+        base_model=dense, prune=prune, tune=tune or weights.metrics.get("adapter"), metrics=weights.metrics,
         environment=record.environment, fields=fields, name=name, scores=found, packed=packed,
     )  # fmt: skip
     return {**files, records.CARD_NAME: text.encode()}
 
 
+Checkpoint = tuple[Path, StageRecord]
+"""A folder and its record."""
 FIELDS = ("base_model", "datasets", "license", "license_name", "license_link", "language")
 """Of a card's front matter, what its stage has found out."""
 
 
 def _scores(
-    folder: Path, record: StageRecord, weights: StageRecord, base: StageRecord | None, asked: Path | None
-) -> CardScores | None:
+    model: Checkpoint, weights: Checkpoint, base: Checkpoint | None, asked: Path | None
+) -> CardScores | None:  # fmt: skip
     """A model's scores, or those of the one that it packs, with those of the models that it was made from."""
-    place = asked or folder.parent / "eval"
+    place = asked or model[0].parent / "eval"
     evaluated = records.read_record(place)
     if evaluated is None or not records.is_finished(place, evaluated.fingerprint):
         if asked is not None:
             raise MissingError(f"{asked} is no folder of finished scores.", "lors eval MODEL … --out DIR writes one.")
         return None
-    mine = {"prune": "pruned", "pack": "packed"}.get(weights.stage, "tuned")
-    marks = {"dense": (str((base or weights).inputs.get("model")),), "pruned": (base.mark,) if base else ("-",),
-             mine: (weights.mark, record.mark)}  # fmt: skip
-    contents = {}
-    for role, mark in marks.items():
-        label = next((label for label, scored in evaluated.inputs.items() if str(scored).startswith(mark)), None)
-        if label is not None:
-            contents[role] = atomic.read_json(place / f"{label}.json")
+    scored = evaluated.inputs.items()
+
+    def label_of(*made: Checkpoint) -> str | None:
+        return next((label for label, known in scored if any(is_known_as(known, *each) for each in made)), None)
+
+    mine = {"prune": "pruned", "pack": "packed"}.get(weights[1].stage, "tuned")
+    dense = next((label for label, known in scored if known == (base or weights)[1].inputs.get("model")), None)
+    labels = {"dense": dense, "pruned": label_of(base) if base else None, mine: label_of(weights, model)}
+    contents = {role: atomic.read_json(place / f"{label}.json") for role, label in labels.items() if label is not None}
     if mine in contents:
         return _card_scores(contents, mine, evaluated)
     if asked is not None:
-        raise UsageError(f"{asked} has no scores of the model in {folder}.", "lors eval scores it.")
+        raise UsageError(f"{asked} has no scores of the model in {model[0]}.", "lors eval scores it.")
     return None
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from lors_cli.errors import UsageError
 from lors_cli.files import records
 from lors_cli.files.records import StageRecord
+from lors_cli.models.sources import is_known_as
 from lors_cli.output import console
 from lors_cli.recipe.loading import load_recipe, stage_config
 from lors_cli.recipe.resolved import resolved_recipe
@@ -30,28 +31,28 @@ def standing_stages(out: Path) -> dict[str, StageRecord]:
         record = records.read_record(out / stage)
         if record is None or not records.is_finished(out / stage, record.fingerprint):
             continue
-        if stage == "tune" and "prune" in found and not _is_made_from(record, found["prune"]):
+        if stage == "tune" and "prune" in found and not _is_made_from(record, out / "prune", found["prune"]):
             if not _is_from_elsewhere(record, out / "prune"):
                 continue  # what it was made from has been replaced
             del found["prune"]  # another recipe's, which tuned a model that it did not prune
         if stage == "pack" and not _is_packed_from(record, found, out):
             continue
-        if stage == "eval" and not _is_of(record, found):
+        if stage == "eval" and not _is_of(record, found, out):
             continue
         found[stage] = record
     return found
 
 
-def _is_made_from(tuned: StageRecord, pruned: StageRecord) -> bool:
-    return str(tuned.inputs.get("model")).startswith(pruned.mark)
+def _is_made_from(made: StageRecord, folder: Path, model: StageRecord) -> bool:
+    return is_known_as(made.inputs.get("model"), folder, model)
 
 
 def _is_packed_from(packed: StageRecord, found: Mapping[str, StageRecord], out: Path) -> bool:
     """Whether it was made from the last model that stands there, or from one elsewhere where there is none."""
-    last = found.get("tune") or found.get("prune")
+    last = next((stage for stage in ("tune", "prune") if stage in found), None)
     if last is None:
         return Path(str(packed.inputs.get("path"))).parent.absolute() != out.absolute()
-    return str(packed.inputs.get("model")).startswith(last.mark)
+    return _is_made_from(packed, out / last, found[last])
 
 
 def _is_from_elsewhere(tuned: StageRecord, folder: Path) -> bool:
@@ -60,7 +61,7 @@ def _is_from_elsewhere(tuned: StageRecord, folder: Path) -> bool:
     return path.exists() and not path.samefile(folder)
 
 
-def _is_of(scores: StageRecord, found: Mapping[str, StageRecord]) -> bool:
+def _is_of(scores: StageRecord, found: Mapping[str, StageRecord], out: Path) -> bool:
     """Whether the models that were scored are those that stand there; one that was removed may have been."""
     if not scores.inputs.keys() <= {"dense", *_MAKERS}:
         return False  # of `lors eval`, which names its models otherwise
@@ -68,7 +69,7 @@ def _is_of(scores: StageRecord, found: Mapping[str, StageRecord]) -> bool:
     if first is not None and scores.inputs.get("dense", first.inputs.get("model")) != first.inputs.get("model"):
         return False
     return all(
-        str(scores.inputs[role]).startswith(found[stage].mark)
+        is_known_as(scores.inputs[role], out / stage, found[stage])
         for role, stage in _MAKERS.items()
         if role in scores.inputs and stage in found
     )

@@ -16,7 +16,10 @@ from forking import signalled
 from typer.testing import Result
 
 from lors_cli.files import records
+from lors_cli.models.sources import model_fingerprint
+from lors_cli.pipeline.cards import made_card
 from lors_cli.pipeline.standing import standing_stages
+from lors_cli.recipe.schema import ModelConfig
 
 Lors = Callable[..., Result]
 RUN = Path("runs/tiny")
@@ -144,6 +147,27 @@ def test_stages_that_stand_are_made_from_one_another(at_finished: Path) -> None:
     assert list(standing_stages(RUN)) == ["prune", "eval"]
     (RUN / "prune" / "model.safetensors").write_bytes(b"")
     assert list(standing_stages(RUN)) == ["eval"]
+
+
+def test_a_file_put_beside_a_model_takes_no_later_stage_away(at_finished: Path, lors: Lors) -> None:
+    for stage in ("prune", "tune"):
+        (RUN / stage / "tokenizer.model").touch()
+    pruned, tuned = (model_fingerprint(ModelConfig(path=str(RUN / stage))) for stage in ("prune", "tune"))
+    assert pruned.startswith("folder:")
+    kept = {stage: records.read_record(RUN / stage) for stage in ("tune", "eval")}
+    assert kept["tune"]
+    assert kept["eval"]
+    change("tune", inputs={**kept["tune"].inputs, "model": pruned})
+    change("eval", inputs={**kept["eval"].inputs, "pruned": pruned, "tuned": tuned})
+    assert lors("pack", RUN / "tune", "--out", RUN / "pack").exit_code == 0
+    standing = standing_stages(RUN)
+    assert list(standing) == ["prune", "tune", "pack", "eval"]
+    for stage in ("tune", "pack"):
+        card = made_card(RUN / stage, standing[stage], "me/mine", None)["README.md"]
+        assert isinstance(card, bytes)
+        assert b"| task | dense | pruned" in card
+    (RUN / "tune" / "tokenizer.model").write_text("another")
+    assert list(standing_stages(RUN)) == ["prune", "tune"]
 
 
 def test_every_default_is_filled_in_wherever_settings_are_said(at_finished: Path, lors: Lors) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from lors_cli.files import atomic, records
 from lors_cli.models.card import PackedSize
+from lors_cli.models.sources import is_known_as
 from lors_cli.output import console
 
 FOLDER_NAME, FILE_NAME = "bench", "bench.json"
@@ -31,7 +32,7 @@ def measured_speed(folder: Path, record: records.StageRecord) -> str:
         record: the checkpoint's.
     """
     document = atomic.read_json(folder.resolve().parent / FOLDER_NAME / FILE_NAME)
-    if not isinstance(document, dict) or not str(document.get("model")).startswith(record.mark):
+    if not isinstance(document, dict) or not is_known_as(document.get("model"), folder, record):
         return ""
     try:
         return _sentence(document)
