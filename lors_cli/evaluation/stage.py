@@ -191,7 +191,7 @@ def _publish(
     old, expected = records.read_record(out), whole_fingerprint(config, pieces)
     if old is not None and old.fingerprint == expected and old.files == files:
         return results
-    for stale in sorted(set(old.files if old else ()) - set(files)):
+    for stale in sorted(records.earlier_files(out) - set(files)):
         (out / stale).unlink(missing_ok=True)
     metrics = {
         label: {
@@ -211,6 +211,7 @@ def _publish(
         files=files,
     )
     atomic.write_json(out / records.RECORD_NAME, asdict(record))
+    (out / records.JOURNAL_NAME).unlink(missing_ok=True)
     return results
 
 

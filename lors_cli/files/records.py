@@ -148,8 +148,7 @@ def publish(folder: Path, record: StageRecord, *, keep: Sequence[str] = ()) -> S
     for name in names:
         os.chmod(staging / name, 0o666 & ~umask)  # safetensors writes files that only their owner can read
         sync_file(staging / name)
-    old = read_record(folder)
-    earlier = {*(old.files if old else ()), *(inner_names(read_json(folder / JOURNAL_NAME)) or ())}
+    earlier = earlier_files(folder)
     write_json(folder / JOURNAL_NAME, sorted({*earlier, *names}))
     (folder / RECORD_NAME).unlink(missing_ok=True)
     sync_folder(folder)
@@ -169,6 +168,19 @@ def publish(folder: Path, record: StageRecord, *, keep: Sequence[str] = ()) -> S
     shutil.rmtree(staging)
     shutil.rmtree(folder / WORK_NAME, ignore_errors=True)
     return finished
+
+
+def earlier_files(folder: Path) -> set[str]:
+    """Names that earlier results may have left in `folder`: those of its record, and of a journal."""
+    old = read_record(folder)
+    return {*(old.files if old else ()), *(inner_names(read_json(folder / JOURNAL_NAME)) or ())}
+
+
+def undo(folder: Path) -> None:
+    """Declare a stage unfinished; its files stay, noted in a journal, until the next result takes their place."""
+    if earlier := earlier_files(folder):
+        write_json(folder / JOURNAL_NAME, sorted(earlier))
+    (folder / RECORD_NAME).unlink(missing_ok=True)
 
 
 def leftovers(folder: Path) -> list[Path]:

@@ -57,8 +57,8 @@ def locate(path: str) -> ModelSource:
     if local.is_dir():
         check_folder(local, path)
         if (local / records.JOURNAL_NAME).is_file() and records.read_record(local) is None:
-            hint = "Run the command that writes it again; it takes a moment."
-            raise MissingError(f"{path} is half written: the stage that makes it was stopped at its end.", hint)
+            hint = "Run the command that writes it again."
+            raise MissingError(f"{path} is half written: the stage that makes it was stopped.", hint)
         return ModelSource(folder=local)
     if local.is_file():
         raise UsageError(f"{path} is a file; a model is a folder, a hub id or a .gguf file.")

@@ -82,6 +82,6 @@ def tidy(folder: Path) -> None:
 
 def forget(plan: StagePlan) -> None:
     """Make a finished or begun stage undone, for --force."""
-    (plan.folder / records.RECORD_NAME).unlink(missing_ok=True)
+    records.undo(plan.folder)
     for name in UNFINISHED:
         shutil.rmtree(plan.folder / name, ignore_errors=True)

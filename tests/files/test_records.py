@@ -212,6 +212,18 @@ class TestPublish:
         assert names(tmp_path) == {"model", "log", "notes.txt", "stage.json"}
         assert set(record.files) == {"model", "log"}
 
+    def test_files_of_a_result_that_was_undone_go_too(self, tmp_path: Path) -> None:
+        stage(tmp_path, {"model": "a", "grid/scales": "b"})
+        publish(tmp_path, RECORD)
+        for _ in range(2):  # a kill before the new result, and undone again
+            records.undo(tmp_path)
+            assert names(tmp_path) == {"model", "grid/scales", ".publishing.json"}
+        stage(tmp_path, {"model": "c"})
+        publish(tmp_path, RECORD)
+        assert names(tmp_path) == {"model", "stage.json"}
+        records.undo(tmp_path / "nowhere")
+        assert not (tmp_path / "nowhere").exists()
+
     # Every call that changes the folder, in turn: the run is killed just before it.
     @pytest.mark.parametrize("step", range(12))
     def test_a_kill_at_any_step_leaves_an_unfinished_stage_or_the_whole_one(

@@ -158,7 +158,10 @@ def test_force_does_a_stage_again_with_the_same_weights(at_finished: Path, lors:
     }  # fmt: skip
     assert weights(RUN) == before
     assert snapshot(RUN)["tune/model.safetensors"][0] != when["tune/model.safetensors"][0]
-    assert statuses(lors("run", "tiny.yaml", "--force", "eval", "--json"))["eval"] == "done"
+    forced = lors("run", "tiny.yaml", "eval.models=[dense,tuned]", "--force", "eval", "--json")
+    assert statuses(forced)["eval"] == "done"
+    left = {path.name for path in (RUN / "eval").iterdir()} - {".lock"}
+    assert left == {"dense.json", "tuned.json", "samples", "texts", ".pieces", "stage.json"}
 
 
 def test_a_dry_run_writes_nothing(at_workshop: Path, lors: Lors) -> None:
