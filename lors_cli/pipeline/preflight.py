@@ -107,8 +107,8 @@ def _looks(plan: StagePlan, models: Sequence[ModelConfig], data_dir: Path | None
     size = try_size(plan.origin)
     if size is not None:
         yield partial(STAGES[plan.stage].fits, plan.config, size)
-    yield lambda: resources.check_memory(plan)
-    yield lambda: _check_memory(plan)
+    look = resources.check_memory if STAGES[plan.stage].shortage else _check_memory
+    yield partial(look, plan)
 
 
 def _check_model(model: ModelConfig, chat: bool = False) -> None:

@@ -59,7 +59,7 @@ def check_memory(plan: StagePlan) -> None:
     Raises:
         ResourceError: naming what is needed, what is free, and which settings would fit.
     """
+    shortage = STAGES[plan.stage].shortage
     size = try_size(plan.origin) if plan.status != "done" else None
-    found = STAGES[plan.stage].shortage(plan.config, plan.origin, size) if size is not None else None
-    if found is not None:
+    if shortage is not None and size is not None and (found := shortage(plan.config, plan.origin, size)):
         raise ResourceError(*found)

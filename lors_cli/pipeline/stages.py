@@ -68,7 +68,7 @@ class Stage:
         makes: the role of the model that comes out, None where scores do.
         fingerprint: of the one model it reads, data_dir; None for scores, which have theirs piece by piece.
         prepare: the model; the config with what depends on it filled in.
-        shortage: the model and its size; why the free memory is too small, and what to do, where that is known.
+        shortage: the model and its size; why the free memory is too small, and what to do. None: by `needs` alone.
         fits: the model's size; UsageError if its linears cannot take the pattern or rank, or are none to skip.
         check_packages: MissingError if a package that the settings ask for is not installed.
         stored: data_dir; the config as `stage.json` has it.
@@ -85,7 +85,7 @@ class Stage:
     makes: str | None = None
     fingerprint: Callable[[Any, str, Path | None], str] | None = None
     prepare: Callable[[Any, ModelConfig], Any] = lambda config, model: config
-    shortage: Callable[[Any, ModelConfig, ModelSize], tuple[str, str] | None] = lambda config, model, size: None
+    shortage: Callable[[Any, ModelConfig, ModelSize], tuple[str, str] | None] | None = None
     fits: Callable[[Any, ModelSize], None] = lambda config, size: None
     check_packages: Callable[[Any], None] = lambda config: None
     stored: Callable[[Any, Path | None], Any] = lambda config, data_dir: config

@@ -14,7 +14,7 @@ from pathlib import Path
 from lors_cli.data.tokenising import DEFAULT_LENGTH, DEFAULT_SAMPLES
 from lors_cli.grid import bits_a_weight
 from lors_cli.machine import processes
-from lors_cli.machine.devices import free_memory
+from lors_cli.machine.devices import free_memory, resolve_device
 from lors_cli.models.needs import RECORDS, RUNTIME, Estimate
 from lors_cli.models.size import ModelSize, forward
 from lors_cli.output.console import gib
@@ -97,7 +97,8 @@ def shortage(config: PruneConfig, model: ModelConfig, size: ModelSize) -> tuple[
     free = free_memory(model.device)
     parts = memory_parts(config, size, processes.num_processes())
     offload, hidden = config.calibration.offload, parts["hidden_states"]
-    if (offload == "cpu" and model.device.startswith("cuda")) or (offload == "auto" and hidden > free / 2):
+    on_gpu = resolve_device(model.device).type == "cuda"
+    if (offload == "cpu" and on_gpu) or (offload == "auto" and hidden > free / 2):
         parts["hidden_states"] = 0  # they will be kept elsewhere
     needed = RUNTIME + sum(parts.values())
     if needed <= free:

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lors_cli.errors import ResourceError
 from lors_cli.models.needs import RUNTIME, Estimate
 from lors_cli.models.size import ModelSize, model_size
-from lors_cli.pipeline import resources
+from lors_cli.pipeline import preflight, resources
 from lors_cli.pipeline.plans import StagePlan
+from lors_cli.pipeline.preflight import troubles
 from lors_cli.pipeline.resources import check_disk, check_memory, try_estimate
 from lors_cli.pipeline.stages import STAGES
 from lors_cli.pruning import estimate as pruning_estimate
@@ -191,8 +193,15 @@ def test_what_does_not_fit_is_refused_with_what_would(monkeypatch: pytest.Monkey
     check_memory(replace(plan_of(config, model), status="done"))
     wanda = PruneConfig(method="wanda", calibration=CalibrationConfig(num_samples=1024, batch_size=1))
     assert shortage(wanda, model, size) is None  # 16 GiB of hidden states go to disk by themselves
-    kept = replace(wanda, calibration=replace(wanda.calibration, offload="device"))
+    monkeypatch.setattr(preflight, "free_memory", lambda _: 10 * GIB)
+    assert not any("of memory" in trouble.error.message for trouble in troubles([plan_of(wanda, model)], None))
+    kept, on_cpu = (
+        replace(wanda, calibration=replace(wanda.calibration, offload=place)) for place in ("device", "cpu")
+    )
     assert shortage(kept, model, size) is not None
+    assert shortage(on_cpu, model, size) is not None
+    monkeypatch.setattr(pruning_estimate, "resolve_device", lambda name: torch.device("cuda"))
+    assert shortage(on_cpu, replace(model, device="auto"), size) is None
     monkeypatch.setattr(pruning_estimate, "free_memory", lambda _: 1 * GIB)
     assert "use a larger machine" in (shortage(config, model, size) or ("", ""))[1]
     check_memory(plan_of(TUNE, model))
@@ -200,7 +209,6 @@ def test_what_does_not_fit_is_refused_with_what_would(monkeypatch: pytest.Monkey
 
 
 def test_a_file_of_tokens_counts_as_it_is(tmp_path: Path) -> None:
-    import torch
     from safetensors.torch import save_file
 
     save_file({"input_ids": torch.zeros(10, 24, dtype=torch.int32)}, tmp_path / "t.safetensors")
