@@ -51,7 +51,7 @@ class Section:
             raise ValueError(f"{key}: {message}" if key else message)
 
     def _check(self) -> None:
-        """Hold what was given against the schema, as a recipe's, and take what that makes of it: tuples of lists."""
+        """Hold what was given against the schema, as a recipe's, and take what that makes of it: 3.0 of 3, say."""
         given = {entry.name: plain(value) for entry in fields(self)  # type: ignore[arg-type]
                  if (value := getattr(self, entry.name)) is not None or entry.default is not None}  # fmt: skip
         for section in (given, *given.values()):
@@ -62,7 +62,7 @@ class Section:
         except UsageError as error:
             raise SettingError(error.message, error.hint) from None
         for name in given:
-            if not isinstance(getattr(self, name), (int, Section)):  # these stay as they are
+            if not isinstance(getattr(self, name), Section):  # which has been checked itself
                 object.__setattr__(self, name, getattr(checked, name))
 
     def __repr__(self) -> str:

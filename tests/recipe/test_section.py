@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from lors_cli.errors import LorsError, UsageError
+from lors_cli.files.hashes import plain
 from lors_cli.recipe.loading import load_stage
 from lors_cli.recipe.schema import (
     CalibrationConfig,
@@ -72,6 +74,14 @@ def test_lists_dicts_and_paths_become_what_yaml_makes_of_them() -> None:
     assert nested == PruneConfig(calibration=CalibrationConfig(dataset="pydoc"))
     assert ModelConfig(path=Path("some/model")).path == "some/model"  # type: ignore[arg-type]
     assert ModelConfig(path=Path("~/model")).path == str(Path.home() / "model")  # type: ignore[arg-type]
+
+
+def test_a_whole_number_is_the_fraction_that_yaml_makes_of_it() -> None:
+    given: dict[str, Any] = {"epochs": 3, "max_grad_norm": 1, "weight_decay": 0, "rank": 8, "train_norms": True}
+    config = TuneConfig(**given)
+    of_yaml = load_stage("tune", None, [f"{key}={json.dumps(value)}" for key, value in given.items()])
+    assert json.dumps(plain(config)) == json.dumps(plain(of_yaml))  # as the fingerprint has it
+    assert repr(config.rank) == "8"
 
 
 @pytest.mark.parametrize(
