@@ -101,7 +101,7 @@ def prune(
 
     model, out, data_dir = ModelConfig.of(model), Path(out), Path(data_dir) if data_dir else None
     started, pattern = time.monotonic(), Pattern.of(config)
-    _check(config, pattern, model, out)
+    _check(model, out)
     base_fingerprint = model_fingerprint(model)
     version, settings, read = _identity(config, base_fingerprint, data_dir)
     fingerprint = hashes.fingerprint("prune", version, settings, read)
@@ -168,14 +168,10 @@ def _text_fingerprint(config: PruneConfig, data_dir: Path | None) -> str:
     return fingerprint_source(text.dataset, split="train", data_dir=data_dir, columns=text.columns, chosen=text.split)
 
 
-def _check(config: PruneConfig, pattern: Pattern, model: ModelConfig, out: Path) -> None:
+def _check(model: ModelConfig, out: Path) -> None:
     """Refuse what cannot be, before anything is read."""
-    from lors_cli.pruning.methods.owl import SPREAD, check_limits
-
     if Path(model.path).expanduser().resolve() == out.resolve():
         raise UsageError(f"{out} is the model itself and would be overwritten.", "Choose another --out.")
-    if config.layer_sparsity == "owl":
-        check_limits(pattern.sparsity, SPREAD)
 
 
 def _calibration_batches(

@@ -11,6 +11,8 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+OWL_SPREAD = 0.08
+"""How far the sparsity of a block may lie from the model's (OWL's λ)."""
 Rule = tuple[str, Callable[[Any], Any], str, str]
 
 
@@ -99,6 +101,10 @@ RULES: dict[str, tuple[Rule, ...]] = {
          lambda c: c.tune and c.tune.quantization_aware and c.prune and not c.prune.quantize,
          "it keeps the weights on the grid that prune.quantize puts them on, and prune has no quantize",
          "`tune.quantization_aware` needs a base with a grid: `prune.quantize` where the recipe prunes."),
+        ("prune.reconstruct_epochs",
+         lambda c: c.prune and c.prune.reconstruct_epochs and c.model.dtype == "float16",
+         "gradients do not fit into float16; set model.dtype: bfloat16",
+         "`prune.reconstruct_epochs` needs a `model.dtype` other than `float16`."),
     ),
     "ColumnsConfig": (
         ("", _no_row, "columns must be text, or messages (and system), or instruction and output (and input, system, "
@@ -118,6 +124,10 @@ RULES: dict[str, tuple[Rule, ...]] = {
          lambda c: c.layer_sparsity == "owl" and (c.pattern != "unstructured" or c.method == "magnitude"),
          "owl needs pattern: unstructured and a method that looks at inputs",
          "`layer_sparsity: owl` needs `pattern: unstructured` and a method other than `magnitude`."),
+        ("sparsity",
+         lambda c: c.layer_sparsity == "owl" and c.sparsity and not OWL_SPREAD < c.sparsity < 1 - OWL_SPREAD,
+         f"owl lets blocks have {OWL_SPREAD} less and more than {{c.sparsity:g}}, which must stay between 0 and 1",
+         f"`layer_sparsity: owl` needs a `sparsity` above {OWL_SPREAD} and below {1 - OWL_SPREAD}."),
         ("reconstruct_epochs", lambda c: c.reconstruct_epochs and _blind(c),
          "magnitude takes no calibration samples; choose another method",
          "`reconstruct_epochs` needs calibration samples: not `magnitude`, unless `refit` or `quantize` is on."),

@@ -95,6 +95,19 @@ def test_recipe_needs_a_stage() -> None:
         Recipe(name="a", model=MODEL)
 
 
+@pytest.mark.parametrize("sparsity", [0.05, 0.08, 0.92, 0.95])
+def test_owl_leaves_every_block_some_weights_and_some_zeros(sparsity: float) -> None:
+    owl = {"method": "wanda", "pattern": "unstructured", "layer_sparsity": "owl"}
+    with pytest.raises(ValueError, match=r"sparsity: owl lets blocks have 0\.08 less and more than"):
+        PruneConfig(sparsity=sparsity, **owl)  # type: ignore[arg-type]
+    PruneConfig(sparsity=0.9, **owl)  # type: ignore[arg-type]
+
+
+def test_reconstruction_is_not_for_float16() -> None:
+    with pytest.raises(ValueError, match=r"prune\.reconstruct_epochs: gradients do not fit into float16"):
+        Recipe(name="a", model=ModelConfig(path="m", dtype="float16"), prune=PruneConfig(reconstruct_epochs=1))
+
+
 def test_eval_names_only_models_that_exist() -> None:
     with pytest.raises(ValueError, match="pruned is not made by this recipe, which has dense, tuned"):
         Recipe(name="a", model=MODEL, tune=TuneConfig(), eval=EvalConfig(models=("dense", "pruned")))

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 
 from lors_cli.errors import UsageError
+from lors_cli.recipe.rules import OWL_SPREAD
 
 THRESHOLD = 5.0
-SPREAD = 0.08
 
 
 def outlier_ratio(
@@ -56,7 +56,7 @@ def check_limits(sparsity: float, spread: float) -> None:
 
 
 def allocate(
-    ratios: Sequence[float], num_weights: Sequence[int], sparsity: float, spread: float = SPREAD
+    ratios: Sequence[float], num_weights: Sequence[int], sparsity: float, spread: float = OWL_SPREAD
 ) -> list[float]:
     """A sparsity for each block, falling linearly with its outlier ratio: S_i = S − λ·d_i / max|d|, d_i = D_i − mean D.
 

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lors_cli.errors import UsageError
-from lors_cli.pruning.methods.owl import SPREAD, allocate, check_limits, outlier_ratio
+from lors_cli.pruning.methods.owl import allocate, check_limits, outlier_ratio
+from lors_cli.recipe.rules import OWL_SPREAD
 
 
 def block(scales: tuple[float, float] = (1.0, 1.0)) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -76,7 +77,7 @@ def test_percent_or_share_is_one(blocks: list[tuple[int, int]], unit: float) -> 
 
 def test_ratios_that_lie_evenly_have_the_authors_allocation() -> None:
     ratios = [1.0, 2.0, 2.5, 3.0, 4.0]
-    density = [(ratio - 1) / 3 * 2 * SPREAD for ratio in ratios]  # as released: stretched to a width of 2λ, …
+    density = [(ratio - 1) / 3 * 2 * OWL_SPREAD for ratio in ratios]  # as released: stretched to a width of 2λ, …
     mean = sum(density) / len(density)
     expected = [1 - (value - mean + 1 - 0.7) for value in density]  # … then shifted to the mean density
     assert allocate(ratios, [1] * 5, 0.7) == pytest.approx(expected)
@@ -97,4 +98,4 @@ def test_limits_outside_the_unit_interval_are_refused_whatever_the_ratios(sparsi
 
 def test_the_default_spread_fits_the_papers_sparsities() -> None:
     for sparsity in (0.5, 0.6, 0.7, 0.8, 0.9):
-        check_limits(sparsity, SPREAD)
+        check_limits(sparsity, OWL_SPREAD)

@@ -363,10 +363,6 @@ class TestRefusals:
         save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
         self.refused(checkpoint, token_file, tmp_path / "out", "holds I8", method="wanda")
 
-    def test_owl_beyond_its_limits_before_any_work(self, checkpoint: Path, token_file: Path, tmp_path: Path) -> None:
-        self.refused(checkpoint, token_file, tmp_path / "out", "OWL: sparsity 0.95", **{**OWL, "sparsity": 0.95})
-        assert not (tmp_path / "out").exists()
-
     def test_reconstruction_in_float16(self, checkpoint: Path, token_file: Path, tmp_path: Path) -> None:
         config = PruneConfig(
             method="wanda", reconstruct_epochs=1, calibration=CalibrationConfig(dataset=str(token_file), batch_size=4)
