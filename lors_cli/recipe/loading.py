@@ -7,6 +7,7 @@ together, and all problems are reported in one UsageError, one line each.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -150,6 +151,10 @@ def apply_overrides(schema: type, settings: Settings, overrides: Sequence[str]) 
             document = read(text)
         except YamlError as error:
             settings.add(keys, error.message, place)
+            continue
+        if document.comments and (document.data is None or () in document.raws):
+            whole = shlex.quote(f"{key}={json.dumps(text, ensure_ascii=False)}")
+            settings.add(keys, f"{shorten(document.comments)} is a comment; leave it out, or quote all: {whole}", place)
             continue
         for _, problem in document.problems:
             settings.add(keys, problem, place)

@@ -49,12 +49,13 @@ class Node:
 
 @dataclass
 class Document:
-    """What a YAML text holds: plain data, and the line and raw text of every key path in it."""
+    """What a YAML text holds: plain data, the line and raw text of every key path in it, and comments at its end."""
 
     data: Any = None
     lines: dict[tuple[str | int, ...], int] = field(default_factory=dict)
     raws: dict[tuple[str | int, ...], str] = field(default_factory=dict)
     problems: list[tuple[int, str]] = field(default_factory=list)
+    comments: str = ""
 
 
 def resolve(text: str) -> Any:
@@ -92,7 +93,7 @@ def read(text: str) -> Document:
         raise _syntax_error(error, text) from None
     except yaml.YAMLError as error:
         raise YamlError(1, f"not valid YAML: {error}") from None
-    document = Document(problems=composer.problems)
+    document = Document(problems=composer.problems, comments=text[composer.end :].strip())
     if root is not None:
         document.data = _flatten(root, (), root.line, document)
     return document
@@ -136,11 +137,19 @@ class _Composer:
     """Nodes from PyYAML's events; recursion is bounded by MAX_DEPTH."""
 
     def __init__(self, text: str) -> None:
-        self.events: Iterator[Any] = iter(yaml.parse(text, Loader=_LOADER))
+        self.end = 0
+        self.events = self.parsed(text)
         self.anchors: dict[str, Node | None] = {}
         self.problems: list[tuple[int, str]] = []
         self.keys: list[str] = []
         self.made = 0
+
+    def parsed(self, text: str) -> Iterator[Any]:
+        """PyYAML's events; `end` is where the last one ends that has a text of its own."""
+        for event in yaml.parse(text, Loader=_LOADER):
+            if event.end_mark.index > event.start_mark.index:
+                self.end = event.end_mark.index
+            yield event
 
     def document(self) -> Node | None:
         """The only document's root, or None when there is none."""

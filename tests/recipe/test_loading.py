@@ -283,6 +283,15 @@ def test_override_problems() -> None:
         "override =3: must be key=value",
         r"override data_dir=\x00: the character U+0000 may not stand in a YAML file",
     ]
+    assert problems(BASE + "tune: {}\n", "eval.system_instruction=Use the # sign", "data_dir=# x") == [
+        "override eval.system_instruction=Use the # sign: # sign is a comment; leave it out, or quote all: "
+        """'eval.system_instruction="Use the # sign"'""",
+        """override data_dir=# x: # x is a comment; leave it out, or quote all: 'data_dir="# x"'""",
+    ]
+    for whole in ('"Use the # sign"', "{system_instruction: 'Use the # sign'} # a note"):
+        recipe = load(BASE + "eval: {}\n", f"eval{'' if whole[0] == '{' else '.system_instruction'}={whole}")
+        assert recipe.eval is not None
+        assert recipe.eval.system_instruction == "Use the # sign"
     assert problems(BASE + "tune: {}\n", "tune=null") == [
         "override tune=null: there is no stage: give at least one of prune, tune, pack, eval"
     ]
