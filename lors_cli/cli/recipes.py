@@ -19,10 +19,15 @@ recipes_app = typer.Typer(cls=Group, pretty_exceptions_enable=False)
 
 
 @recipes_app.callback(invoke_without_command=True)
-def recipes(context: typer.Context, json_mode: o.Json = False) -> None:
+def recipes(
+    context: typer.Context, json_mode: o.Json = False, quiet: o.Quiet = False, verbose: o.Verbose = 0
+) -> None:  # fmt: skip
     """List the shipped recipes and sweeps, copy one, look up a setting."""
+    given = {"json_mode": json_mode, "quiet": quiet, "verbose": verbose}
     if context.invoked_subcommand is None:
-        list_shipped(json_mode=json_mode)
+        list_shipped(**given)
+    else:  # it has the same options, and these are their defaults
+        context.default_map = {context.invoked_subcommand: given}
 
 
 @guarded

@@ -170,12 +170,13 @@ def test_recipes(at_workshop: Path, lors: Lors) -> None:
     names = [recipe["name"] for recipe in listed]
     assert {"name": "quickstart", "kind": "recipe"}.items() <= listed[names.index("quickstart")].items()
     assert listed[names.index("table1")]["kind"] == "sweep"
-    shown = lors("recipes").stdout
+    shown = lors("recipes", "-v").stdout
     assert all(name in shown for name in names)
 
 
 def test_recipes_copy(at_workshop: Path, lors: Lors) -> None:
     assert document(lors("recipes", "copy", "quickstart", "--json")) == {"wrote": "quickstart.yaml"}
+    assert document(lors("recipes", "--json", "-q", "copy", "quickstart", "b.yaml")) == {"wrote": "b.yaml"}
     failed(lors("recipes", "copy", "quickstart"), 2, "there already", "Name another file")
     assert "lors run mine.yaml" in lors("recipes", "copy", "quickstart", "mine.yaml").stdout
     assert lors("recipes", "copy", "quickstart", "dense").exit_code == 0
