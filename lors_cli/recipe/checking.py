@@ -229,8 +229,9 @@ def describe(path: KeyPath, entry: Any, raw: str | None) -> str:
             return f"must be text; put it in quotes: '{raw or value}'"
         return f"{SHAPES.get(str(path[-1]), 'must be text')}, not {got}"
     if kind == "tuple_type" and isinstance(value, str):
-        shown = value if re.fullmatch(r"[\w./-]+", value) else json.dumps(value)  # a star wants quotes in YAML
-        return f"must be a list, for example [{shown}]"
+        parts = [part.strip() for part in value.split(",") if part.strip()] or [value]
+        shown = (part if re.fullmatch(r"[\w./-]+", part) else json.dumps(part) for part in parts)  # a star wants quotes
+        return f"must be a list, for example [{', '.join(shown)}]"
     if kind in _MUST_BE:
         got = f"the text {got!r}" if isinstance(value, str) and raw is None else got
         return f"must be {_MUST_BE[kind].format(**context)}, not {got}"

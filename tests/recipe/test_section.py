@@ -38,6 +38,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("prune", {"pattern": "two"}, "pattern: must be N:M"),
     ("prune", {"calibration": {"num_samples": 0}}, "calibration.num_samples: must be above 0, not 0"),
     ("eval", {"tasks": "boolq"}, "tasks: must be a list, for example [boolq]"),
+    ("eval", {"tasks": "boolq,mmlu_*, rte"}, 'tasks: must be a list, for example [boolq, "mmlu_*", rte]'),
     ("eval", {"tasks": [], "perplexity": []}, "neither tasks nor perplexity is given"),
 ]
 SCHEMAS: dict[str, Any] = {"prune": PruneConfig, "tune": TuneConfig, "eval": EvalConfig}
