@@ -50,7 +50,7 @@ def run(
         folder = out or Path("runs") / settings.name
     choice: dict[str, Any] = {"first": first, "last": last, "force": tuple(force or ())}
     if dry_run:
-        _show_plan(settings, folder, **choice)
+        _show_plan(settings, folder, **choice, nproc=nproc)
         return
     together(nproc)
     summary = run_recipe(settings, folder, **choice)
@@ -60,7 +60,9 @@ def run(
     show_run(summary)
 
 
-def _show_plan(recipe: Recipe, folder: Path, first: str | None, last: str | None, force: tuple[str, ...]) -> None:
+def _show_plan(
+    recipe: Recipe, folder: Path, first: str | None, last: str | None, force: tuple[str, ...], nproc: int | None
+) -> None:  # fmt: skip
     """Show what a run would do, and whether it fits into the memory."""
     from lors_cli.cli.views import runs
     from lors_cli.data.sources import resolve_data_dir
@@ -71,7 +73,7 @@ def _show_plan(recipe: Recipe, folder: Path, first: str | None, last: str | None
     guard_out(folder, "run")
     data_dir = resolve_data_dir(recipe.data_dir)
     plans = select(plan_stages(recipe, folder, data_dir), first, last, force)
-    runs.show_plan(runs.plan_document(recipe.name, folder, plans, troubles(plans, data_dir)))
+    runs.show_plan(runs.plan_document(recipe.name, folder, plans, troubles(plans, data_dir, nproc)))
 
 
 @command(

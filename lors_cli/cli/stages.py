@@ -157,7 +157,7 @@ def _stage(
 
     with processes.joined():
         plan = processes.from_main(make_plan)
-        found = processes.from_main(lambda: troubles([plan], data))
+        found = processes.from_main(lambda: troubles([plan], data, nproc))
         if dry_run:
             show_plan(plan_document(stage, out, [plan], found))
             return False

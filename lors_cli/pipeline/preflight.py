@@ -36,8 +36,13 @@ class Trouble:
     error: LorsError
 
 
-def troubles(plans: Sequence[StagePlan], data_dir: Path | None) -> list[Trouble]:
-    """All that is in the way of the stages that are still to be done; weights are neither loaded nor downloaded."""
+def troubles(plans: Sequence[StagePlan], data_dir: Path | None, num_processes: int | None = None) -> list[Trouble]:
+    """All that is in the way of the stages that are still to be done; weights are neither loaded nor downloaded.
+
+    Args:
+        num_processes: that are to share the work; None: those that do.
+    """
+    shared = num_processes or processes.num_processes()
     found: list[Trouble] = []
     seen: set[tuple[str, str]] = set()
     looked: set[ModelConfig] = set()
@@ -53,6 +58,7 @@ def troubles(plans: Sequence[StagePlan], data_dir: Path | None) -> list[Trouble]
         for plan in pending:
             there = [model for model in plan.models.values() if model.path not in to_come and model not in looked]
             looked.update(there)
+            note(plan.stage, _met(partial(STAGES[plan.stage].check_shared, plan.config, shared)))
             for look in _looks(plan, there, data_dir):
                 note(plan.stage, _met(look))
         note("all", _met(lambda: _check_disk(pending)))

@@ -70,6 +70,7 @@ class Stage:
         prepare: the model; the config with what depends on it filled in.
         shortage: the model and its size; why the free memory is too small, and what to do. None: by `needs` alone.
         fits: the model's size; UsageError if its linears cannot take the pattern or rank, or are none to skip.
+        check_shared: number of processes; UsageError if they cannot share the work.
         check_packages: MissingError if a package that the settings ask for is not installed.
         stored: data_dir; the config as `stage.json` has it.
         inputs: of the one model it reads, its fingerprint, and data_dir; what `stage.json` has of what it reads.
@@ -87,6 +88,7 @@ class Stage:
     prepare: Callable[[Any, ModelConfig], Any] = lambda config, model: config
     shortage: Callable[[Any, ModelConfig, ModelSize], tuple[str, str] | None] | None = None
     fits: Callable[[Any, ModelSize], None] = lambda config, size: None
+    check_shared: Callable[[Any, int], None] = lambda config, num_processes: None
     check_packages: Callable[[Any], None] = lambda config: None
     stored: Callable[[Any, Path | None], Any] = lambda config, data_dir: config
     inputs: Callable[[Any, str, Path | None], dict[str, Any]] | None = None
@@ -166,6 +168,12 @@ def _tuning_fits(config: TuneConfig, size: ModelSize) -> None:
     check_rank(config.method, config.rank, [rows for rows, _, expert in size.without(config.skip).block if not expert])
 
 
+def _tuning_shared(config: TuneConfig, num_processes: int) -> None:
+    from lors_cli.tuning.training.distributed import micro_batch_size
+
+    micro_batch_size(config, num_processes)
+
+
 def _evaluate(config: EvalConfig, models: dict[str, ModelConfig], out: Path, data_dir: Path | None) -> None:
     from lors_cli.evaluation.stage import evaluate
 
@@ -202,6 +210,7 @@ STAGES = {
         fits=_pruning_fits,
         makes="pruned",
         fingerprint=pruning.stage_fingerprint,
+        check_shared=pruning.check_shared,
         shortage=pruning_estimate.shortage,
         stored=lambda config, data_dir: resolved_prune(config),
         inputs=pruning.stage_inputs,
@@ -218,6 +227,7 @@ STAGES = {
         makes="tuned",
         fingerprint=tuning.stage_fingerprint,
         prepare=with_teacher,
+        check_shared=_tuning_shared,
         check_packages=require_packages,
         stored=tuning.stored_config,
         inputs=tuning.stage_inputs,

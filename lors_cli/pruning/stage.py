@@ -110,12 +110,7 @@ def prune(
     with progress.busy("reading the tokenizer"):
         tokenizer = load_tokenizer(model)
     source = open_blockwise(model)
-    if config.reconstruct_epochs and config.reconstruct_batch_size < processes.num_processes():
-        raise UsageError(
-            f"reconstruct_batch_size: steps of {config.reconstruct_batch_size} cannot be shared by "
-            f"{processes.num_processes()} processes.",
-            f"Give a reconstruct_batch_size of {processes.num_processes()} or more.",
-        )
+    check_shared(config, processes.num_processes())
     if config.reconstruct_epochs and str(source.network.dtype) == "torch.float16":
         raise UsageError("reconstruct_epochs: gradients do not fit into float16.", "Set dtype=bfloat16 for the model.")
     weights = prunable_weights(source.network)
@@ -148,6 +143,20 @@ def prune(
     if alone:
         processes.stop()
     return record
+
+
+def check_shared(config: PruneConfig, num_processes: int) -> None:
+    """Refuse steps of reconstruction that have fewer samples than there are processes.
+
+    Raises:
+        UsageError: so it is.
+    """
+    if config.reconstruct_epochs and config.reconstruct_batch_size < num_processes:
+        raise UsageError(
+            f"reconstruct_batch_size: steps of {config.reconstruct_batch_size} cannot be shared by "
+            f"{num_processes} processes.",
+            f"Give a reconstruct_batch_size of {num_processes} or more.",
+        )
 
 
 def _work_dir(out: Path, fingerprint: str, made: dict[str, Any], dtype: str) -> None:

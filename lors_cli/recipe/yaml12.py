@@ -146,6 +146,7 @@ class _Composer:
 
     def parsed(self, text: str) -> Iterator[Any]:
         """PyYAML's events; `end` is where the last one ends that has a text of its own."""
+        event: Any
         for event in yaml.parse(text, Loader=_LOADER):
             if event.end_mark.index > event.start_mark.index:
                 self.end = event.end_mark.index

@@ -173,6 +173,12 @@ def test_a_dry_run_writes_nothing(at_workshop: Path, lors: Lors) -> None:
     document = json.loads(lors("run", "tiny.yaml", "--dry-run", "--json").stdout)
     assert [stage["status"] for stage in document["stages"]] == ["run", "run", "run"]
     assert all(stage["peak_memory_bytes"] > 0 and stage["disk_bytes"] > 0 for stage in document["stages"])
+    shared = ("prune.reconstruct_epochs=1", "--nproc", "3", "--dry-run", "--json")
+    in_the_way = json.loads(lors("run", "tiny.yaml", *shared).stdout)["in_the_way"]
+    assert [trouble["message"] for trouble in in_the_way] == [
+        "reconstruct_batch_size: steps of 1 cannot be shared by 3 processes.",
+        "batch_size: 4 samples a step cannot be shared by 3 processes.",
+    ]
     assert snapshot(at_workshop) == before
     assert not Path("runs").exists()
 
