@@ -69,25 +69,45 @@ def task_fingerprint(task: Task, data_dir: Path | None) -> str:
     text = definition_text(task.definition) if task.definition else []
     inputs: dict[str, Any] = {"lm_eval": version("lm-eval"), "definition": text}
     if task.overrides:
-        inputs["overrides"] = dict(task.overrides)
+        inputs["overrides"] = _placeless(dict(task.overrides))
     if task.is_own and task.name == PYDOC_TASK:
         inputs["documents"] = [pydoc_text.fingerprint(), PYDOC_ITEMS]
     elif local := local_documents(task, data_dir):
         scored, *examples = [hashes.cached_sha256(path) for path in local.values()]
         inputs |= {"documents": scored, **({"examples": examples} if examples else {})}
-    elif task.definition is None or not task.definition.is_relative_to(tasks_folder()):
-        inputs["files"] = [hashes.cached_sha256(path) for path in _files_of(task.settings) if path.is_file()]
+    is_users = not task.is_own and (task.definition is None or _is_users(task.definition))
+    files = [path for path in _files_of(task.settings if is_users else task.overrides) if _is_users(path)]
+    if is_users or files:
+        inputs["files"] = [hashes.cached_sha256(path) for path in files]
     return hashes.fingerprint("task", 1, task.name, inputs)
 
 
 def _files_of(settings: Mapping[str, Any]) -> Iterator[Path]:
     """The local files that a definition of the user's names: modules of its functions, and documents."""
-    for text in _texts(settings):
-        if text.startswith("!function "):
-            yield Path(text.removeprefix("!function ").rpartition(".")[0] + ".py")
+    yield from (_module(text) for text in _texts(settings) if text.startswith("!function "))
     for text in _texts([settings.get("dataset_path"), settings.get("dataset_kwargs")]):
         for path in map(Path, sorted(glob.glob(text))):
             yield from sorted(file for file in (path, *path.rglob("*")) if file.is_file())
+
+
+def _module(function: str) -> Path:
+    """The module of a `!function`."""
+    return Path(function.removeprefix("!function ").rpartition(".")[0] + ".py")
+
+
+def _is_users(path: Path) -> bool:
+    """Whether a file is there, and not lm-eval's."""
+    return path.is_file() and not path.is_relative_to(tasks_folder())
+
+
+def _placeless(value: Any) -> Any:
+    """Settings with each function of the user's by its name alone; `_files_of` has its module."""
+    if isinstance(value, dict):
+        return {key: _placeless(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_placeless(item) for item in value]
+    is_function = isinstance(value, str) and value.startswith("!function ") and _is_users(_module(value))
+    return f"!function {Path(value.removeprefix('!function ')).name}" if is_function else value
 
 
 def _texts(value: Any) -> Iterator[str]:
