@@ -23,6 +23,9 @@ _TAG_LINE = re.compile(
 )
 _INCLUDE_LINE = re.compile(r"""^["']?include["']?[ \t]*:[ \t]*["']?([^\s"'#]+)""", re.MULTILINE)
 
+_SKIPPED = {"__pycache__", ".ipynb_checkpoints"}
+"""Folders that lm-eval does not look into."""
+
 
 @dataclass
 class TaskNames:
@@ -49,7 +52,8 @@ def tasks_folder() -> Path:
 def names_in(root: Path) -> TaskNames:
     """Every name that the definitions below `root` define; the first of two files of the same name counts."""
     names, found = TaskNames(), []
-    for folder, _, files in os.walk(root):
+    for folder, inner, files in os.walk(root):
+        inner[:] = set(inner) - _SKIPPED
         found += [f"{folder}/{file}" for file in files if file.endswith(".yaml")]
     for file in sorted(found):
         _scan(Path(file), names)

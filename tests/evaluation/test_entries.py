@@ -29,6 +29,15 @@ def test_names_are_those_of_lm_evals_index(folder: str) -> None:
     assert {tag: sorted(tasks) for tag, tasks in names.tags.items()} == kinds[Kind.TAG]
 
 
+def test_a_notebooks_checkpoint_of_a_definition_is_none(tmp_path: Path) -> None:
+    """It sorts before the definition itself, and won."""
+    copies = tmp_path / ".ipynb_checkpoints"
+    copies.mkdir()
+    for path in (tmp_path / "mine.yaml", copies / "mine-checkpoint.yaml"):
+        path.write_text("task: mine\n")
+    assert names_in(tmp_path).tasks == {"mine": tmp_path / "mine.yaml"}
+
+
 def test_a_definition_is_merged_as_lm_eval_does() -> None:
     from lm_eval.tasks._yaml_loader import load_yaml
 
