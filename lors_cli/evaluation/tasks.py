@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,19 +21,40 @@ from lors_cli.files import atomic, hashes
 from lors_cli.recipe.schema import EvalConfig
 
 PYDOC_ITEMS = 120
+_MAKES_TOKENIZER = re.compile(r"(?<!def )\bget_tokenizer\(.*kwargs")
 
 
 def check_tasks(config: EvalConfig, data_dir: Path | None) -> None:
     """Refuse tasks that cannot be scored, before anything is loaded or pruned.
 
     Raises:
-        UsageError: names that no definition has, all of them in one message; a task that runs the model's code.
+        UsageError: names that no definition has, all of them in one message; a task that runs the model's code, shows
+            it images, or is to be told its name.
         MissingError: a file of documents that is not in `data_dir`.
     """
     for task in tasks_of(resolve(config)):
         local_documents(task, data_dir)
-        if not task.is_own and task.settings.get("unsafe_code"):
+        if task.settings.get("unsafe_code"):
             raise UsageError(f"The task {task.name} runs code that the model wrote, which lors does not do.")
+        if task.settings.get("doc_to_image") or task.settings.get("doc_to_audio"):
+            raise UsageError(f"The task {task.name} shows the model images or sound, and lors scores models of text.")
+        if _lacks_tokenizer(task.settings):
+            raise UsageError(
+                f"The task {task.name} makes its documents with a tokenizer, and does not say which.",
+                "A group of your own (eval.include_path) can say it: `dataset_kwargs: {tokenizer: org/model}`.",
+            )
+
+
+def _lacks_tokenizer(settings: Mapping[str, Any]) -> bool:
+    """Whether documents are made with a tokenizer that lm-eval's own command is given with the model, as RULER's."""
+    function = settings.get("custom_dataset")
+    given = {
+        key for name in ("metadata", "dataset_kwargs") if isinstance(part := settings.get(name), dict) for key in part
+    }
+    if not isinstance(function, str) or given & {"tokenizer", "pretrained", "model"}:
+        return False
+    module = _module(function)
+    return module.is_file() and _MAKES_TOKENIZER.search(module.read_text(encoding="utf-8")) is not None
 
 
 def task_definition(task: Task, *, data_dir: Path | None, folder: Path) -> Path | None:

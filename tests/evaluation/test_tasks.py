@@ -57,9 +57,23 @@ def test_other_tasks_of_lm_eval_are_found_in_its_definitions(tmp_path: Path) -> 
     assert "mmlu_abstract_algebra" in path.read_text()
 
 
-def test_tasks_that_run_the_models_code_are_refused() -> None:
-    with pytest.raises(UsageError, match="runs code"):
-        tasks.check_tasks(EvalConfig(tasks=("humaneval",)), None)
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("humaneval", "humaneval runs code"),
+        ("chartqa", "chartqa shows the model images"),
+        ("common_voice_en", "common_voice_en shows the model images or sound"),
+        *((name, f"{name} makes its documents with a tokenizer") for name in ("niah_single_1", "ruler_qa_squad")),
+    ],
+)
+def test_tasks_that_cannot_be_scored_are_refused(name: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        tasks.check_tasks(EvalConfig(tasks=(name,)), None)
+
+
+def test_documents_made_without_a_tokenizer_or_with_one_that_is_named(tmp_path: Path) -> None:
+    (tmp_path / "g.yaml").write_text("group: g\ntask: [ruler]\ndataset_kwargs: {tokenizer: org/model}\n")
+    tasks.check_tasks(EvalConfig(tasks=("babilong_qa1", "g"), include_path=str(tmp_path)), None)
 
 
 def test_missing_local_file_is_named(tmp_path: Path) -> None:
