@@ -146,15 +146,17 @@ def open_dataset(task: Task, data_dir: Path | None) -> None:
 
     Raises:
         MissingError: it is not to be had, or is a script.
-        UsageError: it has no such part.
+        UsageError: it has no such part, or several and the task names none.
     """
     path, part = task_dataset(task)
-    if path is None or local_documents(task, data_dir):
+    if path is None or task.settings.get("custom_dataset") or local_documents(task, data_dir):
         return
     from datasets import load_dataset_builder
 
+    given = task.settings.get("dataset_kwargs") or {}
+    where = {key: given[key] for key in ("data_files", "data_dir", "revision") if key in given}
     try:
-        load_dataset_builder(path, part)
+        load_dataset_builder(path, part, **where)
     except Exception as error:
         raise dataset_error(task.name, error) from error
 
@@ -172,8 +174,8 @@ def dataset_error(name: str, error: Exception) -> Exception:
     known = translate(error)
     if known is None and isinstance(error, FileNotFoundError):  # a metric or script that is fetched by name
         known = MissingError(str(error).splitlines()[0])
-    if known is None and "BuilderConfig" in str(error):
-        return UsageError(f"The task {name} cannot be loaded: {str(error).splitlines()[0]}")
+    if known is None and ("BuilderConfig" in str(error) or "Config name is missing" in str(error)):
+        return UsageError(f"The task {name} cannot be loaded: {' '.join(str(error).splitlines()[:2])}")
     if not isinstance(known, MissingError):
         return error
     hint = "Connect, or give a folder of local copies as data_dir (or $LORS_DATA_DIR)."

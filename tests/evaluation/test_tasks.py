@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -74,6 +75,29 @@ def test_tasks_that_cannot_be_scored_are_refused(name: str, words: str) -> None:
 def test_documents_made_without_a_tokenizer_or_with_one_that_is_named(tmp_path: Path) -> None:
     (tmp_path / "g.yaml").write_text("group: g\ntask: [ruler]\ndataset_kwargs: {tokenizer: org/model}\n")
     tasks.check_tasks(EvalConfig(tasks=("babilong_qa1", "g"), include_path=str(tmp_path)), None)
+
+
+def test_a_dataset_is_opened_as_the_task_has_it(tmp_path: Path) -> None:
+    """Its files and folder were left out, and a task that names no part of several ended in a traceback."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (folder / "a.json").write_text('{"text": "x"}\n')
+
+    def opened(**settings: Any) -> None:
+        tasks.open_dataset(Task("mine", None, {"dataset_path": str(folder), **settings}), None)
+
+    with pytest.raises(MissingError, match=r"rows/nothing doesn't contain any data files"):
+        opened(dataset_kwargs={"data_dir": "nothing"})
+    opened(dataset_kwargs={"data_files": "a.json", "trust_remote_code": True})
+    (folder / "README.md").write_text(
+        "---\nconfigs: [{config_name: one, data_files: a.json}, {config_name: two, data_files: a.json}]\n---\n"
+    )
+    with pytest.raises(UsageError, match=r"The task mine cannot be loaded: Config name is missing.*'one', 'two'"):
+        opened()
+    with pytest.raises(UsageError, match="BuilderConfig 'three' not found"):
+        opened(dataset_name="three")
+    opened(dataset_name="two")
+    opened(custom_dataset="!function utils.rows")
 
 
 def test_missing_local_file_is_named(tmp_path: Path) -> None:
