@@ -110,7 +110,21 @@ def resolve(config: EvalConfig) -> tuple[Entry, ...]:
         raise UsageError(
             f"eval.num_fewshot: {', '.join(odd)} is not among the tasks.", f"Did you mean {close}?" if close else None
         )
-    return tuple(_with_shots(each, config.num_fewshot, [name]) for name, entries in found.items() for each in entries)
+    return tuple(
+        entry
+        for name, entries in found.items()
+        for each in entries
+        for entry in _opened(_with_shots(each, config.num_fewshot, [name]))
+    )
+
+
+def _opened(entry: Entry) -> Iterator[Entry]:
+    """The entry itself, or the members of a group that lm-eval does not aggregate, and of those among them."""
+    if isinstance(entry, Group) and not entry.metrics:
+        for member in entry.members:
+            yield from _opened(member)
+    else:
+        yield entry
 
 
 def _refuse_twice(found: Mapping[str, Sequence[Entry]]) -> None:
@@ -167,14 +181,11 @@ class _Finder:
         yield names_in(tasks_folder())
 
     def named(self, name: str) -> tuple[Entry, ...]:
-        """What a name or a pattern stands for; a group that lm-eval does not aggregate for its members."""
+        """What a name or a pattern stands for."""
         if any(character in name for character in "*?["):
             known = {*OWN_TASKS, *(task for place in self.places() for task in place.tasks)}
             return tuple(entry for task in sorted(fnmatch.filter(known, name)) for entry in self._find(task, {}, ()))
-        found = self._find(name, {}, ())
-        if len(found) == 1 and isinstance(found[0], Group) and not found[0].metrics:
-            return found[0].members
-        return found
+        return self._find(name, {}, ())
 
     def _find(self, name: str, overrides: Mapping[str, Any], above: tuple[str, ...]) -> tuple[Entry, ...]:
         if name in above:
