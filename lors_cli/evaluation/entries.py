@@ -216,7 +216,7 @@ class _Finder:
             inner, own = str(item.get("group") or item.get("task")), {**overrides, **_overrides(item)}
             entries = self._find(inner, own, above)
             if entries:
-                found += entries
+                found += [entry for entry in entries if entry not in found]  # lm-eval's mela names a task twice
             elif "group" in item:
                 found.append(self._group(f"{name}::{inner}", item, overrides, above))
             else:

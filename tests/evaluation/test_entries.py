@@ -122,6 +122,14 @@ def test_a_group_of_itself_and_a_folder_that_is_not_there(tmp_path: Path) -> Non
         resolve(EvalConfig(tasks=("a",), include_path=str(tmp_path / "nothing")))
 
 
+def test_a_task_that_a_group_names_twice_is_in_it_once(tmp_path: Path) -> None:
+    (mela,) = resolve(EvalConfig(tasks=("mela",)))
+    assert [task.name for task in tasks_of([mela])].count("mela_ar") == 1
+    (tmp_path / "g.yaml").write_text("group: g\ntask: [rte, {task: rte, doc_to_text: x}]\n")
+    with pytest.raises(UsageError, match="rte is named twice, in g"):
+        resolve(EvalConfig(tasks=("g",), include_path=str(tmp_path)))
+
+
 def test_what_a_group_says_of_a_task_holds(tmp_path: Path) -> None:
     (tmp_path / "g.yaml").write_text(
         "group: g\ntask: [{task: arc_easy, num_fewshot: 2}, {task: fresh, dataset_path: json, num_fewshot: 1}]\n"
