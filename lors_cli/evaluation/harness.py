@@ -137,15 +137,17 @@ def load_task(task: Task, *, data_dir: Path | None, folder: Path) -> Any:
 
 def _with_overrides(task: Task, definition: Path | None) -> dict[str, Any]:
     """A task's definition as its group has it."""
-    from lm_eval.tasks._yaml_loader import _import_fun_from_str, load_yaml
+    from lm_eval.tasks._yaml_loader import _import_func_in_yml, load_yaml
 
     def resolved(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: resolved(item) for key, item in value.items()}
         if isinstance(value, list):
             return [resolved(item) for item in value]
-        is_function = isinstance(value, str) and value.startswith("!function ")
-        return _import_fun_from_str(value.removeprefix("!function ")) if is_function else value
+        if isinstance(value, str) and value.startswith("!function "):
+            path = Path(value.removeprefix("!function "))
+            return _import_func_in_yml(path.name, path.parent)
+        return value
 
     whole = load_yaml(definition) if definition is not None else {}
     return {**whole, **resolved(dict(task.overrides)), "task": task.name}

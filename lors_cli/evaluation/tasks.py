@@ -113,8 +113,9 @@ def _files_of(settings: Mapping[str, Any]) -> Iterator[Path]:
 
 
 def _module(function: str) -> Path:
-    """The module of a `!function`."""
-    return Path(function.removeprefix("!function ").rpartition(".")[0] + ".py")
+    """The module of a `!function`, where lm-eval looks first: `folder/package.module.name`."""
+    path = Path(function.removeprefix("!function "))
+    return path.parent / (path.name.rpartition(".")[0].replace(".", "/") + ".py")
 
 
 def _is_users(path: Path) -> bool:

@@ -166,16 +166,17 @@ def test_the_users_definitions_win_and_their_files_are_in_the_fingerprint(tmp_pa
 
 
 @pytest.mark.parametrize("data_dir", [None, "data"])
+@pytest.mark.parametrize("module", ["utils", "package.utils"])
 def test_what_a_users_group_names_for_a_task_of_lm_eval_is_in_the_fingerprint(
-    data_dir: str | None, shared_dir: Path, tmp_path: Path
+    module: str, data_dir: str | None, shared_dir: Path, tmp_path: Path
 ) -> None:
     """The function's text was not: after an edit the old scores were shown."""
     folder = tmp_path / "here"
-    folder.mkdir()
-    (folder / "g.yaml").write_text("group: g\ntask: [arc_easy]\nprocess_docs: !function utils.keep\n")
+    (folder / "package").mkdir(parents=True)
+    (folder / "g.yaml").write_text(f"group: g\ntask: [arc_easy]\nprocess_docs: !function {module}.keep\n")
 
     def fingerprint(keep: str, folder: Path) -> str:
-        (folder / "utils.py").write_text(f"def keep(docs): return {keep}\n")
+        (folder / f"{module.replace('.', '/')}.py").write_text(f"def keep(docs): return {keep}\n")
         (task,) = tasks_of(resolve(EvalConfig(tasks=("g",), include_path=str(folder))))
         return task_fingerprint(task, shared_dir / data_dir if data_dir else None)
 

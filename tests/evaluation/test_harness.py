@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,14 @@ def test_equals_hand_written_loop(
     captured = capfd.readouterr()
     assert captured.out == ""
     assert "it/s" not in captured.err
+
+
+def test_functions_that_a_group_names_are_found_as_in_a_definition(tmp_path: Path) -> None:
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package/text.py").write_text("def short(document): return 'x'\n")
+    overrides = {name: f"!function {tmp_path}/{name}" for name in ("package.text.short", "textwrap.shorten")}
+    found = harness._with_overrides(Task("mine", None, overrides), None)
+    assert (found["package.text.short"](None), found["textwrap.shorten"]) == ("x", textwrap.shorten)
 
 
 def test_truthfulqa_mc2_keeps_its_fractions(
