@@ -10,10 +10,10 @@ import importlib.util
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lors_cli.errors import MissingError, UsageError
 
@@ -48,7 +48,21 @@ def tasks_folder() -> Path:
     return Path(spec.origin).parent / "tasks"
 
 
-@functools.cache
+_Found = TypeVar("_Found")
+
+
+def _kept_of_lm_evals(find: Callable[[Path], _Found]) -> Callable[[Path], _Found]:
+    """Keeps what is found in lm-eval's folder; a folder of the user's may change while a notebook runs."""
+    kept = functools.cache(find)
+
+    @functools.wraps(find)
+    def found(path: Path) -> _Found:
+        return kept(path) if path.is_relative_to(tasks_folder()) else find(path)
+
+    return found
+
+
+@_kept_of_lm_evals
 def names_in(root: Path) -> TaskNames:
     """Every name that the definitions below `root` define; the first of two files of the same name counts."""
     names, found = TaskNames(), []
@@ -80,7 +94,6 @@ def _tags(path: Path, text: str) -> list[str]:
     return [tag for file in included if file.is_file() for tag in _tags(file, _text(file))]
 
 
-@functools.lru_cache(maxsize=1024)
 def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace")
 
@@ -95,7 +108,7 @@ def definition_text(path: Path) -> list[str]:
     return texts[::-1]
 
 
-@functools.cache
+@_kept_of_lm_evals
 def read_definition(path: Path) -> dict[str, Any]:
     """A definition with what it includes merged in; a `!function` is the path of its module and its name.
 

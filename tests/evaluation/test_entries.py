@@ -38,6 +38,15 @@ def test_a_notebooks_checkpoint_of_a_definition_is_none(tmp_path: Path) -> None:
     assert names_in(tmp_path).tasks == {"mine": tmp_path / "mine.yaml"}
 
 
+def test_an_edited_definition_is_read_again(tmp_path: Path) -> None:
+    """In a notebook the fingerprint knew of the edit, and names and numbers of examples did not."""
+    for shots in (1, 2):
+        (tmp_path / "base.yaml").write_text(f"num_fewshot: {shots}\ntag: mine_{shots}\n")
+        (tmp_path / "mine.yaml").write_text("task: mine\ninclude: base.yaml\n")
+        (task,) = tasks_of(resolve(EvalConfig(tasks=(f"mine_{shots}",), include_path=str(tmp_path))))
+        assert (task.name, task.num_fewshot) == ("mine", shots)
+
+
 def test_a_definition_is_merged_as_lm_eval_does() -> None:
     from lm_eval.tasks._yaml_loader import load_yaml
 
