@@ -95,5 +95,7 @@ def own_tasks(shared_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         "aggregate_metric_list:\n  - {metric: acc, weight_by_size: true}\n  - {metric: acc_norm}\n"
     )
     (folder / "own_loose.yaml").write_text("group: own_loose\ntask: [own_arc_easy, own_openbookqa]\n")
-    (folder / "own_looser.yaml").write_text("group: own_looser\ntask: [own_loose, own_sums, {group: more, task: [rte]}]\n")
+    (folder / "own_looser.yaml").write_text(
+        "group: own_looser\ntask: [own_loose, own_sums, {group: more, task: [rte]}]\n"
+    )
     return folder
