@@ -208,4 +208,5 @@ def why_not_branches(model: PreTrainedModel, probe: Sequence[Choice]) -> str:
 def _window(model: PreTrainedModel) -> int | None:
     """The fewest positions that any layer sees, None where all see everything."""
     settings = model.config.get_text_config().to_dict()
-    return min((size for key, size in settings.items() if WINDOW_KEY.search(key) and size), default=None)
+    found = [size for key, size in settings.items() if WINDOW_KEY.search(key)]
+    return min((size for size in found if size and size is not True), default=None)  # use_sliding_window is a switch

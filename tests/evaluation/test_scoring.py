@@ -76,6 +76,12 @@ def test_equals_single_sequences(name: str, told: list[str], questions: Question
     assert told == []  # a model is tried once
 
 
+def test_a_switch_is_no_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """True was taken for a window of one place, with which no two choices share their context."""
+    monkeypatch.setitem(OTHERS, "Qwen2", {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 0})
+    assert scoring._window(tiny("Qwen2")) == 24
+
+
 @pytest.mark.parametrize("name", ["Llama", "Mixtral", "GPT2", "RecurrentGemma"])
 def test_trial_in_bfloat16_tells_rounding_from_error(name: str, told: list[str], questions: Questions) -> None:
     model, choices = tiny(name, torch.bfloat16), questions()
