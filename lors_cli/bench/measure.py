@@ -291,7 +291,7 @@ def environment_of(device: torch.device) -> Figures:
     import transformers
 
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper(),
         "processor": processor(),
         "threads": torch.get_num_threads(),
         "platform": f"{platform.system()} {platform.machine()}",

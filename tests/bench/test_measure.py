@@ -66,6 +66,11 @@ def test_the_document_and_its_ratios() -> None:
     json.dumps(found)
 
 
+@pytest.mark.parametrize("name", ["cpu", "mps"])
+def test_figures_name_their_device(name: str) -> None:
+    assert benchmark.environment_of(torch.device(name))["device"] == name.upper()
+
+
 def test_a_method_named_twice_is_measured_once() -> None:
     (cell,) = bench(_config(methods=("lors", "sqft", "lors"), rounds=1))["cells"].values()
     assert list(cell) == ["lors", "sqft"]
