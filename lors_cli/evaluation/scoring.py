@@ -209,4 +209,4 @@ def _window(model: PreTrainedModel) -> int | None:
     """The fewest positions that any layer sees, None where all see everything."""
     settings = model.config.get_text_config().to_dict()
     found = [size for key, size in settings.items() if WINDOW_KEY.search(key)]
-    return min((size for size in found if size and size is not True), default=None)  # use_sliding_window is a switch
+    return min((size for size in found if type(size) is int and size > 0), default=None)  # some are switches
