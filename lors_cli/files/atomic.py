@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
+import re
 import shutil
+import socket
+import uuid
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+_PARTIAL = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.partial")
+"""Whose processes it is one of, its number and chance: every writer has a file of its own."""
+
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file, its folder too, so that readers see the old content or the new, never a part."""
+    """Write a file, its folder too, so that readers see the old content or the new, never a part; of several processes
+    that write it at once one is the last."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    _sweep(path.parent.absolute())
+    partial = path.with_name(f".{path.name}.{_neighbours()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
     try:
         with open(partial, "wb") as file:
             file.write(data)
@@ -29,6 +40,27 @@ def write_bytes(path: Path, data: bytes) -> None:
 def is_partial(path: Path) -> bool:
     """Whether a name is that of a file that a killed `write_bytes` has left."""
     return path.name.startswith(".") and path.name.endswith(".partial")
+
+
+@lru_cache(maxsize=1024)
+def _sweep(folder: Path) -> None:
+    """Remove what killed processes have left in a folder, before this one first writes there."""
+    for path in folder.iterdir():
+        found = _PARTIAL.fullmatch(path.name)
+        if found is not None and found[1] == _neighbours():
+            import psutil
+
+            if not psutil.pid_exists(int(found[2])):
+                with contextlib.suppress(OSError):  # another's by now, or another user's
+                    path.unlink()
+
+
+@lru_cache(maxsize=1)
+def _neighbours() -> str:
+    """What names the processes whose numbers mean something here: this machine's or container's."""
+    names = Path("/proc/self/ns/pid")
+    place = f"{socket.gethostname()} {os.readlink(names) if names.is_symlink() else ''}"
+    return hashlib.sha256(place.encode()).hexdigest()[:8]
 
 
 def write_text(path: Path, text: str) -> None:

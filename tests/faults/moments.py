@@ -10,6 +10,7 @@ import builtins
 import errno
 import io
 import os
+import re
 import shutil
 import signal
 import sys
@@ -91,7 +92,7 @@ class Watch:
             if not os.path.isabs(text):
                 base = os.readlink(f"/proc/self/fd/{folder_descriptor}") if folder_descriptor >= 0 else os.getcwd()
                 text = os.path.join(base, text)
-        text = os.path.normpath(text)
+        text = re.sub(r"\.[0-9a-f]{8}-\d+-[0-9a-f]{8}\.partial$", ".partial", os.path.normpath(text))
         return text[len(self.root) :] if text.startswith(self.root) else None
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from lors_cli.files import hashes, records
-from lors_cli.files.atomic import read_json, remove, write_bytes, write_json, write_text
+from lors_cli.files import atomic, hashes, records
+from lors_cli.files.atomic import is_partial, read_json, remove, write_bytes, write_json, write_text
 from lors_cli.files.hashes import cached_sha256, file_sha256, fingerprint, plain
 from lors_cli.files.records import StageRecord, is_finished, leftovers, publish, read_record, staging_dir, work_dir
 from lors_cli.machine import environment as machine_environment
@@ -56,6 +56,45 @@ class TestWrite:
                 write_text(path, "new")
         assert path.read_text() == "old"
         assert names(tmp_path) == {"a.txt"}
+
+    def test_writers_of_one_file_do_not_take_each_others_part(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path, real, seen = tmp_path / "a.txt", os.replace, list[str]()
+
+        def replaced(source: Path, target: Path) -> None:
+            seen.append(source.name)
+            if len(seen) == 1:  # in this moment another process writes it
+                write_text(path, "other")
+                assert path.read_text() == "other"
+            real(source, target)
+
+        monkeypatch.setattr(os, "replace", replaced)
+        write_text(path, "mine")
+        assert path.read_text() == "mine"
+        assert names(tmp_path) == {"a.txt"}
+        assert all(is_partial(Path(name)) for name in seen)
+
+    def test_what_killed_writers_left_goes_and_what_others_write_stays(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def die(*_: Any, **__: Any) -> None:
+            raise Killed
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", die)
+            patch.setattr(Path, "unlink", die)
+            for pid in (2**22 + 1, os.getppid()):  # no process has the first number
+                patch.setattr(os, "getpid", lambda pid=pid: pid)
+                with pytest.raises(Killed):
+                    write_text(tmp_path / "a.txt", "x")
+        (tmp_path / ".of another machine.01234567-4194305-01234567.partial").touch()
+        assert len(names(tmp_path)) == 3
+        atomic._sweep.cache_clear()  # as a new process
+        write_text(tmp_path / "b.txt", "x")
+        left = names(tmp_path) - {"b.txt"}
+        assert len(left) == 2
+        assert not any(f"-{2**22 + 1}-" in name for name in left if "another" not in name)
 
     def test_the_content_is_on_disk_before_the_name(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         steps: list[str] = []
