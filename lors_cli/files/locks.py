@@ -192,7 +192,7 @@ def _take(folder: Path) -> _Held:
         except FileNotFoundError:
             continue  # the folder was removed in this moment
         try:
-            locked = _lock(file)
+            locked = lock(file)
         except BaseException:
             file.close()
             raise
@@ -208,10 +208,14 @@ def _take(folder: Path) -> _Held:
         file.close()
 
 
-def _lock(file: IO[str]) -> bool | None:
-    """Whether the kernel locks an open file for us; None where the file system has no locks."""
+def lock(file: IO[str], operation: int = fcntl.LOCK_EX | fcntl.LOCK_NB) -> bool | None:
+    """Whether the kernel locks an open file for us; None where the file system has no locks.
+
+    Args:
+        operation: as for `fcntl.flock`.
+    """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, operation)
     except BlockingIOError:
         return False
     except OSError as error:
@@ -229,7 +233,7 @@ def _clear(folder: Path) -> None:
     except FileNotFoundError:
         return
     with file:
-        locked, owner = _lock(file), read_owner(file)
+        locked, owner = lock(file), read_owner(file)
         if owner is None:
             time.sleep(_WRITING_S)
             owner = read_owner(file)

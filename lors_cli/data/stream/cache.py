@@ -30,7 +30,7 @@ import numpy as np
 from lors_cli.errors import ResourceError, UsageError
 from lors_cli.files import atomic, hashes, locks
 from lors_cli.files.remembered import user_cache
-from lors_cli.output.console import gib
+from lors_cli.output import console
 
 CACHE_VERSION = 1
 """Raised when the same text and tokenizer give other tokens."""
@@ -160,9 +160,12 @@ class TokenCache:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Be the only one that writes in a cache's folder; waits for another to end."""
+    """Be the only one that writes in a cache's folder; waits for another to end.
+
+    Where the file system has no locks there may be several: they write the same.
+    """
     with open(folder / ".writer", "a", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        locks.lock(file, fcntl.LOCK_EX)
         yield
 
 
@@ -210,7 +213,7 @@ def _locked(folder: Path) -> IO[str] | None:
         file = open(folder / ".lock", "a", encoding="utf-8")  # noqa: SIM115
     except FileNotFoundError:
         return None
-    fcntl.flock(file, fcntl.LOCK_SH)
+    locks.lock(file, fcntl.LOCK_SH)
     if locks.is_there(folder / ".lock", file):
         return file
     file.close()
@@ -242,7 +245,7 @@ def make_room(cache: Kept, num_bytes: int) -> None:
             total -= sizes[folder]
     if total > limit:
         raise ResourceError(
-            f"the cache of {root.name} in {root.parent} may take {gib(limit)}, and what is in use needs more.",
+            f"the cache of {root.name} in {root.parent} may take {console.gib(limit)}, and what is in use needs more.",
             "Raise it with LORS_CACHE_GIB=40 or so, or choose another disk with LORS_CACHE_DIR.",
         )
 
@@ -259,9 +262,13 @@ def _remove(folder: Path) -> bool:
     gone = folder.with_name(f".removed-{os.getpid()}-{folder.name}")
     try:
         with open(folder / ".lock", "a", encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = locks.lock(file)
+            if locked is None:
+                console.warn(f"{folder} stays: this file system has no locks, so somebody may use it.")
+            if not locked:
+                return False
             os.rename(folder, gone)
-    except (BlockingIOError, FileNotFoundError):
+    except FileNotFoundError:
         return False
     shutil.rmtree(gone, ignore_errors=True)
     return True

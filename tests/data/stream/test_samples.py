@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -410,6 +411,21 @@ def test_a_cache_that_is_removed_in_that_moment_is_made_again(
     assert again.folder == cache.folder
     assert (again.folder / "tokenizer.json").read_text() == "{}"
     assert again.available() == 0
+
+
+def test_a_file_system_without_locks_keeps_what_may_be_in_use(
+    cache_root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def flock(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setenv("LORS_CACHE_GIB", str(150_000 / 2**30))
+    old, new = (_filled(cache_root, name, 100_000, 10) for name in "ab")
+    with pytest.raises(ResourceError, match="needs more"):
+        make_room(new, 10)
+    assert old.folder.is_dir()
+    assert "no locks" in capsys.readouterr().err
 
 
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
