@@ -22,6 +22,7 @@ from lors_cli.data.stream.order import shuffled_block
 from lors_cli.data.stream.worker import Worker
 from lors_cli.data.tokenising import begin_tokens, check_known, check_length, eos_token_id
 from lors_cli.errors import UsageError
+from lors_cli.machine import processes
 from lors_cli.output import console, progress
 from lors_cli.recipe.schema import TuneConfig, TuneDataConfig
 
@@ -132,7 +133,8 @@ class TokenStream(Sequence[Sample]):
         buffer = self.config.shuffle_buffer
         if self._total is None and position >= self._ready:
             window_end = (position // buffer + 1) * buffer
-            self._ask(min(window_end + buffer, -(-len(self) // buffer) * buffer))
+            ahead = buffer if processes.local_index() == 0 else 0  # one for all processes of a machine
+            self._ask(min(window_end + ahead, -(-len(self) // buffer) * buffer))
             self._wait_for(window_end)
             self._total, self._ready = self.num_blocks(), window_end
         return shuffled_block(position, seed=self.seed, buffer=buffer, num_blocks=self._total)

@@ -22,7 +22,7 @@ import numpy as np
 
 from lors_cli.data.sources import TextSource, open_source
 from lors_cli.data.stream.cache import TOKENIZER_NAME, TokenCache, make_room, writing
-from lors_cli.data.stream.documents import START, read_documents
+from lors_cli.data.stream.documents import START, Position, read_documents
 from lors_cli.errors import LorsError, ResourceError, UsageError, translate
 from lors_cli.machine.devices import usable_processors
 from lors_cli.recipe.schema import ColumnsConfig
@@ -47,6 +47,9 @@ class Filler:
         self.begin, self.end, self.dtype = begin, end, dtype
         self._next_shard = -1
         self._shards: Iterator[Shard] = iter(())
+        self._documents: Iterator[tuple[list[str], Position]] = iter(())
+        self._num_read = sys.maxsize
+        """Documents before the next of them."""
 
     def fill(self, num_tokens: int) -> None:
         """Write shards until there are so many tokens in all, or the source ends."""
@@ -80,7 +83,7 @@ class Filler:
         place: dict[str, Any] = self.cache.after(number - 1) if number else {"position": START, "skip": 0}
         position, skip = place["position"], place["skip"]
         tokens, starts = np.empty(0, self.dtype), np.empty(0, np.int64)
-        for texts, after in read_documents(self.source, position):
+        for texts, after in self._documents_from(position):
             batch, marks = self._tokenise(texts)
             first = len(tokens) - skip  # where in tokens the batch begins
             tokens = np.concatenate([tokens, batch[skip:]])
@@ -93,6 +96,18 @@ class Filler:
                 tokens, starts, first = tokens[size:], starts[starts >= size] - size, first - size
             position = after
         yield tokens, starts, {"position": position, "skip": 0}, position["documents"]
+
+    def _documents_from(self, position: Position) -> Iterator[tuple[list[str], Position]]:
+        """As `read_documents`, but gone on with from an earlier position: to begin anew is to read a file from its
+        start, and of several processes that write in turn each would do that at every turn."""
+        if self._num_read > position["documents"] or "state" in position:
+            self._documents, self._num_read = read_documents(self.source, position), position["documents"]
+        for texts, after in self._documents:
+            is_new = self._num_read >= position["documents"]
+            self._num_read = after["documents"]
+            assert is_new or self._num_read <= position["documents"], "batches are the same in every process"
+            if is_new:
+                yield texts, after
 
     def _tokenise(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """The texts' tokens, and where each text starts in them."""

@@ -13,12 +13,14 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from lors_cli.data import tokenising
 from lors_cli.data.samples import TuneData
 from lors_cli.data.sources import TextSource, open_source
 from lors_cli.data.stream import cache as token_cache
@@ -216,7 +218,7 @@ def test_a_cache_that_is_there_is_read_and_no_process_is_started(
     assert _cache_files(cache_root) == before
 
 
-def test_only_what_is_needed_is_tokenised(opened: Open) -> None:
+def test_only_what_is_needed_is_tokenised(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = opened(max_steps=8).samples  # 32 samples, one window
     assert isinstance(stream, TokenStream)
     assert len(stream[0]["input_ids"]) == LENGTH
@@ -224,6 +226,11 @@ def test_only_what_is_needed_is_tokenised(opened: Open) -> None:
     assert stream.cache.available() == SHARD  # 512 tokens fit into one shard
     stream = opened(max_steps=80).samples
     assert isinstance(stream, TokenStream)
+    with monkeypatch.context() as patch:  # another process of the same machine has nothing made ahead
+        patch.setattr("lors_cli.machine.processes.local_index", lambda: 1)
+        stream[0]
+    assert stream._worker is None
+    stream._ready = 0
     stream[0]
     deadline = time.monotonic() + 30
     while stream.cache.available() < 2 * SHARD and time.monotonic() < deadline:
@@ -296,8 +303,18 @@ os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError("it lives on")
 
 
-def test_two_writers_make_one_stream(text: Path, tiny_tokenizer: Any, cache_root: Path) -> None:
-    source = open_source(str(text), split="train", data_dir=None)
+@pytest.mark.parametrize("batch", [10, 256])
+def test_two_writers_make_one_stream(
+    batch: int, text: Path, tiny_tokenizer: Any, cache_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenising, "BATCH_DOCUMENTS", batch)
+    opened_source, reads = open_source(str(text), split="train", data_dir=None), list[int]()
+
+    def read() -> Iterator[Any]:
+        reads.append(1)
+        return opened_source.rows()
+
+    source = replace(opened_source, _read=read)
     tokenizer = tiny_tokenizer.backend_tokenizer
     caches = [open_cache(cache_root, {"source": source.fingerprint}, tokenizer.to_str()) for _ in range(2)]
     fillers = [Filler(cache, source, tokenizer, [], EOS, "uint16") for cache in caches]
@@ -307,6 +324,7 @@ def test_two_writers_make_one_stream(text: Path, tiny_tokenizer: Any, cache_root
         chance.choice(fillers).fill(wanted)
     tokens, starts = caches[1].read(0, caches[1].available())
     assert tokens.tolist() == _stream_of_tokens()
+    assert len(reads) == 2 or batch == 256  # each once, where no batch has several shards
     assert starts.tolist() == [True, *(token == EOS for token in tokens.tolist()[:-1])]
 
 
