@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import islice
@@ -60,13 +60,28 @@ class Place:
         return f"hub:{self.repo}@{commit}/{self.config or 'default'}/{split}"
 
 
-@cache
+_commits: dict[tuple[str, str], str | MissingError] = {}
+"""By repository and revision."""
+
+
 def _asked(repo: str, revision: str) -> str | MissingError:
     """The commit of a revision, or why it is not known; the same for the whole process."""
-    try:
-        return known_commit(repo, revision, "dataset")
-    except MissingError as error:
-        return error
+    if (repo, revision) not in _commits:
+        try:
+            _commits[repo, revision] = known_commit(repo, revision, "dataset")
+        except MissingError as error:
+            _commits[repo, revision] = error
+    return _commits[repo, revision]
+
+
+def known_commits() -> list[tuple[str, str, str]]:
+    """Repository, revision and commit of what this process reads, for another one to `keep_to`."""
+    return [(*place, commit) for place, commit in _commits.items() if isinstance(commit, str)]
+
+
+def keep_to(commits: Iterable[Sequence[str]]) -> None:
+    """Read the commits that another process has told (`known_commits`), whatever was pushed meanwhile."""
+    _commits.update({(repo, revision): commit for repo, revision, commit in commits})
 
 
 def parse(name: str) -> Place | None:

@@ -265,11 +265,12 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
         (folder / "main").write_text(COMMIT)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    for remembered in (commit_of, listing_of, hub._asked, hub._builder):
-        remembered.cache_clear()
+    forget = (commit_of.cache_clear, listing_of.cache_clear, hub._commits.clear, hub._builder.cache_clear)
+    for each in forget:
+        each()
     yield
-    for remembered in (commit_of, listing_of, hub._asked, hub._builder):
-        remembered.cache_clear()
+    for each in forget:
+        each()
 
 
 @pytest.mark.usefixtures("hub_cache")

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from lors_cli.data import hub
 from lors_cli.data.held_out import num_held_out
 from lors_cli.data.packing import block_sample, too_little_text
 from lors_cli.data.samples import Sample, TuneData
@@ -245,7 +246,7 @@ def _open_stream(config: TuneConfig, source: TextSource, tokenizer: Any, data_di
     console.info(f"  token cache: {cache.folder}, {console.gib(folder_bytes(cache.folder))}, {there}")
     job = {"folder": str(cache.folder), "dataset": data.dataset, "data_dir": str(data_dir) if data_dir else None,
            "columns": data.columns and data.columns.names, "split": data.split, "fingerprint": source.fingerprint,
-           **stream}  # fmt: skip
+           "commits": hub.known_commits(), **stream}  # fmt: skip
     return TokenStream(cache, job, data, config.seed, tokenizer)
 
 

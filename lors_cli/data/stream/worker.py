@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from lors_cli.data import hub
 from lors_cli.data.sources import TextSource, open_source
 from lors_cli.data.stream.cache import TOKENIZER_NAME, TokenCache, make_room, writing
 from lors_cli.data.stream.documents import START, Position, read_documents
@@ -118,7 +119,8 @@ class Filler:
 
 
 def make_filler(job: dict[str, Any]) -> Filler:
-    """The filler of a job: folder of the cache, dataset, data_dir, columns, split, fingerprint, begin, end, dtype.
+    """The filler of a job: folder of the cache, dataset, data_dir, columns, split, fingerprint, commits of datasets,
+    begin, end, dtype.
 
     Raises:
         UsageError: the text is another one by now.
@@ -129,6 +131,7 @@ def make_filler(job: dict[str, Any]) -> Filler:
     cache.hold()
     data_dir = Path(job["data_dir"]) if job["data_dir"] else None
     columns = ColumnsConfig(**job["columns"]) if job.get("columns") else None
+    hub.keep_to(job.get("commits", ()))
     source = open_source(job["dataset"], split="train", data_dir=data_dir, columns=columns, chosen=job.get("split"))
     if source.fingerprint != job["fingerprint"]:
         raise UsageError(f"{job['dataset']} changed while it was read.", "Run the same command again.")

@@ -20,14 +20,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lors_cli.data import tokenising
+from lors_cli.data import hub, tokenising
 from lors_cli.data.samples import TuneData
 from lors_cli.data.sources import TextSource, open_source
 from lors_cli.data.stream import cache as token_cache
 from lors_cli.data.stream.cache import TokenCache, make_room, open_cache
 from lors_cli.data.stream.documents import START, read_documents
 from lors_cli.data.stream.samples import TokenStream, is_streamed, token_budget
-from lors_cli.data.stream.worker import Filler
+from lors_cli.data.stream.worker import Filler, make_filler
 from lors_cli.data.tokens import tuning_data
 from lors_cli.errors import LorsError, ResourceError, UsageError
 from lors_cli.recipe.schema import TuneConfig, TuneDataConfig
@@ -326,6 +326,16 @@ def test_two_writers_make_one_stream(
     assert tokens.tolist() == _stream_of_tokens()
     assert len(reads) == 2 or batch == 256  # each once, where no batch has several shards
     assert starts.tolist() == [True, *(token == EOS for token in tokens.tolist()[:-1])]
+
+
+def test_the_process_reads_the_commit_of_its_owner(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "_commits", {("allenai/c4", "main"): "0" * 40})
+    stream = opened(dataset=Path("c4"), max_steps=1).samples
+    assert isinstance(stream, TokenStream)
+    job = json.loads(json.dumps(stream._job))
+    hub._commits.clear()
+    hub.keep_to([("allenai/c4", "main", "1" * 40)])  # pushed meanwhile
+    assert f"@{'0' * 40}/" in make_filler(job).source.fingerprint
 
 
 def test_documents_go_on_from_a_position(text: Path) -> None:
