@@ -66,14 +66,14 @@ DATA = TuneDataConfig(dataset="rows.jsonl")
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        (TuneConfig(data=DATA, learning_rate=2e-5), "7eb8fad4ad6ce465e8356e343e90f705"),
+        (TuneConfig(data=DATA, learning_rate=2e-5), "675f8982678eaa24b3d91cd5e70c766c"),
         (
             TuneConfig(data=DATA, method="sqft", rank=8, alpha=4, learning_rate=1e-3, max_steps=6),
-            "cc6d6ea560465d63264681fcd9320b79",
+            "3abc568a8a79a4afb9de9ef4f83923a3",
         ),
         (
             TuneConfig(data=DATA, init="kaiming", rounding="nearest", epochs=0.5, batch_size=4, learning_rate=2e-5),
-            "ccc3b0c3ed0df8c352181f5039447757",
+            "a97ad81086b8e768e81bc30ccf9eb34f",
         ),
         (
             TuneConfig(
@@ -91,7 +91,7 @@ DATA = TuneDataConfig(dataset="rows.jsonl")
                 distill=DistillConfig(teacher="teacher.gguf", weight=0.5),
                 learning_rate=2e-5,
             ),
-            "a4bea9d6014f55b39dc5d9e4b8c9b955",
+            "f034b66dba457596659bdcde41f0d59d",
         ),
     ],
 )

@@ -168,7 +168,7 @@ class ChatTemplate:
         """A conversation as the template writes it, to the end of its last answer.
 
         What changes in the whole text when an answer is another one is that answer's place in it; it is learnt with
-        what ends the last answer, wherever that stands after it.
+        what ends the last answer, wherever that stands after it. An empty answer is not learnt.
 
         Raises:
             UsageError: the template refuses the conversation, or leaves a text of it out.
@@ -178,12 +178,13 @@ class ChatTemplate:
         for turn in turns:
             if turn.role != "assistant" and turn.content.strip() not in whole:
                 raise _left_out(turn.role)
-        places = {number: self._place(turns, number, whole) for number, turn in enumerate(turns) if turn.learnt}
+        learnt = [number for number, turn in enumerate(turns) if turn.learnt and turn.content.strip()]
+        places = {number: self._place(turns, number, whole) for number in learnt}
         last = len(turns) - 1
         stop = places[last][1] if last in places else self._place(turns, last, whole)[1]
         ending = whole[stop:].rstrip()
         spans = [(first, end, end + _length_of_end(whole, first, end, ending)) for first, end in places.values()]
-        return Rendered(whole[: stop + len(ending)], spans, [], [] if ending else [self._eos])
+        return Rendered(whole[: stop + len(ending)], spans, [], [] if ending or last not in places else [self._eos])
 
     def prompt(self, turns: Sequence[Turn]) -> str:
         """A conversation up to where its next answer begins.

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from lors_cli.tuning.training.trainer import AdapterTrainer
 
 STAGE_VERSION = 3
-INSTRUCTIONS_VERSION = 4
-"""The same for instructions: 4 since their text is tokenised whole."""
+INSTRUCTIONS_VERSION = 5
+"""The same for instructions: 5 since an empty answer of a conversation is not learnt."""
 WITHOUT_EFFECT = (
     "save_steps", "keep_checkpoints", "max_bad_steps", "report_to", "gradient_checkpointing", "merged_cache", "base",
     "parallelism",

@@ -168,6 +168,22 @@ def test_only_the_assistants_turns_are_learnt(tmp_path: Path, tokenizer: Any) ->
         assert learnt == [f"Lilywent.{ENDS[name]}", f"hello!{ENDS[name]}"]
 
 
+@pytest.mark.parametrize("last", ["", " \n"])
+def test_an_empty_answer_is_not_learnt(tmp_path: Path, last: str) -> None:
+    tokenizer = _trained("bytes")
+    talk = [
+        {"role": "user", "content": "Tell a story."}, {"role": "assistant", "content": ""},
+        {"role": "user", "content": "Tell."}, {"role": "assistant", "content": "Lily went."},
+        {"role": "user", "content": "Once more."}, {"role": "assistant", "content": last},
+    ]  # fmt: skip
+    without_end = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    for name, template in {**TEMPLATES, "without end": without_end}.items():
+        tokenizer.chat_template = template
+        (sample,) = _samples(tmp_path, tokenizer, [{"messages": talk}], template="chat")
+        learnt = [text.replace(" ", "").strip() for is_learnt, text in _parts(sample, tokenizer) if is_learnt]
+        assert learnt == [f"Lilywent.{ENDS.get(name, '')}"], name
+
+
 def test_no_token_of_the_next_turn_is_learnt(tmp_path: Path) -> None:
     """Phi-3 ends a conversation with one token more than a turn, and both begin alike: <|end|>, <|user|>."""
     tokenizer = _trained("bytes")
