@@ -213,6 +213,8 @@ _DISK_HINT = (
 )
 _DEVICE_HINT = "Look at the disk or its network (dmesg, df); what was finished before is intact."
 _MEMORY_SIGNS = ("DefaultCPUAllocator", "failed to map segment", "can't start new thread", "std::bad_alloc")
+_DISK_SIGNS = ("No space left on device", "Not enough disk space. Needed: ")
+"""The second is what datasets says before it downloads."""
 
 
 def _limit(error: BaseException, text: str) -> ResourceError | None:
@@ -227,7 +229,8 @@ def _limit(error: BaseException, text: str) -> ResourceError | None:
     path = getattr(error, "filename", None)
     where = f" writing {path}" if path else ""
     writer_broke = isinstance(error, RuntimeError) and "inline_container.cc" in text  # torch.save on a full disk
-    if "No space left on device" in text or writer_broke or number in (errno.ENOSPC, errno.EDQUOT):
+    is_full = any(sign in text for sign in _DISK_SIGNS) or number in (errno.ENOSPC, errno.EDQUOT)
+    if is_full or writer_broke:
         return ResourceError(f"The disk is full{where}: {first_line}", _DISK_HINT)
     if number == errno.EFBIG:
         return ResourceError(f"No file may be so large{where}: {first_line}", "Raise the limit: ulimit -f")

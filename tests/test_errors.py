@@ -56,6 +56,7 @@ FOREIGN: list[tuple[BaseException, type[LorsError], str]] = [
     (RuntimeError("Dataset scripts are no longer supported, but found logiqa.py"), MissingError,
      "needs a loading script, which datasets ≥ 4 does not run: logiqa.py"),
     (OSError(errno.ENOSPC, "No space left on device", "/out/x"), ResourceError, "disk is full writing /out/x"),
+    (OSError("Not enough disk space. Needed: 9 TiB (download: 1 TiB)"), ResourceError, "disk is full: Not enough"),
     (OSError(errno.EDQUOT, "Disk quota exceeded"), ResourceError, "disk is full"),
     (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), ResourceError,
      "disk is full"),
