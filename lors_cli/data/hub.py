@@ -112,7 +112,7 @@ def first_rows(place: Place, split: str, number: int) -> list[Row]:
 
 def streamed_rows(place: Place, split: str) -> Iterator[Row]:
     """The rows of a split, read from the hub (or its cache here, offline) as they are asked for."""
-    yield from _told(place, lambda: _streaming(place, split))
+    yield from told(place, lambda: _streaming(place, split))
 
 
 def all_rows(place: Place, split: str) -> Iterator[Row]:
@@ -122,7 +122,7 @@ def all_rows(place: Place, split: str) -> Iterator[Row]:
         MissingError: it is not on the hub, gated, a script, or not here while the hub cannot be reached.
         UsageError: it has no such configuration or split, or its files are broken.
     """
-    yield from _told(place, lambda: _downloaded(place, split))
+    yield from told(place, lambda: _downloaded(place, split))
 
 
 def open_stream(place: Place, split: str) -> Any | None:
@@ -164,6 +164,11 @@ def _builder(place: Place) -> Any:
     return builder
 
 
+def reads_lines(place: Place) -> bool:
+    """Whether its files are plain text, of which `datasets` makes each line a row."""
+    return getattr(_builder(place).config, "sample_by", None) == "line"
+
+
 def _is_copy(builder: Any) -> bool:
     """Whether it reads what `datasets` has kept here, because the hub cannot be reached."""
     return type(builder).__name__ == "Cache"
@@ -190,7 +195,7 @@ def _downloaded(place: Place, split: str) -> Any:
             datasets.enable_progress_bars()
 
 
-def _told(place: Place, open_rows: Callable[[], Any]) -> Iterator[Row]:
+def told(place: Place, open_rows: Callable[[], Any]) -> Iterator[Row]:
     """Rows, whatever ends their reading told as a user's error where it is one."""
     rows = iter(_explained(place, open_rows))
     while (row := _explained(place, lambda: next(rows, None))) is not None:

@@ -7,7 +7,7 @@ is missing there is an error, never a step to the hub. Opening a source reads it
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -44,8 +44,8 @@ class TextSource:
     _read: Callable[[], Iterator[Row]] = field(repr=False, compare=False)
     open_stream: Callable[[], Any | None] | None = field(default=None, repr=False, compare=False)
     """Opens streamed text on the hub as a `datasets.IterableDataset`, None where it is read from the cache here."""
-    read_streamed: Callable[[Row], Row] = field(default=lambda row: row, repr=False, compare=False)
-    """What a row of `open_stream` says."""
+    read_streamed: Callable[[Iterable[Row]], Iterator[Row]] = field(default=iter, repr=False, compare=False)
+    """What the rows of `open_stream` say."""
     num_bytes: int = 0
     """Of the local file, where there is one."""
     layout: str | None = None
@@ -200,6 +200,7 @@ def _open_known(name: str, split: str, fingerprint: str) -> TextSource:
         name, known.kind, fingerprint, None, known.streamed, lambda: read(rows(place, split)),
         _first=lambda number: list(read(iter(hub.first_rows(place, split, number)))),
         open_stream=(lambda: hub.open_stream(place, split)) if known.streamed else None,
+        read_streamed=lambda rows: hub.told(place, lambda: rows),
     )  # fmt: skip
 
 
@@ -214,7 +215,7 @@ def _open_hub(
         if not first:
             raise UsageError(f"{place.repo} has no row in its split {split}.")
         found = layout_of(mapped(first[0], columns, f"{place.repo}:1"), f"{place.repo}:1")
-        seen = {"split": split, "layout": found.name}
+        seen = {"split": split, "layout": found.name, "text": "by line" if hub.reads_lines(place) else ""}
         hub.remember(fingerprint, seen)
     split, layout = seen["split"], LAYOUTS[seen["layout"]]
     read = partial(_read_hub_row, layout=layout, columns=columns)
@@ -224,13 +225,14 @@ def _open_hub(
             yield read(row, f"{place.repo}:{number}")
 
     streamed = layout.kind == "text" or want == "text"
+    lines = ", each line of its files a text of its own" if seen.get("text") else ""
     rows = hub.streamed_rows if streamed else hub.all_rows
     return TextSource(
         name, layout.kind, fingerprint, None, streamed, lambda: checked(rows(place, split)),
         _first=lambda number: list(checked(iter(hub.first_rows(place, split, number)))),
         open_stream=(lambda: hub.open_stream(place, split)) if layout.kind == "text" else None,
-        read_streamed=lambda row: read(row, place.repo),
-        layout=layout.name, found_at=f"commit {commit[:8]}, split {split}",
+        read_streamed=lambda rows: (read(row, place.repo) for row in hub.told(place, lambda: rows)),
+        layout=layout.name, found_at=f"commit {commit[:8]}, split {split}{lines}",
     )  # fmt: skip
 
 

@@ -292,6 +292,22 @@ def test_hub_fingerprints_hold_the_commit_and_need_no_network() -> None:
 
 
 @pytest.mark.usefixtures("hub_cache")
+def test_that_lines_of_a_text_file_on_the_hub_are_texts_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    builder = SimpleNamespace(
+        config=SimpleNamespace(data_files={"train": []}, sample_by="line"),
+        as_streaming_dataset=lambda split: iter([{"text": "a"}]),
+    )
+    monkeypatch.setattr(hub, "_builder", lambda place: builder)
+    for _ in range(2):  # looked at, and remembered
+        assert "each line of its files a text of its own" in str(_open(f"org/book@{COMMIT}").found_at)
+    builder.config = SimpleNamespace(data_files={"train": []})
+    assert "each line" not in str(_open(f"org/rows@{COMMIT}").found_at)
+
+
+@pytest.mark.usefixtures("hub_cache")
 def test_hub_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 

@@ -24,7 +24,7 @@ def read_documents(source: TextSource, position: Position) -> Iterator[tuple[lis
         if "state" in position:
             dataset.load_state_dict(position["state"])
             skipped = 0
-        rows = islice(map(source.read_streamed, dataset), skipped, None)
+        rows = islice(source.read_streamed(dataset), skipped, None)
     number = position["documents"]
     for texts in batches(row["text"] for row in rows):
         number += len(texts)

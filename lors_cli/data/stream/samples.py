@@ -29,6 +29,10 @@ from lors_cli.recipe.schema import TuneConfig, TuneDataConfig
 
 LARGE_FILE = 64 << 20
 """Bytes from which on `stream: auto` streams a local file."""
+LARGE_DOCUMENT = 100_000_000
+"""Bytes of a text file, which is one document, from which on its size is warned of."""
+MEMORY_OF_BYTE = 45
+"""What tokenising takes of a document's byte (177 of a token)."""
 SHORTEST = 8
 """Tokens of the last sample at least: a shorter one might have no label at all."""
 POLL_S = 0.02
@@ -197,6 +201,11 @@ def stream_samples(
     if backend is None:
         raise UsageError(
             f"Streaming needs a fast tokenizer, and {type(tokenizer).__name__} is not one.", "Set data.stream: off."
+        )
+    if source.num_bytes > LARGE_DOCUMENT and source.fingerprint.startswith("txt:"):
+        console.warn(
+            f"{source.name} is one document, tokenised at once in some "
+            f"{console.gib(MEMORY_OF_BYTE * source.num_bytes)} of memory: give it as JSON lines, a document a row."
         )
     stream = _open_stream(config, source, tokenizer, data_dir)
     held_out = [] if config.val_size is None else stream.hold_out(_whole_number(config.val_size))

@@ -153,12 +153,20 @@ def test_a_budget_of_tokens_is_met_exactly(opened: Open) -> None:
     assert token_budget(500_000_000, 2048) == (244_141, 500_000_000 - 244_140 * 2048)
 
 
-def test_too_little_text(opened: Open, tmp_path: Path) -> None:
+def test_too_little_text(
+    opened: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "short.txt").write_text("abc")
+    opened(max_steps=1)
+    assert "one document" not in capsys.readouterr().err
+    monkeypatch.setattr("lors_cli.data.stream.samples.LARGE_DOCUMENT", 2)
+    opened(max_steps=1)
+    assert "one document" not in capsys.readouterr().err
     with pytest.raises(UsageError, match="too little text for one sample of 16"):
         opened(dataset=tmp_path / "short.txt", max_steps=3).samples[0]
     with pytest.raises(UsageError, match="too little text"):
         len(opened(dataset=tmp_path / "short.txt", epochs=2).samples)
+    assert "one document" in capsys.readouterr().err
 
 
 def test_when_text_is_streamed(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -368,6 +376,21 @@ def test_streamed_datasets_go_on_from_their_own_state(tmp_path: Path) -> None:
     assert [texts for texts, _ in read_documents(source, position)] == [texts for texts, _ in batches[3:]]
     del position["state"]  # begun without the hub, which knows no state
     assert [texts for texts, _ in read_documents(source, position)] == [texts for texts, _ in batches[3:]]
+
+
+def test_a_broken_file_on_the_hub_is_a_users_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from datasets import load_dataset
+
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": "bro')
+    broken = load_dataset("json", data_files=str(tmp_path / "a.jsonl"), split="train", streaming=True)
+    commit = {("allenai/c4", "main"): "0" * 40, ("org/mine", "main"): "0" * 40}
+    monkeypatch.setattr(hub, "_commits", commit)
+    monkeypatch.setattr(hub, "remembered", lambda fingerprint: {"split": "train", "layout": "text"})
+    monkeypatch.setattr(hub, "open_stream", lambda place, split: broken)
+    for name in ("c4", "org/mine"):
+        source = open_source(name, split="train", data_dir=None)
+        with pytest.raises(UsageError, match="cannot be read"):
+            list(read_documents(source, START))
 
 
 def test_the_tokens_are_those_of_the_models_tokenizer(shared_dir: Path, cache_root: Path) -> None:
