@@ -39,6 +39,13 @@ def test_no_shell_and_no_evaluated_text() -> None:
             assert "shell" not in [keyword.arg for keyword in call.keywords]
 
 
+def test_no_process_looks_for_modules_in_the_working_directory() -> None:
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.List) and any(ast.unparse(item) == "sys.executable" for item in node.elts):
+                assert path.name == "processes.py", f"{path}: own_command starts processes"
+
+
 def test_everything_from_transformers_is_told_not_to_run_code() -> None:
     for name, call in calls():
         owner, _, method = name.rpartition(".")

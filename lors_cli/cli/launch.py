@@ -60,7 +60,7 @@ def together(num_processes: int | None) -> None:
     if parallel.num_processes() > 1:
         raise UsageError("--nproc starts processes, and torchrun has started some.", "Use one of the two.")
     if num_processes > 1:
-        raise typer.Exit(launch([sys.executable, "-m", "lors_cli", *sys.argv[1:]], num_processes))
+        raise typer.Exit(launch(parallel.own_command("lors_cli", *sys.argv[1:]), num_processes))
 
 
 def launch(command: list[str], num_processes: int) -> int:

@@ -6,9 +6,11 @@ Without them every function here answers for a single process and does nothing e
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -22,6 +24,10 @@ PATIENCE = timedelta(days=1)
 FAILURE_KEY = "lors/failure"
 LAUNCHER = "LORS_LAUNCHER"
 """The environment variable that tells a process of `--nproc` who started it."""
+_RUN = (
+    "import sys; sys.path = [sys.argv.pop(1), *filter(None, sys.path)]; import lors_cli; del sys.path[0]; "
+    "import runpy; runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
+)
 
 
 def num_processes() -> int:
@@ -48,6 +54,15 @@ def num_local_processes() -> int:
 def is_main() -> bool:
     """Whether this process writes results and speaks to the user."""
     return process_index() == 0
+
+
+def own_command(module: str, *arguments: str) -> list[str]:
+    """A command that runs a module of this package in a process of its own.
+
+    As `python -m` does it, but for the working directory, which that would look for all modules in first: a user's
+    `datasets.py` beside his recipe is none of ours. (PYTHONSAFEPATH does that from Python 3.11 on.)
+    """
+    return [sys.executable, "-c", _RUN, str(Path(__file__).parents[2]), module, *arguments]
 
 
 # ---- coming and going

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 from lors_cli.errors import UsageError, translate
 from lors_cli.files import records
 from lors_cli.machine.determinism import determinism
-from lors_cli.machine.processes import LAUNCHER
+from lors_cli.machine.processes import LAUNCHER, own_command
 from lors_cli.output import console
 from lors_cli.pipeline.folders import claim, tidy
 from lors_cli.pipeline.plans import StagePlan, describe
@@ -78,7 +77,7 @@ def jobs_of(plans: Sequence[CellPlan], names: set[str]) -> list[Job]:
 
 def start(name: str, cell: str, jobs: JobFolder, **environment: str) -> subprocess.Popen[bytes]:
     """A process that does a stage; it writes to the stage's log, and ends when this one does."""
-    command = [sys.executable, "-m", "lors_cli", COMMAND, str(jobs.text), cell, name, "--out", str(jobs.out)]
+    command = own_command("lors_cli", COMMAND, str(jobs.text), cell, name, "--out", str(jobs.out))
     with open(jobs.log(name), "ab") as log:
         return subprocess.Popen(
             [*command], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,

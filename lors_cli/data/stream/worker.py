@@ -1,6 +1,6 @@
 """The process that fills a cache of tokens: reads documents, tokenises them on all cores but one, writes shards.
 
-`Worker` starts it as `python -m lors_cli.data.stream.worker`. Its stdin brings a job in one line of JSON, then how many
+`Worker` starts it. Its stdin brings a job in one line of JSON, then how many
 tokens are needed, a number a line; when it closes, because its owner ended however, the process ends. What goes wrong
 for the user comes back on stdout as one line of JSON.
 """
@@ -26,6 +26,7 @@ from lors_cli.data.stream.cache import TOKENIZER_NAME, TokenCache, make_room, wr
 from lors_cli.data.stream.documents import START, Position, read_documents
 from lors_cli.errors import LorsError, ResourceError, UsageError, translate
 from lors_cli.machine.devices import usable_processors
+from lors_cli.machine.processes import own_command
 from lors_cli.recipe.schema import ColumnsConfig
 
 Shard = tuple[np.ndarray, np.ndarray, dict[str, Any], int]
@@ -146,7 +147,7 @@ class Worker:
         threads = str(max(1, usable_processors() - 1))
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": threads}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "lors_cli.data.stream.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [*own_command("lors_cli.data.stream.worker")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             text=True, env=environment,
             start_new_session=True,  # a Ctrl-C is for the training, which may go on for a step
         )  # fmt: skip

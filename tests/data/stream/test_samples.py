@@ -57,8 +57,11 @@ def text(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def opened(text: Path, tiny_tokenizer: Any) -> Iterator[Open]:
-    """Opens the data of a tune config; the processes behind it end with the test."""
+def opened(text: Path, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
+    """Opens the data of a tune config; the processes behind it end with the test, and import nothing of the user's."""
+    for name in ("numpy", "runpy", "tokenizers", "lors_cli"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a module of the working directory was imported')")
+    monkeypatch.chdir(tmp_path)
     found: list[TuneData] = []
 
     def make(seed: int = 0, dataset: Path = text, batch_size: int = 4, **settings: Any) -> TuneData:
