@@ -115,13 +115,24 @@ def pack(
         if _stage("pack", {"tuned": source}, out, None, None, {}, None, None, dry_run):
             show_record(out)
         return
-    from lors_cli.models.packed.checkpoint import unpack_model
+    from lors_cli.models.needs import RECORDS
+    from lors_cli.models.packed.checkpoint import unpack_model, unpacked_size
+    from lors_cli.pipeline.resources import require_disk
 
     guard_out(out, "unpack", [model])
+    metrics = unpacked_size(source)
+    disk = metrics["bytes"] + RECORDS
+    require_disk("unpack", out, disk)
+    sizes = f"{console.gib(metrics['bytes_before'])} → {console.gib(metrics['bytes'])}"
+    if dry_run:
+        console.result(f"unpack {model} → {out} (dry run: nothing is written)")
+        console.result(f"   makes   {sizes}; {console.counted(metrics['weights'], 'weight')} unpacked")
+        console.result(f"   needs   about {console.gib(disk)} of disk")
+        console.document({"out": str(out), "dry_run": True, **metrics, "disk_bytes": disk})
+        return
     with claim(out):
-        metrics = unpack_model(source, out)
-    console.result(f"{metrics['weights']} weights unpacked: {console.gib(metrics['bytes_before'])} → "
-                   f"{console.gib(metrics['bytes'])}")  # fmt: skip
+        unpack_model(source, out)
+    console.result(f"{console.counted(metrics['weights'], 'weight')} unpacked: {sizes}")
     console.path("unpacked", out)
     console.document({"out": str(out), **metrics})
 

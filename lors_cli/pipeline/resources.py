@@ -32,11 +32,20 @@ def check_disk(plan: StagePlan) -> None:
         ResourceError: naming what is free and what is needed.
     """
     needed, _ = try_estimate(plan)
-    free = free_disk(plan.folder)
-    if needed is not None and needed.disk - occupied(plan.folder) > free:
+    if needed is not None:
+        require_disk(plan.stage, plan.folder, needed.disk)
+
+
+def require_disk(stage: str, folder: Path, num_bytes: int) -> None:
+    """Refuse what is to write so many bytes where they are not free.
+
+    Raises:
+        ResourceError: naming what is free and what is needed.
+    """
+    free = free_disk(folder)
+    if num_bytes - occupied(folder) > free:
         raise ResourceError(
-            f"{plan.stage} needs about {console.gib(needed.disk)} of disk in {plan.folder}; "
-            f"{console.gib(free)} are free.",
+            f"{stage} needs about {console.gib(num_bytes)} of disk in {folder}; {console.gib(free)} are free.",
             "Free some space or choose another --out; what was finished before is intact.",
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -241,7 +241,22 @@ def step_by_step(tensors: list[tuple[Entry, Loader]], task: progress.Task) -> It
     return ((entry, partial(load, read)) for entry, read in tensors)
 
 
-def unpack_model(model: ModelConfig, out: Path) -> dict[str, Any]:
+def unpacked_size(model: ModelConfig) -> dict[str, int]:
+    """What `unpack_model` will return, and write nothing.
+
+    Raises:
+        UsageError: the model is not packed, or its files are broken.
+    """
+    source = Checkpoint(model, packed=True)
+    return _sizes(source, unpacked_tensors(source))
+
+
+def _sizes(source: Checkpoint, tensors: Iterable[tuple[Entry, Loader]]) -> dict[str, int]:
+    num_bytes = sum(entry.num_bytes for entry, _ in tensors)
+    return {"weights": len(source.keys), "bytes_before": source.num_bytes, "bytes": num_bytes}
+
+
+def unpack_model(model: ModelConfig, out: Path) -> dict[str, int]:
     """Write a packed checkpoint as an ordinary one, bit for bit what was packed.
 
     Returns:
@@ -267,5 +282,4 @@ def unpack_model(model: ModelConfig, out: Path) -> dict[str, Any]:
             os.replace(file, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    num_bytes = sum(entry.num_bytes for entry, _ in tensors)
-    return {"weights": len(source.keys), "bytes_before": source.num_bytes, "bytes": num_bytes}
+    return _sizes(source, tensors)

@@ -324,6 +324,22 @@ def test_a_dry_run_says_the_size_that_packing_then_makes(
     assert stage["makes"] == f"{before} → {after}, {share:.1%}; {len(metrics['layers'])} linears packed"
 
 
+def test_a_dry_run_of_unpacking_writes_nothing_and_a_full_disk_is_refused(
+    sparse: Path, tmp_path: Path, lors: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--unpack --dry-run wrote the whole checkpoint."""
+    pack(sparse, tmp_path / "packed")
+    arguments = "pack", tmp_path / "packed", "--out", tmp_path / "plain", "--unpack"
+    found = lors(*arguments, "--dry-run", "--json")
+    assert found.exit_code == 0, found.output
+    assert not (tmp_path / "plain").exists()
+    said, metrics = json.loads(found.stdout), unpack_model(ModelConfig(path=str(tmp_path / "packed")), tmp_path / "p")
+    assert {key: said[key] for key in metrics} == metrics
+    monkeypatch.setattr("lors_cli.pipeline.resources.free_disk", lambda folder: said["disk_bytes"] - 1)
+    assert lors(*arguments).exit_code == 4
+    assert not (tmp_path / "plain").exists()
+
+
 def test_a_dry_run_refuses_a_dense_model(checkpoint: Path, tmp_path: Path, lors: Callable[..., Any]) -> None:
     found = lors("pack", checkpoint, "--out", tmp_path / "packed", "--dry-run")
     assert found.exit_code == 2
