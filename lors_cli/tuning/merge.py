@@ -16,7 +16,7 @@ from lors_cli.machine import environment
 from lors_cli.models.blocks import prunable_weights
 from lors_cli.models.card import model_card
 from lors_cli.models.grids import save_grids
-from lors_cli.models.inspection import layer_patterns
+from lors_cli.models.inspection import dense_layers, layer_patterns
 from lors_cli.models.loading import load_model, load_tokenizer, save_checkpoint
 from lors_cli.models.origins import inherited
 from lors_cli.models.sources import model_fingerprint
@@ -104,7 +104,9 @@ def merge(
     method = {key: getattr(config, key) for key in ("method", "rank", "alpha", "use_rslora")}
     method |= {"quantization_aware": True} if grids else {}
     pattern = next(iter(patterns.values()), None)
+    dense = dense_layers(base)
     metrics = {**counts, **summarise(layers, pattern), **grid_metrics(grids, layers, pattern),
+               **({"dense_layers": dense} if dense else {}),
                **fit_to_prompt(model, tokenizer, config.prompt), "adapter": method}  # fmt: skip
     staging = records.staging_dir(out)
     save_checkpoint(model, tokenizer, staging)

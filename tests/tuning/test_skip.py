@@ -12,10 +12,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lors_cli.errors import UsageError
+from lors_cli.files import records
 from lors_cli.models.blocks import prunable_weights
 from lors_cli.models.inspection import inspect
 from lors_cli.models.size import model_size
 from lors_cli.recipe.schema import ModelConfig, TuneConfig
+from lors_cli.sparsity import Pattern
 from lors_cli.tuning import estimate
 from lors_cli.tuning.adapter import load_adapter
 from lors_cli.tuning.merge import merge
@@ -99,6 +101,13 @@ def test_a_model_of_which_pruning_skipped_layers_is_tuned_where_it_is_sparse(
     before, after = load_file(path), load_file(tmp_path / "tune/model.safetensors")
     same = {name.split(".")[-2] for name in before if "_proj" in name and torch.equal(before[name], after[name])}
     assert same == {"q_proj", "o_proj"}
+    pruned = inspect(ModelConfig(path=str(sparse_checkpoint)))
+    records.staging_dir(sparse_checkpoint)
+    records.publish(sparse_checkpoint, records.StageRecord("prune", "f" * 64, {}, {"path": "p"}, pruned, {}, 1, {}))
+    merge(str(sparse_checkpoint), tmp_path / "tune/adapter", tmp_path / "merged")
+    merged = inspect(ModelConfig(path=str(tmp_path / "merged")), Pattern.parse("2:4"))
+    assert (merged["violations"], merged["dense_layers"]) == (0, pruned["dense_layers"])
+    assert "2 linear layers, embeddings and output head are dense" in (tmp_path / "merged/README.md").read_text()
 
 
 def test_estimates_know_what_is_skipped(sparse_checkpoint: Path, config: TuneConfig) -> None:
