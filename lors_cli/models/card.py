@@ -106,7 +106,8 @@ def _front_matter(
     methods = [str(stage["method"]) for stage in (prune, tune) if stage and stage.get("method")]
     named = [str(pattern)] if pattern and pattern != "dense" else []
     bits = [f"{metrics['quantize']['bits']}-bit"] if "quantize" in metrics else []
-    tags = ["sparse", TAG, *(["pruned"] if prune else []), *methods, *named, *bits, *([PACKED] if packed else [])]
+    sparse = [] if pattern == "dense" else ["sparse"]
+    tags = [*sparse, TAG, *(["pruned"] if prune else []), *methods, *named, *bits, *([PACKED] if packed else [])]
     data = ModelCardData(
         **fields, library_name="transformers", pipeline_tag="text-generation", tags=tags,
         model_name=short_name(name) if results else None, eval_results=list(results) or None,
@@ -127,9 +128,10 @@ def _description(
     base: str, prune: dict[str, Any] | None, tune: dict[str, Any] | None, metrics: dict[str, Any], pattern: Any
 ) -> str:
     link = f"[{escape(base)}](https://huggingface.co/{base})" if looks_like_hub_id(base) else escape(base)
-    sentences = [f"A sparse version of {link}."]
+    filled = pattern == "dense"
+    sentences = [f"A dense model, tuned from a pruned version of {link}." if filled else f"A sparse version of {link}."]
     sparsity, dense = metrics.get("sparsity"), metrics.get("dense_layers")
-    if sparsity is not None:
+    if sparsity is not None and not filled:
         linears = "pruned linear layers" if dense else "decoder blocks' linear layers"
         sentences.append(
             f"{sparsity:.2%} of the weights in the {linears} are zero"
@@ -147,10 +149,10 @@ def _description(
     if tune:
         dataset = data_name(portable(tune.get("data") or {}))
         data = f" on {escape(dataset)}" if dataset else ""
-        keeps = ", which keeps every zero" if tune.get("method") != "lora" else ""
+        keeps = "" if filled else ", which keeps every zero"
         sentences.append(
             f"It was then tuned{data} with {escape(tune.get('method'))} at rank {tune.get('rank')}{keeps}; "
-            "the adapter is merged into these weights."
+            f"the adapter is merged into these weights{', whose zeros that filled' if filled else ''}."
         )
     if "quantize" in metrics:
         grid = metrics["quantize"]
@@ -198,6 +200,8 @@ def _usage(name: str, pattern: Any, prompt: Mapping[str, str] | None, packed: Pa
     )
     if packed:
         return [Code(code, "python"), about_packed(packed)]
+    if pattern == "dense":
+        return [Code(code, "python")]
     is_n_of_m = bool(re.fullmatch(r"\d+:\d+", str(pattern)))
     return [
         Code(code, "python"),

@@ -104,6 +104,16 @@ def test_tuned_from_a_foreign_sparse_model() -> None:
     assert "pruned with" not in body
 
 
+def test_tuned_with_lora_it_is_dense() -> None:
+    """Its card said that the model is sparse."""
+    front, body = card(tune={**TUNE, "method": "lora"}, metrics={**METRICS, "pattern": "dense", "sparsity": 0.0})
+    assert front["tags"] == ["lors", "pruned", "wanda", "lora"]
+    assert "A dense model, tuned from a pruned version of [owner/base-1]" in body
+    assert "merged into these weights, whose zeros that filled." in body
+    for part in ("A sparse version", "are zero", "every zero", "neither faster nor smaller"):
+        assert part not in body, part
+
+
 def test_chat_names_the_template_of_the_base() -> None:
     _, body = card(metrics={**METRICS, "prompt": {"format": "chat", "ends_with": "<|im_end|>"}})
     assert "The base model's own chat template." in body
