@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lors_cli.data.prompts import TEMPLATES
 from lors_cli.models.origins import TAG, Fields, looks_like_hub_id, portable
 from lors_cli.models.quantised import PACKED
-from lors_cli.models.sources import short_name
+from lors_cli.models.sources import settings_in, short_name
 from lors_cli.output.console import gib
 from lors_cli.output.markdown import Block, Code, Table, escape, table, to_markdown
 from lors_cli.recipe.loading import without_none
@@ -60,8 +60,8 @@ class PackedSize:
 
 def model_card(
     *, base_model: str, prune: dict[str, Any] | None, tune: dict[str, Any] | None, metrics: dict[str, Any],
-    environment: dict[str, Any], fields: Fields, name: str = ".", scores: CardScores | None = None,
-    packed: PackedSize | None = None,
+    environment: dict[str, Any], fields: Fields, fingerprint: str = "", name: str = ".",
+    scores: CardScores | None = None, packed: PackedSize | None = None,
 ) -> str:  # fmt: skip
     """README.md for a checkpoint.
 
@@ -70,6 +70,7 @@ def model_card(
         prune: the prune stage's config, None when the model was not pruned here; `tune` likewise.
         metrics: of the stage that wrote the checkpoint.
         fields: what is known of its origin, as `origins.inherited` gives it.
+        fingerprint: of `base_model`, which says its settings.
         name: what to load it by: a hub id, or "." for the folder it lies in.
         packed: of a packed checkpoint; None for plain weights.
     """
@@ -86,7 +87,7 @@ def model_card(
         *_scores(scores),
         *_prompt(metrics.get("prompt")),
         "## Use", *_usage(name, pattern, metrics.get("prompt"), packed),
-        "## How it was made", Code(recipe_text(base, settings), "yaml"),
+        "## How it was made", Code(recipe_text(base, settings, fingerprint), "yaml"),
         *_results(metrics),
         "## Licence", "The licence and the terms of use are those of the base model.",
         f"Made with lors: {versions(environment)}.",
@@ -223,11 +224,16 @@ def about_packed(packed: PackedSize) -> str:
     ]))  # fmt: skip
 
 
-def recipe_text(base: str, settings: dict[str, dict[str, Any] | None]) -> str:
-    """The settings as a recipe, without what only this machine has."""
+def recipe_text(base: str, settings: dict[str, dict[str, Any] | None], fingerprint: str) -> str:
+    """The settings as a recipe, without what only this machine has.
+
+    Args:
+        fingerprint: of the model that the pipeline started from, which says its settings.
+    """
     name = re.sub(r"[^A-Za-z0-9._-]", "-", short_name(base)).lstrip("._-") or "model"
     stages = {stage: without_none(portable(config)) for stage, config in settings.items() if config is not None}
-    return write({"name": f"{name[:90]}-sparse", "model": {"path": portable(base)}, **stages})
+    return write({"name": f"{name[:90]}-sparse", "model": {"path": portable(base), **settings_in(fingerprint)},
+                  **stages})  # fmt: skip
 
 
 def _results(metrics: dict[str, Any]) -> list[Block]:

@@ -9,7 +9,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lors_cli.errors import MissingError, UsageError
 from lors_cli.files import hashes, records
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 PACKAGE_SCHEME = "package://"
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
 """What ends the name of a part of a split .gguf."""
+_FINGERPRINT = re.compile(r"(?:hub:[^@]+@(?P<revision>[^:]+)|\w+:\w+):(?P<dtype>\w+)(?::bos=(?P<bos>true|false))?")
+"""As `model_fingerprint` makes it."""
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 
 
@@ -118,6 +120,15 @@ def fingerprint_suffix(config: ModelConfig) -> str:
     """What of the settings of a model that lies there moves results: at the end of its fingerprint."""
     bos = "" if config.add_bos_token is None else f":bos={str(config.add_bos_token).lower()}"
     return f":{config.dtype}{bos}"
+
+
+def settings_in(fingerprint: str) -> dict[str, Any]:
+    """The settings of a model that its fingerprint says and that are not the usual ones; of a hub id, its commit."""
+    found = _FINGERPRINT.fullmatch(fingerprint)
+    said = found.groupdict() if found else {}
+    usual = {"revision": "main", "dtype": "auto"}
+    settings: dict[str, Any] = {key: said[key] for key in usual if said.get(key) not in (None, usual[key])}
+    return settings | ({"add_bos_token": said["bos"] == "true"} if said.get("bos") else {})
 
 
 def model_fingerprint(config: ModelConfig) -> str:

@@ -42,11 +42,12 @@ def made_card(folder: Path, record: StageRecord, name: str, scores: Path | None)
         return {}
     prune = next((made.config for made in (weights, base) if made and made.stage == "prune"), None)
     tune = weights.config if weights.stage == "tune" else None
-    dense = str((base or weights).inputs.get("path", ""))
+    dense, fingerprint = (str((base or weights).inputs.get(key, "")) for key in ("path", "model"))
     fields = {key: value for key, value in read_fields(folder).items() if key in FIELDS}
     packed = packed_size(folder, record) if record.stage == "pack" else None
     settings = {"prune": prune, "tune": tune, "pack": {} if packed else None, "eval": found.settings if found else None}
-    files: dict[str, Path | bytes] = {RECIPE_NAME: recipe_text(fields.get("base_model") or dense, settings).encode()}
+    recipe = recipe_text(fields.get("base_model") or dense, settings, fingerprint)
+    files: dict[str, Path | bytes] = {RECIPE_NAME: recipe.encode()}
     if weights.stage == "merge":  # which knows the adapter, not how it was trained
         del files[RECIPE_NAME]
     if card.is_file() and hashes.file_sha256(card) != record.files.get(records.CARD_NAME):
@@ -54,7 +55,7 @@ def made_card(folder: Path, record: StageRecord, name: str, scores: Path | None)
         return files
     text = model_card(
         base_model=dense, prune=prune, tune=tune or weights.metrics.get("adapter"), metrics=weights.metrics,
-        environment=record.environment, fields=fields, name=name, scores=found, packed=packed,
+        environment=record.environment, fields=fields, fingerprint=fingerprint, name=name, scores=found, packed=packed,
     )  # fmt: skip
     return {**files, records.CARD_NAME: text.encode()}
 

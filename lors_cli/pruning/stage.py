@@ -138,7 +138,7 @@ def prune(
         environment.environment(), round(time.monotonic() - started, 2), {},
     )  # fmt: skip
     if processes.is_main():
-        _write_checkpoint(out, source, tokenizer, config, model, metrics)
+        _write_checkpoint(out, source, tokenizer, config, model, base_fingerprint, metrics)
         record = records.publish(out, record)
     if alone:
         processes.stop()
@@ -262,7 +262,7 @@ def _report_few_tokens(few_tokens: dict[str, int]) -> None:
 
 def _write_checkpoint(
     out: Path, source: BlockwiseModel, tokenizer: Any, config: PruneConfig, model: ModelConfig,
-    metrics: dict[str, Any],
+    base_fingerprint: str, metrics: dict[str, Any],
 ) -> None:  # fmt: skip
     from lors_cli.models.card import model_card
     from lors_cli.models.grids import save_grids
@@ -281,7 +281,7 @@ def _write_checkpoint(
     if "calibration" in metrics:
         fields = with_dataset(fields, metrics["calibration"]["source"])
     card = model_card(base_model=model.path, prune=hashes.plain(resolved_prune(config)), tune=None, metrics=metrics,
-                      environment=environment.environment(), fields=fields)  # fmt: skip
+                      environment=environment.environment(), fields=fields, fingerprint=base_fingerprint)  # fmt: skip
     atomic.write_text(staging / records.CARD_NAME, card)
 
 

@@ -119,15 +119,16 @@ def merge(
         "merge", hashes.fingerprint("merge", 1, {}, inputs), {"adapter": str(adapter)}, {**inputs, "path": base_path},
         metrics, environment.environment(), round(time.monotonic() - started, 2), {},
     )  # fmt: skip
-    atomic.write_text(staging / records.CARD_NAME, _card(source, base, metrics))
+    atomic.write_text(staging / records.CARD_NAME, _card(source, fingerprint, base, metrics))
     records.publish(out, record)
     return metrics
 
 
-def _card(source: ModelConfig, base: records.StageRecord | None, metrics: dict[str, Any]) -> str:
+def _card(source: ModelConfig, fingerprint: str, base: records.StageRecord | None, metrics: dict[str, Any]) -> str:
     """The model card; of the training it says what the adapter does."""
     return model_card(
         base_model=base.inputs.get("path", source.path) if base else source.path,
         prune=base.config if base and base.stage == "prune" else None, tune=metrics["adapter"], metrics=metrics,
         environment=environment.environment(), fields=inherited(source),
+        fingerprint=str(base.inputs.get("model")) if base else fingerprint,
     )  # fmt: skip

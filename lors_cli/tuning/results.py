@@ -105,8 +105,9 @@ def write_results(
 
 
 def write_card(
-    staging: Path, config: TuneConfig, model: ModelConfig, metrics: dict[str, Any], data_fingerprints: Iterable[str]
-) -> None:
+    staging: Path, config: TuneConfig, model: ModelConfig, base_fingerprint: str, metrics: dict[str, Any],
+    data_fingerprints: Iterable[str],
+) -> None:  # fmt: skip
     """The model card of the tuned model."""
     record = records.read_record(Path(model.path))
     fields = inherited(model)
@@ -116,6 +117,6 @@ def write_card(
         base_model=record.inputs.get("path", model.path) if record else model.path,
         prune=record.config if record and record.stage == "prune" else None,
         tune=hashes.plain(config), metrics=metrics, environment=environment.environment(),
-        fields=fields,
+        fields=fields, fingerprint=str(record.inputs.get("model")) if record else base_fingerprint,
     )  # fmt: skip
     atomic.write_text(staging / records.CARD_NAME, card)

@@ -159,7 +159,7 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
         metrics = {**training, **data_metrics(data), **prompt,
                    **write_results(staging, network, tokenizer, adapter, patterns, grids, merging),
                    **_left_dense(Path(model.path))}  # fmt: skip
-        write_card(staging, stored, model, metrics, [read["data"], *read.get("mix", ())])
+        write_card(staging, stored, model, base_fingerprint, metrics, [read["data"], *read.get("mix", ())])
         atomic.write_bytes(staging / LOG_NAME, log.path.read_bytes())
         record = records.StageRecord(
             "tune", fingerprint, hashes.plain(stored), inputs, metrics,

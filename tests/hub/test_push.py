@@ -160,7 +160,8 @@ def test_the_card_has_scores_and_origin(lors: Lors, hub: Hub, mine: Path, tmp_pa
     (tmp_path / "recipe.yaml").write_bytes(files["recipe.yaml"])
     (tmp_path / "rows.jsonl").write_text("{}")
     recipe = load_recipe(tmp_path / "recipe.yaml")
-    assert recipe.model.path == BASE
+    assert (recipe.model.path, recipe.model.dtype) == (BASE, "float32")
+    assert re.fullmatch("[0-9a-f]{40}", recipe.model.revision)
     assert (recipe.tune and recipe.tune.data.dataset, recipe.eval and recipe.eval.limit) == ("rows.jsonl", 3)
 
 

@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCard
 
 from lors_cli.models.card import CardScores, PackedSize, model_card
 from lors_cli.models.origins import inherited, looks_like_hub_id, portable, with_dataset
+from lors_cli.models.sources import fingerprint_suffix
 from lors_cli.output.markdown import table
 from lors_cli.recipe.loading import load_recipe
 from lors_cli.recipe.schema import ModelConfig
@@ -71,6 +72,17 @@ def test_the_recipe_is_one(tmp_path: Path) -> None:
     assert (found.model.path, found.prune and found.prune.calibration.dataset) == ("owner/base-1", "c4")
     assert found.tune is not None
     assert found.tune.data.dataset == "rows.jsonl"
+
+
+def test_the_recipe_has_the_settings_of_the_model() -> None:
+    """Its number format, BOS token and commit were in no card."""
+    model = ModelConfig(path="owner/base-1", dtype="float32", add_bos_token=False)
+    for name in ("hub:owner/base-1@" + "0" * 40, "folder:1f"):
+        settings = load_recipe_text(text(fingerprint=name + fingerprint_suffix(model)))["model"]
+        revision = {"revision": "0" * 40} if name.startswith("hub:") else {}
+        assert settings == {"path": "owner/base-1", "dtype": "float32", "add_bos_token": False, **revision}
+    for usual in ("hub:owner/base-1@main:auto", "prune:1f:auto", ""):
+        assert load_recipe_text(text(fingerprint=usual))["model"] == {"path": "owner/base-1"}
 
 
 def test_scores_come_back_as_the_hub_reads_them() -> None:

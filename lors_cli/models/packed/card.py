@@ -11,6 +11,7 @@ from lors_cli.models.card import LOADS_PACKED, PackedSize, about_packed, model_c
 from lors_cli.models.origins import inherited, made_from, read_fields
 from lors_cli.models.packed.measured import size_said
 from lors_cli.models.quantised import PACKED
+from lors_cli.models.sources import model_fingerprint
 from lors_cli.output.markdown import Code, to_markdown
 from lors_cli.recipe.yaml12 import write
 
@@ -42,6 +43,7 @@ def packed_card(model: ModelConfig, folder: Path, metrics: dict[str, Any], envir
         base_model=str(origin.inputs.get("path", model.path)) if origin else model.path,
         prune=next((made.config for made in (record, base) if made and made.stage == "prune"), None),
         tune=tune, metrics=said, environment=environment, fields=fields, packed=size,
+        fingerprint=str(origin.inputs.get("model")) if origin else model_fingerprint(model),
     )  # fmt: skip
 
 
