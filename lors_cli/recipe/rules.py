@@ -14,6 +14,8 @@ from typing import Any
 OWL_SPREAD = 0.08
 """How far the sparsity of a block may lie from the model's (OWL's λ)."""
 Rule = tuple[str, Callable[[Any], Any], str, str]
+LEAST_ZEROS = 0.25
+"""Share of a weight that is zero, below which it is not packed: it would hardly be smaller."""
 
 
 def broken(config: Any) -> Iterator[tuple[str, str]]:
@@ -82,6 +84,16 @@ def _not_made(c: Any) -> str | None:
     return f"{', '.join(missing)} is not made by this recipe, which has {', '.join(c.roles())}"
 
 
+def _too_few_zeros(c: Any) -> float | None:
+    """The sparsity that a model has before it is packed, where that is too low for any of its weights."""
+    if not (c.pack and c.prune) or c.prune.layer_sparsity != "uniform":  # owl gives some blocks more
+        return None
+    if c.prune.quantize and (c.tune is None or c.tune.quantization_aware):  # codes, however few zeros there are
+        return None
+    sparsity = c.prune.sparsity or implied_sparsity(c.prune.pattern)
+    return sparsity if sparsity is not None and sparsity < LEAST_ZEROS else None
+
+
 def _no_row(c: Any) -> bool:
     """Whether columns make no kind of row, or several."""
     given = set(c.names)
@@ -105,6 +117,12 @@ RULES: dict[str, tuple[Rule, ...]] = {
          lambda c: c.prune and c.prune.reconstruct_epochs and c.model.dtype == "float16",
          "gradients do not fit into float16; set model.dtype: bfloat16",
          "`prune.reconstruct_epochs` needs a `model.dtype` other than `float16`."),
+        ("pack", lambda c: c.pack and c.tune and c.tune.method == "lora" and not c.tune.skip,
+         "tune.method: lora fills the zeros when it is merged, and a dense model cannot be packed",
+         "`pack` is not for `tune.method: lora`, which fills the zeros of all layers but those of `tune.skip`."),
+        ("pack", _too_few_zeros,
+         f"it needs {LEAST_ZEROS:.0%} of zeros, and prune makes {{found:g}} of the weights zero",
+         f"`pack` needs {LEAST_ZEROS:.0%} of zeros where `prune` makes them, or the codes of `prune.quantize`."),
     ),
     "ColumnsConfig": (
         ("", _no_row, "columns must be text, or messages (and system), or instruction and output (and input, system, "

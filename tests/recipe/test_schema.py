@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 
-from lors_cli.recipe.schema import EvalConfig, ModelConfig, PruneConfig, Recipe, TuneConfig
+from lors_cli.recipe.schema import EvalConfig, ModelConfig, PackConfig, PruneConfig, QuantizeConfig, Recipe, TuneConfig
 
 MODEL = ModelConfig(path="m")
 
@@ -54,6 +55,29 @@ def test_tune_rules(values: dict[str, Any], message: str) -> None:
 def test_a_floor_below_the_implied_rate_is_taken() -> None:
     for method, init in (("lors", "kaiming"), ("sqft", None), ("lora", None), ("spp-gc", None), ("hira", None)):
         assert TuneConfig(method=method, init=init, min_learning_rate=2e-3).learning_rate is None  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("prune", "tune", "message"),
+    [
+        ({}, {"method": "lora"}, "method: lora fills the zeros"),
+        ({}, {"method": "lora", "skip": ("*.down_proj",)}, None),
+        ({"pattern": "7:8"}, None, "pack: it needs 25% of zeros, and prune makes 0.125 of the weights zero"),
+        ({"pattern": "unstructured", "sparsity": 0.2}, {}, "prune makes 0.2 of"),
+        ({"pattern": "unstructured", "sparsity": 0.2, "layer_sparsity": "owl"}, None, None),
+        ({"pattern": "7:8", "quantize": QuantizeConfig()}, None, None),
+        ({"pattern": "7:8", "quantize": QuantizeConfig()}, {}, "prune makes 0.125"),
+        ({"pattern": "7:8", "quantize": QuantizeConfig()}, {"quantization_aware": True}, None),
+        ({"pattern": "3:4"}, None, None),
+    ],
+)
+def test_a_recipe_whose_result_cannot_be_packed_is_refused(
+    prune: dict[str, Any], tune: dict[str, Any] | None, message: str | None
+) -> None:
+    """It failed after hours, at its last stage."""
+    stages = {"prune": PruneConfig(**prune), "tune": None if tune is None else TuneConfig(**tune)}
+    with nullcontext() if message is None else pytest.raises(ValueError, match=message):
+        Recipe(name="r", model=MODEL, pack=PackConfig(), **stages)  # type: ignore[arg-type]
 
 
 def test_scale() -> None:

@@ -10,6 +10,7 @@ from lors_cli.errors import UsageError
 from lors_cli.models.grids import GRIDS_NAME
 from lors_cli.models.packed.format import PADDING, WORD, num_stored, pack
 from lors_cli.output import progress
+from lors_cli.recipe.rules import LEAST_ZEROS
 from lors_cli.sparsity import CANDIDATES, Pattern, num_violations
 
 if TYPE_CHECKING:
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from lors_cli.files.records import StageRecord
     from lors_cli.grid import Grid, GridSpec
 
-LEAST_ZEROS = 0.25
-"""Share of a weight that is zero, below which it stays dense: packed it would hardly be smaller."""
 SLACK = 1.05
 """N:M is packed as such where it keeps at most so many times the non-zeros; with more explicit zeros, unstructured."""
 
