@@ -109,8 +109,14 @@ def bits_a_weight(spec: GridSpec, weights: Iterable[tuple[int, int, float]], sca
 
 
 def packed_metrics(spec: GridSpec, weights: Iterable[tuple[int, int, float]], scale_bits: int) -> dict[str, Any]:
-    """What records and `lors inspect` say of weights on grids; arguments as of `bits_a_weight`."""
-    return {"quantize": asdict(spec), "bits_a_weight": round(bits_a_weight(spec, weights, scale_bits), 4)}
+    """What records and `lors inspect` say of weights on grids; arguments as of `bits_a_weight`.
+
+    Args:
+        weights: those that can be packed; without any nothing is said of bits.
+    """
+    weights = list(weights)
+    bits = {"bits_a_weight": round(bits_a_weight(spec, weights, scale_bits), 4)} if weights else {}
+    return {"quantize": asdict(spec), **bits}
 
 
 def fit_grid(

@@ -46,6 +46,13 @@ class PrunableWeight:
         return stored.T if self.transposed else stored
 
     @property
+    def is_linear(self) -> bool:
+        """Whether it is a plain linear's, which alone can be packed."""
+        from torch import nn
+
+        return isinstance(self.module, nn.Linear)
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)."""
         out_features, in_features = self.matrix.shape

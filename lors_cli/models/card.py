@@ -159,9 +159,13 @@ def _description(
         grid = metrics["quantize"]
         sentences.append(
             f"Its kept weights lie on grids of {grid['bits']} bits, with a scale for every {grid['group_size']} inputs "
-            f"of a row: {metrics['bits_a_weight']:.2f} bits a weight when they are packed."
+            f"of a row{_bits(metrics)}."
         )
     return " ".join(sentences)
+
+
+def _bits(metrics: dict[str, Any]) -> str:
+    return f": {metrics['bits_a_weight']:.2f} bits a weight when they are packed" if "bits_a_weight" in metrics else ""
 
 
 def _scores(scores: CardScores | None) -> list[Block]:

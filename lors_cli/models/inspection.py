@@ -60,14 +60,15 @@ def inspect(model: ModelConfig, pattern: Pattern | None = None) -> dict[str, Any
     layers = [measure(name, weights[name].matrix, held) for name, held in patterns.items()]
     dense = [name for name in weights if name not in patterns]
     found = _with_dense(summarise(layers, next(iter(patterns.values()), None)), dense)
-    return found | _on_grids(here(model).folder or folder, layers, patterns, lambda name: weights[name].matrix)
+    packable = [layer for layer in layers if weights[layer.name].is_linear]
+    return found | _on_grids(here(model).folder or folder, packable, patterns, lambda name: weights[name].matrix)
 
 
 def _on_grids(
     folder: Path, layers: list[LayerSparsity], patterns: Mapping[str, Pattern | None],
     matrix: Callable[[str], torch.Tensor],
 ) -> dict[str, Any]:  # fmt: skip
-    """What there is to say of a checkpoint with grids beside it; `matrix` gives a weight by name."""
+    """What there is to say of a checkpoint with grids beside it; `layers` can be packed, `matrix` gives a weight."""
     grids = {name: grid for name, grid in load_grids(folder).items() if name in patterns}
     if not grids:
         return {}

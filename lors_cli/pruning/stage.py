@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from lors_cli.models.blocks import PrunableWeight
     from lors_cli.models.streaming import BlockwiseModel
     from lors_cli.models.tensor_files import Entry
     from lors_cli.pruning.walk.driver import Outcome
@@ -129,7 +130,7 @@ def prune(
     processes.wait_for_all()
     outcome = prune_blocks(config, source, pattern, out / records.WORK_NAME, batches)
     metrics = _metrics(outcome, pattern, source, batches)
-    metrics |= _bits(config, outcome, pattern, source)
+    metrics |= _bits(config, outcome, pattern, source, weights)
     metrics |= {key: names for key, names in (("left_out", parts), ("dense_layers", dense)) if names}
     if batches:
         metrics["calibration"]["source"] = inputs["calibration"]
@@ -241,13 +242,15 @@ def _metrics(outcome: Outcome, pattern: Pattern, source: BlockwiseModel, batches
     return metrics
 
 
-def _bits(config: PruneConfig, outcome: Outcome, pattern: Pattern, source: BlockwiseModel) -> dict[str, Any]:
+def _bits(
+    config: PruneConfig, outcome: Outcome, pattern: Pattern, source: BlockwiseModel, weights: dict[str, PrunableWeight]
+) -> dict[str, Any]:
     """What stage.json says of quantised weights."""
     spec = grid_spec(config)
     if spec is None:
         return {}
-    weights = [layer.as_packed(pattern) for layer in outcome.layers]
-    return packed_metrics(spec, weights, 8 * source.network.dtype.itemsize)
+    held = [layer.as_packed(pattern) for layer in outcome.layers if weights[layer.name].is_linear]
+    return packed_metrics(spec, held, 8 * source.network.dtype.itemsize)
 
 
 def _report_few_tokens(few_tokens: dict[str, int]) -> None:

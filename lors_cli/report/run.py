@@ -10,7 +10,7 @@ from lors_cli.errors import UsageError
 from lors_cli.evaluation.significance import compare_models
 from lors_cli.evaluation.summary import LOST_IN_ERROR, recovered
 from lors_cli.models.card import versions
-from lors_cli.models.packed.measured import packed_size
+from lors_cli.models.packed.measured import packed_size, unpackable
 from lors_cli.output.console import counted, gib
 from lors_cli.output.markdown import Block, Code, escape, table
 from lors_cli.output.progress import duration
@@ -185,7 +185,8 @@ def _packed(root: Path, cell: Cell) -> list[Block]:
     kept = (
         f"{counted(len(dense), 'linear')} with too few zeros stayed dense, first {escape(dense[0])}." if dense else ""
     )
-    return [*table_of(["weights", "size", "share"], rows), *filter(None, [kept, escape(size.speed)])]
+    plain = f"{escape(unpackable(metrics['left_plain']))}." if metrics.get("left_plain") else ""
+    return [*table_of(["weights", "size", "share"], rows), *filter(None, [kept, plain, escape(size.speed)])]
 
 
 def _sparsity(cell: Cell) -> list[Block]:

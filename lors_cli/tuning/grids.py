@@ -11,6 +11,7 @@ import torch
 
 from lors_cli.errors import UsageError
 from lors_cli.grid import Grid, packed_metrics
+from lors_cli.models.blocks import PrunableWeight
 from lors_cli.models.grids import load_grids
 from lors_cli.models.hub import here
 from lors_cli.models.loading import load_config
@@ -46,12 +47,16 @@ def _grids(model: ModelConfig) -> dict[str, Grid]:
     return {name: source.grid(name) for name in source.specs}
 
 
-def grid_metrics(grids: Mapping[str, Grid], layers: Sequence[LayerSparsity], pattern: Pattern | None) -> dict[str, Any]:
+def grid_metrics(
+    grids: Mapping[str, Grid], layers: Sequence[LayerSparsity], pattern: Pattern | None,
+    weights: Mapping[str, PrunableWeight],
+) -> dict[str, Any]:  # fmt: skip
     """What stage.json says of a model that lies on grids."""
     if not grids:
         return {}
     grid = next(iter(grids.values()))
-    return packed_metrics(grid.spec, [layer.as_packed(pattern) for layer in layers], 8 * grid.scales.dtype.itemsize)
+    held = [layer.as_packed(pattern) for layer in layers if weights[layer.name].is_linear]
+    return packed_metrics(grid.spec, held, 8 * grid.scales.dtype.itemsize)
 
 
 def kept_grids(grids: Mapping[str, Grid], *, quantization_aware: bool) -> Mapping[str, Grid]:

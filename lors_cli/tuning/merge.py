@@ -105,7 +105,7 @@ def merge(
     method |= {"quantization_aware": True} if grids else {}
     pattern = next(iter(patterns.values()), None)
     dense = dense_layers(base)
-    metrics = {**counts, **summarise(layers, pattern), **grid_metrics(grids, layers, pattern),
+    metrics = {**counts, **summarise(layers, pattern), **grid_metrics(grids, layers, pattern, weights),
                **({"dense_layers": dense} if dense else {}),
                **fit_to_prompt(model, tokenizer, config.prompt), "adapter": method}  # fmt: skip
     staging = records.staging_dir(out)

@@ -81,7 +81,7 @@ def write_results(
     else:
         save_settings(merging.source.network, tokenizer, staging)
         layers = merging.write(staging, held)
-        counts = merging.counts
+        counts, weights = merging.counts, merging.source.weights()
     moved = counts.moved / counts.kept
     if moved < ALMOST_NONE:
         console.warn(f"{100 * moved:.2g} % of the weights moved: learning_rate is too low for {adapter.method}.")
@@ -101,7 +101,7 @@ def write_results(
     return {**summary, "trainable_parameters": trainable, "zeroed": counts.zeroed, "moved": round(moved, 6),
             "base_mask": adapter.base_mask,
             **({"skipped_layers": list(adapter.skipped)} if adapter.skipped else {}),
-            **grid_metrics(grids, layers, pattern)}  # fmt: skip
+            **grid_metrics(grids, layers, pattern, weights)}  # fmt: skip
 
 
 def write_card(

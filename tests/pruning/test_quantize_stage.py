@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 from typer.testing import Result
 
 from lors_cli.errors import SparsityError, UsageError
 from lors_cli.files import records
-from lors_cli.grid import Grid, GridSpec, bits_a_weight
+from lors_cli.grid import Grid, GridSpec, bits_a_weight, packed_metrics
 from lors_cli.models.grids import GRIDS_NAME, load_grids
+from lors_cli.models.size import model_size
 from lors_cli.pruning import estimate, methods
 from lors_cli.pruning.stage import prune, stage_fingerprint
 from lors_cli.pruning.walk.hidden_states import HiddenStates
@@ -84,6 +86,20 @@ def test_bits_a_weight_by_hand(checkpoint: Path, token_file: Path, tmp_path: Pat
     assert bits_a_weight(GridSpec(4, 128, symmetric=False), [(10, 4096, 0.5)]) == 3.1875
     assert bits_a_weight(GridSpec(4, 128), [(1, 576, 0.5)]) == pytest.approx(3 + 5 * 16 / 576)
     assert bits_a_weight(GridSpec(8, 32), [(1, 32, 0.25), (3, 32, 0.5)], 32) == (2 + 3 * 4) / 4 + 2
+
+
+def test_bits_are_those_of_what_can_be_packed(
+    build: Callable[..., PreTrainedModel], word_tokenizer: Any, token_file: Path, tmp_path: Path
+) -> None:
+    """Experts in one tensor were counted too, though `lors pack` leaves them as they are."""
+    build("Mixtral").save_pretrained(tmp_path / "dense")
+    word_tokenizer.save_pretrained(tmp_path / "dense")
+    model = ModelConfig(path=str(tmp_path / "dense"))
+    config = config_of(token_file, "magnitude", quantize=QuantizeConfig(group_size=64))
+    pruned = prune(config, model, tmp_path / "sparse")
+    assert pruned.metrics["bits_a_weight"] == 0.5 * 4 + 1 + 32 / 32  # of attention's 32 inputs
+    assert estimate.bits(config, model_size(model)) == 4.0  # type: ignore[arg-type]
+    assert packed_metrics(GridSpec(4, 64), [], 16).keys() == {"quantize"}
 
 
 def test_unstructured_counts_what_is_left(checkpoint: Path, token_file: Path, tmp_path: Path) -> None:
@@ -248,8 +264,6 @@ def test_inspect_counts_values_off_their_grids(
 
 
 def test_the_estimate_knows_scales_and_the_hessian(checkpoint: Path, token_file: Path) -> None:
-    from lors_cli.models.size import model_size
-
     size = model_size(ModelConfig(path=str(checkpoint)))
     assert size is not None
     plain, quantised = config_of(token_file, "wanda", quantize=None), config_of(token_file, "wanda")

@@ -142,7 +142,8 @@ def _quantised(metrics: dict[str, Any]) -> str:
     """What a quantised model's weights take."""
     if "quantize" not in metrics:
         return ""
-    return f"; {metrics['quantize']['bits']} bits, {metrics['bits_a_weight']:.2f} a weight once packed"
+    packed = f", {metrics['bits_a_weight']:.2f} a weight once packed" if "bits_a_weight" in metrics else ""
+    return f"; {metrics['quantize']['bits']} bits{packed}"
 
 
 def _facts(record: records.StageRecord) -> list[tuple[str, str]]:
@@ -194,8 +195,9 @@ def show_inspection(path: str, document: dict[str, Any]) -> None:
     )
     if "quantize" in document:
         off = document["off_grid"]
-        console.result(f"grids: {document['quantize']['bits']} bits in groups of {document['quantize']['group_size']}, "
-                       f"{document['bits_a_weight']:.2f} bits a weight once packed, {off} values off them")  # fmt: skip
+        packed = f", {document['bits_a_weight']:.2f} bits a weight once packed" if "bits_a_weight" in document else ""
+        console.result(f"grids: {document['quantize']['bits']} bits in groups of {document['quantize']['group_size']}"
+                       f"{packed}, {off} values off them")  # fmt: skip
     if "packed" in document:
         sizes = document["packed"]
         share = f"{sizes['bytes'] / sizes['bytes_plain']:.1%}"

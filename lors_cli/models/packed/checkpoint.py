@@ -43,9 +43,9 @@ Tensors = list[tuple[Entry, Loader]]
 class Checkpoint:
     """A checkpoint's safetensors, and the linears among them that may be, or are, packed.
 
-    `keys` are the files' names of their weights, `shapes` are (out_features, in_features); `plain`, of a packed one,
-    are the weights of the decoder blocks that are not packed. `specs` are the grids that weights lie on, by name;
-    `grids` those themselves of a plain checkpoint.
+    `keys` are the files' names of their weights, `shapes` are (out_features, in_features); `plain` are the weights of
+    the decoder blocks that are not packed, or of a plain checkpoint cannot be. `specs` are the grids that weights lie
+    on, by name; `grids` those themselves of a plain checkpoint.
     """
 
     def __init__(self, model: ModelConfig, *, packed: bool = False) -> None:
@@ -65,11 +65,13 @@ class Checkpoint:
         if self.config is None:
             find_sources(network, self.tensors, conversions_of(network), model.path)  # refuses what is no plain weights
             linears: dict[str, Any] = {name: weight.module for name, weight in prunable_weights(network).items()}
+            weights = list(linears)
         else:
-            self.plain = [name for name in prunable_weights(network) if name not in self.config.modules]
+            weights = list(prunable_weights(network))
             pack_skeleton(network, self.config.modules, self.config.structured, self.config.specs)
             linears = {name: network.get_submodule(name) for name in self.config.modules}
         self.keys = _own_keys(network, linears, self.tensors)
+        self.plain = [name for name in weights if name not in self.keys]
         self.shapes = {name: (linears[name].out_features, linears[name].in_features) for name in self.keys}
         self.grids = {name: grid for name, grid in self.grids.items() if name in self.keys}
         self.specs = {name: grid.spec for name, grid in self.grids.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,14 @@ from lors_cli.files import atomic, records
 from lors_cli.models.card import PackedSize
 from lors_cli.models.sources import is_known_as
 from lors_cli.output import console
+from lors_cli.output.console import counted
 
 FOLDER_NAME, FILE_NAME = "bench", "bench.json"
+
+
+def unpackable(names: Sequence[str]) -> str:
+    """What is said of weights that cannot be packed."""
+    return f"{counted(len(names), 'weight')} of experts in one tensor or Conv1D cannot be packed, first {names[0]}"
 
 
 def packed_size(folder: Path, record: records.StageRecord) -> PackedSize:
@@ -45,7 +51,7 @@ def _sentence(document: dict[str, Any]) -> str:
     environment, settings = document["environment"], document["settings"]
     (cell,) = [found for name, found in document["cells"].items() if name.startswith("decode ")]
     dense, packed = (cell[arm]["tokens_per_s"]["median"] for arm in ("dense", "packed"))
-    where = f"{environment['device']}, {console.counted(environment['threads'], 'thread')}"
+    where = f"{environment['device']}, {counted(environment['threads'], 'thread')}"
     kernel = f", {environment['kernel']}" if environment.get("kernel") else ""
     return (
         f"Decoding at batch {settings['batch_size']} in {settings['dtype']} ({where}{kernel}): {packed:,.1f} tokens/s "

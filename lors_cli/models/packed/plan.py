@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lors_cli.errors import UsageError
 from lors_cli.models.grids import GRIDS_NAME
 from lors_cli.models.packed.format import PADDING, WORD, num_stored, pack
+from lors_cli.models.packed.measured import unpackable
 from lors_cli.output import progress
 from lors_cli.recipe.rules import LEAST_ZEROS
 from lors_cli.sparsity import CANDIDATES, Pattern, num_violations
@@ -41,7 +42,7 @@ class PackPlan:
 
 def plan_packing(
     path: str, names: Iterable[str], read: Callable[[str], torch.Tensor], usual: Any = None,
-    grids: Mapping[str, Grid] | None = None,
+    grids: Mapping[str, Grid] | None = None, others: Sequence[str] = (),
 ) -> PackPlan:  # fmt: skip
     """Look at every weight once.
 
@@ -51,6 +52,7 @@ def plan_packing(
         read: a linear's weight by name, (R, C).
         usual: a pattern that the model is said to have, tried first.
         grids: that weights lie on, by name; these are packed however few zeros they have.
+        others: weights that cannot be packed.
 
     Raises:
         UsageError: none has enough zeros, or a weight does not lie on its grid.
@@ -78,8 +80,11 @@ def plan_packing(
                 candidates = _kept_to(weight, candidates)
             task.advance()
     if not nonzeros:
+        if not names:
+            raise UsageError(f"{path} cannot be packed: {unpackable(others)}.")
         raise UsageError(
-            f"{path} is dense: no linear of its decoder blocks is zero at {LEAST_ZEROS:.0%} of its places.",
+            f"{path} is dense: no linear of its decoder blocks is zero at {LEAST_ZEROS:.0%} of its places"
+            f"{f', and {unpackable(others)}' if others else ''}.",
             "Prune it first: lors prune",
         )
     for pattern in candidates:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lors_cli.files import atomic, hashes, records
 from lors_cli.machine import environment
 from lors_cli.models.needs import RECORDS, RUNTIME, Estimate
+from lors_cli.models.packed.measured import unpackable
 from lors_cli.models.quantised import PACKED
 from lors_cli.output import console, progress
 from lors_cli.output.console import counted, gib
@@ -65,7 +66,7 @@ def pack_model(
     inputs = {**stage_inputs(config, base, data_dir), "path": model.path}
     work = records.work_dir(out, fingerprint, {"config": config, "inputs": inputs})
     plan = _planned(source, work)
-    _say_dense(plan)
+    _say_dense(plan, source)
     tensors = list(packed_tensors(source, plan))
     with progress.progress("pack", len(tensors), "tensors") as task:
         names = write_checkpoint(work, step_by_step(tensors, task), max_shard_size=source.shard_size, goes_on=True,
@@ -102,7 +103,8 @@ def foreseen_size(model: ModelConfig) -> str:
     for name, values in kept.items():
         (rows, columns), itemsize = source.shapes[name], source.entry(source.keys[name]).dtype.itemsize
         after += packed_bytes(values, rows, columns, itemsize, source.specs.get(name)) - rows * columns * itemsize
-    return f"{gib(before)} → {gib(after)}, {after / before:.1%}; {counted(len(kept), 'linear')} packed"
+    left = f"; {unpackable(source.plain)}" if source.plain else ""
+    return f"{gib(before)} → {gib(after)}, {after / before:.1%}; {counted(len(kept), 'linear')} packed{left}"
 
 
 def _quantization(plan: PackPlan, source: Checkpoint) -> dict[str, Any]:
@@ -142,12 +144,14 @@ def _plan(source: Checkpoint) -> PackPlan:
     record = records.read_record(source.folder)
     said = record.metrics.get("pattern") if record else None
     return plan_packing(source.path, source.keys, lambda name: source.read(source.keys[name]), said,
-                        source.grids)  # fmt: skip
+                        source.grids, source.plain)  # fmt: skip
 
 
-def _say_dense(plan: PackPlan) -> None:
+def _say_dense(plan: PackPlan, source: Checkpoint) -> None:
     if plan.dense:
         console.info(f"  {counted(len(plan.dense), 'linear')} with too few zeros stay dense, first {plan.dense[0]}")
+    if source.plain:
+        console.info(f"  {unpackable(source.plain)}")
 
 
 def _metrics(plan: PackPlan, source: Checkpoint, num_bytes: int) -> dict[str, Any]:
@@ -156,7 +160,7 @@ def _metrics(plan: PackPlan, source: Checkpoint, num_bytes: int) -> dict[str, An
     summary = {**summarise(layers, None), "pattern": plan.pattern}
     return {
         **summary, **_bits(plan, source), "bytes": num_bytes, "bytes_before": source.num_bytes,
-        "left_dense": plan.dense,
+        "left_dense": plan.dense, **({"left_plain": source.plain} if source.plain else {}),
     }  # fmt: skip
 
 

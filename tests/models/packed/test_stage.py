@@ -253,9 +253,10 @@ def test_broken_packed_models_are_refused_in_words_by_every_way_of_loading(
 
 
 def test_every_architecture_is_packed_or_refused_in_words(
-    architecture: str, build: Callable[..., PreTrainedModel], word_tokenizer: Any, tmp_path: Path
-) -> None:
-    """Its plain linears are packed; experts in one tensor and Conv1D stay as they are."""
+    architecture: str, build: Callable[..., PreTrainedModel], word_tokenizer: Any, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Its plain linears are packed; experts in one tensor and Conv1D stay as they are, which is said."""
     model = build(architecture)
     pattern = Pattern.parse("2:4")
     with torch.no_grad():
@@ -263,14 +264,17 @@ def test_every_architecture_is_packed_or_refused_in_words(
             weight.matrix.mul_(keep_largest(weight.matrix.abs(), pattern, per_row=False))
     model.save_pretrained(tmp_path / "sparse")
     word_tokenizer.save_pretrained(tmp_path / "sparse")
-    if not any(isinstance(weight.module, torch.nn.Linear) for weight in prunable_weights(model).values()):
-        with pytest.raises(UsageError, match="is dense"):
+    plain = [name for name, weight in prunable_weights(model).items() if not weight.is_linear]
+    if len(plain) == len(prunable_weights(model)):
+        with pytest.raises(UsageError, match=f"cannot be packed: 8 weights of .* Conv1D cannot .*, first {plain[0]}"):
             pack(tmp_path / "sparse", tmp_path / "packed")
         return
     record = pack(tmp_path / "sparse", tmp_path / "packed")
+    assert record.metrics.get("left_plain", []) == plain
+    assert ("cannot be packed, first" in capsys.readouterr().err) == bool(plain)
     packed = load_model(ModelConfig(path=str(tmp_path / "packed"), dtype="float32"))
-    plain = load_model(ModelConfig(path=str(tmp_path / "sparse"), dtype="float32"))
-    for name, tensor in plain.state_dict().items():
+    sparse = load_model(ModelConfig(path=str(tmp_path / "sparse"), dtype="float32"))
+    for name, tensor in sparse.state_dict().items():
         assert torch.equal(tensor, packed.state_dict()[name]), name
     assert record.metrics["layers"]
 
