@@ -18,7 +18,7 @@ from lors_cli.models.hub import here, is_whole
 from lors_cli.models.quantised import BITSANDBYTES, PACKED, Quantised
 from lors_cli.models.quiet import library_bars, quiet_libraries
 from lors_cli.models.sources import ModelSource, locate
-from lors_cli.models.stored import check_files, check_plain, refuse, settle_ties
+from lors_cli.models.stored import check_files, check_plain, refuse, settle_ties, stored_dtype
 from lors_cli.output import console, progress
 
 if TYPE_CHECKING:
@@ -35,8 +35,8 @@ def resolve_dtype(config: ModelConfig, stored: torch.dtype | None, device: torch
 
     Args:
         config: its `dtype` decides; `auto` keeps `stored`.
-        stored: the checkpoint's own format, None when it is quantised (GGUF) or not stated.
-        device: a CPU without bfloat16 instructions gets float32.
+        stored: the checkpoint's own format, None of a .gguf, or where neither config.json nor plain weights say it.
+        device: a CPU gets bfloat16 for float16, and float32 where it has no bfloat16 instructions.
     """
     import torch
 
@@ -46,7 +46,12 @@ def resolve_dtype(config: ModelConfig, stored: torch.dtype | None, device: torch
     if device.type == "cpu" and dtype != torch.float32 and not cpu_has_bfloat16():
         console.info("  this CPU has no bfloat16 instructions: weights are loaded as float32")
         return torch.float32
-    return torch.bfloat16 if device.type == "cpu" and dtype == torch.float16 else dtype
+    if device.type == "cpu" and dtype == torch.float16:
+        dtype = torch.bfloat16
+    if stored not in (None, dtype):
+        said = f"  weights are stored in {stored} and loaded in {dtype}; dtype chooses another"
+        console.info(said.replace("torch.", ""))
+    return dtype
 
 
 def load_config(config: ModelConfig) -> Any:
@@ -70,7 +75,16 @@ def load_config(config: ModelConfig) -> Any:
     quantised = Quantised.of(settings) if source.gguf_file is None else None
     if quantised is not None:
         quantised.check_method(config.path)
+    if source.gguf_file is None and source.folder is not None:
+        add_dtype(settings, source.folder)
     return settings
+
+
+def add_dtype(settings: Any, folder: Path) -> None:
+    """The number format of a folder's weights into settings that do not say it."""
+    quantised = Quantised.of(settings)
+    if getattr(settings, "dtype", None) is None and (quantised is None or quantised.method == PACKED):
+        settings.dtype = stored_dtype(folder)
 
 
 def load_model(

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from lors_cli.errors import LorsError, MissingError, UsageError
@@ -16,7 +17,7 @@ from lors_cli.recipe.schema import ModelConfig
 _sizes = Remembered("sizes", "sizes of models")  # making a model only to measure it takes most of a dry run
 _BLOCK = re.compile(r".*?\.\d+(?=\.|$)")
 """The start of a layer's name that names its block."""
-MEMORY_VERSION = 2
+MEMORY_VERSION = 3
 """Raised when the same configuration gives other sizes."""
 _known_sizes: dict[str, ModelSize | None] = {}
 """By fingerprint."""
@@ -167,11 +168,12 @@ def _bytes_a_weight(config: ModelConfig, stored: str) -> int:
 
 
 def _local_settings(config: ModelConfig) -> Any | None:
+    from huggingface_hub import try_to_load_from_cache
     from transformers import AutoConfig
 
     from lors_cli.files.revisions import pinned_revision
     from lors_cli.models.checks import loading
-    from lors_cli.models.loading import load_config
+    from lors_cli.models.loading import add_dtype, load_config
     from lors_cli.models.shapes import SHAPES
     from lors_cli.models.sources import locate
 
@@ -181,7 +183,12 @@ def _local_settings(config: ModelConfig) -> Any | None:
     try:
         with loading(config.path, "its configuration"):
             revision = pinned_revision(repo, config.revision)
-            return AutoConfig.from_pretrained(repo, revision=revision, local_files_only=True, trust_remote_code=False)
+            settings = AutoConfig.from_pretrained(repo, revision=revision, local_files_only=True,
+                                                  trust_remote_code=False)  # fmt: skip
+            cached = try_to_load_from_cache(repo, "config.json", revision=revision)
+            if isinstance(cached, str):
+                add_dtype(settings, Path(cached).parent)
+            return settings
     except MissingError:
         return next((shape.config() for shape in SHAPES.values() if repo in shape.hub_ids), None)
 

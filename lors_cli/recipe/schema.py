@@ -42,8 +42,8 @@ class ModelConfig(Section):
     path: Name
     """Hub id, folder, .gguf file, or package://module/file.gguf."""
     dtype: Dtype = "auto"
-    """Number format of the weights. auto: the checkpoint's own (bfloat16 for a .gguf), float32 on a CPU that has
-    no bfloat16 instructions."""
+    """Number format of the weights. auto: the checkpoint's own (bfloat16 for a .gguf); on a CPU bfloat16 for float16,
+    and float32 where it has no bfloat16 instructions."""
     revision: Name = "main"
     """Branch, tag or commit on the hub."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"

@@ -21,7 +21,9 @@ from lors_cli.models import loading
 from lors_cli.models.blocks import decoder_blocks, model_max_length
 from lors_cli.models.checks import load_error
 from lors_cli.models.loading import load_config, load_model, load_tokenizer, resolve_dtype, save_checkpoint
+from lors_cli.models.size import model_size
 from lors_cli.models.sources import ModelSource, locate, model_fingerprint
+from lors_cli.models.streaming import open_blockwise
 from lors_cli.recipe.schema import ModelConfig
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -231,6 +233,22 @@ class TestDtypeAndDevice:
     ) -> None:
         monkeypatch.setattr(loading, "cpu_has_bfloat16", lambda: fast)
         assert resolve_dtype(at("x"), stored, torch.device(device)) == expected
+
+    def test_auto_is_the_files_own_where_the_configuration_says_none(
+        self, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Float32 weights were loaded as bfloat16."""
+        monkeypatch.setattr(loading, "cpu_has_bfloat16", lambda: True)
+        settings = json.loads((folder / "config.json").read_text())
+        del settings["dtype"]
+        (folder / "config.json").write_text(json.dumps(settings))
+        assert load_model(at(folder, device="cpu")).dtype == open_blockwise(at(folder)).network.dtype == torch.float32
+        assert model_size(at(folder, device="cpu")).bytes_a_weight == 4  # type: ignore[union-attr]
+        assert "loaded in" not in capsys.readouterr().err
+        half = {name: tensor.half() for name, tensor in load_file(folder / "model.safetensors").items()}
+        save_file(half, folder / "model.safetensors", metadata={"format": "pt"})
+        assert load_model(at(folder, device="cpu")).dtype == torch.bfloat16
+        assert "weights are stored in float16 and loaded in bfloat16" in capsys.readouterr().err
 
     def test_a_device_that_is_not_here(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
