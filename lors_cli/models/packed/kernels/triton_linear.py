@@ -287,7 +287,8 @@ def packed_linear_cuda(x: torch.Tensor, packed: Packed, bias: torch.Tensor | Non
     """
     y = x.new_empty(len(x), packed.shape[0])
     grid, arguments = launch_linear(x.contiguous(), packed, bias, y)
-    _linear[grid](**arguments)
+    with torch.cuda.device(x.get_device()):  # Triton launches on the current GPU, wherever the tensors lie
+        _linear[grid](**arguments)
     return y
 
 
@@ -295,5 +296,6 @@ def unpack_cuda(packed: Packed, out: torch.Tensor | None = None) -> torch.Tensor
     """The weight (R, C) that was packed, in `out` (rows contiguous) or a new tensor."""
     weight = packed.values.new_empty(packed.shape) if out is None else out
     grid, arguments = launch_unpack(packed, weight)
-    _unpack[grid](**arguments)
+    with torch.cuda.device(weight.get_device()):
+        _unpack[grid](**arguments)
     return weight

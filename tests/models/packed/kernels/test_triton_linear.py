@@ -80,6 +80,12 @@ x, bias = draw(2, 300).requires_grad_(), draw(9).requires_grad_()
 linear_on_cuda(x, packed, bias).sum().backward()
 torch.testing.assert_close(x.grad, weight.sum(0).expand(2, 300))
 torch.testing.assert_close(bias.grad, torch.full((9,), 2.0))
+# launched on the tensors' own GPU (-1: none)
+from contextlib import nullcontext
+current = []
+torch.cuda.device = lambda index: current.append(index) or nullcontext()
+packed_linear_cuda(draw(1, 300), packed), unpack_cuda(packed)
+assert current == [-1, -1], current
 print("equal")
 """
 UNPACKING = """
