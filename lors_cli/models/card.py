@@ -222,8 +222,9 @@ def about_packed(packed: PackedSize) -> str:
     return " ".join(filter(None, [
         f"The weights are packed, {held} and a bit a place: {packed}. `pip install lors-cli` and the line "
         "`import lors_cli` let transformers load them; without it the load fails. They are computed with as they are "
-        "on a CPU, where a C compiler and torch 2.10 or later are there; elsewhere they are unpacked while they are "
-        "loaded, bit for bit what was packed, and are as fast as dense ones.",
+        "on a CPU, where a C compiler and torch 2.10 or later are there"
+        f"{'' if packed.bits else ', and on an NVIDIA GPU from Ampere on, where Triton is'}; elsewhere they are "
+        "unpacked while they are loaded, bit for bit what was packed, and are as fast as dense ones.",
         packed.speed,
     ]))  # fmt: skip
 

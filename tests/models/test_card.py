@@ -213,9 +213,10 @@ def test_of_a_packed_model() -> None:
     assert body.startswith("\n# base-1, pruned, tuned and packed\n")
     for part in ("import lors_cli  # knows packed weights; pip install lors-cli\nfrom transformers import",
                  "600.0 MiB instead of 1000.0 MiB (60.0%)", "pip install lors-cli", "without it the load fails",
-                 "a C compiler and torch 2.10", "Twice as fast.", "pack: {}"):  # fmt: skip
+                 "a C compiler and torch 2.10", "from Ampere on", "Twice as fast.", "pack: {}"):  # fmt: skip
         assert part in body, part
         assert part not in plain, part
+    assert "Ampere" not in text(packed=PackedSize(600 << 20, 1000 << 20, bits=4)), "no kernel reads codes there"
     assert "neither faster nor smaller" not in body
     assert load_recipe_text(body)["pack"] == {}
     assert "pack" not in load_recipe_text(card()[1])

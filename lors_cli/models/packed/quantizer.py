@@ -106,6 +106,11 @@ class PackedQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         for name, linear in packed_linears(model).items():
+            if linear.weight.is_meta:
+                raise UsageError(
+                    f"{name} has no room on the devices of device_map, and packed weights are not offloaded.",
+                    'Load the model with device_map="cpu", or unpack it: lors pack --unpack',
+                )
             for key in ("weight", mask_key("weight"), *grid_keys("weight", linear.spec)):
                 if not getattr(getattr(linear, key), "_is_hf_initialized", False):  # as transformers marks what it read
                     raise UsageError(f"{name}.{key} is missing from the checkpoint.", "Pack the model again: lors pack")

@@ -302,6 +302,25 @@ def test_where_there_is_no_kernel_weights_are_unpacked_and_it_is_said_why(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_a_model_that_is_brought_where_no_kernel_is_says_once_that_it_is_slow(
+    sparse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pack(sparse, tmp_path / "packed")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    monkeypatch.setattr("lors_cli.models.packed.kernels.ops.available", lambda *_: "there is no kernel now")
+    model(torch.tensor([[5, 9, 3]]))
+    said = capsys.readouterr().err
+    assert said.count("unpacked for every product: there is no kernel now. model.dequantize()") == 1
+
+
+def test_packed_weights_are_not_offloaded(sparse: Path, tmp_path: Path) -> None:
+    """They were said to be missing from the checkpoint."""
+    pytest.importorskip("accelerate")
+    pack(sparse, tmp_path / "packed")
+    with pytest.raises(UsageError, match="has no room on the devices of device_map"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "packed", device_map={"": "disk"}, offload_folder=tmp_path)
+
+
 @pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
 @pytest.mark.parametrize("recorded", [True, False])
 def test_a_dry_run_says_the_size_that_packing_then_makes(

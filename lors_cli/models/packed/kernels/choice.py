@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch.nn import functional as F
 
@@ -9,6 +11,7 @@ from lors_cli.grid import GridSpec
 from lors_cli.models.packed import format as by_torch
 from lors_cli.models.packed.format import Packed
 from lors_cli.models.packed.kernels import cuda, ops
+from lors_cli.output import console
 from lors_cli.sparsity import Pattern
 
 
@@ -31,7 +34,15 @@ def linear(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> torch.
         return ops.linear(x, packed.values, packed.mask, packed.starts, bias, packed.grid, _keeps_half(packed.pattern))
     if device.type == "cuda" and not why_none(device, packed.dtype, spec):
         return cuda.linear_on_cuda(x, packed, bias)
+    if not torch.compiler.is_compiling():
+        _say_slow(why_none(device, packed.dtype, spec))
     return F.linear(x, unpack(packed), bias)
+
+
+@cache
+def _say_slow(reason: str) -> None:
+    """Warn once that weights are unpacked anew each time: loading sees to it only where the model is loaded to."""
+    console.warn(f"packed weights are unpacked for every product: {reason}. model.dequantize() unpacks them for good.")
 
 
 def _keeps_half(pattern: Pattern | None) -> bool:
