@@ -92,7 +92,10 @@ def packed_products(device: torch.device, dtype_name: str, pattern_name: str) ->
     """
     dtype, figures, offs = DTYPES[dtype_name], {"other_bits": 0, "unpacked_wrong": 0}, list[float]()
     pattern = None if pattern_name == "unstructured" else Pattern.parse(pattern_name)
-    small, large = (9, 264) if pattern else (130, 1001), (4096, 4096) if device.type == "cuda" else (6, 72)
+    if device.type == "cuda":
+        small, large = (9, 264) if pattern else (130, 1001), (4096, 4096)
+    else:  # Triton's interpreter takes a millisecond a number
+        small, large = (9, 264) if pattern else (18, 201), (6, 72)
     for rows, columns in (small, large):
         weight = torch.randn(rows, columns, device=device).to(dtype)
         if pattern is None:
