@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forking import forked
 from typer.testing import Result
 
 from lors_cli.cli.flags import given
@@ -55,8 +56,8 @@ def test_python_dash_m_works() -> None:
 
 
 def test_json_mode_leaves_stdout_to_the_document_in_a_real_process(at_finished: Path) -> None:
-    command = [sys.executable, "-m", "lors_cli", "eval", PRUNED, "--tasks", "pydoc_choice", "--limit", "2", "--json"]
-    run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    run = forked("eval", PRUNED, "--tasks", "pydoc_choice", "--limit", "2", "--json").completed()
+    assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout)["results"]["prune"]["tasks"]["pydoc_choice"]["num_samples"] == 2
     assert "pydoc_choice" in run.stderr
 
