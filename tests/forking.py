@@ -25,7 +25,7 @@ from lors_cli.output import console
 class Forked:
     """A process that was started, as `subprocess.Popen` shows one, and the folder with what it says."""
 
-    def __init__(self, pid: int, folder: Path, arguments: tuple[str, ...]) -> None:
+    def __init__(self, pid: int, folder: tempfile.TemporaryDirectory[str], arguments: tuple[str, ...]) -> None:
         self.pid, self.folder, self.args = pid, folder, arguments
         self.returncode: int | None = None
 
@@ -62,7 +62,7 @@ class Forked:
         return subprocess.CompletedProcess(self.args, self.wait(), self._said("stdout"), self._said("stderr"))
 
     def _said(self, name: str) -> str:
-        return (self.folder / name).read_text()
+        return Path(self.folder.name, name).read_text()
 
 
 def forked(
@@ -76,10 +76,11 @@ def forked(
         said: the file that everything it says is put at the end of, in place of one for stdout and one for stderr.
         environment: variables that it has besides this one's.
     """
-    folder = Path(tempfile.mkdtemp(prefix="forked-"))
+    folder = tempfile.TemporaryDirectory(prefix="forked-")  # removed with the object that has it
     pid = os.fork()
     if pid == 0:
-        _be_lors([said or folder / name for name in ("stdout", "stderr")], arguments, first, environment)
+        files = [said or Path(folder.name, name) for name in ("stdout", "stderr")]
+        _be_lors(files, arguments, first, environment)
     return Forked(pid, folder, arguments)
 
 
