@@ -116,11 +116,12 @@ def pack(
             show_record(out)
         return
     from lors_cli.models.needs import RECORDS
-    from lors_cli.models.packed.checkpoint import unpack_model, unpacked_size
+    from lors_cli.models.packed.checkpoint import Checkpoint, unpack_model, unpacked_size
     from lors_cli.pipeline.resources import require_disk
 
     guard_out(out, "unpack", [model])
-    metrics = unpacked_size(source)
+    packed = Checkpoint(source, packed=True)
+    metrics = unpacked_size(packed)
     disk = metrics["bytes"] + RECORDS
     require_disk("unpack", out, disk)
     sizes = f"{console.gib(metrics['bytes_before'])} → {console.gib(metrics['bytes'])}"
@@ -131,7 +132,7 @@ def pack(
         console.document({"out": str(out), "dry_run": True, **metrics, "disk_bytes": disk})
         return
     with claim(out):
-        unpack_model(source, out)
+        unpack_model(packed, out)
     console.result(f"{console.counted(metrics['weights'], 'weight')} unpacked: {sizes}")
     console.path("unpacked", out)
     console.document({"out": str(out), **metrics})

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lors_cli.errors import UsageError
 from lors_cli.models.checks import load_error, loading, safetensors_files
 from lors_cli.models.quantised import DENSE_HINT, FLOATS, LEFT_BY_QUANTISING, Quantised
-from lors_cli.models.tensor_files import TYPE_NAMES
+from lors_cli.models.tensor_files import torch_type
 from lors_cli.output import console
 
 if TYPE_CHECKING:
@@ -85,15 +85,12 @@ def stored_dtype(folder: Path) -> torch.dtype | None:
 
     None where there are no whole files, or theirs is none of torch's usual ones.
     """
-    import torch
-
     from lors_cli.models.hub import is_whole
 
     if not is_whole(folder):
         return None
     tensors = open_tensors(safetensors_files(folder, str(folder))[:1], str(folder))
-    formats = {name: getattr(torch, key) for key, name in TYPE_NAMES.items()}
-    found = (formats.get(tensor.get_dtype()) for tensor in tensors.values())
+    found = map(torch_type, tensors.values())
     return next((dtype for dtype in found if dtype is not None and dtype.is_floating_point), None)
 
 

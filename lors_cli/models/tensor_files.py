@@ -154,12 +154,17 @@ def entry_of(name: str, stored: Any) -> Entry:
     Raises:
         UsageError: it is in a number format that is not written here.
     """
+    dtype = torch_type(stored)
+    if dtype is None:
+        raise UsageError(f"{name} is in {stored.get_dtype()}, a number format that lors does not write.")
+    return Entry(name, tuple(stored.get_shape()), dtype)
+
+
+def torch_type(stored: Any) -> torch.dtype | None:
+    """The number format of a safetensors file's slice, None where it is none of `TYPE_NAMES`."""
     import torch
 
-    formats = {known: getattr(torch, key) for key, known in TYPE_NAMES.items()}
-    if stored.get_dtype() not in formats:
-        raise UsageError(f"{name} is in {stored.get_dtype()}, a number format that lors does not write.")
-    return Entry(name, tuple(stored.get_shape()), formats[stored.get_dtype()])
+    return next((getattr(torch, key) for key, known in TYPE_NAMES.items() if known == stored.get_dtype()), None)
 
 
 def saved_tensors(path: Path) -> Iterator[tuple[Entry, Loader]]:

@@ -11,9 +11,9 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+Rule = tuple[str, Callable[[Any], Any], str, str]
 OWL_SPREAD = 0.08
 """How far the sparsity of a block may lie from the model's (OWL's λ)."""
-Rule = tuple[str, Callable[[Any], Any], str, str]
 LEAST_ZEROS = 0.25
 """Share of a weight that is zero, below which it is not packed: it would hardly be smaller."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -243,31 +243,21 @@ def step_by_step(tensors: list[tuple[Entry, Loader]], task: progress.Task) -> It
     return ((entry, partial(load, read)) for entry, read in tensors)
 
 
-def unpacked_size(model: ModelConfig) -> dict[str, int]:
-    """What `unpack_model` will return, and write nothing.
-
-    Raises:
-        UsageError: the model is not packed, or its files are broken.
-    """
-    source = Checkpoint(model, packed=True)
-    return _sizes(source, unpacked_tensors(source))
-
-
-def _sizes(source: Checkpoint, tensors: Iterable[tuple[Entry, Loader]]) -> dict[str, int]:
-    num_bytes = sum(entry.num_bytes for entry, _ in tensors)
+def unpacked_size(source: Checkpoint) -> dict[str, int]:
+    """Number of weights of a packed checkpoint that are unpacked, bytes before and after."""
+    num_bytes = sum(entry.num_bytes for entry, _ in unpacked_tensors(source))
     return {"weights": len(source.keys), "bytes_before": source.num_bytes, "bytes": num_bytes}
 
 
-def unpack_model(model: ModelConfig, out: Path) -> dict[str, int]:
+def unpack_model(source: Checkpoint, out: Path) -> dict[str, int]:
     """Write a packed checkpoint as an ordinary one, bit for bit what was packed.
 
     Returns:
-        Number of weights unpacked, bytes before and after.
+        As `unpacked_size`.
 
     Raises:
-        UsageError: the model is not packed, or its files are broken.
+        UsageError: its files are broken.
     """
-    source = Checkpoint(model, packed=True)
     tensors = list(unpacked_tensors(source))
     staging = records.staging_dir(out)
     try:
@@ -284,4 +274,4 @@ def unpack_model(model: ModelConfig, out: Path) -> dict[str, int]:
             os.replace(file, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return _sizes(source, tensors)
+    return unpacked_size(source)

@@ -10,14 +10,15 @@ from lors_cli.files import atomic, records
 from lors_cli.models.card import PackedSize
 from lors_cli.models.sources import is_known_as
 from lors_cli.output import console
-from lors_cli.output.console import counted
 
 FOLDER_NAME, FILE_NAME = "bench", "bench.json"
 
 
 def unpackable(names: Sequence[str]) -> str:
     """What is said of weights that cannot be packed."""
-    return f"{counted(len(names), 'weight')} of experts in one tensor or Conv1D cannot be packed, first {names[0]}"
+    return (
+        f"{console.counted(len(names), 'weight')} of experts in one tensor or Conv1D cannot be packed, first {names[0]}"
+    )
 
 
 def packed_size(folder: Path, record: records.StageRecord) -> PackedSize:
@@ -51,7 +52,7 @@ def _sentence(document: dict[str, Any]) -> str:
     environment, settings = document["environment"], document["settings"]
     (cell,) = [found for name, found in document["cells"].items() if name.startswith("decode ")]
     dense, packed = (cell[arm]["tokens_per_s"]["median"] for arm in ("dense", "packed"))
-    where = f"{environment['device']}, {counted(environment['threads'], 'thread')}"
+    where = f"{environment['device']}, {console.counted(environment['threads'], 'thread')}"
     kernel = f", {environment['kernel']}" if environment.get("kernel") else ""
     return (
         f"Decoding at batch {settings['batch_size']} in {settings['dtype']} ({where}{kernel}): {packed:,.1f} tokens/s "

@@ -71,6 +71,10 @@ def pack(model: Path, out: Path, **settings: Any) -> records.StageRecord:
     return pack_model(PackConfig(), ModelConfig(path=str(model), **settings), out)
 
 
+def unpack(model: Path, out: Path, **settings: Any) -> dict[str, int]:
+    return unpack_model(Checkpoint(ModelConfig(path=str(model), **settings), packed=True), out)
+
+
 def same(one: Path, other: Path) -> None:
     before, after = (load_file(folder / "model.safetensors") for folder in (one, other))
     assert before.keys() == after.keys()
@@ -107,7 +111,7 @@ def test_unpacking_gives_weights_and_grids_back_bit_for_bit(
     num_weights = sum(layer["shape"][0] * layer["shape"][1] for layer in record.metrics["layers"])
     assert record.metrics["bits_a_weight"] == pytest.approx(num_bits / num_weights, abs=1e-4)
     assert record.metrics["quantize"] == asdict(spec)
-    unpack_model(ModelConfig(path=str(tmp_path / "packed")), tmp_path / "plain")
+    unpack(tmp_path / "packed", tmp_path / "plain")
     same(plain, tmp_path / "plain")
     assert (plain / GRIDS_NAME).read_bytes() == (tmp_path / "plain" / GRIDS_NAME).read_bytes()
     before, after = load_grids(plain), load_grids(tmp_path / "plain")
@@ -231,7 +235,7 @@ def test_layers_without_a_grid_are_packed_as_values_or_stay_dense(checkpoint: Pa
     assert model.get_submodule(Q_PROJ).packed.grid is not None
     model.save_pretrained(tmp_path / "again")
     same(tmp_path / "packed", tmp_path / "again")
-    unpack_model(ModelConfig(path=str(tmp_path / "packed")), tmp_path / "plain")
+    unpack(tmp_path / "packed", tmp_path / "plain")
     same(plain, tmp_path / "plain")
     assert load_grids(tmp_path / "plain").keys() == load_grids(plain).keys()
 
@@ -240,7 +244,7 @@ def test_a_weight_on_a_grid_is_packed_however_few_zeros_it_has(checkpoint: Path,
     plain = quantised(checkpoint, pattern=Pattern.parse("unstructured", 0.1))
     record = pack(plain, tmp_path / "packed")
     assert record.metrics["left_dense"] == []
-    unpack_model(ModelConfig(path=str(tmp_path / "packed")), tmp_path / "plain")
+    unpack(tmp_path / "packed", tmp_path / "plain")
     same(plain, tmp_path / "plain")
 
 
@@ -250,14 +254,14 @@ def test_another_number_format_is_refused(checkpoint: Path, tmp_path: Path) -> N
         pack(plain, tmp_path / "packed", dtype="bfloat16")
     pack(plain, tmp_path / "packed", dtype="float32")
     with pytest.raises(UsageError, match="lies on grids in float32"):
-        unpack_model(ModelConfig(path=str(tmp_path / "packed"), dtype="bfloat16"), tmp_path / "plain")
+        unpack(tmp_path / "packed", tmp_path / "plain", dtype="bfloat16")
 
 
 def test_unpacking_over_an_older_result_leaves_no_grid_of_it(checkpoint: Path, tmp_path: Path) -> None:
     plain = quantised(checkpoint)
     for number, name in enumerate(("codes", "values")):
         pack(plain, tmp_path / name)
-        unpack_model(ModelConfig(path=str(tmp_path / name)), tmp_path / "plain")
+        unpack(tmp_path / name, tmp_path / "plain")
         assert (tmp_path / "plain" / GRIDS_NAME).is_file() is (number == 0)
         shutil.rmtree(plain / "grid", ignore_errors=True)
     same(plain, tmp_path / "plain")
@@ -396,7 +400,7 @@ def test_broken_packed_models_are_refused_in_words_by_every_way_of_loading(
     with pytest.raises(UsageError):
         load_model(ModelConfig(path=str(packed)))
     with pytest.raises(UsageError):
-        unpack_model(ModelConfig(path=str(packed)), tmp_path / "plain")
+        unpack(packed, tmp_path / "plain")
     assert not (tmp_path / "plain/config.json").exists()
     with pytest.raises(Exception, match=r"."):
         AutoModelForCausalLM.from_pretrained(packed)
@@ -416,4 +420,4 @@ def test_number_formats_that_are_not_written_are_refused_in_words(checkpoint: Pa
         with pytest.raises(UsageError):
             inspect(ModelConfig(path=str(packed)))
     with pytest.raises(UsageError):
-        unpack_model(ModelConfig(path=str(packed)), tmp_path / "plain")
+        unpack(packed, tmp_path / "plain")

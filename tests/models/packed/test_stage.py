@@ -20,7 +20,7 @@ from lors_cli.models import tensor_files
 from lors_cli.models.blocks import prunable_weights
 from lors_cli.models.inspection import inspect
 from lors_cli.models.loading import load_model
-from lors_cli.models.packed.checkpoint import unpack_model
+from lors_cli.models.packed.checkpoint import Checkpoint, unpack_model
 from lors_cli.models.packed.linear import PackedLinear
 from lors_cli.models.packed.stage import pack_model
 from lors_cli.output.console import gib
@@ -52,6 +52,10 @@ def pack(model: Path, out: Path) -> records.StageRecord:
     return pack_model(PackConfig(), ModelConfig(path=str(model)), out)
 
 
+def unpack(model: Path, out: Path) -> dict[str, int]:
+    return unpack_model(Checkpoint(ModelConfig(path=str(model)), packed=True), out)
+
+
 def test_a_model_whose_base_is_a_file_is_packed(checkpoint: Path, tmp_path: Path) -> None:
     prune(PruneConfig(method="magnitude", pattern="2:4"), ModelConfig(path=str(checkpoint)), tmp_path / "sparse")
     record = json.loads((tmp_path / "sparse/stage.json").read_text())
@@ -80,7 +84,7 @@ def test_unpacking_gives_the_files_tensors_back_bit_for_bit(
 ) -> None:
     sparse = made_sparse(checkpoint, Pattern.parse(pattern, 0.6 if pattern == "unstructured" else None))
     assert pack(sparse, tmp_path / "packed").metrics["pattern"] == expected
-    unpack_model(ModelConfig(path=str(tmp_path / "packed")), tmp_path / "plain")
+    unpack(tmp_path / "packed", tmp_path / "plain")
     before, after = load_file(sparse / "model.safetensors"), load_file(tmp_path / "plain/model.safetensors")
     assert before.keys() == after.keys()
     for name, tensor in before.items():
@@ -170,7 +174,7 @@ def test_what_is_packed_or_plain_already_is_said_to_be_so(sparse: Path, tmp_path
     with pytest.raises(UsageError, match="is packed already"):
         pack(tmp_path / "packed", tmp_path / "twice")
     with pytest.raises(UsageError, match="is not packed"):
-        unpack_model(ModelConfig(path=str(sparse)), tmp_path / "plain")
+        unpack(sparse, tmp_path / "plain")
 
 
 def test_another_number_format_is_packed_as_asked(sparse: Path, tmp_path: Path) -> None:
@@ -246,7 +250,7 @@ def test_broken_packed_models_are_refused_in_words_by_every_way_of_loading(
     with pytest.raises(UsageError):
         load_model(ModelConfig(path=str(packed)))
     with pytest.raises(UsageError):
-        unpack_model(ModelConfig(path=str(packed)), tmp_path / "plain")
+        unpack(packed, tmp_path / "plain")
     assert not (tmp_path / "plain/config.json").exists()
     with pytest.raises(Exception, match=r"."):
         AutoModelForCausalLM.from_pretrained(packed)
@@ -356,7 +360,7 @@ def test_a_dry_run_of_unpacking_writes_nothing_and_a_full_disk_is_refused(
     found = lors(*arguments, "--dry-run", "--json")
     assert found.exit_code == 0, found.output
     assert not (tmp_path / "plain").exists()
-    said, metrics = json.loads(found.stdout), unpack_model(ModelConfig(path=str(tmp_path / "packed")), tmp_path / "p")
+    said, metrics = json.loads(found.stdout), unpack(tmp_path / "packed", tmp_path / "p")
     assert {key: said[key] for key in metrics} == metrics
     monkeypatch.setattr("lors_cli.pipeline.resources.free_disk", lambda folder: said["disk_bytes"] - 1)
     assert lors(*arguments).exit_code == 4
