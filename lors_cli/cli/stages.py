@@ -181,14 +181,16 @@ def _stage(
 def _show_scores(folder: Path, labels: list[str], kept: Path | None) -> None:
     """The result of eval: its table, what is sure of it, and where it is kept, if anywhere."""
     from lors_cli.cli.views.runs import show_results
-    from lors_cli.evaluation.significance import compare_models
+    from lors_cli.evaluation.significance import compare_model_texts, compare_models
 
     found: dict[str, Any] = {label: atomic.read_json(folder / f"{label}.json") for label in labels}
-    comparisons = compare_models(folder, found)
-    show_results(found, comparisons)
+    comparisons, texts = compare_models(folder, found), compare_model_texts(folder, found)
+    show_results(found, [*comparisons, *texts])
     if kept:
         console.path("results", kept)
     else:
         console.result("The results are not kept; give --out to keep them.")
-    compared = [asdict(comparison) for comparison in comparisons]
-    console.document({"results": found, "comparisons": compared, "out": str(kept) if kept else None})
+    console.document({
+        "results": found, "comparisons": list(map(asdict, comparisons)), "texts_compared": list(map(asdict, texts)),
+        "out": str(kept) if kept else None,
+    })  # fmt: skip

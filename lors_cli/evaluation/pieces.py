@@ -2,7 +2,7 @@
 
 A piece is kept once it is finished: a later run scores only what is new or has changed. Below the stage's folder:
 
-    .pieces/<model>/<task>.json     a finished piece        samples/<model>/<task>.jsonl   its documents
+    .pieces/<model>/<task>.json     a finished piece        samples/<model>/<task>.jsonl   its documents or windows
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class Piece:
     name: str
     fingerprint: str
     path: Path
-    samples: Path | None
+    samples: Path
+    """Its results document by document; of a text window by window, which lors did not always keep."""
     task: Task | None = None
 
     def stored(self) -> dict[str, Any] | None:
@@ -50,7 +51,7 @@ class Piece:
             return None
         if not _is_result(self.kind, content.get("result")):
             return None
-        return content if self.samples is None or self.samples.is_file() else None
+        return content if self.kind == "perplexity" or self.samples.is_file() else None
 
 
 def _is_result(kind: Kind, value: Any) -> bool:
@@ -88,7 +89,7 @@ def pieces_of(
             name,
             hashes.fingerprint(f"eval/{kind}", _version(kind, name), settings, {"model": model, "content": content}),
             out / ".pieces" / label / f"{_file_stem(kind, name)}.json",
-            samples_path(out, label, name) if kind == "tasks" else None,
+            samples_path(out, label, name, kind),
             task,
         )
         for label, model in model_fingerprints.items()
@@ -112,9 +113,9 @@ def _version(kind: Kind, name: str) -> int:
     return _VERSIONS["tasks with whole scores" if kind == "tasks" and name in OWN_TASKS else kind]
 
 
-def samples_path(out: Path, label: str, task: str) -> Path:
-    """Where a task's results of the model `label` are, document by document, below the stage's folder."""
-    return out / "samples" / label / f"{_file_stem('tasks', task)}.jsonl"
+def samples_path(out: Path, label: str, name: str, kind: Kind = "tasks") -> Path:
+    """Where results of the model `label` are, document by document or window by window, below the stage's folder."""
+    return out / "samples" / label / f"{_file_stem(kind, name)}.jsonl"
 
 
 def _file_stem(kind: Kind, name: str) -> str:
@@ -153,10 +154,10 @@ def take_over(
     others = [folder for folder in folders if folder != out]
     for piece in pending(pieces_of(config, model_fingerprints, out, data_dir)):
         for folder in others:
-            samples = piece.samples and folder / piece.samples.relative_to(out)
+            samples = folder / piece.samples.relative_to(out)
             twin = replace(piece, path=folder / piece.path.relative_to(out), samples=samples)
             if twin.stored() is not None:
-                if piece.samples and samples:
+                if samples.is_file():
                     atomic.write_bytes(piece.samples, samples.read_bytes())
                 atomic.write_bytes(piece.path, twin.path.read_bytes())
                 taken += 1

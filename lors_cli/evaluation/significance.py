@@ -1,4 +1,4 @@
-"""Whether two models that were scored on the same documents differ by more than chance."""
+"""Whether two models that were scored on the same documents or windows of text differ by more than chance."""
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ FRACTIONS_NOTE = (
 
 Accuracies = Mapping[Any, float]
 """Document to its accuracy: 0 or 1, of some tasks a fraction."""
+
+
+WindowLosses = Mapping[Any, float]
+"""Window of a text, its place and what its tokens are known by, to its mean negative log-likelihood in nats."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,29 @@ class Comparison:
         return (
             f"{self.first} − {self.second}: {100 * self.difference:+.2f} points "
             f"(95 % {100 * self.low:+.2f} … {100 * self.high:+.2f}), {self.test} {p_text(self.p_value)}"
+        )
+
+
+@dataclass(frozen=True)
+class TextComparison:
+    """The perplexities of two models on one text."""
+
+    first: str
+    second: str
+    text: str
+    num_windows: int
+    difference: float
+    """The first one's perplexity as a share of the second one's, minus 1."""
+    low: float
+    high: float
+    """Its 95 % interval."""
+    p_value: float
+    """A permutation test's."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.first} − {self.second}: perplexity of {self.text} {100 * self.difference:+.2f} % "
+            f"(95 % {100 * self.low:+.2f} … {100 * self.high:+.2f}), permutation {p_text(self.p_value)}"
         )
 
 
@@ -167,6 +194,24 @@ def compare(
     return Comparison(first, second, difference, low, high, *tested, tasks)
 
 
+def compare_texts(
+    first: str, second: str, some: Mapping[str, WindowLosses], other: Mapping[str, WindowLosses]
+) -> list[TextComparison]:
+    """The first model against the second, by their losses by text and window.
+
+    Returns:
+        A comparison a text that both were scored on the same windows of.
+    """
+    found = []
+    for text, losses in some.items():
+        if losses.keys() != other.get(text, {}).keys():
+            continue
+        apart = [[losses[window] - other[text][window] for window in sorted(losses)]]
+        ratio, low, high = (math.expm1(value) for value in (fmean(apart[0]), *bootstrap_interval(apart)))
+        found.append(TextComparison(first, second, text, len(losses), ratio, low, high, permutation_test(apart)))
+    return found
+
+
 def _test(better: int, worse: int, differences: Sequence[Sequence[float]], whole: bool) -> tuple[float, str]:
     """The p-value and the test's name; `whole` scores are 0 or 1."""
     return (mcnemar(better, worse), "McNemar") if whole else (permutation_test(differences), "permutation")
@@ -181,12 +226,22 @@ def compare_models(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> li
         Tuned against pruned, pruned against dense, tuned against dense, as far as they are there; models of other
         names each against the first. A pair whose documents' results are not there is left out.
     """
+    known = {label: read_accuracies(folder, label, result) for label, result in results.items()}
+    found = [compare(*pair, known[pair[0]], known[pair[1]]) for pair in _pairs(results)]
+    return [comparison for comparison in found if comparison is not None]
+
+
+def compare_model_texts(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> list[TextComparison]:
+    """The models of an evaluation two by two, as `compare_models` pairs them, on the texts of their perplexities."""
+    known = {label: read_windows(folder, label, result) for label, result in results.items()}
+    return [found for pair in _pairs(results) for found in compare_texts(*pair, known[pair[0]], known[pair[1]])]
+
+
+def _pairs(results: Mapping[str, object]) -> list[tuple[str, str]]:
+    """The labels that are compared."""
     pairs = [pair for pair in _ROLE_PAIRS if set(pair) <= results.keys()]
     paired = {label for pair in pairs for label in pair}
-    pairs += [(label, base) for base in [*results][:1] for label in [*results][1:] if label not in paired]
-    known = {label: read_accuracies(folder, label, result) for label, result in results.items()}
-    found = [compare(*pair, known[pair[0]], known[pair[1]]) for pair in pairs]
-    return [comparison for comparison in found if comparison is not None]
+    return pairs + [(label, base) for base in [*results][:1] for label in [*results][1:] if label not in paired]
 
 
 def read_accuracies(folder: Path, label: str, result: Mapping[str, Any]) -> dict[str, dict[Any, float]]:
@@ -211,6 +266,20 @@ def read_accuracies(folder: Path, label: str, result: Mapping[str, Any]) -> dict
             return {}
         accuracies[name] = found if name in result.get("groups", {}) else {key[1]: acc for key, acc in found.items()}
     return accuracies
+
+
+def read_windows(folder: Path, label: str, result: Mapping[str, Any]) -> dict[str, dict[Any, float]]:
+    """A model's losses by text and window; without texts whose are not there, not finite, or of other results."""
+    found = {}
+    for text, score in result["perplexity"].items():
+        path = samples_path(folder, label, text, "perplexity")
+        rows = [json.loads(line) for line in path.read_bytes().splitlines()] if path.is_file() else []
+        losses = {(place, row["tokens"]): row["nll"] for place, row in enumerate(rows)}
+        if not losses or score["value"] is None or None in losses.values():
+            continue
+        if math.isclose(fmean(losses.values()), math.log(score["value"]), abs_tol=1e-6):
+            found[text] = losses
+    return found
 
 
 def _tasks_in(result: Mapping[str, Any], name: str) -> list[str]:

@@ -7,10 +7,11 @@ What is written below the stage's folder, besides the pieces (see `pieces`):
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -128,18 +129,22 @@ def _score_task(
 
     assert piece.task is not None
     result = score_task(model, tokenizer, piece.task, config, data_dir=data_dir, folder=scratch, label=piece.label)
-    assert piece.samples is not None
-    if processes.is_main():
-        lines = (json.dumps(sample, ensure_ascii=False, allow_nan=False) + "\n" for sample in result.samples)
-        piece.path.unlink(missing_ok=True)  # of other settings: it would be taken for that of these documents
-        atomic.write_text(piece.samples, "".join(lines))
+    _write_samples(piece, result.samples)
     return result.metrics
+
+
+def _write_samples(piece: Piece, rows: Iterable[dict[str, Any]]) -> None:
+    """Write a piece's documents or windows, on process 0."""
+    if processes.is_main():
+        lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+        piece.path.unlink(missing_ok=True)  # of other settings: it would be taken for that of these rows
+        atomic.write_text(piece.samples, "".join(lines))
 
 
 def _score_text(
     config: EvalConfig, model_config: ModelConfig, model: Any, tokenizer: Any, piece: Piece, data_dir: Path | None
 ) -> dict[str, Any]:
-    """Measure one perplexity."""
+    """Measure one perplexity and write its windows."""
     import torch
 
     from lors_cli.data.tokenising import window_length
@@ -160,10 +165,18 @@ def _score_text(
         windows = torch.nn.functional.pad(windows, (1, 0), value=tokenizer.bos_token_id)
     with progress.progress(f"{piece.label} perplexity {piece.name}", len(windows), "windows") as step:
         found = token_perplexity(model, windows, batch_size=config.batch_size, on_progress=step.advance)
+    nlls = found.pop("window_nll")
+    _write_samples(piece, ({"tokens": _known_by(window), "nll": finite(nll)}
+                           for window, nll in zip(windows.tolist(), nlls, strict=True)))  # fmt: skip
     result = {key: finite(value) for key, value in found.items()}
     if result["value"] is None:
         console.warn(f"{piece.label}: the perplexity of {piece.name} is not finite; null is stored")
     return result
+
+
+def _known_by(window: list[int]) -> str:
+    """What tells a window's tokens from others."""
+    return hashlib.sha256(json.dumps(window).encode()).hexdigest()[:16]
 
 
 def _publish(

@@ -9,7 +9,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lors_cli.evaluation.significance import Comparison, compare, read_accuracies
+from lors_cli.evaluation.significance import (
+    Comparison,
+    TextComparison,
+    compare,
+    compare_texts,
+    read_accuracies,
+    read_windows,
+)
 from lors_cli.output.markdown import NONE, Block, escape
 from lors_cli.report.colours import coloured
 from lors_cli.report.differences import differences
@@ -88,8 +95,16 @@ class _Entry:
         """By task and document; empty where they are not there."""
         if not self.model.scores:
             return {}
-        folder = self.source.root / self.model.folder
-        return read_accuracies(folder, self.model.role or self.name, self.model.scores)
+        return read_accuracies(*self._place, self.model.scores)
+
+    def windows(self) -> dict[str, dict[Any, float]]:
+        """Losses by text and window; empty where they are not there."""
+        return read_windows(*self._place, self.model.scores) if self.model.scores else {}
+
+    @property
+    def _place(self) -> tuple[Path, str]:
+        """The folder with its results, and its label there."""
+        return self.source.root / self.model.folder, self.model.role or self.name
 
 
 def write_comparison(found: Mapping[Path, tuple[str, Results]], formats: Collection[str], out: Path) -> list[Path]:
@@ -154,6 +169,7 @@ def _blocks(
 def _differences(sources: Sequence[Source], entries: Sequence[_Entry]) -> list[Block]:
     """Each model of the later folders against its like in the first one, as far as both are scored."""
     paired: list[Comparison] = []
+    texts: list[TextComparison] = []
     unpaired: dict[str, dict[str, float]] = {}
     for entry in entries:
         other = _counterpart(entry, [e for e in entries if e.source is sources[0] and e.model.scores])
@@ -167,7 +183,8 @@ def _differences(sources: Sequence[Source], entries: Sequence[_Entry]) -> list[B
             paired.append(found)
         elif plain := _plain(entry.model, other.model):
             unpaired[f"{entry.model.label} − {other.model.label}"] = plain
-    return differences(paired, unpaired)
+        texts += compare_texts(entry.model.label, other.model.label, entry.windows(), other.windows())
+    return differences(paired, texts, unpaired)
 
 
 def _counterpart(entry: _Entry, others: Sequence[_Entry]) -> _Entry | None:

@@ -1,11 +1,11 @@
-"""Models two by two: the difference of their accuracies in points, and whether it may be chance."""
+"""Models two by two: the differences of their accuracies and perplexities, and whether they may be chance."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 
-from lors_cli.evaluation.significance import FRACTIONS_NOTE, Comparison, p_text
+from lors_cli.evaluation.significance import FRACTIONS_NOTE, Comparison, TextComparison, p_text
 from lors_cli.output.markdown import NONE, Block, table
 
 _NOTE = (
@@ -14,13 +14,25 @@ _NOTE = (
 )
 
 
-def differences(pairs: Sequence[Comparison], unpaired: Mapping[str, Mapping[str, float]] | None = None) -> list[Block]:
-    """A table with a row a task and a column a pair, and how to read it; nothing without a pair.
+_TEXTS_NOTE = (
+    "How much larger the perplexity is than the other model's, on the same windows of text. The interval (95 %) is a "
+    "paired bootstrap over windows, p a permutation test's."
+)
+
+
+def differences(
+    pairs: Sequence[Comparison], texts: Sequence[TextComparison],
+    unpaired: Mapping[str, Mapping[str, float]] | None = None,
+) -> list[Block]:  # fmt: skip
+    """Tables with a row a task or text and a column a pair, and how to read them; nothing without a pair.
 
     Args:
         unpaired: title to difference by task, of pairs that have not both the same documents' results.
     """
-    plain = unpaired or {}
+    return [*_of_tasks(pairs, unpaired or {}), *_of_texts(texts)]
+
+
+def _of_tasks(pairs: Sequence[Comparison], plain: Mapping[str, Mapping[str, float]]) -> list[Block]:
     if not pairs and not plain:
         return []
     tasks = dict.fromkeys(
@@ -37,6 +49,23 @@ def differences(pairs: Sequence[Comparison], unpaired: Mapping[str, Mapping[str,
     whole += [_plain(fmean(found.values())) for found in plain.values()]
     columns = ["task", *(f"{pair.first} − {pair.second}" for pair in pairs), *plain]
     return [table(columns, [*rows, ["average", *whole]]), " ".join(_notes(pairs, plain))]
+
+
+def _of_texts(texts: Sequence[TextComparison]) -> list[Block]:
+    if not texts:
+        return []
+    found = {(text.text, f"{text.first} − {text.second}"): text for text in texts}
+    titles = dict.fromkeys(title for _, title in found)
+    rows = [[name, *(_of_text(found.get((name, title))) for title in titles)]
+            for name in dict.fromkeys(name for name, _ in found)]  # fmt: skip
+    return [table(["perplexity", *titles], rows), _TEXTS_NOTE]
+
+
+def _of_text(found: TextComparison | None) -> str:
+    if found is None:
+        return NONE
+    interval = f"({100 * found.low:+.2f} … {100 * found.high:+.2f})"
+    return f"{100 * found.difference:+.2f} % {interval}, {p_text(found.p_value)}"
 
 
 def _notes(pairs: Sequence[Comparison], plain: Mapping[str, object]) -> Iterator[str]:

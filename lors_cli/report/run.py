@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lors_cli.errors import UsageError
-from lors_cli.evaluation.significance import compare_models
+from lors_cli.evaluation.significance import compare_model_texts, compare_models
 from lors_cli.evaluation.summary import LOST_IN_ERROR, recovered
 from lors_cli.models.card import versions
 from lors_cli.models.packed.measured import packed_size, unpackable
@@ -138,9 +138,10 @@ def _named_models(group: Group) -> list[list[str]]:
 
 
 def _significance(root: Path, cell: Cell) -> list[Block]:
-    """The models two by two: difference of accuracy in points, and whether it may be chance."""
+    """The models two by two: differences of accuracy and perplexity, and whether they may be chance."""
     folder = next((root / scores.folder for scores in cell.scores.values()), root)
-    found = differences(compare_models(folder, cell.evaluated()))
+    scores = cell.evaluated()
+    found = differences(compare_models(folder, scores), compare_model_texts(folder, scores))
     return ["### Significance", *found] if found else []
 
 

@@ -123,9 +123,14 @@ def test_eval_of_several_models(at_finished: Path, lors: Lors) -> None:
     assert list(found["results"]) == ["dense", "tune"]
     assert json.loads(Path("e/tune.json").read_text()) == found["results"]["tune"]
     assert found["comparisons"] == []  # there are no tasks
+    (text,) = found["texts_compared"]
+    values = [found["results"][label]["perplexity"]["text.jsonl"]["value"] for label in ("tune", "dense")]
+    assert (text["first"], text["second"], text["text"]) == ("tune", "dense", "text.jsonl")
+    assert text["difference"] == pytest.approx(values[0] / values[1] - 1)
     again = lors("eval", "dense", TUNED, "--out", "e", *QUICK_EVAL)
     assert "nothing to do" in again.stderr
     assert "perplexity text.jsonl" in again.stdout
+    assert f"tune − dense: perplexity of text.jsonl {100 * text['difference']:+.2f} % (95 % " in again.stdout
 
 
 def test_a_run_tells_how_sure_its_differences_are(at_finished: Path, lors: Lors) -> None:

@@ -51,6 +51,8 @@ def test_equals_naive_float64_loop(tiny_model: Any) -> None:
     assert found["sequence_length"] == 12
     assert found["nll"] == pytest.approx(expected, rel=1e-5)
     assert found["value"] == pytest.approx(math.exp(expected), rel=1e-5)
+    alone = [_naive_nll(tiny_model, window[None]) for window in windows]
+    assert found["window_nll"] == pytest.approx(alone, rel=1e-5)
 
 
 def test_batches_and_chunks_do_not_change_the_result(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +80,7 @@ def test_half_precision_logits_are_summed_in_float32() -> None:
     logits = torch.randn(2, 300, 40, generator=torch.Generator().manual_seed(0)).bfloat16()
     targets = torch.randint(0, 40, (2, 300), generator=torch.Generator().manual_seed(1))
     log_probabilities = torch.log_softmax(logits.double(), dim=-1)
-    expected = -float(log_probabilities.gather(-1, targets[..., None]).sum())
+    expected = (-log_probabilities.gather(-1, targets[..., None])).sum((1, 2)).tolist()
     assert summed_nll(logits, targets) == pytest.approx(expected, rel=1e-6)
 
 

@@ -16,7 +16,9 @@ from lors_cli.evaluation import significance
 from lors_cli.evaluation.significance import (
     bootstrap_interval,
     compare,
+    compare_model_texts,
     compare_models,
+    compare_texts,
     mcnemar,
     p_text,
     permutation_test,
@@ -134,6 +136,19 @@ def test_fractions_are_no_wins_and_losses() -> None:
     assert [both.test, both.tasks["a"].test, both.tasks["a"].p_value] == ["permutation", "McNemar", 0.5]
 
 
+def test_perplexities_by_hand() -> None:
+    some, other = {0: 2.0, 1: 3.0, 2: 2.5}, {0: 2.1, 1: 3.2, 2: 2.4}
+    (found,) = compare_texts("tuned", "pruned", {"web": some, "own": some}, {"web": other, "own": {0: 2.0, 1: 3.0}})
+    assert (found.text, found.num_windows) == ("web", 3)
+    assert found.difference == pytest.approx(math.exp(7.5 / 3) / math.exp(7.7 / 3) - 1)
+    # Three drawn of −0.1, −0.2 and +0.1: one in 27 is all +0.1, one all −0.2, so both ends are within the 95 %.
+    assert (found.low, found.high) == (pytest.approx(math.expm1(-0.2)), pytest.approx(math.expm1(0.1)))
+    assert found.p_value == pytest.approx(6 / 8, abs=0.02)  # ±0.1 ±0.2 ±0.1: six of eight sums are at least 0.2
+    assert str(found).startswith(
+        "tuned − pruned: perplexity of web -6.45 % (95 % -18.13 … +10.52), permutation p = 0.7"
+    )
+
+
 def test_p_as_text() -> None:
     assert [p_text(value) for value in (1.0, 0.0234, 0.00099)] == ["p = 1", "p = 0.023", "p < 0.001"]
 
@@ -149,6 +164,36 @@ def write_samples(folder: Path, label: str, tasks: dict[str, list[int | None]]) 
         known = [value for value in accuracies if value is not None]
         metrics[task] = {"acc": sum(known) / len(known) if len(known) == len(rows) else None}
     return {"tasks": metrics, "average": average(metrics)}
+
+
+def write_windows(folder: Path, label: str, losses: list[float], tokens: str = "ab") -> dict[str, Any]:
+    """Windows of a text as the eval stage writes them; a model's results."""
+    path = folder / f"samples/{label}/perplexity-web.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{"tokens": f"{tokens}{number}", "nll": loss} for number, loss in enumerate(losses)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"perplexity": {"web": {"value": math.exp(sum(losses) / len(losses))}}}
+
+
+def test_texts_of_a_folder(tmp_path: Path) -> None:
+    results = {
+        "dense": write_windows(tmp_path, "dense", [2.0, 1.0]),
+        "pruned": write_windows(tmp_path, "pruned", [4.0, 2.0]),
+        "tuned": write_windows(tmp_path, "tuned", [3.0, 1.5]),
+    }
+    found = compare_model_texts(tmp_path, results)
+    assert [(pair.first, pair.second) for pair in found] == [
+        ("tuned", "pruned"), ("pruned", "dense"), ("tuned", "dense"),
+    ]  # fmt: skip
+    assert [pair.difference for pair in found] == pytest.approx([math.expm1(value) for value in (-0.75, 1.5, 0.75)])
+    other_tokens = {**results, "pruned": write_windows(tmp_path, "pruned", [4.0, 2.0], "cd")}
+    assert [(pair.first, pair.second) for pair in compare_model_texts(tmp_path, other_tokens)] == [("tuned", "dense")]
+    earlier = {**results, "tuned": {"perplexity": {"web": {"value": 9.0}}}}  # the file is of another evaluation
+    assert compare_model_texts(tmp_path, {label: earlier[label] for label in ("dense", "tuned")}) == []
+    broken = {**results, "tuned": {"perplexity": {"web": {"value": None}}}}
+    assert compare_model_texts(tmp_path, {label: broken[label] for label in ("dense", "tuned")}) == []
+    (tmp_path / "samples/dense/perplexity-web.jsonl").unlink()
+    assert compare_model_texts(tmp_path, {label: results[label] for label in ("dense", "tuned")}) == []
 
 
 def test_models_of_a_folder(tmp_path: Path) -> None:

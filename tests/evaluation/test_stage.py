@@ -72,7 +72,7 @@ class Bench:
     def measure(self, model: Any, windows: Any, *, batch_size: int, on_progress: Any) -> dict[str, Any]:
         self.scored.append((model.path, "perplexity"))
         on_progress(2)
-        return {"value": self.perplexity, "tokens": 30, "sequence_length": 16, "nll": 2.1}
+        return {"value": self.perplexity, "tokens": 30, "sequence_length": 16, "nll": 2.1, "window_nll": [2.0, 2.2]}
 
 
 @pytest.fixture
@@ -98,9 +98,21 @@ def test_results_have_the_documented_form(bench: Bench, tmp_path: Path) -> None:
     }
     assert json.loads((tmp_path / "pruned.json").read_text()) == results["pruned"]
     assert json.loads((tmp_path / "samples/dense/rte.jsonl").read_text())["log_likelihoods"] == [-1.0, -2.0]
+    windows = [json.loads(line) for line in (tmp_path / "samples/dense/perplexity-pydoc.jsonl").open()]
+    assert [window["nll"] for window in windows] == [2.0, 2.2]
+    assert len({window["tokens"] for window in windows}) == 1  # both are zeros
     fingerprint = eval_fingerprint(CONFIG, {"dense": "d0", "pruned": "p0"}, None)
     assert records.is_finished(tmp_path, fingerprint)
     assert not (tmp_path / ".scratch").exists()
+
+
+def test_perplexities_of_before_windows_were_kept_stand(bench: Bench, tmp_path: Path) -> None:
+    first = evaluate(CONFIG, MODELS, tmp_path, data_dir=None)
+    for path in tmp_path.glob("samples/*/perplexity-*.jsonl"):
+        path.unlink()
+    bench.scored = []
+    assert evaluate(CONFIG, MODELS, tmp_path, data_dir=None) == first
+    assert bench.scored == []
 
 
 def test_second_run_touches_nothing(bench: Bench, tmp_path: Path) -> None:

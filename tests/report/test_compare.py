@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,31 @@ def test_a_merged_model(tmp_path: Path) -> None:
     assert {(row["label"], row["role"], row["tune"]) for row in rows} == {("LoRS", "tuned", "lors")}
     numbers = {row["measure"]: row["value"] for row in rows if row["value"]}
     assert numbers == {"sparsity": "0.625", "violations": "0", "elapsed": "60.0"}
+
+
+def with_windows(folder: Path, label: str, losses: list[float]) -> None:
+    """Give a scored model the perplexity of a text, and its windows."""
+    path = folder / f"{label}.json"
+    value = math.exp(sum(losses) / len(losses))
+    text = {"web": {"value": value, "tokens": 9, "sequence_length": 4}}
+    write_json(path, {**json.loads(path.read_text()), "perplexity": text})
+    rows = [{"tokens": f"w{number}", "nll": loss} for number, loss in enumerate(losses)]
+    (folder / f"samples/{label}/perplexity-web.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = json.loads((folder / "stage.json").read_text())
+    write_json(folder / "stage.json", {**made, "files": {
+        **made["files"], path.name: hashlib.sha256(path.read_bytes()).hexdigest(),
+    }})  # fmt: skip
+
+
+def test_perplexities_are_compared_window_by_window(tmp_path: Path) -> None:
+    for name, losses in (("a", [3.0] * 16), ("b", [2.9] * 16)):
+        right = {"boolq": 5, "arc_easy": 4}
+        folder = scored(tmp_path / "runs" / name, {"dense": right, "tuned": right})
+        with_windows(folder, "dense", [2.0] * 16)
+        with_windows(folder, "tuned", losses)
+    text = text_of(write_reports([tmp_path / "runs/a", tmp_path / "runs/b"], FORMATS, None))
+    assert "| perplexity | b/tuned − a/tuned |" in text
+    assert r"| web | -9.52 % (-9.52 … -9.52), p \< 0.001 |" in text  # e^−0.1, on every window
 
 
 def test_several_are_compared_with_the_first(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from lors_cli.pipeline.plans import StagePlan, describe, foresee
 from lors_cli.pipeline.resources import try_estimate
 
 if TYPE_CHECKING:
-    from lors_cli.evaluation.significance import Comparison
+    from lors_cli.evaluation.significance import Comparison, TextComparison
     from lors_cli.pipeline.preflight import Trouble
 
 
@@ -62,7 +62,7 @@ def show_plan(document: dict[str, Any]) -> None:
         raise typer.Exit(document["exit_code"])
 
 
-def show_results(results: dict[str, Any], comparisons: Sequence[Comparison] = ()) -> None:
+def show_results(results: dict[str, Any], comparisons: Sequence[Comparison | TextComparison] = ()) -> None:
     """The table of an evaluation, by label, in parts of at most 80 columns; a line a comparison."""
     from lors_cli.evaluation.summary import LOST_IN_ERROR, recovered
     from lors_cli.report.scores import INSIDE_ERROR, by_task
@@ -166,7 +166,7 @@ def _facts(record: records.StageRecord) -> list[tuple[str, str]]:
 
 def show_run(summary: dict[str, Any]) -> None:
     """What `lors run` did: the results and where they are."""
-    show_results(summary["results"], summary["comparisons"])
+    show_results(summary["results"], [*summary["comparisons"], *summary["texts_compared"]])
     skipped = [stage["stage"] for stage in summary["stages"] if stage["status"] == "skipped"]
     if len(skipped) == len(summary["stages"]):
         console.result("Every stage was finished already: nothing was done.")
@@ -178,7 +178,8 @@ def show_run(summary: dict[str, Any]) -> None:
         console.result(f"\nAgainst {summary['repeat']['manifest']}:")
         for stage, names in summary["repeat"]["different_files"].items():
             console.result(f"{stage:6} {'other bits: ' + ', '.join(names) if names else 'the same bits'}")
-    console.document({**summary, "comparisons": [asdict(comparison) for comparison in summary["comparisons"]]})
+    compared = {key: list(map(asdict, summary[key])) for key in ("comparisons", "texts_compared")}
+    console.document({**summary, **compared})
 
 
 def show_inspection(path: str, document: dict[str, Any]) -> None:
