@@ -123,13 +123,13 @@ def _note(recipe: Recipe, out: Path, data_dir: Path | None, done: list[dict[str,
         done: what it has done, a stage an entry.
         num_stages: of the call; a report that is not there yet is written after the last one.
     """
-    from lors_cli.report.run import write_report
+    from lors_cli.report.run import write_run_report
 
     write_manifest(_write_recipe(recipe, out, begins=False), out, done, data_dir)
     if len(done) < num_stages and not (out / "report.md").is_file():
         return
     with progress.busy("writing the report"):
-        write_report(out, standing_stages(out))
+        write_run_report(out, standing_stages(out))
 
 
 def _run_plans(

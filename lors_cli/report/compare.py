@@ -9,14 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lors_cli.evaluation.significance import (
-    Comparison,
-    TextComparison,
-    compare,
-    compare_texts,
-    read_accuracies,
-    read_windows,
-)
+from lors_cli.evaluation.samples import read_accuracies, read_windows
+from lors_cli.evaluation.significance import Comparison, TextComparison, compare, compare_texts
 from lors_cli.output.markdown import NONE, Block, escape
 from lors_cli.report.colours import coloured
 from lors_cli.report.differences import differences
@@ -91,12 +85,12 @@ class _Entry:
         model = self.model
         return model_label(model.role, model.prune, model.tune), model.base, pattern_name(model.prune), self.name
 
+    @cached_property
     def accuracies(self) -> dict[str, dict[Any, float]]:
         """By task and document; empty where they are not there."""
-        if not self.model.scores:
-            return {}
-        return read_accuracies(*self._place, self.model.scores)
+        return read_accuracies(*self._place, self.model.scores) if self.model.scores else {}
 
+    @cached_property
     def windows(self) -> dict[str, dict[Any, float]]:
         """Losses by text and window; empty where they are not there."""
         return read_windows(*self._place, self.model.scores) if self.model.scores else {}
@@ -175,7 +169,7 @@ def _differences(sources: Sequence[Source], entries: Sequence[_Entry]) -> list[B
         other = _counterpart(entry, [e for e in entries if e.source is sources[0] and e.model.scores])
         if entry.source is sources[0] or other is None or not entry.model.scores:
             continue
-        some, others = entry.accuracies(), other.accuracies()
+        some, others = entry.accuracies, other.accuracies
         shared = [task for task in some if task in others and some[task].keys() == others[task].keys()]
         found = compare(entry.model.label, other.model.label, *({task: accuracies[task] for task in shared}
                                                                for accuracies in (some, others)))  # fmt: skip
@@ -183,7 +177,7 @@ def _differences(sources: Sequence[Source], entries: Sequence[_Entry]) -> list[B
             paired.append(found)
         elif plain := _plain(entry.model, other.model):
             unpaired[f"{entry.model.label} − {other.model.label}"] = plain
-        texts += compare_texts(entry.model.label, other.model.label, entry.windows(), other.windows())
+        texts += compare_texts(entry.model.label, other.model.label, entry.windows, other.windows)
     return differences(paired, texts, unpaired)
 
 

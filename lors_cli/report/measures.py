@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lors_cli.evaluation.plain_results import finite
 from lors_cli.evaluation.summary import average_stderr, recovered
 from lors_cli.files.records import StageRecord
 from lors_cli.models.sources import short_name
@@ -185,11 +186,6 @@ class Measure:
         if self.kind == "average":
             return row.average(_averaged(model))
         return _paper_share(model) if self.kind == "recovered" and self.name == "accuracy" else None
-
-
-def finite(value: Any) -> float | None:
-    """A value that is a finite number, else None."""
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def _averaged(model: ScoredModel) -> list[str]:

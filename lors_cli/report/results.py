@@ -11,12 +11,12 @@ from typing import Any
 import yaml
 
 from lors_cli.errors import UsageError
+from lors_cli.evaluation.plain_results import finite
 from lors_cli.files import atomic
 from lors_cli.files import records as run_dir
 from lors_cli.recipe.loading import read_settings, without_none
 from lors_cli.recipe.schema import STAGES
 from lors_cli.report.chance import chance_levels
-from lors_cli.report.measures import finite
 from lors_cli.tuning.training.step_log import StepLog
 
 ROLES = ("dense", "pruned", "tuned")

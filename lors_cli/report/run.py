@@ -31,11 +31,6 @@ _OF_SCORES = {
 }
 
 
-def write_report(run: Path, finished: Collection[str]) -> Path:
-    """Write a run's report in every format, as `write_run_report`; the path of `report.md`."""
-    return write_run_report(run, finished)[0]
-
-
 def write_run_report(
     run: Path, finished: Collection[str], formats: Collection[str] = FORMATS, out: Path | None = None
 ) -> list[Path]:

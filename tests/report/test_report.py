@@ -15,7 +15,7 @@ from report_pages import Page, is_safe
 from lors_cli.errors import UsageError
 from lors_cli.recipe.schema import STAGES
 from lors_cli.report.results import read_log
-from lors_cli.report.run import write_report, write_stage_report
+from lors_cli.report.run import write_run_report, write_stage_report
 from lors_cli.report.stage_figures import split_name
 from lors_cli.tuning.training.step_log import StepLog
 
@@ -91,7 +91,7 @@ def all_bytes(run: Path) -> dict[str, bytes]:
 
 
 def test_report_has_the_numbers(run: Path) -> None:
-    path = write_report(run, STAGES)
+    path = write_run_report(run, STAGES)[0]
     text = path.read_text()
     assert path == run / "report.md"
     assert text.startswith("# small\n\nowner/base: pruned with wanda to 2:4 (50.0% of the pruned weights are zero)")
@@ -104,7 +104,7 @@ def test_report_has_the_numbers(run: Path) -> None:
 
 
 def test_every_figure_is_a_png_and_linked(run: Path) -> None:
-    text = write_report(run, STAGES).read_text()
+    text = write_run_report(run, STAGES)[0].read_text()
     names = sorted(path.name for path in (run / "figures").iterdir())
     assert names == ["accuracy.png", "loss.png", "perplexity.png", "sparsity.png"]
     for name in names:
@@ -116,18 +116,18 @@ def test_every_figure_is_a_png_and_linked(run: Path) -> None:
 
 
 def test_a_second_report_is_the_same_bytes(run: Path) -> None:
-    write_report(run, STAGES)
+    write_run_report(run, STAGES)
     first = all_bytes(run)
     assert {Path(name).suffix for name in first} == {".md", ".html", ".csv", ".tex", ".png"}
     for name in first:
         Path(name).unlink()
-    write_report(run, STAGES)
+    write_run_report(run, STAGES)
     assert all_bytes(run) == first
 
 
 def test_the_page_says_what_the_markdown_says(run: Path) -> None:
     (run / "recipe.yaml").write_text(RECIPE + "# </code><script>alert(1)</script>\n")
-    write_report(run, STAGES)
+    write_run_report(run, STAGES)
     text = (run / "report.html").read_text()
     page = Page(text)
     assert is_safe(page)
@@ -142,9 +142,9 @@ def test_the_page_says_what_the_markdown_says(run: Path) -> None:
 
 
 def test_a_model_of_the_paper_has_its_figures_beside(run: Path) -> None:
-    assert "Beside the paper" not in write_report(run, STAGES).read_text()
+    assert "Beside the paper" not in write_run_report(run, STAGES)[0].read_text()
     (run / "recipe.yaml").write_text(RECIPE.replace("owner/base", "meta-llama/Llama-2-7b-hf"))
-    text = write_report(run, STAGES).read_text()
+    text = write_run_report(run, STAGES)[0].read_text()
     assert "## Beside the paper" in text
     assert "| ↳ paper (ours − paper) | 43.52 (+1.48) | 76.35 (-28.35) |" in text
     rows = list(csv.DictReader((run / "report.csv").open(newline="")))
@@ -160,16 +160,16 @@ def test_a_model_of_the_paper_has_its_figures_beside(run: Path) -> None:
     [("eval", "## Results", "accuracy.png"), ("tune", "## Tuning", "loss.png")],
 )
 def test_absent_stage_has_no_section(run: Path, absent: str, section: str, figure: str) -> None:
-    write_report(run, STAGES)
+    write_run_report(run, STAGES)
     (run / absent).rename(run.parent / absent)
-    text = write_report(run, STAGES).read_text()
+    text = write_run_report(run, STAGES)[0].read_text()
     assert section not in text
     assert not (run / "figures" / figure).exists(), "a figure of results that are gone is removed"
 
 
 def test_only_a_recipe(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("name: bare\nmodel: {path: x}\nprune: {}\n")
-    text = write_report(tmp_path, STAGES).read_text()
+    text = write_run_report(tmp_path, STAGES)[0].read_text()
     assert "## Settings" in text
     assert "## Results" not in text
     assert "## How it was made" not in text
@@ -184,7 +184,7 @@ def test_the_held_out_loss_is_told_and_what_a_teacher_adds_to_the_other(run: Pat
     for distill, words in ((None, "Loss 4.5000 → 2.5000"), ({"weight": 0.5}, "Loss (with the teacher's part) 4.5000")):
         record["config"]["distill"] = distill
         write_json(run / "tune/stage.json", record)
-        text = write_report(run, STAGES).read_text()
+        text = write_run_report(run, STAGES)[0].read_text()
         assert words in text
         said = "Held-out loss of 4 samples: 4.7500 first, 4.2500 at best, after step 20, 4.3750 last. The model is that"
         assert f"{said} of step 20." in text
@@ -203,7 +203,7 @@ def test_examples_before_questions_are_not_called_zero_shot(run: Path) -> None:
     for task in content["tasks"].values():
         task["num_fewshot"] = 5
     write_json(run / "eval/dense.json", content)
-    assert "ero-shot" not in write_report(run, STAGES).read_text()
+    assert "ero-shot" not in write_run_report(run, STAGES)[0].read_text()
 
 
 def test_one_model_without_numbers(run: Path) -> None:
@@ -214,14 +214,14 @@ def test_one_model_without_numbers(run: Path) -> None:
     broken["average"]["value"] = None
     broken["perplexity"]["wikitext2"]["value"] = None
     write_json(run / "eval/pruned.json", broken)
-    text = write_report(run, STAGES).read_text()
+    text = write_run_report(run, STAGES)[0].read_text()
     assert "figures/accuracy.png" in text
     assert "figures/perplexity.png" not in text
     assert "won back" not in text
 
 
 def test_models_are_compared_document_by_document(run: Path) -> None:
-    assert "Significance" not in write_report(run, STAGES).read_text()  # no documents' results are there
+    assert "Significance" not in write_run_report(run, STAGES)[0].read_text()  # no documents' results are there
     for role, right in (("dense", 9), ("pruned", 2), ("tuned", 8)):
         content = scores(role, right / 10, 1.0)
         content["tasks"] = {task: {"acc": right / 10, "num_samples": 10} for task in TASKS}
@@ -230,7 +230,7 @@ def test_models_are_compared_document_by_document(run: Path) -> None:
             path = run / f"eval/samples/{role}/{task}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(json.dumps({"doc_id": i, "acc": int(i < right)}) + "\n" for i in range(10)))
-    text = write_report(run, STAGES).read_text()
+    text = write_run_report(run, STAGES)[0].read_text()
     assert "| task | tuned − pruned | pruned − dense | tuned − dense |" in text
     assert "| rte | +60.00, p = 0.031 | -70.00, p = 0.016 | -10.00, p = 1 |" in text  # 2/2⁶, 2/2⁷, one document
     assert r"), p \< 0.001 | -70.00 (-" in text
@@ -241,7 +241,7 @@ def test_models_are_compared_document_by_document(run: Path) -> None:
 def test_no_run(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match=name):
-        write_report(tmp_path / name, STAGES)
+        write_run_report(tmp_path / name, STAGES)
 
 
 def test_a_log_is_read_as_the_trainer_reads_it(tmp_path: Path) -> None:
