@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -181,16 +180,13 @@ def _stage(
 def _show_scores(folder: Path, labels: list[str], kept: Path | None) -> None:
     """The result of eval: its table, what is sure of it, and where it is kept, if anywhere."""
     from lors_cli.cli.views.runs import show_results
-    from lors_cli.evaluation.significance import compare_model_texts, compare_models
+    from lors_cli.evaluation.significance import compare_models
 
     found: dict[str, Any] = {label: atomic.read_json(folder / f"{label}.json") for label in labels}
-    comparisons, texts = compare_models(folder, found), compare_model_texts(folder, found)
-    show_results(found, [*comparisons, *texts])
+    compared = compare_models(folder, found)
+    show_results(found, [*compared["comparisons"], *compared["texts_compared"]])
     if kept:
         console.path("results", kept)
     else:
         console.result("The results are not kept; give --out to keep them.")
-    console.document({
-        "results": found, "comparisons": list(map(asdict, comparisons)), "texts_compared": list(map(asdict, texts)),
-        "out": str(kept) if kept else None,
-    })  # fmt: skip
+    console.document({"results": found, **compared, "out": str(kept) if kept else None})

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypedDict
 
 from lors_cli.evaluation.samples import read_accuracies, read_windows
 
@@ -23,12 +23,9 @@ FRACTIONS_NOTE = (
     "each document's difference drawn anew."
 )
 
-Accuracies = Mapping[Any, float]
-"""Document to its accuracy: 0 or 1, of some tasks a fraction."""
-
-
-WindowLosses = Mapping[Any, float]
-"""Window of a text, its place and what its tokens are known by, to its mean negative log-likelihood in nats."""
+Scores = Mapping[Any, float]
+"""Document of a task to its accuracy (0 or 1, of some tasks a fraction), or window of a text to its mean negative
+log-likelihood in nats; what they are known by is the same where both models were given the same."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +89,13 @@ class TextComparison:
             f"{self.first} − {self.second}: perplexity of {self.text} {100 * self.difference:+.2f} % "
             f"(95 % {100 * self.low:+.2f} … {100 * self.high:+.2f}), permutation {p_text(self.p_value)}"
         )
+
+
+class Compared(TypedDict):
+    """The models of an evaluation two by two."""
+
+    comparisons: list[Comparison]
+    texts_compared: list[TextComparison]
 
 
 def p_text(p_value: float) -> str:
@@ -166,9 +170,7 @@ def _parts(rounds: int, width: int) -> Iterator[slice]:
     return (slice(first, min(first + step, rounds)) for first in range(0, rounds, step))
 
 
-def compare(
-    first: str, second: str, some: Mapping[str, Accuracies], other: Mapping[str, Accuracies]
-) -> Comparison | None:
+def compare(first: str, second: str, some: Mapping[str, Scores], other: Mapping[str, Scores]) -> Comparison | None:
     """The first model against the second, by their accuracies by task and document.
 
     Returns:
@@ -194,7 +196,7 @@ def compare(
 
 
 def compare_texts(
-    first: str, second: str, some: Mapping[str, WindowLosses], other: Mapping[str, WindowLosses]
+    first: str, second: str, some: Mapping[str, Scores], other: Mapping[str, Scores]
 ) -> list[TextComparison]:
     """The first model against the second, by their losses by text and window.
 
@@ -216,24 +218,21 @@ def _test(better: int, worse: int, differences: Sequence[Sequence[float]], whole
     return (mcnemar(better, worse), "McNemar") if whole else (permutation_test(differences), "permutation")
 
 
-def compare_models(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> list[Comparison]:
-    """The models of an evaluation two by two, on the tasks that their averages are of.
+def compare_models(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> Compared:
+    """The models of an evaluation two by two, on the tasks that their averages are of and the texts of perplexities.
 
     `folder` is the stage's, with `samples/`; `results` are as `evaluate` returns them.
 
     Returns:
         Tuned against pruned, pruned against dense, tuned against dense, as far as they are there; models of other
-        names each against the first. A pair whose documents' results are not there is left out.
+        names each against the first. A pair whose documents' or windows' results are not there is left out.
     """
-    known = {label: read_accuracies(folder, label, result) for label, result in results.items()}
-    found = [compare(*pair, known[pair[0]], known[pair[1]]) for pair in _pairs(results)]
-    return [comparison for comparison in found if comparison is not None]
-
-
-def compare_model_texts(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> list[TextComparison]:
-    """The models of an evaluation two by two, as `compare_models` pairs them, on the texts of their perplexities."""
-    known = {label: read_windows(folder, label, result) for label, result in results.items()}
-    return [found for pair in _pairs(results) for found in compare_texts(*pair, known[pair[0]], known[pair[1]])]
+    accuracies = {label: read_accuracies(folder, label, result) for label, result in results.items()}
+    windows = {label: read_windows(folder, label, result) for label, result in results.items()}
+    pairs = _pairs(results)
+    found = [compare(*pair, accuracies[pair[0]], accuracies[pair[1]]) for pair in pairs]
+    texts = [text for pair in pairs for text in compare_texts(*pair, windows[pair[0]], windows[pair[1]])]
+    return {"comparisons": [each for each in found if each is not None], "texts_compared": texts}
 
 
 def _pairs(results: Mapping[str, object]) -> list[tuple[str, str]]:

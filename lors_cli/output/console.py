@@ -10,7 +10,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -201,12 +201,12 @@ def shows_styles() -> bool:
 
 
 def document(value: Any, *, anyone: bool = False) -> None:
-    """The command's JSON document on stdout, without NaN and infinities (nothing without --json).
+    """The command's JSON document on stdout, dataclasses as objects, no NaN nor infinity (nothing without --json).
 
     `anyone`: of several processes on one job this one speaks, though it may not be the first.
     """
     if _state.is_json and (anyone or processes.is_main()):
-        text = redact(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+        text = redact(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=asdict))
         sys.stdout.write(_CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n")  # as JSON writes it
         sys.stdout.flush()
 

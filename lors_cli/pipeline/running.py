@@ -102,13 +102,12 @@ def run_recipe(
 
 def _finish(recipe: Recipe, out: Path, data_dir: Path | None, done: list[dict[str, Any]]) -> dict[str, Any]:
     """Write manifest and report; the run's summary."""
-    from lors_cli.evaluation.significance import compare_model_texts, compare_models
+    from lors_cli.evaluation.significance import compare_models
 
     _note(recipe, out, data_dir, done, len(done))
     asked = any(entry["stage"] == "eval" for entry in done)
     scores = results(out, recipe) if asked and "eval" in standing_stages(out) else {}
-    folder = out / "eval"
-    compared = {"comparisons": compare_models(folder, scores), "texts_compared": compare_model_texts(folder, scores)}
+    compared = compare_models(out / "eval", scores)
     report = str(out / "report.md")
     return {"run": str(out), "stages": done, "results": scores, **compared, "report": report}
 

@@ -21,7 +21,7 @@ _TEXTS_NOTE = (
 
 
 def differences(
-    pairs: Sequence[Comparison], texts: Sequence[TextComparison],
+    comparisons: Sequence[Comparison], texts_compared: Sequence[TextComparison],
     unpaired: Mapping[str, Mapping[str, float]] | None = None,
 ) -> list[Block]:  # fmt: skip
     """Tables with a row a task or text and a column a pair, and how to read them; nothing without a pair.
@@ -29,7 +29,7 @@ def differences(
     Args:
         unpaired: title to difference by task, of pairs that have not both the same documents' results.
     """
-    return [*_of_tasks(pairs, unpaired or {}), *_of_texts(texts)]
+    return [*_of_tasks(comparisons, unpaired or {}), *_of_texts(texts_compared)]
 
 
 def _of_tasks(pairs: Sequence[Comparison], plain: Mapping[str, Mapping[str, float]]) -> list[Block]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lors_cli.errors import UsageError
-from lors_cli.evaluation.significance import compare_model_texts, compare_models
+from lors_cli.evaluation.significance import compare_models
 from lors_cli.evaluation.summary import LOST_IN_ERROR, recovered
 from lors_cli.models.card import versions
 from lors_cli.models.packed.measured import packed_size, unpackable
@@ -135,8 +135,7 @@ def _named_models(group: Group) -> list[list[str]]:
 def _significance(root: Path, cell: Cell) -> list[Block]:
     """The models two by two: differences of accuracy and perplexity, and whether they may be chance."""
     folder = next((root / scores.folder for scores in cell.scores.values()), root)
-    scores = cell.evaluated()
-    found = differences(compare_models(folder, scores), compare_model_texts(folder, scores))
+    found = differences(**compare_models(folder, cell.evaluated()))
     return ["### Significance", *found] if found else []
 
 

@@ -14,9 +14,10 @@ import pytest
 
 from lors_cli.evaluation import significance
 from lors_cli.evaluation.significance import (
+    Comparison,
+    TextComparison,
     bootstrap_interval,
     compare,
-    compare_model_texts,
     compare_models,
     compare_texts,
     mcnemar,
@@ -163,7 +164,7 @@ def write_samples(folder: Path, label: str, tasks: dict[str, list[int | None]]) 
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         known = [value for value in accuracies if value is not None]
         metrics[task] = {"acc": sum(known) / len(known) if len(known) == len(rows) else None}
-    return {"tasks": metrics, "average": average(metrics)}
+    return {"tasks": metrics, "average": average(metrics), "perplexity": {}}
 
 
 def write_windows(folder: Path, label: str, losses: list[float], tokens: str = "ab") -> dict[str, Any]:
@@ -172,7 +173,16 @@ def write_windows(folder: Path, label: str, losses: list[float], tokens: str = "
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [{"tokens": f"{tokens}{number}", "nll": loss} for number, loss in enumerate(losses)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {"perplexity": {"web": {"value": math.exp(sum(losses) / len(losses))}}}
+    text = {"web": {"value": math.exp(sum(losses) / len(losses))}}
+    return {"tasks": {}, "average": average({}), "perplexity": text}
+
+
+def comparisons(folder: Path, results: dict[str, Any]) -> list[Comparison]:
+    return compare_models(folder, results)["comparisons"]
+
+
+def texts_compared(folder: Path, results: dict[str, Any]) -> list[TextComparison]:
+    return compare_models(folder, results)["texts_compared"]
 
 
 def test_texts_of_a_folder(tmp_path: Path) -> None:
@@ -181,19 +191,18 @@ def test_texts_of_a_folder(tmp_path: Path) -> None:
         "pruned": write_windows(tmp_path, "pruned", [4.0, 2.0]),
         "tuned": write_windows(tmp_path, "tuned", [3.0, 1.5]),
     }
-    found = compare_model_texts(tmp_path, results)
+    found = texts_compared(tmp_path, results)
     assert [(pair.first, pair.second) for pair in found] == [
         ("tuned", "pruned"), ("pruned", "dense"), ("tuned", "dense"),
     ]  # fmt: skip
     assert [pair.difference for pair in found] == pytest.approx([math.expm1(value) for value in (-0.75, 1.5, 0.75)])
     other_tokens = {**results, "pruned": write_windows(tmp_path, "pruned", [4.0, 2.0], "cd")}
-    assert [(pair.first, pair.second) for pair in compare_model_texts(tmp_path, other_tokens)] == [("tuned", "dense")]
-    earlier = {**results, "tuned": {"perplexity": {"web": {"value": 9.0}}}}  # the file is of another evaluation
-    assert compare_model_texts(tmp_path, {label: earlier[label] for label in ("dense", "tuned")}) == []
-    broken = {**results, "tuned": {"perplexity": {"web": {"value": None}}}}
-    assert compare_model_texts(tmp_path, {label: broken[label] for label in ("dense", "tuned")}) == []
+    assert [(pair.first, pair.second) for pair in texts_compared(tmp_path, other_tokens)] == [("tuned", "dense")]
+    for value in (9.0, None):  # the file is of another evaluation; the model is broken
+        tuned = {**results["tuned"], "perplexity": {"web": {"value": value}}}
+        assert texts_compared(tmp_path, {"dense": results["dense"], "tuned": tuned}) == []
     (tmp_path / "samples/dense/perplexity-web.jsonl").unlink()
-    assert compare_model_texts(tmp_path, {label: results[label] for label in ("dense", "tuned")}) == []
+    assert texts_compared(tmp_path, {label: results[label] for label in ("dense", "tuned")}) == []
 
 
 def test_models_of_a_folder(tmp_path: Path) -> None:
@@ -202,7 +211,7 @@ def test_models_of_a_folder(tmp_path: Path) -> None:
         "pruned": write_samples(tmp_path, "pruned", {"a": [0, 0, 0, 1], "b": [0, 0]}),
         "tuned": write_samples(tmp_path, "tuned", {"a": [1, 1, 0, 1], "b": [0, 0]}),
     }
-    found = compare_models(tmp_path, results)
+    found = comparisons(tmp_path, results)
     assert [(pair.first, pair.second) for pair in found] == [
         ("tuned", "pruned"), ("pruned", "dense"), ("tuned", "dense"),
     ]  # fmt: skip
@@ -210,23 +219,23 @@ def test_models_of_a_folder(tmp_path: Path) -> None:
         values = [results[label]["average"]["value"] for label in (pair.first, pair.second)]
         assert pair.difference == pytest.approx(values[0] - values[1])
     assert found[1].p_value == pytest.approx(2 / 16)  # four documents lost, none won
-    assert compare_models(tmp_path, {"dense": results["dense"]}) == []
-    assert compare_models(tmp_path, {}) == []
+    assert comparisons(tmp_path, {"dense": results["dense"]}) == []
+    assert comparisons(tmp_path, {}) == []
 
 
 def test_other_names_are_compared_with_the_first(tmp_path: Path) -> None:
     results = {label: write_samples(tmp_path, label, {"a": [1, 0]}) for label in ("x", "y", "z")}
-    assert [(pair.first, pair.second) for pair in compare_models(tmp_path, results)] == [("y", "x"), ("z", "x")]
+    assert [(pair.first, pair.second) for pair in comparisons(tmp_path, results)] == [("y", "x"), ("z", "x")]
     results = {label: write_samples(tmp_path, label, {"a": [1, 0]}) for label in ("dense", "tuned", "packed")}
-    found = [(pair.first, pair.second) for pair in compare_models(tmp_path, results)]
+    found = [(pair.first, pair.second) for pair in comparisons(tmp_path, results)]
     assert found == [("tuned", "dense"), ("packed", "dense")]
 
 
 def test_documents_that_were_cut_to_whole_numbers_are_left_out(tmp_path: Path) -> None:
     results = {label: write_samples(tmp_path, label, {"mc2": [0, 0, 0]}) for label in ("dense", "pruned")}
-    assert len(compare_models(tmp_path, results)) == 1
+    assert len(comparisons(tmp_path, results)) == 1
     results["dense"]["tasks"]["mc2"]["acc"] = 0.43  # as an earlier lors wrote it: the fractions' mean beside zeros
-    assert compare_models(tmp_path, results) == []
+    assert comparisons(tmp_path, results) == []
 
 
 def test_broken_models_and_lost_documents_are_left_out(tmp_path: Path) -> None:
@@ -235,9 +244,9 @@ def test_broken_models_and_lost_documents_are_left_out(tmp_path: Path) -> None:
         "pruned": write_samples(tmp_path, "pruned", {"a": [None, None]}),
         "tuned": write_samples(tmp_path, "tuned", {"a": [1, 0]}),
     }
-    assert [(pair.first, pair.second) for pair in compare_models(tmp_path, results)] == [("tuned", "dense")]
+    assert [(pair.first, pair.second) for pair in comparisons(tmp_path, results)] == [("tuned", "dense")]
     (tmp_path / "samples/dense/a.jsonl").unlink()
-    assert compare_models(tmp_path, results) == []
+    assert comparisons(tmp_path, results) == []
 
 
 @pytest.mark.parametrize("weighted", [True, False])
@@ -250,7 +259,7 @@ def test_a_group_is_compared_over_the_documents_of_its_tasks(weighted: bool, tmp
         result["tasks"]["g"] = {"acc": (4 * x + 2 * y) / 6 if weighted else (x + y) / 2}
         result |= {"groups": {"g": ["inner", "y"], "inner": ["x"]}, "average": {"tasks": ["g"]}}
         results[label] = result
-    (found,) = compare_models(tmp_path, results)
+    (found,) = comparisons(tmp_path, results)
     # b − a: of x −2/4, of y +1/2
     assert found.difference == pytest.approx((-2 + 1) / 6 if weighted else 0)
     assert (found.tasks["g"].num_documents, found.tasks["g"].better, found.tasks["g"].worse) == (6, 1, 2)

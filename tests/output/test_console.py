@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,16 @@ def test_documents_hold_no_nan() -> None:
     console.configure(json_mode=True)
     with pytest.raises(ValueError, match="JSON compliant"):
         console.document(float("nan"))
+
+
+def test_dataclasses_are_objects_in_documents(capsys: Capture) -> None:
+    @dataclass
+    class Point:
+        x: int
+
+    console.configure(json_mode=True)
+    console.document({"points": [Point(1)]})
+    assert json.loads(capsys.readouterr().out) == {"points": [{"x": 1}]}
 
 
 def test_without_json_mode_there_is_no_document(capsys: Capture) -> None:

@@ -178,8 +178,7 @@ def show_run(summary: dict[str, Any]) -> None:
         console.result(f"\nAgainst {summary['repeat']['manifest']}:")
         for stage, names in summary["repeat"]["different_files"].items():
             console.result(f"{stage:6} {'other bits: ' + ', '.join(names) if names else 'the same bits'}")
-    compared = {key: list(map(asdict, summary[key])) for key in ("comparisons", "texts_compared")}
-    console.document({**summary, **compared})
+    console.document(summary)
 
 
 def show_inspection(path: str, document: dict[str, Any]) -> None:
