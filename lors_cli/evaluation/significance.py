@@ -14,6 +14,8 @@ from lors_cli.evaluation.samples import read_accuracies, read_windows
 ROUNDS = 10_000
 SEED = 0
 CONFIDENCE = 0.95
+MIN_FOR_INTERVAL = 10
+"""Documents of a task, windows of a text: of fewer a bootstrap interval is far too narrow (of 2 it covers a half)."""
 _ROLE_PAIRS = (("tuned", "pruned"), ("pruned", "dense"), ("tuned", "dense"))
 
 _MAX_DRAWN = 2**22
@@ -52,9 +54,9 @@ class Comparison:
     second: str
     difference: float
     """First minus second, of the unweighted mean accuracy over the tasks; 1 is all."""
-    low: float
-    high: float
-    """Its 95 % interval."""
+    low: float | None
+    high: float | None
+    """Its 95 % interval; None where a task has fewer than `MIN_FOR_INTERVAL` documents."""
     p_value: float
     """McNemar's, all documents of all tasks together, so that a large task counts for more than a small one."""
     test: str
@@ -63,8 +65,8 @@ class Comparison:
 
     def __str__(self) -> str:
         return (
-            f"{self.first} − {self.second}: {100 * self.difference:+.2f} points "
-            f"(95 % {100 * self.low:+.2f} … {100 * self.high:+.2f}), {self.test} {p_text(self.p_value)}"
+            f"{self.first} − {self.second}: {100 * self.difference:+.2f} points"
+            f"{interval_text(self, '95 % ')}, {self.test} {p_text(self.p_value)}"
         )
 
 
@@ -78,16 +80,16 @@ class TextComparison:
     num_windows: int
     difference: float
     """The first one's perplexity as a share of the second one's, minus 1."""
-    low: float
-    high: float
-    """Its 95 % interval."""
+    low: float | None
+    high: float | None
+    """Its 95 % interval; None where there are fewer than `MIN_FOR_INTERVAL` windows."""
     p_value: float
     """A permutation test's."""
 
     def __str__(self) -> str:
         return (
-            f"{self.first} − {self.second}: perplexity of {self.text} {100 * self.difference:+.2f} % "
-            f"(95 % {100 * self.low:+.2f} … {100 * self.high:+.2f}), permutation {p_text(self.p_value)}"
+            f"{self.first} − {self.second}: perplexity of {self.text} {100 * self.difference:+.2f} %"
+            f"{interval_text(self, '95 % ')}, permutation {p_text(self.p_value)}"
         )
 
 
@@ -101,6 +103,13 @@ class Compared(TypedDict):
 def p_text(p_value: float) -> str:
     """`p = 0.02`, `p < 0.001`."""
     return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.2g}"
+
+
+def interval_text(found: Comparison | TextComparison, name: str = "") -> str:
+    """` (-0.20 … +2.20)`, with a `name` in front; nothing where there is no interval."""
+    if found.low is None or found.high is None:
+        return ""
+    return f" ({name}{100 * found.low:+.2f} … {100 * found.high:+.2f})"
 
 
 def mcnemar(better: int, worse: int) -> float:
@@ -188,11 +197,10 @@ def compare(first: str, second: str, some: Mapping[str, Scores], other: Mapping[
         tested = _test(better, worse, [apart], whole)
         tasks[task] = TaskComparison(len(apart), sum(apart) / len(apart), better, worse, *tested)
         differences.append(apart)
-    low, high = bootstrap_interval(differences)
     better, worse = sum(task.better for task in tasks.values()), sum(task.worse for task in tasks.values())
     tested = _test(better, worse, differences, all(task.test == "McNemar" for task in tasks.values()))
     difference = sum(task.difference for task in tasks.values()) / len(tasks)
-    return Comparison(first, second, difference, low, high, *tested, tasks)
+    return Comparison(first, second, difference, *_interval(differences), *tested, tasks)
 
 
 def compare_texts(
@@ -201,16 +209,25 @@ def compare_texts(
     """The first model against the second, by their losses by text and window.
 
     Returns:
-        A comparison a text that both were scored on the same windows of.
+        A comparison a text that both were scored on the same windows of; none of perplexities past all numbers.
     """
     found = []
     for text, losses in some.items():
         if losses.keys() != other.get(text, {}).keys():
             continue
         apart = [[losses[window] - other[text][window] for window in sorted(losses)]]
-        ratio, low, high = (math.expm1(value) for value in (fmean(apart[0]), *bootstrap_interval(apart)))
+        try:
+            ratio = math.expm1(fmean(apart[0]))
+            low, high = (None if end is None else math.expm1(end) for end in _interval(apart))
+        except OverflowError:
+            continue
         found.append(TextComparison(first, second, text, len(losses), ratio, low, high, permutation_test(apart)))
     return found
+
+
+def _interval(differences: Sequence[Sequence[float]]) -> tuple[float, float] | tuple[None, None]:
+    """`bootstrap_interval` where there are enough documents or windows."""
+    return bootstrap_interval(differences) if min(map(len, differences)) >= MIN_FOR_INTERVAL else (None, None)
 
 
 def _test(better: int, worse: int, differences: Sequence[Sequence[float]], whole: bool) -> tuple[float, str]:

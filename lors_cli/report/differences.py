@@ -5,18 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 
-from lors_cli.evaluation.significance import FRACTIONS_NOTE, Comparison, TextComparison, p_text
+from lors_cli.evaluation.significance import (
+    FRACTIONS_NOTE,
+    MIN_FOR_INTERVAL,
+    Comparison,
+    TextComparison,
+    interval_text,
+    p_text,
+)
 from lors_cli.output.markdown import NONE, Block, table
 
 _NOTE = (
     "Points of accuracy on the same documents. p is McNemar's exact test, in the last row over all documents; the "
-    "interval there (95 %) is a paired bootstrap of the average over tasks. Of many p some are small by chance."
+    f"interval there (95 %, from {MIN_FOR_INTERVAL} documents a task on) is a paired bootstrap of the average over "
+    "tasks. Of many p some are small by chance."
 )
 
 
 _TEXTS_NOTE = (
-    "How much larger the perplexity is than the other model's, on the same windows of text. The interval (95 %) is a "
-    "paired bootstrap over windows, p a permutation test's."
+    "How much larger the perplexity is than the other model's, on the same windows of text. The interval (95 %, "
+    f"from {MIN_FOR_INTERVAL} windows on) is a paired bootstrap over windows, p a permutation test's."
 )
 
 
@@ -42,10 +50,7 @@ def _of_tasks(pairs: Sequence[Comparison], plain: Mapping[str, Mapping[str, floa
         [task, *(_of_task(pair, task) for pair in pairs), *(_plain(found.get(task)) for found in plain.values())]
         for task in tasks
     ]
-    whole = [
-        f"{100 * pair.difference:+.2f} ({100 * pair.low:+.2f} … {100 * pair.high:+.2f}), {p_text(pair.p_value)}"
-        for pair in pairs
-    ]
+    whole = [f"{100 * pair.difference:+.2f}{interval_text(pair)}, {p_text(pair.p_value)}" for pair in pairs]
     whole += [_plain(fmean(found.values())) for found in plain.values()]
     columns = ["task", *(f"{pair.first} − {pair.second}" for pair in pairs), *plain]
     return [table(columns, [*rows, ["average", *whole]]), " ".join(_notes(pairs, plain))]
@@ -64,8 +69,7 @@ def _of_texts(texts: Sequence[TextComparison]) -> list[Block]:
 def _of_text(found: TextComparison | None) -> str:
     if found is None:
         return NONE
-    interval = f"({100 * found.low:+.2f} … {100 * found.high:+.2f})"
-    return f"{100 * found.difference:+.2f} % {interval}, {p_text(found.p_value)}"
+    return f"{100 * found.difference:+.2f} %{interval_text(found)}, {p_text(found.p_value)}"
 
 
 def _notes(pairs: Sequence[Comparison], plain: Mapping[str, object]) -> Iterator[str]:

@@ -130,7 +130,7 @@ def test_eval_of_several_models(at_finished: Path, lors: Lors) -> None:
     again = lors("eval", "dense", TUNED, "--out", "e", *QUICK_EVAL)
     assert "nothing to do" in again.stderr
     assert "perplexity text.jsonl" in again.stdout
-    assert f"tune − dense: perplexity of text.jsonl {100 * text['difference']:+.2f} % (95 % " in again.stdout
+    assert f"tune − dense: perplexity of text.jsonl {100 * text['difference']:+.2f} %" in again.stdout
 
 
 def test_a_run_tells_how_sure_its_differences_are(at_finished: Path, lors: Lors) -> None:
@@ -141,8 +141,9 @@ def test_a_run_tells_how_sure_its_differences_are(at_finished: Path, lors: Lors)
         values = [found["results"][label]["average"]["value"] for label in labels]
         assert pair["difference"] == pytest.approx(values[0] - values[1])
         assert pair["tasks"]["pydoc_choice"]["num_documents"] == 3
+        assert (pair["low"], pair["high"]) == (None, None)  # of three documents an interval would say nothing
     shown = lors("run", "tiny.yaml").stdout
-    assert f"tuned − pruned: {100 * pairs['tuned', 'pruned']['difference']:+.2f} points (95 % " in shown
+    assert f"tuned − pruned: {100 * pairs['tuned', 'pruned']['difference']:+.2f} points, McNemar p = " in shown
     assert "### Significance" in Path("runs/tiny/report.md").read_text()
     alone = document(lors("eval", "dense", PRUNED, "--tasks", "pydoc_choice", "--limit", "3", "--json"))
     (pair,) = alone["comparisons"]
