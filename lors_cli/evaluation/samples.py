@@ -13,16 +13,20 @@ from lors_cli.evaluation.pieces import samples_path
 
 
 def read_accuracies(folder: Path, label: str, result: Mapping[str, Any]) -> dict[str, dict[Any, float]]:
-    """A model's accuracies by task and document; empty where a task's are not there, not numbers, or of other results.
+    """A model's accuracies by task and document; without tasks whose are not there, not numbers, or of other results.
 
     What lors wrote before it kept fractions is of other results: the documents' mean is not the task's accuracy.
+    A document is known by its number, what is right of it, and how many examples stood before it.
     """
     accuracies = {}
     for name in result["average"]["tasks"]:
         tasks = _tasks_in(result, name)
-        rows = [_read_documents(samples_path(folder, label, task)) for task in tasks]
+        rows = [
+            _read_documents(samples_path(folder, label, task), result["tasks"].get(task, {}).get("num_fewshot") or 0)
+            for task in tasks
+        ]
         if not all(rows):
-            return {}
+            continue
         found = {
             (task, document): acc for task, part in zip(tasks, rows, strict=True) for document, acc in part.items()
         }
@@ -31,7 +35,7 @@ def read_accuracies(folder: Path, label: str, result: Mapping[str, Any]) -> dict
             sizes = {task: len(found) / len(tasks) / len(part) for task, part in zip(tasks, rows, strict=True)}
             found = {(task, document): sizes[task] * acc for (task, document), acc in found.items()}
         if not math.isclose(fmean(found.values()), score, abs_tol=1e-6):
-            return {}
+            continue
         accuracies[name] = found if name in result.get("groups", {}) else {key[1]: acc for key, acc in found.items()}
     return accuracies
 
@@ -56,10 +60,11 @@ def _tasks_in(result: Mapping[str, Any], name: str) -> list[str]:
     return [name] if members is None else [task for member in members for task in _tasks_in(result, member)]
 
 
-def _read_documents(path: Path) -> dict[Any, float]:
+def _read_documents(path: Path, num_fewshot: int) -> dict[Any, float]:
     """A task's accuracies by document; nothing where they are not there or not numbers."""
     if not path.is_file():
         return {}
     rows = [json.loads(line) for line in path.read_bytes().splitlines()]
-    found = {row["doc_id"]: row.get("acc") for row in rows if "filter" not in row}
+    found = {(row["doc_id"], json.dumps(row.get("target")), num_fewshot): row.get("acc")
+             for row in rows if "filter" not in row}  # fmt: skip
     return {} if None in found.values() else found

@@ -244,7 +244,9 @@ def compare_models(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> Co
         Tuned against pruned, pruned against dense, tuned against dense, as far as they are there; models of other
         names each against the first. A pair whose documents' or windows' results are not there is left out.
     """
-    accuracies = {label: read_accuracies(folder, label, result) for label, result in results.items()}
+    read = {label: read_accuracies(folder, label, result) for label, result in results.items()}
+    accuracies = {label: found if len(found) == len(results[label]["average"]["tasks"]) else {}
+                  for label, found in read.items()}  # fmt: skip
     windows = {label: read_windows(folder, label, result) for label, result in results.items()}
     pairs = _pairs(results)
     found = [compare(*pair, accuracies[pair[0]], accuracies[pair[1]]) for pair in pairs]

@@ -15,7 +15,7 @@ from lors_cli.output.markdown import NONE, Block, escape
 from lors_cli.report.colours import coloured
 from lors_cli.report.differences import differences
 from lors_cli.report.groups import groups, model_label, pattern_name
-from lors_cli.report.measures import Group, Measure, ScoredModel, measures
+from lors_cli.report.measures import Group, ScoredModel, measures
 from lors_cli.report.output import assemble, pictures, table_of, write_files
 from lors_cli.report.results import Cell, Results
 from lors_cli.report.run import summary
@@ -87,12 +87,12 @@ class _Entry:
 
     @cached_property
     def accuracies(self) -> dict[str, dict[Any, float]]:
-        """By task and document; empty where they are not there."""
+        """By task and document, as far as they are there."""
         return read_accuracies(*self._place, self.model.scores) if self.model.scores else {}
 
     @cached_property
     def windows(self) -> dict[str, dict[Any, float]]:
-        """Losses by text and window; empty where they are not there."""
+        """Losses by text and window, as far as they are there."""
         return read_windows(*self._place, self.model.scores) if self.model.scores else {}
 
     @property
@@ -164,21 +164,21 @@ def _differences(sources: Sequence[Source], entries: Sequence[_Entry]) -> list[B
     """Each model of the later folders against its like in the first one, as far as both are scored."""
     paired: list[Comparison] = []
     texts: list[TextComparison] = []
-    unpaired: dict[str, dict[str, float]] = {}
+    plain: dict[str, dict[str, float]] = {}
+    plain_texts: dict[str, dict[str, float]] = {}
     for entry in entries:
         other = _counterpart(entry, [e for e in entries if e.source is sources[0] and e.model.scores])
         if entry.source is sources[0] or other is None or not entry.model.scores:
             continue
+        labels = entry.model.label, other.model.label
         some, others = entry.accuracies, other.accuracies
         shared = [task for task in some if task in others and some[task].keys() == others[task].keys()]
-        found = compare(entry.model.label, other.model.label, *({task: accuracies[task] for task in shared}
-                                                               for accuracies in (some, others)))  # fmt: skip
-        if found is not None:
-            paired.append(found)
-        elif plain := _plain(entry.model, other.model):
-            unpaired[f"{entry.model.label} − {other.model.label}"] = plain
-        texts += compare_texts(entry.model.label, other.model.label, entry.windows, other.windows)
-    return differences(paired, texts, unpaired)
+        found = compare(*labels, *({task: accuracies[task] for task in shared} for accuracies in (some, others)))
+        paired += [found] if found else []
+        texts += compare_texts(*labels, entry.windows, other.windows)
+        title = " − ".join(labels)
+        plain[title], plain_texts[title] = (_plain(kind, entry.model, other.model) for kind in ("task", "perplexity"))
+    return differences(paired, texts, plain, plain_texts)
 
 
 def _counterpart(entry: _Entry, others: Sequence[_Entry]) -> _Entry | None:
@@ -192,15 +192,14 @@ def _counterpart(entry: _Entry, others: Sequence[_Entry]) -> _Entry | None:
     return max(like or others[-1:], key=in_common, default=None)
 
 
-def _plain(some: ScoredModel, other: ScoredModel) -> dict[str, float]:
-    """The difference of the accuracies that both models have, by task."""
-    both = [item for item in measures([some, other]) if item.kind == "task" and item.metric == "acc"]
-    return {item.name: found for item in both if (found := _difference(item, some, other)) is not None}
-
-
-def _difference(item: Measure, some: ScoredModel, other: ScoredModel) -> float | None:
-    mine, theirs = item.stored(some), item.stored(other)
-    return None if mine is None or theirs is None else mine - theirs
+def _plain(kind: str, some: ScoredModel, other: ScoredModel) -> dict[str, float]:
+    """What both models have: of tasks the difference of the accuracies, of texts the perplexities' as a share."""
+    found = {}
+    for item in measures([some, other]):
+        mine, theirs = item.stored(some), item.stored(other)
+        if item.kind == kind and item.metric in ("acc", "") and mine is not None and theirs is not None:
+            found[item.name] = mine - theirs if kind == "task" else mine / theirs - 1
+    return found
 
 
 def _settings(sources: Sequence[Source]) -> list[list[str]]:

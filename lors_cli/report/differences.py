@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from lors_cli.evaluation.significance import (
@@ -13,82 +13,91 @@ from lors_cli.evaluation.significance import (
     interval_text,
     p_text,
 )
-from lors_cli.output.markdown import NONE, Block, table
+from lors_cli.output.markdown import NONE, Block, escape, table
 
 _NOTE = (
-    "Points of accuracy on the same documents. p is McNemar's exact test, in the last row over all documents; the "
-    f"interval there (95 %, from {MIN_FOR_INTERVAL} documents a task on) is a paired bootstrap of the average over "
-    "tasks. Of many p some are small by chance."
+    "p is McNemar's exact test on the same documents, in the last row over all of them; the interval there (95 %, from "
+    f"{MIN_FOR_INTERVAL} documents a task on) is a paired bootstrap of the average over tasks. Of many p some are "
+    "small by chance."
 )
-
-
 _TEXTS_NOTE = (
-    "How much larger the perplexity is than the other model's, on the same windows of text. The interval (95 %, "
-    f"from {MIN_FOR_INTERVAL} windows on) is a paired bootstrap over windows, p a permutation test's."
+    f"The interval (95 %, from {MIN_FOR_INTERVAL} windows on) is a paired bootstrap over the same windows of text, p a "
+    "permutation test's."
 )
+_WITHOUT_P = "Without p: the two models' results of the same {} are not there, so that nothing can be said of chance."
+
+Plain = Mapping[str, Mapping[str, float]]
+"""Title of a pair to its differences by task or text, of all that both models have a number of."""
+Columns = Mapping[str, Mapping[str, str]]
+"""Title of a pair to its cells by task or text."""
 
 
 def differences(
-    comparisons: Sequence[Comparison], texts_compared: Sequence[TextComparison],
-    unpaired: Mapping[str, Mapping[str, float]] | None = None,
+    comparisons: Sequence[Comparison], texts_compared: Sequence[TextComparison], plain: Plain | None = None,
+    plain_texts: Plain | None = None,
 ) -> list[Block]:  # fmt: skip
     """Tables with a row a task or text and a column a pair, and how to read them; nothing without a pair.
 
-    Args:
-        unpaired: title to difference by task, of pairs that have not both the same documents' results.
+    What is in `plain` and `plain_texts` alone has no p.
     """
-    return [*_of_tasks(comparisons, unpaired or {}), *_of_texts(texts_compared)]
+    return [*_of_tasks(comparisons, plain or {}), *_of_texts(texts_compared, plain_texts or {})]
 
 
-def _of_tasks(pairs: Sequence[Comparison], plain: Mapping[str, Mapping[str, float]]) -> list[Block]:
-    if not pairs and not plain:
+def _of_tasks(pairs: Sequence[Comparison], plain: Plain) -> list[Block]:
+    compared = {_title(pair): pair for pair in pairs}
+    cells = {title: {task: f"{100 * found.difference:+.2f}, {p_text(found.p_value)}"
+                     for task, found in pair.tasks.items()} for title, pair in compared.items()}  # fmt: skip
+    columns = _columns(plain, "{:+.2f}", cells)
+    if not columns:
         return []
-    tasks = dict.fromkeys(
-        [task for pair in pairs for task in pair.tasks] + [t for found in plain.values() for t in found]
-    )
-    rows = [
-        [task, *(_of_task(pair, task) for pair in pairs), *(_plain(found.get(task)) for found in plain.values())]
-        for task in tasks
-    ]
-    whole = [f"{100 * pair.difference:+.2f}{interval_text(pair)}, {p_text(pair.p_value)}" for pair in pairs]
-    whole += [_plain(fmean(found.values())) for found in plain.values()]
-    columns = ["task", *(f"{pair.first} − {pair.second}" for pair in pairs), *plain]
-    return [table(columns, [*rows, ["average", *whole]]), " ".join(_notes(pairs, plain))]
-
-
-def _of_texts(texts: Sequence[TextComparison]) -> list[Block]:
-    if not texts:
-        return []
-    found = {(text.text, f"{text.first} − {text.second}"): text for text in texts}
-    titles = dict.fromkeys(title for _, title in found)
-    rows = [[name, *(_of_text(found.get((name, title))) for title in titles)]
-            for name in dict.fromkeys(name for name, _ in found)]  # fmt: skip
-    return [table(["perplexity", *titles], rows), _TEXTS_NOTE]
-
-
-def _of_text(found: TextComparison | None) -> str:
-    if found is None:
-        return NONE
-    return f"{100 * found.difference:+.2f} %{interval_text(found)}, {p_text(found.p_value)}"
-
-
-def _notes(pairs: Sequence[Comparison], plain: Mapping[str, object]) -> Iterator[str]:
+    notes = ["Points of accuracy."]
     if pairs:
-        yield _NOTE
+        notes.append(_NOTE)
     if any(pair.test == "permutation" for pair in pairs):
-        yield FRACTIONS_NOTE
-    if plain:
-        yield (
-            "Points of accuracy. " * (not pairs) + "Without p: the two models' results of the same documents are not "
-            "there, so that nothing can be said of chance; the average is of the tasks above."
-        )
+        notes.append(FRACTIONS_NOTE)
+    if columns != cells:
+        notes.append(_WITHOUT_P.format("documents"))
+    rows, last = _rows(columns), ["average"]
+    for title in columns:
+        pair = compared.get(title)
+        values = {task: found.difference for task, found in pair.tasks.items()} if pair else plain[title]
+        last.append(f"{100 * fmean(values.values()):+.2f}"
+                    + (f"{interval_text(pair)}, {p_text(pair.p_value)}" if pair else ""))  # fmt: skip
+        if len(values) < len(rows):
+            notes.append(escape(f"The average of {title} is of {', '.join(values)}."))
+    return [table(["task", *columns], [*rows, last]), " ".join(notes)]
 
 
-def _of_task(pair: Comparison, task: str) -> str:
-    if task not in pair.tasks:
-        return NONE
-    return f"{100 * pair.tasks[task].difference:+.2f}, {p_text(pair.tasks[task].p_value)}"
+def _of_texts(texts: Sequence[TextComparison], plain: Plain) -> list[Block]:
+    cells: dict[str, dict[str, str]] = {}
+    for found in texts:
+        text = f"{100 * found.difference:+.2f} %{interval_text(found)}, {p_text(found.p_value)}"
+        cells.setdefault(_title(found), {})[found.text] = text
+    columns = _columns(plain, "{:+.2f} %", cells)
+    if not columns:
+        return []
+    notes = ["How much larger the perplexity is than the other model's."]
+    if texts:
+        notes.append(_TEXTS_NOTE)
+    if columns != cells:
+        notes.append(_WITHOUT_P.format("windows"))
+    return [table(["perplexity", *columns], _rows(columns)), " ".join(notes)]
 
 
-def _plain(difference: float | None) -> str:
-    return NONE if difference is None else f"{100 * difference:+.2f}"
+def _title(found: Comparison | TextComparison) -> str:
+    return f"{found.first} − {found.second}"
+
+
+def _columns(plain: Plain, form: str, compared: Columns) -> Columns:
+    """The cells that were compared, and in `form` what else is plain; no empty column."""
+    found = {
+        title: {name: form.format(100 * value) for name, value in plain.get(title, {}).items()}
+        | dict(compared.get(title, {}))
+        for title in {**plain, **compared}
+    }
+    return {title: cells for title, cells in found.items() if cells}
+
+
+def _rows(columns: Columns) -> list[list[str]]:
+    names = dict.fromkeys(name for cells in columns.values() for name in cells)
+    return [[name, *(cells.get(name, NONE) for cells in columns.values())] for name in names]

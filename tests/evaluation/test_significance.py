@@ -248,6 +248,24 @@ def test_other_names_are_compared_with_the_first(tmp_path: Path) -> None:
     assert found == [("tuned", "dense"), ("packed", "dense")]
 
 
+def test_a_pair_without_a_task_of_its_average_is_left_out(tmp_path: Path) -> None:
+    results = {label: write_samples(tmp_path, label, {"a": [1, 0], "b": [1, 0]}) for label in ("dense", "tuned")}
+    for label in results:
+        (tmp_path / "samples" / label / "b.jsonl").unlink()
+    assert comparisons(tmp_path, results) == []
+
+
+def test_documents_are_the_same_with_the_same_target_and_examples(tmp_path: Path) -> None:
+    results = {label: write_samples(tmp_path, label, {"a": [1, 0]}) for label in ("dense", "tuned")}
+    results["tuned"]["tasks"]["a"]["num_fewshot"] = 5
+    assert comparisons(tmp_path, results) == []
+    results["dense"]["tasks"]["a"]["num_fewshot"] = 5
+    assert len(comparisons(tmp_path, results)) == 1
+    path = tmp_path / "samples/tuned/a.jsonl"
+    path.write_text(path.read_text().replace('"target": 0', '"target": "no"', 1))
+    assert comparisons(tmp_path, results) == []
+
+
 def test_documents_that_were_cut_to_whole_numbers_are_left_out(tmp_path: Path) -> None:
     results = {label: write_samples(tmp_path, label, {"mc2": [0, 0, 0]}) for label in ("dense", "pruned")}
     assert len(comparisons(tmp_path, results)) == 1

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,9 +151,15 @@ def test_perplexities_are_compared_window_by_window(tmp_path: Path) -> None:
         folder = scored(tmp_path / "runs" / name, {"dense": right, "tuned": right})
         with_windows(folder, "dense", [2.0] * 16)
         with_windows(folder, "tuned", losses)
-    text = text_of(write_reports([tmp_path / "runs/a", tmp_path / "runs/b"], FORMATS, None))
+    found = [tmp_path / "runs/a", tmp_path / "runs/b"]
+    text = text_of(write_reports(found, ("md",), None))
     assert "| perplexity | b/tuned − a/tuned |" in text
     assert r"| web | -9.52 % (-9.52 … -9.52), p \< 0.001 |" in text  # e^−0.1, on every window
+    assert "Without p" not in text
+    with_windows(found[1], "tuned", [2.9] * 15)  # other windows
+    text = text_of(write_reports(found, ("md",), None))
+    assert "| web | -9.52 % |" in text
+    assert "Without p: the two models' results of the same windows are not there" in text
 
 
 def test_several_are_compared_with_the_first(tmp_path: Path) -> None:
@@ -191,6 +198,43 @@ def test_tasks_that_both_have_are_compared(tmp_path: Path) -> None:
     text = text_of(write_reports([tmp_path / "a", tmp_path / "b"], FORMATS, tmp_path / "out"))
     assert "| boolq | +60.00, p = 0.031 |" in text
     assert "| arc_easy |" not in text
+    assert "Without p" not in text
+    assert "The average of" not in text
+
+
+def changed(path: Path, **values: Any) -> None:
+    """Give every document of a task other values."""
+    rows = [{**json.loads(line), **values} for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_no_task_is_dropped_from_the_differences(tmp_path: Path) -> None:
+    for name, right in (("a", 2), ("b", 8)):
+        scored(tmp_path / name, {"mine": {"boolq": right, "arc_easy": right}})
+    changed(tmp_path / "b/samples/mine/arc_easy.jsonl", target=1)  # other right answers: of other documents
+    scored(tmp_path / "c", {"mine": {"boolq": 5}}, tasks=("boolq",))
+    text = text_of(write_reports([tmp_path / name for name in "abc"], ("md",), tmp_path / "out"))
+    assert "| task | b/mine − a/mine | c/mine − a/mine |" in text
+    assert "| boolq | +60.00, p = 0.031 | +30.00, p = 0.25 |" in text
+    assert "| arc_easy | +60.00 | – |" in text
+    assert re.search(r"\| average \| \+60.00 \(.*\), p = 0.031 \| \+30.00 \(.*\), p = 0.25 \|", text)
+    assert "Without p: the two models' results of the same documents are not there" in text
+    assert "The average of b/mine − a/mine is of boolq. The average of c/mine − a/mine is of boolq." in text
+    (tmp_path / "a/samples/mine/arc_easy.jsonl").unlink()
+    assert text_of(write_reports([tmp_path / name for name in "abc"], ("md",), tmp_path / "out")) == text
+
+
+def test_other_examples_before_the_question_are_no_difference(tmp_path: Path) -> None:
+    for name, shots in (("a", 0), ("b", 5)):
+        folder = scored(tmp_path / name, {"mine": {"boolq": 2, "arc_easy": 4}})
+        content = json.loads((folder / "mine.json").read_text())
+        content["tasks"]["boolq"]["num_fewshot"] = shots
+        write_json(folder / "mine.json", content)
+        record(folder, "eval", {"tasks": ["boolq", "arc_easy"], "limit": None}, {"mine": "x"}, {}, ["mine.json"])
+    text = text_of(write_reports([tmp_path / "a", tmp_path / "b"], ("md",), tmp_path / "out"))
+    section = text.partition("## Differences")[2]
+    assert "| boolq" not in section
+    assert "| arc_easy | +0.00, p = 1 |" in section
 
 
 def test_settings_that_differ_and_memory_in_a_unit_that_suits(tmp_path: Path) -> None:
