@@ -24,10 +24,12 @@ def chance_levels(folder: Path, contents: dict[str, dict[str, Any]]) -> dict[str
 
 
 def _of_samples(paths: Iterable[Path]) -> float | None:
-    """Of the first of the files that is there; None where its documents are not of several choices."""
+    """Of the first of the files that is there; None where its documents are not of several choices, right or wrong."""
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         return None
     rows = [json.loads(line) for line in path.read_bytes().splitlines()]
+    if any(row.get("acc", 0) not in (0, 1) for row in rows):  # a fraction is no count of right answers
+        return None
     counts = [len(row.get("log_likelihoods") or ()) for row in rows]
     return fmean(1 / count for count in counts) if counts and min(counts) > 1 else None

@@ -182,7 +182,7 @@ def by_model(groups: Sequence[Group]) -> Table:
 def _best_of(group: Group, columns: Sequence[Measure]) -> dict[Measure, set[str]]:
     """Labels of the best pruned or tuned models by column, where they compare and the digits shown differ."""
     best = {}
-    models = [model for model in group.models if model.role != "dense"]
+    models = [model for model in group.models if model.role in ("pruned", "tuned")]
     for column in columns:
         if column.kind == "recovered" or (column.kind == "task" and column.metric != "acc"):
             continue

@@ -83,6 +83,16 @@ def test_equal_ones_are_all_best_unless_there_is_no_other() -> None:
         assert "!" not in "".join(cell for row in by_model([Group("g", models)]).rows for cell in cells(row))
 
 
+def test_models_that_only_have_names_have_no_best() -> None:
+    dense, pruned, tuned = group("a/b").models
+    named = [replace(model, role="", shares={}) for model in (dense, pruned, tuned)]  # one of them is dense
+    for models, expected in ((named, set()), ([*named, pruned, replace(tuned, label="best")], {"best"})):
+        shown = [Group("g", tuple(models))]
+        best = {row.cells[0].text for row in by_model(shown).rows for cell in row.cells if cell.is_best}
+        assert best == expected
+        assert ("Bold" in " ".join(notes(shown))) == bool(expected)
+
+
 @pytest.mark.parametrize(
     ("change", "columns"),
     [
