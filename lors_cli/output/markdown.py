@@ -108,10 +108,11 @@ def _markdown_cell(cell: Cell) -> str:
 
 
 def escape(text: Any) -> str:
-    """`text` on one line, with what Markdown would take for markup made harmless."""
-    return re.sub(r"([\\`*\[\]<>|#&~])", r"\\\1", " ".join(str(text).split()))
+    """`text` on one line, with what Markdown would take for markup made harmless: of `_` what is not within a word."""
+    parts = r"[\\`*\[\]<>|#&~]|(?<!\w)_+|_+(?!\w)"
+    return re.sub(parts, lambda found: "".join(f"\\{letter}" for letter in found[0]), " ".join(str(text).split()))
 
 
 def unescape(text: str) -> str:
     """What `escape` was given, white space aside."""
-    return re.sub(r"\\([\\`*\[\]<>|#&~])", r"\1", text)
+    return re.sub(r"\\([\\`*\[\]<>|#&~_])", r"\1", text)

@@ -33,9 +33,17 @@ def test_cells_are_escaped() -> None:
     assert found.splitlines()[2:] == [r"| x\|y | \`z\` |", r"| \<b\>\&amp; | two lines |"]
 
 
-@pytest.mark.parametrize("text", ["plain", r"a\b", "*x* _y_ `z` [l](u) <b> | # & ~", "<script>", r"\\|"])
+@pytest.mark.parametrize(
+    "text", ["plain", r"a\b", "*x* _y_ `z` [l](u) <b> | # & ~", "<script>", r"\\|", r"a\_b \\_ _", "__a__b_"]
+)
 def test_unescape_undoes_escape(text: str) -> None:
     assert unescape(escape(text)) == text
+
+
+def test_underscores_at_the_ends_of_words_are_no_markup() -> None:
+    assert escape("def __init__(self_, _x): arc_easy a__b _ é_é") == (
+        r"def \_\_init\_\_(self\_, \_x): arc_easy a__b \_ é_é"
+    )
 
 
 def test_code_cannot_end_its_fence() -> None:
