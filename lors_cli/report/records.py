@@ -37,7 +37,8 @@ def to_csv(groups: Sequence[Group]) -> str:
     for group in groups:
         for model in group.models:
             for line in _lines(model, columns):
-                writer.writerow({"group": group.title, **_identity(model), **line})
+                rounded = {key: round(value, 6) if isinstance(value, float) else value for key, value in line.items()}
+                writer.writerow({"group": group.title, **_identity(model), **rounded})
     return buffer.getvalue()
 
 
@@ -64,8 +65,8 @@ def _lines(model: ScoredModel, columns: list[Measure]) -> Iterator[Line]:
         yield {
             "measure": column.metric or column.kind, "name": column.name,
             "unit": "percent" if column.is_percent else "per token" if column.kind == "perplexity" else "",
-            "value": _rounded(value), "stderr": _rounded(column.stderr(model)), "paper": _rounded(paper),
-            "ours_minus_paper": None if paper is None else _rounded(value - paper),
+            "value": value, "stderr": column.stderr(model), "paper": paper,
+            "ours_minus_paper": None if paper is None else value - paper,
         }  # fmt: skip
     metrics = model.made.metrics if model.made else {}
     for name, unit in _MADE.items():
@@ -80,7 +81,3 @@ def _lines(model: ScoredModel, columns: list[Measure]) -> Iterator[Line]:
         yield {"measure": "elapsed", "name": "eval", "unit": "s", "value": model.eval_s}
     if empty:
         yield {"error": model.error or ""}
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 6)

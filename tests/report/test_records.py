@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lors_cli.files.records import StageRecord
 from lors_cli.report.groups import groups
 from lors_cli.report.measures import Group, ScoredModel
 from lors_cli.report.records import HEADER, to_csv
@@ -68,6 +69,19 @@ def test_every_metric_and_subtask_is_there() -> None:
     found = [(line["name"], line["measure"], line["value"], line["stderr"])
              for line in lines(to_csv([Group("g", (model,))]))]  # fmt: skip
     assert found == [("glue", "acc", "50.0", ""), ("glue", "f1", "0.75", "0.02"), ("mrpc", "acc", "25.0", "")]
+
+
+def test_every_number_has_six_digits_after_the_point_at_most() -> None:
+    third = 1 / 3
+    made = StageRecord("tune", "f", {}, {}, {"sparsity": third, "steps": 3, "last_loss": 100 * third}, {}, third, {})
+    model = ScoredModel("tuned", "x", "m/n", made=made, eval_s=third, scores={
+        "tasks": {"rte": {"acc": third, "acc_stderr": third}}, "perplexity": {"web": {"value": 10 * third}},
+    })  # fmt: skip
+    found = {line["measure"] + line["name"]: line["value"] for line in lines(to_csv([Group("g", (model,))]))}
+    assert found == {
+        "accrte": "33.333333", "perplexityweb": "3.333333", "sparsity": "0.333333", "steps": "3",
+        "last_loss": "33.333333", "elapsedtune": "0.333333", "elapsedeval": "0.333333",
+    }  # fmt: skip
 
 
 def test_nothing_is_a_header() -> None:
