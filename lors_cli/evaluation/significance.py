@@ -200,7 +200,8 @@ def compare(first: str, second: str, some: Mapping[str, Scores], other: Mapping[
     better, worse = sum(task.better for task in tasks.values()), sum(task.worse for task in tasks.values())
     tested = _test(better, worse, differences, all(task.test == "McNemar" for task in tasks.values()))
     difference = sum(task.difference for task in tasks.values()) / len(tasks)
-    return Comparison(first, second, difference, *_interval(differences), *tested, tasks)
+    low, high = _interval(differences)
+    return Comparison(first, second, difference, low, high, *tested, tasks)
 
 
 def compare_texts(
