@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import hashlib
 import importlib.util
 import math
 import os
@@ -67,6 +68,8 @@ class Slurm:
         for name, sign, _ in pairs:
             if not sign or not re.fullmatch(r"[a-z][a-z-]*", name):
                 raise UsageError(f"--sbatch {name}: give an option of sbatch and its value, such as account=mine.")
+            if reason := _ours(jobs).get(name):
+                raise UsageError(f"--sbatch {name}: lors gives it itself: {reason}.", "Leave it out.")
         if time_limit is None:
             raise UsageError("--executor slurm needs --time, the limit of a job, such as 04:00:00.",
                              "A job that runs out of it is saved and goes on later.")  # fmt: skip
@@ -149,10 +152,13 @@ class Slurm:
         options: dict[str, Any] = {"kill_on_invalid_dep": "yes", "requeue": True, **self.more}
         if waits:
             options["dependency"] = ",".join(waits)
-        given = {"partition": self.partition, "gpus_per_node": self.gpus or None}
+        cpus = options.get("cpus_per_task")  # srun takes it of itself in some releases of Slurm only
+        given = {"partition": self.partition, "gpus_per_node": self.gpus or None,
+                 "srun_args": [f"--cpus-per-task={cpus}"] if cpus else None}  # fmt: skip
+        place = hashlib.sha256(str(folder.out.resolve()).encode()).hexdigest()[:6]  # sweeps of one name are two
         executor = submitit.SlurmExecutor(folder=folder.folder / "submitit", max_num_timeout=NO_LIMIT)
         executor.update_parameters(
-            job_name=f"lors-{folder.out.name}-{job.name if lane is None else lane}", time=self.minutes,
+            job_name=f"lors-{folder.out.name}-{place}-{job.name if lane is None else lane}", time=self.minutes,
             signal_delay_s=SIGNAL_DELAY_S, additional_parameters=options,
             **{name: value for name, value in given.items() if value is not None},
         )  # fmt: skip
@@ -162,6 +168,12 @@ class Slurm:
         except (FailedJobError, FailedSubmissionError) as error:
             said = [line for line in str(error).splitlines() if line.startswith("sbatch: ")]
             raise UsageError(f"the cluster refused a job: {' '.join(said) or error}") from error
+
+
+def _ours(jobs: int | None) -> dict[str, str]:
+    """Options of sbatch that are not the user's to give, and why."""
+    lanes = {"job-name": f"--jobs {jobs} is so many names, of which Slurm runs one job each"} if jobs else {}
+    return {"dependency": "a stage waits for those that it reads", **lanes}
 
 
 def lanes_of(jobs: Sequence[Job], number: int) -> dict[str, int]:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -282,6 +283,8 @@ def test_each_process_has_a_gpu_of_its_own_and_no_more_run_at_once(
         (["--executor", "slurm", "--time", "soon"], "--time soon"),
         (["--executor", "slurm"], "--executor slurm needs --time"),
         (["--executor", "slurm", "--sbatch", "account"], "--sbatch account: give an option of sbatch and its value"),
+        (["--executor", "slurm", "--sbatch", "dependency=singleton"], "dependency: lors gives it itself: a stage"),
+        (["--executor", "slurm", "--jobs", "4", "--sbatch", "job-name=x"], "--jobs 4 is so many names, of which Slurm"),
         (["--status", "--dry-run"], "Use one of the two"),
         (["--executor", "local", "model.device=cuda:1"], "cuda:1 would be every process's"),
     ],
@@ -302,6 +305,47 @@ def test_without_submitit_or_slurm_nothing_is_begun(at_pair: Path, lors: Lors, m
     with pytest.raises(MissingError, match="here is no sbatch nor srun nor squeue"):
         Slurm.of(None, None, None, "30", [])
     assert not OUT.exists()
+
+
+@pytest.fixture
+def submitted(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What submitit is asked for, a dict a job; their ids are 1, 2 and so on, and `squeue` knows none."""
+    asked: list[dict[str, Any]] = []
+
+    class SlurmExecutor:
+        def __init__(self, **given: Any) -> None: ...
+
+        def update_parameters(self, **given: Any) -> None:
+            asked.append(given)
+
+        def submit(self, process: slurm.StageProcess) -> Any:
+            return types.SimpleNamespace(job_id=len(asked))
+
+    errors = {"FailedJobError": RuntimeError, "FailedSubmissionError": RuntimeError}
+    for name, content in (("submitit", {"SlurmExecutor": SlurmExecutor}), ("submitit.core", {}),
+                          ("submitit.core.utils", errors)):  # fmt: skip
+        module = types.ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(slurm, "queued", dict)
+    return asked
+
+
+def test_what_a_job_asks_for(jobs: tuple[list[Job], JobFolder], submitted: list[dict[str, Any]]) -> None:
+    mine = Slurm(30, jobs=2, more={"cpus_per_task": "8", "account": "mine"})
+    mine._submit(*jobs)
+    assert len(submitted) == len(jobs[0])
+    for asked in submitted:
+        assert asked["srun_args"] == ["--cpus-per-task=8"]
+        assert asked["additional_parameters"]["cpus_per_task"] == "8"
+        assert "singleton" in asked["additional_parameters"]["dependency"]
+    names = {asked["job_name"] for asked in submitted}
+    assert len(names) == 2
+    elsewhere = JobFolder(Path("other") / OUT.name, jobs[1].text)
+    mine._submit(jobs[0], elsewhere)  # a sweep of the same name
+    assert not names & {asked["job_name"] for asked in submitted[len(jobs[0]) :]}
+    Slurm(30)._submit(*jobs)
+    assert "srun_args" not in submitted[-1]
 
 
 @pytest.mark.parametrize(
