@@ -76,10 +76,9 @@ def update_index(out: Path, failures: Callable[[str], str | None]) -> None:
     for entry in content["cells"]:
         folders = [out / path for path in {**entry["stages"], **entry["models"]}.values()]
         left = [folder for folder in folders if records.read_record(folder) is None]
-        errors = [error for folder in left if (error := failures(folder.name)) is not None]
-        if not left or errors:
-            entry.update(status="failed" if left else "done", error=errors[0] if left else None)
-        else:
-            entry.update(status="running" if any(locks.holder(folder) for folder in left) else "pending", error=None)
+        held = [folder for folder in left if locks.holder(folder) is not None]  # one that failed may be tried again
+        errors = [error for folder in left if folder not in held and (error := failures(folder.name)) is not None]
+        status = "done" if not left else "failed" if errors else "running" if held else "pending"
+        entry.update(status=status, error=errors[0] if errors else None)
     if json.dumps(content) != before:
         atomic.write_json(out / INDEX_NAME, content)

@@ -11,7 +11,8 @@ import sys
 import time
 import types
 from collections.abc import Callable
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from forking import Forked, forked
 from typer.testing import Result
 
 from lors_cli.errors import MissingError, UsageError
-from lors_cli.files import locks
+from lors_cli.files import atomic, locks
+from lors_cli.files.records import RECORD_NAME, StageRecord
 from lors_cli.machine import devices
 from lors_cli.machine.processes import LAUNCHER
 from lors_cli.sweep import local, slurm
@@ -348,6 +350,62 @@ def test_what_a_job_asks_for(jobs: tuple[list[Job], JobFolder], submitted: list[
     assert "srun_args" not in submitted[-1]
 
 
+def finish(job: Job) -> None:
+    """Leave a stage's record."""
+    record = StageRecord(job.plan.stage, job.plan.fingerprint, {}, {}, {}, {}, 1.0, {})
+    atomic.write_json(job.plan.folder / RECORD_NAME, asdict(record))
+
+
+def test_a_stage_that_another_command_is_at_work_on_has_not_failed(
+    jobs: tuple[list[Job], JobFolder], submitted: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slurm, "SETTLE_S", 0.0)
+    monkeypatch.setattr(slurm, "POLL_S", 0.0)
+    first = jobs[0][1]
+    second = next(job for job in jobs[0] if job.after == (first.name,))
+    told, turns, holding = list[tuple[str, str]](), 0, ExitStack()
+
+    def queued() -> dict[str, str]:
+        """Job 1 is gone and another command holds its folder; job 2 is gone, and job 9 has taken its place."""
+        nonlocal turns
+        turns += 1
+        if turns == 2:
+            holding.enter_context(locks.hold(first.plan.folder))
+        if turns == 6:
+            finish(first)
+            holding.close()
+            jobs[1].note_submission(second.name, {"id": "9", "after": []})
+        if turns == 8:
+            finish(second)
+        return {"9": "RUNNING"} if turns == 7 else {}
+
+    monkeypatch.setattr(slurm, "queued", queued)
+    Slurm(30).run([first, second], jobs[1], lambda job, state: told.append((job.name, state)))
+    assert told == [(first.name, "done"), (second.name, "started"), (second.name, "done")]
+    assert jobs[1].failure(second.name) is None
+
+
+def test_a_job_that_is_ending_is_no_job_in_the_queue(
+    jobs: tuple[list[Job], JobFolder], submitted: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slurm, "POLL_S", 0.0)
+    ended, again = jobs[0][:2]
+    jobs[1].note_submission(ended.name, {"id": "7", "after": []})
+    jobs[1].note_submission(again.name, {"id": "8", "after": []})
+    states = iter([{"7": "COMPLETING", "8": "COMPLETING"}, {"7": "COMPLETING", "8": "PENDING"}, {"8": "PENDING"}])
+    monkeypatch.setattr(slurm, "queued", lambda: next(states))
+    assert Slurm(30)._submit([ended, again], jobs[1]) == {ended.name: "1", again.name: "8"}
+
+
+def test_a_stage_that_failed_and_is_at_work_again_is_running(tmp_path: Path) -> None:
+    cell = {"name": "c", "status": "failed", "error": "x", "stages": {"tune": "stages/tune-1"}, "models": {}}
+    (tmp_path / "sweep.json").write_text(json.dumps({"name": "s", "cells": [cell]}))
+    with locks.hold(tmp_path / "stages/tune-1"):
+        update_index(tmp_path, {"tune-1": "an earlier word"}.get)
+        found = json.loads((tmp_path / "sweep.json").read_text())["cells"][0]
+    assert (found["status"], found["error"]) == ("running", None)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [("30", 30), ("90:30", 91), ("04:00:00", 240), ("1-12", 2160), ("2-01:30", 2970), ("1-00:00:01", 1441)],
@@ -365,7 +423,8 @@ def test_other_times_are_refused(text: str) -> None:
 WRITER = """
 import sys
 from pathlib import Path
-from lors_cli.files import locks
+from lors_cli.files import atomic, locks
+from lors_cli.files.records import RECORD_NAME, StageRecord
 from lors_cli.sweep.index import update_index
 out, name = Path(sys.argv[1]), sys.argv[2]
 for turn in range(40):
