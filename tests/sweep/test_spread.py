@@ -29,7 +29,7 @@ from lors_cli.machine import devices
 from lors_cli.machine.processes import LAUNCHER
 from lors_cli.sweep import local, slurm
 from lors_cli.sweep.cells import load_sweep
-from lors_cli.sweep.index import update_index
+from lors_cli.sweep.index import update_index, write_index
 from lors_cli.sweep.job_folder import JobFolder
 from lors_cli.sweep.jobs import COMMAND, Job, jobs_of
 from lors_cli.sweep.local import Local
@@ -406,6 +406,26 @@ def test_a_stage_that_failed_and_is_at_work_again_is_running(tmp_path: Path) -> 
     assert (found["status"], found["error"]) == ("running", None)
 
 
+def test_a_cell_that_earlier_settings_have_finished_is_theirs_until_the_last_have_too(tmp_path: Path) -> None:
+    entry = {"name": "c", "status": "done", "error": None, "stages": {}, "models": {"tuned": "stages/eval-1"}}
+    later = {**entry, "status": "pending", "models": {"tuned": "stages/eval-2"}}
+    write_index(tmp_path, {"name": "s", "cells": [entry]}, "name: s\n")
+    write_index(tmp_path, {"name": "s", "cells": [later]}, "name: s\nset: {}\n")
+    assert (tmp_path / "sweep.yaml").read_text() == "name: s\n"
+
+    def cell() -> dict[str, Any]:
+        (found,) = json.loads((tmp_path / "sweep.json").read_text())["cells"]
+        return found  # type: ignore[no-any-return]
+
+    assert cell() == {**entry, "unfinished": later}
+    update_index(tmp_path, {"eval-2": "no room"}.get)
+    assert cell() == {**entry, "unfinished": {**later, "status": "failed", "error": "no room"}}
+    record = StageRecord("eval", "f", {}, {}, {}, {}, 1.0, {})
+    atomic.write_json(tmp_path / "stages/eval-2" / RECORD_NAME, asdict(record))
+    update_index(tmp_path, {}.get)
+    assert cell() == {**later, "status": "done"}
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [("30", 30), ("90:30", 91), ("04:00:00", 240), ("1-12", 2160), ("2-01:30", 2970), ("1-00:00:01", 1441)],
@@ -425,7 +445,7 @@ import sys
 from pathlib import Path
 from lors_cli.files import atomic, locks
 from lors_cli.files.records import RECORD_NAME, StageRecord
-from lors_cli.sweep.index import update_index
+from lors_cli.sweep.index import update_index, write_index
 out, name = Path(sys.argv[1]), sys.argv[2]
 for turn in range(40):
     with locks.hold(out, wait_s=0.001):
