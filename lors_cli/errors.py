@@ -13,6 +13,9 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+INTERRUPTED = 130
+"""The exit code after Ctrl-C, or a signal that asks to end."""
+
 
 class LorsError(Exception):
     """A user's mistake or the machine's limit: a message (what is wrong, and where) and a hint (what to do now)."""

@@ -17,7 +17,7 @@ from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 
 from lors_cli.cli.options import Json, Quiet, Verbose
-from lors_cli.errors import PeerError, translate
+from lors_cli.errors import INTERRUPTED, PeerError, translate
 from lors_cli.machine import processes
 from lors_cli.machine.signals import Stopped, stopping
 from lors_cli.output import console
@@ -144,10 +144,10 @@ def fail(error: BaseException) -> NoReturn:
         raise error
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):  # the latter is Ctrl-C, or Ctrl-D, at a question
         how = f"stopped by {error.name}" if isinstance(error, Stopped) else "interrupted"
-        _leave_to_another(130)
+        _leave_to_another(INTERRUPTED)
         console.error(f"{how}; what was finished is kept.", "The same command resumes from there.")
-        _fail_document(how, None, 130)
-        _leave(130)
+        _fail_document(how, None, INTERRUPTED)
+        _leave(INTERRUPTED)
     if isinstance(error, BrokenPipeError):  # `lors … | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(141) from None

@@ -21,7 +21,7 @@ from typing import Any
 
 import typer
 
-from lors_cli.errors import UsageError
+from lors_cli.errors import INTERRUPTED, UsageError
 from lors_cli.machine import processes as parallel
 from lors_cli.machine.devices import threads_of_each
 from lors_cli.machine.processes import LAUNCHER
@@ -31,7 +31,6 @@ from lors_cli.output import console
 POLL_S = 0.1
 GRACE_S = {True: 60.0, False: 10.0}
 """How long the others have to end by themselves after the first one was interrupted, or failed."""
-INTERRUPTED = 130
 
 
 def die_with_launcher() -> None:

@@ -215,7 +215,7 @@ def table(
     columns: list[str], rows: list[list[str]], *, title: str | None = None, prose: bool = False,
     bold: Collection[tuple[int, int]] = (),
 ) -> None:  # fmt: skip
-    """A table on stdout, columns but the first right-aligned (nothing with --json).
+    """A table on stdout, columns but the first right-aligned, names that are too wide folded (nothing with --json).
 
     Args:
         prose: the last column is running text, which may take several lines.
@@ -227,13 +227,43 @@ def table(
         title=escape(title) if title else None, title_justify="left", title_style="bold", header_style="bold",
         box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1), collapse_padding=True, pad_edge=False,
     )  # fmt: skip
+    folds = not prose or max((len(row[0]) for row in rows), default=0) > _state.out.width // 2
     for index, name in enumerate(columns):
-        wraps = prose and index == len(columns) - 1
-        grid.add_column(escape(name), justify="left" if index == 0 or wraps else "right", no_wrap=not wraps)
+        wraps = folds if index == 0 else prose and index == len(columns) - 1
+        grid.add_column(escape(name), justify="left" if index == 0 or wraps else "right", no_wrap=not wraps,
+                        overflow="fold")  # fmt: skip
     for number, row in enumerate(rows):
         cells = (escape(cell) for cell in row)
         grid.add_row(*(f"[bold]{cell}[/bold]" if (number, place) in bold else cell for place, cell in enumerate(cells)))
     _state.out.print(grid)
+
+
+def tables(columns: list[str], rows: list[list[str]], *, bold: Collection[tuple[int, int]] = ()) -> None:
+    """A table on stdout in parts of at most 80 columns, each with the rows' names (nothing with --json)."""
+    for number, part in enumerate(_parts(columns, rows)):
+        if number:
+            result()
+        table([columns[place] for place in part], [[row[place] for place in part] for row in rows],
+              bold={(row, part.index(place)) for row, place in bold if place in part})  # fmt: skip
+
+
+def _parts(columns: list[str], rows: list[list[str]], width: int = 80) -> list[list[int]]:
+    """Columns for each of several tables that fit: the first in all of them, a difference beside its model."""
+    sizes = [max(len(row[place]) for row in [columns, *rows]) for place in range(len(columns))]
+    groups: list[list[int]] = []
+    for place in range(1, len(columns)):
+        if columns[place] == "Δ":
+            groups[-1].append(place)
+        else:
+            groups.append([place])
+    parts = [[0]]
+    for group in groups:
+        joined = [*parts[-1], *group]
+        if parts[-1] == [0] or sum(sizes[place] + 2 for place in joined) - 2 <= width:
+            parts[-1] = joined
+        else:
+            parts.append([0, *group])
+    return parts
 
 
 def counted(number: float, noun: str) -> str:

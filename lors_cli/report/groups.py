@@ -28,7 +28,7 @@ def run_group(run: Results) -> Group:
 
 
 def groups(results: Results) -> list[Group]:
-    """Every dense model, then what each pruning of it became."""
+    """Every dense model, then what each pruning of it became; what earlier settings made is apart."""
     known = {cell.recipe: cell.base for cell in reversed(results.cells) if cell.base}
     by_base: dict[str, dict[str, list[Cell]]] = {}
     for cell in results.cells:
@@ -40,8 +40,10 @@ def groups(results: Results) -> list[Group]:
         title = short_name(base)
         found.append(Group(title, _models("dense", base, [cell for cells in origins.values() for cell in cells])))
         for cells in origins.values():
-            models = (*_models("pruned", base, cells), *_models("tuned", base, cells))
-            found.append(Group(_title(title if len(by_base) > 1 else "", cells[0]), models))
+            name = _title(title if len(by_base) > 1 else "", cells[0])
+            for earlier, its_name in ((False, name), (True, f"{name}, earlier settings")):
+                models = [model for role in ("pruned", "tuned") for model in _models(role, base, cells, earlier)]
+                found.append(Group(its_name, tuple(models)))
     return coloured(_told_apart([group for group in found if group.models]))
 
 
@@ -62,8 +64,12 @@ def _title(base: str, cell: Cell) -> str:
     return ", ".join(filter(None, [base, " ".join(filter(None, words))]))
 
 
-def _models(role: str, base: str, cells: Sequence[Cell]) -> tuple[ScoredModel, ...]:
-    """The models of one role that the cells have, each once; one that is yet to come belongs to its cell."""
+def _models(role: str, base: str, cells: Sequence[Cell], earlier: bool | None = None) -> tuple[ScoredModel, ...]:
+    """The models of one role that the cells have, each once; one that is yet to come belongs to its cell.
+
+    Args:
+        earlier: those of earlier settings, or those of the last ones, alone.
+    """
     owners: dict[str, list[Cell]] = {}
     for cell in cells:
         last = _last_role(cell)
@@ -71,7 +77,13 @@ def _models(role: str, base: str, cells: Sequence[Cell]) -> tuple[ScoredModel, .
             owners.setdefault(cell.scores[role].folder, []).append(cell)
         elif role == last:
             owners.setdefault(f"cell {cell.name}", []).append(cell)
-    return tuple(_model(role, base, members) for members in owners.values())
+    chosen = [members for members in owners.values() if earlier in (None, _are_earlier(members))]
+    return tuple(_model(role, base, members) for members in chosen)
+
+
+def _are_earlier(cells: Sequence[Cell]) -> bool:
+    """Whether no cell of the last settings has the model that these have."""
+    return all(cell.unfinished for cell in cells)
 
 
 def _last_role(cell: Cell) -> str:
@@ -88,9 +100,10 @@ def _model(role: str, base: str, cells: list[Cell]) -> ScoredModel:
     prune = cell.config("prune") if role != "dense" else {}
     tune = cell.config("tune") if role == "tuned" else {}
     label, settings = model_label(role, prune, tune), _common_settings(role, cells)
+    words = _spoken(settings) + ["earlier settings"] * _are_earlier(cells)
     made = [cell.records[stage] for stage in _MAKERS[role] if stage in cell.records]
     return ScoredModel(
-        role, f"{label} ({', '.join(_spoken(settings))})" if settings else label, base,
+        role, f"{label} ({', '.join(words)})" if words else label, base,
         cells=tuple(other.name for other in cells), settings=settings, prune=prune, tune=tune,
         status="done" if is_scored else _status(cells), error=None if is_scored else cell.error,
         scores=scores.content, shares=recovered(cell.evaluated()) if role == "tuned" else {}, limit=scores.limit,

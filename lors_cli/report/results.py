@@ -22,6 +22,8 @@ from lors_cli.tuning.training.step_log import StepLog
 ROLES = ("dense", "pruned", "tuned")
 INDEX_NAME = "sweep.json"
 """Names a sweep's cells with their status, their stage folders and one eval folder a model."""
+UNFINISHED = "unfinished"
+"""Of a cell that earlier settings have finished: the same with the last ones, which have not."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,13 @@ class Cell:
     error: str | None = None
     held_out: list[dict[str, Any]] = field(default_factory=list)
     """Rows of the log with a `val_loss`."""
+    unfinished: Cell | None = None
+    """The same cell with the sweep's last settings; this one is of earlier ones."""
+
+    @property
+    def label(self) -> str:
+        """Its name, and whether its results are of earlier settings."""
+        return f"{self.name} (earlier settings)" if self.unfinished else self.name
 
     def config(self, stage: str) -> dict[str, Any]:
         """The stage's settings: all of them once it is finished, before that those that the sweep overrides."""
@@ -170,6 +179,7 @@ def _read_cell(folder: Path, cell: dict[str, Any]) -> Cell:
         str(cell["name"]), _origin(folders, records) or (dense or {}).get("model") or settings.get("model.path"),
         folders, records, scores, read_log(log), str(cell.get("recipe") or ""), settings, values,
         str(cell.get("status") or "pending"), cell.get("error"), read_log(log, "val_loss"),
+        _read_cell(folder, cell[UNFINISHED]) if UNFINISHED in cell else None,
     )  # fmt: skip
 
 

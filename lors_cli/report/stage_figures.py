@@ -157,7 +157,7 @@ def cost(cells: Sequence[Cell]) -> Figure | None:
         scaled = [value / seconds for value in row]
         grid[0].barh(range(len(cells)), scaled, 0.72, left=left, color=STAGE_COLOURS[stage], label=stage)
         left = [start + value for start, value in zip(left, scaled, strict=True)]
-    grid[0].set_yticks(range(len(cells)), [short(cell.name) for cell in cells])
+    grid[0].set_yticks(range(len(cells)), [short(cell.label) for cell in cells])
     grid[0].invert_yaxis()
     grid[0].set_title(f"Time ({unit})", pad=26)
     if times:

@@ -53,7 +53,7 @@ def sweep_blocks(sweep: Results, found: Sequence[Group], drawn: Collection[str])
     """The whole report: the models in groups, and the figures of which `drawn` has the names."""
     unfinished = [
         [cell.name, cell.status, ", ".join(cell.records) or NONE, cell.error or NONE]
-        for cell in sweep.cells
+        for cell in _last(sweep)
         if cell.status != "done"
     ]
     return assemble(sweep.name, _summary(sweep), {
@@ -61,23 +61,38 @@ def sweep_blocks(sweep: Results, found: Sequence[Group], drawn: Collection[str])
         "Not finished": table_of(["cell", "status", "stages done", "error"], unfinished, prose=True),
         "Tuning": pictures({"loss": "Training loss of every cell."}, drawn),
         "Sparsity and cost": [*cost_table(sweep.cells), *pictures(OF_COST, drawn)],
-        "Settings": [Code(sweep.text, "yaml")] if sweep.text else [],
+        "Settings": [*([_OF_EARLIER] if _num_kept(sweep) else []), Code(sweep.text, "yaml")] if sweep.text else [],
     })  # fmt: skip
+
+
+_OF_EARLIER = "These are the earlier settings; what the last ones change is in `sweep.json`, under `overrides`."
+
+
+def _last(sweep: Results) -> list[Cell]:
+    """The cells with the sweep's last settings."""
+    return [cell.unfinished or cell for cell in sweep.cells]
+
+
+def _num_kept(sweep: Results) -> int:
+    """How many cells are shown as earlier settings have left them."""
+    return sum(cell.unfinished is not None for cell in sweep.cells)
 
 
 def _summary(sweep: Results) -> list[Block]:
     """What varies, and how far it got."""
-    counts = Counter(cell.status for cell in sweep.cells)
+    counts = Counter(cell.status for cell in _last(sweep))
     states = [f"{counts[status]} {status}" for status in ("done", "running", "failed", "pending") if counts[status]]
     cells = f"{len(sweep.cells)} cells" if len(sweep.cells) != 1 else "1 cell"
     axes = [f"{name}: {', '.join(map(str, values))}" for name, values in sweep.axes.items()]
     first = f"{cells}: {', '.join(states)}." if states else "No cell."
+    if kept := _num_kept(sweep):
+        first += f" Earlier settings had finished {kept} of those that are not done; these results are shown apart."
     return [first, f"Varied: {escape('; '.join(axes))}."] if axes else [first]
 
 
 def cost_table(cells: Sequence[Cell]) -> list[Block]:
     """Time, speed, size and sparsity of every cell that has finished a stage."""
-    rows = [[cell.name, *_cost_cells(cell)] for cell in cells if cell.records]
+    rows = [[cell.label, *_cost_cells(cell)] for cell in cells if cell.records]
     if not rows:
         return []
     columns = ["cell", *STAGE_COLOURS, "tokens/s", "steps", "loss before", "loss after",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import hashlib
 import itertools
 import json
 import re
@@ -108,7 +109,7 @@ def _combinations(draft: Draft) -> Iterator[tuple[str, str, dict[str, Any], list
     seen: dict[str, None] = {}
     for name, (base, values, settings) in zip(short, found, strict=True):
         if counts[name] > 1:
-            name = "-".join(f"{axis}={_word('', value)}" for axis, value in values.items())
+            name = "-".join(f"{axis}={_whole(value)}" for axis, value in values.items())
         if name in seen:
             raise UsageError(f"grid: two cells are the same: {name}")
         seen[name] = None
@@ -116,11 +117,18 @@ def _combinations(draft: Draft) -> Iterator[tuple[str, str, dict[str, Any], list
 
 
 def _word(axis: str, value: Any) -> str:
-    """A value as a part of a cell's name; a number stands behind its key."""
+    """A value as a part of a cell's name, which never starts like an option; a number stands behind its key."""
     if not isinstance(value, str):
-        shown = f"{value:g}" if isinstance(value, float) else json.dumps(value)
+        shown = f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else json.dumps(value)
         return f"{axis.rpartition('.')[2]}{shown}"
-    return re.sub(r"[^\w.-]+", "_", str(value).replace(":", "of")).strip("_")[-60:] or "empty"
+    return re.sub(r"[^\w.-]+", "_", value.replace(":", "of"))[-60:].strip("_-") or "empty"
+
+
+def _whole(value: Any) -> str:
+    """The same where it must tell values apart: a text that is not its own word has some digits of its hash."""
+    word = _word("", value)
+    is_itself = word == value or not isinstance(value, str)
+    return word if is_itself else f"{word}-{hashlib.sha256(value.encode()).hexdigest()[:6]}"
 
 
 def _accompanying(draft: Draft, base: str, values: dict[str, Any]) -> list[Setting]:

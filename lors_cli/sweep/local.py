@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from lors_cli.errors import UsageError
+from lors_cli.errors import INTERRUPTED, UsageError
 from lors_cli.files import locks
 from lors_cli.machine.devices import threads_of_each
 from lors_cli.sweep.job_folder import JobFolder
@@ -19,7 +19,6 @@ from lors_cli.sweep.spread import Told
 POLL_S = 0.2
 GRACE_S = 60.0
 """How long processes have to save what they have, when the sweep is interrupted."""
-INTERRUPTED = 130
 
 
 @dataclass(frozen=True)

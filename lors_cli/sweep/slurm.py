@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import hashlib
 import importlib.util
 import math
 import os
@@ -67,6 +68,8 @@ class Slurm:
         for name, sign, _ in pairs:
             if not sign or not re.fullmatch(r"[a-z][a-z-]*", name):
                 raise UsageError(f"--sbatch {name}: give an option of sbatch and its value, such as account=mine.")
+            if reason := _ours(jobs).get(name):
+                raise UsageError(f"--sbatch {name}: lors gives it itself: {reason}.", "Leave it out.")
         if time_limit is None:
             raise UsageError("--executor slurm needs --time, the limit of a job, such as 04:00:00.",
                              "A job that runs out of it is saved and goes on later.")  # fmt: skip
@@ -96,10 +99,13 @@ class Slurm:
                 if state == "RUNNING" and name not in seen:
                     seen.add(name)
                     told(job, "started")
-                if state is not None:
+                newer = folder.submission(name) if state is None else None  # another command's
+                if newer is not None and newer["id"] != ids[name]:
+                    ids[name], state = newer["id"], "SUBMITTED"
+                is_finished = state is None and job.is_finished()
+                if state is not None or (not is_finished and self._goes_on(job, left)):
                     gone.pop(name, None)
                     continue
-                is_finished = job.is_finished()
                 if not is_finished and not self._is_settled(job, gone.setdefault(name, time.monotonic()), folder):
                     continue
                 del left[name]
@@ -112,6 +118,10 @@ class Slurm:
             if left:
                 time.sleep(POLL_S)
 
+    def _goes_on(self, job: Job, left: Mapping[str, Job]) -> bool:
+        """Whether another command is at work on a stage whose job is gone, or on one that it reads."""
+        return locks.holder(job.plan.folder) is not None or any(name in left for name in job.after)
+
     def _is_settled(self, job: Job, since: float, folder: JobFolder) -> bool:
         """Whether a job that left the queue then, and of which no result is seen, has left none."""
         if any(folder.failure(name) is not None for name in (job.name, *job.after)):
@@ -122,16 +132,22 @@ class Slurm:
 
     def _submit(self, jobs: Sequence[Job], folder: JobFolder) -> dict[str, str]:
         """Cluster's job ids by name; those that are in the queue stay there."""
-        queue, ids, new = queued(), dict[str, str](), 0
+        queue, ids, new, until = queued(), dict[str, str](), 0, time.monotonic() + SETTLE_S
+        known = {job.name: folder.submission(job.name) for job in jobs}
+        while time.monotonic() < until and any(
+            queue.get(asked["id"]) == "COMPLETING" for asked in known.values() if asked is not None
+        ):  # it leaves the queue, or goes back into it
+            time.sleep(POLL_S)
+            queue = queued()
         lanes = lanes_of(jobs, self.jobs) if self.jobs else {}
         for job in jobs:
             after = [ids[name] for name in job.after]
-            known = folder.submission(job.name)
-            if known is not None and known["id"] in queue:
-                if set(after) <= set(known["after"]):  # a stage that it waited for may be finished by now
-                    ids[job.name] = known["id"]
+            asked = known[job.name]
+            if asked is not None and asked["id"] in queue:
+                if set(after) <= set(asked["after"]):  # a stage that it waited for may be finished by now
+                    ids[job.name] = asked["id"]
                     continue
-                subprocess.run(["scancel", known["id"]], check=False)  # it waits for a job that failed
+                subprocess.run(["scancel", asked["id"]], check=False)  # it waits for a job that failed
             ids[job.name] = self._submit_one(job, lanes.get(job.name), after, folder)
             folder.note_submission(job.name, {"id": ids[job.name], "after": after})
             new += 1
@@ -149,10 +165,13 @@ class Slurm:
         options: dict[str, Any] = {"kill_on_invalid_dep": "yes", "requeue": True, **self.more}
         if waits:
             options["dependency"] = ",".join(waits)
-        given = {"partition": self.partition, "gpus_per_node": self.gpus or None}
+        cpus = options.get("cpus_per_task")  # srun takes it of itself in some releases of Slurm only
+        given = {"partition": self.partition, "gpus_per_node": self.gpus or None,
+                 "srun_args": [f"--cpus-per-task={cpus}"] if cpus else None}  # fmt: skip
+        place = hashlib.sha256(str(folder.out.resolve()).encode()).hexdigest()[:6]  # sweeps of one name are two
         executor = submitit.SlurmExecutor(folder=folder.folder / "submitit", max_num_timeout=NO_LIMIT)
         executor.update_parameters(
-            job_name=f"lors-{folder.out.name}-{job.name if lane is None else lane}", time=self.minutes,
+            job_name=f"lors-{folder.out.name}-{place}-{job.name if lane is None else lane}", time=self.minutes,
             signal_delay_s=SIGNAL_DELAY_S, additional_parameters=options,
             **{name: value for name, value in given.items() if value is not None},
         )  # fmt: skip
@@ -162,6 +181,12 @@ class Slurm:
         except (FailedJobError, FailedSubmissionError) as error:
             said = [line for line in str(error).splitlines() if line.startswith("sbatch: ")]
             raise UsageError(f"the cluster refused a job: {' '.join(said) or error}") from error
+
+
+def _ours(jobs: int | None) -> dict[str, str]:
+    """Options of sbatch that are not the user's to give, and why."""
+    lanes = {"job-name": f"--jobs {jobs} is so many names, of which Slurm runs one job each"} if jobs else {}
+    return {"dependency": "a stage waits for those that it reads", **lanes}
 
 
 def lanes_of(jobs: Sequence[Job], number: int) -> dict[str, int]:

@@ -63,27 +63,21 @@ def spread_sweep(sweep: Sweep, out: Path, chosen: Sequence[Cell], executor: Exec
             folder.update_index()
     plans = plan_cells(sweep.cells, out)
     with locks.hold(out, wait_s=INDEX_WAIT_S):
-        content = _with_failures(index(sweep, plans, out), plans, folder)
+        content = index(sweep, plans, out)
+        failed = {plan.cell.name: failure for plan in plans if (failure := _failure(plan, folder)) is not None}
+        for entry in content["cells"]:
+            if entry["name"] in failed:
+                entry.update(status="failed", error=failed[entry["name"]]["message"])
         write_index(out, content, sweep.text)
         reports = write_sweep_report(out)
-    failed = {
-        plan.cell.name: failure for plan in plans if plan.cell.name in names and (failure := _failure(plan, folder))
-    }
-    return summary(out, content, watch.log, failed, reports)
+    mine = {name: failure for name, failure in failed.items() if name in names}
+    return summary(out, content, watch.log, mine, reports)
 
 
 def _failure(plan: CellPlan, folder: JobFolder) -> dict[str, Any] | None:
     """Why a cell is not done."""
     left = (stage.folder.name for stage in plan.plans if stage.status != "done")
     return next((failure for name in left if (failure := folder.failure(name)) is not None), None)
-
-
-def _with_failures(content: dict[str, Any], plans: Sequence[CellPlan], folder: JobFolder) -> dict[str, Any]:
-    """An index in which cells whose stages failed are failed."""
-    for entry, plan in zip(content["cells"], plans, strict=True):
-        if (failure := _failure(plan, folder)) is not None:
-            entry.update(status="failed", error=failure["message"])
-    return content
 
 
 @dataclass

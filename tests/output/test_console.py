@@ -106,6 +106,24 @@ def test_a_narrow_terminal_shows_all_names_and_wraps_the_prose(
     assert max(map(len, lines[1:])) <= 40
 
 
+def test_a_wide_table_comes_in_parts_and_loses_no_letter(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    console.configure()
+    name, titles = "n" * 75, [f"column-of-{number}" for number in range(9)]
+    for first in ("cell-a", name):
+        rows = [[first, *(f"{place}0.25 ±1.5" for place in range(9))]]
+        console.tables(["cell", *titles], rows, bold={(0, 9)})
+        shown = capsys.readouterr().out
+        plain = re.sub(r"\x1b\[[\d;]*m", "", shown)
+        assert max(map(len, plain.splitlines())) <= 80
+        assert all(text in plain for text in [*titles, *rows[0][1:]])
+        assert plain.count("n") >= len(first.replace("cell-a", ""))
+        assert "…" not in plain
+        assert re.search(r"\x1b\[1m80\.25", shown)
+        assert not re.search(r"\x1b\[1m70\.25", shown)
+
+
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both streams are a terminal of 40 columns."""

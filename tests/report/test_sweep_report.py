@@ -105,6 +105,33 @@ def test_the_time_of_packing_is_told_and_drawn(sweep: Path) -> None:
     assert [part.get_text() for part in figure.axes[0].get_legend().get_texts()] == ["prune", "tune", "pack", "eval"]
 
 
+def test_what_earlier_settings_have_finished_is_apart_and_what_failed_is_told(sweep: Path) -> None:
+    index = json.loads((sweep / "sweep.json").read_text())
+    for place, (cell, error) in enumerate(zip(index["cells"], (None, "no room", None), strict=False)):
+        later = {**cell, "status": "failed" if error else "pending", "error": error,
+                 "stages": {**cell["stages"], "tune": "stages/none"},
+                 "models": {**cell["models"], "tuned": "stages/no-scores"}}  # fmt: skip
+        if place:
+            index["cells"][place] = {**cell, "unfinished": later}
+    (sweep / "sweep.json").write_text(json.dumps(index))
+    found = {group.title: [model.label for model in group.models] for group in groups(read_sweep(sweep))}
+    assert found["SparseGPT 2:4"] == ["SparseGPT", "SparseGPT + LoRS"]
+    assert found["SparseGPT 2:4, earlier settings"] == [
+        "SparseGPT + SPP (earlier settings)", "SparseGPT + SQFT (earlier settings)",
+    ]  # fmt: skip
+    text = markdown(sweep)
+    for part in (
+        "6 cells: 2 done, 2 failed, 2 pending. Earlier settings had finished 2 of those that are not done",
+        "| SparseGPT + SPP (earlier settings) | **44.00** ± 1.00 |",
+        "| sparsegpt-spp | failed | prune | no room |",
+        "| sparsegpt-sqft | pending | prune | – |",
+        "| sparsegpt-spp (earlier settings) | 1 min 40 s |",
+        "These are the earlier settings; what the last ones change",
+    ):
+        assert part in text
+    assert "earlier settings" not in markdown(hostile_sweep(sweep.parent / "other"))
+
+
 def hostile_sweep(folder: Path) -> Path:
     made = SweepFolder(folder, HOSTILE, {"tune.method": [HOSTILE]})
     stages = {"prune": made.prune("stages/p", "wanda"), "tune": made.tune("stages/t", HOSTILE)}

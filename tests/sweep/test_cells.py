@@ -115,6 +115,18 @@ def test_names_are_told_apart() -> None:
     assert [cell.recipe.prune.pattern for cell in sweep.cells if cell.recipe.prune] == ["2:4", "2:4", "4:8", "4:8"]
 
 
+def test_values_that_differ_in_their_last_digit_or_far_from_their_end_are_two_cells() -> None:
+    found = names(load("grid: {tune.learning_rate: [1e-4, 1.00000001e-4]}\n"))
+    assert found == ["learning_rate0.0001", "learning_rate0.000100000001"]
+    far = "x" * 60
+    for texts in (f"[/a/{far}, /b/{far}]", "[a b, a_b]", f"[a-{'x' * 59}, b-{'x' * 59}]"):
+        found = names(load(f"grid: {{tune.data.dataset: {texts}}}\n"))
+        assert len(set(found)) == 2
+        assert all(name.startswith("tune.data.dataset=") for name in found)
+    assert found[0].startswith("tune.data.dataset=xxx")
+    assert names(load(f"grid: {{tune.data.dataset: [a-{'x' * 59}]}}\n")) == ["x" * 59]  # no option of a command
+
+
 def test_values_are_read_as_in_a_recipe() -> None:
     sweep = load(
         "grid: {prune.pattern: [2:4, unstructured], tune.learning_rate: [1e-4]}\n"

@@ -358,12 +358,18 @@ def test_a_call_that_fails_or_does_other_cells_keeps_what_is_said_of_a_finished_
     with monkeypatch.context() as patched:
         patched.setattr(running, "run_stage", refuse)
         assert lors("sweep", "grid.yaml", "eval.limit=1").exit_code == 4
-    assert [Path("sweeps/grid", name).read_bytes() for name in ("sweep.json", "sweep.yaml")] == said
     before = {cell["name"]: cell for cell in json.loads(said[0])["cells"]}
+    for cell in index()["cells"]:
+        later = cell.pop("unfinished")
+        assert (later["status"], later["error"], later["overrides"]["eval.limit"]) == ("failed", "no room", 1)
+        assert cell == before[cell["name"]]
     assert lors("sweep", "grid.yaml", "eval.limit=1", "--only", "wanda-lors").exit_code == 0
-    after = {cell["name"]: cell for cell in json.loads(Path("sweeps/grid/sweep.json").read_text())["cells"]}
+    after = {cell["name"]: cell for cell in index()["cells"]}
+    failed = [name for name, cell in after.items() if cell.pop("unfinished", {}).get("error") == "no room"]
+    assert failed == ["wanda-sqft", "magnitude-lors", "magnitude-sqft"]
     assert [name for name in before if after[name] != before[name]] == ["wanda-lors"]
     assert after["wanda-lors"]["overrides"]["eval.limit"] == 1
     assert Path("sweeps/grid/sweep.yaml").read_bytes() == said[1]  # most cells are of it
     assert lors("sweep", "grid.yaml", "eval.limit=1").exit_code == 0
     assert "eval.limit: 1" in Path("sweeps/grid/sweep.yaml").read_text()
+    assert not any("unfinished" in cell for cell in index()["cells"])

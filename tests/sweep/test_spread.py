@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,13 @@ from forking import Forked, forked
 from typer.testing import Result
 
 from lors_cli.errors import MissingError, UsageError
-from lors_cli.files import locks
+from lors_cli.files import atomic, locks
+from lors_cli.files.records import RECORD_NAME, StageRecord
 from lors_cli.machine import devices
 from lors_cli.machine.processes import LAUNCHER
 from lors_cli.sweep import local, slurm
 from lors_cli.sweep.cells import load_sweep
-from lors_cli.sweep.index import update_index
+from lors_cli.sweep.index import update_index, write_index
 from lors_cli.sweep.job_folder import JobFolder
 from lors_cli.sweep.jobs import COMMAND, Job, jobs_of
 from lors_cli.sweep.local import Local
@@ -282,6 +285,8 @@ def test_each_process_has_a_gpu_of_its_own_and_no_more_run_at_once(
         (["--executor", "slurm", "--time", "soon"], "--time soon"),
         (["--executor", "slurm"], "--executor slurm needs --time"),
         (["--executor", "slurm", "--sbatch", "account"], "--sbatch account: give an option of sbatch and its value"),
+        (["--executor", "slurm", "--sbatch", "dependency=singleton"], "dependency: lors gives it itself: a stage"),
+        (["--executor", "slurm", "--jobs", "4", "--sbatch", "job-name=x"], "--jobs 4 is so many names, of which Slurm"),
         (["--status", "--dry-run"], "Use one of the two"),
         (["--executor", "local", "model.device=cuda:1"], "cuda:1 would be every process's"),
     ],
@@ -304,6 +309,123 @@ def test_without_submitit_or_slurm_nothing_is_begun(at_pair: Path, lors: Lors, m
     assert not OUT.exists()
 
 
+@pytest.fixture
+def submitted(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What submitit is asked for, a dict a job; their ids are 1, 2 and so on, and `squeue` knows none."""
+    asked: list[dict[str, Any]] = []
+
+    class SlurmExecutor:
+        def __init__(self, **given: Any) -> None: ...
+
+        def update_parameters(self, **given: Any) -> None:
+            asked.append(given)
+
+        def submit(self, process: slurm.StageProcess) -> Any:
+            return types.SimpleNamespace(job_id=len(asked))
+
+    errors = {"FailedJobError": RuntimeError, "FailedSubmissionError": RuntimeError}
+    for name, content in (("submitit", {"SlurmExecutor": SlurmExecutor}), ("submitit.core", {}),
+                          ("submitit.core.utils", errors)):  # fmt: skip
+        module = types.ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(slurm, "queued", dict)
+    return asked
+
+
+def test_what_a_job_asks_for(jobs: tuple[list[Job], JobFolder], submitted: list[dict[str, Any]]) -> None:
+    mine = Slurm(30, jobs=2, more={"cpus_per_task": "8", "account": "mine"})
+    mine._submit(*jobs)
+    assert len(submitted) == len(jobs[0])
+    for asked in submitted:
+        assert asked["srun_args"] == ["--cpus-per-task=8"]
+        assert asked["additional_parameters"]["cpus_per_task"] == "8"
+        assert "singleton" in asked["additional_parameters"]["dependency"]
+    names = {asked["job_name"] for asked in submitted}
+    assert len(names) == 2
+    elsewhere = JobFolder(Path("other") / OUT.name, jobs[1].text)
+    mine._submit(jobs[0], elsewhere)  # a sweep of the same name
+    assert not names & {asked["job_name"] for asked in submitted[len(jobs[0]) :]}
+    Slurm(30)._submit(*jobs)
+    assert "srun_args" not in submitted[-1]
+
+
+def finish(job: Job) -> None:
+    """Leave a stage's record."""
+    record = StageRecord(job.plan.stage, job.plan.fingerprint, {}, {}, {}, {}, 1.0, {})
+    atomic.write_json(job.plan.folder / RECORD_NAME, asdict(record))
+
+
+def test_a_stage_that_another_command_is_at_work_on_has_not_failed(
+    jobs: tuple[list[Job], JobFolder], submitted: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slurm, "SETTLE_S", 0.0)
+    monkeypatch.setattr(slurm, "POLL_S", 0.0)
+    first = jobs[0][1]
+    second = next(job for job in jobs[0] if job.after == (first.name,))
+    told, turns, holding = list[tuple[str, str]](), 0, ExitStack()
+
+    def queued() -> dict[str, str]:
+        """Job 1 is gone and another command holds its folder; job 2 is gone, and job 9 has taken its place."""
+        nonlocal turns
+        turns += 1
+        if turns == 2:
+            holding.enter_context(locks.hold(first.plan.folder))
+        if turns == 6:
+            finish(first)
+            holding.close()
+            jobs[1].note_submission(second.name, {"id": "9", "after": []})
+        if turns == 8:
+            finish(second)
+        return {"9": "RUNNING"} if turns == 7 else {}
+
+    monkeypatch.setattr(slurm, "queued", queued)
+    Slurm(30).run([first, second], jobs[1], lambda job, state: told.append((job.name, state)))
+    assert told == [(first.name, "done"), (second.name, "started"), (second.name, "done")]
+    assert jobs[1].failure(second.name) is None
+
+
+def test_a_job_that_is_ending_is_no_job_in_the_queue(
+    jobs: tuple[list[Job], JobFolder], submitted: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slurm, "POLL_S", 0.0)
+    ended, again = jobs[0][:2]
+    jobs[1].note_submission(ended.name, {"id": "7", "after": []})
+    jobs[1].note_submission(again.name, {"id": "8", "after": []})
+    states = iter([{"7": "COMPLETING", "8": "COMPLETING"}, {"7": "COMPLETING", "8": "PENDING"}, {"8": "PENDING"}])
+    monkeypatch.setattr(slurm, "queued", lambda: next(states))
+    assert Slurm(30)._submit([ended, again], jobs[1]) == {ended.name: "1", again.name: "8"}
+
+
+def test_a_stage_that_failed_and_is_at_work_again_is_running(tmp_path: Path) -> None:
+    cell = {"name": "c", "status": "failed", "error": "x", "stages": {"tune": "stages/tune-1"}, "models": {}}
+    (tmp_path / "sweep.json").write_text(json.dumps({"name": "s", "cells": [cell]}))
+    with locks.hold(tmp_path / "stages/tune-1"):
+        update_index(tmp_path, {"tune-1": "an earlier word"}.get)
+        found = json.loads((tmp_path / "sweep.json").read_text())["cells"][0]
+    assert (found["status"], found["error"]) == ("running", None)
+
+
+def test_a_cell_that_earlier_settings_have_finished_is_theirs_until_the_last_have_too(tmp_path: Path) -> None:
+    entry = {"name": "c", "status": "done", "error": None, "stages": {}, "models": {"tuned": "stages/eval-1"}}
+    later = {**entry, "status": "pending", "models": {"tuned": "stages/eval-2"}}
+    write_index(tmp_path, {"name": "s", "cells": [entry]}, "name: s\n")
+    write_index(tmp_path, {"name": "s", "cells": [later]}, "name: s\nset: {}\n")
+    assert (tmp_path / "sweep.yaml").read_text() == "name: s\n"
+
+    def cell() -> dict[str, Any]:
+        (found,) = json.loads((tmp_path / "sweep.json").read_text())["cells"]
+        return found  # type: ignore[no-any-return]
+
+    assert cell() == {**entry, "unfinished": later}
+    update_index(tmp_path, {"eval-2": "no room"}.get)
+    assert cell() == {**entry, "unfinished": {**later, "status": "failed", "error": "no room"}}
+    record = StageRecord("eval", "f", {}, {}, {}, {}, 1.0, {})
+    atomic.write_json(tmp_path / "stages/eval-2" / RECORD_NAME, asdict(record))
+    update_index(tmp_path, {}.get)
+    assert cell() == {**later, "status": "done"}
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [("30", 30), ("90:30", 91), ("04:00:00", 240), ("1-12", 2160), ("2-01:30", 2970), ("1-00:00:01", 1441)],
@@ -321,8 +443,9 @@ def test_other_times_are_refused(text: str) -> None:
 WRITER = """
 import sys
 from pathlib import Path
-from lors_cli.files import locks
-from lors_cli.sweep.index import update_index
+from lors_cli.files import atomic, locks
+from lors_cli.files.records import RECORD_NAME, StageRecord
+from lors_cli.sweep.index import update_index, write_index
 out, name = Path(sys.argv[1]), sys.argv[2]
 for turn in range(40):
     with locks.hold(out, wait_s=0.001):

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from typer.testing import Result
 
+from lors_cli.cli.views import sweeps
+from lors_cli.output import console
+
 Lors = Callable[..., Result]
 
 
@@ -64,3 +67,29 @@ def test_the_table_fits_80_columns(at_sweep: Path, lors: Lors) -> None:
     assert max(len(line) for line in result.stdout.splitlines() if "─" in line) <= 80
     assert "ppl text.jsonl" in result.stdout
     assert lors("sweep", "grid.yaml", "-q").stderr == ""
+
+
+def test_no_name_and_no_number_is_cut_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    console.configure()
+    texts = [f"text-{number}.jsonl" for number in range(6)]
+    scores = {"model": "m", "tasks": {}, "average": None,
+              "perplexity": {text: {"value": 1234.5, "tokens": 9, "sequence_length": 3} for text in texts}}  # fmt: skip
+    name = "prune.calibration.dataset=slimpajama-tune.learning_rate=0.0001"
+    cell = {"name": name, "status": "done", "models": {"tuned": "e"}, "results": {"tuned": scores}}
+    sweeps.show_sweep({"cells": [cell], "done": [], "failed": {}, "sweep": "s", "report": []})
+    shown = capsys.readouterr().out
+    assert all(f"ppl {text}" in shown for text in texts)
+    assert "…" not in shown
+    stages = [{"stage": stage, "status": "waiting", "detail": "", "folder": "f"}
+              for stage in ("eval dense", "prune", "eval pruned", "tune", "pack", "eval tuned")]  # fmt: skip
+    sweeps.show_status({"cells": [{"name": name, "status": "waiting", "stages": stages}]})
+    shown = capsys.readouterr().out
+    assert all(stage["stage"] in shown for stage in stages)
+    assert "…" not in shown
+    console.table(["cell", "state", "left to do"], [[name, "pending", "eval dense, prune"]], prose=True)
+    first, *rest = capsys.readouterr().out.splitlines()[2:]
+    assert first.split()[0] + rest[0].split()[0] == name

@@ -75,10 +75,7 @@ def show_results(results: dict[str, Any], comparisons: Sequence[Comparison | Tex
         columns, rows = columns[:-1], [row[:-1] for row in rows]
     columns = ["Δ" if name.startswith("Δ") else shorten(name, 40) for name in columns]
     rows = [[_shorter_error(cell) for cell in row] for row in rows]
-    for number, part in enumerate(_parts(columns, rows)):
-        if number:
-            console.result()
-        console.table([columns[place] for place in part], [[row[place] for place in part] for row in rows])
+    console.tables(columns, rows)
     for name, share in shares.items():
         what = "average accuracy" if name == "accuracy" else name.replace("perplexity", "log-perplexity on", 1)
         won = INSIDE_ERROR if share is None else f"{100 * share:.1f} %"
@@ -87,25 +84,6 @@ def show_results(results: dict[str, Any], comparisons: Sequence[Comparison | Tex
         console.result(LOST_IN_ERROR)
     for comparison in comparisons:
         console.result(str(comparison))
-
-
-def _parts(columns: list[str], rows: list[list[str]], width: int = 80) -> list[list[int]]:
-    """Columns for each of several tables that fit: the first in all of them, a difference beside its model."""
-    sizes = [max(len(row[place]) for row in [columns, *rows]) for place in range(len(columns))]
-    groups: list[list[int]] = []
-    for place in range(1, len(columns)):
-        if columns[place] == "Δ":
-            groups[-1].append(place)
-        else:
-            groups.append([place])
-    parts = [[0]]
-    for group in groups:
-        joined = [*parts[-1], *group]
-        if parts[-1] == [0] or sum(sizes[place] + 2 for place in joined) - 2 <= width:
-            parts[-1] = joined
-        else:
-            parts.append([0, *group])
-    return parts
 
 
 def _shorter_error(cell: str) -> str:

@@ -120,7 +120,7 @@ def show_status(document: dict[str, Any]) -> None:
         for stage in cell["stages"]:
             if stage["detail"]:
                 told.setdefault(stage["folder"], [Path(stage["folder"]).name, stage["status"], stage["detail"]])
-    console.table(["cell", "state", *labels], rows)
+    console.tables(["cell", "state", *labels], rows)
     if told:
         console.result()
         console.table(["stage", "state", "what"], list(told.values()), prose=True)
@@ -137,7 +137,7 @@ def show_status(document: dict[str, Any]) -> None:
 def show_sweep(summary: dict[str, Any]) -> None:
     """What `lors sweep` did: a row a cell, and where everything is."""
     columns, rows, bold, unlike = by_cell(summary["cells"])
-    console.table(columns, rows, bold=bold)
+    console.tables(columns, rows, bold=bold)
     if unlike:
         console.result(unlike)
     if any(INSIDE_ERROR in row for row in rows):
