@@ -98,13 +98,14 @@ def held_out_loss(
         size: samples a forward pass.
 
     Returns:
-        None if this process, being alone, was asked to stop.
+        None if a process was asked to stop: they agree on that before every forward pass.
     """
-    processes, entropy = parallel.num_processes(), model_loss if loss is model_loss else causal_lm_loss
+    entropy = model_loss if loss is model_loss else causal_lm_loss
     total, labels = 0.0, 0
     with undisturbed(model):
-        for indices in micro_batches(list(range(len(samples))), size, parallel.process_index(), processes):
-            if stop.asked and processes == 1:
+        order, rank = list(range(len(samples))), parallel.process_index()
+        for indices in micro_batches(order, size, rank, parallel.num_processes()):
+            if parallel.anyone(bool(stop.asked)):  # all have as many batches
                 return None
             batch = collate([sample_at(samples, index) for index in indices])
             found = entropy(model, {key: value.to(model.device) for key, value in batch.items()}, 1.0)
