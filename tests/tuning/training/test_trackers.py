@@ -277,10 +277,15 @@ ActiveRun.__exit__ = fail
 """
     (fakes / "mlflow.py").write_text(MLFLOW + fails + ("log_metrics = fail" if at == "log" else ""))
     run = trackers.TrackedRun("name", {}, tmp_path, tmp_path)
-    with pytest.raises(KeyboardInterrupt), trackers.tracking(["mlflow", "trackio"], run, 1) as track:
-        for step in (1, 2, 3):
-            track({"step": step, "loss": 1.0})
-        raise KeyboardInterrupt
+
+    def work() -> None:
+        with trackers.tracking(["mlflow", "trackio"], run, 1) as track:
+            for step in (1, 2, 3):
+                track({"step": step, "loss": 1.0})
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
     steps = [values["step"] for values in named(calls(fakes, "mlflow"), "fail")]
     assert steps == ([1, 2, 9] if at == "log" else [9])
     assert named(calls(fakes, "trackio"), "log") == [{"step": step, "train/loss": 1.0} for step in (1, 2, 3)]
