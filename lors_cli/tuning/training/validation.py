@@ -116,15 +116,5 @@ def held_out_loss(
     return sum(part for part, _ in parts) / sum(count for _, count in parts)
 
 
-def is_validation(marker: dict[str, Any]) -> bool:
-    """Whether a checkpoint's marker has a `Validation.state`, with the best step that is to stay and a row."""
-    state, step, row = (marker.get(name) for name in ("validation", "best_step", "unlogged"))
-    if not isinstance(state, dict) or not isinstance(state.get("without_gain"), int):
-        return False
-    steps = isinstance(state.get("best_step"), (int, type(None))) and isinstance(step, (int, type(None)))
-    is_row = row is None or (isinstance(row, dict) and isinstance(row.get("step"), int))
-    return steps and is_row and isinstance(state.get("best_loss", ""), (int, float, type(None)))
-
-
 def _rounded(loss: float | None) -> float | None:
     return None if loss is None else round(loss, 6)
