@@ -218,7 +218,7 @@ class AdapterTrainer:
         for part, name in ((self.optimizer, checkpoints.OPTIMIZER_NAME), (self.schedule, checkpoints.SCHEDULE_NAME)):
             part.load_state_dict(torch.load(checkpoint / name, map_location="cpu", weights_only=True))
         restore_random_state(read_random_state(checkpoint / checkpoints.RANDOM_NAME))
-        marker = atomic.read_json(checkpoint / checkpoints.MARKER_NAME)
+        marker: Any = atomic.read_json(checkpoint / checkpoints.MARKER_NAME)
         self.guard.restore(marker["guard"])
         if "validation" in marker:
             self.validation.restore(marker["validation"])
