@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +74,8 @@ def _show_plan(
     guard_out(folder, "run")
     data_dir = resolve_data_dir(recipe.data_dir)
     plans = select(plan_stages(recipe, folder, data_dir), first, last, force)
-    runs.show_plan(runs.plan_document(recipe.name, folder, plans, troubles(plans, data_dir, nproc)))
+    plans = [replace(plan, num_processes=nproc or plan.num_processes) for plan in plans]
+    runs.show_plan(runs.plan_document(recipe.name, folder, plans, troubles(plans, data_dir)))
 
 
 @command(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -164,11 +165,12 @@ def _stage(
     def make_plan() -> Any:
         guard_out(out, stage, [model.path for model in models.values()])
         with progress.busy("looking at what is done"):
-            return plan_single(stage, settings, models, out, data)
+            plan = plan_single(stage, settings, models, out, data)
+        return replace(plan, num_processes=nproc or plan.num_processes)
 
     with processes.joined():
         plan = processes.from_main(make_plan)
-        found = processes.from_main(lambda: troubles([plan], data, nproc))
+        found = processes.from_main(lambda: troubles([plan], data))
         if dry_run:
             show_plan(plan_document(stage, out, [plan], found))
             return False

@@ -109,11 +109,12 @@ def fast_paths() -> Iterator[Finding]:
 
 
 def _merge(device: torch.device, dtype: torch.dtype) -> Finding:
+    from lors_cli.models.packed.kernels.cuda import why_no_cuda_kernel
     from lors_cli.tuning.kernels.c_merge import why_not_in_c
-    from lors_cli.tuning.kernels.masked_merge import how_merged, why_no_kernel
+    from lors_cli.tuning.kernels.masked_merge import how_merged
 
     text = f"{str(dtype).removeprefix('torch.')} on {device.type}: {how_merged(device, dtype, 'stochastic')}"
-    if device.type == "cuda" and why_no_kernel(device, dtype):
+    if device.type == "cuda" and why_no_cuda_kernel(device, dtype):
         return Finding("LoRS merge", "warn", text, "pip install triton; it needs compute capability 8.0.")
     if device.type == "cpu" and why_not_in_c(device, dtype, "stochastic"):
         return Finding("LoRS merge", "warn", text, "A C compiler builds the kernel: install gcc or clang.")
@@ -121,10 +122,10 @@ def _merge(device: torch.device, dtype: torch.dtype) -> Finding:
 
 
 def _packed(device: torch.device, dtype: torch.dtype) -> Finding:
+    from lors_cli.models.packed.kernels.cuda import why_no_cuda_kernel
     from lors_cli.tuning.kernels.c_merge import why_not_in_c
-    from lors_cli.tuning.kernels.masked_merge import why_no_kernel
 
-    if not why_no_kernel(device, dtype):
+    if not why_no_cuda_kernel(device, dtype):
         text = "tune.base=packed (2:4) saves memory at no cost: the CUDA kernel reads it as it is"
     elif not why_not_in_c(device, dtype, "stochastic"):
         text = "tune.base=packed saves memory at little cost: the C kernel reads it as it is"

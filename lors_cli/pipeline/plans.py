@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from lors_cli.errors import UsageError, nearest
 from lors_cli.files import atomic, hashes, records
+from lors_cli.machine import processes
 from lors_cli.output import console
 from lors_cli.pipeline.changes import Made, what_changes, what_scores_change
 from lors_cli.pipeline.stages import STAGES, Config, Stage
@@ -35,6 +36,8 @@ class StagePlan:
     """On the status, for people."""
     replaces: str = ""
     """What of an earlier result it replaces, and why."""
+    num_processes: int = field(default_factory=processes.num_processes)
+    """That share its work; in a dry run, that are to."""
 
 
 def plan_stages(recipe: Recipe, out: Path, data_dir: Path | None) -> list[StagePlan]:

@@ -12,7 +12,6 @@ from typing import Any
 from lors_cli.data.sources import open_source
 from lors_cli.errors import LorsError, ResourceError, UsageError, translate
 from lors_cli.evaluation.entries import Task
-from lors_cli.machine import processes
 from lors_cli.machine.devices import free_memory
 from lors_cli.models.size import try_size
 from lors_cli.output import progress
@@ -36,13 +35,8 @@ class Trouble:
     error: LorsError
 
 
-def troubles(plans: Sequence[StagePlan], data_dir: Path | None, num_processes: int | None = None) -> list[Trouble]:
-    """All that is in the way of the stages that are still to be done; weights are neither loaded nor downloaded.
-
-    Args:
-        num_processes: that are to share the work; None: those that do.
-    """
-    shared = num_processes or processes.num_processes()
+def troubles(plans: Sequence[StagePlan], data_dir: Path | None) -> list[Trouble]:
+    """All that is in the way of the stages that are still to be done; weights are neither loaded nor downloaded."""
     found: list[Trouble] = []
     seen: set[tuple[str, str]] = set()
     looked: set[ModelConfig] = set()
@@ -58,7 +52,7 @@ def troubles(plans: Sequence[StagePlan], data_dir: Path | None, num_processes: i
         for plan in pending:
             there = [model for model in plan.models.values() if model.path not in to_come and model not in looked]
             looked.update(there)
-            note(plan.stage, _met(partial(STAGES[plan.stage].check_shared, plan.config, shared)))
+            note(plan.stage, _met(partial(STAGES[plan.stage].check_shared, plan.config, plan.num_processes)))
             for look in _looks(plan, there, data_dir):
                 note(plan.stage, _met(look))
         note("all", _met(lambda: _check_disk(pending)))
@@ -157,7 +151,7 @@ def _check_task(task: Task, data_dir: Path | None) -> None:
 def _check_memory(plan: StagePlan) -> None:
     """Refuse what is far from fitting, for stages that cannot tell better themselves."""
     needed, _ = resources.try_estimate(plan)
-    if needed is None or processes.num_processes() > 1:  # which may share a model
+    if needed is None or plan.num_processes > 1:  # which may share a model
         return
     free = free_memory(plan.origin.device)
     if needed.memory * (1 - ERROR) > free:

@@ -22,7 +22,7 @@ def try_estimate(plan: StagePlan) -> tuple[Estimate | None, str]:
         return None, error.message
     if size is None:
         return None, "size unknown until the model's config.json is downloaded"
-    return STAGES[plan.stage].needs(plan.config, size), ""
+    return STAGES[plan.stage].needs(plan.config, size, plan.num_processes), ""
 
 
 def check_disk(plan: StagePlan) -> None:
@@ -70,5 +70,7 @@ def check_memory(plan: StagePlan) -> None:
     """
     shortage = STAGES[plan.stage].shortage
     size = try_size(plan.origin) if plan.status != "done" else None
-    if shortage is not None and size is not None and (found := shortage(plan.config, plan.origin, size)):
+    if shortage is None or size is None:
+        return
+    if found := shortage(plan.config, plan.origin, size, plan.num_processes):
         raise ResourceError(*found)

@@ -61,14 +61,15 @@ class Stage:
 
     Args:
         run: models by role, folder, data_dir.
-        needs: the model's size; peak memory and disk.
+        needs: the model's size, number of processes; peak memory of each, and disk.
         operations: the model's size, number of models, data_dir; None where not known.
         describe: models by role; a few words for people.
         reads: texts, tasks and a teacher.
         makes: the role of the model that comes out, None where scores do.
         fingerprint: of the one model it reads, data_dir; None for scores, which have theirs piece by piece.
         prepare: the model; the config with what depends on it filled in.
-        shortage: the model and its size; why the free memory is too small, and what to do. None: by `needs` alone.
+        shortage: the model, its size, number of processes; why the free memory is too small, and what to do. None: by
+            `needs` alone.
         fits: the model's size; UsageError if its linears cannot take the pattern or rank, or are none to skip.
         check_shared: number of processes; UsageError if they cannot share the work.
         check_packages: MissingError if a package that the settings ask for is not installed.
@@ -79,14 +80,14 @@ class Stage:
     """
 
     run: Callable[[Any, dict[str, ModelConfig], Path, Path | None], None]
-    needs: Callable[[Any, ModelSize], Estimate]
+    needs: Callable[[Any, ModelSize, int], Estimate]
     operations: Callable[[Any, ModelSize, int, Path | None], float | None]
     describe: Callable[[Any, dict[str, ModelConfig]], str]
     reads: Callable[[Any], Reads]
     makes: str | None = None
     fingerprint: Callable[[Any, str, Path | None], str] | None = None
     prepare: Callable[[Any, ModelConfig], Any] = lambda config, model: config
-    shortage: Callable[[Any, ModelConfig, ModelSize], tuple[str, str] | None] | None = None
+    shortage: Callable[[Any, ModelConfig, ModelSize, int], tuple[str, str] | None] | None = None
     fits: Callable[[Any, ModelSize], None] = lambda config, size: None
     check_shared: Callable[[Any, int], None] = lambda config, num_processes: None
     check_packages: Callable[[Any], None] = lambda config: None
@@ -97,7 +98,7 @@ class Stage:
 
     def leaves(self, config: Config, size: ModelSize) -> int:
         """Bytes on disk once it is done."""
-        disk = self.needs(config, size).disk
+        disk = self.needs(config, size, 1).disk
         return min(size.num_bytes + RECORDS, disk) if self.makes else disk
 
 
@@ -235,7 +236,7 @@ STAGES = {
     ),
     "pack": Stage(
         run=_pack,
-        needs=packing.needs,
+        needs=lambda config, size, num_processes: packing.needs(config, size),
         operations=lambda config, size, num_models, data_dir: float(size.num_parameters),
         describe=lambda config, models: "kept values, or their codes, and a mask of one bit a place",
         reads=lambda config: Reads(),
@@ -246,7 +247,7 @@ STAGES = {
     ),
     "eval": Stage(
         run=_evaluate,
-        needs=evaluation_estimate.needs,
+        needs=lambda config, size, num_processes: evaluation_estimate.needs(config, size),
         operations=lambda config, size, num_models, data_dir: evaluation_estimate.operations(config, size, num_models),
         describe=_evaluation,
         without_effect=("models",),

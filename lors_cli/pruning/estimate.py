@@ -13,7 +13,6 @@ from pathlib import Path
 
 from lors_cli.data.tokenising import DEFAULT_LENGTH, DEFAULT_SAMPLES
 from lors_cli.grid import bits_a_weight
-from lors_cli.machine import processes
 from lors_cli.machine.devices import free_memory, resolve_device
 from lors_cli.models.needs import RECORDS, RUNTIME, Estimate
 from lors_cli.models.size import ModelSize, forward
@@ -64,14 +63,14 @@ def memory_parts(config: PruneConfig, size: ModelSize, num_processes: int = 1) -
             "hidden_states": hidden}  # fmt: skip
 
 
-def needs(config: PruneConfig, size: ModelSize) -> Estimate:
-    """Memory by `memory_parts`; on disk the checkpoint, its blocks, and the hidden states to resume from."""
+def needs(config: PruneConfig, size: ModelSize, num_processes: int = 1) -> Estimate:
+    """Each process's memory by `memory_parts`; on disk the checkpoint, its blocks, the hidden states to resume from."""
     tokens = 0 if statistics_kind(config) == "none" else calibration_tokens(config, size)[0]
-    several = processes.num_processes() > 1
+    several = num_processes > 1
     copies = (4 if several else 2) + ((4 if several else 3) if config.reconstruct_epochs else 0)  # of hidden states
     hidden = copies * tokens * size.hidden_size * size.bytes_a_weight
     disk = 2 * (size.num_bytes + _grids(config, size)) + hidden + RECORDS
-    return Estimate(RUNTIME + sum(memory_parts(config, size).values()), disk)
+    return Estimate(RUNTIME + sum(memory_parts(config, size, num_processes).values()), disk)
 
 
 def bits(config: PruneConfig, size: ModelSize) -> float | None:
@@ -92,10 +91,12 @@ def _grids(config: PruneConfig, size: ModelSize) -> int:
     return sum(rows * spec.num_groups(columns) * width for rows, columns in size.without(config.skip).linears)
 
 
-def shortage(config: PruneConfig, model: ModelConfig, size: ModelSize) -> tuple[str, str] | None:
+def shortage(
+    config: PruneConfig, model: ModelConfig, size: ModelSize, num_processes: int = 1
+) -> tuple[str, str] | None:
     """Why pruning cannot run in the memory that is free here, and what would fit; None if it can."""
     free = free_memory(model.device)
-    parts = memory_parts(config, size, processes.num_processes())
+    parts = memory_parts(config, size, num_processes)
     offload, hidden = config.calibration.offload, parts["hidden_states"]
     on_gpu = resolve_device(model.device).type == "cuda"
     if (offload == "cpu" and on_gpu) or (offload == "auto" and hidden > free / 2):
@@ -107,7 +108,7 @@ def shortage(config: PruneConfig, model: ModelConfig, size: ModelSize) -> tuple[
         f"{name.replace('_', ' ')} {gib(parts[name])}"
         for name in sorted(parts, key=parts.__getitem__, reverse=True)[:3]
     )
-    fits = [words for words, other in _smaller(config) if needs(other, size).memory <= free]
+    fits = [words for words, other in _smaller(config) if needs(other, size, num_processes).memory <= free]
     hint = f"This would fit: {fits[0]}" if fits else "Nothing that keeps the result would fit: use a larger machine."
     return f"prune needs about {gib(needed)} of memory, {gib(free)} are free ({largest}).", hint
 

@@ -104,7 +104,7 @@ def _space(plan: StagePlan) -> tuple[int | None, int | None, int | None]:
     if size is None:
         return None, None, None
     doors = STAGES[plan.stage]
-    needs = doors.needs(plan.config, size)
+    needs = doors.needs(plan.config, size, plan.num_processes)
     return needs.memory, needs.disk, doors.leaves(plan.config, size)
 
 

@@ -18,9 +18,9 @@ from lors_cli.models.tensor_files import Entry, Loader, write_checkpoint
 from lors_cli.output import progress
 from lors_cli.recipe.schema import TuneConfig
 from lors_cli.sparsity import LayerSparsity, Pattern, measure
-from lors_cli.tuning.attach import PREFIX, adapter_parameters, put_adapters
+from lors_cli.tuning.attach import adapter_parameters, put_adapters
 from lors_cli.tuning.merge import MergeCounts, merge_layer
-from lors_cli.tuning.norms import shifted
+from lors_cli.tuning.norms import trained_norms
 
 
 class BlockMerge:
@@ -39,7 +39,7 @@ class BlockMerge:
     ) -> None:  # fmt: skip
         self.config, self.source, self.layers, self.grids = config, source, layers, grids
         self._counts: dict[int, MergeCounts] = {}
-        self._trained = adapter_parameters(trained)
+        self._trained, self._norms = adapter_parameters(trained), trained_norms(trained)
         self._measured: dict[str, LayerSparsity] = {}
         self._present = ExitStack()
         self._index: int | None = None
@@ -62,8 +62,8 @@ class BlockMerge:
                               for key in ("kept", "moved", "zeroed")})  # fmt: skip
 
     def _outer(self, name: str) -> torch.Tensor:
-        tensor, shift = self.source.read(name), self._trained.get(f"{PREFIX}{name}.shift")
-        return tensor if shift is None else shifted(tensor, shift)
+        tensor, norm = self.source.read(name), self._norms.get(name)
+        return tensor if norm is None else norm(tensor.to(norm.shift.device))
 
     def _entries(
         self, index: int, patterns: Mapping[str, Pattern | None], task: progress.Task
@@ -91,9 +91,8 @@ class BlockMerge:
         for name, layer in adapted.items():
             merge_layer(source.network, name, layer, counts)
         for name, parameter in block.named_parameters(prefix=prefix):
-            shift = self._trained.get(f"{PREFIX}{name}.shift")
-            if shift is not None:
-                parameter.copy_(shifted(parameter, shift))
+            if name in self._norms:
+                parameter.copy_(self._norms[name](parameter))
         for name, weight in block_weights(block, prefix).items():
             if name in patterns:
                 self._measured[name] = measure(name, weight.matrix, patterns[name])

@@ -23,8 +23,8 @@ EXACT = {"approximate": 0.0, "exact": 1.0, "rotating": 0.25}
 """Share of the layers whose gradients have lors's mask in them: two operations more, and the tiles' two products."""
 
 
-def needs(config: TuneConfig, size: ModelSize) -> Estimate:
-    """Libraries, weights, activations, the head's logits, adapters with their optimiser state."""
+def needs(config: TuneConfig, size: ModelSize, num_processes: int = 1) -> Estimate:
+    """Of each process: libraries, weights, activations, the head's logits, adapters with their optimiser state."""
     adapted = size.without(config.skip)
     adapters = sum(config.rank * (rows + columns) for rows, columns in adapted.linears)
     state = 2 if config.optim == "adamw_8bit" else 8
@@ -46,7 +46,11 @@ def needs(config: TuneConfig, size: ModelSize) -> Estimate:
     needed = activations + logits + max(training, gradient)
     if config.distill:  # with a cache it is there before the training, and one sample is looked at a time
         needed = max(needed, size.num_bytes + logits) if config.distill.cache else needed + size.num_bytes
-    memory = RUNTIME + size.num_bytes + needed
+    weights = size.num_bytes
+    if config.parallelism == "fsdp":  # a shard of all blocks, and two of them while they are used
+        blocks = size.num_prunable * size.bytes_a_weight
+        weights += min(0, blocks // num_processes + 2 * blocks // size.num_blocks - blocks)
+    memory = RUNTIME + weights + needed
     checkpoints = config.keep_checkpoints + 1 + config.loads_best
     return Estimate(memory, size.num_bytes + checkpoints * (4 + state) * adapters + RECORDS)
 

@@ -30,14 +30,6 @@ class NormShift(nn.Module):
         return torch.add(parameter.to(self.shift.dtype), self.shift, alpha=self.unit).to(parameter.dtype)
 
 
-def shifted(parameter: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """The very parameter of the forward pass, of a frozen one and its trained shift."""
-    step = NormShift(parameter)
-    with torch.no_grad():
-        step.shift.copy_(shift)
-        return step(parameter)
-
-
 def norm_parameters(model: nn.Module) -> list[str]:
     """Full names of the parameters of a model's normalisation layers.
 
@@ -61,14 +53,19 @@ def train_norms(model: nn.Module, names: Iterable[str]) -> None:
         parametrize.register_parametrization(model.get_submodule(path), key, NormShift(parameter))
 
 
-def norm_shifts(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The trained shifts of a model, (hidden_size,) each, by full name of the parameter they are added to."""
+def trained_norms(model: nn.Module) -> dict[str, NormShift]:
+    """What makes the trained norms of a model out of its frozen ones, by full name of the parameter."""
     found = {}
     for name, module in model.named_modules():
         for key, steps in getattr(module, "parametrizations", {}).items():
             if isinstance(steps[0], NormShift):
-                found[f"{name}.{key}"] = steps[0].shift
+                found[f"{name}.{key}"] = steps[0]
     return found
+
+
+def norm_shifts(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trained shifts of a model, (hidden_size,) each, by full name of the parameter they are added to."""
+    return {name: norm.shift for name, norm in trained_norms(model).items()}
 
 
 def merge_norms(model: nn.Module) -> None:

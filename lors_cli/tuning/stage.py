@@ -250,11 +250,12 @@ def _train(trainer: AdapterTrainer, data: TuneData, log: StepLog, run: TrackedRu
         task.skip(trainer.step)
 
         def report(row: dict[str, Any]) -> None:
+            # first: it ends a run that has lost its folder
+            task.update(row["step"], f"loss {trainer.guard.loss:.3f} · {row['tokens_per_s']:.0f} tokens/s")
             log.append(row)
             track(row)
             if "val_loss" in row:
                 console.info(f"  step {row['step']}: {trainer.validation.text}")
-            task.update(row["step"], f"loss {trainer.guard.loss:.3f} · {row['tokens_per_s']:.0f} tokens/s")
 
         trainer.run(report if processes.is_main() else lambda row: None)
     trainer.model.eval()

@@ -248,9 +248,11 @@ def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_merge_without_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
+    from lors_cli.models.packed.kernels import cuda
     from lors_cli.tuning.kernels import masked_merge
 
-    monkeypatch.setattr(masked_merge, "why_no_kernel", lambda device, dtype: "the package triton is not installed")
+    for module in (cuda, masked_merge):
+        monkeypatch.setattr(module, "why_no_cuda_kernel", lambda *_: "the package triton is not installed")
     found = device_checkups._merge(torch.device("cuda"), torch.bfloat16)
     assert found.status == "warn"
     assert "triton is not installed" in found.text

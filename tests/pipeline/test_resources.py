@@ -26,7 +26,7 @@ NAMES = {PruneConfig: "prune", TuneConfig: "tune", EvalConfig: "eval"}
 
 
 def estimate(config: Any, size: ModelSize) -> Estimate:
-    return STAGES[NAMES[type(config)]].needs(config, size)
+    return STAGES[NAMES[type(config)]].needs(config, size, 1)
 
 
 def plan_of(config: Any, model: ModelConfig) -> StagePlan:
@@ -206,6 +206,27 @@ def test_what_does_not_fit_is_refused_with_what_would(monkeypatch: pytest.Monkey
     assert "use a larger machine" in (shortage(config, model, size) or ("", ""))[1]
     check_memory(plan_of(TUNE, model))
     check_memory(plan_of(config, ModelConfig(path="nobody/nothing")))
+
+
+def test_memory_is_judged_as_it_will_be_by_the_processes_that_are_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ModelConfig(path="meta-llama/Meta-Llama-3-8B", device="cpu")
+    kept = CalibrationConfig(num_samples=1024, sequence_length=2048, batch_size=1, offload="device")
+    prune, tune = plan_of(PruneConfig(method="wanda", calibration=kept), model), plan_of(TUNE, model)
+    for module in (preflight, pruning_estimate):
+        monkeypatch.setattr(module, "free_memory", lambda _: 10 * GIB)
+
+    def refused(plan: StagePlan, number: int) -> bool:
+        found = troubles([replace(plan, num_processes=number)], None)
+        return any("of memory" in trouble.error.message for trouble in found)
+
+    assert [refused(prune, number) for number in (1, 8)] == [True, False]
+    assert [refused(tune, number) for number in (1, 8)] == [True, False]  # which may hold it in shards
+    fsdp = replace(tune, config=replace(TUNE, parallelism="fsdp"))
+    for stage, shrinks in ((prune, True), (tune, False), (fsdp, True)):
+        one, eight = (try_estimate(replace(stage, num_processes=number))[0] for number in (1, 8))
+        assert one is not None
+        assert eight is not None
+        assert (eight.memory < one.memory / 2) == shrinks
 
 
 def test_a_file_of_tokens_counts_as_it_is(tmp_path: Path) -> None:

@@ -174,8 +174,11 @@ def test_a_dry_run_writes_nothing(at_workshop: Path, lors: Lors) -> None:
     assert [stage["status"] for stage in document["stages"]] == ["run", "run", "run"]
     assert all(stage["peak_memory_bytes"] > 0 and stage["disk_bytes"] > 0 for stage in document["stages"])
     shared = ("prune.reconstruct_epochs=1", "--nproc", "3", "--dry-run", "--json")
-    in_the_way = json.loads(lors("run", "tiny.yaml", *shared).stdout)["in_the_way"]
-    assert [trouble["message"] for trouble in in_the_way] == [
+    document = json.loads(lors("run", "tiny.yaml", *shared).stdout)
+    prune, tune, _ = (stage["estimate"] for stage in document["stages"])
+    assert prune.endswith("; memory for each of 3 processes")
+    assert tune.endswith("; memory for each of 3 processes, not compared with what is free")
+    assert [trouble["message"] for trouble in document["in_the_way"]] == [
         "reconstruct_batch_size: steps of 1 cannot be shared by 3 processes.",
         "batch_size: 4 samples a step cannot be shared by 3 processes.",
     ]

@@ -205,7 +205,7 @@ def test_disk_is_what_stays_and_the_largest_at_work(at_start: Path) -> None:
     assert size is not None
     plans = sweep_plans()
     kept = sum(64 << 20 if plan.stage == "eval" else size.num_bytes + (16 << 20) for plan in plans)
-    at_work = [STAGES[plan.stage].needs(plan.config, size).disk for plan in plans if plan.stage != "eval"]
+    at_work = [STAGES[plan.stage].needs(plan.config, size, 1).disk for plan in plans if plan.stage != "eval"]
     assert disk_needed(plans) == kept + max(at_work) - size.num_bytes - (16 << 20)
 
 

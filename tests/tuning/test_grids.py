@@ -121,7 +121,7 @@ def test_codes_that_no_kernel_reads_on_a_gpu_are_spoken_of(
     network = nn.Sequential(layer_on_a_grid(PackedLorsLinear))
     network.device, network.dtype = torch.device("cuda"), torch.bfloat16
     monkeypatch.setattr(Packed, "device", network.device)
-    monkeypatch.setattr(masked_merge, "why_no_kernel", lambda *_: "")
+    monkeypatch.setattr(masked_merge, "why_no_cuda_kernel", lambda *_: "")
     console.configure(verbosity=1)
     preparation._keep_merged(network, TuneConfig(merged_cache="off"), sharded=False)
     said = capsys.readouterr().err

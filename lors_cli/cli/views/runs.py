@@ -15,6 +15,7 @@ from lors_cli.files import records
 from lors_cli.output import console, progress
 from lors_cli.pipeline.plans import StagePlan, describe, foresee
 from lors_cli.pipeline.resources import try_estimate
+from lors_cli.pipeline.stages import STAGES
 
 if TYPE_CHECKING:
     from lors_cli.evaluation.significance import Comparison, TextComparison
@@ -31,13 +32,21 @@ def plan_document(name: str, out: Path, plans: list[StagePlan], found: Sequence[
             "folder": str(plan.folder), "fingerprint": plan.fingerprint,
             "models": {label: model.path for label, model in plan.models.items()},
             "peak_memory_bytes": needs.memory if needs else None, "disk_bytes": needs.disk if needs else None,
-            "estimate": str(needs) if needs else why,
+            "estimate": f"{needs}{_of_each(plan)}" if needs else why,
             **({"makes": made} if not found and (made := foresee(plan)) else {}),
         })  # fmt: skip
     in_the_way = [{"stage": trouble.stage, "message": trouble.error.message, "hint": trouble.error.hint,
                    "exit_code": trouble.error.exit_code} for trouble in found]  # fmt: skip
     return {"name": name, "run": str(out), "dry_run": True, "stages": stages, "in_the_way": in_the_way,
             "exit_code": in_the_way[0]["exit_code"] if in_the_way else 0}  # fmt: skip
+
+
+def _of_each(plan: StagePlan) -> str:
+    """Whose memory an estimate is, where several processes share a stage."""
+    if plan.num_processes == 1:
+        return ""
+    compared = "" if STAGES[plan.stage].shortage else ", not compared with what is free"
+    return f"; memory for each of {plan.num_processes} processes{compared}"
 
 
 def show_plan(document: dict[str, Any]) -> None:

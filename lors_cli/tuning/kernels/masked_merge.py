@@ -54,7 +54,7 @@ def masked_merge(
     merged = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if out is None else out
     on_cuda, same_dtype = weight.device.type == "cuda", merged.dtype == weight.dtype
     if on_cuda:
-        has_kernel = not why_no_kernel(weight.device, weight.dtype)
+        has_kernel = not why_no_cuda_kernel(weight.device, weight.dtype)
     else:
         in_rows = merged.stride(1) == 1 and (isinstance(weight, Packed) or weight.stride(1) == 1)
         why_not = why_not_in_c(weight.device, weight.dtype, rounding, len(lora_A), grid)
@@ -133,11 +133,6 @@ def _addmm_rounds_once(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
-def why_no_kernel(device: torch.device, dtype: torch.dtype) -> str:
-    """Why the fused kernel cannot be used for such weights, empty when it can."""
-    return why_no_cuda_kernel(device, dtype)
-
-
 def how_merged(
     device: torch.device, dtype: torch.dtype, rounding: Rounding = "nearest", rank: int = 1, grid: Grid | None = None,
     weight: torch.Tensor | Packed | None = None,
@@ -148,7 +143,7 @@ def how_merged(
         weight: as it is held, where that is known; a packed one may have to be unpacked first.
     """
     on_cpu = device.type == "cpu"
-    missing = why_not_in_c(device, dtype, rounding, rank, grid) if on_cpu else why_no_kernel(device, dtype)
+    missing = why_not_in_c(device, dtype, rounding, rank, grid) if on_cpu else why_no_cuda_kernel(device, dtype)
     if isinstance(weight, Packed) and (missing or not _reads(weight)):
         by_torch = " by torch's operations, as no CUDA kernel reads codes" if codes_on_cuda(weight) else ""
         return f"unpacking{by_torch}, then {how_merged(device, dtype, rounding, rank, grid)}"

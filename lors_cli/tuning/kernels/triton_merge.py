@@ -199,5 +199,6 @@ def masked_merge_kernel(
         `merged`.
     """
     programs, arguments = launch(weight, lora_A, lora_B, scale, merged, rounding, grid=grid)
-    _merge[programs](**arguments)
+    with torch.cuda.device(merged.get_device()):  # Triton launches on the current GPU, wherever the tensors lie
+        _merge[programs](**arguments)
     return merged

@@ -10,8 +10,6 @@ from typing import Any
 
 from lors_cli.files import atomic
 from lors_cli.tuning.adapter import WEIGHTS_NAME
-from lors_cli.tuning.training.guards import is_state
-from lors_cli.tuning.training.validation import is_validation
 
 MARKER_NAME = "lors.json"
 OPTIMIZER_NAME, SCHEDULE_NAME, RANDOM_NAME, STATE_NAME = (
@@ -35,10 +33,6 @@ def whole_checkpoints(folder: Path, fingerprint: str) -> list[Path]:
     for path in folder.glob("checkpoint-*") if folder.is_dir() else ():
         marker = atomic.read_json(path / MARKER_NAME)
         if not isinstance(marker, dict) or marker.get("fingerprint") != fingerprint:
-            continue
-        if "guard" in marker and not is_state(marker["guard"]):  # earlier versions have none
-            continue
-        if "validation" in marker and not is_validation(marker):
             continue
         if path.name.removeprefix("checkpoint-").isdecimal() and all((path / name).is_file() for name in needed):
             found[path] = marker.get("best_step")

@@ -78,11 +78,3 @@ class StepGuard:
         self.bad_steps = state["bad_steps"]
         self._losses = deque(state["losses"], maxlen=WINDOW)
         self._norms = deque(state["norms"], maxlen=WINDOW)
-
-
-def is_state(value: Any) -> bool:
-    """Whether a checkpoint's value is a `StepGuard.state`."""
-    if not isinstance(value, dict) or not isinstance(value.get("bad_steps"), int):
-        return False
-    lists = [value.get("losses"), value.get("norms")]
-    return all(isinstance(found, list) and all(isinstance(x, (int, float)) for x in found) for found in lists)

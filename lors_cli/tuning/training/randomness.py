@@ -31,8 +31,7 @@ def restore_random_state(state: dict[str, Any]) -> None:
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
-        states = state["cuda"] if isinstance(state["cuda"], list) else [state["cuda"]]  # earlier versions: of one GPU
-        for index, each in enumerate(states[: torch.cuda.device_count()]):
+        for index, each in enumerate(state["cuda"][: torch.cuda.device_count()]):
             torch.cuda.set_rng_state(each, index)
     if "mps" in state and torch.backends.mps.is_available():
         torch.mps.set_rng_state(state["mps"])

@@ -50,7 +50,6 @@ def load_trainable(config: TuneConfig, model: ModelConfig) -> tuple[PreTrainedMo
             "Tune an ordinary checkpoint (lors pack --unpack makes one of a packed model), or parallelism: ddp.",
         )
     source = open_blockwise(model)
-    source.device = torch.device("cpu")  # where blocks are merged
     network = copy.deepcopy(source.network)
     with progress.busy("reading what lies outside the blocks' matrices"):
         for name, tensor in network.state_dict(keep_vars=True).items():

@@ -13,12 +13,14 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lors_cli.errors import MissingError
 from lors_cli.files import atomic
 from lors_cli.machine import processes
+from lors_cli.output import console
 from lors_cli.tuning.training.randomness import random_state, restore_random_state
 
 Tracker = Callable[[dict[str, float], int], object]
@@ -82,21 +84,37 @@ def check_installed(names: Sequence[str]) -> None:
 def tracking(names: Sequence[str], run: TrackedRun, first_step: int) -> Iterator[Callable[[dict[str, Any]], None]]:
     """What takes the rows of the log, from `first_step` on, for all the trackers; in the main process alone.
 
-    Training draws the random numbers that it would draw without them.
+    Training draws the random numbers that it would draw without them. A tracker that has begun and fails is given up
+    with a warning; one that cannot begin is refused.
     """
-    trackers: list[Tracker] = []
+    trackers: dict[str, Tracker] = {}
+
+    @contextmanager
+    def outlived(name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if trackers.pop(name, None):
+                console.warn(f"report_to: {name} fails and is told nothing more; log.jsonl has every step: {error}")
 
     def tell(row: dict[str, Any]) -> None:
         values = {name: row[key] for key, name in NAMES.items() if row.get(key) is not None}
-        for tracker in trackers:
-            tracker(values, row["step"])
+        for name, tracker in [*trackers.items()]:
+            with outlived(name):
+                tracker(values, row["step"])
+
+    def close(name: str, tracker: AbstractContextManager[Tracker], *error: Any) -> None:
+        with outlived(name):
+            tracker.__exit__(*error)
 
     with ExitStack() as opened:
 
         def begin() -> None:
             state = random_state()
-            if processes.is_main():
-                trackers.extend(opened.enter_context(TRACKERS[name](run, first_step)) for name in names)
+            for name in names if processes.is_main() else ():
+                tracker = TRACKERS[name](run, first_step)
+                trackers[name] = tracker.__enter__()
+                opened.push(partial(close, name, tracker))
             restore_random_state(state)
 
         processes.from_main(begin)

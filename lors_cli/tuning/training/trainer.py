@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from lors_cli.data.samples import IGNORED, PadCollator, Sample, count_tokens
 from lors_cli.errors import UsageError
-from lors_cli.files import atomic
+from lors_cli.files import atomic, locks
 from lors_cli.machine import processes as parallel
 from lors_cli.machine.memory import give_back_memory
 from lors_cli.recipe.schema import TuneConfig
@@ -191,7 +191,7 @@ class AdapterTrainer:
                                      turn_size=self.size * parallel.num_processes())  # fmt: skip
 
     def save(self) -> None:
-        """A checkpoint of the step just done."""
+        """A checkpoint of the step just done; a UsageError if another process has taken the folder over."""
 
         def write(folder: Path) -> None:
             from safetensors.torch import save
@@ -205,6 +205,7 @@ class AdapterTrainer:
             atomic.write_json(folder / checkpoints.STATE_NAME, state)
 
         if parallel.is_main():
+            locks.check(self.folder)
             marker: dict[str, Any] = {"fingerprint": self.fingerprint, "guard": self.guard.state()}
             if self.validation.samples:
                 marker.update(validation=self.validation.state(), best_step=self.validation.kept_step,
@@ -217,9 +218,8 @@ class AdapterTrainer:
         for part, name in ((self.optimizer, checkpoints.OPTIMIZER_NAME), (self.schedule, checkpoints.SCHEDULE_NAME)):
             part.load_state_dict(torch.load(checkpoint / name, map_location="cpu", weights_only=True))
         restore_random_state(read_random_state(checkpoint / checkpoints.RANDOM_NAME))
-        marker = atomic.read_json(checkpoint / checkpoints.MARKER_NAME) or {}
-        if "guard" in marker:  # checkpoints of earlier versions have none
-            self.guard.restore(marker["guard"])
+        marker: Any = atomic.read_json(checkpoint / checkpoints.MARKER_NAME)
+        self.guard.restore(marker["guard"])
         if "validation" in marker:
             self.validation.restore(marker["validation"])
             self.unlogged = marker["unlogged"]

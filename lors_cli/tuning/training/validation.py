@@ -98,13 +98,14 @@ def held_out_loss(
         size: samples a forward pass.
 
     Returns:
-        None if this process, being alone, was asked to stop.
+        None if a process was asked to stop: they agree on that before every forward pass.
     """
-    processes, entropy = parallel.num_processes(), model_loss if loss is model_loss else causal_lm_loss
+    entropy = model_loss if loss is model_loss else causal_lm_loss
     total, labels = 0.0, 0
     with undisturbed(model):
-        for indices in micro_batches(list(range(len(samples))), size, parallel.process_index(), processes):
-            if stop.asked and processes == 1:
+        order, rank = list(range(len(samples))), parallel.process_index()
+        for indices in micro_batches(order, size, rank, parallel.num_processes()):
+            if parallel.anyone(bool(stop.asked)):  # all have as many batches
                 return None
             batch = collate([sample_at(samples, index) for index in indices])
             found = entropy(model, {key: value.to(model.device) for key, value in batch.items()}, 1.0)
@@ -113,16 +114,6 @@ def held_out_loss(
             labels += number
     parts = parallel.gather((total, labels))
     return sum(part for part, _ in parts) / sum(count for _, count in parts)
-
-
-def is_validation(marker: dict[str, Any]) -> bool:
-    """Whether a checkpoint's marker has a `Validation.state`, with the best step that is to stay and a row."""
-    state, step, row = (marker.get(name) for name in ("validation", "best_step", "unlogged"))
-    if not isinstance(state, dict) or not isinstance(state.get("without_gain"), int):
-        return False
-    steps = isinstance(state.get("best_step"), (int, type(None))) and isinstance(step, (int, type(None)))
-    is_row = row is None or (isinstance(row, dict) and isinstance(row.get("step"), int))
-    return steps and is_row and isinstance(state.get("best_loss", ""), (int, float, type(None)))
 
 
 def _rounded(loss: float | None) -> float | None:

@@ -130,9 +130,9 @@ def test_how_weights_are_merged_is_said(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(merging, "_addmm_rounds_once", lambda *_: False)
     assert "float32 tiles" in merging.how_merged(cpu, torch.bfloat16)
     gpu = torch.device("cuda")
-    monkeypatch.setattr(merging, "why_no_kernel", lambda *_: "too old")
+    monkeypatch.setattr(merging, "why_no_cuda_kernel", lambda *_: "too old")
     assert merging.how_merged(gpu, torch.bfloat16).startswith("float32 tiles (no CUDA kernel: too old")
-    monkeypatch.setattr(merging, "why_no_kernel", lambda *_: "")
+    monkeypatch.setattr(merging, "why_no_cuda_kernel", lambda *_: "")
     assert merging.how_merged(gpu, torch.bfloat16) == "one CUDA kernel"
     weight = torch.tensor([[1.0, 0, 0, 2], [0, 3, 4, 0]]).to(torch.bfloat16)
     monkeypatch.setattr(Packed, "device", gpu)

@@ -63,6 +63,12 @@ weight, A, B = draw(70, 200), draw(8, 200), draw(70, 8)
 masked_merge_kernel(weight, A, B, 1.0, buffer[:, 100:300])
 torch.testing.assert_close(buffer[:, 100:300].float(), weight + B @ A, rtol=1e-2, atol=1e-2)
 assert bool((buffer[:, :100] == 0).all()) and bool((buffer[:, 300:] == 0).all())
+# launched on the tensors' own GPU (-1: none)
+from contextlib import nullcontext
+current = []
+torch.cuda.device = lambda index: current.append(index) or nullcontext()
+masked_merge_kernel(weight, A, B, 1.0, buffer[:, 100:300])
+assert current == [-1], current
 print("equal")
 """
 EXACT = """

@@ -30,6 +30,7 @@ from lors_cli.tuning.training.sampling import BLANK, micro_batches, sample_at, s
 STEPS = 22
 STOP = 7
 BEST = 9
+MEASURED = 6
 
 
 def settings(rows: Path, **changes: Any) -> dict[str, Any]:
@@ -58,6 +59,7 @@ def both(
     text = {"dataset": str(texts), "max_length": 64, "shuffle_buffer": 8}
     jobs = {
         "model": str(folder / "model"), "half_model": str(folder / "half_model"), "step": STOP, "best": BEST,
+        "measured": MEASURED,
         "tune": {
             "rows": settings(rows, train_norms=True, loraplus_lr_ratio=2.0),
             "tokens": settings(rows, max_steps=None, max_tokens=64 * 22 + 20, batch_size=6, per_device_batch_size=1,
@@ -145,6 +147,12 @@ def test_two_processes_find_the_held_out_loss_of_one(
         assert (first["steps"], first["model_step"]) == (second["steps"], second["model_step"]) == (BEST + 6, BEST)
     else:
         assert first["model_step"] == second["model_step"] == min(found[0], key=lambda pair: pair[1])[0]
+
+
+def test_a_stop_within_a_measurement_saves_at_once(both: tuple[dict[str, Any], Path, Path]) -> None:
+    """And is measured when they go on: the run is one of those that tune like one process."""
+    found = json.loads((both[2] / "0.json").read_text())["stopped"]
+    assert found == ["checkpoint-3", f"checkpoint-{MEASURED}"]
 
 
 def test_sharded_weights_train_like_whole_ones(both: tuple[dict[str, Any], Path, Path]) -> None:

@@ -235,12 +235,3 @@ def test_a_whole_checkpoint_is_not_replaced_by_one_of_the_same_step(
     record = tune(replace(config, keep_checkpoints=1), ModelConfig(path=str(sparse_checkpoint)), out)
     assert len(kept) == 3
     assert records.is_finished(out, record.fingerprint)
-
-
-def test_a_broken_state_is_told_from_a_whole_one() -> None:
-    from lors_cli.tuning.training.guards import is_state
-
-    state = StepGuard(0, None).state()
-    assert is_state(state)
-    for broken in (None, [], {}, {**state, "losses": None}, {**state, "norms": ["x"]}, {"bad_steps": 0, "norms": []}):
-        assert not is_state(broken)

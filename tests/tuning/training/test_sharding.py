@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,18 @@ from two_processes import tune_config
 
 from lors_cli.cli.launch import launch
 from lors_cli.errors import UsageError
+from lors_cli.machine import devices
 from lors_cli.models.blocks import prunable_weights
+from lors_cli.models.loading import load_model
 from lors_cli.models.packed.stage import pack_model
 from lors_cli.models.streaming import open_blockwise
 from lors_cli.recipe.packing import PackConfig
 from lors_cli.recipe.schema import ModelConfig, TuneConfig
-from lors_cli.tuning.stage import tune
+from lors_cli.tuning.attach import put_adapters
+from lors_cli.tuning.block_merge import BlockMerge
+from lors_cli.tuning.merge import merge_adapters
+from lors_cli.tuning.norms import trained_norms
+from lors_cli.tuning.stage import sparse_layers, tune
 from lors_cli.tuning.training import sharding
 
 NUM_BLOCKS = 6
@@ -161,6 +168,32 @@ def test_every_row_is_read_by_the_process_whose_shard_it_is(
         (rows,) = asked
         assert torch.equal(found[rows], mine)
         assert rows.stop - rows.start == len(mine)
+
+
+def test_blocks_are_merged_on_the_device_that_trains(sparse_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(devices, "resolve_device", lambda name: torch.device("meta"))
+    config = TuneConfig(parallelism="fsdp")
+    _, source = sharding.load_trainable(config, ModelConfig(path=str(sparse_checkpoint), dtype="float32"))
+    assert source is not None
+    assert source.device == torch.device("meta")
+
+
+def test_norms_are_merged_by_what_trained_them(sparse_checkpoint: Path, config: TuneConfig, tmp_path: Path) -> None:
+    """Their units may have other last bits where they are computed anew."""
+    model, config = ModelConfig(path=str(sparse_checkpoint), dtype="float32"), replace(config, train_norms=True)
+    network, source = load_model(model), open_blockwise(model)
+    layers = sparse_layers(source.weights(), sparse_checkpoint)
+    put_adapters(config, network, list(layers), {})
+    for norm in trained_norms(network).values():
+        norm.unit *= 1.5
+        norm.shift.data.normal_()
+    BlockMerge(config, source, network, list(layers), {}).write(tmp_path, layers)
+    merge_adapters(network)
+    merged = load_file(tmp_path / "model.safetensors")
+    for name, parameter in network.named_parameters():
+        assert name not in merged or torch.equal(merged[name], parameter), name
 
 
 def test_a_packed_base_is_refused_by_name(

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from killed_runs import log
 
+from lors_cli.errors import UsageError
+from lors_cli.files import locks
+from lors_cli.files.owners import Owner
 from lors_cli.machine.signals import Stopped, stopping
 from lors_cli.recipe.schema import ModelConfig, TuneConfig
 from lors_cli.tuning.stage import tune
@@ -60,6 +65,28 @@ def test_a_stop_within_a_step_gives_it_up_and_the_same_weights_come_out(
     tune(config, with_dropout, tmp_path / "tune")
     whole, resumed = (tmp_path / name / "model.safetensors" for name in ("whole", "tune"))
     assert whole.read_bytes() == resumed.read_bytes()
+
+
+@pytest.mark.parametrize("how", ["step", "stop"])
+def test_a_run_that_has_lost_its_folder_writes_nothing_more_there(
+    sparse_checkpoint: Path, config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    original = AdapterTrainer.micro_batch
+
+    def taken_over(self: AdapterTrainer, *args: Any) -> torch.Tensor:
+        if self.step == 2:
+            another = replace(Owner.this_process(), host="node17")
+            (tmp_path / locks.LOCK_NAME).write_text(json.dumps(asdict(another)))
+            locks._held[tmp_path.resolve()]._seen = -math.inf
+            if how == "stop":
+                os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args)
+
+    monkeypatch.setattr(AdapterTrainer, "micro_batch", taken_over)
+    with locks.hold(tmp_path), pytest.raises(UsageError, match="is no longer held by this process"):
+        tune(replace(config, init="kaiming"), ModelConfig(path=str(sparse_checkpoint)), tmp_path)
+    assert [row["step"] for row in log(tmp_path)] == [1, 2]
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_signals_of_others_are_left_to_them() -> None:

@@ -265,6 +265,34 @@ def test_a_tracker_that_cannot_begin_ends_the_run_before_training(
     assert log(tmp_path / "tune") == []
 
 
+@pytest.mark.parametrize("at", ["log", "end"])
+def test_a_tracker_that_fails_is_given_up_and_nothing_else(
+    tmp_path: Path, fakes: Path, capsys: pytest.CaptureFixture[str], at: str
+) -> None:
+    fails = """
+def fail(*given, step=9, **values):
+    note("fail", step=step)
+    if step > 1: raise ConnectionError("the server is gone")
+ActiveRun.__exit__ = fail
+"""
+    (fakes / "mlflow.py").write_text(MLFLOW + fails + ("log_metrics = fail" if at == "log" else ""))
+    run = trackers.TrackedRun("name", {}, tmp_path, tmp_path)
+
+    def work() -> None:
+        with trackers.tracking(["mlflow", "trackio"], run, 1) as track:
+            for step in (1, 2, 3):
+                track({"step": step, "loss": 1.0})
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    steps = [values["step"] for values in named(calls(fakes, "mlflow"), "fail")]
+    assert steps == ([1, 2, 9] if at == "log" else [9])
+    assert named(calls(fakes, "trackio"), "log") == [{"step": step, "train/loss": 1.0} for step in (1, 2, 3)]
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("mlflow fails and is told nothing more; log.jsonl has every step: the server is gone") == 1
+
+
 def test_the_main_process_alone_tracks(tmp_path: Path, fakes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = trackers.TrackedRun("name", {}, tmp_path, tmp_path)
     row = {"step": 1, "loss": 1.0, "grad_norm": None}

@@ -270,22 +270,6 @@ def test_a_checkpoint_written_again_knows_the_outcome_and_stays(tmp_path: Path) 
     assert [path.name for path in whole_checkpoints(tmp_path, "f")] == ["checkpoint-6", "checkpoint-12"]
 
 
-@pytest.mark.parametrize("broken", [
-    {"validation": []}, {"validation": {"best_step": 6}}, {"best_step": [6]}, {"unlogged": "x"}, {"unlogged": {}},
-])  # fmt: skip
-def test_a_checkpoint_whose_state_is_no_state_is_passed_over(tmp_path: Path, broken: dict[str, Any]) -> None:
-    folder = tmp_path / "checkpoint-6"
-    folder.mkdir()
-    for name in STORED:
-        (folder / name).touch()
-    state = {"best_step": 6, "best_loss": 1.5, "without_gain": 0}
-    marker = {"fingerprint": "f", "validation": state, "best_step": 6, "unlogged": None}
-    (folder / "lors.json").write_text(json.dumps(marker))
-    assert whole_checkpoints(tmp_path, "f") == [folder]
-    (folder / "lors.json").write_text(json.dumps({**marker, **broken}))
-    assert whole_checkpoints(tmp_path, "f") == []
-
-
 def test_no_loss_that_is_not_finite_is_the_best(
     model: ModelConfig, validated: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

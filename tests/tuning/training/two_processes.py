@@ -31,16 +31,17 @@ def tune_config(settings: dict[str, Any]) -> TuneConfig:
 
 
 @contextmanager
-def stopped_after(step: int) -> Iterator[None]:
-    """The last process, and no other, is interrupted in this step."""
-    original = AdapterTrainer.micro_batch
+def stopped_after(step: int, within: str) -> Iterator[None]:
+    """The last process, and no other, is interrupted in this step, or in the measurement after it."""
+    original = getattr(AdapterTrainer, within)
 
-    def interrupted(self: AdapterTrainer, *args: Any) -> torch.Tensor:
-        if self.step == step - 1 and processes.process_index() == processes.num_processes() - 1:
+    def interrupted(self: AdapterTrainer, *args: Any) -> Any:
+        done = step - 1 if within == "micro_batch" else step
+        if self.step == done and processes.process_index() == processes.num_processes() - 1:
             self.stop.asked = True
         return original(self, *args)
 
-    with mock.patch.object(AdapterTrainer, "micro_batch", interrupted):
+    with mock.patch.object(AdapterTrainer, within, interrupted):
         yield
 
 
@@ -56,10 +57,10 @@ def worse_after(step: int) -> Iterator[None]:
         yield
 
 
-def tune_and_stop(settings: dict[str, Any], model: str, out: Path, step: int) -> None:
+def tune_and_stop(settings: dict[str, Any], model: str, out: Path, step: int, within: str = "micro_batch") -> None:
     """Tune until an interruption after `step`."""
     try:
-        with stopped_after(step):
+        with stopped_after(step, within):
             tune(tune_config(settings), ModelConfig(path=model), out)
     except KeyboardInterrupt:
         return
@@ -142,6 +143,8 @@ def main(jobs: dict[str, Any], folder: Path) -> None:
         for name, settings in jobs["tune"].items():
             tune(tune_config(settings), ModelConfig(path=jobs["model"]), folder / name)
         with worse_after(jobs["best"]):
+            tune_and_stop(jobs["validated"], jobs["model"], folder / "validated", jobs["measured"], "validate")
+            found["stopped"] = sorted(path.name for path in (folder / "validated/checkpoints").iterdir())
             tune(tune_config(jobs["validated"]), ModelConfig(path=jobs["model"]), folder / "validated")
         tune_and_stop(jobs["stop"], jobs["model"], folder / "stop", jobs["step"])
         tune(tune_config(jobs["aware"]), ModelConfig(path=jobs["grid_model"]), folder / "aware")
