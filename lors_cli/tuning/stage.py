@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -263,8 +264,12 @@ def _train(trainer: AdapterTrainer, data: TuneData, log: StepLog, run: TrackedRu
     if trainer.config.loads_best:
         trainer.take_best()
         console.info(f"  the model is that of step {trainer.validation.best_step}")
+    after = fixed_batch.measure(trainer, batch)
+    if not math.isfinite(after):
+        raise UsageError(f"the loss after training is {after}: the tuned model is of no use, and nothing was written.",
+                         "Lower learning_rate, or use dtype: float32.")  # fmt: skip
     losses = {
-        "loss_before": round(before, 6), "loss_after": round(fixed_batch.measure(trainer, batch), 6),
+        "loss_before": round(before, 6) if math.isfinite(before) else None, "loss_after": round(after, 6),
         "loss_samples": len(batch.indices), "loss_held_out": batch.held_out,
     }  # fmt: skip
     console.info(f"  loss {loss_text(losses)}")
