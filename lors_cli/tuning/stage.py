@@ -120,6 +120,7 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
     from lors_cli.tuning.grids import base_grids
     from lors_cli.tuning.prompt_format import fit_to_prompt
     from lors_cli.tuning.results import adapter_config, write_card, write_results
+    from lors_cli.tuning.training.checkpoints import begin_anew_in
     from lors_cli.tuning.training.distributed import say_how
     from lors_cli.tuning.training.preparation import prepare_trainer
     from lors_cli.tuning.training.sharding import load_trainable
@@ -139,6 +140,7 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
         tokenizer = load_tokenizer(model)
     say_how(config)
     network, source = load_trainable(config, model)
+    processes.from_main(lambda: begin_anew_in(out / CHECKPOINTS_NAME, fingerprint, str(network.dtype)))
     weights = prunable_weights(network) if source is None else source.weights()
     patterns = processes.from_main(lambda: sparse_layers(weights, Path(model.path)))
     layers = adaptable_layers(network, patterns, config.skip)
