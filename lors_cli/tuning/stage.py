@@ -148,7 +148,9 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
     set_seed(config.seed)
     made = {"config": stored, "inputs": inputs}
     log = StepLog(processes.from_main(lambda: _running_log(out, records.work_dir(out, fingerprint, made))))
-    schedule = config if data.num_steps is None else replace(config, max_steps=data.num_steps, max_tokens=None)
+    schedule = config
+    if data.num_steps not in (None, config.max_steps):  # a stream's samples are those of all epochs
+        schedule = replace(config, epochs=1.0, max_steps=None, max_tokens=None)
     trainer = prepare_trainer(schedule, network, layers, data, tokenizer, out / CHECKPOINTS_NAME, fingerprint,
                               device=resolve_device(model.device), grids=grids, source=source)  # fmt: skip
     training = _train(trainer, data, log, _tracked_run(config, model, out, fingerprint))
