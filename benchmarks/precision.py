@@ -29,7 +29,7 @@ from lors_cli.recipe.schema import Dtype, ModelConfig
 from lors_cli.tuning.adapter import load_adapter
 from lors_cli.tuning.attach import adapter_layers
 from lors_cli.tuning.kernels.rounding import Rounding
-from lors_cli.tuning.merge import merge_adapters
+from lors_cli.tuning.merge import merge_counted
 
 RATES = (2e-5, 1e-3)
 FLOAT32 = "lors-float32"
@@ -78,7 +78,7 @@ def merged_losses(sweep: Sweep, base: Path, tuned: Path) -> Figures:
     losses = {}
     for name, dtype, rounding in MERGES:
         model = with_adapter(base, tuned, dtype, rounding)
-        merge_adapters(model)
+        merge_counted(model)
         folder = sweep.work / "merged"
         model.save_pretrained(folder)
         load_tokenizer(ModelConfig(path=str(base))).save_pretrained(folder)

@@ -69,8 +69,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_text` of indented JSON; NaN and infinities are refused."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """`write_text` of `to_json`."""
+    write_text(path, to_json(value))
+
+
+def to_json(value: Any) -> str:
+    """Indented JSON; NaN and infinities are refused."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def sync_folder(folder: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lors_cli.files import locks
-from lors_cli.files.atomic import read_json, sync_file, sync_folder, write_json
+from lors_cli.files.atomic import read_json, sync_file, sync_folder, to_json, write_json
 from lors_cli.files.hashes import cached_sha256, file_sha256, plain
 
 RECORD_NAME = "stage.json"
@@ -141,6 +141,7 @@ def publish(folder: Path, record: StageRecord, *, keep: Sequence[str] = ()) -> S
         UsageError: another process has taken the folder over.
     """
     locks.check(folder)
+    to_json(plain(record))  # what cannot be written is found out while the old result is there
     staging = folder / STAGING_NAME
     names = sorted(str(path.relative_to(staging)) for path in staging.rglob("*") if path.is_file())
     umask = os.umask(0)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lors_cli.data.sources import Split, Want
+from lors_cli.errors import UsageError
 from lors_cli.evaluation import estimate as evaluation_estimate
 from lors_cli.evaluation.entries import Task, resolve, shots_text, tasks_of
 from lors_cli.files.hashes import plain
@@ -166,7 +167,12 @@ def _teacher_cache(config: TuneConfig, models: dict[str, ModelConfig]) -> str:
 def _tuning_fits(config: TuneConfig, size: ModelSize) -> None:
     from lors_cli.tuning.baselines import check_rank
 
-    check_rank(config.method, config.rank, [rows for rows, _, expert in size.without(config.skip).block if not expert])
+    adapted = size.without(config.skip)
+    check_rank(config.method, config.rank, [rows for rows, _, expert in adapted.block if not expert])
+    for name, _, inputs, expert in adapted.layers if config.start != "kaiming" else ():
+        if not expert and config.rank > inputs:
+            raise UsageError(f"rank: {config.rank} is above the {inputs} inputs of {name}.",
+                             "Choose a smaller rank or init: kaiming, or leave such layers out with skip.")  # fmt: skip
 
 
 def _tuning_shared(config: TuneConfig, num_processes: int) -> None:

@@ -238,7 +238,8 @@ class TuneConfig(Section):
     stage's fingerprint: a run that was ended resumes with a higher one."""
     spike_factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
     """A step is bad too if its loss or its gradient's norm is above so many times its median over the last 50 good
-    steps (from the tenth on). Default: only what is not finite is bad."""
+    steps (from the tenth on). As max_bad_steps is 0 by default, the first one then ends the run. Default: only what is
+    not finite is bad."""
     val_size: Annotated[float, Field(gt=0, allow_inf_nan=False), AfterValidator(_whole)] | None = None
     """Samples that are held out, or below 1 a share of them: never trained on, and their loss is measured during
     training. The same for every method, rank and seed. Default: none."""

@@ -7,7 +7,7 @@ merge it densely without a word, so it must not take it for LoRA. Only an adapte
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,6 +20,9 @@ from lors_cli.errors import UsageError, require_file
 from lors_cli.files import atomic
 from lors_cli.grid import Grid
 from lors_cli.models.grids import load_grids, save_grids
+from lors_cli.models.sources import model_fingerprint, settings_in
+from lors_cli.output import console
+from lors_cli.recipe.schema import ModelConfig
 from lors_cli.tuning.attach import adapter_layers, adapter_parameters, adapter_tensors, attach, base_mask
 from lors_cli.tuning.baselines import LAYERS
 from lors_cli.tuning.grids import grid_digest
@@ -58,6 +61,7 @@ class AdapterConfig:
         prompt: `data.template` of what was learnt, None of text.
         skipped: full names of the sparse linears that were to have no adapter; their zeros are in `base_mask` too.
         base_grid: digest of the adapted weights and of the grids that they merge to; None without quantization_aware.
+        base_dtype: number format that the base was trained in; None of adapters of earlier versions.
     """
 
     method: str
@@ -73,6 +77,7 @@ class AdapterConfig:
     prompt: str | None = None
     skipped: tuple[str, ...] = ()
     base_grid: str | None = None
+    base_dtype: str | None = None
 
 
 def save_adapter(model: nn.Module, folder: Path, config: AdapterConfig) -> None:
@@ -91,6 +96,8 @@ def save_adapter(model: nn.Module, folder: Path, config: AdapterConfig) -> None:
     }
     if content["peft_type"] != "LORA":  # which PEFT reads, and it warns of keys that it does not know
         content.update(base_fingerprint=config.base_fingerprint, base_mask=config.base_mask)
+        if config.base_dtype is not None:
+            content["base_dtype"] = config.base_dtype
         if config.prompt is not None:
             content["prompt_format"] = config.prompt
     if config.base_grid:
@@ -138,7 +145,10 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
             prompt=content.get("prompt_format"),
             skipped=_names(content.get("skipped_modules", [])),
             base_grid=str(content["base_grid"]) if kind.endswith(QUANTIZATION_AWARE) else None,
+            base_dtype=content.get("base_dtype"),
         )
+        if found.base_dtype not in (None, "bfloat16", "float16", "float32"):
+            raise ValueError(f"base_dtype is {found.base_dtype!r}, none of bfloat16, float16, float32")
         if found.prompt not in (None, "chat", *TEMPLATES):
             raise ValueError(f"prompt_format is {found.prompt!r}, none of chat, {', '.join(TEMPLATES)}")
         if found.rounding not in get_args(Rounding):
@@ -175,8 +185,28 @@ def load_tensors(model: nn.Module, path: Path) -> None:
             parameter.copy_(tensors[name])
 
 
+def base_of(config: AdapterConfig, given: ModelConfig) -> tuple[ModelConfig, str]:
+    """The base to load for an adapter, and its fingerprint; that it is another one than in training is said.
+
+    Args:
+        given: a base's path and settings. What is as by default becomes what it was in training: number format, BOS
+            token, and of the same hub id the commit.
+    """
+    trained = settings_in(config.base_fingerprint)
+    if given.path != config.base:
+        trained.pop("revision", None)
+    usual = ModelConfig(path=given.path)
+    open_ = {key: value for key, value in trained.items() if getattr(given, key) == getattr(usual, key)}
+    base = replace(given, **open_)
+    if model_fingerprint(replace(base, dtype=trained.get("dtype", "auto"))) != config.base_fingerprint:
+        console.info(f"  {given.path} is not what the adapter was trained on, {config.base} as it was then: its zeros "
+                     "must be the same, its weights may be others, which the adapter was not made for")  # fmt: skip
+    fingerprint = model_fingerprint(base)
+    return (replace(base, dtype=config.base_dtype) if config.base_dtype and base.dtype == "auto" else base), fingerprint  # type: ignore[arg-type]
+
+
 def load_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """Put a saved adapter on the sparse model it was trained for, in place.
+    """Put a saved adapter on the sparse model it was trained for, in place; another number format is told of.
 
     Raises:
         UsageError: the base has other layers, or its zeros lie elsewhere; or, of a quantisation-aware adapter, its
@@ -198,6 +228,9 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
             f"the adapter in {folder} belongs to another sparse model: the zeros lie elsewhere.",
             f"It was trained on {config.base}; merging it here would not keep what was tuned.",
         )
+    dtype = str(base.dtype).removeprefix("torch.")
+    if config.base_dtype not in (None, dtype):
+        console.info(f"  the adapter was trained on weights in {config.base_dtype}, and these are in {dtype}")
     grids = _grids(config, folder, linears)
     attach(base, list(config.layers), config.rank, config.alpha, use_rslora=config.use_rslora, method=config.method,
            rounding=config.rounding, grids=grids, quantization_aware=bool(grids))  # fmt: skip

@@ -46,11 +46,11 @@ def attach(
         layers: full names of its linears.
         packed: hold the weights packed; for lors alone.
         rounding: of merged weights to bfloat16, stochastic for lors alone, or to their grids.
-        grids: that the weights lie on, where they do.
+        grids: that the weights lie on, where they do; held where they are read.
         quantization_aware: round merged weights to their grids; for lors and sqft alone.
     """
     check_rank(method, rank, (model.get_submodule(name).out_features for name in layers))  # type: ignore[misc]
-    grids = grids or {}
+    grids = (grids or {}) if quantization_aware or packed else {}
     if quantization_aware:
         check_on_grids({name: model.get_submodule(name).weight for name in layers}, grids)  # type: ignore[misc]
     layer_class = PackedLorsLinear if packed else LAYERS[method]

@@ -198,7 +198,7 @@ def model_loss(
     if not labels:  # a mean over none is not a number
         unlabelled = {key: value for key, value in inputs.items() if key != "labels"}
         return model(**unlabelled, use_cache=False).logits.float().mean() * 0.0
-    return model(**inputs)["loss"] * labels / num_items
+    return model(**inputs, use_cache=False)["loss"] * labels / num_items
 
 
 def _without_routers(model: PreTrainedModel) -> dict[str, Any]:

@@ -73,11 +73,13 @@ class AdapterLinear(nn.Module):
         return self.base_grid if self.quantization_aware else None
 
     def make_adapters(self) -> None:
-        """Draw `lora_A` and `lora_B`."""
-        dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-        self.lora_A = nn.Parameter(torch.empty(self.rank, self.in_features, dtype=dtype, device=self.weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, self.rank, dtype=dtype, device=self.weight.device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        """Draw `lora_A` and `lora_B`, on the CPU: the draw is the same wherever the weight is."""
+        like = self.weight
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        drawn = torch.empty(self.rank, self.in_features, dtype=dtype, device="cpu")
+        nn.init.kaiming_uniform_(drawn, a=math.sqrt(5))
+        self.lora_A = nn.Parameter(drawn.to(like.device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, self.rank, dtype=dtype, device=like.device))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, C) → (…, R): one product with the merged weight, its gradients left to autograd."""

@@ -12,7 +12,7 @@ from lors_cli.errors import MissingError, UsageError
 from lors_cli.models import loading
 from lors_cli.models.generation import Generated, Sampling, generate_text
 from lors_cli.recipe.schema import ModelConfig
-from lors_cli.tuning.adapter import CONFIG_NAME, load_adapter, read_adapter_config
+from lors_cli.tuning.adapter import CONFIG_NAME, base_of, load_adapter, read_adapter_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,9 +25,9 @@ def load(
 
     Args:
         model: folder, hub id, .gguf file, package://module/file.gguf, or the `adapter` folder of a tuned model.
-        dtype: auto, bfloat16, float16 or float32.
+        dtype: auto, bfloat16, float16 or float32; auto of an adapter: as it was trained.
         device: auto, cpu, mps, cuda or cuda:N.
-        revision: branch, tag or commit on the hub.
+        revision: branch, tag or commit on the hub; main of an adapter: the commit it was trained on.
 
     Returns:
         transformers' own objects; the model is in evaluation mode, without gradients.
@@ -44,9 +44,10 @@ def open_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenize
     if not is_adapter(config.path):
         return loading.load_model(config, keep_packed=True), loading.load_tokenizer(config)
     folder = Path(config.path)
-    named = read_adapter_config(folder).base
+    adapter = read_adapter_config(folder)
+    named = adapter.base
     try:
-        base = replace(config, path=named)
+        base, _ = base_of(adapter, replace(config, path=named))
         found = loading.load_model(base), loading.load_tokenizer(base)
     except MissingError as error:
         raise MissingError(

@@ -19,11 +19,10 @@ from lors_cli.models.grids import save_grids
 from lors_cli.models.inspection import dense_layers, layer_patterns
 from lors_cli.models.loading import load_model, load_tokenizer, save_checkpoint
 from lors_cli.models.origins import inherited
-from lors_cli.models.sources import model_fingerprint
-from lors_cli.output import console, progress
+from lors_cli.output import progress
 from lors_cli.recipe.schema import ModelConfig
 from lors_cli.sparsity import Pattern, measure, summarise
-from lors_cli.tuning.adapter import WEIGHTS_NAME, load_adapter, read_adapter_config
+from lors_cli.tuning.adapter import WEIGHTS_NAME, base_of, load_adapter, read_adapter_config
 from lors_cli.tuning.attach import adapter_layers
 from lors_cli.tuning.grids import base_grids, grid_metrics, kept_grids
 from lors_cli.tuning.kernels.on_grid import lies_on
@@ -39,11 +38,6 @@ class MergeCounts:
     kept: int = 0
     moved: int = 0
     zeroed: int = 0
-
-
-def merge_adapters(model: PreTrainedModel) -> int:
-    """`merge_counted`; how many kept weights became exactly zero."""
-    return merge_counted(model).zeroed
 
 
 def merge_counted(model: PreTrainedModel) -> MergeCounts:
@@ -87,18 +81,16 @@ def merge(
     if not adapter.is_dir():
         raise MissingError(f"No adapter folder at {adapter}.")
     config = read_adapter_config(adapter)
-    source = ModelConfig(path=base_path, dtype=dtype, device=device, revision=revision,  # type: ignore[arg-type]
-                         add_bos_token=add_bos_token)  # fmt: skip
-    fingerprint = model_fingerprint(source)
-    if fingerprint != config.base_fingerprint:
-        console.detail("  the base's fingerprint differs from training time; its zeros are compared instead")
+    given = ModelConfig(path=base_path, dtype=dtype, device=device, revision=revision,  # type: ignore[arg-type]
+                        add_bos_token=add_bos_token)  # fmt: skip
+    source, fingerprint = base_of(config, given)
     tokenizer = load_tokenizer(source)
     model = load_model(source)
     base = records.read_record(Path(base_path))
     patterns: dict[str, Pattern | None] = {**layer_patterns(prunable_weights(model), base)}
     load_adapter(model, adapter)
     grids = kept_grids(base_grids(source), quantization_aware=config.base_grid is not None)
-    counts = {"layers_merged": len(config.layers), "zeroed": merge_adapters(model)}
+    counts = {"layers_merged": len(config.layers), "zeroed": merge_counted(model).zeroed}
     weights = prunable_weights(model)
     layers = [measure(name, weights[name].matrix, pattern) for name, pattern in patterns.items()]
     method = {key: getattr(config, key) for key in ("method", "rank", "alpha", "use_rslora")}

@@ -56,6 +56,7 @@ def adapter_config(
         prompt=prompt,
         skipped=skipped,
         base_grid=grid_digest(matrices, grids) if grids else None,
+        base_dtype=str(network.dtype).removeprefix("torch."),
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -119,6 +120,7 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
     from lors_cli.tuning.grids import base_grids
     from lors_cli.tuning.prompt_format import fit_to_prompt
     from lors_cli.tuning.results import adapter_config, write_card, write_results
+    from lors_cli.tuning.training.checkpoints import begin_anew_in
     from lors_cli.tuning.training.distributed import say_how
     from lors_cli.tuning.training.preparation import prepare_trainer
     from lors_cli.tuning.training.sharding import load_trainable
@@ -138,6 +140,7 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
         tokenizer = load_tokenizer(model)
     say_how(config)
     network, source = load_trainable(config, model)
+    processes.from_main(lambda: begin_anew_in(out / CHECKPOINTS_NAME, fingerprint, str(network.dtype)))
     weights = prunable_weights(network) if source is None else source.weights()
     patterns = processes.from_main(lambda: sparse_layers(weights, Path(model.path)))
     layers = adaptable_layers(network, patterns, config.skip)
@@ -145,7 +148,9 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
     set_seed(config.seed)
     made = {"config": stored, "inputs": inputs}
     log = StepLog(processes.from_main(lambda: _running_log(out, records.work_dir(out, fingerprint, made))))
-    schedule = config if data.num_steps is None else replace(config, max_steps=data.num_steps, max_tokens=None)
+    schedule = config
+    if data.num_steps not in (None, config.max_steps):  # a stream's samples are those of all epochs
+        schedule = replace(config, epochs=1.0, max_steps=None, max_tokens=None)
     trainer = prepare_trainer(schedule, network, layers, data, tokenizer, out / CHECKPOINTS_NAME, fingerprint,
                               device=resolve_device(model.device), grids=grids, source=source)  # fmt: skip
     training = _train(trainer, data, log, _tracked_run(config, model, out, fingerprint))
@@ -264,8 +269,12 @@ def _train(trainer: AdapterTrainer, data: TuneData, log: StepLog, run: TrackedRu
     if trainer.config.loads_best:
         trainer.take_best()
         console.info(f"  the model is that of step {trainer.validation.best_step}")
+    after = fixed_batch.measure(trainer, batch)
+    if not math.isfinite(after):
+        raise UsageError(f"the loss after training is {after}: the tuned model is of no use, and nothing was written.",
+                         "Lower learning_rate, or use dtype: float32.")  # fmt: skip
     losses = {
-        "loss_before": round(before, 6), "loss_after": round(fixed_batch.measure(trainer, batch), 6),
+        "loss_before": round(before, 6) if math.isfinite(before) else None, "loss_after": round(after, 6),
         "loss_samples": len(batch.indices), "loss_held_out": batch.held_out,
     }  # fmt: skip
     console.info(f"  loss {loss_text(losses)}")

@@ -251,6 +251,14 @@ class TestPublish:
         assert names(tmp_path) == {"model", "log", "notes.txt", "stage.json"}
         assert set(record.files) == {"model", "log"}
 
+    def test_a_record_that_cannot_be_written_leaves_the_old_result(self, tmp_path: Path) -> None:
+        stage(tmp_path, {"model": "a"})
+        publish(tmp_path, RECORD)
+        stage(tmp_path, {"model": "b"})
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            publish(tmp_path, replace(RECORD, fingerprint="f2", metrics={"loss": math.nan}))
+        assert is_finished(tmp_path, "f1")
+
     def test_files_of_a_result_that_was_undone_go_too(self, tmp_path: Path) -> None:
         stage(tmp_path, {"model": "a", "grid/scales": "b"})
         publish(tmp_path, RECORD)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lors_cli.errors import ResourceError
+from lors_cli.errors import ResourceError, UsageError
 from lors_cli.models.needs import RUNTIME, Estimate
 from lors_cli.models.size import ModelSize, model_size
 from lors_cli.pipeline import preflight, resources
@@ -242,3 +242,16 @@ def test_magnitude_with_refit_looks_at_inputs() -> None:
     size = size_of("HuggingFaceTB/SmolLM2-135M")
     assert memory_parts(PruneConfig(method="magnitude"), size)["statistics"] == 0
     assert memory_parts(PruneConfig(method="magnitude", refit=True), size)["statistics"] > 0
+
+
+def test_a_rank_above_a_layer_s_inputs_is_known_before_pruning() -> None:
+    """It was found once the pruned model was loaded."""
+    size = model_size(ModelConfig(path="HuggingFaceTB/SmolLM2-135M"))
+    assert size is not None
+    least = min(columns for _, columns in size.linears)
+    fits = STAGES["tune"].fits
+    fits(TuneConfig(rank=least), size)
+    fits(TuneConfig(rank=least + 1, init="kaiming"), size)
+    with pytest.raises(UsageError, match=f"rank: {least + 1} is above the {least} inputs of model.layers.0"):
+        fits(TuneConfig(rank=least + 1), size)
+    fits(TuneConfig(rank=least + 1, skip=("*.[qkvogu]*_proj",)), size)

@@ -45,6 +45,7 @@ def test_prune_rules(values: dict[str, Any], message: str) -> None:
         ({"method": "spp", "min_learning_rate": 0.1}, "0.1 is above learning_rate: 0.03, the default of method: spp"),
         ({"lr_schedule": "constant", "min_learning_rate": 1e-5}, "the floor of a rate that falls"),
         ({"batch_size": 10, "per_device_batch_size": 4}, "not a multiple of per_device_batch_size: 4"),
+        ({"warmup_steps": 5, "max_steps": 5}, "warmup_steps: the learning rate never reaches its peak: max_steps is 5"),
     ],
 )
 def test_tune_rules(values: dict[str, Any], message: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,17 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from lors_cli.errors import MissingError, SparsityError, UsageError
+from lors_cli.files.records import read_record
 from lors_cli.models.blocks import prunable_weights
+from lors_cli.models.sources import model_fingerprint
+from lors_cli.recipe.schema import ModelConfig
 from lors_cli.tuning import adapter as adapters
 from lors_cli.tuning import attach as tuning_attach
-from lors_cli.tuning.adapter import AdapterConfig, load_adapter, save_adapter
+from lors_cli.tuning.adapter import AdapterConfig, base_of, load_adapter, save_adapter
 from lors_cli.tuning.attach import adapter_layers, attach, base_mask
+from lors_cli.tuning.loading import open_model
 from lors_cli.tuning.lors import LorsLinear
-from lors_cli.tuning.merge import merge_adapters
+from lors_cli.tuning.merge import merge, merge_counted
 
 IDS = torch.arange(40).reshape(2, 20)
 
@@ -50,7 +55,7 @@ def test_the_merged_model_gives_the_same_logits_bit_for_bit(sparse_llama: Callab
     for dtype in (torch.float32, torch.bfloat16):
         model = _adapted(sparse_llama(dtype))
         before = model(IDS).logits
-        merge_adapters(model)
+        merge_counted(model)
         assert not adapter_layers(model)
         assert torch.equal(model(IDS).logits, before)
 
@@ -64,7 +69,7 @@ def test_merging_keeps_every_zero_and_counts_new_ones(sparse_llama: Callable[...
     row, column = (int(index[0]) for index in layer.weight.nonzero(as_tuple=True))
     layer.lora_A.data[0, column] = 1.0
     layer.lora_B.data[row, 0] = -layer.weight[row, column] / layer.scale
-    lost = merge_adapters(model)
+    lost = merge_counted(model).zeroed
     weights = {key: weight.matrix for key, weight in prunable_weights(model).items()}
     assert all(bool((weights[key][~mask] == 0).all()) for key, mask in masks.items())
     assert weights[name][row, column] == 0
@@ -77,7 +82,7 @@ def test_a_merge_that_fills_a_zero_is_stopped(
     model = _adapted(sparse_llama())
     monkeypatch.setattr(LorsLinear, "merged_weight", lambda self: torch.ones_like(self.weight))
     with pytest.raises(SparsityError, match="fill zeros"):
-        merge_adapters(model)
+        merge_counted(model)
 
 
 def test_a_base_with_other_zeros_is_refused(tmp_path: Path, sparse_llama: Callable[..., PreTrainedModel]) -> None:
@@ -145,3 +150,41 @@ def test_values_in_adapter_config_json_that_no_adapter_has(
         return
     with pytest.raises(UsageError, match=r"adapter_config\.json is"):
         adapters.read_adapter_config(folder)
+
+
+def test_the_base_is_loaded_as_it_was_trained_and_another_one_is_told_of(
+    sparse_checkpoint: Path, tmp_path: Path, sparse_llama: Callable[..., PreTrainedModel],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """In another format or on other weights the adapter gave other outputs, without a word."""
+    layers = adapter_layers(model := _adapted(sparse_llama(torch.bfloat16)))
+    source = ModelConfig(path=str(sparse_checkpoint), device="cpu")
+    config = AdapterConfig("lors", 4, 8.0, True, tuple(layers), source.path, model_fingerprint(source),
+                           base_mask(model, layers), base_dtype="float32")  # fmt: skip
+    save_adapter(model, tmp_path / "adapter", config)
+    adapter = ModelConfig(path=str(tmp_path / "adapter"), device="cpu")
+    assert open_model(adapter)[0].dtype == torch.float32
+    assert "trained on" not in capsys.readouterr().err
+    assert open_model(replace(adapter, dtype="bfloat16"))[0].dtype == torch.bfloat16
+    assert "trained on weights in float32, and these are in bfloat16" in capsys.readouterr().err
+    merge(source.path, tmp_path / "adapter", tmp_path / "merged", device="cpu")
+    record = read_record(tmp_path / "merged")
+    assert record is not None
+    assert record.inputs["model"] == config.base_fingerprint
+    assert next(iter(load_file(tmp_path / "merged" / "model.safetensors").values())).dtype == torch.float32
+
+    save_adapter(model, tmp_path / "adapter", replace(config, base_dtype=None))  # of an earlier version
+    (other := sparse_llama(torch.bfloat16)).get_parameter("model.norm.weight").mul_(2)
+    other.save_pretrained(sparse_checkpoint)
+    assert open_model(adapter)[0].dtype == torch.bfloat16
+    assert "is not what the adapter was trained on" in capsys.readouterr().err
+
+
+def test_of_the_same_hub_id_the_commit_is_that_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapters, "model_fingerprint", lambda config: f"{config.path}@{config.revision}")
+    config = AdapterConfig("lors", 4, 8.0, True, (), "some/base", "hub:some/base@c0ffee:auto:bos=true", "mask")
+    base, _ = base_of(config, ModelConfig(path="some/base"))
+    assert (base.revision, base.add_bos_token, base.dtype) == ("c0ffee", True, "auto")
+    given = ModelConfig(path="some/base", revision="v2", add_bos_token=False)
+    assert base_of(config, given)[0] == given
+    assert base_of(config, ModelConfig(path="other/base"))[0].revision == "main"

@@ -188,3 +188,20 @@ def test_stock_peft_loads_what_is_lora_and_nothing_else(
         PeftModel.from_pretrained(base, str(tmp_path / "lors/adapter"))
     known = {kind.value for kind in PeftType}  # it has a HiRA of its own, and would load ours as an untrained one
     assert {method for method in LAYERS if peft_type(method) in known} == {"lora"}
+
+
+@pytest.mark.parametrize("method", [method for method in LAYERS if method != "lora"])
+def test_the_random_start_is_drawn_on_the_cpu_wherever_the_weight_is(method: str) -> None:
+    """A GPU drew other numbers than the CPU, on which the weights are when they are to be sharded."""
+    states = []
+    for device in ("cpu", "meta"):
+        torch.manual_seed(5)
+        layer = LAYERS[method](nn.Linear(16, 24, device="meta").to_empty(device=device), 4, 4.0)
+        assert layer.lora_A.device.type == device
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+    torch.manual_seed(5)
+    first = LAYERS[method](nn.Linear(16, 24, device="meta").to_empty(device="cpu"), 4, 4.0).lora_A
+    torch.manual_seed(5)
+    drawn = nn.init.kaiming_uniform_(nn.Parameter(torch.empty(4, 16)), a=5**0.5)
+    assert torch.equal(first, drawn)

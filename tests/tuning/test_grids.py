@@ -30,6 +30,7 @@ from lors_cli.output import console
 from lors_cli.pipeline.pushing import INNER_FILES
 from lors_cli.recipe.schema import ModelConfig, PackConfig, PruneConfig, QuantizeConfig, Recipe, TuneConfig
 from lors_cli.tuning.adapter import load_adapter, read_adapter_config
+from lors_cli.tuning.attach import attach
 from lors_cli.tuning.baselines import LAYERS, SqftLinear
 from lors_cli.tuning.kernels import masked_merge
 from lors_cli.tuning.kernels.on_grid import lies_on
@@ -350,3 +351,12 @@ def test_every_value_of_the_quantised_base_has_a_grid(quantised: Path) -> None:
     grids = load_grids(quantised)
     assert set(grids) == set(prunable_weights(network))
     assert all(grid.spec == FOUR_BITS for grid in grids.values())
+
+
+@pytest.mark.parametrize("options", [{}, {"quantization_aware": True}, {"packed": True}])
+def test_a_grid_is_held_where_it_is_read(options: dict[str, bool]) -> None:
+    """On a GPU it took memory for methods that leave it."""
+    linear, grid = linear_on_a_grid(48, 64, torch.float32)
+    model = nn.ModuleDict({"linear": linear})
+    layer = attach(model, ["linear"], 4, 4.0, use_rslora=True, grids={"linear": grid}, **options)["linear"]  # type: ignore[arg-type]
+    assert (layer.base_grid is not None) == bool(options)

@@ -13,19 +13,20 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 
 from lors_cli.data.tokens import tuning_samples
 from lors_cli.errors import SparsityError, UsageError
 from lors_cli.files import records
 from lors_cli.machine import processes
+from lors_cli.models import loading
 from lors_cli.models.blocks import prunable_weights
 from lors_cli.models.inspection import inspect, prompt_of
 from lors_cli.recipe.schema import ColumnsConfig, ModelConfig, TuneConfig, TuneDataConfig
 from lors_cli.tuning.adapter import load_adapter
 from lors_cli.tuning.merge import merge
 from lors_cli.tuning.stage import stage_fingerprint, tune
-from lors_cli.tuning.training import sampling
+from lors_cli.tuning.training import fixed_batch, sampling
 from lors_cli.tuning.training.checkpoints import whole_checkpoints
 from lors_cli.tuning.training.step_log import StepLog
 from lors_cli.tuning.training.trainer import AdapterTrainer, num_steps
@@ -98,6 +99,57 @@ def test_a_resumed_run_equals_an_unbroken_one(
     losses = [[json.loads(line)["loss"] for line in (tmp_path / run / "log.jsonl").read_text().splitlines()]
               for run in ("whole", "broken")]  # fmt: skip
     assert losses[0] == losses[1]
+
+
+def test_a_run_does_not_go_on_in_another_number_format(
+    sparse_checkpoint: Path, config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """With `dtype: auto` the machine decides the format, and no fingerprint has it."""
+    model = ModelConfig(path=str(sparse_checkpoint), device="cpu")
+    for fast, out in ((True, "moved"), (False, "moved"), (False, "whole")):
+        monkeypatch.setattr(loading, "cpu_has_bfloat16", lambda fast=fast: fast)
+        record = tune(config, model, tmp_path / out)
+        assert ("tuning begins anew" in capsys.readouterr().err) == ((fast, out) == (False, "moved"))
+        assert record.metrics["steps"] == 8
+    moved, whole = ((tmp_path / out / "model.safetensors").read_bytes() for out in ("moved", "whole"))
+    assert moved == whole
+
+
+def test_a_loss_that_is_not_finite_before_is_noted_and_one_after_is_refused(
+    sparse_checkpoint: Path, config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Either ended the run in a traceback, when the old result was gone."""
+    model, out = ModelConfig(path=str(sparse_checkpoint)), tmp_path / "tune"
+    with monkeypatch.context() as patch:
+        patch.setattr(fixed_batch, "measure", lambda *args, untrained=False: float("nan") if untrained else 1.5)
+        record = tune(replace(config, max_steps=1), model, out)
+    assert (record.metrics["loss_before"], record.metrics["loss_after"]) == (None, 1.5)
+    monkeypatch.setattr(fixed_batch, "measure", lambda *args, untrained=False: 1.5 if untrained else float("inf"))
+    with pytest.raises(UsageError, match=r"the loss after training is inf.*\n?.*learning_rate"):
+        tune(config, model, out)
+    assert records.is_finished(out, record.fingerprint)
+
+
+def test_what_does_nothing_in_a_run_is_said(
+    sparse_checkpoint: Path, config: TuneConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    idle = replace(config, max_steps=None, epochs=0.1, init="kaiming", warmup_steps=1,
+                   data=replace(config.data, shuffle_buffer=8))  # fmt: skip
+    tune(idle, ModelConfig(path=str(sparse_checkpoint)), tmp_path / "tune")
+    said = capsys.readouterr().err
+    assert "init_samples has nothing to do" in said
+    assert "data.shuffle_buffer has nothing to do" in said
+    assert "warmup_steps: 1, and the run has 1 step: the learning rate never reaches its peak" in said
+
+
+def test_checkpointing_that_a_family_lacks_is_refused(
+    sparse_checkpoint: Path, config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """JetMoe's ended in transformers' traceback."""
+    monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
+    with pytest.raises(UsageError, match="gradient_checkpointing: LlamaForCausalLM has none"):
+        tune(replace(config, gradient_checkpointing=True), ModelConfig(path=str(sparse_checkpoint)), tmp_path / "tune")
 
 
 @pytest.mark.parametrize("killed_at", [9, 10, 11])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lors_cli.files import atomic
+from lors_cli.output import console
 from lors_cli.tuning.adapter import WEIGHTS_NAME
 
 MARKER_NAME = "lors.json"
@@ -77,6 +78,16 @@ def write_checkpoint(
     for old in whole[:-keep]:
         if step_of(old) not in best:
             shutil.rmtree(old)
+
+
+def begin_anew_in(folder: Path, fingerprint: str, dtype: str) -> None:
+    """Remove the checkpoints of this stage if they are of a run in another number format: `dtype: auto` is the
+    machine's. Those of earlier versions do not say theirs."""
+    last = latest_checkpoint(folder, fingerprint)
+    begun = (atomic.read_json(last / MARKER_NAME) or {}).get("dtype") if last else None
+    if begun not in (None, dtype):
+        console.warn(f"the earlier call computed in {begun}, this one in {dtype}: tuning begins anew.")
+        shutil.rmtree(folder)
 
 
 def remove_others(folder: Path, fingerprint: str) -> None:

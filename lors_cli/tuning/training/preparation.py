@@ -13,12 +13,13 @@ import torch
 from transformers import PreTrainedModel
 
 from lors_cli.data.samples import PadCollator, Sample, TuneData
+from lors_cli.errors import UsageError
 from lors_cli.grid import Grid
 from lors_cli.machine import processes
 from lors_cli.machine.devices import set_seed
 from lors_cli.models.streaming import BlockwiseModel
 from lors_cli.output import console
-from lors_cli.recipe.schema import TuneConfig
+from lors_cli.recipe.schema import TuneConfig, TuneDataConfig
 from lors_cli.tuning.attach import adapter_layers, put_adapters
 from lors_cli.tuning.head import Loss, causal_lm_loss, model_loss, why_not_chunked
 from lors_cli.tuning.initialization import gradient_directions
@@ -49,9 +50,13 @@ def prepare_trainer(
         source: what a model that is to be sharded is read from.
 
     Raises:
-        UsageError: the model would mix texts that are to be isolated, or leaves what it has to lie on.
+        UsageError: the model would mix texts that are to be isolated, leaves what it has to lie on, or cannot
+            checkpoint its blocks.
     """
-    _say_rounding(config, network.dtype)
+    if config.gradient_checkpointing and not network.supports_gradient_checkpointing:
+        raise UsageError(f"gradient_checkpointing: {type(network).__name__} has none in transformers.",
+                         "Leave it out; a smaller per_device_batch_size needs less memory too.")  # fmt: skip
+    _say_idle(config, network.dtype, data)
     collator = PadCollator(tokenizer.pad_token_id)
     adapted = None
     if source is not None:  # the start is computed past the adapters
@@ -135,8 +140,17 @@ def _keep_merged(network: PreTrainedModel, config: TuneConfig, *, sharded: bool)
                      "before it is merged. base: plain needs none of it, and more memory.")  # fmt: skip
 
 
-def _say_rounding(config: TuneConfig, dtype: torch.dtype) -> None:
-    """Mention a way of rounding that is asked for, as a stored recipe does, and that weights of this dtype lack."""
+def _say_idle(config: TuneConfig, dtype: torch.dtype, data: TuneData) -> None:
+    """Mention settings that are asked for, as a recipe does for several methods, and do nothing in this run."""
+    is_streamed = data.num_steps is not None and any(part.stream != "off" for _, part in config.data.parts)
+    if config.data.shuffle_buffer != TuneDataConfig.shuffle_buffer and not is_streamed:
+        console.info("  data.shuffle_buffer has nothing to do, the text is not streamed: all of it is shuffled")
+    if config.start == "kaiming" and config.init_samples != TuneConfig.init_samples:
+        console.info("  init_samples has nothing to do, lora_A starts from a random draw")
+    steps = num_steps(config, len(data.samples))
+    if config.warmup_steps >= steps:
+        console.warn(f"warmup_steps: {config.warmup_steps}, and the run has {console.counted(steps, 'step')}: "
+                     "the learning rate never reaches its peak.")  # fmt: skip
     if config.rounding == "stochastic" and dtype != torch.bfloat16 and not config.quantization_aware:
         name = str(dtype).removeprefix("torch.")
         console.info(f"  rounding: stochastic has nothing to do, merged weights are {name}")

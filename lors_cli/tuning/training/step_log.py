@@ -56,7 +56,8 @@ def loss_text(metrics: dict[str, Any]) -> str:
     """`4.2104 → 3.9915 on 16 samples …`, of a stage's metrics."""
     kind = "that training did not see" if metrics["loss_held_out"] else "of the training data"
     samples = counted(metrics["loss_samples"], "sample")
-    return f"{metrics['loss_before']:.4f} → {metrics['loss_after']:.4f} on {samples} {kind}"
+    before = "not finite" if metrics["loss_before"] is None else f"{metrics['loss_before']:.4f}"
+    return f"{before} → {metrics['loss_after']:.4f} on {samples} {kind}"
 
 
 def step_metrics(rows: list[dict[str, Any]]) -> dict[str, Any]:

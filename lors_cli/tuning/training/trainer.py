@@ -207,6 +207,7 @@ class AdapterTrainer:
         if parallel.is_main():
             locks.check(self.folder)
             marker: dict[str, Any] = {"fingerprint": self.fingerprint, "guard": self.guard.state()}
+            marker["dtype"] = str(self.model.dtype)
             if self.validation.samples:
                 marker.update(validation=self.validation.state(), best_step=self.validation.kept_step,
                               unlogged=self.unlogged)  # fmt: skip

@@ -88,18 +88,22 @@ def test_half_precision_is_judged_by_its_own_rounding() -> None:
     assert why_mixed(_model(MIXED["opt"]).to(torch.bfloat16)) != ""
 
 
+@pytest.mark.parametrize("own", [None, True, False], ids=["chunked", "own", "own mean"])
 @pytest.mark.parametrize("name", ["llama", "mistral"])
-def test_loss_and_gradient_of_a_pack_are_those_of_its_texts(name: str) -> None:
-    from lors_cli.tuning.head import causal_lm_loss
+def test_loss_and_gradient_of_a_pack_are_those_of_its_texts(name: str, own: bool | None) -> None:
+    """A model's own mean once made a cache, and with one transformers looks for no texts in a sequence."""
+    from lors_cli.tuning.head import causal_lm_loss, model_loss
 
     model = _model(APART[name])
+    model.accepts_loss_kwargs = own
+    loss_of = causal_lm_loss if own is None else model_loss
     texts = [{"input_ids": ids, "labels": [-100, -100, *ids[2:]]} for ids in _texts((7, 5, 8), 3)]
     weight = model.model.layers[0].self_attn.v_proj.weight
     gradients, losses = [], []
     for samples in (texts, [isolated_sample(texts)]):
         model.zero_grad()
         batch = PadCollator(0)(samples)  # type: ignore[arg-type]
-        loss = causal_lm_loss(model, batch, 14)
+        loss = loss_of(model, batch, 14)
         loss.backward()
         losses.append(float(loss.detach()))
         gradients.append(weight.grad.clone())

@@ -34,7 +34,7 @@ from lors_cli.recipe.packing import PackConfig
 from lors_cli.recipe.schema import ModelConfig, TuneConfig
 from lors_cli.tuning.attach import put_adapters
 from lors_cli.tuning.block_merge import BlockMerge
-from lors_cli.tuning.merge import merge_adapters
+from lors_cli.tuning.merge import merge_counted
 from lors_cli.tuning.norms import trained_norms
 from lors_cli.tuning.stage import sparse_layers, tune
 from lors_cli.tuning.training import sharding
@@ -190,7 +190,7 @@ def test_norms_are_merged_by_what_trained_them(sparse_checkpoint: Path, config: 
         norm.unit *= 1.5
         norm.shift.data.normal_()
     BlockMerge(config, source, network, list(layers), {}).write(tmp_path, layers)
-    merge_adapters(network)
+    merge_counted(network)
     merged = load_file(tmp_path / "model.safetensors")
     for name, parameter in network.named_parameters():
         assert name not in merged or torch.equal(merged[name], parameter), name

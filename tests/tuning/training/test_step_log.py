@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from lors_cli.tuning.training.step_log import StepLog
+from lors_cli.tuning.training.step_log import StepLog, loss_text
 
 
 def row(step: int, **other: object) -> dict[str, object]:
@@ -29,3 +29,8 @@ def test_lines_that_are_no_rows_are_passed_over(tmp_path: Path) -> None:
 
 def test_a_log_that_is_not_there_is_empty(tmp_path: Path) -> None:
     assert StepLog(tmp_path / "none.jsonl").rows() == []
+
+
+def test_a_loss_that_was_not_finite_is_said() -> None:
+    metrics = {"loss_before": None, "loss_after": 2.5, "loss_samples": 1, "loss_held_out": True}
+    assert loss_text(metrics) == "not finite → 2.5000 on 1 sample that training did not see"
