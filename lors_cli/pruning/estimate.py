@@ -48,6 +48,8 @@ def memory_parts(config: PruneConfig, size: ModelSize, num_processes: int = 1) -
                 "hidden_states": 0}  # fmt: skip
     tokens, in_flight = calibration_tokens(config, size)
     mine = -(-tokens // num_processes)
+    if config.reconstruct_epochs:  # each has a part of every step's
+        in_flight = -(-in_flight // num_processes)
     width = 3 * size.hidden_size + 3 * size.intermediate_size
     activations = in_flight * width * size.bytes_a_weight + CAST
     if config.sequential and not any(expert for *_, expert in size.block):
@@ -71,7 +73,7 @@ def needs(config: PruneConfig, size: ModelSize) -> Estimate:
     copies = (4 if several else 2) + ((4 if several else 3) if config.reconstruct_epochs else 0)  # of hidden states
     hidden = copies * tokens * size.hidden_size * size.bytes_a_weight
     disk = 2 * (size.num_bytes + _grids(config, size)) + hidden + RECORDS
-    return Estimate(RUNTIME + sum(memory_parts(config, size).values()), disk)
+    return Estimate(RUNTIME + sum(memory_parts(config, size, processes.num_processes()).values()), disk)
 
 
 def bits(config: PruneConfig, size: ModelSize) -> float | None:
@@ -95,9 +97,11 @@ def _grids(config: PruneConfig, size: ModelSize) -> int:
 def shortage(config: PruneConfig, model: ModelConfig, size: ModelSize) -> tuple[str, str] | None:
     """Why pruning cannot run in the memory that is free here, and what would fit; None if it can."""
     free = free_memory(model.device)
+    on_gpu = resolve_device(model.device).type == "cuda"
+    if not on_gpu:  # which each process has for itself
+        free //= processes.num_local_processes()
     parts = memory_parts(config, size, processes.num_processes())
     offload, hidden = config.calibration.offload, parts["hidden_states"]
-    on_gpu = resolve_device(model.device).type == "cuda"
     if (offload == "cpu" and on_gpu) or (offload == "auto" and hidden > free / 2):
         parts["hidden_states"] = 0  # they will be kept elsewhere
     needed = RUNTIME + sum(parts.values())
@@ -118,7 +122,8 @@ def _smaller(config: PruneConfig) -> list[tuple[str, PruneConfig]]:
     on_disk = replace(config, calibration=replace(calibration, offload="disk"))
     one, word = replace(on_disk, calibration=replace(on_disk.calibration, batch_size=1)), "calibration.batch_size=1"
     if config.reconstruct_epochs:
-        one, word = replace(on_disk, reconstruct_batch_size=1), "reconstruct_batch_size=1"
+        fewest = processes.num_processes()  # samples of a step that they can share
+        one, word = replace(on_disk, reconstruct_batch_size=fewest), f"reconstruct_batch_size={fewest}"
     found = [("calibration.offload=disk", on_disk), (f"calibration.offload=disk {word}", one)]
     if config.sequential:
         words = f"calibration.offload=disk {word} true_sequential=false"

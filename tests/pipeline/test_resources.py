@@ -208,6 +208,22 @@ def test_what_does_not_fit_is_refused_with_what_would(monkeypatch: pytest.Monkey
     check_memory(plan_of(config, ModelConfig(path="nobody/nothing")))
 
 
+def test_processes_on_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ModelConfig(path="meta-llama/Meta-Llama-3-8B", device="cpu")
+    size = size_of(model.path)
+    config = PruneConfig(method="wanda", reconstruct_epochs=1, reconstruct_batch_size=32,
+                         calibration=CalibrationConfig(num_samples=128, sequence_length=2048))  # fmt: skip
+    monkeypatch.setattr(pruning_estimate, "free_memory", lambda _: 50 * GIB)
+    assert shortage(config, model, size) is None
+    for name, value in {"WORLD_SIZE": "4", "RANK": "0", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    message, hint = shortage(config, model, size) or ("", "")
+    assert "12.5 GiB are free" in message
+    assert hint == "This would fit: calibration.offload=disk reconstruct_batch_size=4"
+    monkeypatch.setattr(pruning_estimate, "resolve_device", lambda name: torch.device("cuda"))
+    assert shortage(config, model, size) is None
+
+
 def test_a_file_of_tokens_counts_as_it_is(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
