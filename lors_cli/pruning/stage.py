@@ -57,6 +57,8 @@ def _identity(
     for key in ("skip", "quantize"):  # earlier versions had none
         if not settings[key]:
             del settings[key]
+    if config.quantize and config.method == "admm":  # which ends in it
+        settings["refit"] = False
     if config.reconstruct_epochs:
         del settings["calibration"]["batch_size"]
     else:
