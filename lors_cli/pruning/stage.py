@@ -138,7 +138,7 @@ def prune(
         metrics["calibration"]["source"] = inputs["calibration"]
     record = records.StageRecord(
         "prune", fingerprint, hashes.plain(resolved_prune(config)), inputs, metrics,
-        environment.environment(), round(time.monotonic() - started, 2), {},
+        environment.environment(), round(outcome.earlier_s + time.monotonic() - started, 2), {},
     )  # fmt: skip
     if processes.is_main():
         _write_checkpoint(out, source, tokenizer, config, model, base_fingerprint, metrics)

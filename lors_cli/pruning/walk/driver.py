@@ -6,6 +6,7 @@ tensors, `block_0003.json` with what was noted of it, and the next block's input
 
 from __future__ import annotations
 
+import time
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,10 @@ class Outcome:
     """Of all blocks, as `Block.few_tokens`."""
     off_grid: dict[str, int] = field(default_factory=dict)
     """How many values of each quantised weight do not lie on its grid: none."""
+    earlier_s: float = 0.0
+    """What the blocks took that an earlier run has done."""
+    since: float = field(default_factory=time.monotonic)
+    """When the last block was done, by `time.monotonic`."""
 
 
 @torch.no_grad()
@@ -141,11 +146,13 @@ def _note(work: Path, block: Block, outcome: Outcome) -> None:
     outcome.few_tokens |= block.few_tokens
     off_grid = {name: _num_off_grid(block.weights[name].matrix, grid) for name, grid in block.grids.items()}
     outcome.off_grid |= off_grid
+    since, outcome.since = outcome.since, time.monotonic()
+    taken = {"elapsed_s": outcome.since - since, "phases_s": outcome.phases.lap()}
     if processes.is_main():
         if block.grids:
             grid_folder(work, block.index).mkdir(exist_ok=True)
             save_grids(grid_folder(work, block.index), block.grids)
-        content = hashes.plain({"layers": layers, "few_tokens": block.few_tokens, "off_grid": off_grid})
+        content = hashes.plain({"layers": layers, "few_tokens": block.few_tokens, "off_grid": off_grid, **taken})
         atomic.write_json(block_file(work, block.index).with_suffix(".json"), content)
 
 
@@ -162,4 +169,6 @@ def _take_up(work: Path, index: int, outcome: Outcome) -> bool:
     outcome.layers += [LayerSparsity(**{**layer, "shape": tuple(layer["shape"])}) for layer in known["layers"]]
     outcome.few_tokens |= known["few_tokens"]
     outcome.off_grid |= known.get("off_grid", {})  # work of an earlier version has none
+    outcome.earlier_s += known.get("elapsed_s", 0.0)
+    outcome.phases.add(known.get("phases_s", {}))
     return True
