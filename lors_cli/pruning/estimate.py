@@ -60,7 +60,8 @@ def memory_parts(config: PruneConfig, size: ModelSize, num_processes: int = 1) -
         solver = max(statistics + solver, 5 * FLOAT * block // size.bytes_a_weight + kept) - statistics
     outside = (size.num_parameters - size.num_prunable) * size.bytes_a_weight  # read before the blocks, then given up
     weights = max(weights, outside - activations - statistics - solver)
-    hidden = 0 if config.calibration.offload == "disk" else mine * size.hidden_size * size.bytes_a_weight
+    states = size.hidden_size * size.num_streams * size.bytes_a_weight  # of a token
+    hidden = 0 if config.calibration.offload == "disk" else mine * states
     hidden *= 2 if config.reconstruct_epochs else 1  # the dense blocks' beside the pruned ones'
     return {"weights": weights, "activations": activations, "statistics": statistics, "solver": solver,
             "hidden_states": hidden}  # fmt: skip
@@ -71,7 +72,7 @@ def needs(config: PruneConfig, size: ModelSize) -> Estimate:
     tokens = 0 if statistics_kind(config) == "none" else calibration_tokens(config, size)[0]
     several = processes.num_processes() > 1
     copies = (4 if several else 2) + ((4 if several else 3) if config.reconstruct_epochs else 0)  # of hidden states
-    hidden = copies * tokens * size.hidden_size * size.bytes_a_weight
+    hidden = copies * tokens * size.hidden_size * size.num_streams * size.bytes_a_weight
     disk = 2 * (size.num_bytes + _grids(config, size)) + hidden + RECORDS
     return Estimate(RUNTIME + sum(memory_parts(config, size, processes.num_processes()).values()), disk)
 
@@ -194,12 +195,17 @@ def operations(config: PruneConfig, size: ModelSize) -> float:
     tokens, _ = calibration_tokens(config, size)
     length = config.calibration.sequence_length or min(DEFAULT_LENGTH, size.max_length)
     total = (1 if config.sequential else 2) * forward(size, tokens, length, head=False)
+    if config.layer_sparsity == "owl":  # outliers are counted in the dense model
+        total += forward(size, tokens, length, head=False)
     if config.reconstruct_epochs:  # and the dense blocks once
         total += (1 + 3 * config.reconstruct_epochs) * forward(size, tokens, length, head=False)
     if statistics_kind(config) == "hessian":
         size = size.without(config.skip)
-        inputs = distinct_inputs(size)
-        total += size.num_blocks * sum(2.0 * tokens * columns**2 + 2.0 * columns**3 for columns in inputs)
+        routed = sum(expert for *_, expert in size.block)  # inputs, which come first
+        total += size.num_blocks * sum(
+            2.0 * tokens * (size.expert_share if place < routed else 1) * columns**2 + 2.0 * columns**3
+            for place, columns in enumerate(distinct_inputs(size))
+        )
         sweeps = (2 * ADMM_ITERATIONS if config.method == "admm" else 1) + (2 * ADMM_ITERATIONS if config.refit else 0)
         if config.quantize and (config.refit or config.method == "admm"):
             sweeps += 2 * ADMM_ITERATIONS + 2 * PASSES

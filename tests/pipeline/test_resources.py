@@ -11,14 +11,14 @@ import torch
 
 from lors_cli.errors import ResourceError
 from lors_cli.models.needs import RUNTIME, Estimate
-from lors_cli.models.size import ModelSize, model_size
+from lors_cli.models.size import ModelSize, forward, model_size
 from lors_cli.pipeline import preflight, resources
 from lors_cli.pipeline.plans import StagePlan
 from lors_cli.pipeline.preflight import troubles
 from lors_cli.pipeline.resources import check_disk, check_memory, try_estimate
 from lors_cli.pipeline.stages import STAGES
 from lors_cli.pruning import estimate as pruning_estimate
-from lors_cli.pruning.estimate import memory_parts, shortage
+from lors_cli.pruning.estimate import memory_parts, operations, shortage
 from lors_cli.recipe.schema import CalibrationConfig, EvalConfig, ModelConfig, PruneConfig, TuneConfig, TuneDataConfig
 
 GIB = 1 << 30
@@ -176,6 +176,44 @@ def test_a_mixture_holds_every_experts_sums() -> None:
     mixture = replace(size, layers=(*size.layers[:4], *experts))
     parts = memory_parts(PruneConfig(method="sparsegpt"), mixture)
     assert parts["statistics"] == 4 * (8 * (576**2 + 1536**2) + 3 * 576**2)
+
+
+def test_a_token_goes_through_some_of_a_mixtures_experts(build: Any, tmp_path: Path) -> None:
+    network = build("Mixtral", num_local_experts=8, num_experts_per_tok=2)
+    network.save_pretrained(tmp_path)
+    size = model_size(ModelConfig(path=str(tmp_path)))
+    assert size is not None
+    experts = sum(rows * columns for _, rows, columns, expert in size.layers if expert)
+    assert size.num_active == size.num_prunable - experts + experts / 4
+    assert forward(size, 3, 0) == 3 * 2 * (size.num_active + size.hidden_size * size.vocab_size)
+    config = PruneConfig(method="sparsegpt", calibration=CalibrationConfig(num_samples=1, sequence_length=8))
+    every = replace(size, expert_share=1.0)
+    forwards = 2 * (forward(every, 8, 8, head=False) - forward(size, 8, 8, head=False))
+    sums = sum(2 * 6 * columns**2 for _, _, columns, expert in size.layers if expert)  # of 6 tokens more
+    assert operations(config, every) - operations(config, size) == forwards + sums
+
+
+def test_owl_goes_through_the_dense_model_first() -> None:
+    size = size_of("HuggingFaceTB/SmolLM2-135M")
+    even = PruneConfig(method="wanda", pattern="unstructured", sparsity=0.5,
+                       calibration=CalibrationConfig(num_samples=2, sequence_length=8))  # fmt: skip
+    more = operations(replace(even, layer_sparsity="owl"), size) - operations(even, size)
+    assert more == forward(size, 16, 8, head=False)
+
+
+def test_every_stream_of_hidden_states_counts(build: Any, tmp_path: Path) -> None:
+    network = build("Gemma3n")
+    network.save_pretrained(tmp_path)
+    size = model_size(ModelConfig(path=str(tmp_path)))
+    assert size is not None
+    assert network.config.altup_num_inputs > 1
+    config = PruneConfig(method="wanda", calibration=CalibrationConfig(num_samples=2, sequence_length=8))
+    hidden = 2 * 8 * network.config.altup_num_inputs * size.hidden_size * size.bytes_a_weight
+    assert memory_parts(config, size)["hidden_states"] == hidden
+    less = replace(size, num_streams=1)
+    assert estimate(config, size).disk - estimate(config, less).disk == 2 * (
+        hidden - memory_parts(config, less)["hidden_states"]
+    )
 
 
 def test_what_does_not_fit_is_refused_with_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
