@@ -41,6 +41,8 @@ class ModelSize:
     bytes_a_weight: int
     streamed: bool = True
     """Whether blocks can be read one at a time."""
+    has_linears: bool = True
+    """Whether there are plain linears in the blocks, which alone can be tuned and packed."""
     num_streams: int = 1
     """Hidden states of a token between blocks."""
     expert_share: float = 1.0
@@ -163,6 +165,7 @@ def _measured(config: ModelConfig, fingerprint: str) -> ModelSize | None:
         vocab_size=text.vocab_size,
         max_length=model_max_length(settings),
         bytes_a_weight=_bytes_a_weight(config, stored),
+        has_linears=any(weight.is_linear for weight in weights.values()),
         num_streams=getattr(text, "altup_num_inputs", 1),  # Gemma 3n
         expert_share=taken / experts if experts > 1 else 1.0,
         streamed=locate(config.path).gguf_file is None and Quantised.of(settings) is None,

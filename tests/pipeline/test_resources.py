@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lors_cli.errors import ResourceError
+from lors_cli.errors import ResourceError, UsageError
 from lors_cli.models.needs import RUNTIME, Estimate
 from lors_cli.models.size import ModelSize, forward, model_size
 from lors_cli.pipeline import preflight, resources
@@ -19,7 +20,15 @@ from lors_cli.pipeline.resources import check_disk, check_memory, try_estimate
 from lors_cli.pipeline.stages import STAGES
 from lors_cli.pruning import estimate as pruning_estimate
 from lors_cli.pruning.estimate import memory_parts, operations, shortage
-from lors_cli.recipe.schema import CalibrationConfig, EvalConfig, ModelConfig, PruneConfig, TuneConfig, TuneDataConfig
+from lors_cli.recipe.schema import (
+    CalibrationConfig,
+    EvalConfig,
+    ModelConfig,
+    PackConfig,
+    PruneConfig,
+    TuneConfig,
+    TuneDataConfig,
+)
 
 GIB = 1 << 30
 NAMES = {PruneConfig: "prune", TuneConfig: "tune", EvalConfig: "eval"}
@@ -191,6 +200,16 @@ def test_a_token_goes_through_some_of_a_mixtures_experts(build: Any, tmp_path: P
     forwards = 2 * (forward(every, 8, 8, head=False) - forward(size, 8, 8, head=False))
     sums = sum(2 * 6 * columns**2 for _, _, columns, expert in size.layers if expert)  # of 6 tokens more
     assert operations(config, every) - operations(config, size) == forwards + sums
+
+
+@pytest.mark.parametrize("stage", ["tune", "pack"])
+def test_what_can_only_be_pruned_is_known_before_it_is(stage: str, build: Any, tmp_path: Path) -> None:
+    for name, fits in (("GPT-2", False), ("Mixtral", True)):
+        build(name).save_pretrained(tmp_path / name)
+        size = model_size(ModelConfig(path=str(tmp_path / name)))
+        assert size is not None
+        with nullcontext() if fits else pytest.raises(UsageError, match="Linear can be"):
+            STAGES[stage].fits(TUNE if stage == "tune" else PackConfig(), size)
 
 
 def test_owl_goes_through_the_dense_model_first() -> None:
