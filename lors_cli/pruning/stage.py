@@ -195,8 +195,11 @@ def _calibration_batches(
     """
     from lors_cli.data.tokens import calibration_tokens
     from lors_cli.models.blocks import model_max_length
+    from lors_cli.recipe.schema import CalibrationConfig
 
     if statistics_kind(config) == "none":
+        if config.calibration != CalibrationConfig():
+            console.info(f"  {config.method} looks at weights alone: calibration is not read")
         return []
     calibration, max_length = config.calibration, model_max_length(source.network)
     with progress.busy(f"tokenising {calibration.dataset}"):

@@ -20,7 +20,7 @@ from lors_cli.machine import processes
 from lors_cli.models.grids import load_grids, save_grids
 from lors_cli.models.tensor_files import write_tensors
 from lors_cli.output import console, progress
-from lors_cli.pruning.walk.block import Block, Orders, open_block, prune_block, without_data
+from lors_cli.pruning.walk.block import Block, Orders, movable_inputs, open_block, prune_block, without_data
 from lors_cli.pruning.walk.passes import note_shared, owl_shares, start_walk
 from lors_cli.pruning.walk.phases import Phases
 from lors_cli.sparsity import LayerSparsity, Pattern, measure
@@ -60,6 +60,10 @@ def prune_blocks(
         batches: (samples, tokens) int64 each, of all processes together; none for a method that looks at weights alone.
     """
     outcome = Outcome(Phases(model.device))
+    if config.channel_permutation and not any(
+        movable_inputs(config, module, f"{model.prefix}.{index}") for index, module in enumerate(model.blocks)
+    ):
+        console.warn("channel_permutation: no inputs of the pruned weights can be permuted; nothing is.")
     if batches:
         _with_calibration(config, model, pattern, work, batches, outcome)
     else:
