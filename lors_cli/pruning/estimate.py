@@ -18,20 +18,22 @@ from lors_cli.machine.devices import free_memory, resolve_device
 from lors_cli.models.needs import RECORDS, RUNTIME, Estimate
 from lors_cli.models.size import ModelSize, forward
 from lors_cli.output.console import gib
-from lors_cli.pruning.facts import grid_spec, statistics_kind
+from lors_cli.pruning.facts import (
+    ADMM_ITERATIONS,
+    CAST_BYTES,
+    DESCENT_PASSES,
+    REFIT_ITERATIONS,
+    grid_spec,
+    statistics_kind,
+)
 from lors_cli.recipe.schema import ModelConfig, PruneConfig
 from lors_cli.sparsity import Pattern
 
 FLOAT = 4
-CAST = 256 << 20
-"""Inputs held in float32 at a time; lors_cli.pruning.methods.statistics."""
 MATRICES = {"sparsegpt": 2, "admm": 4}
 """Matrices of the size of H that a solver holds beside H."""
 STACKS = {"sparsegpt": 3, "admm": 6}
 """Copies of the stacked weights of a group that a solver holds, in float32."""
-ADMM_ITERATIONS = 20
-PASSES = 3
-"""Of the descent over codes."""
 
 
 def memory_parts(config: PruneConfig, size: ModelSize, num_processes: int = 1) -> dict[str, int]:
@@ -51,7 +53,7 @@ def memory_parts(config: PruneConfig, size: ModelSize, num_processes: int = 1) -
     if config.reconstruct_epochs:  # each has a part of every step's
         in_flight = -(-in_flight // num_processes)
     width = 3 * size.hidden_size + 3 * size.intermediate_size
-    activations = in_flight * width * size.bytes_a_weight + CAST
+    activations = in_flight * width * size.bytes_a_weight + CAST_BYTES
     if config.sequential and not any(expert for *_, expert in size.block):
         activations += mine * (2 * size.hidden_size + size.intermediate_size) * size.bytes_a_weight
     statistics, solver = _statistics(config, size), _solver(config, size.without(config.skip))
@@ -206,8 +208,8 @@ def operations(config: PruneConfig, size: ModelSize) -> float:
             2.0 * tokens * (size.expert_share if place < routed else 1) * columns**2 + 2.0 * columns**3
             for place, columns in enumerate(distinct_inputs(size))
         )
-        sweeps = (2 * ADMM_ITERATIONS if config.method == "admm" else 1) + (2 * ADMM_ITERATIONS if config.refit else 0)
-        if config.quantize and (config.refit or config.method == "admm"):
-            sweeps += 2 * ADMM_ITERATIONS + 2 * PASSES
+        sweeps = 2 * ADMM_ITERATIONS if config.method == "admm" else 1
+        if config.refit or (config.quantize and config.method == "admm"):
+            sweeps += 2 * REFIT_ITERATIONS + (2 * DESCENT_PASSES if config.quantize else 0)
         total += sweeps * sum(1.0 * rows * columns**2 for rows, columns in size.linears)
     return total
