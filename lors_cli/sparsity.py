@@ -97,7 +97,7 @@ def keep_largest(scores: torch.Tensor, pattern: Pattern, *, per_row: bool) -> to
     num_kept = rows.shape[1] - pattern.num_removed(rows.shape[1])
     if num_kept == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    lowest_kept = rows.kthvalue(rows.shape[1] - num_kept + 1, dim=-1, keepdim=True).values
+    lowest_kept = _smallest(rows, rows.shape[1] - num_kept)
     mask = rows >= lowest_kept
     excess = mask.sum(-1, keepdim=True) - num_kept
     if bool(excess.any()):  # equal scores: as many of the last of them go
@@ -105,6 +105,15 @@ def keep_largest(scores: torch.Tensor, pattern: Pattern, *, per_row: bool) -> to
         from_the_right = tied.flip(-1).cumsum(-1).flip(-1)
         mask &= ~(tied & (from_the_right <= excess))
     return mask.view_as(scores)
+
+
+def _smallest(rows: torch.Tensor, number: int) -> torch.Tensor:
+    """The value of every row that so many are smaller than, (rows, 1)."""
+    import torch
+
+    if rows.is_cuda and torch.are_deterministic_algorithms_enabled():  # kthvalue's place among equals is not
+        return rows.sort(dim=-1).values[:, number, None]
+    return rows.kthvalue(number + 1, dim=-1, keepdim=True).values
 
 
 def keep_of_group(scores: Sequence[torch.Tensor], pattern: Pattern) -> list[torch.Tensor]:

@@ -58,6 +58,23 @@ def test_check_shape_names_the_weight() -> None:
         TWO_OF_FOUR.check_shape("layers.0.up", (3, 10))
 
 
+class OnGpu(torch.Tensor):
+    """A CPU's, which says that it lies on a GPU, and what deterministic algorithms refuse there."""
+
+    is_cuda = True
+
+    def kthvalue(self, *_: object, **__: object) -> None:
+        raise RuntimeError("kthvalue CUDA does not have a deterministic implementation")
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+def test_deterministic_algorithms_on_a_gpu_choose_the_same(per_row: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = torch.randint(9, (6, 50), generator=torch.Generator().manual_seed(0)).float()
+    expected = keep_largest(scores, unstructured(0.5), per_row=per_row)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert torch.equal(keep_largest(scores.as_subclass(OnGpu), unstructured(0.5), per_row=per_row), expected)
+
+
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8), (3, 5)])
 def test_keep_largest_n_of_m(n: int, m: int) -> None:
     scores = torch.randn(6, 8 * m, generator=torch.Generator().manual_seed(0))

@@ -22,8 +22,6 @@ GRIDS_NAME = "grid/scales.safetensors"
 
 def save_grids(folder: Path, grids: Mapping[str, Grid]) -> None:
     """Write the grids of a checkpoint's linears, by full name, all of one kind, into its folder."""
-
-    grids = dict(sorted(grids.items()))
     spec = next(iter(grids.values())).spec
     grids = dict(sorted(grids.items()))  # the same bytes, whoever wrote them
     tensors = {f"{name}.scale": grid.scales for name, grid in grids.items()}

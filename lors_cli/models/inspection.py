@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lors_cli.data.saved_prompts import template_name
 from lors_cli.errors import UsageError
 from lors_cli.files import atomic, records
-from lors_cli.grid import packed_metrics
+from lors_cli.grid import Grid, packed_metrics
 from lors_cli.models.blocks import PrunableWeight, prunable_weights
 from lors_cli.models.checks import safetensors_files
 from lors_cli.models.grids import load_grids
@@ -50,8 +51,12 @@ def inspect(model: ModelConfig, pattern: Pattern | None = None) -> dict[str, Any
         found = _measure_recorded(folder, record)
         if found is not None:
             return found
-    if packed_settings(here(model).folder or folder) is not None:
+    folder = here(model).folder or folder
+    if packed_settings(folder) is not None:
         return _measure_packed(model, pattern)
+    grids = load_grids(folder)
+    for grid in [*grids.values()][:1]:  # in another number format the values would lie on none
+        model = replace(model, dtype=str(grid.scales.dtype).removeprefix("torch."))  # type: ignore[arg-type]
     weights = prunable_weights(load_model(model))
     held_to = {} if pattern else layer_patterns(weights, record)
     if pattern:
@@ -61,15 +66,15 @@ def inspect(model: ModelConfig, pattern: Pattern | None = None) -> dict[str, Any
     dense = [name for name in weights if name not in patterns]
     found = _with_dense(summarise(layers, next(iter(patterns.values()), None)), dense)
     packable = [layer for layer in layers if weights[layer.name].is_linear]
-    return found | _on_grids(here(model).folder or folder, packable, patterns, lambda name: weights[name].matrix)
+    return found | _on_grids(grids, packable, patterns, lambda name: weights[name].matrix)
 
 
 def _on_grids(
-    folder: Path, layers: list[LayerSparsity], patterns: Mapping[str, Pattern | None],
+    grids: dict[str, Grid], layers: list[LayerSparsity], patterns: Mapping[str, Pattern | None],
     matrix: Callable[[str], torch.Tensor],
 ) -> dict[str, Any]:  # fmt: skip
     """What there is to say of a checkpoint with grids beside it; `layers` can be packed, `matrix` gives a weight."""
-    grids = {name: grid for name, grid in load_grids(folder).items() if name in patterns}
+    grids = {name: grid for name, grid in grids.items() if name in patterns}
     if not grids:
         return {}
     grid = next(iter(grids.values()))
@@ -147,7 +152,7 @@ def _measure_recorded(folder: Path, record: records.StageRecord) -> dict[str, An
             return None
         layers = [measure(name, tensors[keys[name]][:], held) for name, held in patterns.items()]
         found = _with_dense(summarise(layers, patterns[layers[0].name]), dense_layers(record))
-        return found | _on_grids(folder, layers, patterns, lambda name: tensors[keys[name]][:])
+        return found | _on_grids(load_grids(folder), layers, patterns, lambda name: tensors[keys[name]][:])
     kept = settings.get("modules")
     if not (isinstance(kept, dict) and kept.keys() == shapes.keys() and all(type(n) is int for n in kept.values())):
         return None

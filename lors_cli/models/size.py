@@ -17,8 +17,10 @@ from lors_cli.recipe.schema import ModelConfig
 _sizes = Remembered("sizes", "sizes of models")  # making a model only to measure it takes most of a dry run
 _BLOCK = re.compile(r".*?\.\d+(?=\.|$)")
 """The start of a layer's name that names its block."""
-MEMORY_VERSION = 3
+MEMORY_VERSION = 4
 """Raised when the same configuration gives other sizes."""
+EXPERTS_TAKEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k")
+"""What configurations call the number of experts that a token goes through."""
 _known_sizes: dict[str, ModelSize | None] = {}
 """By fingerprint."""
 
@@ -39,6 +41,12 @@ class ModelSize:
     bytes_a_weight: int
     streamed: bool = True
     """Whether blocks can be read one at a time."""
+    has_linears: bool = True
+    """Whether there are plain linears in the blocks, which alone can be tuned and packed."""
+    num_streams: int = 1
+    """Hidden states of a token between blocks."""
+    expert_share: float = 1.0
+    """Share of a block's experts that a token goes through."""
 
     @cached_property
     def linears(self) -> tuple[tuple[int, int], ...]:
@@ -66,6 +74,11 @@ class ModelSize:
     def num_prunable(self) -> int:
         """Weights of the linears."""
         return sum(rows * columns for rows, columns in self.linears)
+
+    @property
+    def num_active(self) -> float:
+        """Of these, as many as a token goes through."""
+        return sum(rows * columns * (self.expert_share if expert else 1) for _, rows, columns, expert in self.layers)
 
     @property
     def num_bytes(self) -> int:
@@ -133,12 +146,15 @@ def _measured(config: ModelConfig, fingerprint: str) -> ModelSize | None:
     except Exception as error:  # sizes that no model can have
         raise load_error(config.path, "its configuration", error) from error
     prefix, modules = decoder_blocks(model)
-    layers = tuple((name, *weight.shape, weight.expert is not None) for index, block in enumerate(modules)
-                   for name, weight in block_weights(block, f"{prefix}.{index}").items())  # fmt: skip
+    weights = {name: weight for index, block in enumerate(modules)
+               for name, weight in block_weights(block, f"{prefix}.{index}").items()}  # fmt: skip
+    layers = tuple((name, *weight.shape, weight.expert is not None) for name, weight in weights.items())
     if not layers:
         raise UsageError(f"{config.path}: its decoder blocks hold no linear that could be pruned.")
     text = settings.get_text_config()
     inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    experts = 1 + max(weight.expert or 0 for weight in weights.values())
+    taken = next((number for key in EXPERTS_TAKEN if (number := getattr(text, key, None))), experts)
     stored = str(getattr(settings, "dtype", None)).removeprefix("torch.")
     size = ModelSize(
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -149,6 +165,9 @@ def _measured(config: ModelConfig, fingerprint: str) -> ModelSize | None:
         vocab_size=text.vocab_size,
         max_length=model_max_length(settings),
         bytes_a_weight=_bytes_a_weight(config, stored),
+        has_linears=any(weight.is_linear for weight in weights.values()),
+        num_streams=getattr(text, "altup_num_inputs", 1),  # Gemma 3n
+        expert_share=taken / experts if experts > 1 else 1.0,
         streamed=locate(config.path).gguf_file is None and Quantised.of(settings) is None,
     )
     _remember(fingerprint, size, stored)
@@ -203,6 +222,6 @@ def try_size(model: ModelConfig) -> ModelSize | None:
 
 def forward(size: ModelSize, tokens: float, length: float, *, head: bool = True) -> float:
     """Operations of a forward pass over `tokens` in all, of which `length` see each other; `head`: with logits."""
-    linears = size.num_prunable + (size.hidden_size * size.vocab_size if head else 0)
+    linears = size.num_active + (size.hidden_size * size.vocab_size if head else 0)
     attention = 2 * size.num_blocks * size.hidden_size * length  # scores and values, half of them masked
     return tokens * (2.0 * linears + attention)

@@ -164,9 +164,19 @@ def _teacher_cache(config: TuneConfig, models: dict[str, ModelConfig]) -> str:
     return tuning_estimate.teacher_cache(config, size.vocab_size) if size else ""
 
 
+def _need_linears(size: ModelSize, can: str) -> None:
+    """Refuse a model that could be pruned, but that nothing else can be done with."""
+    if not size.has_linears:
+        raise UsageError(
+            f"only nn.Linear can be {can}, and the model's blocks hold Conv1D or experts in one tensor alone.",
+            "Prune and evaluate it only.",
+        )
+
+
 def _tuning_fits(config: TuneConfig, size: ModelSize) -> None:
     from lors_cli.tuning.baselines import check_rank
 
+    _need_linears(size, "tuned")
     adapted = size.without(config.skip)
     check_rank(config.method, config.rank, [rows for rows, _, expert in adapted.block if not expert])
     for name, _, inputs, expert in adapted.layers if config.start != "kaiming" else ():
@@ -246,6 +256,7 @@ STAGES = {
         operations=lambda config, size, num_models, data_dir: float(size.num_parameters),
         describe=lambda config, models: "kept values, or their codes, and a mask of one bit a place",
         reads=lambda config: Reads(),
+        fits=lambda config, size: _need_linears(size, "packed"),
         makes="packed",
         fingerprint=packing.stage_fingerprint,
         foresee=_packed_size,

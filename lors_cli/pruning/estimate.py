@@ -13,24 +13,27 @@ from pathlib import Path
 
 from lors_cli.data.tokenising import DEFAULT_LENGTH, DEFAULT_SAMPLES
 from lors_cli.grid import bits_a_weight
+from lors_cli.machine import processes
 from lors_cli.machine.devices import free_memory, resolve_device
 from lors_cli.models.needs import RECORDS, RUNTIME, Estimate
 from lors_cli.models.size import ModelSize, forward
 from lors_cli.output.console import gib
-from lors_cli.pruning.facts import grid_spec, statistics_kind
+from lors_cli.pruning.facts import (
+    ADMM_ITERATIONS,
+    CAST_BYTES,
+    DESCENT_PASSES,
+    REFIT_ITERATIONS,
+    grid_spec,
+    statistics_kind,
+)
 from lors_cli.recipe.schema import ModelConfig, PruneConfig
 from lors_cli.sparsity import Pattern
 
 FLOAT = 4
-CAST = 256 << 20
-"""Inputs held in float32 at a time; lors_cli.pruning.methods.statistics."""
 MATRICES = {"sparsegpt": 2, "admm": 4}
 """Matrices of the size of H that a solver holds beside H."""
 STACKS = {"sparsegpt": 3, "admm": 6}
 """Copies of the stacked weights of a group that a solver holds, in float32."""
-ADMM_ITERATIONS = 20
-PASSES = 3
-"""Of the descent over codes."""
 
 
 def memory_parts(config: PruneConfig, size: ModelSize, num_processes: int = 1) -> dict[str, int]:
@@ -47,8 +50,10 @@ def memory_parts(config: PruneConfig, size: ModelSize, num_processes: int = 1) -
                 "hidden_states": 0}  # fmt: skip
     tokens, in_flight = calibration_tokens(config, size)
     mine = -(-tokens // num_processes)
+    if config.reconstruct_epochs:  # each has a part of every step's
+        in_flight = -(-in_flight // num_processes)
     width = 3 * size.hidden_size + 3 * size.intermediate_size
-    activations = in_flight * width * size.bytes_a_weight + CAST
+    activations = in_flight * width * size.bytes_a_weight + CAST_BYTES
     if config.sequential and not any(expert for *_, expert in size.block):
         activations += mine * (2 * size.hidden_size + size.intermediate_size) * size.bytes_a_weight
     statistics, solver = _statistics(config, size), _solver(config, size.without(config.skip))
@@ -57,7 +62,8 @@ def memory_parts(config: PruneConfig, size: ModelSize, num_processes: int = 1) -
         solver = max(statistics + solver, 5 * FLOAT * block // size.bytes_a_weight + kept) - statistics
     outside = (size.num_parameters - size.num_prunable) * size.bytes_a_weight  # read before the blocks, then given up
     weights = max(weights, outside - activations - statistics - solver)
-    hidden = 0 if config.calibration.offload == "disk" else mine * size.hidden_size * size.bytes_a_weight
+    states = size.hidden_size * size.num_streams * size.bytes_a_weight  # of a token
+    hidden = 0 if config.calibration.offload == "disk" else mine * states
     hidden *= 2 if config.reconstruct_epochs else 1  # the dense blocks' beside the pruned ones'
     return {"weights": weights, "activations": activations, "statistics": statistics, "solver": solver,
             "hidden_states": hidden}  # fmt: skip
@@ -68,7 +74,7 @@ def needs(config: PruneConfig, size: ModelSize, num_processes: int = 1) -> Estim
     tokens = 0 if statistics_kind(config) == "none" else calibration_tokens(config, size)[0]
     several = num_processes > 1
     copies = (4 if several else 2) + ((4 if several else 3) if config.reconstruct_epochs else 0)  # of hidden states
-    hidden = copies * tokens * size.hidden_size * size.bytes_a_weight
+    hidden = copies * tokens * size.hidden_size * size.num_streams * size.bytes_a_weight
     disk = 2 * (size.num_bytes + _grids(config, size)) + hidden + RECORDS
     return Estimate(RUNTIME + sum(memory_parts(config, size, num_processes).values()), disk)
 
@@ -96,9 +102,11 @@ def shortage(
 ) -> tuple[str, str] | None:
     """Why pruning cannot run in the memory that is free here, and what would fit; None if it can."""
     free = free_memory(model.device)
+    on_gpu = resolve_device(model.device).type == "cuda"
+    if not on_gpu:  # which each process has for itself; those of a dry run are to be here
+        free //= processes.num_local_processes() if processes.num_processes() > 1 else num_processes
     parts = memory_parts(config, size, num_processes)
     offload, hidden = config.calibration.offload, parts["hidden_states"]
-    on_gpu = resolve_device(model.device).type == "cuda"
     if (offload == "cpu" and on_gpu) or (offload == "auto" and hidden > free / 2):
         parts["hidden_states"] = 0  # they will be kept elsewhere
     needed = RUNTIME + sum(parts.values())
@@ -108,18 +116,20 @@ def shortage(
         f"{name.replace('_', ' ')} {gib(parts[name])}"
         for name in sorted(parts, key=parts.__getitem__, reverse=True)[:3]
     )
-    fits = [words for words, other in _smaller(config) if needs(other, size, num_processes).memory <= free]
+    fits = [
+        words for words, other in _smaller(config, num_processes) if needs(other, size, num_processes).memory <= free
+    ]
     hint = f"This would fit: {fits[0]}" if fits else "Nothing that keeps the result would fit: use a larger machine."
     return f"prune needs about {gib(needed)} of memory, {gib(free)} are free ({largest}).", hint
 
 
-def _smaller(config: PruneConfig) -> list[tuple[str, PruneConfig]]:
+def _smaller(config: PruneConfig, num_processes: int) -> list[tuple[str, PruneConfig]]:
     """Settings of the same result, or nearly so, that need less memory: what to write, and the config with it."""
     calibration = config.calibration
     on_disk = replace(config, calibration=replace(calibration, offload="disk"))
     one, word = replace(on_disk, calibration=replace(on_disk.calibration, batch_size=1)), "calibration.batch_size=1"
     if config.reconstruct_epochs:
-        one, word = replace(on_disk, reconstruct_batch_size=1), "reconstruct_batch_size=1"
+        one, word = replace(on_disk, reconstruct_batch_size=num_processes), f"reconstruct_batch_size={num_processes}"
     found = [("calibration.offload=disk", on_disk), (f"calibration.offload=disk {word}", one)]
     if config.sequential:
         words = f"calibration.offload=disk {word} true_sequential=false"
@@ -190,14 +200,19 @@ def operations(config: PruneConfig, size: ModelSize) -> float:
     tokens, _ = calibration_tokens(config, size)
     length = config.calibration.sequence_length or min(DEFAULT_LENGTH, size.max_length)
     total = (1 if config.sequential else 2) * forward(size, tokens, length, head=False)
+    if config.layer_sparsity == "owl":  # outliers are counted in the dense model
+        total += forward(size, tokens, length, head=False)
     if config.reconstruct_epochs:  # and the dense blocks once
         total += (1 + 3 * config.reconstruct_epochs) * forward(size, tokens, length, head=False)
     if statistics_kind(config) == "hessian":
         size = size.without(config.skip)
-        inputs = distinct_inputs(size)
-        total += size.num_blocks * sum(2.0 * tokens * columns**2 + 2.0 * columns**3 for columns in inputs)
-        sweeps = (2 * ADMM_ITERATIONS if config.method == "admm" else 1) + (2 * ADMM_ITERATIONS if config.refit else 0)
-        if config.quantize and (config.refit or config.method == "admm"):
-            sweeps += 2 * ADMM_ITERATIONS + 2 * PASSES
+        routed = sum(expert for *_, expert in size.block)  # inputs, which come first
+        total += size.num_blocks * sum(
+            2.0 * tokens * (size.expert_share if place < routed else 1) * columns**2 + 2.0 * columns**3
+            for place, columns in enumerate(distinct_inputs(size))
+        )
+        sweeps = 2 * ADMM_ITERATIONS if config.method == "admm" else 1
+        if config.refit or (config.quantize and config.method == "admm"):
+            sweeps += 2 * REFIT_ITERATIONS + (2 * DESCENT_PASSES if config.quantize else 0)
         total += sweeps * sum(1.0 * rows * columns**2 for rows, columns in size.linears)
     return total

@@ -15,6 +15,12 @@ STATISTICS: dict[str, Kind] = {
     "magnitude": "none", "wanda": "norm", "ria": "norm", "sparsegpt": "hessian", "admm": "hessian",
 }  # fmt: skip
 """What each method looks at."""
+ADMM_ITERATIONS = 20
+REFIT_ITERATIONS = 32
+DESCENT_PASSES = 3
+"""Over the codes of weights on grids."""
+CAST_BYTES = 256 << 20
+"""Of inputs that are held in float32 at a time, while they are summed."""
 
 
 def statistics_kind(config: PruneConfig) -> Kind:

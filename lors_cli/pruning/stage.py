@@ -57,6 +57,8 @@ def _identity(
     for key in ("skip", "quantize"):  # earlier versions had none
         if not settings[key]:
             del settings[key]
+    if config.quantize and config.method == "admm":  # which ends in it
+        settings["refit"] = False
     if config.reconstruct_epochs:
         del settings["calibration"]["batch_size"]
     else:
@@ -136,7 +138,7 @@ def prune(
         metrics["calibration"]["source"] = inputs["calibration"]
     record = records.StageRecord(
         "prune", fingerprint, hashes.plain(resolved_prune(config)), inputs, metrics,
-        environment.environment(), round(time.monotonic() - started, 2), {},
+        environment.environment(), round(outcome.earlier_s + time.monotonic() - started, 2), {},
     )  # fmt: skip
     if processes.is_main():
         _write_checkpoint(out, source, tokenizer, config, model, base_fingerprint, metrics)
@@ -193,8 +195,11 @@ def _calibration_batches(
     """
     from lors_cli.data.tokens import calibration_tokens
     from lors_cli.models.blocks import model_max_length
+    from lors_cli.recipe.schema import CalibrationConfig
 
     if statistics_kind(config) == "none":
+        if config.calibration != CalibrationConfig():
+            console.info(f"  {config.method} looks at weights alone: calibration is not read")
         return []
     calibration, max_length = config.calibration, model_max_length(source.network)
     with progress.busy(f"tokenising {calibration.dataset}"):

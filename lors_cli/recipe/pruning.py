@@ -77,8 +77,10 @@ class PruneConfig(Section):
     layer_sparsity: Literal["uniform", "owl"] = "uniform"
     """Unstructured only: the same sparsity for every block, or less for blocks with many outliers (OWL)."""
     quantize: QuantizeConfig | None = None
-    """Round the kept weights to 4 or 8 bits as well: sparsegpt finds mask and rounded weights in one sweep; the others
-    choose the mask, and GPTQ (arXiv:2210.17323) rounds what is kept. Default: weights stay floats."""
+    """Round the kept weights to 4 or 8 bits as well: sparsegpt finds mask and rounded weights in one sweep; admm rounds
+    in every iteration, solves for what its mask keeps and rounds that; the others choose the mask, and GPTQ
+    (arXiv:2210.17323) rounds what is kept. With `refit` sparsegpt takes the mask that it finds without rounding, and
+    admm does what it does without. Default: weights stay floats."""
     skip: tuple[Name, ...] = ()
     """Weights that stay dense: full names, or globs of them such as `model.layers.0.*` and `*.down_proj`. The sparsity
     asked for is that of the others."""

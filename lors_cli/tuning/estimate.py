@@ -66,12 +66,12 @@ def operations(config: TuneConfig, size: ModelSize, data_dir: Path | None) -> fl
         return None
     tokens = float(samples * length)
     passes = 3 + (1 if config.gradient_checkpointing else 0)
-    rest = forward(size, tokens, length) - 2 * tokens * size.num_prunable  # attention and head
-    adapted = size.without(config.skip).num_prunable
+    rest = forward(size, tokens, length) - 2 * tokens * size.num_active  # attention and head
+    adapted = size.without(config.skip).num_active
     again = 2 if config.gradient_checkpointing else 0
     exact = 2 * EXACT[config.gradient]
     own = PRODUCTS[config.method] + exact
-    products = own * adapted + 4 * (size.num_prunable - adapted) + again * size.num_prunable
+    products = own * adapted + 4 * (size.num_active - adapted) + again * size.num_active
     merges = 2 * config.rank * adapted * (MERGES.get(config.method, 0) + exact) * samples / config.micro_batch_size
     start = 0.0 if config.start == "kaiming" else 3 * forward(size, config.init_samples * length, length)
     teacher = forward(size, tokens, length) if config.distill else 0.0

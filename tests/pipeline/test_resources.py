@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,23 @@ import torch
 
 from lors_cli.errors import ResourceError, UsageError
 from lors_cli.models.needs import RUNTIME, Estimate
-from lors_cli.models.size import ModelSize, model_size
+from lors_cli.models.size import ModelSize, forward, model_size
 from lors_cli.pipeline import preflight, resources
 from lors_cli.pipeline.plans import StagePlan
 from lors_cli.pipeline.preflight import troubles
 from lors_cli.pipeline.resources import check_disk, check_memory, try_estimate
 from lors_cli.pipeline.stages import STAGES
 from lors_cli.pruning import estimate as pruning_estimate
-from lors_cli.pruning.estimate import memory_parts, shortage
-from lors_cli.recipe.schema import CalibrationConfig, EvalConfig, ModelConfig, PruneConfig, TuneConfig, TuneDataConfig
+from lors_cli.pruning.estimate import memory_parts, operations, shortage
+from lors_cli.recipe.schema import (
+    CalibrationConfig,
+    EvalConfig,
+    ModelConfig,
+    PackConfig,
+    PruneConfig,
+    TuneConfig,
+    TuneDataConfig,
+)
 
 GIB = 1 << 30
 NAMES = {PruneConfig: "prune", TuneConfig: "tune", EvalConfig: "eval"}
@@ -178,6 +187,54 @@ def test_a_mixture_holds_every_experts_sums() -> None:
     assert parts["statistics"] == 4 * (8 * (576**2 + 1536**2) + 3 * 576**2)
 
 
+def test_a_token_goes_through_some_of_a_mixtures_experts(build: Any, tmp_path: Path) -> None:
+    network = build("Mixtral", num_local_experts=8, num_experts_per_tok=2)
+    network.save_pretrained(tmp_path)
+    size = model_size(ModelConfig(path=str(tmp_path)))
+    assert size is not None
+    experts = sum(rows * columns for _, rows, columns, expert in size.layers if expert)
+    assert size.num_active == size.num_prunable - experts + experts / 4
+    assert forward(size, 3, 0) == 3 * 2 * (size.num_active + size.hidden_size * size.vocab_size)
+    config = PruneConfig(method="sparsegpt", calibration=CalibrationConfig(num_samples=1, sequence_length=8))
+    every = replace(size, expert_share=1.0)
+    forwards = 2 * (forward(every, 8, 8, head=False) - forward(size, 8, 8, head=False))
+    sums = sum(2 * 6 * columns**2 for _, _, columns, expert in size.layers if expert)  # of 6 tokens more
+    assert operations(config, every) - operations(config, size) == forwards + sums
+
+
+@pytest.mark.parametrize("stage", ["tune", "pack"])
+def test_what_can_only_be_pruned_is_known_before_it_is(stage: str, build: Any, tmp_path: Path) -> None:
+    for name, fits in (("GPT-2", False), ("Mixtral", True)):
+        build(name).save_pretrained(tmp_path / name)
+        size = model_size(ModelConfig(path=str(tmp_path / name)))
+        assert size is not None
+        with nullcontext() if fits else pytest.raises(UsageError, match="Linear can be"):
+            STAGES[stage].fits(TUNE if stage == "tune" else PackConfig(), size)
+
+
+def test_owl_goes_through_the_dense_model_first() -> None:
+    size = size_of("HuggingFaceTB/SmolLM2-135M")
+    even = PruneConfig(method="wanda", pattern="unstructured", sparsity=0.5,
+                       calibration=CalibrationConfig(num_samples=2, sequence_length=8))  # fmt: skip
+    more = operations(replace(even, layer_sparsity="owl"), size) - operations(even, size)
+    assert more == forward(size, 16, 8, head=False)
+
+
+def test_every_stream_of_hidden_states_counts(build: Any, tmp_path: Path) -> None:
+    network = build("Gemma3n")
+    network.save_pretrained(tmp_path)
+    size = model_size(ModelConfig(path=str(tmp_path)))
+    assert size is not None
+    assert network.config.altup_num_inputs > 1
+    config = PruneConfig(method="wanda", calibration=CalibrationConfig(num_samples=2, sequence_length=8))
+    hidden = 2 * 8 * network.config.altup_num_inputs * size.hidden_size * size.bytes_a_weight
+    assert memory_parts(config, size)["hidden_states"] == hidden
+    less = replace(size, num_streams=1)
+    assert estimate(config, size).disk - estimate(config, less).disk == 2 * (
+        hidden - memory_parts(config, less)["hidden_states"]
+    )
+
+
 def test_what_does_not_fit_is_refused_with_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
     model = ModelConfig(path="meta-llama/Meta-Llama-3-8B", device="cpu")
     size = size_of(model.path)
@@ -219,7 +276,10 @@ def test_memory_is_judged_as_it_will_be_by_the_processes_that_are_to_run(monkeyp
         found = troubles([replace(plan, num_processes=number)], None)
         return any("of memory" in trouble.error.message for trouble in found)
 
-    assert [refused(prune, number) for number in (1, 8)] == [True, False]
+    assert [refused(prune, number) for number in (1, 8)] == [True, True]  # all on this CPU
+    with monkeypatch.context() as patch:
+        patch.setattr(pruning_estimate, "resolve_device", lambda name: torch.device("cuda"))
+        assert [refused(prune, number) for number in (1, 8)] == [True, False]
     assert [refused(tune, number) for number in (1, 8)] == [True, False]  # which may hold it in shards
     fsdp = replace(tune, config=replace(TUNE, parallelism="fsdp"))
     for stage, shrinks in ((prune, True), (tune, False), (fsdp, True)):
@@ -227,6 +287,22 @@ def test_memory_is_judged_as_it_will_be_by_the_processes_that_are_to_run(monkeyp
         assert one is not None
         assert eight is not None
         assert (eight.memory < one.memory / 2) == shrinks
+
+
+def test_processes_on_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ModelConfig(path="meta-llama/Meta-Llama-3-8B", device="cpu")
+    size = size_of(model.path)
+    config = PruneConfig(method="wanda", reconstruct_epochs=1, reconstruct_batch_size=32,
+                         calibration=CalibrationConfig(num_samples=128, sequence_length=2048))  # fmt: skip
+    monkeypatch.setattr(pruning_estimate, "free_memory", lambda _: 50 * GIB)
+    assert shortage(config, model, size) is None
+    for name, value in {"WORLD_SIZE": "4", "RANK": "0", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    message, hint = shortage(config, model, size, 4) or ("", "")
+    assert "12.5 GiB are free" in message
+    assert hint == "This would fit: calibration.offload=disk reconstruct_batch_size=4"
+    monkeypatch.setattr(pruning_estimate, "resolve_device", lambda name: torch.device("cuda"))
+    assert shortage(config, model, size, 4) is None
 
 
 def test_a_file_of_tokens_counts_as_it_is(tmp_path: Path) -> None:

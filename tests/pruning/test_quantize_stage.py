@@ -206,6 +206,12 @@ def test_the_fingerprint_counts_it(token_file: Path) -> None:
     assert len({stage_fingerprint(config, "model:0", None) for config in configs}) == 5
 
 
+def test_refit_is_what_admm_ends_in_on_grids(token_file: Path) -> None:
+    for method, apart in (("admm", 1), ("sparsegpt", 2)):
+        configs = [config_of(token_file, method=method, refit=refit) for refit in (False, True)]
+        assert len({stage_fingerprint(config, "model:0", None) for config in configs}) == apart
+
+
 @pytest.mark.parametrize(("method", "kind"), [("magnitude", "hessian"), ("wanda", "hessian"), ("sparsegpt", "hessian")])
 def test_every_method_sums_the_hessian_then(method: Any, kind: str) -> None:
     assert methods.statistics_kind(PruneConfig(method=method, quantize=QuantizeConfig())) == kind

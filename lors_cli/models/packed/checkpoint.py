@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -33,8 +34,6 @@ from lors_cli.models.tensor_files import Entry, Loader, entry_of, write_checkpoi
 from lors_cli.output import progress
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from lors_cli.recipe.schema import ModelConfig
 
 Tensors = list[tuple[Entry, Loader]]
@@ -70,7 +69,11 @@ class Checkpoint:
             weights = list(prunable_weights(network))
             pack_skeleton(network, self.config.modules, self.config.structured, self.config.specs)
             linears = {name: network.get_submodule(name) for name in self.config.modules}
-        self.keys = _own_keys(network, linears, self.tensors)
+        found = match(self.tensors, network.state_dict(), conversions_of(network), network.base_model_prefix)
+        self.keys = _own_keys(found, linears)
+        wide = network._get_dtype_plan(self.dtype) if self.dtype else {}  # which loading keeps in float32, too
+        self._as_stored = {key for name, sources in found.items() for key, _ in sources
+                           if any(re.search(pattern, name) for pattern in wide)}  # fmt: skip
         self.plain = [name for name in weights if name not in self.keys]
         self.shapes = {name: (linears[name].out_features, linears[name].in_features) for name in self.keys}
         self.grids = {name: grid for name, grid in self.grids.items() if name in self.keys}
@@ -117,7 +120,7 @@ class Checkpoint:
     def read(self, key: str) -> torch.Tensor:
         """A tensor of the files, in the number format that was asked for."""
         tensor: torch.Tensor = self.tensors[key][...]  # which a number without dimensions has too
-        return tensor.to(self.dtype) if self.dtype is not None and tensor.is_floating_point() else tensor
+        return tensor.to(self.entry(key).dtype)
 
     @property
     def num_bytes(self) -> int:
@@ -127,7 +130,7 @@ class Checkpoint:
     def entry(self, key: str) -> Entry:
         """What a tensor takes."""
         entry = entry_of(key, self.tensors[key])
-        if self.dtype is None or not entry.dtype.is_floating_point:
+        if self.dtype is None or not entry.dtype.is_floating_point or key in self._as_stored:
             return entry
         return Entry(key, entry.shape, self.dtype)
 
@@ -159,9 +162,8 @@ def _check_packed(path: str, quantised: Quantised | None, *, wanted: bool) -> No
                          "lors prune makes a sparse model of it.")  # fmt: skip
 
 
-def _own_keys(network: PreTrainedModel, linears: dict[str, Any], tensors: dict[str, Any]) -> dict[str, str]:
-    """The files' names of the weights of linears, plain or packed, that lie there each by itself."""
-    found = match(tensors, network.state_dict(), conversions_of(network), network.base_model_prefix)
+def _own_keys(found: dict[str, list[tuple[str, bool]]], linears: dict[str, Any]) -> dict[str, str]:
+    """The files' names of the weights of linears, plain or packed, that lie there by themselves; `found` by `match`."""
     keys = {}
     for name, module in linears.items():
         sources = found.get(f"{name}.weight", [])

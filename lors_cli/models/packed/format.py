@@ -101,14 +101,10 @@ def packed_bytes(stored: int, rows: int, columns: int, itemsize: int, spec: Grid
     return stored + PADDING + mask + rows * spec.num_groups(columns) * (itemsize + (not spec.symmetric))
 
 
-def num_stored(weight: torch.Tensor, pattern: Pattern | None, spec: GridSpec | None = None) -> int:
-    """How many values of a weight its packed form keeps; on a grid of 4 bits, in how many bytes."""
-    if spec is not None and spec.bits == 4:
-        tiles = _tiles(*weight.shape)
-        return sum(int(row_sizes(to_bits(_kept(weight[tile], pattern)), spec).sum()) for tile in tiles)
-    if pattern is not None and pattern.n is not None and pattern.m is not None:
-        return weight.numel() // pattern.m * pattern.n
-    return int(torch.count_nonzero(weight))
+def num_stored(weight: torch.Tensor, pattern: Pattern | None, spec: GridSpec) -> int:
+    """How many bytes the codes of a weight take when it is packed."""
+    tiles = _tiles(*weight.shape)
+    return sum(int(row_sizes(to_bits(_kept(weight[tile], pattern)), spec).sum()) for tile in tiles)
 
 
 @torch.no_grad()

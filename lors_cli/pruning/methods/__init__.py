@@ -59,9 +59,9 @@ def round_group(
 
     Args:
         statistics: with the Hessian; without any, weights are rounded to the nearest.
-        refit: solve for the kept weights anew, on the mask that the method chose.
+        refit: solve for the kept weights anew, on the mask that the method chose without grids; admm ends so anyway.
     """
-    if refit:
+    if refit and method != "admm":
         return refit_rounded(weights, prune_group(method, weights, statistics, pattern), statistics, spec)
     if method in ROUNDED_SOLVERS:
         return ROUNDED_SOLVERS[method](weights, statistics, pattern, spec)

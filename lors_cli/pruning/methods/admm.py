@@ -11,12 +11,12 @@ from collections.abc import Sequence
 import torch
 
 from lors_cli.grid import GridSpec, fit_grid
+from lors_cli.pruning.facts import ADMM_ITERATIONS
 from lors_cli.pruning.methods.gptq import Rounded
 from lors_cli.pruning.methods.refit import refit_rounded
 from lors_cli.pruning.methods.statistics import InputStatistics
 from lors_cli.sparsity import Pattern, keep_largest
 
-ITERATIONS = 20
 MASK_ITERATIONS = 15
 PENALTY = 1.0
 DAMPING = 0.003
@@ -27,7 +27,7 @@ def admm(
     statistics: InputStatistics,
     pattern: Pattern,
     *,
-    iterations: int = ITERATIONS,
+    iterations: int = ADMM_ITERATIONS,
     mask_iterations: int = MASK_ITERATIONS,
     penalty: float = PENALTY,
     spec: GridSpec | None = None,
@@ -77,7 +77,7 @@ def admm_rounded(
     weights: Sequence[torch.Tensor], statistics: InputStatistics, pattern: Pattern, spec: GridSpec
 ) -> Rounded:
     """`admm` with masks that are chosen for grids, on which the kept weights are then solved for."""
-    masked = admm(weights, statistics, pattern, mask_iterations=ITERATIONS, spec=spec)
+    masked = admm(weights, statistics, pattern, mask_iterations=ADMM_ITERATIONS, spec=spec)
     return refit_rounded(weights, masked, statistics, spec)
 
 

@@ -12,15 +12,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from lors_cli.grid import Grid, GridSpec
+from lors_cli.pruning.facts import DESCENT_PASSES, REFIT_ITERATIONS
 from lors_cli.pruning.methods.gptq import Rounded, gptq
 from lors_cli.pruning.methods.statistics import InputStatistics
 
 DAMPING = 0.01
-ITERATIONS = 32
-PASSES = 3
 
 
-def refit(W0: torch.Tensor, W: torch.Tensor, H: torch.Tensor, *, iterations: int = ITERATIONS) -> torch.Tensor:
+def refit(W0: torch.Tensor, W: torch.Tensor, H: torch.Tensor, *, iterations: int = REFIT_ITERATIONS) -> torch.Tensor:
     """The minimiser of ‖(W − W0)·X‖² over weights with W's zeros, by conjugate gradients from W.
 
     All rows are solved at once, each with step lengths of its own; the diagonal of H is the preconditioner, and H is
@@ -79,7 +78,7 @@ def refit_rounded(
 
 
 def descend(
-    W0: torch.Tensor, W: torch.Tensor, M: torch.Tensor, H: torch.Tensor, grid: Grid, *, passes: int = PASSES
+    W0: torch.Tensor, W: torch.Tensor, M: torch.Tensor, H: torch.Tensor, grid: Grid, *, passes: int = DESCENT_PASSES
 ) -> tuple[torch.Tensor, Grid]:
     """Lower ‖(W − W0)·X‖² over weights on a grid, by coordinate descent; it never rises.
 

@@ -11,12 +11,10 @@ import torch
 
 from lors_cli.errors import UsageError
 from lors_cli.machine import processes
-from lors_cli.pruning.facts import Kind
+from lors_cli.pruning.facts import CAST_BYTES, Kind
 
 NOT_FINITE = "the calibration inputs of a layer hold NaN or Inf; the model or its dtype is broken."
 PANEL_COLUMNS = 128
-CAST_BYTES = 256 << 20
-"""At most so many bytes of inputs are held in float32 at a time."""
 
 
 @dataclass

@@ -71,18 +71,21 @@ def open_block(
         UsageError: a weight is not finite.
     """
     prefix = f"{model.prefix}.{index}"
-    free = free_inputs(module) if config.channel_permutation else []
-    if config.channel_permutation and not free and index == 0:
-        console.warn("channel_permutation: no inputs of this architecture's blocks can be permuted; nothing is.")
     found = block_weights(module, prefix)
     for name, weight in found.items():
         if not bool(weight.matrix.isfinite().all()):
             raise UsageError(f"{name} holds NaN or Inf: the checkpoint is broken, or its dtype too narrow.")
     weights = {name: weight for name, weight in found.items() if not is_skipped(name, config.skip)}
-    pruned = {weight.module for weight in weights.values()}
-    by_name = {f"{prefix}.{item.name}": item for item in free
-               if all(producer.module in pruned for producer in item.producers)}  # fmt: skip
-    return Block(config, phases, index, prefix, module, weights, pattern, by_name)
+    free = movable_inputs(config, module, prefix) if config.channel_permutation else {}
+    return Block(config, phases, index, prefix, module, weights, pattern, free)
+
+
+def movable_inputs(config: PruneConfig, module: nn.Module, prefix: str) -> dict[str, FreeInput]:
+    """The inputs of a decoder block that may be permuted, by full name: who reads and who makes them is pruned."""
+    pruned = {weight.module for name, weight in block_weights(module, prefix).items()
+              if not is_skipped(name, config.skip)}  # fmt: skip
+    return {f"{prefix}.{item.name}": item for item in free_inputs(module)
+            if pruned >= {item.consumer, *(producer.module for producer in item.producers)}}  # fmt: skip
 
 
 def without_data(block: Block) -> None:

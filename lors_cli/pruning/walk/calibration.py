@@ -158,7 +158,7 @@ class _Recorders:
         self._calls = []
         forwards = {block: self._recorder(index, as_tuple) for index, block in enumerate(self._blocks)}
         head = self._model.get_output_embeddings()
-        with _replaced(forwards if head is None else {**forwards, head: _stop}), suppress(_Captured):
+        with replaced(forwards if head is None else {**forwards, head: _stop}), suppress(_Captured):
             self._model(input_ids=batch, use_cache=False)
         if len(self._calls) < len(self._blocks):
             raise _Misread(f"it calls only {len(self._calls)} of its {len(self._blocks)} blocks")
@@ -217,7 +217,7 @@ def _stop(*args: Any, **kwargs: Any) -> None:
 
 
 @contextmanager
-def _replaced(forwards: dict[nn.Module, Forward]) -> Iterator[None]:
+def replaced(forwards: dict[nn.Module, Forward]) -> Iterator[None]:
     """Modules with other forwards, for as long as the context lasts."""
     own = {module: vars(module).get("forward") for module in forwards}
     try:

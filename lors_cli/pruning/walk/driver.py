@@ -6,6 +6,7 @@ tensors, `block_0003.json` with what was noted of it, and the next block's input
 
 from __future__ import annotations
 
+import time
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from lors_cli.machine import processes
 from lors_cli.models.grids import load_grids, save_grids
 from lors_cli.models.tensor_files import write_tensors
 from lors_cli.output import console, progress
-from lors_cli.pruning.walk.block import Block, Orders, open_block, prune_block, without_data
+from lors_cli.pruning.walk.block import Block, Orders, movable_inputs, open_block, prune_block, without_data
 from lors_cli.pruning.walk.passes import note_shared, owl_shares, start_walk
 from lors_cli.pruning.walk.phases import Phases
 from lors_cli.sparsity import LayerSparsity, Pattern, measure
@@ -39,6 +40,10 @@ class Outcome:
     """Of all blocks, as `Block.few_tokens`."""
     off_grid: dict[str, int] = field(default_factory=dict)
     """How many values of each quantised weight do not lie on its grid: none."""
+    earlier_s: float = 0.0
+    """What the blocks took that an earlier run has done."""
+    since: float = field(default_factory=time.monotonic)
+    """When the last block was done, by `time.monotonic`."""
 
 
 @torch.no_grad()
@@ -55,6 +60,10 @@ def prune_blocks(
         batches: (samples, tokens) int64 each, of all processes together; none for a method that looks at weights alone.
     """
     outcome = Outcome(Phases(model.device))
+    if config.channel_permutation and not any(
+        movable_inputs(config, module, f"{model.prefix}.{index}") for index, module in enumerate(model.blocks)
+    ):
+        console.warn("channel_permutation: no inputs of the pruned weights can be permuted; nothing is.")
     if batches:
         _with_calibration(config, model, pattern, work, batches, outcome)
     else:
@@ -141,11 +150,13 @@ def _note(work: Path, block: Block, outcome: Outcome) -> None:
     outcome.few_tokens |= block.few_tokens
     off_grid = {name: _num_off_grid(block.weights[name].matrix, grid) for name, grid in block.grids.items()}
     outcome.off_grid |= off_grid
+    since, outcome.since = outcome.since, time.monotonic()
+    taken = {"elapsed_s": outcome.since - since, "phases_s": outcome.phases.lap()}
     if processes.is_main():
         if block.grids:
             grid_folder(work, block.index).mkdir(exist_ok=True)
             save_grids(grid_folder(work, block.index), block.grids)
-        content = hashes.plain({"layers": layers, "few_tokens": block.few_tokens, "off_grid": off_grid})
+        content = hashes.plain({"layers": layers, "few_tokens": block.few_tokens, "off_grid": off_grid, **taken})
         atomic.write_json(block_file(work, block.index).with_suffix(".json"), content)
 
 
@@ -162,4 +173,6 @@ def _take_up(work: Path, index: int, outcome: Outcome) -> bool:
     outcome.layers += [LayerSparsity(**{**layer, "shape": tuple(layer["shape"])}) for layer in known["layers"]]
     outcome.few_tokens |= known["few_tokens"]
     outcome.off_grid |= known.get("off_grid", {})  # work of an earlier version has none
+    outcome.earlier_s += known.get("elapsed_s", 0.0)
+    outcome.phases.add(known.get("phases_s", {}))
     return True

@@ -149,6 +149,11 @@ class HiddenStates:
                 self._keep(number, file.get_tensor(_name(number)))
         return index
 
+    def clear(self) -> None:
+        """Remove what an earlier run has left, which nothing was taken up from."""
+        for file in self.folder.glob("inputs_*"):
+            file.unlink()
+
     def _saved(self) -> dict[int, list[Path]]:
         files: dict[int, list[Path]] = {}
         for file in sorted(self.folder.glob("inputs_*.safetensors")):

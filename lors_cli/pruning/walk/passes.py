@@ -98,6 +98,11 @@ def start_walk(
     resumed = None if (folder / ANEW).exists() else walk.states.resume(list(mine), len(batches), among)
     if walk.dense is not None and resumed is not None:
         walk.dense.states.resume(list(mine), len(batches), {resumed})
+    if resumed is None:  # what lies there may be of batches cut for other processes, which would fit again one day
+        processes.wait_for_all()
+        for each in walks if processes.is_main() else ():
+            each.states.clear()
+        processes.wait_for_all()
     aside = None if place == "device" else torch.device("cpu")
     with model.embeddings():
         inputs = first_inputs(model.network, list(model.blocks), mine, model.device, arguments, aside)

@@ -17,6 +17,7 @@ class Phases:
 
     def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = {}
+        self._told: dict[str, float] = {}
         self._device = device
         self._open: list[str] = []
         self._since = 0.0
@@ -41,6 +42,17 @@ class Phases:
             name = self._open[-1]
             self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
         self._since = now
+
+    def lap(self) -> dict[str, float]:
+        """Seconds a phase since this was asked last."""
+        lap = {name: seconds - self._told.get(name, 0.0) for name, seconds in self.seconds.items()}
+        self._told = dict(self.seconds)
+        return lap
+
+    def add(self, earlier: dict[str, float]) -> None:
+        """Count the seconds of an earlier run, too; they are in no lap."""
+        for told in (self.seconds, self._told):
+            told.update({name: told.get(name, 0.0) + seconds for name, seconds in earlier.items()})
 
     def rounded(self) -> dict[str, float]:
         """Seconds a phase, to the hundredth."""

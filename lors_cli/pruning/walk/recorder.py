@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +17,7 @@ from torch import nn
 from lors_cli.errors import UsageError
 from lors_cli.models.blocks import PrunableWeight
 from lors_cli.pruning.methods.statistics import InputStatistics, Kind
+from lors_cli.pruning.walk.calibration import replaced
 from lors_cli.pruning.walk.experts import forward_experts
 
 Hook = Callable[[nn.Module, tuple[torch.Tensor, ...]], None]
@@ -100,7 +100,7 @@ class InputRecorder:
         self.close()
         for experts in dict.fromkeys(module for module, _, _ in self._experts):
             forward = partial(forward_experts, experts, partial(self._routed, experts))
-            self._listening.callback(_replace_forward(experts, forward))
+            self._listening.enter_context(replaced({experts: forward}))
         for name, hook in hooks.items():
             self._listening.callback(self._weights[name].module.register_forward_pre_hook(hook).remove)
 
@@ -143,16 +143,3 @@ def _together(parts: Sequence[InputStatistics]) -> InputStatistics:
     total = torch.stack(totals).sum(0) if totals else None
     num_samples, num_tokens = (sum(getattr(part, key) for part in parts) for key in ("num_samples", "num_tokens"))
     return InputStatistics(parts[0].kind, total, num_samples, num_tokens)
-
-
-def _replace_forward(module: Any, forward: Callable[..., torch.Tensor]) -> Callable[[], None]:
-    """Give a module another forward; returns what puts its own back."""
-    own = vars(module).get("forward")
-    module.forward = forward
-
-    def undo() -> None:
-        del module.forward
-        if own is not None:
-            module.forward = own
-
-    return undo

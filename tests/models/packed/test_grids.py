@@ -123,6 +123,11 @@ def test_unpacking_gives_weights_and_grids_back_bit_for_bit(
     assert "quantization_config" not in json.loads((tmp_path / "plain/config.json").read_text())
 
 
+def test_inspect_looks_at_float16_as_it_is_stored(checkpoint: Path) -> None:
+    """Which a CPU computes as bfloat16: its values would lie on no grid."""
+    assert inspect(ModelConfig(path=str(quantised(checkpoint, dtype=torch.float16)), device="cpu"))["off_grid"] == 0
+
+
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_a_packed_model_loads_in_one_line_and_gives_the_same_logits(
     checkpoint: Path, tmp_path: Path, spec: GridSpec

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,21 @@ def test_unpacking_gives_the_files_tensors_back_bit_for_bit(
         assert torch.equal(tensor, after[name]), name
     assert "quantization_config" not in json.loads((tmp_path / "plain/config.json").read_text())
     assert (tmp_path / "plain/tokenizer.json").read_bytes() == (sparse / "tokenizer.json").read_bytes()
+
+
+def test_what_a_family_keeps_in_float32_stays_so(
+    build: Callable[..., PreTrainedModel], tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    build("GPT-OSS", vocab_size=258).save_pretrained(tmp_path / "dense")
+    tiny_tokenizer.save_pretrained(tmp_path / "dense")
+    folder = made_sparse(tmp_path / "dense", Pattern.parse("2:4"))
+    source = ModelConfig(path=str(folder), dtype="float16")
+    pack_model(PackConfig(), source, tmp_path / "packed")
+    unpack_model(Checkpoint(replace(source, path=str(tmp_path / "packed")), packed=True), tmp_path / "plain")
+    for name in ("packed", "plain"):
+        found = load_file(tmp_path / name / "model.safetensors")
+        assert found["model.layers.0.input_layernorm.weight"].dtype == torch.float32
+        assert found["model.layers.0.self_attn.q_proj.weight"].dtype == torch.float16
 
 
 def test_saving_and_loading_again_gives_equal_tensors(sparse: Path, tmp_path: Path) -> None:

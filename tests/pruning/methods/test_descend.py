@@ -153,6 +153,8 @@ def test_admm_and_refit_on_grids_lose_less_than_gptq_after_them(pattern: Pattern
         assert method == "admm" or not found[pruned[0] == 0].any()
         assert num_violations(found, pattern) == 0
         assert float(cost(found, W0, H).sum()) < float(cost(after, W0, H).sum())
+        if method == "admm":  # which ends in it
+            assert round_group(method, [W0], statistics, pattern, spec, refit=True)[0][0].equal(found)
 
 
 def test_admm_chooses_masks_for_rounded_weights() -> None:

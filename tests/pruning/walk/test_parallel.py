@@ -159,6 +159,26 @@ def test_the_work_of_another_number_of_reconstructing_processes_is_not_taken_for
     assert HiddenStates(tmp_path, "device", torch.device("cpu")).resume([0, 1, 2, 3], 4) is None
 
 
+def test_what_was_cut_for_other_processes_goes_before_another_cut_is_begun(checkpoint: Path, tmp_path: Path) -> None:
+    """Else a third call, of as many processes as the first, would go on among the second's blocks."""
+    source = open_blockwise(ModelConfig(path=str(checkpoint), dtype="float32"))
+    tokens = torch.arange(64).view(4, 16)
+    for folder, ahead in ((tmp_path, False), (tmp_path / "dense", True)):
+        states = HiddenStates(folder, "device", torch.device("cpu"), ahead=ahead)
+        states.expect(dict.fromkeys((0, 1), (2, 16, 32)), torch.float32)
+        for _ in range(3):
+            for number in (0, 1):
+                states.put(number, torch.zeros(2, 16, 32))
+            states.advance()
+        states.close()
+        assert 2 in states.there(2)
+    walk = start_walk(source, list(tokens.split(1)), CalibrationConfig(), tmp_path, with_dense=True)
+    walk.close()
+    assert walk.dense is not None
+    for states in (walk.states, walk.dense.states):
+        assert (states.there(2), states.there(4)) == (set(), {0})
+
+
 def test_more_processes_than_batches_are_refused(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -71,6 +71,18 @@ def test_skipped_layers_stay_dense_to_the_bit_and_the_others_are_as_sparse_as_as
     assert "10 linear layers, embeddings and output head are dense" in (tmp_path / "out/README.md").read_text()
 
 
+@pytest.mark.parametrize(("skip", "idle"), [(("*.v_proj", "*.up_proj"), True), (("model.layers.0.*",), False)])
+def test_what_nothing_comes_of_is_said(
+    skip: tuple[str, ...], idle: bool, checkpoint: Path, token_file: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    config = config_of(token_file, skip, method="magnitude", channel_permutation=True)
+    prune(config, ModelConfig(path=str(checkpoint)), tmp_path / "out")
+    said = capsys.readouterr().err
+    assert ("no inputs of the pruned weights can be permuted; nothing is." in said) == idle
+    assert "magnitude looks at weights alone: calibration is not read" in said
+
+
 def test_without_a_record_a_skipped_layer_is_neither_a_violation_nor_in_the_pattern(
     checkpoint: Path, token_file: Path, tmp_path: Path
 ) -> None:

@@ -231,6 +231,28 @@ def test_a_killed_run_goes_on_to_the_same_bits(
 
 
 @pytest.mark.parametrize("method", ["wanda", "magnitude"])
+def test_the_time_of_blocks_that_an_earlier_call_pruned_counts(
+    method: Any, checkpoint: Path, token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = PruneConfig(method=method, calibration=CalibrationConfig(dataset=str(token_file), batch_size=4))
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "_metrics", None)  # it fails after the last block
+        with pytest.raises(TypeError):
+            prune(config, ModelConfig(path=str(checkpoint)), tmp_path / "out")
+    phases = {}
+    for index in range(3):
+        note = tmp_path / f"out/.work/block_000{index}.json"
+        content = json.loads(note.read_text())
+        assert 0 < sum(content["phases_s"].values()) <= content["elapsed_s"] + 0.01
+        phases = content["phases_s"] = dict.fromkeys(content["phases_s"], 100.0)
+        note.write_text(json.dumps({**content, "elapsed_s": 1000.0}))
+    record = prune(config, ModelConfig(path=str(checkpoint)), tmp_path / "out")
+    assert 3000 < record.elapsed_s < 3600
+    if method == "wanda":
+        assert all(300 <= record.metrics["phases_s"][name] < 400 for name in phases)
+
+
+@pytest.mark.parametrize("method", ["wanda", "magnitude"])
 def test_where_auto_is_another_format_a_killed_run_begins_anew(
     method: Any, checkpoint: Path, token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
