@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping
@@ -10,6 +11,8 @@ from statistics import fmean
 from typing import Any
 
 from lors_cli.evaluation.pieces import samples_path
+from lors_cli.evaluation.plain_results import finite
+from lors_cli.output import console
 
 
 def read_accuracies(folder: Path, label: str, result: Mapping[str, Any]) -> dict[str, dict[Any, float]]:
@@ -45,12 +48,12 @@ def read_windows(folder: Path, label: str, result: Mapping[str, Any]) -> dict[st
     found = {}
     for text, score in result["perplexity"].items():
         path = samples_path(folder, label, text, "perplexity")
-        rows = [json.loads(line) for line in path.read_bytes().splitlines()] if path.is_file() else []
-        losses = {(place, row["tokens"]): row["nll"] for place, row in enumerate(rows)}
-        if not losses or score["value"] is None or None in losses.values():
+        losses = {(place, str(row.get("tokens"))): finite(row.get("nll")) for place, row in enumerate(read_rows(path))}
+        known = {window: loss for window, loss in losses.items() if loss is not None}
+        if not losses or score["value"] is None or len(known) < len(losses):
             continue
-        if math.isclose(fmean(losses.values()), math.log(score["value"]), abs_tol=1e-6):
-            found[text] = losses
+        if math.isclose(fmean(known.values()), math.log(score["value"]), abs_tol=1e-6):
+            found[text] = known
     return found
 
 
@@ -62,9 +65,19 @@ def _tasks_in(result: Mapping[str, Any], name: str) -> list[str]:
 
 def _read_documents(path: Path, num_fewshot: int) -> dict[Any, float]:
     """A task's accuracies by document; nothing where they are not there or not numbers."""
+    found = {(str(row.get("doc_id")), json.dumps(row.get("target")), num_fewshot): finite(row.get("acc"))
+             for row in read_rows(path) if "filter" not in row}  # fmt: skip
+    known = {document: acc for document, acc in found.items() if acc is not None}
+    return known if len(known) == len(found) else {}
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """A piece's documents or windows; none where the file is not there, or, with a warning, not as lors wrote it."""
     if not path.is_file():
-        return {}
-    rows = [json.loads(line) for line in path.read_bytes().splitlines()]
-    found = {(row["doc_id"], json.dumps(row.get("target")), num_fewshot): row.get("acc")
-             for row in rows if "filter" not in row}  # fmt: skip
-    return {} if None in found.values() else found
+        return []
+    with contextlib.suppress(ValueError, RecursionError):
+        rows = [json.loads(line) for line in path.read_bytes().splitlines()]
+        if all(isinstance(row, dict) for row in rows):
+            return rows
+    console.warn(f"{path} is damaged: nothing is said of its documents or windows")
+    return []

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from lors_cli.evaluation.pieces import samples_path
+from lors_cli.evaluation.samples import read_rows
 
 _KNOWN = {"arc_challenge": 0.25, "arc_easy": 0.25, "boolq": 0.5, "hellaswag": 0.25, "openbookqa": 0.25, "rte": 0.5,
           "winogrande": 0.5}  # fmt: skip
@@ -28,8 +28,9 @@ def _of_samples(paths: Iterable[Path]) -> float | None:
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         return None
-    rows = [json.loads(line) for line in path.read_bytes().splitlines()]
+    rows = read_rows(path)
     if any(row.get("acc", 0) not in (0, 1) for row in rows):  # a fraction is no count of right answers
         return None
-    counts = [len(row.get("log_likelihoods") or ()) for row in rows]
+    choices = [row.get("log_likelihoods") for row in rows]
+    counts = [len(found) if isinstance(found, list) else 0 for found in choices]
     return fmean(1 / count for count in counts) if counts and min(counts) > 1 else None

@@ -222,6 +222,24 @@ def test_texts_of_a_folder(tmp_path: Path) -> None:
     assert texts_compared(tmp_path, {label: results[label] for label in ("dense", "tuned")}) == []
 
 
+@pytest.mark.parametrize("damaged", [b'"torn', b"\xab", b"[1]", b'{"tokens": ["a"], "nll": "1"}', b"null", b"{}"])
+def test_damaged_samples_are_told_of_and_left_out(
+    damaged: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models: dict[str, dict[str, Any]] = {}
+    for label in ("dense", "pruned"):
+        windows = write_windows(tmp_path, label, [2.0, 1.0])
+        models[label] = write_samples(tmp_path, label, {"a": [1, 0]}) | {"perplexity": windows["perplexity"]}
+    assert {key: len(found) for key, found in compare_models(tmp_path, models).items()} == {
+        "comparisons": 1, "texts_compared": 1,
+    }  # fmt: skip
+    for name in ("perplexity-web.jsonl", "a.jsonl"):
+        (tmp_path / "samples/dense" / name).write_bytes(damaged)
+    assert compare_models(tmp_path, models) == {"comparisons": [], "texts_compared": []}
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("is damaged") == (0 if damaged.startswith(b"{") else 2)
+
+
 def test_models_of_a_folder(tmp_path: Path) -> None:
     results = {
         "dense": write_samples(tmp_path, "dense", {"a": [1, 1, 1, 1], "b": [1, 0]}),
