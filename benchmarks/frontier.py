@@ -6,11 +6,10 @@ python benchmarks/frontier.py --plot docs/frontier.png --page docs/frontier.md  
 `plan` says which trials are worth running, given those that are there:
 1. every start untuned; every method on one start and web text, at learning rates outwards from its first one until
    the best is not at the edge;
-2. LoRS on the three best starts for what is left of an hour and a half after pruning;
-3. the best method, at its rate, with every text and loss;
-4. with the best text and loss on the best start the three best methods for an hour and a half, among them LoRS, with
-   two seeds;
-5. the best of those for six hours, two seeds.
+2. the best method, at its rate, with every text and loss;
+3. with the best text and loss the three best methods, among them LoRS, with two seeds, on the start that is best
+   untuned, for what its pruning leaves of an hour and a half (a worse start was never ahead after that);
+4. the best of those for six hours.
 Trials are chosen by held-out web text and held-out responses together (mean of both losses), never by WikiText-2, which
 is what the table is about. Each is a process of one thread; a killed run goes on from its training checkpoints. Core
 time is the processor's, of pruning and tuning without their measuring.
@@ -56,8 +55,6 @@ LOSSES = {"labels": (), "teacher": ("distill={weight: 0.5}",)}
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 FIRST_START = "reconstructed-256"
 """On which methods, texts and losses are tried."""
-NEAR = 3
-"""Starts that go on to an hour and a half, of the best ones untuned: a worse start was never ahead after it."""
 DENSE = 29.53
 """WikiText-2 of the dense model."""
 SHORT = 40  # steps
@@ -119,13 +116,11 @@ def plan(found: Found) -> list[Trial]:
         return wanted
     tried = sorted((trial for _, trial in searches.values() if trial is not None), key=lambda t: _loss(t, found))
     own = next(trial for trial in tried if trial.method.startswith("lors"))
-    near = sorted(starts, key=lambda trial: _loss(trial, found))[:NEAR]
-    on_starts = [replace(own, start=trial.start, steps=LONG[trial.start]) for trial in near]
     texts = [replace(tried[0], text=text, loss=loss) for text in TEXTS for loss in LOSSES]
-    wanted = [*wanted, *on_starts, *texts]
+    wanted = [*wanted, *texts]
     if missing(wanted, found):
         return wanted
-    start = min(on_starts, key=lambda trial: _loss(trial, found)).start
+    start = min(starts, key=lambda trial: _loss(trial, found)).start
     best = min(texts, key=lambda trial: _loss(trial, found))
     leaders = tried[:3] if own in tried[:3] else [*tried[:2], own]
     long = [
@@ -136,7 +131,7 @@ def plan(found: Found) -> list[Trial]:
     if missing(long, found):
         return wanted
     last = min(long[:3], key=lambda trial: _loss(trial, found) + _loss(replace(trial, seed=1), found))
-    return [*wanted, *(replace(last, steps=LONG[start] + FULL_STEPS, seed=seed) for seed in (0, 1))]
+    return [*wanted, replace(last, steps=LONG[start] + FULL_STEPS)]
 
 
 def names(found: Found) -> list[str]:

@@ -55,15 +55,12 @@ def test_short_trials_choose_text_and_loss_and_few_are_run_long() -> None:
     assert {trial.method for trial in texts} == {"hira"}
     assert len(texts) == 3 * 2 - 1
     long = [trial for trial in order if trial.steps > frontier.SHORT]
-    on_starts, leaders, last = long[: frontier.NEAR], long[frontier.NEAR : -2], long[-2:]
-    assert [(trial.start, trial.steps) for trial in on_starts] == [
-        (start, frontier.LONG[start]) for start in ("reconstructed", "reconstructed-2", "admm")]  # fmt: skip
-    assert {(trial.method, trial.text, trial.loss) for trial in on_starts} == {("lors-exact", "web", "labels")}
-    assert {(trial.start, trial.steps) for trial in leaders} == {("admm", frontier.LONG["admm"])}
+    *leaders, last = long
+    assert {(trial.start, trial.steps) for trial in leaders} == {("reconstructed", frontier.LONG["reconstructed"])}
     assert {(trial.text, trial.loss) for trial in leaders} == {("both", "teacher")}
     assert [(trial.method, trial.seed) for trial in leaders] == [
         (method, seed) for seed in (0, 1) for method in ("hira", "sqft", "lors-exact")]  # fmt: skip
-    assert [(trial.method, trial.start, trial.seed) for trial in last] == [("hira", "admm", 0), ("hira", "admm", 1)]
+    assert (last.method, last.start, last.seed) == ("hira", "reconstructed", 0)
 
 
 def test_a_run_that_broke_is_never_the_best() -> None:
