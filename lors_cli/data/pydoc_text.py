@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from lors_cli.data.pydoc_parse import Entry, Module, all_modules, all_topics, module_files, topics_files
 from lors_cli.errors import UsageError
+from lors_cli.files import hashes
 
 Split = Literal["train", "validation"]
 
@@ -40,7 +41,7 @@ _PHRASINGS = (
 def fingerprint() -> str:
     """What the text depends on: the Python, this module's version, and which library files there are (not read)."""
     listing = "\n".join(f"{name} {path.stat().st_size}" for name, path in [*module_files(), *topics_files()])
-    digest = hashlib.sha256(listing.encode()).hexdigest()[:16]
+    digest = hashes.digits(listing, 16)
     return f"{platform.python_implementation()}-{platform.python_version()}/v{SOURCE_VERSION}/{digest}"
 
 

@@ -7,7 +7,6 @@ A piece is kept once it is finished: a later run scores only what is new or has 
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -122,7 +121,7 @@ def _file_stem(kind: Kind, name: str) -> str:
     """A file name for a task or text: its own where that is plain, else with a few digits of its hash."""
     stem = re.sub(r"[^\w.-]+", "_", Path(name).name)[:80]
     if stem != name:
-        stem += "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
+        stem += "-" + hashes.digits(name, 8)
     return stem if kind == "tasks" else f"perplexity-{stem}"
 
 

@@ -48,12 +48,12 @@ def read_windows(folder: Path, label: str, result: Mapping[str, Any]) -> dict[st
     found = {}
     for text, score in result["perplexity"].items():
         path = samples_path(folder, label, text, "perplexity")
-        losses = {(place, str(row.get("tokens"))): finite(row.get("nll")) for place, row in enumerate(read_rows(path))}
-        known = {window: loss for window, loss in losses.items() if loss is not None}
-        if not losses or score["value"] is None or len(known) < len(losses):
+        rows = read_rows(path)
+        losses = _numbers({(place, str(row.get("tokens"))): row.get("nll") for place, row in enumerate(rows)})
+        if not losses or score["value"] is None:
             continue
-        if math.isclose(fmean(known.values()), math.log(score["value"]), abs_tol=1e-6):
-            found[text] = known
+        if math.isclose(fmean(losses.values()), math.log(score["value"]), abs_tol=1e-6):
+            found[text] = losses
     return found
 
 
@@ -65,10 +65,14 @@ def _tasks_in(result: Mapping[str, Any], name: str) -> list[str]:
 
 def _read_documents(path: Path, num_fewshot: int) -> dict[Any, float]:
     """A task's accuracies by document; nothing where they are not there or not numbers."""
-    found = {(str(row.get("doc_id")), json.dumps(row.get("target")), num_fewshot): finite(row.get("acc"))
-             for row in read_rows(path) if "filter" not in row}  # fmt: skip
-    known = {document: acc for document, acc in found.items() if acc is not None}
-    return known if len(known) == len(found) else {}
+    return _numbers({(str(row.get("doc_id")), json.dumps(row.get("target")), num_fewshot): row.get("acc")
+                     for row in read_rows(path) if "filter" not in row})  # fmt: skip
+
+
+def _numbers(values: dict[Any, Any]) -> dict[Any, float]:
+    """The values, if each is a finite number; else none of them."""
+    known = {key: number for key, value in values.items() if (number := finite(value)) is not None}
+    return known if len(known) == len(values) else {}
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -47,49 +47,61 @@ class TaskComparison:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Two models on all tasks."""
+class Pair:
+    """Two models, and how sure their difference is."""
 
     first: str
     second: str
     difference: float
-    """First minus second, of the unweighted mean accuracy over the tasks; 1 is all."""
     low: float | None
     high: float | None
-    """Its 95 % interval; None where a task has fewer than `MIN_FOR_INTERVAL` documents."""
+    """Its 95 % interval; None where a task or text has fewer than `MIN_FOR_INTERVAL` documents or windows."""
     p_value: float
-    """McNemar's, all documents of all tasks together, so that a large task counts for more than a small one."""
+
+    @property
+    def title(self) -> str:
+        """What is subtracted from what."""
+        return pair_title(self.first, self.second)
+
+    def interval(self, name: str = "") -> str:
+        """` (-0.20 … +2.20)`, with a `name` in front; nothing where there is none."""
+        if self.low is None or self.high is None:
+            return ""
+        return f" ({name}{100 * self.low:+.2f} … {100 * self.high:+.2f})"
+
+
+@dataclass(frozen=True)
+class Comparison(Pair):
+    """Two models on all tasks: first minus second, of the unweighted mean accuracy over the tasks; 1 is all.
+
+    p is McNemar's, all documents of all tasks together, so that a large task counts for more than a small one.
+    """
+
     test: str
     """“permutation” as soon as that of one task is: then p is that of `difference`."""
     tasks: dict[str, TaskComparison]
 
     def __str__(self) -> str:
         return (
-            f"{self.first} − {self.second}: {100 * self.difference:+.2f} points"
-            f"{interval_text(self, '95 % ')}, {self.test} {p_text(self.p_value)}"
+            f"{self.title}: {100 * self.difference:+.2f} points{self.interval('95 % ')}, "
+            f"{self.test} {p_text(self.p_value)}"
         )
 
 
 @dataclass(frozen=True)
-class TextComparison:
-    """The perplexities of two models on one text."""
+class TextComparison(Pair):
+    """Two models on one text: the first one's perplexity as a share of the second one's, minus 1.
 
-    first: str
-    second: str
+    p is a permutation test's.
+    """
+
     text: str
     num_windows: int
-    difference: float
-    """The first one's perplexity as a share of the second one's, minus 1."""
-    low: float | None
-    high: float | None
-    """Its 95 % interval; None where there are fewer than `MIN_FOR_INTERVAL` windows."""
-    p_value: float
-    """A permutation test's."""
 
     def __str__(self) -> str:
         return (
-            f"{self.first} − {self.second}: perplexity of {self.text} {100 * self.difference:+.2f} %"
-            f"{interval_text(self, '95 % ')}, permutation {p_text(self.p_value)}"
+            f"{self.title}: perplexity of {self.text} {100 * self.difference:+.2f} %{self.interval('95 % ')}, "
+            f"permutation {p_text(self.p_value)}"
         )
 
 
@@ -105,11 +117,9 @@ def p_text(p_value: float) -> str:
     return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.2g}"
 
 
-def interval_text(found: Comparison | TextComparison, name: str = "") -> str:
-    """` (-0.20 … +2.20)`, with a `name` in front; nothing where there is no interval."""
-    if found.low is None or found.high is None:
-        return ""
-    return f" ({name}{100 * found.low:+.2f} … {100 * found.high:+.2f})"
+def pair_title(first: str, second: str) -> str:
+    """`tuned − pruned`."""
+    return f"{first} − {second}"
 
 
 def mcnemar(better: int, worse: int) -> float:
@@ -222,7 +232,7 @@ def compare_texts(
             low, high = (None if end is None else math.expm1(end) for end in _interval(apart))
         except OverflowError:
             continue
-        found.append(TextComparison(first, second, text, len(losses), ratio, low, high, permutation_test(apart)))
+        found.append(TextComparison(first, second, ratio, low, high, permutation_test(apart), text, len(losses)))
     return found
 
 

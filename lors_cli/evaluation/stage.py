@@ -7,7 +7,6 @@ What is written below the stage's folder, besides the pieces (see `pieces`):
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import time
@@ -166,17 +165,12 @@ def _score_text(
     with progress.progress(f"{piece.label} perplexity {piece.name}", len(windows), "windows") as step:
         found = token_perplexity(model, windows, batch_size=config.batch_size, on_progress=step.advance)
     nlls = found.pop("window_nll")
-    _write_samples(piece, ({"tokens": _known_by(window), "nll": finite(nll)}
+    _write_samples(piece, ({"tokens": hashes.digits(json.dumps(window), 16), "nll": finite(nll)}
                            for window, nll in zip(windows.tolist(), nlls, strict=True)))  # fmt: skip
     result = {key: finite(value) for key, value in found.items()}
     if result["value"] is None:
         console.warn(f"{piece.label}: the perplexity of {piece.name} is not finite; null is stored")
     return result
-
-
-def _known_by(window: list[int]) -> str:
-    """What tells a window's tokens from others."""
-    return hashlib.sha256(json.dumps(window).encode()).hexdigest()[:16]
 
 
 def _publish(

@@ -35,6 +35,11 @@ def cached_sha256(path: Path) -> str:
     return digest
 
 
+def digits(text: str, number: int) -> str:
+    """So many hexadecimal digits of a text's SHA-256: what tells it from others in a name."""
+    return hashlib.sha256(text.encode()).hexdigest()[:number]
+
+
 def plain(value: Any) -> Any:
     """Dataclasses, tuples and paths as plain JSON values."""
     if is_dataclass(value) and not isinstance(value, type):
@@ -56,4 +61,4 @@ def fingerprint(stage: str, version: int, config: Any, inputs: dict[str, Any]) -
         inputs: fingerprints of the model and of the data it reads.
     """
     content = json.dumps(plain([stage, version, config, inputs]), sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(content.encode()).hexdigest()[:32]
+    return digits(content, 32)

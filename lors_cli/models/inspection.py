@@ -51,12 +51,13 @@ def inspect(model: ModelConfig, pattern: Pattern | None = None) -> dict[str, Any
         found = _measure_recorded(folder, record)
         if found is not None:
             return found
-    folder = here(model).folder or folder
+    folder = here(model, weights=True).folder or folder  # with which grids come
     if packed_settings(folder) is not None:
         return _measure_packed(model, pattern)
     grids = load_grids(folder)
-    for grid in [*grids.values()][:1]:  # in another number format the values would lie on none
-        model = replace(model, dtype=str(grid.scales.dtype).removeprefix("torch."))  # type: ignore[arg-type]
+    if grids:  # in another number format the values would lie on none
+        dtype = next(iter(grids.values())).scales.dtype
+        model = replace(model, dtype=str(dtype).removeprefix("torch."))  # type: ignore[arg-type]
     weights = prunable_weights(load_model(model))
     held_to = {} if pattern else layer_patterns(weights, record)
     if pattern:

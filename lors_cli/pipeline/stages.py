@@ -174,15 +174,13 @@ def _need_linears(size: ModelSize, can: str) -> None:
 
 
 def _tuning_fits(config: TuneConfig, size: ModelSize) -> None:
-    from lors_cli.tuning.baselines import check_rank
+    from lors_cli.tuning.baselines import check_inputs, check_rank
 
     _need_linears(size, "tuned")
     adapted = size.without(config.skip)
     check_rank(config.method, config.rank, [rows for rows, _, expert in adapted.block if not expert])
-    for name, _, inputs, expert in adapted.layers if config.start != "kaiming" else ():
-        if not expert and config.rank > inputs:
-            raise UsageError(f"rank: {config.rank} is above the {inputs} inputs of {name}.",
-                             "Choose a smaller rank or init: kaiming, or leave such layers out with skip.")  # fmt: skip
+    if config.start != "kaiming":
+        check_inputs(config.rank, {name: inputs for name, _, inputs, expert in adapted.layers if not expert})
 
 
 def _tuning_shared(config: TuneConfig, num_processes: int) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lors_cli.evaluation.samples import read_accuracies, read_windows
-from lors_cli.evaluation.significance import Comparison, TextComparison, compare, compare_texts
+from lors_cli.evaluation.significance import Comparison, TextComparison, compare, compare_texts, pair_title
 from lors_cli.output.markdown import NONE, Block, escape
 from lors_cli.report.colours import coloured
 from lors_cli.report.differences import differences
@@ -176,8 +176,8 @@ def _differences(sources: Sequence[Source], entries: Sequence[_Entry]) -> list[B
         found = compare(*labels, *({task: accuracies[task] for task in shared} for accuracies in (some, others)))
         paired += [found] if found else []
         texts += compare_texts(*labels, entry.windows, other.windows)
-        title = " − ".join(labels)
-        plain[title], plain_texts[title] = (_plain(kind, entry.model, other.model) for kind in ("task", "perplexity"))
+        title = pair_title(*labels)
+        plain[title], plain_texts[title] = _plain(entry.model, other.model)
     return differences(paired, texts, plain, plain_texts)
 
 
@@ -192,14 +192,18 @@ def _counterpart(entry: _Entry, others: Sequence[_Entry]) -> _Entry | None:
     return max(like or others[-1:], key=in_common, default=None)
 
 
-def _plain(kind: str, some: ScoredModel, other: ScoredModel) -> dict[str, float]:
+def _plain(some: ScoredModel, other: ScoredModel) -> tuple[dict[str, float], dict[str, float]]:
     """What both models have: of tasks the difference of the accuracies, of texts the perplexities' as a share."""
-    found = {}
+    tasks, texts = dict[str, float](), dict[str, float]()
     for item in measures([some, other]):
         mine, theirs = item.stored(some), item.stored(other)
-        if item.kind == kind and item.metric in ("acc", "") and mine is not None and theirs is not None:
-            found[item.name] = mine - theirs if kind == "task" else mine / theirs - 1
-    return found
+        if mine is None or theirs is None:
+            continue
+        if item.kind == "task" and item.metric == "acc":
+            tasks[item.name] = mine - theirs
+        elif item.kind == "perplexity":
+            texts[item.name] = mine / theirs - 1
+    return tasks, texts
 
 
 def _settings(sources: Sequence[Source]) -> list[list[str]]:

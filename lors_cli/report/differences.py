@@ -10,7 +10,6 @@ from lors_cli.evaluation.significance import (
     MIN_FOR_INTERVAL,
     Comparison,
     TextComparison,
-    interval_text,
     p_text,
 )
 from lors_cli.output.markdown import NONE, Block, escape, table
@@ -44,7 +43,7 @@ def differences(
 
 
 def _of_tasks(pairs: Sequence[Comparison], plain: Plain) -> list[Block]:
-    compared = {_title(pair): pair for pair in pairs}
+    compared = {pair.title: pair for pair in pairs}
     cells = {title: {task: f"{100 * found.difference:+.2f}, {p_text(found.p_value)}"
                      for task, found in pair.tasks.items()} for title, pair in compared.items()}  # fmt: skip
     columns = _columns(plain, "{:+.2f}", cells)
@@ -62,7 +61,7 @@ def _of_tasks(pairs: Sequence[Comparison], plain: Plain) -> list[Block]:
         pair = compared.get(title)
         values = {task: found.difference for task, found in pair.tasks.items()} if pair else plain[title]
         last.append(f"{100 * fmean(values.values()):+.2f}"
-                    + (f"{interval_text(pair)}, {p_text(pair.p_value)}" if pair else ""))  # fmt: skip
+                    + (f"{pair.interval()}, {p_text(pair.p_value)}" if pair else ""))  # fmt: skip
         if len(values) < len(rows):
             notes.append(escape(f"The average of {title} is of {', '.join(values)}."))
     return [table(["task", *columns], [*rows, last]), " ".join(notes)]
@@ -71,8 +70,8 @@ def _of_tasks(pairs: Sequence[Comparison], plain: Plain) -> list[Block]:
 def _of_texts(texts: Sequence[TextComparison], plain: Plain) -> list[Block]:
     cells: dict[str, dict[str, str]] = {}
     for found in texts:
-        text = f"{100 * found.difference:+.2f} %{interval_text(found)}, {p_text(found.p_value)}"
-        cells.setdefault(_title(found), {})[found.text] = text
+        text = f"{100 * found.difference:+.2f} %{found.interval()}, {p_text(found.p_value)}"
+        cells.setdefault(found.title, {})[found.text] = text
     columns = _columns(plain, "{:+.2f} %", cells)
     if not columns:
         return []
@@ -82,10 +81,6 @@ def _of_texts(texts: Sequence[TextComparison], plain: Plain) -> list[Block]:
     if columns != cells:
         notes.append(_WITHOUT_P.format("windows"))
     return [table(["perplexity", *columns], _rows(columns)), " ".join(notes)]
-
-
-def _title(found: Comparison | TextComparison) -> str:
-    return f"{found.first} − {found.second}"
 
 
 def _columns(plain: Plain, form: str, compared: Columns) -> Columns:

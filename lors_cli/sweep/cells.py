@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-import hashlib
 import itertools
 import json
 import re
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lors_cli.errors import UsageError, nearest
+from lors_cli.files import hashes
 from lors_cli.recipe.loading import resolve_recipe
 from lors_cli.recipe.schema import Recipe
 from lors_cli.recipe.settings import MAX_SHOWN
@@ -128,7 +128,7 @@ def _whole(value: Any) -> str:
     """The same where it must tell values apart: a text that is not its own word has some digits of its hash."""
     word = _word("", value)
     is_itself = word == value or not isinstance(value, str)
-    return word if is_itself else f"{word}-{hashlib.sha256(value.encode()).hexdigest()[:6]}"
+    return word if is_itself else f"{word}-{hashes.digits(value, 6)}"
 
 
 def _accompanying(draft: Draft, base: str, values: dict[str, Any]) -> list[Setting]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lors_cli.files import atomic, locks
+from lors_cli.files import atomic, hashes, locks
 from lors_cli.output import console
 from lors_cli.sweep.cells import Sweep
 from lors_cli.sweep.index import update_index
@@ -31,7 +30,7 @@ class JobFolder:
     @classmethod
     def of(cls, out: Path, sweep: Sweep) -> JobFolder:
         """That of a sweep; nothing is written."""
-        return cls(out, out / JOBS_NAME / f"sweep-{hashlib.sha256(sweep.text.encode()).hexdigest()[:12]}.yaml")
+        return cls(out, out / JOBS_NAME / f"sweep-{hashes.digits(sweep.text, 12)}.yaml")
 
     @property
     def folder(self) -> Path:

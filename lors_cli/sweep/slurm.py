@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import getpass
-import hashlib
 import importlib.util
 import math
 import os
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from lors_cli.errors import MissingError, UsageError
-from lors_cli.files import locks
+from lors_cli.files import hashes, locks
 from lors_cli.output import console
 from lors_cli.sweep.job_folder import JobFolder
 from lors_cli.sweep.jobs import Job, start
@@ -168,7 +167,7 @@ class Slurm:
         cpus = options.get("cpus_per_task")  # srun takes it of itself in some releases of Slurm only
         given = {"partition": self.partition, "gpus_per_node": self.gpus or None,
                  "srun_args": [f"--cpus-per-task={cpus}"] if cpus else None}  # fmt: skip
-        place = hashlib.sha256(str(folder.out.resolve()).encode()).hexdigest()[:6]  # sweeps of one name are two
+        place = hashes.digits(str(folder.out.resolve()), 6)  # sweeps of one name are two
         executor = submitit.SlurmExecutor(folder=folder.folder / "submitit", max_num_timeout=NO_LIMIT)
         executor.update_parameters(
             job_name=f"lors-{folder.out.name}-{place}-{job.name if lane is None else lane}", time=self.minutes,

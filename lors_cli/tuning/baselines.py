@@ -7,7 +7,7 @@ B = lora_B (R, r), P (r, C) and q (R, 1) SPP's two parts, s scale; R out_feature
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -206,6 +206,18 @@ LAYERS: dict[str, type[AdapterLinear]] = {
     "lora": LoraLinear,
 }
 """The layer of every `tune.method`."""
+
+
+def check_inputs(rank: int, in_features: Mapping[str, int]) -> None:
+    """Refuse a rank that a start from the gradient cannot have: above C of a layer, given by name as `in_features`.
+
+    Raises:
+        UsageError: names the first such layer.
+    """
+    for name, inputs in in_features.items():
+        if rank > inputs:
+            raise UsageError(f"rank: {rank} is above the {inputs} inputs of {name}.",
+                             "Choose a smaller rank or init: kaiming, or leave such layers out with skip.")  # fmt: skip
 
 
 def check_rank(method: str, rank: int, out_features: Iterable[int]) -> None:

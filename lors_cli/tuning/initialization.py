@@ -16,6 +16,7 @@ from torch import nn
 from lors_cli.data.samples import IGNORED
 from lors_cli.errors import UsageError
 from lors_cli.output import progress
+from lors_cli.tuning.baselines import check_inputs
 from lors_cli.tuning.head import Loss, model_loss
 from lors_cli.tuning.layers import AdapterLinear
 from lors_cli.tuning.sketch import GradientSketch, SketchedLinear
@@ -86,9 +87,7 @@ def gradient_directions(
     Raises:
         UsageError: a gradient is not finite, or the rank is too large.
     """
-    for name, linear in linears.items():
-        if rank > linear.in_features:
-            raise UsageError(f"rank: {rank} is above the {linear.in_features} inputs of {name}; choose a smaller rank.")
+    check_inputs(rank, {name: linear.in_features for name, linear in linears.items()})
     with _checkpointing(model):
         if not exact:
             return _sketched_directions(model, linears, batches, rank, seed, loss)

@@ -98,6 +98,24 @@ def test_a_hub_that_hangs_is_exit_3(hub: Hub, lors: Lors, model: str) -> None:
     assert "the hub cannot be reached" in said(found)
 
 
+def test_inspect_by_id_sees_grids_at_once(
+    hub: Hub, lors: Lors, model: str, place: Path, model_files: dict[str, bytes]
+) -> None:
+    """They come with the weights, which inspect has to ask for before it looks for grids."""
+    made = lors("prune", model, "--out", "sparse", *PRUNE, "quantize={bits: 4, group_size: 32}",
+                "--calibration", "pydoc", "--num-samples", "2", "--sequence-length", "32")  # fmt: skip
+    assert made.code == 0, made.output
+    made_here = (path.relative_to(place / "sparse").as_posix() for path in (place / "sparse").rglob("*.*"))
+    files = {name: (place / "sparse" / name).read_bytes() for name in made_here if name not in ("stage.json", ".lock")}
+    assert "grid/scales.safetensors" in files
+    hub.repos["model", "me/on-grids"] = Repo(files)
+    found = lors("inspect", "me/on-grids", "--json")
+    assert found.code == 0, found.output
+    document = json.loads(found.output[found.output.index("{") :])
+    assert document["off_grid"] == 0
+    assert document["bits_a_weight"] < 8
+
+
 def test_a_download_is_in_the_log(hub: Hub, lors: Lors, model: str, place: Path) -> None:
     found = lors("eval", model, "--tasks", "pydoc_choice", "--limit", "2", "--device", "cpu")
     assert found.code == 0, found.output
