@@ -118,9 +118,11 @@ class _HeadLoss(torch.autograd.Function):
 
 def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed over tokens, and its gradient in the memory of the logits (tokens, vocabulary); labels are (tokens, 1)."""
-    log_sum = logits.logsumexp(1, keepdim=True)
-    total = (log_sum - logits.gather(1, labels)).sum()
-    slope = logits.sub_(log_sum).exp_()
+    top, chosen = logits.amax(1, keepdim=True), logits.gather(1, labels)
+    slope = logits.sub_(top).exp_()  # logsumexp would take as much memory again
+    sums = slope.sum(1, keepdim=True)
+    total = (sums.log() + top - chosen).sum()
+    slope.div_(sums)
     slope.scatter_add_(1, labels, slope.new_full((1, 1), -1.0).expand_as(labels))
     return total, slope
 
