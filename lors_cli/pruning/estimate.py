@@ -84,7 +84,7 @@ def bits(config: PruneConfig, size: ModelSize) -> float | None:
     spec, kept = grid_spec(config), 1 - Pattern.of(config).sparsity
     if spec is None:
         return None
-    layers = [(rows, columns, kept) for _, rows, columns, expert in size.without(config.skip).layers if not expert]
+    layers = [(rows, columns, kept) for rows, columns in size.without(config.skip).plain.linears]
     return bits_a_weight(spec, layers, 8 * size.bytes_a_weight) if layers else None
 
 
