@@ -221,7 +221,7 @@ def test_experts_in_one_tensor_get_no_adapter_in_an_estimate_either(build: Any, 
     assert lora is not None
     samples, weights = 10 * 8, sum(shape.numel() for shape in linears)
     assert sqft - lora == weights * (2 * samples * 16 + 2 * 4 * 2 * samples / 2)  # products, and merges of rank 4
-    with pytest.raises(UsageError, match="work for this model: 1, 2, 4$"):
+    with pytest.raises(UsageError, match=r"work for this model: 1, 2, 4$"):
         STAGES["tune"].fits(replace(tune, method="spp", rank=8), size)
 
 
@@ -303,6 +303,25 @@ def test_what_does_not_fit_is_refused_with_what_would(monkeypatch: pytest.Monkey
     assert "use a larger machine" in (shortage(config, model, size) or ("", ""))[1]
     check_memory(plan_of(TUNE, model))
     check_memory(plan_of(config, ModelConfig(path="nobody/nothing")))
+
+
+def test_what_is_read_whole_lies_beside_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was held against the GPU's memory, which sees two of its blocks, and not against the CPU's."""
+    model = ModelConfig(path="meta-llama/Meta-Llama-3-8B")  # 15 GiB
+    size = replace(size_of(model.path), streamed=False)
+    config = PruneConfig(method="wanda", calibration=CalibrationConfig(batch_size=1, offload="cpu"))
+    monkeypatch.setattr(pruning_estimate, "resolve_device", lambda name: torch.device("cuda"))
+
+    def found(on_gpu: int, on_cpu: int, num_processes: int = 1) -> str:
+        monkeypatch.setattr(pruning_estimate, "free_memory", lambda _: on_gpu * GIB)
+        monkeypatch.setattr(pruning_estimate, "available_memory", lambda: on_cpu * GIB)
+        return (shortage(config, model, size, num_processes) or ("",))[0]
+
+    assert found(8, 20) == ""
+    assert "GiB of the CPU's memory; 10.0 GiB are free" in found(8, 10)
+    assert "of the CPU's memory; 10.0 GiB" in found(8, 20, num_processes=2)
+    assert found(8, 40, num_processes=2) == ""
+    assert "of memory, 1.0 GiB are free" in found(1, 20)
 
 
 def test_memory_is_judged_as_it_will_be_by_the_processes_that_are_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
