@@ -8,8 +8,7 @@ from pathlib import Path
 from lors_cli.models.needs import RECORDS, RUNTIME, Estimate
 from lors_cli.models.size import ModelSize, forward, try_size
 from lors_cli.output.console import gib
-from lors_cli.recipe.schema import DistillConfig, TeacherCacheConfig, TuneConfig, TuneDataConfig
-from lors_cli.tuning.teacher import teacher_model
+from lors_cli.recipe.schema import DistillConfig, ModelConfig, TeacherCacheConfig, TuneConfig, TuneDataConfig
 
 HEAD_CHUNKS = 512 << 20
 """The head's logits and their gradient, a chunk of tokens at a time, at most."""
@@ -104,7 +103,8 @@ def teacher_cache(config: TuneConfig, vocab_size: int) -> str:
 
 def _teacher(config: DistillConfig, size: ModelSize) -> ModelSize:
     """A teacher's sizes; where they are not known the model's own, which by default was pruned from it."""
-    return (try_size(teacher_model(config)) if config.teacher else None) or size
+    known = try_size(ModelConfig(path=config.teacher, revision=config.revision)) if config.teacher else None
+    return known or size
 
 
 def _length(data: TuneDataConfig) -> int:
