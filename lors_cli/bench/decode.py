@@ -24,19 +24,16 @@ from lors_cli.files.atomic import write_json
 from lors_cli.grid import Grid, GridSpec
 from lors_cli.machine.devices import resolve_device
 from lors_cli.models.blocks import model_max_length
-from lors_cli.models.grids import load_grids
-from lors_cli.models.loading import load_config
-from lors_cli.models.packed.checkpoint import Checkpoint
 from lors_cli.models.packed.format import pack, packed_bytes
 from lors_cli.models.packed.kernels import ops
 from lors_cli.models.packed.kernels.choice import why_none
 from lors_cli.models.packed.linear import PackedLinear
 from lors_cli.models.packed.measured import FILE_NAME
 from lors_cli.models.packed.plan import PackPlan, plan_packing
-from lors_cli.models.quantised import PACKED, Quantised
 from lors_cli.models.shapes import SHAPES
 from lors_cli.output import console, progress
 from lors_cli.recipe.schema import ModelConfig
+from lors_cli.tuning.grids import base_grids
 
 ARMS = ("dense", "packed")
 PROMPT = 16
@@ -156,15 +153,7 @@ def _grids(config: DecodeConfig, linears: dict[str, nn.Linear]) -> dict[str, Gri
             return {}
         spec = GridSpec(config.bits, config.group_size)
         return {name: _put_on_a_grid(linear.weight, spec) for name, linear in linears.items()}
-    source = ModelConfig(path=config.model)
-    quantised = Quantised.of(load_config(source))
-    if quantised is None or quantised.method != PACKED:
-        grids = load_grids(Path(config.model))
-    else:
-        packed = Checkpoint(source, packed=True)
-        held = {name: packed.packed(name).grid for name in packed.specs}
-        grids = {name: grid for name, grid in held.items() if grid is not None}
-    grids = {name: grid for name, grid in grids.items() if name in linears}
+    grids = {name: grid for name, grid in base_grids(ModelConfig(path=config.model)).items() if name in linears}
     for grid in grids.values():
         if (name := str(grid.scales.dtype).removeprefix("torch.")) != config.dtype:
             raise UsageError(f"{config.model} lies on grids in {name}.", f"--dtype {name}")

@@ -70,15 +70,18 @@ def generate(
 def _rows(prompt: list[str], prompts: Path | None) -> list[Row] | None:
     """What is to be answered; None where it is to be typed."""
     from lors_cli.data.asked import question, read_prompts
+    from lors_cli.data.text_files import decode
 
-    rows = [question(text) for text in prompt] + (read_prompts(prompts) if prompts is not None else [])
+    rows = [question(decode("--prompt", 1, text.encode(errors="surrogateescape"))) for text in prompt]
+    rows += read_prompts(prompts) if prompts is not None else []
     if rows:
         return rows
     if sys.stdin.isatty():
         if console.is_json():
             raise UsageError("--json takes no typed lines.", "Give --prompt, --prompts, or lines through a pipe.")
         return None
-    rows = [question(line.strip()) for line in sys.stdin if line.strip()]
+    text = decode("stdin", 1, sys.stdin.buffer.read())
+    rows = [question(line.strip()) for line in text.split("\n") if line.strip()]
     if not rows:
         raise UsageError("there is no prompt.", "Give --prompt TEXT, --prompts FILE, or lines through a pipe.")
     return rows
@@ -158,6 +161,9 @@ def _converse(opened: dict[str, Answer], note: Callable[[str, Generated], None])
         except EOFError:
             console.result()
             return
+        except UnicodeDecodeError as error:
+            console.warn(f"the line is not UTF-8 ({error.reason}).")
+            continue
         if not line:
             continue
         for label, answer in opened.items():

@@ -143,10 +143,7 @@ def _trained_with(folder: Path) -> str | None:
     if record is None or record.stage != "tune":
         return None
     said = record.metrics.get("prompt")
-    if isinstance(said, dict):
-        return said.get("format")
-    of_instructions = bool(record.metrics.get("skipped"))  # counted for instructions alone
-    return (record.config.get("data") or {}).get("template") if of_instructions else None
+    return said.get("format") if isinstance(said, dict) else None
 
 
 def prompt_tokens(form: PromptFormat, row: Row, tokenizer: Any) -> list[int]:

@@ -98,7 +98,7 @@ def read_text(path: Path) -> str:
     """
     with _opened(path) as file:
         data = _whole(file, path)
-    text = _decode(path, 1, data).removeprefix("\ufeff")
+    text = decode(path, 1, data).removeprefix("\ufeff")
     if not text.strip():
         raise UsageError(f"{path} is empty.")
     return with_newlines(text, str(path))
@@ -129,7 +129,7 @@ def json_values(path: Path, columns: Columns = None) -> Iterator[tuple[int, Any]
                 raise UsageError(
                     f"{path}:{number}: a row of more than {MAX_ROW_BYTES >> 20} MiB.", "Split it: a row is one text."
                 )
-            text = _decode(path, number, line).removeprefix("\ufeff" if number == 1 else "")
+            text = decode(path, number, line).removeprefix("\ufeff" if number == 1 else "")
             if text.strip():
                 yield number, _parse(path, number, text.rstrip())
 
@@ -145,7 +145,7 @@ def _whole(file: IO[bytes], path: Path) -> bytes:
 def _array_values(path: Path) -> Iterator[tuple[int, Any]]:
     """The items of a .json file that is one list."""
     with _opened(path) as file:
-        text = _decode(path, 1, _whole(file, path)).removeprefix("\ufeff")
+        text = decode(path, 1, _whole(file, path)).removeprefix("\ufeff")
     yield from enumerate(_parse(path, 1, text), 1)
 
 
@@ -199,12 +199,17 @@ def _parse(path: Path, number: int, text: str) -> Any:
         raise UsageError(f"{path}:{number}: broken JSON: a number that is too long.", _HINT) from error
 
 
-def _decode(path: Path, number: int, data: bytes) -> str:
+def decode(place: Path | str, number: int, data: bytes) -> str:
+    """Lines from `number` on of a file, or of what else `place` names.
+
+    Raises:
+        UsageError: they are not UTF-8; the message names the line.
+    """
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         row = number + data.count(b"\n", 0, error.start)
-        raise UsageError(f"{path}:{row}: not UTF-8 ({error.reason}).", "Save the file as UTF-8.") from error
+        raise UsageError(f"{place}:{row}: not UTF-8 ({error.reason}).", "Save it as UTF-8.") from error
 
 
 @contextmanager

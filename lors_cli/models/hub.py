@@ -6,6 +6,7 @@ import fnmatch
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,9 @@ def here(config: ModelConfig, *, weights: bool = False) -> ModelSource:
     """
     source = locate(config.path)
     if source.repo is None:
+        assert source.folder is not None
+        if config.revision not in ("main", *source.folder.parts):  # a snapshot in the hub's cache is its commit's
+            _say_without_effect(config.path, config.revision)
         return source
     commit = known_commit(source.repo, config.revision)
     listing = listing_of(source.repo, config.revision)
@@ -48,6 +52,11 @@ def here(config: ModelConfig, *, weights: bool = False) -> ModelSource:
     if weights:
         folder = _snapshot(source.repo, commit, (*SETTINGS, *WEIGHTS), files)
     return ModelSource(folder=folder)
+
+
+@cache
+def _say_without_effect(path: str, revision: str) -> None:
+    console.warn(f"revision: {revision} has no effect: {path} is read as it lies here, not from the hub.")
 
 
 def is_whole(folder: Path) -> bool:

@@ -71,6 +71,11 @@ class ModelSize:
         return replace(self, layers=tuple(layer for layer in self.layers if layer[0] not in out)) if out else self
 
     @property
+    def plain(self) -> ModelSize:
+        """The same without experts in one tensor, which get no adapter and are not packed."""
+        return replace(self, layers=tuple(layer for layer in self.layers if not layer[3]))
+
+    @property
     def num_prunable(self) -> int:
         """Weights of the linears."""
         return sum(rows * columns for rows, columns in self.linears)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ class StagePlan:
     models: dict[str, ModelConfig]
     """Those it reads, by role."""
     origin: ModelConfig
-    """The dense model, whose sizes all of them share."""
+    """The dense model, whose sizes all of them share; of those that `lors eval` is given, the largest."""
     fingerprint: str
     status: Literal["done", "resume", "run"]
     detail: str
@@ -127,12 +127,19 @@ def plan_single(stage: str, config: Any, models: dict[str, ModelConfig], out: Pa
     fingerprints = {label: model_fingerprint(model) for label, model in models.items()}
     if doors.fingerprint is None:
         check_tasks(config, data_dir)
-        return plan_eval(config, out, models, fingerprints, data_dir)
+        return replace(plan_eval(config, out, models, fingerprints, data_dir), origin=_largest(models.values()))
     (base,) = fingerprints.values()
     (model,) = models.values()
     config = doors.prepare(config, model)
     made = partial(_made, doors, config, model, base, data_dir)
     return _plan(stage, out, config, models, model, doors.fingerprint(config, base, data_dir), made)
+
+
+def _largest(models: Iterable[ModelConfig]) -> ModelConfig:
+    """Of models that need not be alike the largest, as far as their sizes are known."""
+    from lors_cli.models.size import try_size
+
+    return max(models, key=lambda model: size.num_bytes if (size := try_size(model)) else 0)
 
 
 def plan_eval(

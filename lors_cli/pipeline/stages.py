@@ -177,10 +177,10 @@ def _tuning_fits(config: TuneConfig, size: ModelSize) -> None:
     from lors_cli.tuning.baselines import check_inputs, check_rank
 
     _need_linears(size, "tuned")
-    adapted = size.without(config.skip)
-    check_rank(config.method, config.rank, [rows for rows, _, expert in adapted.block if not expert])
+    adapted = size.without(config.skip).plain
+    check_rank(config.method, config.rank, [rows for rows, _ in adapted.linears])
     if config.start != "kaiming":
-        check_inputs(config.rank, {name: inputs for name, _, inputs, expert in adapted.layers if not expert})
+        check_inputs(config.rank, {name: inputs for name, _, inputs, _ in adapted.layers})
 
 
 def _tuning_shared(config: TuneConfig, num_processes: int) -> None:

@@ -15,6 +15,7 @@ from lors_cli.data.tokenising import DEFAULT_LENGTH, DEFAULT_SAMPLES
 from lors_cli.grid import bits_a_weight
 from lors_cli.machine import processes
 from lors_cli.machine.devices import free_memory, resolve_device
+from lors_cli.machine.memory import available_memory
 from lors_cli.models.needs import RECORDS, RUNTIME, Estimate
 from lors_cli.models.size import ModelSize, forward
 from lors_cli.output.console import gib
@@ -84,7 +85,7 @@ def bits(config: PruneConfig, size: ModelSize) -> float | None:
     spec, kept = grid_spec(config), 1 - Pattern.of(config).sparsity
     if spec is None:
         return None
-    layers = [(rows, columns, kept) for _, rows, columns, expert in size.without(config.skip).layers if not expert]
+    layers = [(rows, columns, kept) for rows, columns in size.without(config.skip).plain.linears]
     return bits_a_weight(spec, layers, 8 * size.bytes_a_weight) if layers else None
 
 
@@ -103,8 +104,16 @@ def shortage(
     """Why pruning cannot run in the memory that is free here, and what would fit; None if it can."""
     free = free_memory(model.device)
     on_gpu = resolve_device(model.device).type == "cuda"
-    if not on_gpu:  # which each process has for itself; those of a dry run are to be here
-        free //= processes.num_local_processes() if processes.num_processes() > 1 else num_processes
+    # processes here, which share the CPU's memory and have a GPU each; those of a dry run are to be here
+    sharing = processes.num_local_processes() if processes.num_processes() > 1 else num_processes
+    if not on_gpu:
+        free //= sharing
+    elif not size.streamed:  # it lies in the CPU's memory whole, and its blocks come to the GPU one at a time
+        needed, free_beside = RUNTIME + size.num_bytes, available_memory() // sharing
+        if needed > free_beside:
+            return (f"prune reads {model.path} whole, about {gib(needed)} of the CPU's memory; {gib(free_beside)} are "
+                    "free.", "Give it as unquantised safetensors, which are read block by block.")  # fmt: skip
+        size = replace(size, streamed=True)
     parts = memory_parts(config, size, num_processes)
     offload, hidden = config.calibration.offload, parts["hidden_states"]
     if (offload == "cpu" and on_gpu) or (offload == "auto" and hidden > free / 2):

@@ -97,8 +97,9 @@ class Recipe(Section):
         """The recipe with what follows between its stages filled in: what is run and hashed."""
         tune, evaluation = self.tune, self.eval
         if tune and tune.distill and tune.distill.teacher is None and self.prune:
-            distill = replace(tune.distill, teacher=self.model.path, revision=self.model.revision)
-            tune = replace(tune, distill=distill)
+            given = tune.distill.revision
+            revision = self.model.revision if given == DistillConfig.revision else given
+            tune = replace(tune, distill=replace(tune.distill, teacher=self.model.path, revision=revision))
         if evaluation and evaluation.models is None:
             evaluation = replace(evaluation, models=self.roles())
         changed = tune is not self.tune or evaluation is not self.eval

@@ -9,6 +9,7 @@ from typing import Any
 
 from lors_cli.files import atomic, hashes, locks
 from lors_cli.output import console
+from lors_cli.output.redaction import redact
 from lors_cli.sweep.cells import Sweep
 from lors_cli.sweep.index import update_index
 
@@ -57,7 +58,7 @@ class JobFolder:
 
     def note_failure(self, name: str, message: str, exit_code: int) -> None:
         """Keep why a stage failed until it is tried again."""
-        atomic.write_json(self.folder / f"{name}.failed.json", {"message": message, "exit_code": exit_code})
+        atomic.write_json(self.folder / f"{name}.failed.json", {"message": redact(message), "exit_code": exit_code})
 
     def clear_failure(self, name: str) -> None:
         """It is tried again."""

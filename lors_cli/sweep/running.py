@@ -15,6 +15,7 @@ from lors_cli.machine import processes
 from lors_cli.machine.determinism import determinism
 from lors_cli.machine.memory import collect_garbage
 from lors_cli.output import console, progress
+from lors_cli.output.redaction import redact
 from lors_cli.pipeline.folders import claim, guard_out, tidy
 from lors_cli.pipeline.plans import StagePlan, describe
 from lors_cli.pipeline.resources import free_disk
@@ -118,7 +119,7 @@ class _Work:
         entry = next(entry for entry in self.index["cells"] if entry["name"] == name)
 
         def mark(status: str, error: str | None = None) -> None:
-            entry.update(status=status, error=error)
+            entry.update(status=status, error=None if error is None else redact(error))
             self.write_index()
 
         if entry["status"] == "done":

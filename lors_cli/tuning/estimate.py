@@ -6,9 +6,9 @@ import math
 from pathlib import Path
 
 from lors_cli.models.needs import RECORDS, RUNTIME, Estimate
-from lors_cli.models.size import ModelSize, forward
+from lors_cli.models.size import ModelSize, forward, try_size
 from lors_cli.output.console import gib
-from lors_cli.recipe.schema import TeacherCacheConfig, TuneConfig, TuneDataConfig
+from lors_cli.recipe.schema import DistillConfig, ModelConfig, TeacherCacheConfig, TuneConfig, TuneDataConfig
 
 HEAD_CHUNKS = 512 << 20
 """The head's logits and their gradient, a chunk of tokens at a time, at most."""
@@ -25,7 +25,7 @@ EXACT = {"approximate": 0.0, "exact": 1.0, "rotating": 0.25}
 
 def needs(config: TuneConfig, size: ModelSize, num_processes: int = 1) -> Estimate:
     """Of each process: libraries, weights, activations, the head's logits, adapters with their optimiser state."""
-    adapted = size.without(config.skip)
+    adapted = size.without(config.skip).plain
     adapters = sum(config.rank * (rows + columns) for rows, columns in adapted.linears)
     state = 2 if config.optim == "adamw_8bit" else 8
     tokens = config.micro_batch_size * config.data.max_length
@@ -45,7 +45,8 @@ def needs(config: TuneConfig, size: ModelSize, num_processes: int = 1) -> Estima
         training -= adapted.num_prunable * size.bytes_a_weight // 2 - adapted.num_prunable // 8
     needed = activations + logits + max(training, gradient)
     if config.distill:  # with a cache it is there before the training, and one sample is looked at a time
-        needed = max(needed, size.num_bytes + logits) if config.distill.cache else needed + size.num_bytes
+        teacher = _teacher(config.distill, size).num_parameters * size.bytes_a_weight
+        needed = max(needed, teacher + logits) if config.distill.cache else needed + teacher
     weights = size.num_bytes
     if config.parallelism == "fsdp":  # a shard of all blocks, and two of them while they are used
         blocks = size.num_prunable * size.bytes_a_weight
@@ -67,14 +68,14 @@ def operations(config: TuneConfig, size: ModelSize, data_dir: Path | None) -> fl
     tokens = float(samples * length)
     passes = 3 + (1 if config.gradient_checkpointing else 0)
     rest = forward(size, tokens, length) - 2 * tokens * size.num_active  # attention and head
-    adapted = size.without(config.skip).num_active
+    adapted = size.without(config.skip).plain.num_active
     again = 2 if config.gradient_checkpointing else 0
     exact = 2 * EXACT[config.gradient]
     own = PRODUCTS[config.method] + exact
     products = own * adapted + 4 * (size.num_active - adapted) + again * size.num_active
     merges = 2 * config.rank * adapted * (MERGES.get(config.method, 0) + exact) * samples / config.micro_batch_size
     start = 0.0 if config.start == "kaiming" else 3 * forward(size, config.init_samples * length, length)
-    teacher = forward(size, tokens, length) if config.distill else 0.0
+    teacher = forward(_teacher(config.distill, size), tokens, length) if config.distill else 0.0
     return products * tokens + passes * rest + merges + start + teacher
 
 
@@ -98,6 +99,12 @@ def teacher_cache(config: TuneConfig, vocab_size: int) -> str:
     words = f"teacher's cache: {each:,} bytes a label"
     tokens = config.max_tokens or (config.max_steps or 0) * config.batch_size * config.data.max_length
     return f"{words}, at most {gib(tokens * each)} in {cache_dir()}" if tokens else f"{words}, in {cache_dir()}"
+
+
+def _teacher(config: DistillConfig, size: ModelSize) -> ModelSize:
+    """A teacher's sizes; where they are not known the model's own, which by default was pruned from it."""
+    known = try_size(ModelConfig(path=config.teacher, revision=config.revision)) if config.teacher else None
+    return known or size
 
 
 def _length(data: TuneDataConfig) -> int:

@@ -73,6 +73,12 @@ def test_lines_through_a_pipe_are_prompts(stories: str) -> None:
     assert [said["prompt"] for said in json.loads(result.stdout)["stories260k"]] == ["Once", "Lily"]
 
 
+def test_a_piped_line_that_is_not_utf_8_is_named(stories: str) -> None:
+    result = CliRunner().invoke(app, ["generate", stories, *FEW], input=b"Once\ncaf\xe9\n")
+    assert result.exit_code == 2
+    assert "stdin:2: not UTF-8" in result.stderr
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
@@ -95,13 +101,15 @@ def typed(monkeypatch: pytest.MonkeyPatch, *lines: str | BaseException) -> None:
 def test_typed_lines_are_answered_each_on_its_own(
     lors: Lors, stories: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    typed(monkeypatch, "Once", "", "the " * 600, "Once")
+    undecodable = UnicodeDecodeError("utf-8", b"\xe9\n", 0, 1, "invalid continuation byte")
+    typed(monkeypatch, "Once", "", "the " * 600, undecodable, "Once")
     result = lors("generate", f"a={stories}", f"b={stories}", "--out", tmp_path / "t.jsonl", *FEW)
     assert result.exit_code == 0, result.output
     rows = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
     assert [row["model"] for row in rows] == ["a", "b", "a", "b"]
     assert len({row["text"] for row in rows}) == 1
     assert "warning: The prompt has 6" in result.stderr
+    assert "warning: the line is not UTF-8" in result.stderr
 
 
 def test_ctrl_c_keeps_what_was_answered(
@@ -138,6 +146,7 @@ def test_each_model_of_a_run_in_its_own_prompt_format(lors: Lors, at_finished: P
         (("--prompt", "a", "--template", "alpaca", "--raw"), 2, "Give one of the two"),
         (("--prompt", "a", "--top-p", "0.5"), 2, "give a temperature too"),
         (("--prompt", "a", "--max-new-tokens", "0"), 2, "max_new_tokens 0 is not above 0"),
+        (("--prompt", "caf\udce9"), 2, "--prompt:1: not UTF-8"),
         (("--prompts", "nowhere.txt"), 3, "There is no file nowhere.txt"),
         ((), 2, "there is no prompt"),
         (("--prompt", "a", "--device", "gpu"), 2, "--device: must be auto"),

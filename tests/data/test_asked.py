@@ -65,21 +65,19 @@ def test_end_of_a_chat_s_turn_ends_an_answer(tokenizer: Any) -> None:
     assert end_tokens(PromptFormat("plain", ""), tokenizer, None) == [tokenizer.eos_token_id]
 
 
-def record(folder: Path, stage: str = "tune", template: str = "alpaca", **metrics: Any) -> Path:
+def record(folder: Path, stage: str = "tune", **metrics: Any) -> Path:
     """A folder with the record of a stage."""
     folder.mkdir()
-    content = StageRecord(stage, "0", {"data": {"template": template}}, {}, metrics, {}, 1.0, {})
+    content = StageRecord(stage, "0", {"data": {"template": "alpaca"}}, {}, metrics, {}, 1.0, {})
     (folder / "stage.json").write_text(json.dumps(content.__dict__))
     return folder
 
 
 def test_tuned_model_is_asked_as_it_was_tuned(tmp_path: Path, chatty: Any) -> None:
     of_rows = {"empty output": 0, "no label after truncation": 0}
-    older = record(tmp_path / "older", template="vicuna", skipped=of_rows)
-    assert prompt_format(older, chatty).name == "vicuna"
-    newer = record(tmp_path / "newer", prompt={"format": "alpaca_short", "ends_with": "</s>"}, skipped=of_rows)
-    assert prompt_format(newer, chatty) == PromptFormat("alpaca_short", "which it was tuned with")
-    on_text = record(tmp_path / "text", skipped={})
+    on_rows = record(tmp_path / "rows", prompt={"format": "alpaca_short", "ends_with": "</s>"}, skipped=of_rows)
+    assert prompt_format(on_rows, chatty) == PromptFormat("alpaca_short", "which it was tuned with")
+    on_text = record(tmp_path / "text", skipped=of_rows)  # as it is counted
     assert prompt_format(on_text, chatty).name == "chat"
     pruned = record(tmp_path / "pruned", stage="prune")
     assert prompt_format(pruned, chatty).name == "chat"
@@ -93,7 +91,7 @@ def test_other_models_are_asked_in_their_chat_template_or_plainly(tokenizer: Any
 def test_wanted_prompt_outranks_all_and_an_impossible_one_is_refused(
     tmp_path: Path, tokenizer: Any, chatty: Any
 ) -> None:
-    tuned = record(tmp_path / "tuned", skipped={"empty output": 0})
+    tuned = record(tmp_path / "tuned", prompt={"format": "alpaca"})
     assert prompt_format(tuned, chatty, "chat").name == "chat"
     assert prompt_format(tuned, chatty, "plain").name == "plain"
     with pytest.raises(UsageError, match="alpca is none of") as caught:

@@ -175,6 +175,19 @@ class TestFingerprint:
         assert model_fingerprint(at("org/m", revision="a")) != model_fingerprint(at("org/m", revision="b"))
         assert model_fingerprint(at("org/m")) != model_fingerprint(at("org/n"))
 
+    def test_a_revision_of_what_lies_here_is_told_of_once(
+        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        snapshot = tmp_path / "models--org--m/snapshots/c0ffee"
+        snapshot.parent.mkdir(parents=True)
+        snapshot.symlink_to(folder)
+        for config in (at(folder), at(folder, revision="v2"), at(snapshot, revision="c0ffee")):
+            load_config(config)
+            load_tokenizer(config)
+        shown = capsys.readouterr().err
+        assert shown.count("has no effect") == 1
+        assert f"warning: revision: v2 has no effect: {folder} is read as it lies here" in shown
+
     def test_gguf(self, tmp_path: Path) -> None:
         (tmp_path / "m.gguf").write_bytes(b"one")
         before = model_fingerprint(at(tmp_path / "m.gguf"))

@@ -72,6 +72,14 @@ def test_a_stage_on_its_own(at_workshop: Path) -> None:
         plan_single("eval", EvalConfig(tasks=("bolq",)), model, Path("e"), None)
 
 
+def test_an_evaluation_needs_what_its_largest_model_does(at_workshop: Path) -> None:
+    paths = {"small": "dense", "large": "HuggingFaceTB/SmolLM2-135M", "unknown": "nobody/nothing"}
+    models = {label: ModelConfig(path=path) for label, path in paths.items()}
+    assert plan_single("eval", EvalConfig(tasks=("rte",)), models, Path("e"), None).origin == models["large"]
+    del models["large"]
+    assert plan_single("eval", EvalConfig(tasks=("rte",)), models, Path("e"), None).origin == models["small"]
+
+
 def test_select_marks_what_is_forced(at_finished: Path) -> None:
     chosen = select(plans(), "tune", None, ("tune",))
     assert [(plan.stage, plan.status) for plan in chosen] == [("tune", "run"), ("eval", "done")]

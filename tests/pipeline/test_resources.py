@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lors_cli.errors import ResourceError, UsageError
+from lors_cli.models.blocks import prunable_weights
 from lors_cli.models.needs import RUNTIME, Estimate
 from lors_cli.models.size import ModelSize, forward, model_size
 from lors_cli.pipeline import preflight, resources
@@ -22,6 +23,7 @@ from lors_cli.pruning import estimate as pruning_estimate
 from lors_cli.pruning.estimate import memory_parts, operations, shortage
 from lors_cli.recipe.schema import (
     CalibrationConfig,
+    DistillConfig,
     EvalConfig,
     ModelConfig,
     PackConfig,
@@ -29,6 +31,8 @@ from lors_cli.recipe.schema import (
     TuneConfig,
     TuneDataConfig,
 )
+from lors_cli.tuning import estimate as tuning_estimate
+from lors_cli.tuning.attach import adaptable_layers
 
 GIB = 1 << 30
 NAMES = {PruneConfig: "prune", TuneConfig: "tune", EvalConfig: "eval"}
@@ -85,7 +89,6 @@ def test_a_missing_folder_is_a_reason_not_an_error() -> None:
 
 
 def test_a_folder_has_the_size_of_its_model(workshop: Path) -> None:
-    from lors_cli.models.blocks import prunable_weights
     from lors_cli.models.loading import load_model
 
     config = ModelConfig(path=str(workshop / "dense"), dtype="float32")
@@ -202,6 +205,43 @@ def test_a_token_goes_through_some_of_a_mixtures_experts(build: Any, tmp_path: P
     assert operations(config, every) - operations(config, size) == forwards + sums
 
 
+def test_experts_in_one_tensor_get_no_adapter_in_an_estimate_either(build: Any, tmp_path: Path) -> None:
+    """They were counted: 154 GiB for Qwen3-30B-A3B where 63 do."""
+    network = build("Qwen2-MoE", intermediate_size=44)  # of its second block, which has no experts
+    network.save_pretrained(tmp_path)
+    size = model_size(ModelConfig(path=str(tmp_path)))
+    assert size is not None
+    linears = [linear.weight.shape for linear in adapted_linears(network)]
+    tune = TuneConfig(method="lora", init="kaiming", rank=4, max_steps=10, batch_size=8, per_device_batch_size=2,
+                      data=TuneDataConfig(max_length=16))  # fmt: skip
+    more = estimate(replace(tune, rank=5), size).memory - estimate(tune, size).memory
+    assert more == 16 * sum(sum(shape) for shape in linears)  # adapters, gradients, two moments in float32
+    sqft, lora = (tuning_estimate.operations(replace(tune, method=name), size, None) for name in ("sqft", "lora"))
+    assert sqft is not None
+    assert lora is not None
+    samples, weights = 10 * 8, sum(shape.numel() for shape in linears)
+    assert sqft - lora == weights * (2 * samples * 16 + 2 * 4 * 2 * samples / 2)  # products, and merges of rank 4
+    with pytest.raises(UsageError, match=r"work for this model: 1, 2, 4$"):
+        STAGES["tune"].fits(replace(tune, method="spp", rank=8), size)
+
+
+def adapted_linears(network: Any) -> list[torch.nn.Linear]:
+    weights = prunable_weights(network)
+    return [network.get_submodule(name) for name in adaptable_layers(network, weights)]
+
+
+def test_a_larger_teacher_counts_as_what_it_is() -> None:
+    small, large = size_of("HuggingFaceTB/SmolLM2-135M"), size_of("meta-llama/Meta-Llama-3-8B")
+    own, other = (
+        replace(TUNE, max_steps=1, distill=DistillConfig(teacher=teacher))
+        for teacher in ("HuggingFaceTB/SmolLM2-135M", "meta-llama/Meta-Llama-3-8B")
+    )
+    assert estimate(other, small).memory - estimate(own, small).memory == large.num_bytes - small.num_bytes
+    more = [tuning_estimate.operations(config, small, None) or 0 for config in (own, other)]
+    assert more[1] - more[0] == pytest.approx(forward(large, 8 * 105, 105) - forward(small, 8 * 105, 105))
+    assert estimate(replace(own, distill=DistillConfig(teacher="nobody/nothing")), small) == estimate(own, small)
+
+
 @pytest.mark.parametrize("stage", ["tune", "pack"])
 def test_what_can_only_be_pruned_is_known_before_it_is(stage: str, build: Any, tmp_path: Path) -> None:
     for name, fits in (("GPT-2", False), ("Mixtral", True)):
@@ -263,6 +303,25 @@ def test_what_does_not_fit_is_refused_with_what_would(monkeypatch: pytest.Monkey
     assert "use a larger machine" in (shortage(config, model, size) or ("", ""))[1]
     check_memory(plan_of(TUNE, model))
     check_memory(plan_of(config, ModelConfig(path="nobody/nothing")))
+
+
+def test_what_is_read_whole_lies_beside_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was held against the GPU's memory, which sees two of its blocks, and not against the CPU's."""
+    model = ModelConfig(path="meta-llama/Meta-Llama-3-8B")  # 15 GiB
+    size = replace(size_of(model.path), streamed=False)
+    config = PruneConfig(method="wanda", calibration=CalibrationConfig(batch_size=1, offload="cpu"))
+    monkeypatch.setattr(pruning_estimate, "resolve_device", lambda name: torch.device("cuda"))
+
+    def found(on_gpu: int, on_cpu: int, num_processes: int = 1) -> str:
+        monkeypatch.setattr(pruning_estimate, "free_memory", lambda _: on_gpu * GIB)
+        monkeypatch.setattr(pruning_estimate, "available_memory", lambda: on_cpu * GIB)
+        return (shortage(config, model, size, num_processes) or ("",))[0]
+
+    assert found(8, 20) == ""
+    assert "GiB of the CPU's memory; 10.0 GiB are free" in found(8, 10)
+    assert "of the CPU's memory; 10.0 GiB" in found(8, 20, num_processes=2)
+    assert found(8, 40, num_processes=2) == ""
+    assert "of memory, 1.0 GiB are free" in found(1, 20)
 
 
 def test_memory_is_judged_as_it_will_be_by_the_processes_that_are_to_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 
-from lors_cli.recipe.schema import EvalConfig, ModelConfig, PackConfig, PruneConfig, QuantizeConfig, Recipe, TuneConfig
+from lors_cli.recipe.schema import (
+    DistillConfig,
+    EvalConfig,
+    ModelConfig,
+    PackConfig,
+    PruneConfig,
+    QuantizeConfig,
+    Recipe,
+    TuneConfig,
+)
 
 MODEL = ModelConfig(path="m")
 
@@ -153,6 +162,14 @@ def test_defaults_name_the_models_that_are_made(stages: dict[str, Any], roles: t
     assert recipe.eval is not None
     assert recipe.eval.models == roles
     assert recipe.with_defaults() == recipe
+
+
+@pytest.mark.parametrize(("given", "taken"), [("main", "v1"), ("v2", "v2")])
+def test_the_teacher_is_the_models_own_at_the_revision_that_is_given(given: str, taken: str) -> None:
+    model, tune = ModelConfig(path="org/m", revision="v1"), TuneConfig(distill=DistillConfig(revision=given))
+    recipe = Recipe(name="a", model=model, prune=PruneConfig(), tune=tune).with_defaults()
+    assert recipe.tune is not None
+    assert recipe.tune.distill == DistillConfig(teacher="org/m", revision=taken)
 
 
 def test_chosen_models_are_kept() -> None:

@@ -222,12 +222,13 @@ def test_a_shared_stage_fails_once_for_all_its_cells(
     def run_stage(plan: StagePlan, data_dir: Path | None) -> None:
         if getattr(plan.config, "method", "") == "wanda":
             tried.append(plan.stage)
-            raise ResourceError("no room", "make some")
+            raise ResourceError("no room at https://me:word@mirror", "make some")
         real(plan, data_dir)
 
     monkeypatch.setattr(running, "run_stage", run_stage)
     result = lors("sweep", "grid.yaml", "eval.tasks=[]")
     assert result.exit_code == 4
+    assert [path for path in Path().rglob("*") if path.is_file() and b"me:word" in path.read_bytes()] == []
     assert tried == ["prune"]
     assert result.stderr.count("error: wanda-lors: no room") == 1
     assert states() == {
@@ -235,7 +236,9 @@ def test_a_shared_stage_fails_once_for_all_its_cells(
     }  # fmt: skip
     assert "2 done, 2 failed" in result.stdout
     (wanda, *_) = json.loads(lors("sweep", "grid.yaml", "eval.tasks=[]", "--status", "--json").stdout)["cells"]
-    assert [stage["detail"] for stage in wanda["stages"] if stage["status"] == "failed"] == ["no room"]
+    assert [stage["detail"] for stage in wanda["stages"] if stage["status"] == "failed"] == [
+        "no room at https://[hidden]@mirror"
+    ]
     monkeypatch.setattr(running, "run_stage", real)
     assert lors("sweep", "grid.yaml", "eval.tasks=[]").exit_code == 0
     assert set(states().values()) == {"done"}
