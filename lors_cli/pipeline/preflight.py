@@ -17,7 +17,7 @@ from lors_cli.models.size import try_size
 from lors_cli.output import progress
 from lors_cli.output.console import gib
 from lors_cli.pipeline import resources
-from lors_cli.pipeline.plans import StagePlan
+from lors_cli.pipeline.plans import StagePlan, to_come
 from lors_cli.pipeline.stages import STAGES, Text
 from lors_cli.recipe.schema import ModelConfig, TuneConfig
 
@@ -47,10 +47,10 @@ def troubles(plans: Sequence[StagePlan], data_dir: Path | None) -> list[Trouble]
             found.append(Trouble(stage, error))
 
     pending = [plan for plan in plans if plan.status != "done"]
-    to_come = {str(plan.folder) for plan in pending}
+    missing = to_come(pending)
     with progress.busy("looking ahead"):
         for plan in pending:
-            there = [model for model in plan.models.values() if model.path not in to_come and model not in looked]
+            there = [model for model in plan.models.values() if model.path not in missing and model not in looked]
             looked.update(there)
             note(plan.stage, _met(partial(STAGES[plan.stage].check_shared, plan.config, plan.num_processes)))
             for look in _looks(plan, there, data_dir):

@@ -76,7 +76,8 @@ class Stage:
         check_packages: MissingError if a package that the settings ask for is not installed.
         stored: data_dir; the config as `stage.json` has it.
         inputs: of the one model it reads, its fingerprint, and data_dir; what `stage.json` has of what it reads.
-        foresee: models by role; one line on what will come out, found by looking at them, for a dry run.
+        foresee: models by role, without those yet to be made; one line on what will come out, found by looking at
+            them, for a dry run.
         without_effect: dotted keys of settings that change how the work is done, not what comes out.
     """
 
@@ -210,8 +211,7 @@ def _pack(config: PackConfig, models: dict[str, ModelConfig], out: Path, data_di
 
 
 def _packed_size(config: PackConfig, models: dict[str, ModelConfig]) -> str:
-    (model,) = models.values()
-    return packing.foreseen_size(model) if _lies_here(model) else ""
+    return "".join(packing.foreseen_size(model) for model in models.values() if _lies_here(model))
 
 
 STAGES = {
