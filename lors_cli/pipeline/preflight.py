@@ -104,9 +104,10 @@ def _looks(plan: StagePlan, models: Sequence[ModelConfig], data_dir: Path | None
             yield partial(_check_chat_template, model)
     for task in {task.settings.get("dataset_path"): task for task in reversed(reads.tasks)}.values():
         yield partial(_check_task, task, data_dir)
-    size = try_size(plan.origin)
-    if size is not None:
-        yield partial(STAGES[plan.stage].fits, plan.config, size)
+    for model in dict.fromkeys((plan.origin, *models)):
+        size = try_size(model)
+        if size is not None:
+            yield partial(STAGES[plan.stage].fits, plan.config, size)
     look = resources.check_memory if STAGES[plan.stage].shortage else _check_memory
     yield partial(look, plan)
 
@@ -124,11 +125,12 @@ def _check_model(model: ModelConfig, chat: bool = False) -> None:
 
 
 def _check_text(text: Text, data_dir: Path | None) -> None:
-    """A source's first rows."""
-    if text.name == "pydoc":  # always there, and all of it is read before its first row
-        return
+    """A source's first rows, and that the settings are for what it gives."""
     source = open_source(text.name, split=text.split, data_dir=data_dir, want=text.want, columns=text.columns,
                          chosen=text.chosen)  # fmt: skip
+    text.fits(source)
+    if text.name == "pydoc":  # all of it is read before its first row, and that is there
+        return
     if source.path is None and not any(any(row.values()) for row in source.first_rows(ROWS)):
         raise UsageError(f"The first {ROWS} rows of {text.name} are empty.")
 
