@@ -53,7 +53,7 @@ def troubles(plans: Sequence[StagePlan], data_dir: Path | None) -> list[Trouble]
             there = [model for model in plan.models.values() if model.path not in missing and model not in looked]
             looked.update(there)
             note(plan.stage, _met(partial(STAGES[plan.stage].check_shared, plan.config, plan.num_processes)))
-            for look in _looks(plan, there, data_dir):
+            for look in _looks(plan, there, pending, data_dir):
                 note(plan.stage, _met(look))
         note("all", _met(lambda: _check_disk(pending)))
     return found
@@ -88,11 +88,14 @@ def _met(look: Callable[[], Any]) -> LorsError | None:
     return None
 
 
-def _looks(plan: StagePlan, models: Sequence[ModelConfig], data_dir: Path | None) -> Iterator[Callable[[], Any]]:
-    """Everything to look at before one stage."""
+def _looks(
+    plan: StagePlan, models: Sequence[ModelConfig], pending: Sequence[StagePlan], data_dir: Path | None
+) -> Iterator[Callable[[], Any]]:
+    """Everything to look at before one stage: its models that are there and not looked at yet, and all else."""
+    with_template = models or [plan.origin]  # whose tokenizer those that are yet to come will have
     yield partial(STAGES[plan.stage].check_packages, plan.config)
     chat = isinstance(plan.config, TuneConfig) and any(data.template == "chat" for _, data in plan.config.data.parts)
-    for model in models:
+    for model in with_template if chat else models:
         yield partial(_check_model, model, chat)
     reads = STAGES[plan.stage].reads(plan.config)
     if reads.teacher is not None:
@@ -100,8 +103,8 @@ def _looks(plan: StagePlan, models: Sequence[ModelConfig], data_dir: Path | None
     for text in reads.texts:
         yield partial(_check_text, text, data_dir)
     if reads.chat:
-        for model in (*models, *([] if models else [plan.origin])):
-            yield partial(_check_chat_template, model)
+        for model in with_template:
+            yield partial(_check_chat_template, model, plan, pending, data_dir)
     for task in {task.settings.get("dataset_path"): task for task in reversed(reads.tasks)}.values():
         yield partial(_check_task, task, data_dir)
     for model in dict.fromkeys((plan.origin, *models)):
@@ -135,12 +138,16 @@ def _check_text(text: Text, data_dir: Path | None) -> None:
         raise UsageError(f"The first {ROWS} rows of {text.name} are empty.")
 
 
-def _check_chat_template(model: ModelConfig) -> None:
-    """The chat template that prompts of tasks are put into."""
+def _check_chat_template(
+    model: ModelConfig, plan: StagePlan, pending: Sequence[StagePlan], data_dir: Path | None
+) -> None:
+    """The chat template that prompts of tasks are put into, unless the models that are scored will get one."""
     from lors_cli.evaluation.stage import check_chat_template
     from lors_cli.models.loading import load_tokenizer
 
-    check_chat_template(load_tokenizer(model), model)
+    given = {str(each.folder) for each in pending if STAGES[each.stage].gives_template(each.config, data_dir)}
+    if not given.issuperset(scored.path for scored in plan.models.values()):
+        check_chat_template(load_tokenizer(model), model)
 
 
 def _check_task(task: Task, data_dir: Path | None) -> None:

@@ -82,6 +82,7 @@ class Stage:
         inputs: of the one model it reads, its fingerprint, and data_dir; what `stage.json` has of what it reads.
         foresee: models by role, without those yet to be made; one line on what will come out, found by looking at
             them, for a dry run.
+        gives_template: data_dir; whether the model that comes out will have a chat template, whatever it is made of.
         without_effect: dotted keys of settings that change how the work is done, not what comes out.
     """
 
@@ -100,6 +101,7 @@ class Stage:
     stored: Callable[[Any, Path | None], Any] = lambda config, data_dir: config
     inputs: Callable[[Any, str, Path | None], dict[str, Any]] | None = None
     foresee: Callable[[Any, dict[str, ModelConfig]], str] = lambda config, models: ""
+    gives_template: Callable[[Any, Path | None], bool] = lambda config, data_dir: False
     without_effect: Collection[str] = ()
 
     def leaves(self, config: Config, size: ModelSize) -> int:
@@ -170,6 +172,13 @@ def _check_data(config: TuneConfig, data: TuneDataConfig, source: TextSource) ->
 
     is_streamed(replace(config, data=data), source)
     check_settings(data, source)
+
+
+def _learns_template(config: TuneConfig, data_dir: Path | None) -> bool:
+    from lors_cli.data.prompts import TEMPLATES
+    from lors_cli.tuning.data import as_read
+
+    return as_read(config, data_dir)[1] in TEMPLATES
 
 
 def _teacher_cache(config: TuneConfig, models: dict[str, ModelConfig]) -> str:
@@ -258,6 +267,7 @@ STAGES = {
         operations=lambda config, size, num_models, data_dir: tuning_estimate.operations(config, size, data_dir),
         describe=_tuning,
         foresee=_teacher_cache,
+        gives_template=_learns_template,
         reads=_tuning_reads,
         fits=_tuning_fits,
         makes="tuned",
