@@ -116,12 +116,16 @@ def _looks(
 
 
 def _check_model(model: ModelConfig, chat: bool = False) -> None:
-    """Its configuration and tokenizer, downloaded from the hub if it is there; a chat template that is needed."""
+    """Its configuration and tokenizer, downloaded from the hub if it is there, and that its weights are to be had; a
+    chat template that is needed."""
     from lors_cli.data.prompts import ChatTemplate, Turn
     from lors_cli.data.tokenising import eos_token_id
+    from lors_cli.models.hub import check_weights, here
     from lors_cli.models.loading import load_tokenizer
 
-    tokenizer = load_tokenizer(model)
+    tokenizer, source = load_tokenizer(model), here(model)
+    if source.folder is not None and source.gguf_file is None:
+        check_weights(model, source.folder)
     if chat:
         talk = [Turn("user", "Say it."), Turn("assistant", "It.", learnt=True)]
         ChatTemplate(tokenizer, eos_token_id(tokenizer)).render(talk)

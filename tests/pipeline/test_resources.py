@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +24,7 @@ from lors_cli.pruning import estimate as pruning_estimate
 from lors_cli.pruning.estimate import memory_parts, operations, shortage
 from lors_cli.recipe.schema import (
     CalibrationConfig,
+    DistillConfig,
     EvalConfig,
     ModelConfig,
     PackConfig,
@@ -249,6 +252,24 @@ def test_settings_that_are_not_for_the_data_are_known_before_anything_runs(
     plan = plan_of(replace(TUNE, data=TuneDataConfig(max_length=256, **data)), ModelConfig(path="dense"))
     (trouble,) = troubles([plan], None)
     assert said in trouble.error.message
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+def test_weights_that_are_not_there_are_known_before_anything_runs(at_workshop: Path, teacher: bool) -> None:
+    """A teacher's were found missing once the model was pruned."""
+    folder = Path("other")
+    shutil.copytree("dense", folder)
+    plan = plan_of(PruneConfig(method="magnitude"), ModelConfig(path="other"))
+    if teacher:
+        data = TuneDataConfig(dataset="rows.jsonl", max_length=256)
+        plan = plan_of(replace(TUNE, data=data, distill=DistillConfig(teacher="other")), ModelConfig(path="dense"))
+    assert troubles([plan], None) == []
+    weights = (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert ["only pickled weights" in trouble.error.message for trouble in troubles([plan], None)] == [True]
+    weights.rename(folder / "model-1.safetensors")
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert ["has no model-2.safetensors" in trouble.error.message for trouble in troubles([plan], None)] == [True]
 
 
 def test_owl_goes_through_the_dense_model_first() -> None:
