@@ -29,7 +29,8 @@ from lors_cli.recipe.schema import Recipe
 def run_single(plan: StagePlan, data_dir: Path | None) -> None:
     """Do a stage on its own, unless it is done, or was by another process since it was planned."""
     with claim(plan.folder):
-        if STAGES[plan.stage].makes and processes.from_main(partial(records.is_finished, plan.folder, plan.fingerprint)):
+        finished = partial(records.is_finished, plan.folder, plan.fingerprint)
+        if STAGES[plan.stage].makes and processes.from_main(finished):
             plan = replace(plan, status="done")
         if plan.status == "done":
             if processes.is_main():
