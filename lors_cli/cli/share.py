@@ -52,6 +52,8 @@ def show_push(plan: Any) -> dict[str, Any]:
     console.table(["file", "size"], [[name, console.gib(size)] for name, size in sizes.items()])
     console.result(f"{len(sizes)} files, {console.gib(sum(sizes.values()))}")
     console.result(f"stays here: {', '.join(plan.left_out) or 'nothing'}")
+    if plan.removed:
+        console.result(f"goes from there: {', '.join(plan.removed)}")
     if not card:
         console.warn("there is no model card: a README.md beside the weights would be one.")
     scores = sum(len(result["metrics"]) for entry in card.get("model-index", ()) for result in entry["results"])
@@ -60,7 +62,7 @@ def show_push(plan: Any) -> dict[str, Any]:
     return {
         "folder": str(plan.folder), "repo": plan.repo, "private": plan.is_private, "exists": plan.exists,
         "revision": plan.revision, "files": [{"path": name, "size": size} for name, size in sizes.items()],
-        "left_out": plan.left_out, "card": card,
+        "left_out": plan.left_out, "removed": plan.removed, "card": card,
     }  # fmt: skip
 
 

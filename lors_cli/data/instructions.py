@@ -21,13 +21,8 @@ def instruction_samples(source: TextSource, config: TuneDataConfig, tokenizer: A
     so one that spans prompt and answer is too.
 
     Raises:
-        UsageError: no usable row, one that does not fit the template, or no such packing for it.
+        UsageError: no usable row, or one that does not fit the template.
     """
-    if config.packing == "concatenated":
-        raise UsageError(
-            f"data.packing: concatenated would let the instructions of {source.name} see one another.",
-            "Choose isolated, or leave packing out.",
-        )
     render = _renderer(config.template, tokenizer)
     encoder = offset_encoder(tokenizer)
     skipped = {EMPTY_OUTPUT: 0, NO_LABEL: 0}

@@ -113,15 +113,15 @@ def begin_tokens(tokenizer: Any) -> list[int]:
 # ---- lengths and pre-tokenised files
 
 
-def window_length(wanted: int | None, model_max_length: int) -> int:
-    """Tokens a sequence: what is asked for, else 2048 or the model's limit.
+def window_length(wanted: int | None, model_max_length: int, key: str) -> int:
+    """Tokens a sequence: what is asked for (by the setting `key`), else 2048 or the model's limit.
 
     Raises:
         UsageError: the model cannot take so many.
     """
     if wanted is None:
         return min(DEFAULT_LENGTH, model_max_length)
-    check_length(wanted, model_max_length, "sequence_length")
+    check_length(wanted, model_max_length, key)
     return wanted
 
 
@@ -137,14 +137,16 @@ def check_length(wanted: int, model_max_length: int, key: str) -> None:
 
 
 def read_tokens(
-    path: Path, tokenizer: Any, num_samples: int | None, length: int | None, model_max_length: int | None
-) -> torch.Tensor:
+    path: Path, tokenizer: Any, num_samples: int | None, length: int | None, model_max_length: int | None,
+    length_key: str = "sequence_length",
+) -> torch.Tensor:  # fmt: skip
     """The first rows and columns of a pre-tokenised file.
 
     Args:
         path: .safetensors with integer `input_ids` (num_samples, sequence_length).
         num_samples: rows to take; None for all.
         model_max_length: tokens that the model can take; None when the caller cuts the rows anyway.
+        length_key: the setting that `length` comes from, for messages.
 
     Returns:
         (num_samples, length) int64, in the file's order.
@@ -169,13 +171,13 @@ def read_tokens(
         raise UsageError(f"{path}: input_ids must be (num_samples, sequence_length) integers, not {found}.")
     for key, asked, there in (
         ("num_samples", num_samples, tokens.shape[0]),
-        ("sequence_length", length, tokens.shape[1]),
+        (length_key, length, tokens.shape[1]),
     ):
         if asked is not None and asked > there:
             raise UsageError(f"{path} has {key} {there}, not {asked}.", f"Lower {key} or leave it out.")
     tokens = tokens[:num_samples, :length].to(torch.int64)
     if model_max_length is not None:
-        check_length(tokens.shape[1], model_max_length, "sequence_length")
+        check_length(tokens.shape[1], model_max_length, length_key)
     outside = (tokens < 0) | (tokens >= len(tokenizer))
     if outside.any():
         row = int(outside.any(dim=1).nonzero()[0, 0])

@@ -63,7 +63,7 @@ def calibration_tokens(
     """
     source = calibration_source(config, data_dir)
     say_source(source)
-    length = window_length(config.sequence_length, model_max_length)
+    length = window_length(config.sequence_length, model_max_length, "sequence_length")
     if source.path is not None:
         return read_tokens(source.path, tokenizer, config.num_samples, config.sequence_length, model_max_length)
     num_samples = config.num_samples or DEFAULT_SAMPLES
@@ -103,9 +103,10 @@ def perplexity_windows(
 
     source = open_source(name, split="validation", data_dir=data_dir)
     say_source(source)
-    length = window_length(sequence_length, model_max_length)
+    length = window_length(sequence_length, model_max_length, "perplexity_length")
     if source.path is not None:
-        return read_tokens(source.path, tokenizer, None, sequence_length, model_max_length)[:max_windows]
+        rows = read_tokens(source.path, tokenizer, None, sequence_length, model_max_length, "perplexity_length")
+        return rows[:max_windows]
     if source.streamed and max_windows is None:
         max_windows = _STREAM_WINDOWS
         console.info(f"{name} is streamed: its first {max_windows} windows of {length} tokens are measured.")
@@ -138,7 +139,7 @@ def tuning_data(config: TuneConfig, tokenizer: Any, *, model_max_length: int, da
     source = tuning_source(config.data, data_dir)
     if is_streamed(config, source):
         origin = say_source(source)
-        refuse_for_text(config.data, source)
+        check_settings(config.data, source)
         data = stream_samples(config, source, tokenizer, model_max_length=model_max_length, data_dir=data_dir)
         return replace(data, origin=origin)
     needed = config.max_steps * config.batch_size if config.max_steps else None
@@ -174,10 +175,10 @@ def tuning_samples(
     check_length(config.max_length, model_max_length, "max_length")
     source = tuning_source(config, data_dir)
     origin = say_source(source)
+    check_settings(config, source)
     if source.kind == "instructions":
         data = hold_out_samples(instruction_samples(source, config, tokenizer), val_size)
         return replace(data, origin=origin)
-    refuse_for_text(config, source)
     held_out: list[Sample] = []
     if source.path is not None:
         blocks = read_tokens(source.path, tokenizer, config.num_samples, None, None)
@@ -248,12 +249,19 @@ def usual_packing(source: TextSource) -> Literal["concatenated", "separate"] | N
     return "concatenated" if source.path is None else None
 
 
-def refuse_for_text(config: TuneDataConfig, source: TextSource) -> None:
-    """Refuse settings that are for instructions where the source is text or tokens.
+def check_settings(config: TuneDataConfig, source: TextSource) -> None:
+    """Refuse settings that are not for what the source gives: instructions, text or tokens.
 
     Raises:
         UsageError: one of them is given.
     """
+    if source.kind == "instructions":
+        if config.packing == "concatenated":
+            raise UsageError(
+                f"data.packing: concatenated would let the instructions of {source.name} see one another.",
+                "Choose isolated, or leave packing out.",
+            )
+        return
     given = [name for name, is_given in (("template", config.template != "alpaca"),
                                          ("train_on_prompt", config.train_on_prompt),
                                          ("packing", config.packing == "separate")) if is_given]  # fmt: skip

@@ -155,7 +155,7 @@ def _score_text(
     windows = perplexity_windows(
         piece.name,
         tokenizer,
-        sequence_length=window_length(length, limit) - 1 if with_bos else length,
+        sequence_length=window_length(length, limit, "perplexity_length") - 1 if with_bos else length,
         model_max_length=limit,
         max_windows=config.perplexity_windows,
         data_dir=data_dir,

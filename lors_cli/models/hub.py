@@ -10,9 +10,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lors_cli.errors import MissingError, UsageError, translate
+from lors_cli.errors import MissingError, UsageError, offline_hint, translate
 from lors_cli.files.revisions import known_commit, listing_of
-from lors_cli.models.checks import PICKLE_HINT
+from lors_cli.models.checks import PICKLE_HINT, safetensors_files
 from lors_cli.models.grids import GRIDS_NAME
 from lors_cli.models.sources import ModelSource, check_folder, locate
 from lors_cli.output import console, progress
@@ -51,6 +51,7 @@ def here(config: ModelConfig, *, weights: bool = False) -> ModelSource:
     check_folder(folder, config.path)
     if weights:
         folder = _snapshot(source.repo, commit, (*SETTINGS, *WEIGHTS), files)
+        check_weights(config, folder)
     return ModelSource(folder=folder)
 
 
@@ -59,10 +60,24 @@ def _say_without_effect(path: str, revision: str) -> None:
     console.warn(f"revision: {revision} has no effect: {path} is read as it lies here, not from the hub.")
 
 
+def check_weights(config: ModelConfig, folder: Path) -> None:
+    """Refuse a model, here in `folder`, that has not all its weights; of a hub that can be asked they are to be had.
+
+    Raises:
+        MissingError: the hub cannot be reached, and they are not in its cache.
+        UsageError: there are none in a folder that is no cache, or not all.
+    """
+    repo = locate(config.path).repo
+    if repo is None:
+        safetensors_files(folder, config.path)
+    elif listing_of(repo, config.revision) is None and not is_whole(folder):
+        raise MissingError(
+            f"{repo}: its weights are not all in the hub's cache here, and the hub cannot be reached.", offline_hint()
+        )
+
+
 def is_whole(folder: Path) -> bool:
     """Whether a folder has weights, all that its index names."""
-    from lors_cli.models.checks import safetensors_files
-
     try:
         return bool(safetensors_files(folder, str(folder)))
     except UsageError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -203,9 +203,15 @@ def describe(plan: StagePlan) -> str:
     return f"{STAGES[plan.stage].describe(plan.config, plan.models)} ({plan.detail})"
 
 
-def foresee(plan: StagePlan) -> str:
-    """What a stage's result will be like, where that can be known now; else empty."""
-    return STAGES[plan.stage].foresee(plan.config, plan.models)
+def to_come(plans: Sequence[StagePlan]) -> set[str]:
+    """The paths of the models that are yet to be made, whatever of earlier settings lies there."""
+    return {str(plan.folder) for plan in plans if plan.status != "done"}
+
+
+def foresee(plan: StagePlan, missing: Collection[str]) -> str:
+    """What a stage's result will be like, where that can be known while models are `to_come`; else empty."""
+    there = {role: model for role, model in plan.models.items() if model.path not in missing}
+    return STAGES[plan.stage].foresee(plan.config, there)
 
 
 def announce(plan: StagePlan) -> str:

@@ -17,7 +17,7 @@ from lors_cli.models.size import try_size
 from lors_cli.output import progress
 from lors_cli.output.console import gib
 from lors_cli.pipeline import resources
-from lors_cli.pipeline.plans import StagePlan
+from lors_cli.pipeline.plans import StagePlan, to_come
 from lors_cli.pipeline.stages import STAGES, Text
 from lors_cli.recipe.schema import ModelConfig, TuneConfig
 
@@ -47,13 +47,13 @@ def troubles(plans: Sequence[StagePlan], data_dir: Path | None) -> list[Trouble]
             found.append(Trouble(stage, error))
 
     pending = [plan for plan in plans if plan.status != "done"]
-    to_come = {str(plan.folder) for plan in pending}
+    missing = to_come(pending)
     with progress.busy("looking ahead"):
         for plan in pending:
-            there = [model for model in plan.models.values() if model.path not in to_come and model not in looked]
+            there = [model for model in plan.models.values() if model.path not in missing and model not in looked]
             looked.update(there)
             note(plan.stage, _met(partial(STAGES[plan.stage].check_shared, plan.config, plan.num_processes)))
-            for look in _looks(plan, there, data_dir):
+            for look in _looks(plan, there, pending, data_dir):
                 note(plan.stage, _met(look))
         note("all", _met(lambda: _check_disk(pending)))
     return found
@@ -88,11 +88,14 @@ def _met(look: Callable[[], Any]) -> LorsError | None:
     return None
 
 
-def _looks(plan: StagePlan, models: Sequence[ModelConfig], data_dir: Path | None) -> Iterator[Callable[[], Any]]:
-    """Everything to look at before one stage."""
+def _looks(
+    plan: StagePlan, models: Sequence[ModelConfig], pending: Sequence[StagePlan], data_dir: Path | None
+) -> Iterator[Callable[[], Any]]:
+    """Everything to look at before one stage: its models that are there and not looked at yet, and all else."""
+    with_template = models or [plan.origin]  # whose tokenizer those that are yet to come will have
     yield partial(STAGES[plan.stage].check_packages, plan.config)
     chat = isinstance(plan.config, TuneConfig) and any(data.template == "chat" for _, data in plan.config.data.parts)
-    for model in models:
+    for model in with_template if chat else models:
         yield partial(_check_model, model, chat)
     reads = STAGES[plan.stage].reads(plan.config)
     if reads.teacher is not None:
@@ -100,45 +103,55 @@ def _looks(plan: StagePlan, models: Sequence[ModelConfig], data_dir: Path | None
     for text in reads.texts:
         yield partial(_check_text, text, data_dir)
     if reads.chat:
-        for model in (*models, *([] if models else [plan.origin])):
-            yield partial(_check_chat_template, model)
+        for model in with_template:
+            yield partial(_check_chat_template, model, plan, pending, data_dir)
     for task in {task.settings.get("dataset_path"): task for task in reversed(reads.tasks)}.values():
         yield partial(_check_task, task, data_dir)
-    size = try_size(plan.origin)
-    if size is not None:
-        yield partial(STAGES[plan.stage].fits, plan.config, size)
+    for model in dict.fromkeys((plan.origin, *models)):
+        size = try_size(model)
+        if size is not None:
+            yield partial(STAGES[plan.stage].fits, plan.config, size)
     look = resources.check_memory if STAGES[plan.stage].shortage else _check_memory
     yield partial(look, plan)
 
 
 def _check_model(model: ModelConfig, chat: bool = False) -> None:
-    """Its configuration and tokenizer, downloaded from the hub if it is there; a chat template that is needed."""
+    """Its configuration and tokenizer, downloaded from the hub if it is there, and that its weights are to be had; a
+    chat template that is needed."""
     from lors_cli.data.prompts import ChatTemplate, Turn
     from lors_cli.data.tokenising import eos_token_id
+    from lors_cli.models.hub import check_weights, here
     from lors_cli.models.loading import load_tokenizer
 
-    tokenizer = load_tokenizer(model)
+    tokenizer, source = load_tokenizer(model), here(model)
+    if source.folder is not None and source.gguf_file is None:
+        check_weights(model, source.folder)
     if chat:
         talk = [Turn("user", "Say it."), Turn("assistant", "It.", learnt=True)]
         ChatTemplate(tokenizer, eos_token_id(tokenizer)).render(talk)
 
 
 def _check_text(text: Text, data_dir: Path | None) -> None:
-    """A source's first rows."""
-    if text.name == "pydoc":  # always there, and all of it is read before its first row
-        return
+    """A source's first rows, and that the settings are for what it gives."""
     source = open_source(text.name, split=text.split, data_dir=data_dir, want=text.want, columns=text.columns,
                          chosen=text.chosen)  # fmt: skip
+    text.fits(source)
+    if text.name == "pydoc":  # all of it is read before its first row, and that is there
+        return
     if source.path is None and not any(any(row.values()) for row in source.first_rows(ROWS)):
         raise UsageError(f"The first {ROWS} rows of {text.name} are empty.")
 
 
-def _check_chat_template(model: ModelConfig) -> None:
-    """The chat template that prompts of tasks are put into."""
+def _check_chat_template(
+    model: ModelConfig, plan: StagePlan, pending: Sequence[StagePlan], data_dir: Path | None
+) -> None:
+    """The chat template that prompts of tasks are put into, unless the models that are scored will get one."""
     from lors_cli.evaluation.stage import check_chat_template
     from lors_cli.models.loading import load_tokenizer
 
-    check_chat_template(load_tokenizer(model), model)
+    given = {str(each.folder) for each in pending if STAGES[each.stage].gives_template(each.config, data_dir)}
+    if not given.issuperset(scored.path for scored in plan.models.values()):
+        check_chat_template(load_tokenizer(model), model)
 
 
 def _check_task(task: Task, data_dir: Path | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -18,14 +18,14 @@ from lors_cli.models.grids import GRIDS_NAME
 from lors_cli.models.origins import portable, read_fields
 from lors_cli.models.sources import locate
 from lors_cli.output import console, progress
-from lors_cli.pipeline.cards import made_card
+from lors_cli.pipeline.cards import RECIPE_NAME, made_card
 from lors_cli.pipeline.standing import standing_stages
 
-FILES = (
+CHECKPOINT = (
     "*.safetensors", "*.index.json", "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
-    "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken", "chat_template*", "LICENSE*", "NOTICE*",
-    records.CARD_NAME,
+    "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken", "chat_template*",
 )  # fmt: skip
+FILES = (*CHECKPOINT, "LICENSE*", "NOTICE*", records.CARD_NAME)
 """What goes; the rest is of the run: records, logs, training checkpoints, with paths of the machine."""
 ADAPTER_FILES = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
 INNER_FILES = (*ADAPTER_FILES, f"adapter/{GRIDS_NAME}", GRIDS_NAME)
@@ -45,6 +45,8 @@ class Push:
     files: dict[str, Path | bytes]
     """Path in the repository to a file here, or to its content."""
     left_out: list[str]
+    removed: list[str]
+    """What of the checkpoint that is in the repository now has no place in this one: transformers would read it."""
     card: dict[str, Any] = field(default_factory=dict)
     """Its front matter."""
 
@@ -87,7 +89,7 @@ def prepare(folder: Path, repo: str, *, private: bool, revision: str, scores: Pa
         UsageError: no such name could be, or a public repository is to be private.
         MissingError: no token, one that is refused, no connection.
     """
-    repo, is_private, exists = _look(repo, private)
+    repo, is_private, there = _look(repo, private, revision)
     files, left_out = _files(folder)
     record = records.read_record(folder)
     if record is not None and records.is_finished(folder, record.fingerprint):
@@ -97,7 +99,15 @@ def prepare(folder: Path, repo: str, *, private: bool, revision: str, scores: Pa
     if isinstance(files.get(ADAPTER_FILES[0]), Path):
         content = portable(atomic.read_json(folder / ADAPTER_FILES[0]))
         files[ADAPTER_FILES[0]] = (json.dumps(content, indent=2) + "\n").encode()
-    return Push(folder, repo, revision, is_private, exists, files, left_out, _fields(folder, files))
+    removed = sorted(name for name in set(there or ()) - files.keys() if _is_of_checkpoint(name))
+    return Push(folder, repo, revision, is_private, there is not None, files, left_out, removed, _fields(folder, files))
+
+
+def _is_of_checkpoint(name: str) -> bool:
+    """Whether a file in a repository is one that a push puts there anew, a licence and the card apart."""
+    if "/" in name:
+        return name in INNER_FILES
+    return name == RECIPE_NAME or any(fnmatch(name, each) for each in CHECKPOINT)
 
 
 def _files(folder: Path) -> tuple[dict[str, Path | bytes], list[str]]:
@@ -116,10 +126,13 @@ def _fields(folder: Path, files: dict[str, Path | bytes]) -> dict[str, Any]:
     return ModelCard(made.decode()).data.to_dict() if isinstance(made, bytes) else read_fields(folder)
 
 
-def _look(repo: str, private: bool) -> tuple[str, bool, bool]:
-    """The repository's whole name, whether it is or will be private, and whether it is there."""
+def _look(repo: str, private: bool, revision: str) -> tuple[str, bool, list[str] | None]:
+    """The repository's whole name, whether it is or will be private, and its files, None where it is not there.
+
+    A branch that is not there yet will begin with those of main.
+    """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
     from huggingface_hub.utils import validate_repo_id
 
     try:
@@ -130,26 +143,31 @@ def _look(repo: str, private: bool) -> tuple[str, bool, bool]:
         user = HfApi().whoami()["name"]
         repo = repo if "/" in repo else f"{user}/{repo}"
         try:
-            info = HfApi().model_info(repo)
+            info = at_revision = HfApi().model_info(repo)
+            if revision != "main":
+                with suppress(RevisionNotFoundError):
+                    at_revision = HfApi().model_info(repo, revision=revision)
         except RepositoryNotFoundError:
-            return repo, private, False
+            return repo, private, None
     if private and not info.private:
         raise UsageError(
             f"{repo} is on the hub already, and public: --private is for a new one.",
             "Make it private in its settings on the hub, or choose another name.",
         )
-    return repo, bool(info.private), True
+    return repo, bool(info.private), [file.rfilename for file in at_revision.siblings or []]
 
 
 def push(plan: Push) -> tuple[str, str]:
-    """Upload as one commit; what the hub has already is not sent again, so a stopped push is gone on with.
+    """Upload as one commit, which takes away what it leaves no place for; what the hub has already is not sent again,
+    so a stopped push is gone on with.
 
     Returns:
         The commit, and its address.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api = HfApi()
+    removed = [CommitOperationDelete(name) for name in plan.removed]
     added = [CommitOperationAdd(name, source) for name, source in plan.files.items()]
     total = console.gib(sum(plan.sizes().values()))
     with _understood(plan.repo), progress.busy(f"uploading {len(added)} files, {total}"):
@@ -157,7 +175,8 @@ def push(plan: Push) -> tuple[str, str]:
             api.create_repo(plan.repo, private=plan.is_private)
         if plan.revision != "main":
             api.create_branch(plan.repo, branch=plan.revision, exist_ok=True)
-        done = api.create_commit(plan.repo, added, commit_message="Upload with lors", revision=plan.revision)
+        done = api.create_commit(plan.repo, [*added, *removed], commit_message="Upload with lors",
+                                 revision=plan.revision)  # fmt: skip
     return done.oid, done.commit_url
 
 

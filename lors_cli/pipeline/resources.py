@@ -15,14 +15,14 @@ from lors_cli.pipeline.stages import STAGES
 
 
 def try_estimate(plan: StagePlan) -> tuple[Estimate | None, str]:
-    """A stage's needs where the model's shape is known, else why not."""
+    """A stage's needs where the model's shape is known and the settings fit it, else why not."""
     try:
         size = model_size(plan.origin)
+        if size is None:
+            return None, "size unknown until the model's config.json is downloaded"
+        return STAGES[plan.stage].needs(plan.config, size, plan.num_processes), ""
     except LorsError as error:
         return None, error.message
-    if size is None:
-        return None, "size unknown until the model's config.json is downloaded"
-    return STAGES[plan.stage].needs(plan.config, size, plan.num_processes), ""
 
 
 def check_disk(plan: StagePlan) -> None:

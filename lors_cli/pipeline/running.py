@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +26,20 @@ from lors_cli.pipeline.standing import RECIPE_NAME, standing_recipe, standing_st
 from lors_cli.recipe.schema import Recipe
 
 
-def run_single(plan: StagePlan, data_dir: Path | None) -> bool:
-    """Do a stage on its own, unless it is done; whether anything was done."""
+def run_single(plan: StagePlan, data_dir: Path | None) -> None:
+    """Do a stage on its own, unless it is done, or was by another process since it was planned."""
     with claim(plan.folder):
+        finished = partial(records.is_finished, plan.folder, plan.fingerprint)
+        if STAGES[plan.stage].makes and processes.from_main(finished):
+            plan = replace(plan, status="done")
         if plan.status == "done":
             if processes.is_main():
                 atomic.remove(records.leftovers(plan.folder))
             console.heading(f"{plan.stage}: finished earlier, nothing to do")
-            return False
+            return
         warn_of_replaced([plan])
         console.heading(f"{plan.stage}: {announce(plan)}")
         run_stage(plan, data_dir)
-        return True
 
 
 def run_stage(plan: StagePlan, data_dir: Path | None) -> None:

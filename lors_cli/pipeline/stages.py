@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lors_cli.data.sources import Split, Want
+from lors_cli.data.sources import Split, TextSource, Want
+from lors_cli.data.tokenising import check_length
 from lors_cli.errors import UsageError
 from lors_cli.evaluation import estimate as evaluation_estimate
 from lors_cli.evaluation.entries import Task, resolve, shots_text, tasks_of
@@ -23,7 +24,7 @@ from lors_cli.pruning import stage as pruning
 from lors_cli.pruning.facts import statistics_kind
 from lors_cli.recipe.columns import ColumnsConfig
 from lors_cli.recipe.resolved import resolved_prune
-from lors_cli.recipe.schema import EvalConfig, ModelConfig, PackConfig, PruneConfig, TuneConfig
+from lors_cli.recipe.schema import EvalConfig, ModelConfig, PackConfig, PruneConfig, TuneConfig, TuneDataConfig
 from lors_cli.recipe.tuning import data_name
 from lors_cli.sparsity import Pattern
 from lors_cli.tuning import estimate as tuning_estimate
@@ -43,6 +44,8 @@ class Text:
     want: Want = "text"
     columns: ColumnsConfig | None = None
     chosen: str | None = None
+    fits: Callable[[TextSource], object] = lambda source: None
+    """UsageError if the stage's settings are not for what the source gives."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +74,15 @@ class Stage:
         prepare: the model; the config with what depends on it filled in.
         shortage: the model, its size, number of processes; why the free memory is too small, and what to do. None: by
             `needs` alone.
-        fits: the model's size; UsageError if its linears cannot take the pattern or rank, or are none to skip.
+        fits: the model's size; UsageError if its linears cannot take the pattern or rank, or are none to skip, or a
+            sequence is longer than it can take.
         check_shared: number of processes; UsageError if they cannot share the work.
         check_packages: MissingError if a package that the settings ask for is not installed.
         stored: data_dir; the config as `stage.json` has it.
         inputs: of the one model it reads, its fingerprint, and data_dir; what `stage.json` has of what it reads.
-        foresee: models by role; one line on what will come out, found by looking at them, for a dry run.
+        foresee: models by role, without those yet to be made; one line on what will come out, found by looking at
+            them, for a dry run.
+        gives_template: data_dir; whether the model that comes out will have a chat template, whatever it is made of.
         without_effect: dotted keys of settings that change how the work is done, not what comes out.
     """
 
@@ -95,6 +101,7 @@ class Stage:
     stored: Callable[[Any, Path | None], Any] = lambda config, data_dir: config
     inputs: Callable[[Any, str, Path | None], dict[str, Any]] | None = None
     foresee: Callable[[Any, dict[str, ModelConfig]], str] = lambda config, models: ""
+    gives_template: Callable[[Any, Path | None], bool] = lambda config, data_dir: False
     without_effect: Collection[str] = ()
 
     def leaves(self, config: Config, size: ModelSize) -> int:
@@ -137,6 +144,8 @@ def _pruning_reads(config: PruneConfig) -> Reads:
 def _pruning_fits(config: PruneConfig, size: ModelSize) -> None:
     for shape in dict.fromkeys(size.without(config.skip).linears):
         Pattern.of(config).check_shape("a linear", shape)
+    if statistics_kind(config) != "none" and config.calibration.sequence_length is not None:
+        check_length(config.calibration.sequence_length, size.max_length, "sequence_length")
 
 
 def _tune(config: TuneConfig, models: dict[str, ModelConfig], out: Path, data_dir: Path | None) -> None:
@@ -152,8 +161,24 @@ def _tuning(config: TuneConfig, models: dict[str, ModelConfig]) -> str:
 
 def _tuning_reads(config: TuneConfig) -> Reads:
     teacher = teacher_model(config.distill) if config.distill and config.distill.teacher else None
-    texts = [Text(data.dataset, "train", "instructions", data.columns, data.split) for _, data in config.data.parts]
+    texts = [Text(data.dataset, "train", "instructions", data.columns, data.split, partial(_check_data, config, data))
+             for _, data in config.data.parts]  # fmt: skip
     return Reads(texts, teacher=teacher)
+
+
+def _check_data(config: TuneConfig, data: TuneDataConfig, source: TextSource) -> None:
+    from lors_cli.data.stream.samples import is_streamed
+    from lors_cli.data.tokens import check_settings
+
+    is_streamed(replace(config, data=data), source)
+    check_settings(data, source)
+
+
+def _learns_template(config: TuneConfig, data_dir: Path | None) -> bool:
+    from lors_cli.data.prompts import TEMPLATES
+    from lors_cli.tuning.data import as_read
+
+    return as_read(config, data_dir)[1] in TEMPLATES
 
 
 def _teacher_cache(config: TuneConfig, models: dict[str, ModelConfig]) -> str:
@@ -181,6 +206,7 @@ def _tuning_fits(config: TuneConfig, size: ModelSize) -> None:
     check_rank(config.method, config.rank, [rows for rows, _ in adapted.linears])
     if config.start != "kaiming":
         check_inputs(config.rank, {name: inputs for name, _, inputs, _ in adapted.layers})
+    check_length(config.data.max_length, size.max_length, "max_length")
 
 
 def _tuning_shared(config: TuneConfig, num_processes: int) -> None:
@@ -204,14 +230,18 @@ def _evaluation(config: EvalConfig, models: dict[str, ModelConfig]) -> str:
     return f"{', '.join(models)}: {named}{f' ({shots})' if shots else ''}"
 
 
+def _evaluation_fits(config: EvalConfig, size: ModelSize) -> None:
+    if config.perplexity and config.perplexity_length is not None:
+        check_length(config.perplexity_length, size.max_length, "perplexity_length")
+
+
 def _pack(config: PackConfig, models: dict[str, ModelConfig], out: Path, data_dir: Path | None) -> None:
     (model,) = models.values()
     processes.from_main(partial(packing.pack_model, config, model, out, data_dir=data_dir))
 
 
 def _packed_size(config: PackConfig, models: dict[str, ModelConfig]) -> str:
-    (model,) = models.values()
-    return packing.foreseen_size(model) if _lies_here(model) else ""
+    return "".join(packing.foreseen_size(model) for model in models.values() if _lies_here(model))
 
 
 STAGES = {
@@ -237,6 +267,7 @@ STAGES = {
         operations=lambda config, size, num_models, data_dir: tuning_estimate.operations(config, size, data_dir),
         describe=_tuning,
         foresee=_teacher_cache,
+        gives_template=_learns_template,
         reads=_tuning_reads,
         fits=_tuning_fits,
         makes="tuned",
@@ -265,6 +296,7 @@ STAGES = {
         needs=lambda config, size, num_processes: evaluation_estimate.needs(config, size),
         operations=lambda config, size, num_models, data_dir: evaluation_estimate.operations(config, size, num_models),
         describe=_evaluation,
+        fits=_evaluation_fits,
         without_effect=("models",),
         reads=lambda config: Reads(
             [Text(name, "validation") for name in config.perplexity],

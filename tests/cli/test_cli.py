@@ -331,7 +331,8 @@ def test_a_model_that_is_no_decoder_is_refused(at_workshop: Path, lors: Lors) ->
 
     T5Config(d_model=16, num_layers=1, vocab_size=258).save_pretrained("t5")
     result = lors("prune", "t5", "--out", "o", "--method", "magnitude", "--dry-run")
-    assert result.exit_code == 0
+    assert result.exit_code == 2
     assert "not a decoder-only causal language model" in result.stdout
+    assert "t5 has no model.safetensors" in result.stderr
     result = lors("prune", "t5", "--out", "o", "--method", "magnitude")
     assert result.exit_code == 2

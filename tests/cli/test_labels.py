@@ -93,3 +93,12 @@ def test_a_missing_chat_template_is_said_before_anything_runs(at_workshop: Path,
     result = lors("eval", "dense", "--tasks", "pydoc_choice", "--apply-chat-template", "--dry-run")
     assert result.exit_code == 2
     assert "has no chat template" in result.stderr
+    asked = "tune.data.template=chat", "eval.apply_chat_template=true"
+    for number, said in enumerate(("needs the tokenizer's chat template", "dense has no chat template")):
+        result = lors("run", "tiny.yaml", asked[number], "--dry-run")
+        assert result.exit_code == 2, result.output
+        assert said in " ".join(result.stderr.split())
+    own = lors("run", "tiny.yaml", asked[1], "eval.models=[tuned]", "--dry-run")
+    assert own.exit_code == 0, "tuning on instructions gives the model their template"
+    text = lors("run", "tiny.yaml", asked[1], "eval.models=[tuned]", "tune.data.dataset=text.jsonl", "--dry-run")
+    assert text.exit_code == 2

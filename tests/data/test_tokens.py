@@ -313,7 +313,7 @@ def test_windows_are_consecutive_and_full(tmp_path: Path, tiny_tokenizer: Any, c
     assert _windows(name, tiny_tokenizer, None, limit=50).shape == (2, 50)
     with pytest.raises(UsageError, match="105 tokens, fewer than one window of 106"):
         _windows(name, tiny_tokenizer, 106)
-    with pytest.raises(UsageError, match="sequence_length 51 is more than the model's 50"):
+    with pytest.raises(UsageError, match="perplexity_length 51 is more than the model's 50"):
         _windows(name, tiny_tokenizer, 51, limit=50)
 
 

@@ -15,7 +15,7 @@ import json
 import re
 import threading
 import urllib.parse
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import PurePosixPath
 from typing import Any, Literal
@@ -202,6 +202,8 @@ class Handler(BaseHTTPRequestHandler):
                     files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
                 elif line["key"] == "lfsFile":
                     files[line["value"]["path"]] = self.hub.stored[line["value"]["oid"]]
+                elif line["key"] == "deletedFile":
+                    del files[line["value"]["path"]]
             done = {"commitUrl": f"{self.hub.url}/{name}/commit/{repo.commit}", "commitOid": repo.commit}
             self.answer(200, json.dumps(done).encode())
 
@@ -221,6 +223,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def about(self, repo: Repo | None, name: str, what: str | None, revision: str | None, below: str, query: str,
               body: bytes) -> None:  # fmt: skip
+        if repo is not None and revision in repo.branches:
+            repo, revision = replace(repo, files=repo.branches[revision], branches={}), "main"
         if (repo := self.may(repo, revision)) is None:
             return
         paths = [path for path in sorted({*repo.files, *repo.folders}) if path.startswith(f"{below}/" if below else "")]

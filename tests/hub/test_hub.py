@@ -49,6 +49,16 @@ def test_prune_by_id_then_offline(hub: Hub, lors: Lors, model: str, place: Path,
         assert len(same) == 1, f"{name} must not tell where the model came from"
 
 
+def test_offline_without_the_weights_is_said_before_anything_runs(hub: Hub, lors: Lors, model: str) -> None:
+    """A dry run brings the settings alone, and the next one, offline, found nothing in the way."""
+    dry = lors("prune", model, "--out", "sparse", *PRUNE, "--dry-run")
+    assert dry.code == 0, dry.output
+    for more in (("--dry-run",), ()):
+        found = lors("prune", model, "--out", "sparse", *PRUNE, *more, connected=False)
+        assert found.code == 3, found.output
+        assert "its weights are not all in the hub's cache here" in said(found)
+
+
 def test_a_hub_that_cannot_be_reached_is_none_that_refuses(hub: Hub, lors: Lors, model: str) -> None:
     """Its word of the last time counts where no connection can be made, and not where it answers otherwise."""
     assert prune(lors, model).code == 0

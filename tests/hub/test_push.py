@@ -195,6 +195,27 @@ def test_a_dry_run_shows_all_and_writes_nothing(lors: Lors, hub: Hub, mine: Path
     assert ("model", "me/dry") not in hub.repos
 
 
+def test_a_push_replaces_the_checkpoint_that_is_there(lors: Lors, hub: Hub, mine: Path) -> None:
+    """Its files stayed: transformers reads model.safetensors, of before, and takes no notice of the new index."""
+    old = {"model.safetensors": b"old", "grid/scales.safetensors": b"old", "vocab.json": b"{}"}
+    kept = {"LICENSE": b"mine", "images/a.safetensors": b"mine", "notes.txt": b"mine"}
+    repo = hub.repos["model", "me/again"] = Repo({**old, **kept, "config.json": b"{}"})
+    push = "push", "runs/mine/tune", "me/again"
+    dry = lors(*push, "--dry-run", token=TOKEN)
+    assert f"goes from there: {', '.join(sorted(old))} card:" in said(dry)
+    for branch, files in (("v2", lambda: repo.branches["v2"]), ("main", lambda: repo.files)):
+        found = lors(*push, "--revision", branch, "--yes", token=TOKEN)
+        assert found.code == 0, found.output
+        assert kept.items() <= files().items()
+        assert not old.keys() & files().keys()
+        assert "model-00003-of-00003.safetensors" in files()
+    shutil.rmtree(mine / "tune" / "adapter")
+    (mine / "tune" / "chat_template.jinja").unlink()
+    assert lors(*push, "--revision", "v2", "--yes", token=TOKEN).code == 0
+    gone = repo.files.keys() - repo.branches["v2"].keys()
+    assert gone >= {"adapter/adapter_model.safetensors", "chat_template.jinja"}
+
+
 def test_private_and_branch(lors: Lors, hub: Hub, mine: Path) -> None:
     assert lors("push", "runs/mine", "me/hidden", "--private", "--revision", "v1", "--yes", token=TOKEN).code == 0
     repo = hub.repos["model", "me/hidden"]

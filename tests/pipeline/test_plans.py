@@ -10,6 +10,7 @@ import pytest
 from lors_cli.data.sources import resolve_data_dir
 from lors_cli.errors import MissingError, UsageError
 from lors_cli.pipeline.plans import StagePlan, describe, plan_single, plan_stages, select
+from lors_cli.pipeline.running import run_single
 from lors_cli.recipe.loading import load_recipe
 from lors_cli.recipe.schema import EvalConfig, ModelConfig, PruneConfig
 
@@ -78,6 +79,17 @@ def test_an_evaluation_needs_what_its_largest_model_does(at_workshop: Path) -> N
     assert plan_single("eval", EvalConfig(tasks=("rte",)), models, Path("e"), None).origin == models["large"]
     del models["large"]
     assert plan_single("eval", EvalConfig(tasks=("rte",)), models, Path("e"), None).origin == models["small"]
+
+
+def test_a_stage_that_another_process_has_done_meanwhile_is_not_done_again(at_workshop: Path) -> None:
+    """Two calls of one command: the second had made its plan before the first published."""
+    model = {"dense": ModelConfig(path="dense")}
+    plan = plan_single("prune", PruneConfig(method="magnitude"), model, Path("p"), None)
+    run_single(plan, None)
+    made = Path("p/stage.json").stat().st_mtime_ns
+    assert plan.status == "run"
+    run_single(plan, None)
+    assert Path("p/stage.json").stat().st_mtime_ns == made
 
 
 def test_select_marks_what_is_forced(at_finished: Path) -> None:

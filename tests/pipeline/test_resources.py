@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -248,8 +250,65 @@ def test_what_can_only_be_pruned_is_known_before_it_is(stage: str, build: Any, t
         build(name).save_pretrained(tmp_path / name)
         size = model_size(ModelConfig(path=str(tmp_path / name)))
         assert size is not None
+        size = replace(size, max_length=2048)
         with nullcontext() if fits else pytest.raises(UsageError, match="Linear can be"):
             STAGES[stage].fits(TUNE if stage == "tune" else PackConfig(), size)
+
+
+@pytest.mark.parametrize(
+    ("config", "key", "length"),
+    [
+        (SPARSEGPT, "sequence_length", 512),
+        (TUNE, "max_length", 256),
+        (EvalConfig(perplexity=("pydoc",), perplexity_length=256), "perplexity_length", 256),
+    ],
+)
+def test_a_length_beyond_the_model_s_limit_is_known_before_anything_runs(config: Any, key: str, length: int) -> None:
+    size, fits = size_of("HuggingFaceTB/SmolLM2-135M"), STAGES[NAMES[type(config)]].fits
+    fits(config, replace(size, max_length=length))
+    with pytest.raises(UsageError, match=f"^{key} {length} is more than the model's {length - 1} tokens"):
+        fits(config, replace(size, max_length=length - 1))
+
+
+def test_a_length_that_is_not_used_is_not_looked_at() -> None:
+    size = replace(size_of("HuggingFaceTB/SmolLM2-135M"), max_length=8)
+    STAGES["prune"].fits(replace(SPARSEGPT, method="magnitude"), size)
+    STAGES["eval"].fits(EvalConfig(perplexity_length=256), size)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"dataset": "text.jsonl", "template": "vicuna"}, "data.template is for instructions, and text.jsonl is text"),
+        ({"dataset": "rows.jsonl", "packing": "concatenated"}, "would let the instructions of rows.jsonl see one"),
+        ({"dataset": "pydoc", "packing": "concatenated"}, "would let the instructions of pydoc see one another"),
+        ({"dataset": "rows.jsonl", "stream": "on"}, "data.stream: on is for text, and rows.jsonl is instructions"),
+    ],
+)
+def test_settings_that_are_not_for_the_data_are_known_before_anything_runs(
+    at_workshop: Path, data: dict[str, Any], said: str
+) -> None:
+    plan = plan_of(replace(TUNE, data=TuneDataConfig(max_length=256, **data)), ModelConfig(path="dense"))
+    (trouble,) = troubles([plan], None)
+    assert said in trouble.error.message
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+def test_weights_that_are_not_there_are_known_before_anything_runs(at_workshop: Path, teacher: bool) -> None:
+    """A teacher's were found missing once the model was pruned."""
+    folder = Path("other")
+    shutil.copytree("dense", folder)
+    plan = plan_of(PruneConfig(method="magnitude"), ModelConfig(path="other"))
+    if teacher:
+        data = TuneDataConfig(dataset="rows.jsonl", max_length=256)
+        plan = plan_of(replace(TUNE, data=data, distill=DistillConfig(teacher="other")), ModelConfig(path="dense"))
+    assert troubles([plan], None) == []
+    weights = (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert ["only pickled weights" in trouble.error.message for trouble in troubles([plan], None)] == [True]
+    weights.rename(folder / "model-1.safetensors")
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert ["has no model-2.safetensors" in trouble.error.message for trouble in troubles([plan], None)] == [True]
 
 
 def test_owl_goes_through_the_dense_model_first() -> None:

@@ -13,7 +13,7 @@ import typer
 from lors_cli.errors import shorten
 from lors_cli.files import records
 from lors_cli.output import console, progress
-from lors_cli.pipeline.plans import StagePlan, describe, foresee
+from lors_cli.pipeline.plans import StagePlan, describe, foresee, to_come
 from lors_cli.pipeline.resources import try_estimate
 from lors_cli.pipeline.stages import STAGES
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def plan_document(name: str, out: Path, plans: list[StagePlan], found: Sequence[Trouble]) -> dict[str, Any]:
     """A dry run's JSON document: the plan, what is in its way, and the exit code that it would end with."""
-    stages = []
+    stages, missing = [], to_come(plans)
     for plan in plans:
         needs, why = try_estimate(plan)
         stages.append({
@@ -33,7 +33,7 @@ def plan_document(name: str, out: Path, plans: list[StagePlan], found: Sequence[
             "models": {label: model.path for label, model in plan.models.items()},
             "peak_memory_bytes": needs.memory if needs else None, "disk_bytes": needs.disk if needs else None,
             "estimate": f"{needs}{_of_each(plan)}" if needs else why,
-            **({"makes": made} if not found and (made := foresee(plan)) else {}),
+            **({"makes": made} if not found and (made := foresee(plan, missing)) else {}),
         })  # fmt: skip
     in_the_way = [{"stage": trouble.stage, "message": trouble.error.message, "hint": trouble.error.hint,
                    "exit_code": trouble.error.exit_code} for trouble in found]  # fmt: skip

@@ -394,9 +394,17 @@ def test_a_dry_run_of_a_recipe_whose_model_is_yet_to_come_says_no_size(
 ) -> None:
     recipe = f"name: r\nmodel: {{path: {checkpoint}, device: cpu}}\nprune: {{method: magnitude}}\npack: {{}}\n"
     (tmp_path / "r.yaml").write_text(recipe)
-    found = lors("run", tmp_path / "r.yaml", "--out", tmp_path / "run", "--dry-run", "--json")
-    assert found.exit_code == 0, found.output
-    assert [("makes" in stage) for stage in json.loads(found.stdout)["stages"]] == [False, False]
+    command = "run", tmp_path / "r.yaml", "--out", tmp_path / "run"
+
+    def makes(*changes: str) -> list[bool]:
+        found = lors(*command, *changes, "--dry-run", "--json")
+        assert found.exit_code == 0, found.output
+        return ["makes" in stage for stage in json.loads(found.stdout)["stages"]]
+
+    assert makes() == [False, False]
+    assert lors(*command, "--until", "prune").exit_code == 0
+    assert makes() == [False, True]
+    assert makes("prune.pattern=1:4") == [False, False], "that of the model before"
 
 
 def test_a_changed_setting_before_a_packed_model_is_told(at_finished: Path, lors: Callable[..., Any]) -> None:

@@ -184,12 +184,14 @@ def test_everything_cannot_be_skipped() -> None:
 
 
 def test_globs_are_looked_at_before_anything_is_loaded(at_workshop: Path, lors: Callable[..., Result]) -> None:
-    result = lors(
-        "prune", "dense", "--out", "out", "--skip", "*.dwn_proj,*.q_proj", "--method", "magnitude", "--dry-run"
-    )
+    flags = ("--skip", "*.dwn_proj,*.q_proj", "--method", "magnitude", "--dry-run")
+    result = lors("prune", "dense", "--out", "out", *flags)
     assert result.exit_code == 2
     assert result.stderr.count("*.dwn_proj is the name of no layer") == 1, "it was said twice, by two looks"
     assert "*.down_proj" in result.stderr
+    planned = json.loads(lors("prune", "dense", "--out", "out", *flags, "--json").stdout)
+    assert len(planned["in_the_way"]) == 1
+    assert "*.dwn_proj" in planned["stages"][0]["estimate"], "the plan was lost"
     assert not Path("out").exists()
     Path("skip.yaml").write_text("method: magnitude\nskip: ['*.down_proj', model.layers.0.*]\n")
     result = lors("prune", "dense", "--out", "out", "--config", "skip.yaml", "--json")
