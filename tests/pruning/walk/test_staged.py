@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from killed_walks import killed_when
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -32,10 +33,6 @@ from lors_cli.recipe.schema import CalibrationConfig, ModelConfig, PruneConfig
 from lors_cli.sparsity import Pattern
 
 Build = Callable[..., PreTrainedModel]
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL."""
 
 
 def pruned_in_memory(model: PreTrainedModel, batches: list[torch.Tensor], work: Path, **settings: Any) -> Outcome:
@@ -202,25 +199,11 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     checkpoint: Path,
     token_file: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     config = PruneConfig(calibration=CalibrationConfig(dataset=str(token_file), batch_size=4), **settings)
     prune(config, ModelConfig(path=str(checkpoint)), tmp_path / "unbroken")
-    advance, count = HiddenStates.advance, 0
-
-    def killed(self: HiddenStates, *args: Any) -> None:
-        nonlocal count
-        count += 1
-        advance(self, *args)
-        if count == calls:
-            self.settle()
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(HiddenStates, "advance", killed)
-        with pytest.raises(Killed):
-            prune(config, ModelConfig(path=str(checkpoint)), tmp_path / "out")
+    killed_when(lambda _, count: count == calls, config, ModelConfig(path=str(checkpoint)), tmp_path / "out")
     capsys.readouterr()
     prune(config, ModelConfig(path=str(checkpoint)), tmp_path / "out")
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("unbroken", "out"))
