@@ -21,7 +21,7 @@ from typer.testing import CliRunner, Result
 from lors_cli.cli.app import app
 from lors_cli.output import console
 
-pytest_plugins = ("tiny_models", "packed_cases")
+pytest_plugins = ("tiny_models", "packed_cases", "scored_models")
 
 
 SLOW = (
