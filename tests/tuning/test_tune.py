@@ -72,20 +72,21 @@ def test_adapter_and_merged_checkpoint_agree_bit_for_bit(
     assert torch.equal(adapted(IDS).logits, _model(out)(IDS).logits)
 
 
-@pytest.mark.parametrize("step", [1, 4, 7])
 def test_a_resumed_run_equals_an_unbroken_one(
-    sparse_checkpoint: Path, config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+    sparse_checkpoint: Path, config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = ModelConfig(path=str(sparse_checkpoint))
-    tune(config, model, tmp_path / "whole")
-    killed_at(step, config, model, tmp_path / "broken", monkeypatch)
-    assert records.read_record(tmp_path / "broken") is None
-    assert not (tmp_path / "broken" / "model.safetensors").exists()
-    tune(config, model, tmp_path / "broken")
-    for name in MODELS:
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "broken" / name).read_bytes()
-    losses = [[row["loss"] for row in log(tmp_path / run)] for run in ("whole", "broken")]
-    assert losses[0] == losses[1]
+    model, whole = ModelConfig(path=str(sparse_checkpoint)), tmp_path / "whole"
+    tune(config, model, whole)
+    for step in (1, 4, 7):
+        broken = tmp_path / f"broken at {step}"
+        killed_at(step, config, model, broken, monkeypatch)
+        assert records.read_record(broken) is None
+        assert not (broken / "model.safetensors").exists()
+        tune(config, model, broken)
+        for name in MODELS:
+            assert (whole / name).read_bytes() == (broken / name).read_bytes(), step
+        losses = [[row["loss"] for row in log(run)] for run in (whole, broken)]
+        assert losses[0] == losses[1], step
 
 
 def test_a_run_does_not_go_on_in_another_number_format(
@@ -139,17 +140,17 @@ def test_checkpointing_that_a_family_lacks_is_refused(
         tune(replace(config, gradient_checkpointing=True), ModelConfig(path=str(sparse_checkpoint)), tmp_path / "tune")
 
 
-@pytest.mark.parametrize("step", [9, 10, 11])
 def test_a_run_resumed_near_the_end_of_an_epoch_equals_an_unbroken_one(
-    sparse_checkpoint: Path, config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+    sparse_checkpoint: Path, config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, config = ModelConfig(path=str(sparse_checkpoint)), replace(config, max_steps=12)
-    tune(config, model, tmp_path / "whole")
-    killed_at(step, config, model, tmp_path / "broken", monkeypatch)
-    tune(config, model, tmp_path / "broken")
-    rows = log(tmp_path / "broken")
-    assert [row["step"] for row in rows] == list(range(1, 13))
-    assert (tmp_path / "whole/model.safetensors").read_bytes() == (tmp_path / "broken/model.safetensors").read_bytes()
+    model, config, whole = ModelConfig(path=str(sparse_checkpoint)), replace(config, max_steps=12), tmp_path / "whole"
+    tune(config, model, whole)
+    for step in (9, 10, 11):
+        broken = tmp_path / f"broken at {step}"
+        killed_at(step, config, model, broken, monkeypatch)
+        tune(config, model, broken)
+        assert [row["step"] for row in log(broken)] == list(range(1, 13)), step
+        assert (whole / MODELS[0]).read_bytes() == (broken / MODELS[0]).read_bytes(), step
 
 
 def test_a_steps_samples_come_longest_first_and_an_epoch_holds_every_sample_once() -> None:

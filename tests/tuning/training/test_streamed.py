@@ -41,17 +41,11 @@ def streamed(config: TuneConfig, tmp_path: Path) -> TuneConfig:
     return replace(config, data=data, learning_rate=1e-2)
 
 
-@pytest.mark.parametrize(("step", "cache_is_lost"), [(1, False), (4, False), (7, False), (4, True)])
 def test_a_resumed_run_equals_an_unbroken_one(
-    sparse_checkpoint: Path, streamed: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache_root: Path,
-    step: int, cache_is_lost: bool,
-) -> None:  # fmt: skip
-    model = ModelConfig(path=str(sparse_checkpoint))
-    tune(streamed, model, tmp_path / "whole")
-    shutil.rmtree(cache_root)  # the broken run reads nothing of the whole one's
-    killed_at(step, streamed, model, tmp_path / "broken", monkeypatch)
-    if cache_is_lost:
-        shutil.rmtree(cache_root)
+    sparse_checkpoint: Path, streamed: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache_root: Path
+) -> None:
+    model, whole = ModelConfig(path=str(sparse_checkpoint)), tmp_path / "whole"
+    tune(streamed, model, whole)
     seen: list[int] = []
     read = TokenStream.__getitem__
 
@@ -60,15 +54,22 @@ def test_a_resumed_run_equals_an_unbroken_one(
         return read(self, index)
 
     monkeypatch.setattr(TokenStream, "__getitem__", noted)
-    tune(streamed, model, tmp_path / "broken")
-    for name in MODELS:
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "broken" / name).read_bytes()
-    losses = [[row["loss"] for row in log(tmp_path / run)] for run in ("whole", "broken")]
-    assert losses[0] == losses[1]
-    assert len(losses[0]) == 8
-    done = step // 3 * 3  # save_steps
-    read_in_training = [index for index in seen if isinstance(index, int)][-4 * (8 - done) :]
-    assert read_in_training == list(range(4 * done, 32))  # none of the steps before is read again
+    for step, cache_is_lost in ((1, False), (4, False), (7, False), (4, True)):
+        shutil.rmtree(cache_root)  # the broken run reads nothing of those before it
+        broken = tmp_path / f"broken at {step}, {cache_is_lost}"
+        killed_at(step, streamed, model, broken, monkeypatch)
+        if cache_is_lost:
+            shutil.rmtree(cache_root)
+        seen.clear()
+        tune(streamed, model, broken)
+        for name in MODELS:
+            assert (whole / name).read_bytes() == (broken / name).read_bytes(), broken
+        losses = [[row["loss"] for row in log(run)] for run in (whole, broken)]
+        assert losses[0] == losses[1], broken
+        assert len(losses[0]) == 8
+        done = step // 3 * 3  # save_steps
+        read_in_training = [index for index in seen if isinstance(index, int)][-4 * (8 - done) :]
+        assert read_in_training == list(range(4 * done, 32)), broken  # none of the steps before is read again
 
 
 def test_a_cached_run_equals_a_first_one_and_starts_no_process(
