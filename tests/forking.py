@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lors_cli.cli import launch
 from lors_cli.cli.app import app
@@ -130,3 +130,20 @@ def together(number: int, *arguments: str) -> subprocess.CompletedProcess[str]:
     started = [forked(*arguments, **launch._environment(rank, number, port)) for rank in range(number)]
     ended = [process.completed() for process in started]
     return next((each for each in ended if each.returncode), ended[0])
+
+
+def command(*arguments: str) -> subprocess.Popen[str]:
+    """Start `lors` as a shell does, in a process that imports all anew."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "lors_cli", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(found: Callable[[], Any], seconds: float = 240.0) -> Any:
+    """The first value that is not None."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if (value := found()) is not None:
+            return value
+        time.sleep(0.02)
+    raise AssertionError("it did not come")

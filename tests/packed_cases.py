@@ -13,6 +13,7 @@ import torch
 from lors_cli.grid import Grid, GridSpec
 from lors_cli.models.packed.kernels import ops
 
+DTYPES = [torch.bfloat16, torch.float32]
 TARGETS = ["native", *(["x86-64-v3", "x86-64"] if platform.machine() == "x86_64" else [])]
 
 
@@ -32,6 +33,12 @@ def target(request: pytest.FixtureRequest) -> str:
     if request.param == "x86-64-v3" and not torch.cpu.get_capabilities().get("avx2"):
         pytest.skip("this processor has no AVX2")
     return str(request.param)
+
+
+@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """What the kernels compute in."""
+    return request.param  # type: ignore[no-any-return]
 
 
 @dataclass

@@ -46,6 +46,10 @@ def test_the_sdist_has_what_a_build_and_the_tests_need(built: Path) -> None:
     assert {"pyproject.toml", "README.md", "LICENSE", "lors_cli/__init__.py", "recipes/quickstart.yaml",
             "tests/test_package.py", "docs/recipe.md"} <= names  # fmt: skip
     assert not {name for name in names if name.endswith((".pyc", ".safetensors"))}
+    of_benchmarks = {f"tests/{path.name}" for path in (ROOT / "tests").glob("test_*.py")
+                     if re.search(r"^sys\.path\.insert", path.read_text(encoding="utf-8"), re.MULTILINE)}  # fmt: skip
+    assert len(of_benchmarks) == 4
+    assert not of_benchmarks & names  # what they import is not shipped
 
 
 def test_the_version_stands_in_one_place() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -254,19 +252,3 @@ def test_flags_of_the_other_benchmark_are_refused() -> None:
             parse_flags({**GIVEN, name: "4"})
     with pytest.raises(UsageError, match="--pattern: a checkpoint has its own zeros"):
         decode_settings({**GIVEN, "model": "sparse", "pattern": "2:4"})
-
-
-def test_it_needs_torch_transformers_typer_rich_and_yaml_alone() -> None:
-    others = ("peft", "datasets", "lm_eval", "matplotlib", "psutil", "scipy", "greenlet", "gguf",
-              "accelerate", "triton")  # fmt: skip
-    code = (
-        "import sys\n"
-        f"for name in {others!r}: sys.modules[name] = None\n"
-        "from lors_cli.cli import main\n"
-        "sys.argv = ['lors', 'bench', '--decode', '--blocks', '1', '--lengths', '8', '--tokens', '2', '--rounds',\n"
-        "            '1', '--json', '--device', 'cpu']\n"
-        "main()\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert list(json.loads(done.stdout)["cells"]) == ["decode 2 tokens", "prefill 8 tokens"]

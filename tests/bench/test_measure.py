@@ -219,12 +219,18 @@ def test_it_needs_torch_transformers_typer_rich_and_yaml_alone() -> None:
         "import sys\n"
         f"for name in {others!r}: sys.modules[name] = None\n"
         "from lors_cli.cli import main\n"
-        "sys.argv = ['lors', 'bench', '--blocks', '1', '--lengths', '8', '--ranks', '4', '--rounds', '1', '--steps',\n"
-        "            '1', '--methods', 'lora,lors,sqft', '--json', '--device', 'cpu']\n"
-        "main()\n"
+        "steps = ['--ranks', '4', '--steps', '1', '--methods', 'lora,lors,sqft']\n"
+        "for given in (steps, ['--decode', '--tokens', '2']):\n"
+        "    sys.argv = ['lors', 'bench', *given, '--blocks', '1', '--lengths', '8', '--rounds', '1', '--json',\n"
+        "                '--device', 'cpu']\n"
+        "    try: main()\n"
+        "    except SystemExit as end: assert not end.code, end.code\n"
+        "    print('---')\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    (cell,) = json.loads(done.stdout)["cells"].values()
+    steps, decoding, _ = done.stdout.split("---\n")
+    (cell,) = json.loads(steps)["cells"].values()
     assert list(cell) == ["lors", "sqft"]
     assert "no row for LoRA" in done.stderr
+    assert list(json.loads(decoding)["cells"]) == ["decode 2 tokens", "prefill 8 tokens"]

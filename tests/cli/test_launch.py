@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import typer
+from typer.testing import Result
 
 from lors_cli.cli import launch as module
 from lors_cli.cli.launch import launch, together
@@ -148,13 +150,16 @@ def test_what_nproc_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
     assert started == [2]
 
 
-def test_a_recipe_runs_in_two_processes(finished_workshop: Path, at_workshop: Path) -> None:
-    command = [sys.executable, "-m", "lors_cli", "run", "tiny.yaml", "prune.calibration.batch_size=4", "pack={}"]
-    done = subprocess.run([*command, "--nproc", "2", "--json"], capture_output=True, text=True, timeout=500)
+def test_a_recipe_runs_in_two_processes(
+    finished_workshop: Path, at_workshop: Path, lors: Callable[..., Result]
+) -> None:
+    asked = ["run", "tiny.yaml", "prune.calibration.batch_size=4", "pack={}", "--json"]
+    command = [sys.executable, "-m", "lors_cli", *asked, "--nproc", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     assert [stage["status"] for stage in json.loads(done.stdout)["stages"]] == ["done"] * 4
     one, two = (folder / "runs" / "tiny" for folder in (finished_workshop, at_workshop))
     for name in ("dense.json", "samples/dense/pydoc_choice.jsonl"):
         assert (two / "eval" / name).read_bytes() == (one / "eval" / name).read_bytes()
-    again = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=500)  # in one process
+    again = lors(*asked)  # in one process
     assert [stage["status"] for stage in json.loads(again.stdout)["stages"]] == ["skipped"] * 4

@@ -51,7 +51,8 @@ def _write(path: Path, rows: list[Any]) -> Path:
 
 
 def test_importing_loads_no_torch() -> None:
-    code = "import sys, lors_cli.data.sources; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"  # noqa: E501  # noqa: E501  # noqa: E501  # noqa: E501  # noqa: E501  # noqa: E501  # noqa: E501  # noqa: E501
+    loaded = "[m for m in ('torch', 'transformers', 'datasets') if m in sys.modules]"
+    code = f"import sys, lors_cli.data.sources; print({loaded})"
     root = Path(__file__).parents[2]
     run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from killed_walks import killed_when
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 from typer.testing import Result
@@ -21,7 +22,6 @@ from lors_cli.models.grids import GRIDS_NAME, load_grids
 from lors_cli.models.size import model_size
 from lors_cli.pruning import estimate, methods
 from lors_cli.pruning.stage import prune, stage_fingerprint
-from lors_cli.pruning.walk.hidden_states import HiddenStates
 from lors_cli.recipe.schema import CalibrationConfig, ModelConfig, PruneConfig, QuantizeConfig
 
 
@@ -130,28 +130,14 @@ def test_the_rows_of_a_grid_move_with_those_of_its_weight(
     assert not weights[name].equal(moved_weights[name])
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL."""
-
-
 @pytest.mark.parametrize("method", ["sparsegpt", "magnitude"])
 def test_a_killed_run_keeps_the_grids_of_finished_blocks(
-    method: str, checkpoint: Path, token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, checkpoint: Path, token_file: Path, tmp_path: Path
 ) -> None:
     model, config = ModelConfig(path=str(checkpoint)), config_of(token_file, method)
     prune(config, model, tmp_path / "unbroken")
-    out, advance = tmp_path / "out", HiddenStates.advance
-
-    def killed(self: HiddenStates, *args: Any) -> None:
-        advance(self, *args)
-        if self._index == 2:
-            self.settle()
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(HiddenStates, "advance", killed)
-        with pytest.raises(Killed):
-            prune(config, model, out)
+    out = tmp_path / "out"
+    killed_when(lambda block, _: block == 2, config, model, out)
     assert not (out / GRIDS_NAME).exists()
     prune(config, model, out)
     for name in ("model.safetensors", GRIDS_NAME):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from scored_models import scored
 
 from lors_cli.evaluation.summary import average
 from lors_cli.output.markdown import Row
@@ -160,24 +160,6 @@ def test_the_misprint_is_said_once_and_only_where_it_is_shown() -> None:
 # By task --------------------------------------------------------------------------------------------------------
 
 
-def _result(acc: float | None, norm: float, boolq: float, perplexity: float | None) -> dict[str, Any]:
-    tasks: dict[str, dict[str, Any]] = {
-        "arc_easy": {"acc": acc, "acc_stderr": 0.0123, "acc_norm": norm, "acc_norm_stderr": None, "num_samples": 9},
-        "boolq": {"acc": boolq, "acc_stderr": 0.02, "num_samples": 9},
-    }
-    text = {"value": perplexity, "tokens": 10, "sequence_length": 5}
-    return {"model": "m", "tasks": tasks, "average": average(tasks), "perplexity": {"wikitext2": text}}
-
-
-@pytest.fixture
-def trio() -> dict[str, Any]:
-    return {
-        "dense": _result(0.6, 0.5, 0.8, math.e**2),
-        "pruned": _result(0.4, 0.3, 0.6, math.e**3),
-        "tuned": _result(0.55, 0.45, 0.75, math.e**2.25),
-    }
-
-
 def test_table(trio: dict[str, Any]) -> None:
     columns, rows = by_task(trio)
     assert columns == ["task", "dense", "pruned", "Δ dense", "tuned", "Δ dense", "recovered"]
@@ -203,7 +185,7 @@ def test_two_models_are_compared_to_the_first(trio: dict[str, Any]) -> None:
 
 
 def test_missing_values_are_dashes_and_no_average_is_invented() -> None:
-    broken = _result(None, 0.5, 0.8, None)
+    broken = scored(None, 0.5, 0.8, None)
     assert broken["average"]["value"] is None
     _, rows = by_task({"dense": broken})
     assert rows[0] == ["arc_easy", "–"]
@@ -270,8 +252,8 @@ def test_one_row_has_no_best_and_equal_ones_share_it() -> None:
 
 def test_cells_that_were_not_measured_alike_have_no_best_and_it_is_said() -> None:
     other = cell("b", 0.55, 31.6)
-    for scored in other["results"].values():
-        scored["perplexity"]["wikitext2"]["sequence_length"] = 5
+    for result in other["results"].values():
+        result["perplexity"]["wikitext2"]["sequence_length"] = 5
     _, _, bold, unlike = by_cell([cell("a", 0.5, 100.0), other])
     assert {column for _, column in bold} == {1, 3}
     assert unlike.endswith("not all of them compare: ppl wikitext2, recovered ppl wikitext2.")

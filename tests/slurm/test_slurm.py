@@ -15,13 +15,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from chains import compare, results
+from forking import command, wait_for
 
 from lors_cli.files import locks
 
@@ -90,12 +91,6 @@ def at_start(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     wait_for(lambda: None if queue() else True)
 
 
-def command(*arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "lors_cli", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
 def ended(process: subprocess.Popen[str], seconds: float = 600) -> tuple[int, dict[str, Any], str]:
     stdout, stderr = process.communicate(timeout=seconds)
     return process.returncode, json.loads(stdout), stderr
@@ -106,15 +101,6 @@ def queue(state: str = "all") -> list[str]:
     done = subprocess.run(["squeue", "--noheader", "--format", "%i %T"], capture_output=True, text=True, check=True)
     found = [line.split() for line in done.stdout.splitlines()]
     return [number for number, now in found if state in ("all", now)]
-
-
-def wait_for(found: Callable[[], Any], seconds: float = 240.0) -> Any:
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        if (value := found()) is not None:
-            return value
-        time.sleep(0.05)
-    raise AssertionError("it did not come")
 
 
 def tuning(other_than: str = "") -> Path | None:

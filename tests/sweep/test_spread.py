@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import types
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -19,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 from chains import compare, results
-from forking import Forked, forked
+from forking import Forked, command, forked, wait_for
 from typer.testing import Result
 
 from lors_cli.errors import MissingError, UsageError
@@ -71,25 +70,10 @@ def left_by(folder: Path) -> dict[str, Any]:
     return {name: content for name, content in found.items() if not name.startswith(("jobs/", "report.", "figures/"))}
 
 
-def command(*arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "lors_cli", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
 def forked_job(name: str, cell: str, folder: JobFolder, **environment: str) -> Forked:
     """As `jobs.start`, without what every process imports."""
     environment[LAUNCHER] = str(os.getpid())
     return forked(COMMAND, str(folder.text), cell, name, "--out", str(folder.out), said=folder.log(name), **environment)
-
-
-def wait_for(found: Callable[[], Any], seconds: float = 120.0) -> Any:
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        if (value := found()) is not None:
-            return value
-        time.sleep(0.02)
-    raise AssertionError("it did not come")
 
 
 def tuning() -> psutil.Process | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from killed_runs import MODELS, killed_at, log
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 
@@ -55,7 +56,7 @@ def test_tuning_lowers_the_loss_and_keeps_every_zero(
     assert record.metrics["violations"] == 0
     assert record.metrics["sparsity"] >= 0.5
     assert record.metrics["last_loss"] < record.metrics["first_loss"] - 0.5
-    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    rows = log(out)
     assert [row["step"] for row in rows] == list(range(1, 9))
     assert rows[0]["learning_rate"] == pytest.approx(5e-2)
     assert records.is_finished(out, record.fingerprint)
@@ -71,34 +72,21 @@ def test_adapter_and_merged_checkpoint_agree_bit_for_bit(
     assert torch.equal(adapted(IDS).logits, _model(out)(IDS).logits)
 
 
-@pytest.mark.parametrize("killed_at", [1, 4, 7])
 def test_a_resumed_run_equals_an_unbroken_one(
-    sparse_checkpoint: Path, config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int
+    sparse_checkpoint: Path, config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = ModelConfig(path=str(sparse_checkpoint))
-    tune(config, model, tmp_path / "whole")
-    original = AdapterTrainer.micro_batch
-    calls = 0
-
-    def dies(self: AdapterTrainer, *args: Any) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        if self.step == killed_at:
-            raise RuntimeError("killed")
-        return original(self, *args)
-
-    monkeypatch.setattr(AdapterTrainer, "micro_batch", dies)
-    with pytest.raises(RuntimeError, match="killed"):
-        tune(config, model, tmp_path / "broken")
-    assert records.read_record(tmp_path / "broken") is None
-    assert not (tmp_path / "broken" / "model.safetensors").exists()
-    monkeypatch.setattr(AdapterTrainer, "micro_batch", original)
-    tune(config, model, tmp_path / "broken")
-    for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "broken" / name).read_bytes()
-    losses = [[json.loads(line)["loss"] for line in (tmp_path / run / "log.jsonl").read_text().splitlines()]
-              for run in ("whole", "broken")]  # fmt: skip
-    assert losses[0] == losses[1]
+    model, whole = ModelConfig(path=str(sparse_checkpoint)), tmp_path / "whole"
+    tune(config, model, whole)
+    for step in (1, 4, 7):
+        broken = tmp_path / f"broken at {step}"
+        killed_at(step, config, model, broken, monkeypatch)
+        assert records.read_record(broken) is None
+        assert not (broken / "model.safetensors").exists()
+        tune(config, model, broken)
+        for name in MODELS:
+            assert (whole / name).read_bytes() == (broken / name).read_bytes(), step
+        losses = [[row["loss"] for row in log(run)] for run in (whole, broken)]
+        assert losses[0] == losses[1], step
 
 
 def test_a_run_does_not_go_on_in_another_number_format(
@@ -152,27 +140,17 @@ def test_checkpointing_that_a_family_lacks_is_refused(
         tune(replace(config, gradient_checkpointing=True), ModelConfig(path=str(sparse_checkpoint)), tmp_path / "tune")
 
 
-@pytest.mark.parametrize("killed_at", [9, 10, 11])
 def test_a_run_resumed_near_the_end_of_an_epoch_equals_an_unbroken_one(
-    sparse_checkpoint: Path, config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int
+    sparse_checkpoint: Path, config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, config = ModelConfig(path=str(sparse_checkpoint)), replace(config, max_steps=12)
-    tune(config, model, tmp_path / "whole")
-    original = AdapterTrainer.micro_batch
-
-    def dies(self: AdapterTrainer, *args: Any) -> torch.Tensor:
-        if self.step == killed_at:
-            raise RuntimeError("killed")
-        return original(self, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(AdapterTrainer, "micro_batch", dies)
-        with pytest.raises(RuntimeError, match="killed"):
-            tune(config, model, tmp_path / "broken")
-    tune(config, model, tmp_path / "broken")
-    rows = [json.loads(line) for line in (tmp_path / "broken/log.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(1, 13))
-    assert (tmp_path / "whole/model.safetensors").read_bytes() == (tmp_path / "broken/model.safetensors").read_bytes()
+    model, config, whole = ModelConfig(path=str(sparse_checkpoint)), replace(config, max_steps=12), tmp_path / "whole"
+    tune(config, model, whole)
+    for step in (9, 10, 11):
+        broken = tmp_path / f"broken at {step}"
+        killed_at(step, config, model, broken, monkeypatch)
+        tune(config, model, broken)
+        assert [row["step"] for row in log(broken)] == list(range(1, 13)), step
+        assert (whole / MODELS[0]).read_bytes() == (broken / MODELS[0]).read_bytes(), step
 
 
 def test_a_steps_samples_come_longest_first_and_an_epoch_holds_every_sample_once() -> None:
@@ -370,16 +348,7 @@ def test_a_finished_result_stays_whole_while_another_is_begun_in_its_folder(
 ) -> None:
     model, out = ModelConfig(path=str(sparse_checkpoint)), tmp_path / "tune"
     finished = tune(config, model, out)
-    original = AdapterTrainer.micro_batch
-
-    def dies(self: AdapterTrainer, *args: Any) -> torch.Tensor:
-        if self.step == 2:
-            raise RuntimeError("killed")
-        return original(self, *args)
-
-    monkeypatch.setattr(AdapterTrainer, "micro_batch", dies)
-    with pytest.raises(RuntimeError, match="killed"):
-        tune(replace(config, rank=2), model, out)
+    killed_at(2, replace(config, rank=2), model, out, monkeypatch)
     assert records.is_finished(out, finished.fingerprint)
 
 

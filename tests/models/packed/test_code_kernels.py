@@ -17,12 +17,6 @@ from lors_cli.models.packed.linear import PackedLinear
 from lors_cli.sparsity import TWO_OF_FOUR, Pattern, keep_largest
 
 pytestmark = pytest.mark.usefixtures("kernels_of_the_module")
-DTYPES = [torch.bfloat16, torch.float32]
-
-
-@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    return request.param  # type: ignore[no-any-return]
 
 
 def bits_of(weight: torch.Tensor) -> torch.Tensor:

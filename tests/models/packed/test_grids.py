@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -13,74 +11,26 @@ from typing import Any
 
 import pytest
 import torch
+from packed_models import INT4, pack, quantised, same, unpack
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lors_cli.errors import UsageError
-from lors_cli.files import records
-from lors_cli.grid import GridSpec, fit_grid
-from lors_cli.models import tensor_files
+from lors_cli.grid import GridSpec
 from lors_cli.models.grids import GRIDS_NAME, load_grids, save_grids
 from lors_cli.models.inspection import inspect
 from lors_cli.models.loading import load_model
-from lors_cli.models.packed.checkpoint import Checkpoint, unpack_model
+from lors_cli.models.packed.checkpoint import Checkpoint
 from lors_cli.models.packed.linear import PackedLinear
-from lors_cli.models.packed.stage import foreseen_size, pack_model
+from lors_cli.models.packed.stage import foreseen_size
 from lors_cli.models.sources import model_fingerprint
 from lors_cli.output.console import gib
-from lors_cli.recipe.packing import PackConfig
 from lors_cli.recipe.schema import ModelConfig
-from lors_cli.sparsity import Pattern, keep_largest
+from lors_cli.sparsity import Pattern
 from lors_cli.tuning.loading import load
 
 Q_PROJ, DOWN_PROJ = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
-INT4 = GridSpec(4, 32)
 SPECS = [INT4, GridSpec(4, 64, symmetric=False), GridSpec(8, 128)]
-HALF = Pattern.parse("2:4")
-
-
-def quantised(
-    folder: Path, spec: GridSpec = INT4, pattern: Pattern = HALF, dtype: torch.dtype = torch.float32, floats: str = "!",
-    dense: str = "!",
-) -> Path:  # fmt: skip
-    """The same checkpoint, sparse, with its weights rounded to grids that lie beside it.
-
-    Args:
-        floats: layers by part of their names that are sparse and on no grid; `dense`: that are neither.
-    """
-    tensors, grids = load_file(folder / "model.safetensors"), {}
-    for key, tensor in tensors.items():
-        tensors[key] = tensor = tensor.to(dtype)
-        if not (key.startswith("model.layers.") and key.endswith("_proj.weight")) or dense in key:
-            continue
-        mask = keep_largest(tensor.abs(), pattern, per_row=False)
-        tensors[key] = tensor * mask
-        if floats not in key:
-            grid = fit_grid(tensor, mask, spec)
-            tensors[key] = grid.rounded(tensor) * mask
-            grids[key.removesuffix(".weight")] = grid
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    save_grids(folder, grids)
-    settings = json.loads((folder / "config.json").read_text())
-    settings["dtype"] = str(dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps(settings))
-    return folder
-
-
-def pack(model: Path, out: Path, **settings: Any) -> records.StageRecord:
-    return pack_model(PackConfig(), ModelConfig(path=str(model), **settings), out)
-
-
-def unpack(model: Path, out: Path, **settings: Any) -> dict[str, int]:
-    return unpack_model(Checkpoint(ModelConfig(path=str(model), **settings), packed=True), out)
-
-
-def same(one: Path, other: Path) -> None:
-    before, after = (load_file(folder / "model.safetensors") for folder in (one, other))
-    assert before.keys() == after.keys()
-    for key, tensor in before.items():
-        assert tensor.dtype == after[key].dtype
-        assert tensor.equal(after[key]), key
 
 
 def said(folder: Path) -> dict[str, Any]:
@@ -162,14 +112,6 @@ def test_saving_and_loading_again_gives_equal_tensors(checkpoint: Path, tmp_path
     AutoModelForCausalLM.from_pretrained(tmp_path / "packed").save_pretrained(tmp_path / "again")
     same(tmp_path / "packed", tmp_path / "again")
     assert said(tmp_path / "packed") == said(tmp_path / "again")
-
-
-def test_without_the_import_loading_fails_and_gives_no_random_weights(checkpoint: Path, tmp_path: Path) -> None:
-    pack(quantised(checkpoint), tmp_path / "packed")
-    code = "from transformers import AutoModelForCausalLM as A; A.from_pretrained('packed')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "ignore_mismatched_sizes" in done.stderr
 
 
 def test_lors_takes_a_packed_model_for_what_was_packed(checkpoint: Path, tmp_path: Path) -> None:
@@ -297,30 +239,6 @@ def test_a_dry_run_says_the_size_that_packing_then_makes(
     before, after = (gib(metrics[key]) for key in ("bytes_before", "bytes"))
     share = metrics["bytes"] / metrics["bytes_before"]
     assert stage["makes"] == f"{before} → {after}, {share:.1%}; {len(metrics['layers'])} linears packed"
-
-
-def test_a_killed_call_goes_on_at_the_file_it_was_in(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lors_cli.models.packed.checkpoint.MAX_SHARD_SIZE", "10KB")
-    plain = quantised(checkpoint)
-    whole = pack(plain, tmp_path / "whole")
-    written: list[str] = []
-    finish = tensor_files.TensorWriter.finish
-
-    def stop_at_third(self: Any) -> None:
-        if len(written) == 2:
-            raise KeyboardInterrupt
-        written.append(self.path.name)
-        finish(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(tensor_files.TensorWriter, "finish", stop_at_third)
-        with pytest.raises(KeyboardInterrupt):
-            pack(plain, tmp_path / "packed")
-    assert not (tmp_path / "packed/config.json").exists()
-    assert pack(plain, tmp_path / "packed").files == whole.files
-    assert len([name for name in whole.files if name.endswith(".safetensors")]) > 3
 
 
 def test_weights_that_change_while_they_are_packed_are_refused(

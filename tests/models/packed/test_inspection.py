@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packed_models import made_sparse, pack
 from safetensors.torch import load_file, save_file
 from typer.testing import Result
 
@@ -15,26 +16,15 @@ from lors_cli.errors import UsageError
 from lors_cli.models import inspection, loading
 from lors_cli.models.inspection import inspect
 from lors_cli.models.packed import inspection as packed_inspection
-from lors_cli.models.packed.stage import pack_model
-from lors_cli.recipe.packing import PackConfig
 from lors_cli.recipe.schema import ModelConfig
-from lors_cli.sparsity import Pattern, keep_largest
+from lors_cli.sparsity import Pattern
 
 Lors = Callable[..., Result]
 
 
-def made_sparse(folder: Path, pattern: Pattern, spare: str = "!") -> Path:
-    tensors = load_file(folder / "model.safetensors")
-    for name, tensor in tensors.items():
-        if name.endswith("_proj.weight") and spare not in name:
-            tensors[name] = tensor * keep_largest(tensor.abs(), pattern, per_row=False)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    return folder
-
-
 def packed_and_plain(checkpoint: Path, tmp_path: Path, pattern: Pattern, spare: str = "!") -> list[ModelConfig]:
     made_sparse(checkpoint, pattern, spare)
-    pack_model(PackConfig(), ModelConfig(path=str(checkpoint)), tmp_path / "packed")
+    pack(checkpoint, tmp_path / "packed")
     return [ModelConfig(path=str(path)) for path in (tmp_path / "packed", checkpoint)]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from packed_cases import Case, check, merged, pack, random_case, random_code_case
+from packed_cases import DTYPES, Case, check, merged, pack, random_case, random_code_case
 from torch.nn import functional as F
 
 from lors_cli.models.packed.kernels import build, ops
@@ -18,12 +18,6 @@ from lors_cli.tuning.kernels.rounding import thresholds
 
 X86 = platform.machine() == "x86_64"
 pytestmark = pytest.mark.usefixtures("kernels_of_the_module")
-DTYPES = [torch.bfloat16, torch.float32]
-
-
-@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    return request.param  # type: ignore[no-any-return]
 
 
 def test_each_target_uses_its_own_instructions(target: str) -> None:

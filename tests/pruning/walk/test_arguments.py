@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from killed_walks import killed_when
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -22,7 +23,6 @@ from lors_cli.pruning.methods.owl import allocate, outlier_ratio
 from lors_cli.pruning.stage import prune
 from lors_cli.pruning.walk import block as walk_block
 from lors_cli.pruning.walk.calibration import capture
-from lors_cli.pruning.walk.hidden_states import HiddenStates
 from lors_cli.pruning.walk.passes import owl_shares
 from lors_cli.recipe.schema import CalibrationConfig, ModelConfig, PruneConfig
 
@@ -152,30 +152,15 @@ def test_reconstruction_goes_from_what_pruned_blocks_give_to_what_dense_ones_do(
     assert len(found) == 4
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL."""
-
-
 @pytest.mark.parametrize("offload", ["auto", "disk"])
 @pytest.mark.parametrize("shared", [0, 2])
 def test_a_killed_run_ends_in_the_same_weights(
-    shared: int, offload: str, gemma: Gemma, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    shared: int, offload: str, gemma: Gemma, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Keys and values that blocks share are not on disk: then the run starts at the first block again."""
     expected = gemma.pruned(shared)
     config, out = gemma.config(offload), gemma.folder / "again"
-    advance = HiddenStates.advance
-
-    def killed(self: HiddenStates, *args: Any) -> None:
-        advance(self, *args)
-        if self._index == 3:
-            self.settle()
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(HiddenStates, "advance", killed)
-        with pytest.raises(Killed):
-            prune(config, gemma.save(shared), out)
+    killed_when(lambda block, _: block == 3, config, gemma.save(shared), out)
     assert (out / ".work" / "inputs_0003.0of1.safetensors").exists()
     prune(config, gemma.save(shared), out)
     assert ("resuming after 3 of 4 blocks" in capsys.readouterr().err) == (not shared)

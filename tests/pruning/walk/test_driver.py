@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from killed_walks import Killed
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
@@ -181,10 +182,6 @@ def test_wanda_equals_a_naive_sequential_run(build: Build, batches: list[torch.T
                     weight[row, lowest] = 0
     for (name, got), expected in zip(model.named_parameters(), reference.parameters(), strict=True):
         assert torch.equal(got, expected), name
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL."""
 
 
 @pytest.fixture

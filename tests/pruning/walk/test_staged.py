@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from killed_walks import killed_when
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -32,10 +33,6 @@ from lors_cli.recipe.schema import CalibrationConfig, ModelConfig, PruneConfig
 from lors_cli.sparsity import Pattern
 
 Build = Callable[..., PreTrainedModel]
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL."""
 
 
 def pruned_in_memory(model: PreTrainedModel, batches: list[torch.Tensor], work: Path, **settings: Any) -> Outcome:
@@ -189,45 +186,31 @@ RECONSTRUCTED = {"method": "wanda", "reconstruct_epochs": 1}
 """The dense blocks' inputs go on before the pruned ones': the second block is begun by call 5, done by call 6."""
 
 
-@pytest.mark.parametrize(("settings", "calls"), [
-    *((settings, calls) for calls in (1, 2, 4) for settings in (
-        {"method": "admm"}, {"method": "ria", "channel_permutation": True}
-    )),
-    *((OWL, calls) for calls in (1, 3, 4, 5, 7, 8)),
-    *((RECONSTRUCTED, calls) for calls in (1, 2, 3, 4, 5, 6)),
+@pytest.mark.parametrize(("settings", "moments"), [
+    ({"method": "admm"}, (1, 2, 4)), ({"method": "ria", "channel_permutation": True}, (1, 2, 4)),
+    (OWL, (1, 3, 4, 5, 7, 8)), (RECONSTRUCTED, (1, 2, 3, 4, 5, 6)),
 ])  # fmt: skip
 def test_a_killed_run_goes_on_to_the_same_bits(
     settings: dict[str, Any],
-    calls: int,
+    moments: tuple[int, ...],
     checkpoint: Path,
     token_file: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     config = PruneConfig(calibration=CalibrationConfig(dataset=str(token_file), batch_size=4), **settings)
-    prune(config, ModelConfig(path=str(checkpoint)), tmp_path / "unbroken")
-    advance, count = HiddenStates.advance, 0
-
-    def killed(self: HiddenStates, *args: Any) -> None:
-        nonlocal count
-        count += 1
-        advance(self, *args)
-        if count == calls:
-            self.settle()
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(HiddenStates, "advance", killed)
-        with pytest.raises(Killed):
-            prune(config, ModelConfig(path=str(checkpoint)), tmp_path / "out")
-    capsys.readouterr()
-    prune(config, ModelConfig(path=str(checkpoint)), tmp_path / "out")
-    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("unbroken", "out"))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    if settings is RECONSTRUCTED:
-        said = [calls // 2 - 1] if calls >= 4 else []
-        assert re.findall(r"resuming after (\d) of 3", capsys.readouterr().err) == [*map(str, said)]
+    model = ModelConfig(path=str(checkpoint))
+    prune(config, model, tmp_path / "unbroken")
+    for calls in moments:
+        out = tmp_path / f"killed at {calls}"
+        killed_when(lambda _, count, calls=calls: count == calls, config, model, out)  # type: ignore[misc]
+        capsys.readouterr()
+        prune(config, model, out)
+        first, second = (load_file(folder / "model.safetensors") for folder in (tmp_path / "unbroken", out))
+        assert all(torch.equal(first[name], second[name]) for name in first), calls
+        if settings is RECONSTRUCTED:
+            said = [calls // 2 - 1] if calls >= 4 else []
+            assert re.findall(r"resuming after (\d) of 3", capsys.readouterr().err) == [*map(str, said)], calls
 
 
 @pytest.mark.parametrize("method", ["wanda", "magnitude"])

@@ -12,6 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
+from killed_runs import log
 from on_grids import save_on_grids
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
@@ -99,10 +100,6 @@ def both(
         patch.setenv("LORS_CACHE_DIR", str(folder / "cache_of_two"))
         assert launch([sys.executable, str(script), str(folder / "jobs.json"), str(two)], 2) == 0
     return jobs, one, two
-
-
-def log(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def assert_alike(one: Path, two: Path, tolerance: float) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from killed_runs import killed_at, log
 
 from lors_cli.errors import MissingError
 from lors_cli.pipeline.plans import plan_single
@@ -17,8 +18,6 @@ from lors_cli.pipeline.preflight import troubles
 from lors_cli.recipe.schema import ModelConfig, TuneConfig
 from lors_cli.tuning.stage import tune
 from lors_cli.tuning.training.optimisers import make_optimizer, make_schedule
-from lors_cli.tuning.training.step_log import StepLog
-from lors_cli.tuning.training.trainer import AdapterTrainer
 
 PEAK = 8e-3
 
@@ -66,30 +65,16 @@ def test_the_schedules_differ_and_cosine_is_the_default() -> None:
     assert len({tuple(rates(8, lr_schedule=name)) for name in ("cosine", "linear", "constant")}) == 3
 
 
-def killed_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = AdapterTrainer.micro_batch
-
-    def dies(self: AdapterTrainer, *args: Any) -> torch.Tensor:
-        if self.step == step:
-            raise RuntimeError("killed")
-        return original(self, *args)
-
-    monkeypatch.setattr(AdapterTrainer, "micro_batch", dies)
-
-
 def broken_and_whole(
     config: TuneConfig, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> list[tuple[bytes, list[Any]]]:
     """Weights and losses of a run that was killed and went on, and of an unbroken one."""
     model = ModelConfig(path=str(base))
-    with monkeypatch.context() as patch:
-        killed_at(5, patch)
-        with pytest.raises(RuntimeError, match="killed"):
-            tune(config, model, tmp_path / "broken")
+    killed_at(5, config, model, tmp_path / "broken", monkeypatch)
     found = []
     for name in ("broken", "whole"):
         tune(config, model, tmp_path / name)
-        losses = [(row["loss"], row["learning_rate"]) for row in StepLog(tmp_path / name / "log.jsonl").rows()]
+        losses = [(row["loss"], row["learning_rate"]) for row in log(tmp_path / name)]
         found.append(((tmp_path / name / "model.safetensors").read_bytes(), losses))
     return found
 

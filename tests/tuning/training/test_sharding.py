@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from killed_runs import log
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -106,8 +107,7 @@ def both(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> tuple
 @pytest.mark.parametrize("job", ["tied", "experts", "shared", "lora", "isolated"])
 def test_a_model_in_shards_is_tuned_like_a_whole_one(both: tuple[dict[str, Any], Path, Path], job: str) -> None:
     _, one, two = both
-    first, second = ([json.loads(line)["loss"] for line in (folder / job / "log.jsonl").read_text().splitlines()]
-                     for folder in (one, two))  # fmt: skip
+    first, second = ([row["loss"] for row in log(folder / job)] for folder in (one, two))
     assert second == pytest.approx(first, abs=1e-4)
     for name in ("adapter/adapter_model.safetensors", "model.safetensors"):
         expected, found = load_file(one / job / name), load_file(two / job / name)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from killed_runs import MODELS
+from killed_runs import MODELS, killed_at, log
 
 from lors_cli.data.samples import count_tokens
 from lors_cli.data.stream import cache as token_cache
@@ -41,31 +41,11 @@ def streamed(config: TuneConfig, tmp_path: Path) -> TuneConfig:
     return replace(config, data=data, learning_rate=1e-2)
 
 
-def _killed_at(step: int, config: TuneConfig, model: ModelConfig, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = AdapterTrainer.micro_batch
-
-    def dies(self: AdapterTrainer, *args: Any) -> torch.Tensor:
-        if self.step == step:
-            raise RuntimeError("killed")
-        return original(self, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(AdapterTrainer, "micro_batch", dies)
-        with pytest.raises(RuntimeError, match="killed"):
-            tune(config, model, out)
-
-
-@pytest.mark.parametrize(("killed_at", "cache_is_lost"), [(1, False), (4, False), (7, False), (4, True)])
 def test_a_resumed_run_equals_an_unbroken_one(
-    sparse_checkpoint: Path, streamed: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache_root: Path,
-    killed_at: int, cache_is_lost: bool,
-) -> None:  # fmt: skip
-    model = ModelConfig(path=str(sparse_checkpoint))
-    tune(streamed, model, tmp_path / "whole")
-    shutil.rmtree(cache_root)  # the broken run reads nothing of the whole one's
-    _killed_at(killed_at, streamed, model, tmp_path / "broken", monkeypatch)
-    if cache_is_lost:
-        shutil.rmtree(cache_root)
+    sparse_checkpoint: Path, streamed: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache_root: Path
+) -> None:
+    model, whole = ModelConfig(path=str(sparse_checkpoint)), tmp_path / "whole"
+    tune(streamed, model, whole)
     seen: list[int] = []
     read = TokenStream.__getitem__
 
@@ -74,16 +54,22 @@ def test_a_resumed_run_equals_an_unbroken_one(
         return read(self, index)
 
     monkeypatch.setattr(TokenStream, "__getitem__", noted)
-    tune(streamed, model, tmp_path / "broken")
-    for name in MODELS:
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "broken" / name).read_bytes()
-    losses = [[json.loads(line)["loss"] for line in (tmp_path / run / "log.jsonl").read_text().splitlines()]
-              for run in ("whole", "broken")]  # fmt: skip
-    assert losses[0] == losses[1]
-    assert len(losses[0]) == 8
-    done = killed_at // 3 * 3  # save_steps
-    read_in_training = [index for index in seen if isinstance(index, int)][-4 * (8 - done) :]
-    assert read_in_training == list(range(4 * done, 32))  # none of the steps before is read again
+    for step, cache_is_lost in ((1, False), (4, False), (7, False), (4, True)):
+        shutil.rmtree(cache_root)  # the broken run reads nothing of those before it
+        broken = tmp_path / f"broken at {step}, {cache_is_lost}"
+        killed_at(step, streamed, model, broken, monkeypatch)
+        if cache_is_lost:
+            shutil.rmtree(cache_root)
+        seen.clear()
+        tune(streamed, model, broken)
+        for name in MODELS:
+            assert (whole / name).read_bytes() == (broken / name).read_bytes(), broken
+        losses = [[row["loss"] for row in log(run)] for run in (whole, broken)]
+        assert losses[0] == losses[1], broken
+        assert len(losses[0]) == 8
+        done = step // 3 * 3  # save_steps
+        read_in_training = [index for index in seen if isinstance(index, int)][-4 * (8 - done) :]
+        assert read_in_training == list(range(4 * done, 32)), broken  # none of the steps before is read again
 
 
 def test_a_cached_run_equals_a_first_one_and_starts_no_process(
@@ -114,7 +100,7 @@ def test_exactly_the_budget_of_tokens_is_trained_on(
     assert sum(seen) == record.metrics["tokens"] == budget
     assert (record.metrics["steps"], record.metrics["num_samples"]) == (3, 10)
     assert record.config["max_tokens"] == budget
-    rows = [json.loads(line) for line in (tmp_path / "tune/log.jsonl").read_text().splitlines()]
+    rows = log(tmp_path / "tune")
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert rows[0]["learning_rate"] > rows[2]["learning_rate"]
 
@@ -136,7 +122,7 @@ def test_the_last_steps_loss_is_the_mean_over_its_own_labels(
     monkeypatch.setattr(AdapterTrainer, "micro_batch", kept)
     model = ModelConfig(path=str(sparse_checkpoint), dtype="float32")
     tune(config, model, tmp_path / "tune")
-    rows = [json.loads(line) for line in (tmp_path / "tune/log.jsonl").read_text().splitlines()]
+    rows = log(tmp_path / "tune")
     network = load_model(model)
     for row, step in zip(rows, (batches[:2], batches[2:]), strict=True):
         total, count = 0.0, 0
@@ -157,7 +143,7 @@ def test_packed_instructions_are_tuned_on_and_resumed(
     record = tune(packed, model, tmp_path / "whole")
     assert record.metrics["num_samples"] < 20
     assert record.metrics["last_loss"] < record.metrics["first_loss"]
-    _killed_at(4, packed, model, tmp_path / "broken", monkeypatch)
+    killed_at(4, packed, model, tmp_path / "broken", monkeypatch)
     tune(packed, model, tmp_path / "broken")
     assert (tmp_path / "whole" / MODELS[0]).read_bytes() == (tmp_path / "broken" / MODELS[0]).read_bytes()
 
