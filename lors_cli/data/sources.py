@@ -271,6 +271,12 @@ def _as_text(rows: Iterator[Row]) -> Iterator[Row]:
         yield {"text": whole_text(row)}
 
 
+def may_have_blanks(name: str) -> bool:
+    """Whether a source is rows of the user's, of which earlier versions made documents where they are blank, too."""
+    path = Path(name)
+    return name not in SOURCES and not (is_format(path.name) and file_format(path) in ("txt", "safetensors"))
+
+
 # ---- where things lie
 
 

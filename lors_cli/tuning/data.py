@@ -41,10 +41,13 @@ def data_identity(config: TuneConfig, data_dir: Path | None) -> tuple[dict[str, 
 
 
 def _identity(config: TuneConfig, data: TuneDataConfig, source: TextSource) -> dict[str, Any]:
+    from lors_cli.data.sources import may_have_blanks
     from lors_cli.data.stream.samples import is_streamed
     from lors_cli.data.tokens import usual_packing
 
     settings = asdict(data)
+    if source.kind == "text" and may_have_blanks(data.dataset):
+        settings["blank_texts"] = "left out"
     for key in ("dataset", "split", "columns"):  # in the data's fingerprint
         del settings[key]
     del settings["mix"]

@@ -205,6 +205,23 @@ def test_text_for_tuning_is_packed(tmp_path: Path, tiny_tokenizer: Any) -> None:
         _tune(path, tiny_tokenizer)
 
 
+@pytest.mark.parametrize("packing", ["concatenated", "isolated"])
+def test_blank_texts_are_no_documents(
+    tmp_path: Path, tiny_tokenizer: Any, packing: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = [f"{i:03d}" for i in range(40)]
+    whole = _rows(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    blank = _rows(tmp_path / "b.jsonl", [{"text": text} for name in texts for text in (name, "", " \n")])
+    tuned = [_tune(path, tiny_tokenizer, max_length=16, packing=packing).samples for path in (whole, blank)]
+    assert tuned[0] == tuned[1]
+    held_out = tuning_samples(TuneDataConfig(dataset=blank, max_length=16, packing=packing), tiny_tokenizer, seed=0,
+                              num_needed=None, model_max_length=4096, data_dir=None, val_size=2)  # fmt: skip
+    assert len(held_out.samples) + len(held_out.held_out) == len(tuned[0])
+    given = {"num_samples": 4, "sequence_length": 16}
+    assert torch.equal(*(_calibrate(path, tiny_tokenizer, **given) for path in (whole, blank)))
+    assert capsys.readouterr().err.count("b.jsonl: 80 blank texts left out") == 3
+
+
 # ---- calibration
 
 

@@ -47,12 +47,15 @@ def cache_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 DOCUMENTS = [f"{index:04d}:" + chr(97 + index % 26) * (index * 37 % 90) for index in range(700)]
+BLANKS = 600
+"""Rows after the first ten that are left out, so many that a whole batch has no document."""
 
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.jsonl"
-    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in DOCUMENTS))
+    texts = [*DOCUMENTS[:10], *["", " \n"] * (BLANKS // 2), *DOCUMENTS[10:], ""]
+    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in texts))
     return path
 
 
