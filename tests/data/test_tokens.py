@@ -15,12 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lors_cli.data.packing import packed_blocks
-from lors_cli.data.prompts import alpaca_prompt
+from lors_cli.data.prompts import TEMPLATES
 from lors_cli.data.samples import PadCollator
 from lors_cli.data.tokens import calibration_tokens, perplexity_windows, tuning_samples
 from lors_cli.errors import UsageError
 from lors_cli.models.checks import check_vocabulary
 from lors_cli.recipe.schema import CalibrationConfig, TuneDataConfig
+
+alpaca_prompt = TEMPLATES["alpaca"].prompt
 
 EOS = 257
 
@@ -91,16 +93,17 @@ def test_truncation_and_skipped_rows(tmp_path: Path, tiny_tokenizer: Any) -> Non
         {"instruction": "a", "output": "0123456789"},
         {"instruction": "a", "output": ""},
         {"instruction": "a", "output": " \n"},
+        {"instruction": "a", "output": None},
         {"instruction": "a" * 50, "output": "never seen"},
         {"instruction": "aaaaa", "output": "b"},
     ]
     data = _tune(_rows(tmp_path / "a.jsonl", rows), tiny_tokenizer, max_length=size + 4)
-    assert data.skipped == {"empty output": 2, "no label after truncation": 2}
-    assert data.num_rows == 5
+    assert data.skipped == {"empty output": 3, "no label after truncation": 2}
+    assert data.num_rows == 6
     (sample,) = data.samples
     assert sample["labels"] == [-100] * size + list(b"0123")  # cut, so without an end
     assert len(sample["input_ids"]) == size + 4
-    with pytest.raises(UsageError, match="no usable row among 5"):
+    with pytest.raises(UsageError, match="no usable row among 6"):
         _tune(_rows(tmp_path / "a.jsonl", rows), tiny_tokenizer, max_length=size)
 
 

@@ -45,7 +45,7 @@ def cache_dir() -> Path:
     """Where tokenised text is kept: $LORS_CACHE_DIR, else `lors` in $XDG_CACHE_HOME or ~/.cache."""
     chosen = os.environ.get("LORS_CACHE_DIR")
     if chosen:
-        return Path(chosen).expanduser()
+        return Path(os.path.expanduser(chosen))
     return user_cache()
 
 

@@ -31,4 +31,5 @@ def read_documents(source: TextSource, position: Position) -> Iterator[tuple[lis
     number = position["documents"]
     for texts in batches(row["text"] for row in rows):
         number += len(texts)
-        yield [text for text in texts if text.strip()], {"documents": number, **({"state": dataset.state_dict()} if dataset is not None else {})}
+        after = {"documents": number, **({"state": dataset.state_dict()} if dataset is not None else {})}
+        yield [text for text in texts if text.strip()], after
