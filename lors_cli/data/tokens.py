@@ -30,6 +30,7 @@ from lors_cli.data.tokenising import (
     check_length,
     encode,
     read_tokens,
+    warn_of_size,
     window_length,
 )
 from lors_cli.errors import UsageError
@@ -110,6 +111,8 @@ def perplexity_windows(
         max_windows = _STREAM_WINDOWS
         console.info(f"{name} is streamed: its first {max_windows} windows of {length} tokens are measured.")
     enough = None if max_windows is None else length * (max_windows + 1)
+    if enough is None or source.fingerprint.startswith("txt:"):
+        warn_of_size(name, source.num_bytes, "give it as JSON lines, a document a row, with perplexity_windows")
     text = _joined_text(_texts(source), tokenizer, enough)
     tokens = torch.tensor(encode(tokenizer, [text])[0], dtype=torch.int64)
     windows = len(tokens) // length

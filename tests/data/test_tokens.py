@@ -115,6 +115,17 @@ def test_num_samples_counts_usable_rows_in_order(tmp_path: Path, tiny_tokenizer:
     assert (data.num_rows, data.skipped["empty output"]) == (600, 200)
 
 
+def test_the_memory_of_a_large_text_is_said(
+    tmp_path: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = _rows(tmp_path / "rows.jsonl", [{"text": "x" * 50}] * 20)
+    (tmp_path / "book.txt").write_text("x" * 1000)
+    monkeypatch.setattr("lors_cli.data.tokenising.LARGE_TEXT", 500)
+    for name, most, is_said in ((rows, None, True), (rows, 2, False), (str(tmp_path / "book.txt"), 2, True)):
+        _windows(name, tiny_tokenizer, 8, most=most)
+        assert (f"{name} is tokenised at once" in " ".join(capsys.readouterr().err.split())) == is_said
+
+
 def test_max_length_above_the_models(tmp_path: Path, tiny_tokenizer: Any) -> None:
     path = _rows(tmp_path / "a.jsonl", [{"instruction": "a", "output": "b"}])
     with pytest.raises(UsageError, match="max_length 512 is more than the model's 256 tokens"):
