@@ -46,7 +46,7 @@ def evaluate(
         models: label to model (a folder or hub id, or its settings), in the order of the results; a label names the
             model's files.
         out: stage folder, which all processes see.
-        data_dir: folder with local copies of the datasets; default $LORS_DATA_DIR, else the hub.
+        data_dir: folder with local copies of the datasets; default `$LORS_DATA_DIR`, else the hub.
 
     Returns:
         Label to {"model", "tasks", "average", "perplexity"}, as in `out/<label>.json`.

@@ -89,7 +89,7 @@ def prune(
         config: method, pattern, calibration.
         model: dense; a folder or hub id, or its settings.
         out: stage folder, which all processes see.
-        data_dir: local datasets; default $LORS_DATA_DIR, else the hub.
+        data_dir: local datasets; default `$LORS_DATA_DIR`, else the hub.
 
     Returns:
         The stage's record; its metrics hold sparsity and pattern of every pruned weight.
