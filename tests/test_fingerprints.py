@@ -27,6 +27,7 @@ ROW = '{"instruction": "say", "input": "", "output": "it"}\n'
 def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "rows.jsonl").write_text(ROW)
     (tmp_path / "text.txt").write_text("some text\n")
+    (tmp_path / "texts.jsonl").write_text('{"text": "some"}\n')  # of such rows blank ones are left out
     monkeypatch.chdir(tmp_path)
 
 
@@ -35,6 +36,7 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (PruneConfig(method="magnitude"), "8374dc3af0a56308405181043525e581"),
         (PruneConfig(calibration=CalibrationConfig(dataset="text.txt")), "fc39272dca3304b77152c24228769954"),
+        (PruneConfig(calibration=CalibrationConfig(dataset="texts.jsonl")), "5fb8d77a391960522f3f9236c715b56c"),
         (
             PruneConfig(
                 method="wanda",
@@ -67,6 +69,7 @@ DATA = TuneDataConfig(dataset="rows.jsonl")
     ("config", "expected"),
     [
         (TuneConfig(data=DATA, learning_rate=2e-5), "675f8982678eaa24b3d91cd5e70c766c"),
+        (TuneConfig(data=replace(DATA, dataset="texts.jsonl"), learning_rate=2e-5), "76663238954a9c20788becad3f209f10"),
         (
             TuneConfig(data=DATA, method="sqft", rank=8, alpha=4, learning_rate=1e-3, max_steps=6),
             "3abc568a8a79a4afb9de9ef4f83923a3",

@@ -89,6 +89,17 @@ def test_the_package_s_face_imports_next_to_nothing() -> None:
     assert names | sources == {"__future__", "importlib", "typing", "lors_cli.machine.imports"}
 
 
+def test_no_home_is_looked_for_with_pathlib() -> None:
+    """It raises RuntimeError where there is no such user; `os.path.expanduser` leaves the path as it is."""
+    of_pathlib = [
+        f"{module}:{node.lineno}"
+        for module, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and node.attr == "expanduser" and ast.unparse(node.value) != "os.path"
+    ]
+    assert not of_pathlib
+
+
 def test_few_files_at_the_root_and_none_too_long() -> None:
     assert len(list(PACKAGE.glob("*.py"))) <= 6
     long = {str(path.relative_to(PACKAGE)): lines for path in MODULES.values()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
@@ -202,7 +203,7 @@ def _starting(words: Iterable[str], incomplete: str) -> list[str]:
 def _files(incomplete: str, endings: tuple[str, ...]) -> list[str]:
     """Files with one of these endings whose path starts so; folders are the shell's, where nothing is offered."""
     folder, slash, start = incomplete.rpartition("/")
-    place = Path(f"{folder}{slash}" or ".").expanduser()
+    place = Path(os.path.expanduser(f"{folder}{slash}" or "."))
     if not place.is_dir():
         return []
     return [f"{folder}{slash}{path.name}" for path in sorted(place.iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,7 +92,7 @@ def _is_config(name: str) -> bool:
     """Whether `name` means the config of a single stage: a shipped one, or a file without the keys of a recipe."""
     from lors_cli.recipe.loading import read_settings
 
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if not path.is_file():
         stem = name.removeprefix("configs/").removesuffix(".yaml")
         return stem in shipped_files("config") and stem not in shipped_files("recipe")

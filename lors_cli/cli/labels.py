@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Literal
 
 from lors_cli.errors import UsageError, nearest
-
-_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_TAKEN = ("stage", "samples")
-"""Names of other files in the folder of results."""
 
 
 def read_arguments(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
@@ -19,6 +16,8 @@ def read_arguments(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
     Raises:
         UsageError: no model, a name that can be no file's or is given twice, an argument that can be read in two ways.
     """
+    from lors_cli.recipe.evaluation import check_label
+
     models: list[tuple[str, str]] = []
     settings = []
     for argument in arguments:
@@ -28,8 +27,8 @@ def read_arguments(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
         else:
             name, _, path = argument.partition("=") if kind == "named" else ("", "", argument)
             models.append((name, path))
-            if kind == "named" and (not _LABEL.fullmatch(name) or name in _TAKEN):
-                raise UsageError(f"{name!r} cannot be a model's name in the results.", "Use letters, digits, . _ -")
+            if kind == "named":
+                check_label(name)
     return _labelled(models), settings
 
 
@@ -39,10 +38,12 @@ def named_models(arguments: list[str]) -> dict[str, str]:
     Raises:
         UsageError: a name is given twice.
     """
+    from lors_cli.recipe.evaluation import LABEL
+
     models = []
     for argument in arguments:
         name, _, path = argument.partition("=")
-        is_named = path and _LABEL.fullmatch(name) and not Path(argument).exists()
+        is_named = path and LABEL.fullmatch(name) and not Path(argument).exists()
         models.append((name, path) if is_named else ("", argument))
     return _labelled(models)
 
@@ -70,9 +71,11 @@ def _labelled(models: list[tuple[str, str]]) -> dict[str, str]:
 
 
 def _own_name(path: str) -> str:
+    from lors_cli.recipe.evaluation import TAKEN
+
     name = Path(path).resolve().name if Path(path).exists() else path.rstrip("/").rpartition("/")[2]
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", name.removesuffix(".gguf")).lstrip("._-")[:90] or "model"
-    return f"{name}-model" if name in _TAKEN else name
+    return f"{name}-model" if name in TAKEN else name
 
 
 def reading(argument: str) -> Literal["model", "named", "setting"]:
@@ -91,7 +94,7 @@ def reading(argument: str) -> Literal["model", "named", "setting"]:
     known = field_names(EvalConfig)
     if key.partition(".")[0] in known:
         return "setting"
-    place, close = Path(value).expanduser(), nearest(key.lower().replace("-", "_"), known, 0.75)
+    place, close = Path(os.path.expanduser(value)), nearest(key.lower().replace("-", "_"), known, 0.75)
     if value.startswith(PACKAGE_SCHEME) or value.lower().endswith(".gguf") or (place / "config.json").is_file():
         return "named"
     is_path = "/" in value or place.is_dir()

@@ -75,7 +75,7 @@ def resolve_data_dir(name: str | Path | None) -> Path | None:
     chosen = name or os.environ.get(DATA_DIR_VARIABLE)
     if not chosen:
         return None
-    folder = Path(chosen).expanduser()
+    folder = Path(os.path.expanduser(chosen))
     if not folder.is_dir():
         source = "data_dir" if name else f"${DATA_DIR_VARIABLE}"
         raise MissingError(f"{source}: {folder} is no folder.", "docs/how-to.md shows its layout.")

@@ -40,6 +40,10 @@ class Layout:
         """Whether a row has all keys, null counting as absent."""
         return all(row.get(key) is not None for key in self.keys)
 
+    def lacks_answer(self, row: Row) -> bool:
+        """Whether a row has all keys, and of a question and its answer the latter is null."""
+        return len(self.keys) == 2 and row.get(self.keys[0]) is not None and row.get(self.keys[1], "") is None
+
 
 def read_text_row(row: Row, place: str) -> Row:
     """A row of plain text."""
@@ -47,19 +51,24 @@ def read_text_row(row: Row, place: str) -> Row:
 
 
 def _pair(question: str, answer: str) -> Layout:
-    """A question and its answer, with all that may stand beside them."""
+    """A question and its answer, with a system prompt; beside an instruction also an input, and a history.
+
+    An answer that is null is empty.
+    """
+    is_instruction = question == "instruction"
 
     def read(row: Row, place: str) -> Row:
+        if row.get(answer, "") is None:
+            row = {**row, answer: [] if isinstance(row.get(question), list) else ""}
         if isinstance(row.get(question), list) or isinstance(row.get(answer), list):  # TRL's conversational form
             given, learnt = (_turns(row, key, place) for key in (question, answer))
             return {"messages": [*(Turn(turn.role, turn.content) for turn in given), *learnt]}
-        extra = next((key for key in ("input", "context") if row.get(key) is not None), "input")
         plain = {
             "instruction": text_of(row, question, place),
-            "input": text_of(row, extra, place),
+            "input": _first_text(row, ("input", "context"), place) if is_instruction else "",
             "output": text_of(row, answer, place),
         }
-        before = [*_system(row, place), *_history(row, place)]
+        before = [*_system(row, place), *(_history(row, place) if is_instruction else ())]
         if not before:
             return plain
         asked = "\n".join(filter(None, (plain["instruction"], plain["input"])))
@@ -92,6 +101,7 @@ _NOT_READ = (
 )
 """Keys of rows that would be read as less than they are, and what such rows are."""
 LAYOUTS = {layout.name: layout for layout in (TEXT, *INSTRUCTION_LAYOUTS)}
+_OTHERS = "If that column is no part of the question, name those that are with columns (docs/data.md)."
 KEYS = frozenset([*TEXT.keys, *OPTIONAL, *(key for layout in INSTRUCTION_LAYOUTS for key in layout.keys)])
 """All keys that any layout reads."""
 
@@ -115,6 +125,15 @@ def layout_of(row: Row, place: str) -> Layout:
             raise UsageError(f"{place}: this row is {what}: {named_keys(row)}.", _mapping(row))
     if TEXT.fits(row):
         return TEXT
+    unanswered = [layout for layout in INSTRUCTION_LAYOUTS if layout.lacks_answer(row)]
+    if len(unanswered) == 1:
+        return unanswered[0]
+    null = [key for layout in LAYOUTS.values() if all(key in row for key in layout.keys) for key in layout.keys
+            if row[key] is None]  # fmt: skip
+    if null:
+        raise UsageError(
+            f"{place}: {null[0]!r} is null, and the first row says what rows these are.", "Put a whole row first."
+        )
     raise UsageError(f"{place}: this row is neither text nor an instruction: {named_keys(row)}.", _mapping(row))
 
 
@@ -125,7 +144,7 @@ def read_row(row: Row, layout: Layout, place: str) -> Row:
         UsageError: it lacks something, or has another layout too.
     """
     others = [other for other in INSTRUCTION_LAYOUTS if other is not layout and other.fits(row)]
-    if others and layout.fits(row):
+    if others and all(key in row for key in layout.keys):
         raise UsageError(
             f"{place}: this row is {others[0].name}, while rows before it were read as {layout.name}.",
             f"Say which is meant. {_mapping(dict.fromkeys(layout.keys))}",
@@ -185,8 +204,11 @@ def _named(words: Iterable[str], keys: list[str]) -> str | None:
 def text_of(row: Row, key: str, place: str) -> str:
     """One text of a row, checked, its line ends a newline each."""
     found = row.get(key)
-    if found is None and key in OPTIONAL:
-        return ""
+    if key in OPTIONAL:
+        if found is None:
+            return ""
+        if not isinstance(found, str):
+            raise UsageError(f"{place}: {key!r} must be text, not {shown_value(found)}.", _OTHERS)
     if key not in row:
         raise UsageError(f"{place}: the row has no {key!r}; {named_keys(row)}.", _mapping(row))
     return checked(found, repr(key), place)
@@ -219,17 +241,24 @@ def shown_value(value: Any) -> str:
     return shorten(json.dumps(value, ensure_ascii=False, default=str), 41)
 
 
+def _first_text(row: Row, keys: Iterable[str], place: str) -> str:
+    """The first of some optional texts that is not empty."""
+    return next((text for key in keys if (text := text_of(row, key, place))), "")
+
+
 def _system(row: Row, place: str) -> list[Turn]:
-    prompt = text_of(row, "system" if row.get("system") is not None else "system_prompt", place)
+    prompt = _first_text(row, ("system", "system_prompt"), place)
     return [Turn("system", prompt)] if prompt else []
 
 
 def _history(row: Row, place: str) -> list[Turn]:
     """The questions and answers before that of a row: [[question, answer], …]."""
     turns: list[Turn] = []
-    for pair in row.get("history") or []:
+    pairs = row.get("history") or []
+    for pair in pairs if isinstance(pairs, list) else [pairs]:
         if not isinstance(pair, list) or len(pair) != 2:
-            raise UsageError(f"{place}: 'history' must be a list of [question, answer], not {shown_value(pair)}.")
+            what = f"'history' must be a list of [question, answer], not {shown_value(pair)}."
+            raise UsageError(f"{place}: {what}", _OTHERS)
         asked, answered = (checked(text, "'history'", place) for text in pair)
         turns += [Turn("user", asked), Turn("assistant", answered, learnt=True)]
     return turns
@@ -237,10 +266,12 @@ def _history(row: Row, place: str) -> list[Turn]:
 
 def _turns(row: Row, key: str, place: str) -> list[Turn]:
     """A list of {"role", "content"} (OpenAI, TRL), {"from", "value"} (ShareGPT) or of questions with their answers
-    (`_PAIRS`); `weight: 0` is not learnt."""
+    (`_PAIRS`); `weight: 0` is not learnt, and an answer that is null is empty."""
     items = row.get(key)
-    if isinstance(items, dict) and all(isinstance(column, list) for column in items.values()):  # as `datasets` may do
-        items = [dict(zip(items, values, strict=True)) for values in zip(*items.values(), strict=True)]
+    table: Row = items if isinstance(items, dict) else {}  # as `datasets` may do
+    columns = list(table.values())
+    if all(isinstance(column, list) for column in columns) and len(set(map(len, columns))) == 1:
+        items = [dict(zip(table, values, strict=True)) for values in zip(*columns, strict=True)]
     if not isinstance(items, list):
         raise UsageError(f"{place}: {key!r} must be a list of turns, not {shown_value(items)}.")
     turns: list[Turn] = []
@@ -248,7 +279,9 @@ def _turns(row: Row, key: str, place: str) -> list[Turn]:
         what = f"turn {number} of {key!r}"
         pair = next((pair for pair in _PAIRS if isinstance(item, dict) and all(name in item for name in pair)), None)
         if pair is not None:
-            asked, answered = (checked(item[name], f"the {name} of {what}", place) for name in pair)
+            said = (item[pair[0]], "" if item[pair[1]] is None else item[pair[1]])
+            asked, answered = (checked(text, f"the {name} of {what}", place)
+                               for name, text in zip(pair, said, strict=True))  # fmt: skip
             turns += [Turn("user", asked), Turn("assistant", answered, learnt=True)]
             continue
         names = next((names for names in (("role", "content"), ("from", "value"))
@@ -259,6 +292,7 @@ def _turns(row: Row, key: str, place: str) -> list[Turn]:
         if role is None or item.get("tool_calls") or item.get("function_call"):
             odd = f"the {names[0]} {item[names[0]]!r}" if role is None else "calls of tools"
             raise UsageError(f"{place}: {what} has {odd}.", f"Known: {', '.join(_ROLES)}; take such rows out.")
-        text = checked(item.get(names[1]), f"the {names[1]} of {what}", place)
+        found = "" if role == "assistant" and item.get(names[1], "…") is None else item.get(names[1])
+        text = checked(found, f"the {names[1]} of {what}", place)
         turns.append(Turn(role, text, learnt=role == "assistant" and item.get("weight") != 0))
     return turns

@@ -66,7 +66,7 @@ class Template:
     before_response: str = ""
     """What stands between prompt and response and is learnt with the response."""
 
-    def prompt(self, instruction: str, input: str) -> str:
+    def prompt(self, instruction: str, input: str = "") -> str:
         """The prompt of a row, whose input may be empty."""
         template = self.with_input if input else self.without_input
         # One pass over the template: braces in a row's own text stay as they are.
@@ -97,11 +97,6 @@ TEMPLATES = {
         _VICUNA + "USER: {instruction}\n{input} ASSISTANT:", _VICUNA + "USER: {instruction} ASSISTANT:", " "
     ),
 }
-
-
-def alpaca_prompt(instruction: str, input: str = "") -> str:
-    """The prompt of Stanford Alpaca, up to and including "### Response:"."""
-    return TEMPLATES["alpaca"].prompt(instruction, input)
 
 
 def template_text(name: str, row: dict[str, Any]) -> tuple[str, int]:

@@ -7,6 +7,7 @@ is missing there is an error, never a step to the hub. Opening a source reads it
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,8 +17,7 @@ from typing import Any, Literal
 
 from lors_cli.data import hub, pydoc_text
 from lors_cli.data.corpora import joined_rows, local_rows, subset_rows
-from lors_cli.data.known import DATA_DIR_VARIABLE as DATA_DIR_VARIABLE
-from lors_cli.data.known import KNOWN, SOURCES, Kind, Split, data_file, resolve_data_dir, split_of
+from lors_cli.data.known import KNOWN, SOURCES, Kind, Known, Split, data_file, resolve_data_dir, split_of
 from lors_cli.data.layouts import LAYOUTS, Layout, Row, layout_of, mapped, read_row
 from lors_cli.data.prompts import whole_text
 from lors_cli.data.text_files import FORMATS, Columns, file_format, is_format, read_rows, read_text, row_layout
@@ -26,6 +26,9 @@ from lors_cli.files.hashes import cached_sha256
 from lors_cli.recipe.schema import CalibrationConfig, ColumnsConfig, TuneDataConfig
 
 Want = Literal["text", "instructions"]
+ROWS_VERSION = 2
+"""Of how rows of the user's are read: 2 since blank texts are left out, and since an input, a context and a history are
+read beside an instruction alone."""
 
 
 @dataclass(frozen=True)
@@ -128,21 +131,29 @@ def fingerprint_source(
         UsageError: no such source or split.
         MissingError: a file is not there, or the hub has no such dataset.
     """
+    return _find(name, split, data_dir, columns, chosen)[0]
+
+
+def _find(
+    name: str, split: Split, data_dir: Path | None, columns: ColumnsConfig | None, chosen: str | None
+) -> tuple[str, str, hub.Place | Path | None]:
+    """A source's fingerprint, the split of a named one, and where it lies; pydoc lies nowhere."""
     mapping = json.dumps(columns.names, sort_keys=True) if columns is not None else ""
     if name in SOURCES:
         if mapping:
             raise UsageError(f"columns is for rows of your own, and {name} is known.", "Leave columns out.")
         part = split_of(name, split, chosen)
         if name == "pydoc":
-            return f"pydoc:{pydoc_text.fingerprint()}/{part}"
+            return f"pydoc:{pydoc_text.fingerprint()}/{part}", part, None
         known, folder = KNOWN[name], resolve_data_dir(data_dir)
         if folder is None:
-            return _known_place(name).fingerprint(part) + known.mark
-        digest = cached_sha256(data_file(name, known, part, folder))
-        return f"{known.subset or name.removesuffix('-lines')}{known.mark}:{digest}"
-    place = _hub_place(name)
-    if place is not None:
-        return place.fingerprint(chosen or ("train" if split == "train" else "held-out")) + mapping
+            place = _known_place(name)
+            return place.fingerprint(part) + known.mark, part, place
+        path = data_file(name, known, part, folder)
+        return f"{known.subset or name.removesuffix('-lines')}{known.mark}:{cached_sha256(path)}", part, path
+    part = chosen or ("train" if split == "train" else "held-out")
+    if (on_hub := _hub_place(name)) is not None:
+        return on_hub.fingerprint(part) + mapping, part, on_hub
     path = _user_file(name)
     form = file_format(path)
     if mapping and form in ("txt", "safetensors"):
@@ -152,39 +163,34 @@ def fingerprint_source(
             f"split: {chosen} is for datasets, and {name} is one file without splits.",
             "Leave split out, or name another file.",
         )
-    return f"{form}:{cached_sha256(path)}{mapping}"
+    return f"{form}:{cached_sha256(path)}{mapping}", part, path
 
 
 def _open(
     name: str, split: Split, data_dir: Path | None, want: Want, columns: ColumnsConfig | None, chosen: str | None
 ) -> TextSource:
-    fingerprint = fingerprint_source(name, split=split, data_dir=data_dir, columns=columns, chosen=chosen)
-    if name not in SOURCES:
-        names, place = columns.names if columns else None, _hub_place(name)
-        if place is None:
-            return _open_file(name, _user_file(name), fingerprint, names)
-        return _open_hub(name, place, chosen or ("train" if split == "train" else None), want, fingerprint, names)
-    part = split_of(name, split, chosen)
-    if name == "pydoc":
+    fingerprint, part, place = _find(name, split, data_dir, columns, chosen)
+    if place is None:
         return _open_pydoc(part, want, fingerprint)
-    known, folder = KNOWN[name], resolve_data_dir(data_dir)
-    if folder is None:
-        return _open_known(name, part, fingerprint)
-    path = data_file(name, known, part, folder)
+    known, names = KNOWN.get(name), columns.names if columns else None
+    if isinstance(place, hub.Place):
+        if known is not None:
+            return _open_known(name, known, place, part, fingerprint)
+        return _open_hub(name, place, chosen or ("train" if split == "train" else None), want, fingerprint, names)
+    if known is None:
+        return _open_file(name, place, fingerprint, names)
     if (join := known.join) is not None:
-        rows = partial(local_rows, path, blank_count=join is joined_rows)
-        return TextSource(name, "text", fingerprint, None, False, lambda: iter([{"text": join(rows())}]))
+        lines = partial(local_rows, place, blank_count=join is joined_rows)
+        return TextSource(name, "text", fingerprint, None, False, lambda: iter([{"text": join(lines())}]))
     if known.subset is not None:
-        subset = known.subset
-        size = path.stat().st_size
-        return TextSource(name, known.kind, fingerprint, None, False, lambda: subset_rows(path, subset), num_bytes=size)
+        part_rows = partial(subset_rows, place, known.subset)
+        return TextSource(name, known.kind, fingerprint, None, False, part_rows, num_bytes=place.stat().st_size)
     original = known.num_rows if part == "train" else None
-    return replace(_open_file(name, path, fingerprint), original_rows=original)
+    return replace(_open_file(name, place, fingerprint), original_rows=original)
 
 
-def _open_known(name: str, split: str, fingerprint: str) -> TextSource:
+def _open_known(name: str, known: Known, place: hub.Place, split: str, fingerprint: str) -> TextSource:
     """A named source on the hub."""
-    known, place = KNOWN[name], _known_place(name)
     keys = ("text",) if known.kind == "text" else ("instruction", "input", "output")
     join = known.join
 
@@ -271,6 +277,12 @@ def _as_text(rows: Iterator[Row]) -> Iterator[Row]:
         yield {"text": whole_text(row)}
 
 
+def is_own_rows(name: str) -> bool:
+    """Whether a source is rows of the user's, in a file or on the hub."""
+    path = Path(name)
+    return name not in SOURCES and not (is_format(path.name) and file_format(path) in ("txt", "safetensors"))
+
+
 # ---- where things lie
 
 
@@ -284,15 +296,14 @@ def _known_place(name: str) -> hub.Place:
 
 def _hub_place(name: str) -> hub.Place | None:
     """The dataset on the hub that `name` means; a path that is there, and a name that ends as files do, means none."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     return None if is_format(path.name) or path.exists() else hub.parse(name)
 
 
 def _user_file(name: str) -> Path:
     """The file that `name` is the path of."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_file():
-        file_format(path)
         return path
     if path.is_dir():
         hint = f"Files: {', '.join(FORMATS)}."

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lors_cli.errors import UsageError
+from lors_cli.output import console
 
 if TYPE_CHECKING:
     import torch
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
 DEFAULT_SAMPLES, DEFAULT_LENGTH = 128, 2048
 BATCH_DOCUMENTS = 256
 BATCH_CHARS = 1_000_000
+LARGE_TEXT = 100_000_000
+"""Bytes of a text that is tokenised at once, from which on its size is warned of."""
+MEMORY_OF_BYTE = 45
+"""What tokenising takes of a text's byte (177 of a token)."""
 
 
 def batches(texts: Iterable[str], max_chars: int = BATCH_CHARS) -> Iterator[list[str]]:
@@ -29,6 +34,13 @@ def batches(texts: Iterable[str], max_chars: int = BATCH_CHARS) -> Iterator[list
             batch, num_chars = [], 0
     if batch:
         yield batch
+
+
+def warn_of_size(name: str, num_bytes: int, instead: str) -> None:
+    """Say what memory a text takes that is tokenised at once, where that is much."""
+    if num_bytes > LARGE_TEXT:
+        memory = console.gib(MEMORY_OF_BYTE * num_bytes)
+        console.warn(f"{name} is tokenised at once, in some {memory} of memory: {instead}.")
 
 
 def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:

@@ -21,7 +21,6 @@ from lors_cli.data.packing import (
     too_little_text,
 )
 from lors_cli.data.samples import EMPTY_OUTPUT, NO_LABEL, Sample, TuneData
-from lors_cli.data.samples import PadCollator as PadCollator
 from lors_cli.data.sources import TextSource, calibration_source, open_source, tuning_source
 from lors_cli.data.tokenising import (
     BATCH_CHARS,
@@ -31,10 +30,12 @@ from lors_cli.data.tokenising import (
     check_length,
     encode,
     read_tokens,
+    warn_of_size,
     window_length,
 )
 from lors_cli.errors import UsageError
 from lors_cli.output import console
+from lors_cli.output.console import counted
 from lors_cli.recipe.schema import CalibrationConfig, TuneConfig, TuneDataConfig
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def calibration_tokens(
     if source.path is not None:
         return read_tokens(source.path, tokenizer, config.num_samples, config.sequence_length, model_max_length)
     num_samples = config.num_samples or DEFAULT_SAMPLES
-    blocks, _ = packed_blocks(_texts(source), tokenizer, length, num_samples, config.seed, source.streamed)
+    blocks, _ = packed_blocks(_documents(source), tokenizer, length, num_samples, config.seed, source.streamed)
     if len(blocks) < num_samples:
         raise UsageError(
             f"{config.dataset} has text for {len(blocks)} sequences of {length} tokens, not {num_samples}.",
@@ -111,6 +112,8 @@ def perplexity_windows(
         max_windows = _STREAM_WINDOWS
         console.info(f"{name} is streamed: its first {max_windows} windows of {length} tokens are measured.")
     enough = None if max_windows is None else length * (max_windows + 1)
+    if enough is None or source.fingerprint.startswith("txt:"):
+        warn_of_size(name, source.num_bytes, "give it as JSON lines, a document a row, with perplexity_windows")
     text = _joined_text(_texts(source), tokenizer, enough)
     tokens = torch.tensor(encode(tokenizer, [text])[0], dtype=torch.int64)
     windows = len(tokens) // length
@@ -192,7 +195,7 @@ def tuning_samples(
         begin = begin_tokens(tokenizer) if isolated else ()
         if val_size is None:
             blocks, starts = packed_blocks(
-                _texts(source), tokenizer, config.max_length, wanted, seed, source.streamed, begin
+                _documents(source), tokenizer, config.max_length, wanted, seed, source.streamed, begin
             )
         else:
             held_out, blocks, starts = _text_without_its_start(config, source, tokenizer, val_size, begin)
@@ -215,7 +218,7 @@ def _text_without_its_start(
     """The first samples of a text, which are held out, and all blocks after them in order."""
     if source.streamed:
         raise UsageError(f"val_size: {source.name} is held out from where it is streamed.", "Leave data.stream out.")
-    blocks, starts = blocks_in_order(_texts(source), tokenizer, config.max_length, None, begin)
+    blocks, starts = blocks_in_order(_documents(source), tokenizer, config.max_length, None, begin)
     if len(blocks) == 0:
         raise too_little_text(config)
     number = num_held_out(val_size, min(len(blocks), config.num_samples or len(blocks)))
@@ -281,6 +284,18 @@ def check_settings(config: TuneDataConfig, source: TextSource) -> None:
 
 def _texts(source: TextSource) -> Iterator[str]:
     return (row["text"] for row in source.rows())
+
+
+def _documents(source: TextSource) -> Iterator[str]:
+    """The texts that are not blank; the log says how many are, once all are read."""
+    num_blank = 0
+    for text in _texts(source):
+        if text.strip():
+            yield text
+        else:
+            num_blank += 1
+    if num_blank:
+        console.info(f"  {source.name}: {counted(num_blank, 'blank text')} left out.")
 
 
 def _joined_text(texts: Iterator[str], tokenizer: Any, enough: int | None) -> str:

@@ -154,7 +154,7 @@ _OTHER_PLACE = {
 def hub_cache() -> Path:
     """Where models from the hub are kept."""
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
-    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser().absolute()
+    return Path(os.path.expanduser(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")).absolute()
 
 
 def hub() -> Iterator[Finding]:
@@ -199,7 +199,7 @@ def _token() -> Finding:
 
 def data() -> Iterator[Finding]:
     """Which of the named texts and tasks $LORS_DATA_DIR holds."""
-    from lors_cli.data.sources import DATA_DIR_VARIABLE, SOURCES, resolve_data_dir
+    from lors_cli.data.known import DATA_DIR_VARIABLE, SOURCES, resolve_data_dir
     from lors_cli.recipe.schema import SEVEN_TASKS
 
     try:

@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from lors_cli.errors import UsageError
 from lors_cli.machine import processes
 
 if TYPE_CHECKING:
@@ -33,26 +32,19 @@ def token_perplexity(
     Several processes deal out the batches, which are those of one process, and add up in its order.
 
     Args:
-        windows: token ids (windows, sequence_length), int64; the first token of a window is not predicted.
+        windows: token ids (windows, sequence_length), int64, one of two tokens at least; the first token of a window is
+            not predicted.
         batch_size: windows a forward pass, fewer where their logits would pass `MAX_BATCH_LOGITS`.
         on_progress: called with the number of windows that were scored since the last call.
 
     Returns:
         `value`, the perplexity; `tokens`, how many were predicted; `sequence_length`; `nll`, the mean in nats, and
         `window_nll`, that of each window. A broken model gives NaN or infinity.
-
-    Raises:
-        UsageError: there is nothing to predict.
     """
     import torch
 
     num_windows, sequence_length = windows.shape
     tokens = num_windows * (sequence_length - 1)
-    if tokens < 1:
-        raise UsageError(
-            f"{num_windows} windows of {sequence_length} tokens leave nothing to predict.",
-            "Give perplexity_length at least 2.",
-        )
     vocabulary_size = model.get_output_embeddings().weight.shape[0]
     step = max(1, min(batch_size, MAX_BATCH_LOGITS // (sequence_length * vocabulary_size)))
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lors_cli.data import sources
-from lors_cli.errors import UsageError
 from lors_cli.evaluation.entries import OWN_TASKS, Task, groups_of, resolve, tasks_of
 from lors_cli.evaluation.tasks import task_fingerprint
 from lors_cli.files import atomic, hashes
+from lors_cli.recipe.evaluation import check_label
 from lors_cli.recipe.schema import EvalConfig
 
 STAGE_VERSION = 2
@@ -25,7 +25,6 @@ PERPLEXITY_FIELDS = ("value", "tokens", "sequence_length")
 _VERSIONS = {"tasks": 3, "tasks with whole scores": 2, "perplexity": 1}
 """Of the code that scores a piece. Tasks: 2 since choices share their context (same scores up to rounding), 3 since a
 document's score may be a fraction, which no document of our own tasks has."""
-_LABEL = re.compile(r"^[A-Za-z0-9][\w.-]{0,99}$")
 
 Kind = Literal["tasks", "perplexity"]
 
@@ -70,8 +69,7 @@ def pieces_of(
     from importlib.metadata import version
 
     for label in model_fingerprints:
-        if not _LABEL.match(label) or label in ("stage", "samples"):
-            raise UsageError(f"{label!r} cannot be a model's name in the results.", "Use letters, digits, . _ -")
+        check_label(label)
     settings = {"batch_size": config.batch_size, "transformers": version("transformers").split(".")[0]}
     contents: list[tuple[Kind, str, list[Any], Task | None]] = [
         *(("tasks", task.name, _task_content(config, task, data_dir), task) for task in tasks_of(resolve(config))),

@@ -5,11 +5,8 @@ Imports lm_eval and torch: import this when it is needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
-from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
@@ -19,17 +16,6 @@ from lors_cli.evaluation.prefix_tree import Choice
 from lors_cli.evaluation.scoring import score_choices
 from lors_cli.machine import processes
 from lors_cli.output import progress
-
-
-class _Counter(CacheHook):
-    """Hears of every finished request; lm-eval calls it to fill a cache, which is not kept here."""
-
-    def __init__(self, step: progress.Task) -> None:
-        super().__init__(None)
-        self.step = step
-
-    def add_partial(self, attr: str, req: Iterable[Any], res: Any) -> None:
-        self.step.advance()
 
 
 class ShownModel(HFLM):
@@ -76,12 +62,6 @@ class ShownModel(HFLM):
         check_known(tokens.unique().tolist(), self.tokenizer)
         return tokens, mask
 
-    @contextmanager
-    def _counted(self, total: int, unit: str) -> Iterator[None]:
-        with progress.progress(self.title, total, unit) as step:
-            self.set_cache_hook(_Counter(step))
-            yield
-
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
         """In lm-eval's batches, of prompts with the same settings and about as long, dealt out to the processes."""
         generate = super().generate_until
@@ -121,8 +101,10 @@ class ShownModel(HFLM):
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
         """One document at a time, since lm-eval reports none before all are done."""
         score = super().loglikelihood_rolling
-        with self._counted(len(requests), "documents"):
-            return processes.deal(requests, lambda request: score([request], disable_tqdm=True)[0])
+        with progress.progress(self.title, len(requests), "documents") as step:
+            return processes.deal(
+                requests, lambda request: score([request], disable_tqdm=True)[0], lambda request: step.advance()
+            )
 
     def _loglikelihood_tokens(
         self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lors_cli.data.known import resolve_data_dir
 from lors_cli.errors import UsageError
 from lors_cli.evaluation.entries import Entry, groups_of, resolve
 from lors_cli.evaluation.groups import task_rows
@@ -45,7 +46,7 @@ def evaluate(
         models: label to model (a folder or hub id, or its settings), in the order of the results; a label names the
             model's files.
         out: stage folder, which all processes see.
-        data_dir: folder with local copies of the datasets, None for the hub.
+        data_dir: folder with local copies of the datasets; default `$LORS_DATA_DIR`, else the hub.
 
     Returns:
         Label to {"model", "tasks", "average", "perplexity"}, as in `out/<label>.json`.
@@ -57,12 +58,12 @@ def evaluate(
     if not isinstance(models, Mapping):
         raise UsageError(f"models are given by label, as in {{'mine': 'folder'}}, not as {models!r}.")
     model_configs = {label: ModelConfig.of(model) for label, model in models.items()}
-    out, data_dir = Path(out), Path(data_dir) if data_dir else None
+    out, data_dir = Path(out), resolve_data_dir(data_dir)
     with processes.joined():
         check_tasks(config, data_dir)
         fingerprints = {label: sources.model_fingerprint(model) for label, model in model_configs.items()}
         pieces = pieces_of(config, fingerprints, out, data_dir)
-        shutil.rmtree(_scratch(out), ignore_errors=True)  # of a run that was killed
+        processes.from_main(partial(_clear, out))
         for label, model_config in model_configs.items():
             mine = [piece for piece in pieces if piece.label == label]
             missing = processes.from_main(partial(pending, mine))
@@ -73,6 +74,12 @@ def evaluate(
                 already = len(mine) - len(missing)
                 _score_model(config, model_config, label, missing, out, data_dir, already=already, last=last)
         return processes.from_main(lambda: _publish(config, model_configs, fingerprints, pieces, out))
+
+
+def _clear(out: Path) -> None:
+    """Remove what processes of a run that was killed have left, however many they were."""
+    for scratch in [*out.glob(f"{_SCRATCH}*")]:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _scratch(out: Path) -> Path:

@@ -195,7 +195,7 @@ def _local_definition(name: str, definition: Path, local: Mapping[str, Path], ca
         "dataset_path": "json",
         "dataset_name": None,
         "dataset_kwargs": {
-            "data_files": {split: str(path.resolve()) for split, path in local.items()},
+            "data_files": {split: glob.escape(str(path.resolve())) for split, path in local.items()},
             "cache_dir": str(cache.resolve()),
         },
     }

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from lors_cli.errors import UsageError
 from lors_cli.files.remembered import Remembered
 
 _known = Remembered("sha256", "file hashes", most=500)
@@ -24,15 +26,33 @@ def file_sha256(path: Path) -> str:
 
 
 def cached_sha256(path: Path) -> str:
-    """`file_sha256`, remembered per user by path, size and modification time."""
-    stat = path.stat()
-    key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
+    """`file_sha256`, remembered per user by path, size and modification time.
+
+    Raises:
+        UsageError: as `check_name`.
+    """
+    stat, place = path.stat(), path.resolve()
+    check_name(place)
+    key = f"{place}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
     if isinstance(known := _known.get(key), str):
         return known
     digest = file_sha256(path)
     if time.time() - stat.st_mtime >= 5:  # a file still being written could change within the clock's grain
         _known.keep(key, digest)
     return digest
+
+
+def check_name(path: Path) -> None:
+    """Refuse a path that no record could say, before anything is made of it.
+
+    Raises:
+        UsageError: its bytes are not UTF-8.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        shown = os.fsencode(path).decode("utf-8", "backslashreplace")
+        raise UsageError(f"{shown}: the name is not UTF-8.", "Give the file or folder another name.") from None
 
 
 def digits(text: str, number: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ def user_cache() -> Path:
 
 @dataclass(frozen=True)
 class Remembered:
-    """Values by key in one JSON file of the user's cache; where that cannot be read nothing is known.
+    """Values by key in one JSON file of the user's cache, and those of this process in its memory too: where the file
+    cannot be read or written, nothing else is known.
 
     Args:
         name: the file's, without `.json`.
@@ -29,13 +30,16 @@ class Remembered:
     name: str
     what: str
     most: int = 100
+    _here: dict[tuple[Path, str], Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def get(self, key: str) -> Any:
         """What was kept, None where it was not."""
-        return self._all().get(key)
+        here = self._here.get((self._file, key))
+        return self._all().get(key) if here is None else here
 
     def keep(self, key: str, value: Any) -> None:
         """Put a JSON value in, in place of the oldest entries where there are too many."""
+        self._here[self._file, key] = value
         try:
             write_json(self._file, {**dict(list(self._all().items())[-self.most :]), key: value})
         except OSError as error:

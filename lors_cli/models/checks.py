@@ -166,7 +166,7 @@ def load_error(path: str, what: str, error: Exception) -> Exception:
             "pip install sentencepiece protobuf (for a tiktoken one: tiktoken), or add a tokenizer.json.",
         )
     known = translate(error)
-    if isinstance(known, MissingError) and Path(path).expanduser().exists():
+    if isinstance(known, MissingError) and Path(path).exists():
         return MissingError(f"{path}: {what} cannot be loaded: {known.message}", known.hint)
     if isinstance(known, MissingError):
         return MissingError(f"{path}: {known.message}", known.hint)

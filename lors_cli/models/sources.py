@@ -46,11 +46,12 @@ def locate(path: str) -> ModelSource:
 
     Raises:
         MissingError: a folder, file or package that is not there.
-        UsageError: a name that can be none of these.
+        UsageError: a name that can be none of these, or is not UTF-8.
     """
     if path.startswith(PACKAGE_SCHEME):
         return _locate_package(path)
     local = Path(os.path.expanduser(path))
+    hashes.check_name(local)
     if local.suffix.lower() == ".gguf":
         if not local.is_file():
             raise MissingError(f"No such model file: {path}")

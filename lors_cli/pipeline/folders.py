@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lors_cli.errors import UsageError
-from lors_cli.files import atomic, locks, records
+from lors_cli.files import atomic, hashes, locks, records
 from lors_cli.machine import processes
 from lors_cli.pipeline.plans import StagePlan
 
@@ -61,6 +61,7 @@ def claim(out: Path, *, wait_s: float | None = None) -> Iterator[None]:
     Of several processes on one job the first one holds it for all. One that is in use is refused, or looked at every
     `wait_s` seconds until it is free.
     """
+    hashes.check_name(out.absolute())
     if not processes.is_main():
         yield
         return

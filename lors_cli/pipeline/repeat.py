@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lors_cli.data.sources import DATA_DIR_VARIABLE, resolve_data_dir
+from lors_cli.data.known import DATA_DIR_VARIABLE, resolve_data_dir
 from lors_cli.errors import MissingError, UsageError
 from lors_cli.files import atomic, records
 from lors_cli.machine import environment

@@ -8,6 +8,7 @@ states of all samples between blocks.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -157,7 +158,7 @@ def calibration_tokens(config: PruneConfig, size: ModelSize) -> tuple[int, int]:
 
 def _stored_tokens(dataset: str) -> tuple[int, int] | None:
     """(samples, tokens) of a pre-tokenised file, from its header; None for other sources."""
-    path = Path(dataset).expanduser()
+    path = Path(os.path.expanduser(dataset))
     if path.suffix != ".safetensors" or not path.is_file():
         return None
     with open(path, "rb") as file:

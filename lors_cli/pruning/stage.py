@@ -52,6 +52,8 @@ def _identity(
     config: PruneConfig, model_fingerprint: str, data_dir: Path | None
 ) -> tuple[int, dict[str, Any], dict[str, Any]]:
     """The version of the code, the settings and the inputs that make a result what it is."""
+    from lors_cli.data.sources import ROWS_VERSION, is_own_rows
+
     settings = {**asdict(config), "sparsity": Pattern.of(config).sparsity, "true_sequential": config.sequential}
     del settings["calibration"]["offload"]
     for key in ("skip", "quantize"):  # earlier versions had none
@@ -69,6 +71,8 @@ def _identity(
     else:
         for key in ("dataset", "split", "columns"):  # in the text's fingerprint
             del settings["calibration"][key]
+        if is_own_rows(config.calibration.dataset):
+            settings["calibration"]["rows"] = ROWS_VERSION
         inputs["calibration"] = _text_fingerprint(config, data_dir)
     return RECONSTRUCTION_VERSION if config.reconstruct_epochs else STAGE_VERSION, settings, inputs
 
@@ -85,7 +89,7 @@ def prune(
         config: method, pattern, calibration.
         model: dense; a folder or hub id, or its settings.
         out: stage folder, which all processes see.
-        data_dir: local datasets, None for the hub.
+        data_dir: local datasets; default `$LORS_DATA_DIR`, else the hub.
 
     Returns:
         The stage's record; its metrics hold sparsity and pattern of every pruned weight.
@@ -182,7 +186,7 @@ def _text_fingerprint(config: PruneConfig, data_dir: Path | None) -> str:
 
 def _check(model: ModelConfig, out: Path) -> None:
     """Refuse what cannot be, before anything is read."""
-    if Path(model.path).expanduser().resolve() == out.resolve():
+    if Path(model.path).resolve() == out.resolve():
         raise UsageError(f"{out} is the model itself and would be overwritten.", "Choose another --out.")
 
 

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
+from lors_cli.errors import UsageError
 from lors_cli.recipe.columns import Name, Positive
 from lors_cli.recipe.section import Section
 
 ModelRole = Literal["dense", "pruned", "tuned"]
 SEVEN_TASKS = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "openbookqa", "rte", "winogrande")
+LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+"""What a model may be called in the results, whose files are called so."""
+TAKEN = ("stage", "samples")
+"""Names of other files in the folder of results."""
+
+
+def check_label(label: str) -> None:
+    """Refuse a name that a model cannot have in the results.
+
+    Raises:
+        UsageError: it can be no file's, or is another file's.
+    """
+    if not LABEL.fullmatch(label) or label in TAKEN:
+        raise UsageError(f"{label!r} cannot be a model's name in the results.", "Use letters, digits, . _ -")
 
 
 def _count_or_share(value: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Literal
@@ -37,7 +38,7 @@ def find(kind: Kind, name: str) -> Path:
     Raises:
         UsageError: there is none, with the nearest shipped name.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if name and path.exists() and not path.is_dir():
         return path
     shipped, stem = shipped_files(kind), _stem(name)

@@ -98,7 +98,7 @@ def tune(
     Args:
         model: sparse; a folder or hub id, or its settings.
         out: stage folder, which all processes see.
-        data_dir: local datasets, None for the hub.
+        data_dir: local datasets; default `$LORS_DATA_DIR`, else the hub.
 
     Returns:
         The stage's record; its metrics hold losses, throughput and the merged model's sparsity.

@@ -11,7 +11,9 @@ import pytest
 from typer.testing import Result
 
 from lors_cli.cli.data import styled_text, texts_of
-from lors_cli.data.prompts import alpaca_prompt
+from lors_cli.data.prompts import TEMPLATES
+
+alpaca_prompt = TEMPLATES["alpaca"].prompt
 
 Lors = Callable[..., Result]
 

@@ -17,11 +17,13 @@ import zstandard
 
 from lors_cli.data import hub
 from lors_cli.data.known import KNOWN
-from lors_cli.data.prompts import alpaca_prompt
+from lors_cli.data.prompts import TEMPLATES
 from lors_cli.data.sources import SOURCES, TextSource, fingerprint_source, open_source
 from lors_cli.errors import MissingError, UsageError
 from lors_cli.files.revisions import commit_of, listing_of
 from lors_cli.output import console
+
+alpaca_prompt = TEMPLATES["alpaca"].prompt
 
 TEXTS = [{"text": "one"}, {"text": "zwei ä"}, {"text": "three\nlines"}]
 PAIRS = [
@@ -132,7 +134,7 @@ def test_broken_row_is_named(tmp_path: Path, line: bytes, message: str) -> None:
 
 def test_broken_instruction_rows_are_named(tmp_path: Path) -> None:
     for bad, message in (
-        ({"instruction": "a", "output": None}, ":2: 'output' must be text"),
+        ({"instruction": None, "output": "b"}, ":2: 'instruction' must be text"),
         ({"instruction": "a", "input": 3, "output": "b"}, ":2: 'input' must be text"),
         ({"output": "b"}, ":2: the row has no 'instruction'"),
     ):
@@ -171,6 +173,8 @@ def test_unknown_names(tmp_path: Path) -> None:
     assert all(name in str(caught.value) for name in SOURCES)
     with pytest.raises(MissingError, match=r"No file .*none\.jsonl"):
         _open(tmp_path / "none.jsonl")
+    with pytest.raises(MissingError, match=r"No file ~nobody-here/none\.jsonl"):
+        _open("~nobody-here/none.jsonl")
     with pytest.raises(UsageError, match="is a folder"):
         _open(tmp_path)
 

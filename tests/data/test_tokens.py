@@ -15,12 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lors_cli.data.packing import packed_blocks
-from lors_cli.data.prompts import alpaca_prompt
+from lors_cli.data.prompts import TEMPLATES
 from lors_cli.data.samples import PadCollator
 from lors_cli.data.tokens import calibration_tokens, perplexity_windows, tuning_samples
 from lors_cli.errors import UsageError
 from lors_cli.models.checks import check_vocabulary
 from lors_cli.recipe.schema import CalibrationConfig, TuneDataConfig
+
+alpaca_prompt = TEMPLATES["alpaca"].prompt
 
 EOS = 257
 
@@ -91,16 +93,17 @@ def test_truncation_and_skipped_rows(tmp_path: Path, tiny_tokenizer: Any) -> Non
         {"instruction": "a", "output": "0123456789"},
         {"instruction": "a", "output": ""},
         {"instruction": "a", "output": " \n"},
+        {"instruction": "a", "output": None},
         {"instruction": "a" * 50, "output": "never seen"},
         {"instruction": "aaaaa", "output": "b"},
     ]
     data = _tune(_rows(tmp_path / "a.jsonl", rows), tiny_tokenizer, max_length=size + 4)
-    assert data.skipped == {"empty output": 2, "no label after truncation": 2}
-    assert data.num_rows == 5
+    assert data.skipped == {"empty output": 3, "no label after truncation": 2}
+    assert data.num_rows == 6
     (sample,) = data.samples
     assert sample["labels"] == [-100] * size + list(b"0123")  # cut, so without an end
     assert len(sample["input_ids"]) == size + 4
-    with pytest.raises(UsageError, match="no usable row among 5"):
+    with pytest.raises(UsageError, match="no usable row among 6"):
         _tune(_rows(tmp_path / "a.jsonl", rows), tiny_tokenizer, max_length=size)
 
 
@@ -110,6 +113,17 @@ def test_num_samples_counts_usable_rows_in_order(tmp_path: Path, tiny_tokenizer:
     texts = [bytes(sample["input_ids"][-5:-1]).decode() for sample in data.samples]
     assert texts == [row["output"] for row in rows if row["output"]][:400]
     assert (data.num_rows, data.skipped["empty output"]) == (600, 200)
+
+
+def test_the_memory_of_a_large_text_is_said(
+    tmp_path: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = _rows(tmp_path / "rows.jsonl", [{"text": "x" * 50}] * 20)
+    (tmp_path / "book.txt").write_text("x" * 1000)
+    monkeypatch.setattr("lors_cli.data.tokenising.LARGE_TEXT", 500)
+    for name, most, is_said in ((rows, None, True), (rows, 2, False), (str(tmp_path / "book.txt"), 2, True)):
+        _windows(name, tiny_tokenizer, 8, most=most)
+        assert (f"{name} is tokenised at once" in " ".join(capsys.readouterr().err.split())) == is_said
 
 
 def test_max_length_above_the_models(tmp_path: Path, tiny_tokenizer: Any) -> None:
@@ -203,6 +217,23 @@ def test_text_for_tuning_is_packed(tmp_path: Path, tiny_tokenizer: Any) -> None:
     assert len(_tune(path, tiny_tokenizer, max_length=16, num_samples=99, num_needed=4).samples) == 10
     with pytest.raises(UsageError, match="too little text for one sample of 512"):
         _tune(path, tiny_tokenizer)
+
+
+@pytest.mark.parametrize("packing", ["concatenated", "isolated"])
+def test_blank_texts_are_no_documents(
+    tmp_path: Path, tiny_tokenizer: Any, packing: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = [f"{i:03d}" for i in range(40)]
+    whole = _rows(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    blank = _rows(tmp_path / "b.jsonl", [{"text": text} for name in texts for text in (name, "", " \n")])
+    tuned = [_tune(path, tiny_tokenizer, max_length=16, packing=packing).samples for path in (whole, blank)]
+    assert tuned[0] == tuned[1]
+    held_out = tuning_samples(TuneDataConfig(dataset=blank, max_length=16, packing=packing), tiny_tokenizer, seed=0,
+                              num_needed=None, model_max_length=4096, data_dir=None, val_size=2)  # fmt: skip
+    assert len(held_out.samples) + len(held_out.held_out) == len(tuned[0])
+    given = {"num_samples": 4, "sequence_length": 16}
+    assert torch.equal(*(_calibrate(path, tiny_tokenizer, **given) for path in (whole, blank)))
+    assert capsys.readouterr().err.count("b.jsonl: 80 blank texts left out") == 3
 
 
 # ---- calibration

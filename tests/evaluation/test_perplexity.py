@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from lors_cli.errors import UsageError
 from lors_cli.evaluation import perplexity
 from lors_cli.evaluation.perplexity import summed_nll, token_perplexity
 
@@ -82,11 +81,6 @@ def test_half_precision_logits_are_summed_in_float32() -> None:
     log_probabilities = torch.log_softmax(logits.double(), dim=-1)
     expected = (-log_probabilities.gather(-1, targets[..., None])).sum((1, 2)).tolist()
     assert summed_nll(logits, targets) == pytest.approx(expected, rel=1e-6)
-
-
-def test_nothing_to_predict(tiny_model: Any) -> None:
-    with pytest.raises(UsageError, match="nothing to predict"):
-        token_perplexity(tiny_model, _windows(3, 1), batch_size=1)
 
 
 def test_broken_model_gives_nan_not_a_crash(tiny_model: Any) -> None:

@@ -12,7 +12,9 @@ from lors_cli.errors import UsageError
 from lors_cli.evaluation import harness
 from lors_cli.evaluation.entries import resolve
 from lors_cli.evaluation.shown_model import ShownModel
+from lors_cli.machine import processes
 from lors_cli.models.checks import check_vocabulary
+from lors_cli.output import progress
 from lors_cli.recipe.schema import EvalConfig
 
 
@@ -101,7 +103,9 @@ def test_bfloat16_agrees_within_rounding(stories: tuple[Any, Any], told: list[st
     assert told == []
 
 
-def test_rolling_likelihood_is_scored_document_by_document(stories: tuple[Any, Any]) -> None:
+def test_rolling_likelihood_is_scored_document_by_document(
+    stories: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
@@ -112,3 +116,9 @@ def test_rolling_likelihood_is_scored_document_by_document(stories: tuple[Any, A
     plain = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, softmax_dtype="float32")
     expected = plain.loglikelihood_rolling(requests, disable_tqdm=True)
     assert shown.loglikelihood_rolling(requests) == pytest.approx(expected, rel=1e-5)
+    counted: list[int] = []  # with what another process does, too
+    monkeypatch.setattr(progress.Task, "advance", lambda task, amount=1: counted.append(amount))
+    monkeypatch.setattr(processes, "num_processes", lambda: 2)
+    monkeypatch.setattr(processes, "gather", lambda mine: [mine, expected[1:2]])
+    assert shown.loglikelihood_rolling(requests) == pytest.approx(expected, rel=1e-5)
+    assert sum(counted) == len(requests)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lors_cli.data import tokens
-from lors_cli.errors import UsageError
+from lors_cli.errors import MissingError, UsageError
 from lors_cli.evaluation import harness, perplexity, pieces
 from lors_cli.evaluation.entries import Task
 from lors_cli.evaluation.pieces import eval_fingerprint, pending, pieces_of
@@ -86,6 +86,8 @@ def _files(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 
 def test_results_have_the_documented_form(bench: Bench, tmp_path: Path) -> None:
+    for index in ("", "1", "3"):  # of more processes, which were killed
+        (tmp_path / f".scratch{index}/datasets").mkdir(parents=True)
     results = evaluate(CONFIG, MODELS, tmp_path, data_dir=None)
     assert bench.loaded == ["d", "p"]
     assert len(bench.scored) == 6
@@ -103,7 +105,7 @@ def test_results_have_the_documented_form(bench: Bench, tmp_path: Path) -> None:
     assert len({window["tokens"] for window in windows}) == 1  # both are zeros
     fingerprint = eval_fingerprint(CONFIG, {"dense": "d0", "pruned": "p0"}, None)
     assert records.is_finished(tmp_path, fingerprint)
-    assert not (tmp_path / ".scratch").exists()
+    assert not list(tmp_path.glob(".scratch*"))
 
 
 def test_perplexities_of_before_windows_were_kept_stand(bench: Bench, tmp_path: Path) -> None:
@@ -196,10 +198,21 @@ def test_files_as_texts_get_their_own_pieces(bench: Bench, tmp_path: Path) -> No
     assert len(list((tmp_path / "out/.pieces/dense").iterdir())) == 2
 
 
-@pytest.mark.parametrize("label", ["a/b", "..", "stage", ""])
+@pytest.mark.parametrize("label", ["a/b", "..", "stage", "", "a\n", "é"])
 def test_labels_are_file_names(bench: Bench, tmp_path: Path, label: str) -> None:
     with pytest.raises(UsageError, match="cannot be a model's name"):
         evaluate(CONFIG, {label: MODELS["dense"]}, tmp_path, data_dir=None)
+
+
+def test_the_data_folder_is_that_of_the_environment(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("LORS_DATA_DIR", "~/empty")
+    for data_dir in (None, "~/empty"):
+        with pytest.raises(MissingError, match=f"{tmp_path}/empty/eval/rte"):
+            evaluate(CONFIG, MODELS, tmp_path / "out", data_dir=data_dir)
 
 
 def test_unknown_task_stops_before_any_model_is_loaded(bench: Bench, tmp_path: Path) -> None:

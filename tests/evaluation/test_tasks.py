@@ -140,12 +140,17 @@ def test_checking_the_usual_tasks_needs_no_lm_eval() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=Path(__file__).parents[2])
 
 
-def test_generated_definition_reads_the_local_file_alone(tmp_path: Path) -> None:
-    data = _local_rte(tmp_path)
-    path = tasks.task_definition(named("rte"), data_dir=tmp_path, folder=tmp_path / "work")
+@pytest.mark.parametrize("name", ["plain", "data [v1]*?"])
+def test_generated_definition_reads_the_local_file_alone(tmp_path: Path, name: str) -> None:
+    from datasets.data_files import DataFilesList
+
+    folder = tmp_path / name
+    data = _local_rte(folder)
+    path = tasks.task_definition(named("rte"), data_dir=folder, folder=folder / "work")
     content = yaml.safe_load(path.read_text())
     assert content["dataset_path"] == "json"
-    assert content["dataset_kwargs"]["data_files"] == {"validation": str(data)}
+    ((split, pattern),) = content["dataset_kwargs"]["data_files"].items()
+    assert (split, DataFilesList.from_patterns([pattern])) == ("validation", [str(data)])
     assert content["validation_split"] == "validation"
     assert content["training_split"] is content["test_split"] is content["dataset_name"] is None
     assert Path(content["include"]).is_file()

@@ -13,11 +13,14 @@ from typing import Any
 
 import pytest
 
+from lors_cli.errors import UsageError
 from lors_cli.files import atomic, hashes, records
 from lors_cli.files.atomic import is_partial, read_json, remove, write_bytes, write_json, write_text
 from lors_cli.files.hashes import cached_sha256, file_sha256, fingerprint, plain
 from lors_cli.files.records import StageRecord, is_finished, leftovers, publish, read_record, staging_dir, work_dir
 from lors_cli.machine import environment as machine_environment
+from lors_cli.models.sources import locate
+from lors_cli.pipeline.folders import claim
 
 RECORD = StageRecord("prune", "f1", {"a": 1}, {}, {"sparsity": 0.5}, {}, 1.5, {})
 
@@ -164,7 +167,20 @@ class TestHashes:
         path = tmp_path / "a"
         path.write_bytes(b"abc")
         os.utime(path, (1e9, 1e9))
-        assert cached_sha256(path) == file_sha256(path)
+        digest = cached_sha256(path)
+        assert digest == file_sha256(path)
+        monkeypatch.setattr(hashes, "file_sha256", lambda _: "read again")
+        assert cached_sha256(path) == digest  # once a process
+
+    def test_a_name_that_no_record_could_say_is_refused(self, tmp_path: Path) -> None:
+        folder = tmp_path / os.fsdecode(b"caf\xe9")
+        (folder / "dense").mkdir(parents=True)
+        (folder / "a.txt").write_text("abc")
+        for call in (lambda: cached_sha256(folder / "a.txt"), lambda: locate(str(folder / "dense"))):
+            with pytest.raises(UsageError, match=r"caf\\xe9.*: the name is not UTF-8"):
+                call()
+        with pytest.raises(UsageError, match="not UTF-8"), claim(folder):
+            pass
 
     @pytest.mark.parametrize("content", ["[]", "{", '{"key": 1}'])
     def test_a_broken_cache_is_replaced(self, content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,8 +20,10 @@ def few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Remembered:
 def test_the_oldest_goes_first(few: Remembered) -> None:
     for key in "abcd":
         few.keep(key, {"is": key})
-    assert few.get("a") is None
-    assert few.get("d") == {"is": "d"}
+    assert few.get("a") == {"is": "a"}  # in this process
+    another = Remembered("few", "few things", most=2)
+    assert another.get("a") is None
+    assert another.get("d") == {"is": "d"}
     assert list(json.loads((user_cache() / "few.json").read_text())) == ["b", "c", "d"]
 
 
@@ -39,6 +41,7 @@ def test_what_cannot_be_kept_is_said(few: Remembered, monkeypatch: pytest.Monkey
     monkeypatch.setattr(console, "detail", said.append)
     user_cache().write_text("a file stands where the folder should be")
     few.keep("a", 1)
-    assert few.get("a") is None
+    assert few.get("a") == 1  # in this process
+    assert Remembered("few", "few things").get("a") is None
     assert len(said) == 1
     assert said[0].startswith("few things are not remembered: ")

@@ -32,8 +32,8 @@ from lors_cli.files import atomic, hashes, locks
 from lors_cli.files.remembered import user_cache
 from lors_cli.output import console
 
-CACHE_VERSION = 1
-"""Raised when the same text and tokenizer give other tokens."""
+CACHE_VERSION = 2
+"""Raised when the same text and tokenizer give other tokens; 2 since blank texts are left out."""
 SHARD_TOKENS = 1 << 20
 DEFAULT_LIMIT_GIB = 20.0
 END_NAME = "end.json"
@@ -45,7 +45,7 @@ def cache_dir() -> Path:
     """Where tokenised text is kept: $LORS_CACHE_DIR, else `lors` in $XDG_CACHE_HOME or ~/.cache."""
     chosen = os.environ.get("LORS_CACHE_DIR")
     if chosen:
-        return Path(chosen).expanduser()
+        return Path(os.path.expanduser(chosen))
     return user_cache()
 
 

@@ -15,7 +15,10 @@ START: Position = {"documents": 0}
 
 
 def read_documents(source: TextSource, position: Position) -> Iterator[tuple[list[str], Position]]:
-    """Batches of texts from a position on (START, or one that was given before), each with the position after it."""
+    """Batches of texts from a position on (START, or one that was given before), each with the position after it.
+
+    Blank texts are counted and left out; a batch may have no other.
+    """
     dataset = source.open_stream() if source.open_stream is not None else None
     if dataset is None:
         rows: Iterator[Any] = islice(source.rows(), position["documents"], None)
@@ -28,4 +31,5 @@ def read_documents(source: TextSource, position: Position) -> Iterator[tuple[lis
     number = position["documents"]
     for texts in batches(row["text"] for row in rows):
         number += len(texts)
-        yield texts, {"documents": number, **({"state": dataset.state_dict()} if dataset is not None else {})}
+        after = {"documents": number, **({"state": dataset.state_dict()} if dataset is not None else {})}
+        yield [text for text in texts if text.strip()], after

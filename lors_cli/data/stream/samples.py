@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -18,10 +19,10 @@ from lors_cli.data.held_out import num_held_out
 from lors_cli.data.packing import block_sample, too_little_text
 from lors_cli.data.samples import Sample, TuneData
 from lors_cli.data.sources import TextSource
-from lors_cli.data.stream.cache import TokenCache, cache_dir, folder_bytes, open_cache
+from lors_cli.data.stream.cache import TokenCache, cache_dir, folder_bytes, open_cache, size_limit
 from lors_cli.data.stream.order import shuffled_block
 from lors_cli.data.stream.worker import Worker
-from lors_cli.data.tokenising import begin_tokens, check_known, check_length, eos_token_id
+from lors_cli.data.tokenising import begin_tokens, check_known, check_length, eos_token_id, warn_of_size
 from lors_cli.errors import UsageError
 from lors_cli.machine import processes
 from lors_cli.output import console, progress
@@ -29,10 +30,6 @@ from lors_cli.recipe.schema import TuneConfig, TuneDataConfig
 
 LARGE_FILE = 64 << 20
 """Bytes from which on `stream: auto` streams a local file."""
-LARGE_DOCUMENT = 100_000_000
-"""Bytes of a text file, which is one document, from which on its size is warned of."""
-MEMORY_OF_BYTE = 45
-"""What tokenising takes of a document's byte (177 of a token)."""
 SHORTEST = 8
 """Tokens of the last sample at least: a shorter one might have no label at all."""
 POLL_S = 0.02
@@ -202,12 +199,10 @@ def stream_samples(
         raise UsageError(
             f"Streaming needs a fast tokenizer, and {type(tokenizer).__name__} is not one.", "Set data.stream: off."
         )
-    if source.num_bytes > LARGE_DOCUMENT and source.fingerprint.startswith("txt:"):
-        console.warn(
-            f"{source.name} is one document, tokenised at once in some "
-            f"{console.gib(MEMORY_OF_BYTE * source.num_bytes)} of memory: give it as JSON lines, a document a row."
-        )
+    if source.fingerprint.startswith("txt:"):
+        warn_of_size(source.name, source.num_bytes, "give it as JSON lines, a document a row")
     stream = _open_stream(config, source, tokenizer, data_dir)
+    _warn_of_room(config, source, stream.cache)
     held_out = [] if config.val_size is None else stream.hold_out(_whole_number(config.val_size))
     if config.max_tokens is not None:
         num_samples, last = token_budget(config.max_tokens, data.max_length)
@@ -223,6 +218,24 @@ def stream_samples(
     num_tokens = (num_samples - 1) * data.max_length + last
     num_steps = math.ceil(num_samples / config.batch_size)
     return TuneData(stream, num_samples, {}, num_tokens, num_steps, close=stream.close, held_out=held_out)
+
+
+def _warn_of_room(config: TuneConfig, source: TextSource, cache: TokenCache) -> None:
+    """Say where the cache may have no room for what the run reads of a text, as far as that is known."""
+    if cache.end() is not None:  # all is there
+        return
+    data, is_plain = config.data, source.name.lower().endswith((".jsonl", ".json", ".csv", ".tsv", ".txt"))
+    samples = min(data.num_samples or math.inf, config.max_steps * config.batch_size if config.max_steps else math.inf)
+    tokens = min(samples * data.max_length, config.max_tokens or math.inf)
+    tokens = min(tokens, source.num_bytes if is_plain else math.inf)  # of a byte one at most
+    size = tokens * np.dtype(cache.manifest["dtype"]).itemsize
+    limit, free = size_limit(), shutil.disk_usage(cache.folder).free + folder_bytes(cache.folder)
+    if min(limit, free) < size < math.inf:
+        console.warn(
+            f"the cache of tokens may need {console.gib(size)}; it may take {console.gib(limit)}, and "
+            f"{console.gib(free)} are free in {cache.folder}: training ends where there is no more room. "
+            "Raise LORS_CACHE_GIB, or choose another disk with LORS_CACHE_DIR."
+        )
 
 
 def _whole_number(val_size: float) -> int:

@@ -115,8 +115,8 @@ class Filler:
         """The texts' tokens, and where each text starts in them."""
         encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         pieces = [np.array([*self.begin, *encoding.ids, self.end], dtype=self.dtype) for encoding in encodings]
-        lengths = np.array([len(piece) for piece in pieces])
-        return np.concatenate(pieces), np.cumsum(lengths) - lengths
+        lengths = np.array([len(piece) for piece in pieces], np.int64)
+        return np.concatenate([np.empty(0, self.dtype), *pieces]), np.cumsum(lengths) - lengths
 
 
 def make_filler(job: dict[str, Any]) -> Filler:

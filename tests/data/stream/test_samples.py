@@ -47,12 +47,15 @@ def cache_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 DOCUMENTS = [f"{index:04d}:" + chr(97 + index % 26) * (index * 37 % 90) for index in range(700)]
+BLANKS = 600
+"""Rows after the first ten that are left out, so many that a whole batch has no document."""
 
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.jsonl"
-    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in DOCUMENTS))
+    texts = [*DOCUMENTS[:10], *["", " \n"] * (BLANKS // 2), *DOCUMENTS[10:], ""]
+    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in texts))
     return path
 
 
@@ -161,15 +164,25 @@ def test_too_little_text(
 ) -> None:
     (tmp_path / "short.txt").write_text("abc")
     opened(max_steps=1)
-    assert "one document" not in capsys.readouterr().err
-    monkeypatch.setattr("lors_cli.data.stream.samples.LARGE_DOCUMENT", 2)
+    assert "at once" not in capsys.readouterr().err
+    monkeypatch.setattr("lors_cli.data.tokenising.LARGE_TEXT", 2)
     opened(max_steps=1)
-    assert "one document" not in capsys.readouterr().err
+    assert "at once" not in capsys.readouterr().err
     with pytest.raises(UsageError, match="too little text for one sample of 16"):
         opened(dataset=tmp_path / "short.txt", max_steps=3).samples[0]
     with pytest.raises(UsageError, match="too little text"):
         len(opened(dataset=tmp_path / "short.txt", epochs=2).samples)
-    assert "one document" in capsys.readouterr().err
+    assert "at once" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("settings", [{"max_steps": 20}, {"max_tokens": 1280}, {"epochs": 1, "num_samples": 80}])
+def test_a_cache_that_may_be_too_small_is_said_at_the_start(
+    opened: Open, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for room, is_said in ((2560, False), (2559, True)):  # of 1280 tokens, two bytes each
+        monkeypatch.setattr("lors_cli.data.stream.samples.size_limit", lambda room=room: room)
+        opened(**settings)
+        assert ("the cache of tokens may need 2.5 KiB" in capsys.readouterr().err) == is_said
 
 
 def test_when_text_is_streamed(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
