@@ -60,7 +60,7 @@ def test_short_trials_choose_text_and_loss_and_few_are_run_long() -> None:
     assert {(trial.text, trial.loss) for trial in leaders} == {("both", "teacher")}
     assert [(trial.method, trial.seed) for trial in leaders] == [
         (method, seed) for seed in (0, 1) for method in ("hira", "sqft", "lors-exact")]  # fmt: skip
-    assert (last.method, last.start, last.seed) == ("hira", "reconstructed", 0)
+    assert (last.method, (last.start, last.steps), last.seed) == ("hira", frontier.FULL, 0)
 
 
 def test_a_run_that_broke_is_never_the_best() -> None:
