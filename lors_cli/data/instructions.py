@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 from lors_cli.data.prompts import ChatTemplate, Rendered, template_text, turns_of
 from lors_cli.data.samples import EMPTY_OUTPUT, IGNORED, NO_LABEL, Sample, TuneData, isolated_sample
@@ -12,6 +12,8 @@ from lors_cli.data.sources import TextSource
 from lors_cli.data.tokenising import BATCH_DOCUMENTS, begin_tokens, eos_token_id, offset_encoder
 from lors_cli.errors import UsageError
 from lors_cli.recipe.schema import TuneDataConfig
+
+Made = TypeVar("Made")
 
 
 def instruction_samples(source: TextSource, config: TuneDataConfig, tokenizer: Any) -> TuneData:
@@ -31,7 +33,7 @@ def instruction_samples(source: TextSource, config: TuneDataConfig, tokenizer: A
     rows = source.rows()
     while len(samples) != config.num_samples and (batch := list(islice(rows, BATCH_DOCUMENTS))):
         texts = [
-            _rendered(row, render, f"{source.name}, row {number}") for number, row in enumerate(batch, num_rows + 1)
+            rendered(row, render, f"{source.name}, row {number}") for number, row in enumerate(batch, num_rows + 1)
         ]
         encodings = iter(encoder([text.text for text in texts if text is not None]))
         for text in texts:
@@ -85,8 +87,12 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def _rendered(row: dict[str, Any], render: Callable[[dict[str, Any]], Rendered], place: str) -> Rendered | None:
-    """A row as one text, None when all its answers are empty."""
+def rendered(row: dict[str, Any], render: Callable[[dict[str, Any]], Made], place: str) -> Made | None:
+    """What `render` makes of a row, None when all its answers are empty.
+
+    Raises:
+        UsageError: the row does not fit; the message names its place.
+    """
     if not any(turn.learnt and turn.content.strip() for turn in turns_of(row)):
         return None
     try:

@@ -135,10 +135,10 @@ def _check_text(text: Text, data_dir: Path | None) -> None:
     """A source's first rows, and that the settings are for what it gives."""
     source = open_source(text.name, split=text.split, data_dir=data_dir, want=text.want, columns=text.columns,
                          chosen=text.chosen)  # fmt: skip
-    text.fits(source)
-    if text.name == "pydoc":  # all of it is read before its first row, and that is there
-        return
-    if source.path is None and not any(any(row.values()) for row in source.first_rows(ROWS)):
+    is_read = text.name != "pydoc" and source.path is None  # all of pydoc is read before its first row
+    rows = source.first_rows(ROWS) if is_read else []
+    text.fits(source, rows)
+    if is_read and not any(any(row.values()) for row in rows):
         raise UsageError(f"The first {ROWS} rows of {text.name} are empty.")
 
 

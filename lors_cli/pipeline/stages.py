@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lors_cli.data.sources import Split, TextSource, Want
+from lors_cli.data.sources import Row, Split, TextSource, Want
 from lors_cli.data.tokenising import check_length
 from lors_cli.errors import UsageError
 from lors_cli.evaluation import estimate as evaluation_estimate
@@ -44,8 +44,8 @@ class Text:
     want: Want = "text"
     columns: ColumnsConfig | None = None
     chosen: str | None = None
-    fits: Callable[[TextSource], object] = lambda source: None
-    """UsageError if the stage's settings are not for what the source gives."""
+    fits: Callable[[TextSource, list[Row]], object] = lambda source, rows: None
+    """UsageError if the stage's settings are not for what the source gives; of its rows the first are looked at."""
 
 
 @dataclass(frozen=True)
@@ -166,12 +166,18 @@ def _tuning_reads(config: TuneConfig) -> Reads:
     return Reads(texts, teacher=teacher)
 
 
-def _check_data(config: TuneConfig, data: TuneDataConfig, source: TextSource) -> None:
-    from lors_cli.data.stream.samples import is_streamed
+def _check_data(config: TuneConfig, data: TuneDataConfig, source: TextSource, rows: list[Row]) -> None:
+    from lors_cli.data.instructions import rendered
+    from lors_cli.data.prompts import TEMPLATES, template_text
+    from lors_cli.data.stream.samples import check_stream, is_streamed
     from lors_cli.data.tokens import check_settings
 
-    is_streamed(replace(config, data=data), source)
+    config = replace(config, data=data)
+    if is_streamed(config, source):
+        check_stream(config, source)
     check_settings(data, source)
+    for number, row in enumerate(rows if source.kind == "instructions" and data.template in TEMPLATES else (), 1):
+        rendered(row, partial(template_text, data.template), f"{source.name}, row {number}")
 
 
 def _learns_template(config: TuneConfig, data_dir: Path | None) -> bool:

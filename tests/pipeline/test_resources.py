@@ -283,13 +283,17 @@ def test_a_length_that_is_not_used_is_not_looked_at() -> None:
         ({"dataset": "rows.jsonl", "packing": "concatenated"}, "would let the instructions of rows.jsonl see one"),
         ({"dataset": "pydoc", "packing": "concatenated"}, "would let the instructions of pydoc see one another"),
         ({"dataset": "rows.jsonl", "stream": "on"}, "data.stream: on is for text, and rows.jsonl is instructions"),
+        ({"dataset": "text.jsonl", "stream": "on"}, "val_size: 0.1 is a share, and how long streamed text is"),
+        ({"dataset": "talk.jsonl"}, "talk.jsonl, row 2: a conversation of user, assistant, user, assistant does not"),
     ],
 )
 def test_settings_that_are_not_for_the_data_are_known_before_anything_runs(
     at_workshop: Path, data: dict[str, Any], said: str
 ) -> None:
-    plan = plan_of(replace(TUNE, data=TuneDataConfig(max_length=256, **data)), ModelConfig(path="dense"))
-    (trouble,) = troubles([plan], None)
+    turns = [{"role": role, "content": "Hello."} for role in ("user", "assistant")]
+    Path("talk.jsonl").write_text("\n".join(json.dumps({"messages": turns * pairs}) for pairs in (1, 2)))
+    config = replace(TUNE, val_size=0.1, data=TuneDataConfig(max_length=256, **data))
+    (trouble,) = troubles([plan_of(config, ModelConfig(path="dense"))], None)
     assert said in trouble.error.message
 
 

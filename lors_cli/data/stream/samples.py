@@ -184,15 +184,33 @@ def is_streamed(config: TuneConfig, source: TextSource) -> bool:
     return source.kind == "text" and (source.streamed or source.num_bytes > LARGE_FILE)
 
 
+def check_stream(config: TuneConfig, source: TextSource) -> None:
+    """Refuse settings that need to know where a streamed text ends.
+
+    Raises:
+        UsageError: there is no end to it, or a share of it is to be held out.
+    """
+    if config.val_size is not None and config.val_size < 1:
+        raise UsageError(
+            f"val_size: {config.val_size:g} is a share, and how long streamed text is shows at its end.",
+            "Give a number of samples.",
+        )
+    if source.streamed and config.max_tokens is None and config.max_steps is None and config.data.num_samples is None:
+        raise UsageError(
+            "Streamed text has no end.", "Say how much of it to take: max_tokens, max_steps or data.num_samples."
+        )
+
+
 def stream_samples(
     config: TuneConfig, source: TextSource, tokenizer: Any, *, model_max_length: int, data_dir: Path | None
 ) -> TuneData:
     """The samples of a run over streamed text.
 
     Raises:
-        UsageError: the source is no text, there is no end to it, or the tokenizer is not one of `tokenizers`.
+        UsageError: the settings need to know its end, or the tokenizer is not one of `tokenizers`.
     """
     data = config.data
+    check_stream(config, source)
     check_length(data.max_length, model_max_length, "max_length")
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -203,16 +221,12 @@ def stream_samples(
         warn_of_size(source.name, source.num_bytes, "give it as JSON lines, a document a row")
     stream = _open_stream(config, source, tokenizer, data_dir)
     _warn_of_room(config, source, stream.cache)
-    held_out = [] if config.val_size is None else stream.hold_out(_whole_number(config.val_size))
+    held_out = [] if config.val_size is None else stream.hold_out(int(config.val_size))
     if config.max_tokens is not None:
         num_samples, last = token_budget(config.max_tokens, data.max_length)
     elif config.max_steps is not None:
         num_samples, last = config.max_steps * config.batch_size, data.max_length
     else:
-        if source.streamed and data.num_samples is None:
-            raise UsageError(
-                "Streamed text has no end.", "Say how much of it to take: max_tokens, max_steps or data.num_samples."
-            )
         num_samples, last = math.ceil(config.epochs * stream.count_blocks()), data.max_length
     stream.plan(num_samples, last)
     num_tokens = (num_samples - 1) * data.max_length + last
@@ -236,16 +250,6 @@ def _warn_of_room(config: TuneConfig, source: TextSource, cache: TokenCache) -> 
             f"{console.gib(free)} are free in {cache.folder}: training ends where there is no more room. "
             "Raise LORS_CACHE_GIB, or choose another disk with LORS_CACHE_DIR."
         )
-
-
-def _whole_number(val_size: float) -> int:
-    """`val_size` of a stream, whose length is not known."""
-    if val_size < 1:
-        raise UsageError(
-            f"val_size: {val_size:g} is a share, and how long streamed text is shows at its end.",
-            "Give a number of samples.",
-        )
-    return int(val_size)
 
 
 def token_budget(max_tokens: int, length: int) -> tuple[int, int]:
