@@ -331,6 +331,21 @@ def test_a_merge_that_breaks_the_pattern_publishes_nothing(
     assert not (tmp_path / "tune" / "model.safetensors").exists()
 
 
+def test_a_base_that_breaks_its_pattern_at_one_place_is_held_to_its_share(
+    sparse_checkpoint: Path, config: TuneConfig, tmp_path: Path
+) -> None:
+    tensors = load_file(sparse_checkpoint / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.weight"][0, 0] = 0.5
+    save_file(tensors, sparse_checkpoint / "model.safetensors", metadata={"format": "pt"})
+    base = ModelConfig(path=str(sparse_checkpoint))
+    assert [inspect(base)[key] for key in ("pattern", "violations")] == ["2:4", 1]
+    tuned = tune(replace(config, max_steps=1, init="kaiming"), base, tmp_path / "tune")
+    merged = merge(base.path, tmp_path / "tune" / "adapter", tmp_path / "merged")
+    found = inspect(ModelConfig(path=str(tmp_path / "tune")))
+    for metrics in (tuned.metrics, merged, found):
+        assert [metrics[key] for key in ("pattern", "violations")] == ["unstructured", 0]
+
+
 def test_epochs_count_the_steps_that_the_trainer_makes(
     sparse_checkpoint: Path, config: TuneConfig, tmp_path: Path
 ) -> None:
