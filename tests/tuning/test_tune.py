@@ -23,6 +23,7 @@ from lors_cli.models import loading
 from lors_cli.models.blocks import prunable_weights
 from lors_cli.models.inspection import inspect, prompt_of
 from lors_cli.recipe.schema import ColumnsConfig, ModelConfig, TuneConfig, TuneDataConfig
+from lors_cli.tuning import estimate
 from lors_cli.tuning.adapter import load_adapter
 from lors_cli.tuning.merge import merge
 from lors_cli.tuning.stage import stage_fingerprint, tune
@@ -352,6 +353,9 @@ def test_epochs_count_the_steps_that_the_trainer_makes(
     by_epoch = replace(config, max_steps=None, epochs=1.5, batch_size=6, init="kaiming")
     record = tune(by_epoch, ModelConfig(path=str(sparse_checkpoint)), tmp_path / "tune")
     assert record.metrics["steps"] == num_steps(by_epoch, 40) == 11
+    assert num_steps(replace(by_epoch, epochs=1.1), 300) == 55  # 1.1 · 50 is more in floats
+    many = replace(by_epoch, epochs=1.1, data=replace(by_epoch.data, num_samples=50))
+    assert estimate._samples(many, None) == 55
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(

@@ -16,7 +16,7 @@ import numpy as np
 from lors_cli.data import hub
 from lors_cli.data.held_out import num_held_out
 from lors_cli.data.packing import block_sample, too_little_text
-from lors_cli.data.samples import Sample, TuneData
+from lors_cli.data.samples import Sample, TuneData, rounded_up
 from lors_cli.data.sources import TextSource
 from lors_cli.data.stream.cache import TokenCache, cache_dir, folder_bytes, open_cache
 from lors_cli.data.stream.order import shuffled_block
@@ -218,7 +218,7 @@ def stream_samples(
             raise UsageError(
                 "Streamed text has no end.", "Say how much of it to take: max_tokens, max_steps or data.num_samples."
             )
-        num_samples, last = math.ceil(config.epochs * stream.count_blocks()), data.max_length
+        num_samples, last = rounded_up(config.epochs, stream.count_blocks()), data.max_length
     stream.plan(num_samples, last)
     num_tokens = (num_samples - 1) * data.max_length + last
     num_steps = math.ceil(num_samples / config.batch_size)
