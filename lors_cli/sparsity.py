@@ -18,6 +18,8 @@ DENSE_BELOW = 0.05
 """A weight with a smaller share of zeros counts as dense when nothing says that it was pruned."""
 CANDIDATES = ((1, 4), (2, 4), (1, 2), (2, 8), (4, 8), (4, 16), (8, 16), (16, 32))
 """Patterns N:M that zeros are recognised by, in this order."""
+DIGITS = 6
+"""Of a share of zeros, in records."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def keep_largest(scores: torch.Tensor, pattern: Pattern, *, per_row: bool) -> to
 
     Returns:
         (out_features, in_features) bool, True where the weight stays. Exactly the share asked for is removed,
-        rounded down to whole weights; among equal scores the later inputs go first.
+        rounded down to whole weights; among equal scores the later go first, over the whole weight the later rows.
     """
     import torch
 
@@ -102,8 +104,8 @@ def keep_largest(scores: torch.Tensor, pattern: Pattern, *, per_row: bool) -> to
     excess = mask.sum(-1, keepdim=True) - num_kept
     if bool(excess.any()):  # equal scores: as many of the last of them go
         tied = rows == lowest_kept
-        from_the_right = tied.flip(-1).cumsum(-1).flip(-1)
-        mask &= ~(tied & (from_the_right <= excess))
+        from_the_right = tied.flip(-1).cumsum(-1, dtype=torch.int32)
+        mask &= ~(tied & (from_the_right <= excess.int()).flip(-1))
     return mask.view_as(scores)
 
 
@@ -147,11 +149,12 @@ def num_violations(weight: torch.Tensor, pattern: Pattern) -> int:
 def missing_zeros(shape: tuple[int, ...], num_zeros: int, pattern: Pattern) -> int:
     """How many zeros a weight lacks to unstructured sparsity.
 
-    Shares are rounded down to whole weights in every row (Wanda) or in every 128 columns (SparseGPT).
+    Shares are rounded down to whole weights in every row (Wanda) or in every 128 columns (SparseGPT), and to `DIGITS`
+    where they come from a record.
     """
     rows, columns = shape
     by_row = rows * pattern.num_removed(columns)
-    by_block = pattern.num_removed(rows * columns) - -(-columns // 128)
+    by_block = pattern.num_removed(rows * columns) - -(-columns // 128) - int(rows * columns * 0.5 / 10**DIGITS)
     return max(0, min(by_row, by_block) - num_zeros)
 
 
@@ -187,9 +190,9 @@ def summarise(layers: list[LayerSparsity], pattern: Pattern | None) -> dict[str,
     zeros = sum(layer.num_zeros for layer in layers)
     return {
         "pattern": str(pattern) if pattern else "dense",
-        "sparsity": round(zeros / total, 6) if total else 0.0,
+        "sparsity": round(zeros / total, DIGITS) if total else 0.0,
         "violations": sum(layer.violations for layer in layers),
-        "layers": [{"name": layer.name, "shape": list(layer.shape), "sparsity": round(layer.sparsity, 6)}
+        "layers": [{"name": layer.name, "shape": list(layer.shape), "sparsity": round(layer.sparsity, DIGITS)}
                    for layer in layers],
     }  # fmt: skip
 

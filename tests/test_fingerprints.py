@@ -96,6 +96,7 @@ DATA = TuneDataConfig(dataset="rows.jsonl")
             ),
             "f034b66dba457596659bdcde41f0d59d",
         ),
+        (TuneConfig(data=DATA, method="sqft-gc", quantization_aware=True), "52c4cbfef6452b0a85c8b08c0b77ff20"),
     ],
 )
 def test_of_tuning(config: TuneConfig, expected: str, tmp_path: Path) -> None:

@@ -5,9 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lors_cli.bench.live_memory import LiveBytes
 from lors_cli.errors import UsageError
 from lors_cli.recipe.schema import PruneConfig
-from lors_cli.sparsity import Pattern, keep_largest, mask_digest, measure, num_violations, summarise
+from lors_cli.sparsity import (
+    LayerSparsity,
+    Pattern,
+    keep_largest,
+    mask_digest,
+    measure,
+    missing_zeros,
+    num_violations,
+    summarise,
+)
 
 TWO_OF_FOUR = Pattern(2, 4, 0.5)
 
@@ -106,6 +116,13 @@ def test_ties_lose_their_later_inputs() -> None:
     assert keep_largest(scores, Pattern(3, 4, 0.25), per_row=True).tolist() == [[True, True, False, True]]
 
 
+def test_equal_scores_take_no_more_memory_than_is_estimated() -> None:
+    scores = torch.ones(64, 256)
+    with LiveBytes([scores]) as live:
+        keep_largest(scores, unstructured(0.5), per_row=False)
+    assert live.peak < 12 * scores.numel()
+
+
 @pytest.mark.parametrize(("share", "size", "removed"), [(0.29, 100, 29), (0.57, 100, 57), (0.5, 3, 1), (0.1, 9, 0)])
 def test_removed_weights_are_rounded_down_but_not_by_the_floats_error(share: float, size: int, removed: int) -> None:
     mask = keep_largest(torch.randn(1, size), unstructured(share), per_row=True)
@@ -176,6 +193,15 @@ def test_measure_and_summarise() -> None:
     }
     assert summarise([], None) == {"pattern": "dense", "sparsity": 0.0, "violations": 0, "layers": []}
     assert measure("b", torch.ones(2, 4), None).violations == 0
+
+
+def test_a_recorded_share_s_last_digit_makes_no_violation() -> None:
+    """The zeros of the widest linears, were they pruned as a whole layer: 94 fewer than half, recorded as half."""
+    layer = LayerSparsity("a", (28672, 8192), 28672 * 4096 - 94, 0)
+    (recorded,) = summarise([layer], unstructured(0.4999996))["layers"]
+    assert recorded["sparsity"] == 0.5
+    assert missing_zeros(layer.shape, layer.num_zeros, unstructured(recorded["sparsity"])) == 0
+    assert missing_zeros(layer.shape, layer.num_zeros - 200, unstructured(recorded["sparsity"])) > 0
 
 
 def test_mask_digest_sees_the_mask_alone() -> None:

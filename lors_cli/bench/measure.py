@@ -10,10 +10,10 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import product
+from itertools import count, product
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -34,6 +34,7 @@ from lors_cli.recipe.schema import ModelConfig
 from lors_cli.tuning.baselines import check_rank
 from lors_cli.tuning.head import causal_lm_loss
 from lors_cli.tuning.kernels.masked_merge import how_merged
+from lors_cli.tuning.lors import QUARTER, choose_gradients
 
 AUTHORS_LOG = {"lora": (1.13, 26.0), "lors": (1.28, 26.0), "sqft": (1.26, 44.2), "spp-gc": (2.20, 25.8)}
 """Seconds an iteration and GiB in the LoRS authors' own log (A6000), for comparison."""
@@ -58,7 +59,7 @@ class BenchConfig:
         accumulation: micro-batches a step.
         checkpointing: whether decoder blocks are computed again in backward; one or both.
         rounds: times that every method has its turn.
-        steps: timed steps a turn, after one that is not.
+        steps: timed steps a turn, after one that is not; with rotating gradients so many times four.
     """
 
     shape: str | None = "smollm2-135m"
@@ -186,10 +187,8 @@ def begun(config: Any, out: Path | None) -> Figures:
 
 
 def measured_model(config: Any) -> str | None:
-    """The fingerprint of a checkpoint that is measured whole."""
-    if config.model is None or config.blocks is not None:
-        return None
-    return model_fingerprint(ModelConfig(path=config.model))
+    """The fingerprint of a checkpoint that is measured."""
+    return None if config.model is None else model_fingerprint(ModelConfig(path=config.model))
 
 
 def _installed(methods: tuple[str, ...]) -> tuple[str, ...]:
@@ -225,9 +224,11 @@ def _measure(
             if "failed" not in memory.get(name, {}):
                 try:
                     with adapted(model, linears, ARMS[name], cell.rank, grids) as optimizer:
-                        step = partial(_step, model, batches, optimizer)
+                        rotating = ARMS[name].gradient == "rotating"
+                        step = partial(_step, model, batches, optimizer, count() if rotating else None)
                         step()
-                        seconds[name].append(_median_seconds(step, config.steps, model.device))
+                        turn = QUARTER if rotating else 1  # steps in which every layer has been exact
+                        seconds[name].append(_median_seconds(step, config.steps, turn, model.device))
                         if name not in memory:
                             memory[name] = memory_of_step(model, optimizer, batches, step)
                 except torch.OutOfMemoryError:
@@ -238,22 +239,28 @@ def _measure(
     return {name: {**memory[name], **_summary(name, seconds, shape)} for name in config.methods}
 
 
-def _step(model: Any, batches: Sequence[torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
+def _step(
+    model: Any, batches: Sequence[torch.Tensor], optimizer: torch.optim.Optimizer, rotating: Iterator[int] | None
+) -> None:
+    """One step, the next of `rotating` gradients."""
+    if rotating is not None:
+        choose_gradients(model, "rotating", next(rotating))
     for ids in batches:
         causal_lm_loss(model, {"input_ids": ids, "labels": ids}).div(len(batches)).backward()
     optimizer.step()
     optimizer.zero_grad()
 
 
-def _median_seconds(step: Callable[[], None], count: int, device: torch.device) -> float:
+def _median_seconds(step: Callable[[], None], number: int, turn: int, device: torch.device) -> float:
+    """Of a step, the median of so many means of `turn` steps each."""
     taken = []
-    for _ in range(count):
+    for _ in range(number * turn):
         _wait(device)
         started = time.perf_counter()
         step()
         _wait(device)
         taken.append(time.perf_counter() - started)
-    return statistics.median(taken)
+    return statistics.median(statistics.mean(taken[first : first + turn]) for first in range(0, len(taken), turn))
 
 
 def _summary(name: str, seconds: dict[str, list[float]], shape: tuple[int, ...]) -> Figures:
@@ -277,8 +284,9 @@ def rotated(items: Sequence[Item], by: int) -> list[Item]:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, smallest and largest."""
-    return {"median": round(statistics.median(values), 4), "min": round(min(values), 4), "max": round(max(values), 4)}
+    """Median, smallest and largest, in six digits."""
+    found = {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    return {name: float(f"{value:.6g}") for name, value in found.items()}
 
 
 def _wait(device: torch.device) -> None:

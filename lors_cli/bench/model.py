@@ -164,7 +164,7 @@ def adapted(
             model.set_submodule(name, layer)
             if arm.packed:
                 linear.weight.data = linear.weight.data.cpu()  # or the plain weights would count too
-        choose_gradients(model, arm.gradient, step=0)  # any step's quarter takes as long
+        choose_gradients(model, arm.gradient, step=0)
         yield torch.optim.AdamW(adapters, lr=1e-5)
     finally:
         for name, linear in linears.items():

@@ -6,12 +6,11 @@ are drawn at random; of text, its first documents are taken.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lors_cli.data.packing import block_sample
-from lors_cli.data.samples import Sample, TuneData
+from lors_cli.data.samples import Sample, TuneData, rounded_up
 from lors_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ def num_held_out(val_size: float, num_samples: int) -> int:
     Raises:
         UsageError: none would be left to train on.
     """
-    number = math.ceil(val_size * num_samples) if val_size < 1 else int(val_size)
+    number = rounded_up(val_size, num_samples) if val_size < 1 else int(val_size)
     if number >= num_samples:
         raise UsageError(
             f"val_size: {val_size:g} holds out {number} of {num_samples} samples and leaves none to train on.",

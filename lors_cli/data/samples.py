@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,11 @@ class TuneData:
         if self.num_steps is not None:
             return list(range(min(number, len(self.samples))))
         return torch.randperm(len(self.samples), generator=torch.Generator().manual_seed(seed))[:number].tolist()
+
+
+def rounded_up(share: float, number: int) -> int:
+    """A share of so many, or several times as many, as a whole number: 1.1 of 50 is 55, though the floats make more."""
+    return math.ceil(round(share * number, 9))
 
 
 class PadCollator:

@@ -59,7 +59,7 @@ def inspect(model: ModelConfig, pattern: Pattern | None = None) -> dict[str, Any
         dtype = next(iter(grids.values())).scales.dtype
         model = replace(model, dtype=str(dtype).removeprefix("torch."))  # type: ignore[arg-type]
     weights = prunable_weights(load_model(model))
-    held_to = {} if pattern else layer_patterns(weights, record)
+    held_to = {} if pattern else layer_patterns(weights, record, TOLERATED)
     if pattern:
         held_to = dict.fromkeys((name for name in weights if name not in dense_layers(record)), pattern)
     patterns: dict[str, Pattern | None] = {**held_to} if held_to else dict.fromkeys(weights)
@@ -176,10 +176,15 @@ def _held_to(record: records.StageRecord, names: list[str]) -> dict[str, Pattern
     return {layer["name"]: Pattern(None, None, layer["sparsity"]) for layer in record.metrics["layers"]}
 
 
-def layer_patterns(weights: dict[str, PrunableWeight], record: records.StageRecord | None) -> dict[str, Pattern]:
+def layer_patterns(
+    weights: dict[str, PrunableWeight], record: records.StageRecord | None, tolerated: float = 0.0
+) -> dict[str, Pattern]:
     """What each pruned weight keeps to (none of a dense model), by the stage record beside a checkpoint or its zeros.
 
     Unstructured sparsity is held to by each weight on its own: it may differ from one to the next.
+
+    Args:
+        tolerated: share of groups that may break a pattern N:M that no record says; `lors inspect` counts them.
 
     Raises:
         UsageError: the record names a weight that the model lacks.
@@ -191,7 +196,7 @@ def layer_patterns(weights: dict[str, PrunableWeight], record: records.StageReco
         if missing:
             raise UsageError(f"stage.json names {missing[0]}, which the checkpoint does not have.")
         return _held_to(record, list(shares))
-    found = detect_pattern(weights)
+    found = detect_pattern(weights, tolerated)
     if found is None:
         return {}
     zeros = {layer: int((weight.matrix == 0).sum()) / weight.matrix.numel() for layer, weight in weights.items()}
@@ -199,8 +204,8 @@ def layer_patterns(weights: dict[str, PrunableWeight], record: records.StageReco
             for layer, share in zeros.items() if share >= DENSE_BELOW}  # fmt: skip
 
 
-def detect_pattern(weights: dict[str, PrunableWeight]) -> Pattern | None:
-    """The pattern that the zeros of a model look like; None when it is dense."""
+def detect_pattern(weights: dict[str, PrunableWeight], tolerated: float = TOLERATED) -> Pattern | None:
+    """The pattern that the zeros of a model look like, but for a share of its groups; None when it is dense."""
     zeros = {name: int((weight.matrix == 0).sum()) for name, weight in weights.items()}
     if sum(zeros.values()) < DENSE_BELOW * sum(math.prod(weight.shape) for weight in weights.values()):
         return None
@@ -210,8 +215,8 @@ def detect_pattern(weights: dict[str, PrunableWeight]) -> Pattern | None:
     sparsity = sum(zeros[name] for name in sparse) / max(total, 1)
     for n, m in CANDIDATES:
         candidate = Pattern(n, m, 1 - n / m)
-        if sparsity < candidate.sparsity - TOLERATED or any(shapes[name][1] % m for name in sparse):
+        if sparsity < candidate.sparsity - tolerated or any(shapes[name][1] % m for name in sparse):
             continue
-        if sum(num_violations(weights[name].matrix, candidate) for name in sparse) <= TOLERATED * total / m:
+        if sum(num_violations(weights[name].matrix, candidate) for name in sparse) <= tolerated * total / m:
             return candidate
     return Pattern(None, None, sparsity)

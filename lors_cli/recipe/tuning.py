@@ -200,7 +200,8 @@ class TuneConfig(Section):
     """What the learning rate does after the warm-up: it falls to min_learning_rate along half a cosine or a line, or
     stays as it is."""
     warmup_steps: NotNegative = 0
-    """Optimiser steps in which the learning rate rises to its peak."""
+    """Optimiser steps in which the learning rate rises from 0 to its peak. The first has rate 0, as in transformers;
+    with warmup_steps: 1 the second has the peak."""
     adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = (0.9, 0.999)
     """AdamW's decay of the mean gradient and of its mean square, a step, in 32 and in 8 bits. A lower first one follows
     the gradient sooner."""

@@ -27,7 +27,7 @@ from lors_cli.tuning.lors import LorsLinear, product_dtype, rows_of
 class SqftLinear(AdapterLinear):
     """Y = X·(W + s·mask ⊙ (B·A))ᵀ in one product; autograd keeps the mask and the merged weight.
 
-    On a grid the merged weight is rounded to it, its gradient straight-through but for the mask.
+    On a grid the merged weight is summed in float32 and rounded to it, its gradient straight-through but for the mask.
 
     Source: SparsePEFT and QA-SparsePEFT of SQFT §2.2 and §2.3, arXiv:2410.03750.
     """
@@ -35,9 +35,11 @@ class SqftLinear(AdapterLinear):
     def merged_weight(self) -> torch.Tensor:
         """The very weight of the forward pass, (R, C) in the base's dtype."""
         A, B = self.lora_A.to(self.weight.dtype), self.lora_B.to(self.weight.dtype)
-        mask = self.weight != 0
-        total = self.weight + self.scale * (mask * (B @ A))
-        return total if self.grid is None else RoundedToGrid.apply(total, self.weight, self.grid, self.rounding)
+        W, mask = self.weight, self.weight != 0
+        if self.grid is None:
+            return W + self.scale * (mask * (B @ A))
+        total = W.float() + self.scale * (mask * (B.float() @ A.float()))  # or updates below W's last bit were lost
+        return RoundedToGrid.apply(total, W, self.grid, self.rounding)
 
 
 class SqftCheckpointedLinear(SqftLinear):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
+from lors_cli.data.samples import rounded_up
 from lors_cli.models.needs import RECORDS, RUNTIME, Estimate
 from lors_cli.models.size import ModelSize, forward, try_size
 from lors_cli.output.console import gib
@@ -123,4 +123,4 @@ def _samples(config: TuneConfig, data_dir: Path | None) -> int | None:
             rows = ALPACA_ROWS if config.data.dataset == "alpaca" else None
         elif source.kind == "instructions":
             rows = sum(1 for _ in source.rows())
-    return None if rows is None else math.ceil(config.epochs * rows)
+    return None if rows is None else rounded_up(config.epochs, rows)

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 STAGE_VERSION = 3
 INSTRUCTIONS_VERSION = 5
 """The same for instructions: 5 since an empty answer of a conversation is not learnt."""
+SQFT_ON_GRID = 10
+"""Added to either for SQFT that is quantization-aware, since its merged weights are summed in float32."""
 WITHOUT_EFFECT = (
     "save_steps", "keep_checkpoints", "max_bad_steps", "report_to", "gradient_checkpointing", "merged_cache", "base",
     "parallelism",
@@ -87,7 +89,10 @@ def _identity(
         settings["distill"] = {"weight": config.distill.weight, "temperature": float(config.distill.temperature)}
         if config.distill.cache is not None:
             settings["distill"]["cache"] = asdict(config.distill.cache)
-    return INSTRUCTIONS_VERSION if read.has_instructions else STAGE_VERSION, settings, inputs
+    version = INSTRUCTIONS_VERSION if read.has_instructions else STAGE_VERSION
+    if config.quantization_aware and config.method.startswith("sqft"):
+        version += SQFT_ON_GRID
+    return version, settings, inputs
 
 
 def tune(

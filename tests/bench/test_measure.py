@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from lors_cli.cli.views.bench import parse_flags, table_rows
 from lors_cli.errors import MissingError, UsageError
 from lors_cli.grid import Grid
 from lors_cli.models.shapes import SHAPES, Shape
+from lors_cli.tuning.lors import LorsLinear
 
 TINY = Shape(("nobody/tiny",), 64, 128, 2, 4, 2, 96, 128)
 CPU = torch.device("cpu")
@@ -160,6 +162,39 @@ def test_a_second_call_goes_on_where_the_first_stopped(tmp_path: Path, monkeypat
     assert bench(config, tmp_path) == found
     with pytest.raises(UsageError, match="other settings"):
         bench(_config(methods=("sqft",), rounds=1), tmp_path)
+
+
+def test_rotating_gradients_are_timed_in_whole_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one block's seven layers a quarter is two or one: over four steps each has been exact once."""
+    exact: list[list[bool]] = []
+    plain = benchmark.causal_lm_loss
+
+    def noting(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        exact.append([module.exact for module in model.modules() if isinstance(module, LorsLinear)])
+        return plain(model, batch)
+
+    monkeypatch.setattr(benchmark, "causal_lm_loss", noting)
+    bench(_config(methods=("lors-rotating",), blocks=1, rounds=1, steps=2))
+    timed = exact[1:9]  # one step warms up
+    assert [sum(layer) for layer in zip(*timed, strict=True)] == [2] * 7
+
+
+def test_figures_have_six_digits_however_small() -> None:
+    assert benchmark.spread([0.001623491, 0.00162348]) == {"median": 0.00162349, "min": 0.00162348, "max": 0.00162349}
+
+
+def test_figures_of_a_checkpoint_that_changed_are_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = _config(model=str(tmp_path), shape=None, blocks=1)
+    monkeypatch.setattr(benchmark, "model_fingerprint", lambda model: f"{model.path}:1")
+    document = {"settings": json.loads(json.dumps(asdict(config))), "environment": {}, "cells": {"one": {}},
+                "model": benchmark.measured_model(config)}  # fmt: skip
+    (tmp_path / "bench.json").write_text(json.dumps(document))
+    assert benchmark.begun(config, tmp_path) == document
+    monkeypatch.setattr(benchmark, "model_fingerprint", lambda model: f"{model.path}:2")
+    with pytest.raises(UsageError, match="of what the model was before"):
+        benchmark.begun(config, tmp_path)
 
 
 def test_a_method_that_does_not_fit_is_reported_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from lors_cli.data.held_out import num_held_out
 from lors_cli.data.samples import TuneData
 from lors_cli.data.stream import cache as token_cache
 from lors_cli.data.tokens import tuning_data
@@ -63,6 +64,10 @@ def test_rows_are_either_held_out_or_trained_on(rows: Path, tiny_tokenizer: Any,
     assert kept == [sample for sample in every if sample not in held_out]
     assert sorted(kept + held_out) == sorted(every)
     assert data.num_tokens == sum(map(len, kept))
+
+
+def test_a_share_is_rounded_up_but_not_by_the_floats_error() -> None:
+    assert [num_held_out(share, 100) for share in (0.07, 0.071, 0.14, 0.0001)] == [7, 8, 14, 1]
 
 
 @pytest.mark.parametrize("kind", ["rows", "packed rows", "tokens", "text", "stream"])

@@ -14,7 +14,7 @@ import pytest
 import torch
 from forking import signalled
 from killed_runs import killed_at
-from on_grids import FOUR_BITS, SPECS, linear_on_a_grid, save_on_grids
+from on_grids import FOUR_BITS, SPECS, by_numbers, linear_on_a_grid, save_on_grids
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
@@ -92,6 +92,17 @@ def test_the_merged_linear_gives_the_bits_of_the_forward_pass(
     assert torch.equal(layer(x), layer.to_linear()(x))
     assert lies_on(layer.merged_weight(), layer.base_grid)
     assert not torch.equal(layer.merged_weight(), layer.weight)
+
+
+@pytest.mark.parametrize("layer_class", [LorsLinear, SqftLinear])
+def test_updates_that_a_weight_s_dtype_cannot_hold_reach_the_grid(layer_class: type[AdapterLinear]) -> None:
+    """Of products that are exact, so that one sum in float32 is all there is to round."""
+    layer = layer_on_a_grid(layer_class, torch.bfloat16, rounding="stochastic")
+    layer.lora_A.data.copy_(torch.randint(-4, 5, layer.lora_A.shape) / 128)
+    layer.lora_B.data.copy_(torch.randint(-4, 5, layer.lora_B.shape) / 32)
+    total = layer.weight.float() + layer.scale * (layer.lora_B @ layer.lora_A)
+    assert not torch.equal(total.bfloat16().float(), total)
+    assert torch.equal(layer.merged_weight(), by_numbers(total, layer.weight, layer.base_grid, "stochastic"))
 
 
 def test_saved_for_backward_is_the_input_and_nothing_else() -> None:

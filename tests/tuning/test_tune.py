@@ -24,6 +24,7 @@ from lors_cli.models import loading
 from lors_cli.models.blocks import prunable_weights
 from lors_cli.models.inspection import inspect, prompt_of
 from lors_cli.recipe.schema import ColumnsConfig, ModelConfig, TuneConfig, TuneDataConfig
+from lors_cli.tuning import estimate
 from lors_cli.tuning.adapter import load_adapter
 from lors_cli.tuning.merge import merge
 from lors_cli.tuning.stage import stage_fingerprint, tune
@@ -309,12 +310,30 @@ def test_a_merge_that_breaks_the_pattern_publishes_nothing(
     assert not (tmp_path / "tune" / "model.safetensors").exists()
 
 
+def test_a_base_that_breaks_its_pattern_at_one_place_is_held_to_its_share(
+    sparse_checkpoint: Path, config: TuneConfig, tmp_path: Path
+) -> None:
+    tensors = load_file(sparse_checkpoint / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.weight"][0, 0] = 0.5
+    save_file(tensors, sparse_checkpoint / "model.safetensors", metadata={"format": "pt"})
+    base = ModelConfig(path=str(sparse_checkpoint))
+    assert [inspect(base)[key] for key in ("pattern", "violations")] == ["2:4", 1]
+    tuned = tune(replace(config, max_steps=1, init="kaiming"), base, tmp_path / "tune")
+    merged = merge(base.path, tmp_path / "tune" / "adapter", tmp_path / "merged")
+    found = inspect(ModelConfig(path=str(tmp_path / "tune")))
+    for metrics in (tuned.metrics, merged, found):
+        assert [metrics[key] for key in ("pattern", "violations")] == ["unstructured", 0]
+
+
 def test_epochs_count_the_steps_that_the_trainer_makes(
     sparse_checkpoint: Path, config: TuneConfig, tmp_path: Path
 ) -> None:
     by_epoch = replace(config, max_steps=None, epochs=1.5, batch_size=6, init="kaiming")
     record = tune(by_epoch, ModelConfig(path=str(sparse_checkpoint)), tmp_path / "tune")
     assert record.metrics["steps"] == num_steps(by_epoch, 40) == 11
+    assert num_steps(replace(by_epoch, epochs=1.1), 300) == 55  # 1.1 · 50 is more in floats
+    many = replace(by_epoch, epochs=1.1, data=replace(by_epoch.data, num_samples=50))
+    assert estimate._samples(many, None) == 55
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(

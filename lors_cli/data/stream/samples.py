@@ -17,7 +17,7 @@ import numpy as np
 from lors_cli.data import hub
 from lors_cli.data.held_out import num_held_out
 from lors_cli.data.packing import block_sample, too_little_text
-from lors_cli.data.samples import Sample, TuneData
+from lors_cli.data.samples import Sample, TuneData, rounded_up
 from lors_cli.data.sources import TextSource
 from lors_cli.data.stream.cache import TokenCache, cache_dir, folder_bytes, open_cache, size_limit
 from lors_cli.data.stream.order import shuffled_block
@@ -227,7 +227,7 @@ def stream_samples(
     elif config.max_steps is not None:
         num_samples, last = config.max_steps * config.batch_size, data.max_length
     else:
-        num_samples, last = math.ceil(config.epochs * stream.count_blocks()), data.max_length
+        num_samples, last = rounded_up(config.epochs, stream.count_blocks()), data.max_length
     stream.plan(num_samples, last)
     num_tokens = (num_samples - 1) * data.max_length + last
     num_steps = math.ceil(num_samples / config.batch_size)

@@ -50,6 +50,8 @@ def measured_speed(folder: Path, record: records.StageRecord) -> str:
 
 def _sentence(document: dict[str, Any]) -> str:
     environment, settings = document["environment"], document["settings"]
+    if settings["blocks"] is not None:  # not of the whole model
+        return ""
     (cell,) = [found for name, found in document["cells"].items() if name.startswith("decode ")]
     dense, packed = (cell[arm]["tokens_per_s"]["median"] for arm in ("dense", "packed"))
     where = f"{environment['device']}, {console.counted(environment['threads'], 'thread')}"

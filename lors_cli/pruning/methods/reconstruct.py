@@ -190,9 +190,7 @@ def reconstruct(
             loss = (output.float() - target).square().sum() / size
             optimizer.zero_grad()
             (loss * numel).backward()
-        total = float(loss.detach())
-        if processes.num_processes() > 1:
-            (total,) = processes.add_up_gradients(trained, [total])
+        (total,) = processes.add_up_gradients(trained, [float(loss.detach())])
         if not math.isfinite(total):
             raise UsageError(NOT_FINITE)
         optimizer.step()

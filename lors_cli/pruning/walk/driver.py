@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -104,6 +104,8 @@ def _with_calibration(
     config: PruneConfig, model: BlockwiseModel, pattern: Pattern, work: Path, batches: list[torch.Tensor],
     outcome: Outcome,
 ) -> None:  # fmt: skip
+    steps_of = min(config.reconstruct_batch_size, sum(map(len, batches)))  # reconstruction's, larger with more samples
+    config = replace(config, reconstruct_batch_size=steps_of)
     phases, num_blocks, orders = outcome.phases, len(model.blocks), Orders()
     patterns = _patterns(config, model, pattern, work, batches, phases)
     with phases("forward"):

@@ -39,7 +39,7 @@ def round_to_grid(total: torch.Tensor, weight: torch.Tensor, grid: Grid, roundin
 
 
 class RoundedToGrid(torch.autograd.Function):
-    """W_t of a whole `total`, masked; its gradient passes straight through."""
+    """W_t of a whole `total` (R, C) in float32, masked; its gradient passes straight through."""
 
     @staticmethod
     def forward(ctx: object, total: torch.Tensor, weight: torch.Tensor, grid: Grid, rounding: Rounding) -> torch.Tensor:
@@ -47,7 +47,7 @@ class RoundedToGrid(torch.autograd.Function):
         merged = torch.empty_like(weight)
         for rows in row_tiles(*weight.shape):
             part = weight[rows]
-            merged[rows] = round_to_grid(total[rows].float(), part, grid.of_rows(rows), rounding) * (part != 0)
+            merged[rows] = round_to_grid(total[rows], part, grid.of_rows(rows), rounding) * (part != 0)
         return merged
 
     @staticmethod

@@ -7,11 +7,7 @@ last micro-batch, with the loss beside it. The model needs no wrapper, and shard
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-
-import torch
-from torch import nn
 
 from lors_cli.errors import UsageError
 from lors_cli.machine import processes as parallel
@@ -56,17 +52,3 @@ def say_how(config: TuneConfig) -> None:
     text = describe(config)
     if text:
         console.info(f"  {text}")
-
-
-def add_up_step(
-    parameters: Sequence[nn.Parameter], loss: torch.Tensor, tokens: int, asked_to_stop: bool
-) -> tuple[float, int, bool]:
-    """Leave the gradients of the whole step in the trained parameters, which are alike in every process.
-
-    A parameter that took part in no process keeps no gradient, as with one process. Loss, tokens and whether it was
-    asked to stop are this process's share; those of all processes come back.
-    """
-    if parallel.num_processes() == 1:
-        return float(loss), tokens, asked_to_stop
-    total, num_tokens, asked = parallel.add_up_gradients(parameters, [float(loss), tokens, asked_to_stop])
-    return total, round(num_tokens), asked > 0

@@ -2,7 +2,7 @@
 
 torch's FSDP2 shards the frozen weights alone, in their own number format. The adapters, and the norms that are trained,
 stay whole in every process, in float32: they are small, and their gradients are added up at the end of a step
-(`distributed.add_up_step`), as they are with whole models. Embeddings and head stay whole too.
+(`processes.add_up_gradients`), as they are with whole models. Embeddings and head stay whole too.
 
 No process reads, or ever holds, the whole model: of each matrix of a block it reads its own rows, block by block.
 """

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
 
-from lors_cli.data.samples import IGNORED, PadCollator, Sample, count_tokens
+from lors_cli.data.samples import IGNORED, PadCollator, Sample, count_tokens, rounded_up
 from lors_cli.errors import UsageError
 from lors_cli.files import atomic, locks
 from lors_cli.machine import processes as parallel
@@ -25,7 +25,7 @@ from lors_cli.tuning.head import Loss
 from lors_cli.tuning.lors import choose_gradients
 from lors_cli.tuning.norms import norm_shifts
 from lors_cli.tuning.training import checkpoints, sampling
-from lors_cli.tuning.training.distributed import add_up_step, micro_batch_size
+from lors_cli.tuning.training.distributed import micro_batch_size
 from lors_cli.tuning.training.guards import StepGuard
 from lors_cli.tuning.training.optimisers import make_optimizer, make_schedule
 from lors_cli.tuning.training.randomness import random_state, read_random_state, restore_random_state
@@ -160,7 +160,9 @@ class AdapterTrainer:
             loss = loss / num_labels
             for gradient in (parameter.grad for parameter in self.trained if parameter.grad is not None):
                 gradient.div_(num_labels)
-        return add_up_step(self.trained, loss, sum(map(count_tokens, batches)), bool(self.stop.asked))
+        told = [float(loss), sum(map(count_tokens, batches)), bool(self.stop.asked)]
+        total, tokens, asked = parallel.add_up_gradients(self.trained, told)
+        return total, round(tokens), asked > 0
 
     def micro_batch(self, batch: dict[str, torch.Tensor], divisor: torch.Tensor) -> torch.Tensor:
         """Forward and backward; the loss, summed over the batch's tokens and divided."""
@@ -241,7 +243,7 @@ class AdapterTrainer:
 
 def num_steps(config: TuneConfig, num_samples: int) -> int:
     """Optimiser steps of the whole run; the last one of an epoch may have fewer samples."""
-    return config.max_steps or math.ceil(config.epochs * math.ceil(num_samples / config.batch_size))
+    return config.max_steps or rounded_up(config.epochs, math.ceil(num_samples / config.batch_size))
 
 
 def parameter_groups(model: nn.Module, config: TuneConfig) -> list[dict[str, Any]]:

@@ -63,7 +63,7 @@ def test_of_another_s_model_without_a_card(at_finished: Path, lors: Lors) -> Non
 
 
 MEASURED: dict[str, Any] = {
-    "settings": {"batch_size": 1, "dtype": "bfloat16"},
+    "settings": {"batch_size": 1, "dtype": "bfloat16", "blocks": None},
     "environment": {"device": "CPU", "threads": 1, "kernel": "AVX2"},
     "cells": {"decode 64 tokens": {"dense": {"tokens_per_s": {"median": 10.04}},
                                    "packed": {"tokens_per_s": {"median": 18.0}},
@@ -83,7 +83,10 @@ def test_speed_is_said_only_where_it_was_measured_of_this_model(at_finished: Pat
     assert measured_speed(folder, record) == ""
     measured.write_text(json.dumps({"model": f"pack:{record.fingerprint}:auto"}))
     assert measured_speed(folder, record) == ""
-    measured.write_text(json.dumps({**MEASURED, "model": f"pack:{record.fingerprint}:auto"}))
+    of_this = {**MEASURED, "model": f"pack:{record.fingerprint}:auto"}
+    measured.write_text(json.dumps({**of_this, "settings": {**MEASURED["settings"], "blocks": 1}}))
+    assert measured_speed(folder, record) == ""
+    measured.write_text(json.dumps(of_this))
     said = ("Decoding at batch 1 in bfloat16 (CPU, 1 thread, AVX2): 18.0 tokens/s packed, 10.0 dense, 1.79 times as "
             "fast.")  # fmt: skip
     assert measured_speed(folder, record) == packed_size(folder, record).speed == said

@@ -148,6 +148,12 @@ def test_errors_against_float64_are_no_larger_than_torch_s(dtype: torch.dtype) -
             assert 0 < ours <= torch_s * 1.001
 
 
+def test_inputs_of_another_width_are_refused_though_their_masks_are_as_wide() -> None:
+    packed = pack(torch.eye(32), None)
+    with pytest.raises(ValueError, match="of 32 columns needs inputs that fit it, not 30"):
+        choice.linear(torch.ones(2, 30), packed, None)
+
+
 def test_infinities_and_nans_come_out_as_of_a_plain_weight(target: str, dtype: torch.dtype) -> None:
     codes = torch.tensor([[9, 8, 10, 8], [8, 11, 8, 8]], dtype=torch.uint8)
     grid = Grid(GridSpec(4, 128), torch.ones(2, 1, dtype=dtype))

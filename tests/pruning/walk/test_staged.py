@@ -142,6 +142,19 @@ def test_reconstruction_brings_a_block_nearer_to_the_dense_one(
     assert errors[1] < 0.9 * errors[0]
 
 
+def test_steps_are_as_large_as_the_samples_that_there_are(
+    build: Build, batches: list[torch.Tensor], tmp_path: Path
+) -> None:
+    found, samples = [], torch.cat(batches)
+    for size in (len(samples), 4 * len(samples)):
+        model = build()
+        (tmp_path / str(size)).mkdir()
+        pruned_in_memory(model, [samples], tmp_path / str(size), method="wanda", reconstruct_epochs=1,
+                         reconstruct_batch_size=size)  # fmt: skip
+        found.append(model.model.layers[0].mlp.up_proj.weight)
+    assert torch.equal(*found)
+
+
 def steps(block: Any, hidden: list[torch.Tensor], run: Any) -> list[Any]:
     """What `reconstruct` is given, the targets being what the block gives as it is."""
     with torch.no_grad():

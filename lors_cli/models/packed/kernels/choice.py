@@ -27,7 +27,13 @@ def why_none(device: torch.device, dtype: torch.dtype, grid: GridSpec | None = N
 
 
 def linear(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> torch.Tensor:
-    """x (…, C) times a packed weight (R, C), and its bias: (…, R)."""
+    """x (…, C) times a packed weight (R, C), and its bias: (…, R).
+
+    Raises:
+        ValueError: x has another width.
+    """
+    if x.shape[-1] != packed.columns:  # whose mask may have as many words
+        raise ValueError(f"a packed weight of {packed.columns} columns needs inputs that fit it, not {x.shape[-1]}")
     device, spec = packed.device, packed.spec
     compiled = torch.compiler.is_compiling() and (spec is None or packed.dtype in ops.PREFIXES)
     if device.type == "cpu" and (compiled or not why_none(device, packed.dtype, spec)):
