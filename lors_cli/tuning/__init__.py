@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """`tune`, once it is asked for: this room's other modules need less than the stage does."""
+    """`tune`, once it is asked for: `lors bench` needs other modules of this room, and no pydantic."""
     if name != "tune":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from lors_cli.tuning.stage import tune

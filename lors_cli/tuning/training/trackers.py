@@ -6,7 +6,6 @@ A tracker is a function that takes named numbers and their step. To add one: a c
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import uuid
@@ -64,20 +63,6 @@ class TrackedRun:
     def _ids(self) -> dict[str, str]:
         found = atomic.read_json(self.work / IDS_NAME)
         return found if isinstance(found, dict) else {}
-
-
-def check_installed(names: Sequence[str]) -> None:
-    """Refuse trackers whose package is not here; a folder of that name, as wandb makes it, is none.
-
-    Raises:
-        MissingError: naming what to install.
-    """
-    found = {name: importlib.util.find_spec(name) for name in names}
-    missing = [name for name, spec in found.items() if spec is None or spec.origin is None]
-    if missing:
-        raise MissingError(
-            f"report_to: {', '.join(missing)} is not installed.", f"pip install {' '.join(missing)}, or leave it out."
-        )
 
 
 @contextmanager
