@@ -18,6 +18,7 @@ from typing import Any
 
 from lors_cli.errors import MissingError
 from lors_cli.files import atomic
+from lors_cli.files.hashes import flat
 from lors_cli.machine import processes
 from lors_cli.output import console
 from lors_cli.tuning.training.randomness import random_state, restore_random_state
@@ -152,7 +153,7 @@ def _mlflow(run: TrackedRun, first_step: int) -> Iterator[Tracker]:
         known = run.known_id("mlflow")
         active = mlflow.start_run(run_id=known, run_name=run.name)
         if known is None:  # it refuses other ones later, and a run may go on with another save_steps
-            mlflow.log_params(_flat(run.config))
+            mlflow.log_params(dict(flat(run.config)))
             run.kept_id("mlflow", lambda: active.info.run_id)
     except mlflow.MlflowException as error:
         raise MissingError(f"report_to: mlflow cannot begin: {error}", "Look at MLFLOW_TRACKING_URI.") from error
@@ -166,7 +167,7 @@ def _trackio(run: TrackedRun, first_step: int) -> Iterator[Tracker]:
     import trackio
 
     name = run.kept_id("trackio", lambda: f"{run.name}-{uuid.uuid4().hex[:8]}")
-    trackio.init(project=PROJECT, name=name, resume="allow", config=_flat(run.config))
+    trackio.init(project=PROJECT, name=name, resume="allow", config=dict(flat(run.config)))
     try:
         yield lambda values, step: trackio.log(values, step=step)
     finally:
@@ -176,11 +177,3 @@ def _trackio(run: TrackedRun, first_step: int) -> Iterator[Tracker]:
 TRACKERS: dict[str, Callable[[TrackedRun, int], AbstractContextManager[Tracker]]] = {
     "wandb": _wandb, "tensorboard": _tensorboard, "mlflow": _mlflow, "trackio": _trackio,
 }  # fmt: skip
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys to plain values."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat
