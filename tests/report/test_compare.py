@@ -61,7 +61,8 @@ def record(folder: Path, stage: str, config: dict[str, Any], inputs: dict[str, A
 def tuned(folder: Path, rank: int) -> Path:
     layers = [{"name": "model.layers.0.mlp.up_proj", "shape": [4, 4], "sparsity": 0.5}]
     metrics = {"steps": 3, "loss_before": 3.0, "loss_after": 2.0, "loss_samples": 16, "loss_held_out": False,
-               "pattern": "2:4", "sparsity": 0.5, "violations": 0, "layers": layers, "peak_bytes": 700 * 2**20}  # fmt: skip
+               "pattern": "2:4", "sparsity": 0.5, "violations": 0, "layers": layers,
+               "peak_bytes": 700 * 2**20}  # fmt: skip
     record(folder, "tune", {"method": "lors", "rank": rank}, {"path": "sparse"}, metrics, [])
     rows: list[dict[str, Any]] = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.5, "val_loss": 2.75}]
     (folder / "log.jsonl").write_text("".join(json.dumps({**row, "tokens_per_s": 9.0}) + "\n" for row in rows))
