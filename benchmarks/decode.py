@@ -38,7 +38,7 @@ from lors_cli.bench.measure import rotated, spread
 from lors_cli.files.atomic import write_json
 from lors_cli.grid import Grid, GridSpec, fit_grid
 from lors_cli.machine.environment import hardware
-from lors_cli.models.packed.format import pack
+from lors_cli.models.packed.format import GROUP_SIZES, pack
 from lors_cli.models.packed.kernels import ops
 from lors_cli.models.packed.kernels.build import NATIVE, library
 from lors_cli.sparsity import TWO_OF_FOUR
@@ -223,7 +223,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=MODELS, help="shapes of whole models, at batch 1")
     parser.add_argument("--bits", nargs="+", type=lambda word: int(word) or None, default=(None, 4),
                         help="of whole models' weights, 0 for the dtype's own")  # fmt: skip
-    parser.add_argument("--group-size", type=int, choices=ops.GROUP_SIZES, default=128, help="of weights of few bits")
+    parser.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=128, help="of weights of few bits")
     parser.add_argument("--threads", nargs="+", type=int, default=(1, 2))
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--pattern", choices=("2:4", "unstructured"), default="2:4")

@@ -259,6 +259,12 @@ def nearest(word: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
     return close[0] if close else None
 
 
+def did_you_mean(word: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """A hint with the name of `nearest`, None where there is none."""
+    close = nearest(word, names, cutoff)
+    return f"Did you mean {close}?" if close else None
+
+
 def require_file(path: Path, what: str) -> Path:
     """`path`, or a MissingError that names its role (`what`: “adapter weights”)."""
     if not path.is_file():

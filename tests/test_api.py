@@ -51,6 +51,14 @@ def test_import_is_instant_and_names_are_shown() -> None:
     assert set(lors_cli.__all__) <= set(names.split())
 
 
+def test_plans_status_and_reports_of_runs_need_no_torch() -> None:
+    code = (
+        "import sys, lors_cli.cli.views.runs, lors_cli.pipeline.running, lors_cli.pruning, lors_cli.sweep.status; "
+        "print(*{'torch', 'transformers'} & sys.modules.keys())"
+    )
+    assert run(code).stdout == "\n"
+
+
 def test_typed_names_are_those_that_are_found() -> None:
     tree = ast.parse(Path(lors_cli.__file__).read_text(encoding="utf-8"))
     (typed,) = (node for node in tree.body if isinstance(node, ast.If))

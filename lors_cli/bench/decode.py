@@ -18,7 +18,7 @@ from torch import nn
 from transformers.generation import BaseStreamer
 
 from lors_cli.bench.measure import Figures, begun, environment_of, measured_model, rotated, spread
-from lors_cli.bench.model import sparse_model
+from lors_cli.bench.model import put_on_grids, sparse_model
 from lors_cli.errors import UsageError
 from lors_cli.files.atomic import write_json
 from lors_cli.grid import Grid, GridSpec
@@ -151,25 +151,12 @@ def _grids(config: DecodeConfig, linears: dict[str, nn.Linear]) -> dict[str, Gri
     if config.model is None:
         if config.bits is None:
             return {}
-        spec = GridSpec(config.bits, config.group_size)
-        return {name: _put_on_a_grid(linear.weight, spec) for name, linear in linears.items()}
+        return put_on_grids(linears, GridSpec(config.bits, config.group_size))
     grids = {name: grid for name, grid in base_grids(ModelConfig(path=config.model)).items() if name in linears}
     for grid in grids.values():
         if (name := str(grid.scales.dtype).removeprefix("torch.")) != config.dtype:
             raise UsageError(f"{config.model} lies on grids in {name}.", f"--dtype {name}")
     return grids
-
-
-@torch.no_grad()
-def _put_on_a_grid(weight: torch.Tensor, spec: GridSpec) -> Grid:
-    """Round a weight's non-zeros to a grid that reaches as far as they do; none to zero, as of those that are pruned
-    few are: the larger ones are kept."""
-    lacking = -weight.shape[1] % spec.group_size
-    groups = nn.functional.pad(weight.float(), (0, lacking)).unflatten(1, (-1, spec.group_size))
-    grid = Grid(spec, (groups.abs().amax(-1) / (spec.middle - 1)).clamp_min(1e-6).to(weight.dtype))
-    least = grid.scales.repeat_interleave(spec.group_size, dim=1)[:, : weight.shape[1]]
-    weight.copy_(weight.sign() * torch.maximum(grid.rounded(weight).abs(), least))
-    return grid
 
 
 def _specs(plan: PackPlan, grids: dict[str, Grid]) -> set[GridSpec | None]:

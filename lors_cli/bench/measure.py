@@ -27,6 +27,7 @@ from lors_cli.files.atomic import write_json
 from lors_cli.grid import Grid
 from lors_cli.machine.devices import processor, resolve_device
 from lors_cli.models.blocks import model_max_length
+from lors_cli.models.packed.measured import FILE_NAME
 from lors_cli.models.shapes import SHAPES
 from lors_cli.models.sources import model_fingerprint
 from lors_cli.output import console, progress
@@ -140,7 +141,7 @@ def bench(config: BenchConfig, out: Path | None = None) -> Figures:
             chosen = replace(config, methods=fitting[cell.rank])
             document["cells"][str(cell)] = _measure(chosen, cell, model, linears, grids, task)
             if out is not None:
-                write_json(out / "bench.json", document)
+                write_json(out / FILE_NAME, document)
     return document
 
 
@@ -170,7 +171,7 @@ def begun(config: Any, out: Path | None) -> Figures:
         UsageError: the folder holds a benchmark with others, of another machine, or of what the model was before.
     """
     settings = json.loads(json.dumps(asdict(config)))
-    path = out / "bench.json" if out else None
+    path = out / FILE_NAME if out else None
     if path is None or not path.is_file():
         return {"settings": settings, "environment": {}, "cells": {}}
     found: Figures = json.loads(path.read_text(encoding="utf-8"))

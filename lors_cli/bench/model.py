@@ -15,7 +15,7 @@ from torch import nn
 
 from lors_cli.bench.live_memory import LiveBytes
 from lors_cli.errors import MissingError
-from lors_cli.grid import Grid, GridSpec, fit_grid
+from lors_cli.grid import Grid, GridSpec
 from lors_cli.models.blocks import decoder_blocks, prunable_weights
 from lors_cli.models.shapes import SHAPES
 from lors_cli.output import console
@@ -126,13 +126,19 @@ def _make_half(weight: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def put_on_grids(linears: Mapping[str, nn.Linear]) -> dict[str, Grid]:
-    """Round sparse weights to grids of 4 bits, in place; the grids by name."""
+def put_on_grids(linears: Mapping[str, nn.Linear], spec: GridSpec = GRID) -> dict[str, Grid]:
+    """Round weights' non-zeros, in place, to grids that reach as far as they do; the grids by name.
+
+    None becomes zero, as of those that are pruned few do: the larger ones are kept.
+    """
     grids = {}
     for name, linear in linears.items():
-        kept = linear.weight != 0
-        grids[name] = fit_grid(linear.weight, kept, GRID)
-        linear.weight.copy_(grids[name].rounded(linear.weight).mul_(kept))
+        weight, size = linear.weight, spec.group_size
+        groups = nn.functional.pad(weight.float(), (0, -weight.shape[1] % size)).unflatten(1, (-1, size))
+        grid = Grid(spec, (groups.abs().amax(-1) / (spec.middle - 1)).clamp_min(1e-6).to(weight.dtype))
+        least = grid.scales.repeat_interleave(size, dim=1)[:, : weight.shape[1]]
+        weight.copy_(weight.sign() * torch.maximum(grid.rounded(weight).abs(), least))
+        grids[name] = grid
     return grids
 
 

@@ -48,11 +48,6 @@ def named_models(arguments: list[str]) -> dict[str, str]:
     return _labelled(models)
 
 
-def model_labels(paths: list[str]) -> dict[str, str]:
-    """A short name for each model, fit for a file name: the last part of its path, numbered where two are alike."""
-    return _labelled([("", path) for path in paths])
-
-
 def _labelled(models: list[tuple[str, str]]) -> dict[str, str]:
     """Paths by name; a name that is empty is made from the path."""
     if not models:

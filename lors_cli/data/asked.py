@@ -15,7 +15,7 @@ from lors_cli.data.layouts import INSTRUCTION_LAYOUTS, Layout, named_keys
 from lors_cli.data.prompts import TEMPLATES, ChatTemplate, Turn, template_text, turns_of
 from lors_cli.data.saved_prompts import template_name
 from lors_cli.data.tokenising import begin_tokens, encode, eos_token_id
-from lors_cli.errors import MissingError, UsageError, nearest
+from lors_cli.errors import MissingError, UsageError, did_you_mean
 from lors_cli.files.records import read_record
 
 Row = dict[str, Any]
@@ -121,10 +121,8 @@ def prompt_format(folder: Path | None, tokenizer: Any, wanted: str | None = None
     """
     if wanted is not None:
         if wanted not in (*FORMATS, PLAIN):
-            near = nearest(wanted.lower(), FORMATS)
-            raise UsageError(
-                f"the prompt {wanted} is none of {', '.join(FORMATS)}.", f"Did you mean {near}?" if near else None
-            )
+            hint = did_you_mean(wanted.lower(), FORMATS)
+            raise UsageError(f"the prompt {wanted} is none of {', '.join(FORMATS)}.", hint)
         if wanted == CHAT and not tokenizer.chat_template:
             raise UsageError("the tokenizer has no chat template.", f"Choose one of {', '.join(TEMPLATES)}.")
         return PromptFormat(wanted, "as asked for")

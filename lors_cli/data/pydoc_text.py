@@ -13,13 +13,12 @@ import platform
 import re
 from collections.abc import Iterator
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
+from lors_cli.data.known import Split
 from lors_cli.data.pydoc_parse import Entry, Module, all_modules, all_topics, module_files, topics_files
 from lors_cli.errors import UsageError
 from lors_cli.files import hashes
-
-Split = Literal["train", "validation"]
 
 SOURCE_VERSION = 1
 """Raised when the same Python would give another text."""

@@ -21,7 +21,7 @@ from lors_cli.data.known import KNOWN, SOURCES, Kind, Known, Split, data_file, r
 from lors_cli.data.layouts import LAYOUTS, Layout, Row, layout_of, mapped, read_row
 from lors_cli.data.prompts import whole_text
 from lors_cli.data.text_files import FORMATS, Columns, file_format, is_format, read_rows, read_text, row_layout
-from lors_cli.errors import MissingError, UsageError, nearest
+from lors_cli.errors import MissingError, UsageError, did_you_mean
 from lors_cli.files.hashes import cached_sha256
 from lors_cli.recipe.schema import CalibrationConfig, ColumnsConfig, TuneDataConfig
 
@@ -107,9 +107,9 @@ def open_source(
     return source
 
 
-def tuning_source(config: TuneDataConfig, data_dir: Path | None, want: Want = "instructions") -> TextSource:
+def tuning_source(config: TuneDataConfig, data_dir: Path | None) -> TextSource:
     """The source that is tuned on."""
-    return open_source(config.dataset, split="train", data_dir=data_dir, want=want, columns=config.columns,
+    return open_source(config.dataset, split="train", data_dir=data_dir, want="instructions", columns=config.columns,
                        chosen=config.split)  # fmt: skip
 
 
@@ -312,9 +312,7 @@ def _user_file(name: str) -> Path:
         raise UsageError(f"{name} is a folder; a file is needed.", hint)
     if is_format(path.name):
         raise MissingError(f"No file {name}.", f"Seen from {Path.cwd()}.")
-    close = nearest(name.lower(), SOURCES)
-    suggestion = f" Did you mean {close}?" if close else ""
     raise UsageError(
-        f"There is no dataset or file {name!r}.{suggestion}",
+        " ".join(filter(None, (f"There is no dataset or file {name!r}.", did_you_mean(name.lower(), SOURCES)))),
         f"Datasets: {', '.join(SOURCES)}; or a file ({', '.join(FORMATS)}). {hub.what_to_write(name)}",
     )

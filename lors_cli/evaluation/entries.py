@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from lors_cli.errors import UsageError, nearest, require_file
+from lors_cli.errors import UsageError, did_you_mean, require_file
 from lors_cli.evaluation.definitions import TaskNames, names_in, read_definition, tasks_folder
 from lors_cli.recipe.schema import SEVEN_TASKS, EvalConfig
 
@@ -106,10 +106,7 @@ def resolve(config: EvalConfig) -> tuple[Entry, ...]:
     by_name = config.num_fewshot if isinstance(config.num_fewshot, dict) else {}
     known = {*found, *(part.name for entries in found.values() for part in _parts_of(entries))}
     if odd := [name for name in by_name if name not in known]:
-        close = nearest(odd[0], known)
-        raise UsageError(
-            f"eval.num_fewshot: {', '.join(odd)} is not among the tasks.", f"Did you mean {close}?" if close else None
-        )
+        raise UsageError(f"eval.num_fewshot: {', '.join(odd)} is not among the tasks.", did_you_mean(odd[0], known))
     return tuple(
         entry
         for name, entries in found.items()

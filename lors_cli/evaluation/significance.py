@@ -134,9 +134,7 @@ def mcnemar(better: int, worse: int) -> float:
     return float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
 
 
-def bootstrap_interval(
-    differences: Sequence[Sequence[float]], *, rounds: int = ROUNDS, seed: int = SEED
-) -> tuple[float, float]:
+def bootstrap_interval(differences: Sequence[Sequence[float]]) -> tuple[float, float]:
     """Percentile interval (95 %) of the mean over tasks of the mean difference, documents drawn anew within each task.
 
     Args:
@@ -146,12 +144,12 @@ def bootstrap_interval(
     """
     import numpy as np
 
-    generator = np.random.default_rng(seed)
-    means = np.zeros(rounds)
+    generator = np.random.default_rng(SEED)
+    means = np.zeros(ROUNDS)
     for task in differences:
         # Documents with the same difference are alike: only how many of each kind are drawn matters.
         values, counts = np.unique(np.asarray(task, dtype=np.float64), return_counts=True)
-        for part in _parts(rounds, len(values)):
+        for part in _parts(len(values)):
             drawn = generator.multinomial(len(task), counts / len(task), size=len(means[part]))
             means[part] += drawn @ values / len(task) / len(differences)
     tail = (1 - CONFIDENCE) / 2
@@ -159,7 +157,7 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def permutation_test(differences: Sequence[Sequence[float]], *, rounds: int = ROUNDS, seed: int = SEED) -> float:
+def permutation_test(differences: Sequence[Sequence[float]]) -> float:
     """Two-sided p-value of the mean over tasks of the mean difference: of equal models, either has the larger score.
 
     For scores of 0 and 1 in one task it is McNemar's test, up to chance.
@@ -171,22 +169,22 @@ def permutation_test(differences: Sequence[Sequence[float]], *, rounds: int = RO
     """
     import numpy as np
 
-    generator = np.random.default_rng(seed)
-    found, means = 0.0, np.zeros(rounds)
+    generator = np.random.default_rng(SEED)
+    found, means = 0.0, np.zeros(ROUNDS)
     for task in differences:
         sizes, counts = np.unique(np.abs(np.asarray(task, dtype=np.float64)), return_counts=True)
         found += float(np.sum(task)) / len(task)
-        for part in _parts(rounds, len(sizes)):
+        for part in _parts(len(sizes)):
             positive = generator.binomial(counts, 0.5, size=(len(means[part]), len(sizes)))
             means[part] += (2 * positive - counts) @ sizes / len(task)
     as_far = np.abs(means) >= abs(found) - 1e-9  # the same mean in another order of summation
-    return float((1 + np.count_nonzero(as_far)) / (rounds + 1))
+    return float((1 + np.count_nonzero(as_far)) / (ROUNDS + 1))
 
 
-def _parts(rounds: int, width: int) -> Iterator[slice]:
+def _parts(width: int) -> Iterator[slice]:
     """All rounds, as many at a time as draw no more than `_MAX_DRAWN` numbers of `width` a round."""
     step = max(1, _MAX_DRAWN // width)
-    return (slice(first, min(first + step, rounds)) for first in range(0, rounds, step))
+    return (slice(first, min(first + step, ROUNDS)) for first in range(0, ROUNDS, step))
 
 
 def compare(first: str, second: str, some: Mapping[str, Scores], other: Mapping[str, Scores]) -> Comparison | None:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import IO
 
 from lors_cli.errors import UsageError
-from lors_cli.files.owners import LEASE_S, Owner, read_owner
+from lors_cli.files.owners import Owner, read_owner
 from lors_cli.output import console, progress
 
 LOCK_NAME = ".lock"
@@ -86,7 +86,7 @@ def holder(folder: Path) -> Owner | None:
         return None
     if owner is None or not owner.is_elsewhere():
         return owner if owner is not None and owner.is_running() else None
-    return owner if owner.lease_s is None or time.time() - renewed < owner.lease_s else None
+    return owner if time.time() - renewed < owner.lease_s else None
 
 
 # One that is held -----------------------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ class _Held:
             now = holder(self.folder)
             raise UsageError(
                 f"{self.folder} is no longer held by this process, which gave no sign of life for "
-                f"{progress.duration(self.owner.lease_s or 0)}: {now or 'another process'} has taken it over.",
+                f"{progress.duration(self.owner.lease_s)}: {now or 'another process'} has taken it over.",
                 "Nothing more is written here. The other one goes on from what was finished.",
             )
 
@@ -131,7 +131,7 @@ class _Held:
 
     @property
     def _interval_s(self) -> float:
-        return (self.owner.lease_s or LEASE_S) / SIGNS
+        return self.owner.lease_s / SIGNS
 
     @contextmanager
     def signs(self) -> Iterator[None]:
@@ -252,18 +252,13 @@ def _death(folder: Path, owner: Owner | None, locked: bool | None, renewed: floa
         InUseError: it is at work, as far as can be known here.
     """
     if owner is not None and owner.is_elsewhere():
-        by_hand = f"if it has ended, remove {folder / LOCK_NAME} and start this command again."
-        if owner.lease_s is None:
-            raise InUseError(
-                f"{folder} is in use by {owner}, or was when that process was killed: it is another machine.",
-                by_hand.capitalize(),
-            )
         silent_s = _clock(folder) - renewed
         if silent_s < owner.lease_s:
             raise InUseError(
                 f"{folder} is in use by {owner}.",
                 f"It is another machine, whose last sign of life is {progress.duration(silent_s)} old. After "
-                f"{progress.duration(owner.lease_s)} without one this command takes over. Or, {by_hand}",
+                f"{progress.duration(owner.lease_s)} without one this command takes over. Or, if it has ended, remove "
+                f"{folder / LOCK_NAME} and start this command again.",
             )
         return f"which has given no sign of life for {progress.duration(silent_s)}"
     is_mine = any(held.owner == owner for held in _held.values())

@@ -25,16 +25,15 @@ _CLOCK_S = 5.0
 class Owner:
     """Who holds a folder.
 
-    `boot` names the running kernel, "" where nothing does; `lease_s` is None, and `token` empty, of a version that gave
-    no signs of life.
+    `boot` names the running kernel, "" where nothing does.
     """
 
     pid: int
     host: str
     boot: str
     since: str
-    lease_s: float | None = None
-    token: str = ""
+    lease_s: float
+    token: str
 
     @classmethod
     def this_process(cls) -> Owner:
@@ -66,8 +65,7 @@ def read_owner(file: IO[str]) -> Owner | None:
     file.seek(0)
     try:
         known = json.loads(file.read())
-        named = {each.name: known[each.name] for each in fields(Owner) if each.name in known}
-        return Owner(**named)
+        return Owner(**{each.name: known[each.name] for each in fields(Owner)})
     except (ValueError, TypeError, KeyError):
         return None
 

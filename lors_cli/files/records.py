@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -127,15 +126,14 @@ def staging_dir(folder: Path) -> Path:
     return staging
 
 
-def publish(folder: Path, record: StageRecord, *, keep: Sequence[str] = ()) -> StageRecord:
+def publish(folder: Path, record: StageRecord) -> StageRecord:
     """Move what is staged into place and declare the stage finished.
 
     The old record goes first and the new one comes last, so a kill in between leaves an unfinished stage; a journal
-    of every name that may be there lets the next call remove what neither it nor `keep` has.
+    of every name that may be there lets the next call remove what it has not.
 
     Args:
         record: its `files` are filled in here.
-        keep: names in `folder` that belong to the result though they were not staged.
 
     Raises:
         UsageError: another process has taken the folder over.
@@ -156,12 +154,12 @@ def publish(folder: Path, record: StageRecord, *, keep: Sequence[str] = ()) -> S
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(staging / name, folder / name)
-    for stale in sorted(earlier - set(names) - set(keep)):
+    for stale in sorted(earlier - set(names)):
         (folder / stale).unlink(missing_ok=True)
     from lors_cli.output import progress
 
     with progress.busy("hashing the results"):
-        files = {name: file_sha256(folder / name) for name in sorted({*names, *keep}) if (folder / name).is_file()}
+        files = {name: file_sha256(folder / name) for name in names}
     finished = replace(record, files=files)
     locks.check(folder)
     write_json(folder / RECORD_NAME, plain(finished))

@@ -33,8 +33,8 @@ class Listing:
     card: dict[str, Any] = field(default_factory=dict)
 
 
-def pinned_revision(repo: str, revision: str, kind: Kind = "model") -> str:
-    """The commit of a revision, or the revision itself where neither the hub nor its cache here knows it.
+def pinned_revision(repo: str, revision: str) -> str:
+    """The commit of a model's revision, or the revision itself where neither the hub nor its cache here knows it.
 
     Such a one cannot be loaded either (`known_commit`), so that no result is ever recorded without a commit.
 
@@ -42,7 +42,7 @@ def pinned_revision(repo: str, revision: str, kind: Kind = "model") -> str:
         UsageError: no revision could be called so.
         MissingError: the hub has no such repository or revision, does not give it, or cannot answer.
     """
-    return commit_of(repo, revision, kind) or revision
+    return commit_of(repo, revision, "model") or revision
 
 
 def known_commit(repo: str, revision: str, kind: Kind = "model") -> str:

@@ -77,10 +77,15 @@ def is_joined() -> bool:
     return dist.is_initialized()
 
 
-def start() -> bool:
-    """Join the others, and whether that was yet to be done: tensors on a CPU go over Gloo, those on GPUs over NCCL."""
+@contextmanager
+def joined() -> Iterator[None]:
+    """Be together with the others for as long as the context lasts; an error leaves without a word to them.
+
+    Tensors on a CPU go over Gloo, those on GPUs over NCCL.
+    """
     if num_processes() == 1 or is_joined():
-        return False
+        yield
+        return
     import torch
     import torch.distributed as dist
 
@@ -88,25 +93,9 @@ def start() -> bool:
     dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpus else "gloo", timeout=PATIENCE)
     if has_gpus and local_index() < torch.cuda.device_count():
         torch.cuda.set_device(local_index())
-    return True
-
-
-def stop() -> None:
-    """Leave the others, once all are done."""
-    if is_joined():
-        import torch.distributed as dist
-
-        wait_for_all()
-        dist.destroy_process_group()
-
-
-@contextmanager
-def joined() -> Iterator[None]:
-    """Be together with the others for as long as the context lasts; an error leaves without a word to them."""
-    mine = start()
     yield
-    if mine:
-        stop()
+    wait_for_all()
+    dist.destroy_process_group()
 
 
 def first_failure(exit_code: int) -> int | None:

@@ -134,7 +134,7 @@ def _measured(config: ModelConfig, fingerprint: str) -> ModelSize | None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from lors_cli.models.blocks import block_weights, decoder_blocks, model_max_length
+    from lors_cli.models.blocks import model_max_length, prunable_weights
     from lors_cli.models.checks import load_error
     from lors_cli.models.quantised import Quantised
     from lors_cli.models.quiet import quiet_libraries
@@ -150,9 +150,7 @@ def _measured(config: ModelConfig, fingerprint: str) -> ModelSize | None:
         raise UsageError(f"{config.path} is a {kind} model, not a decoder-only causal language model.") from error
     except Exception as error:  # sizes that no model can have
         raise load_error(config.path, "its configuration", error) from error
-    prefix, modules = decoder_blocks(model)
-    weights = {name: weight for index, block in enumerate(modules)
-               for name, weight in block_weights(block, f"{prefix}.{index}").items()}  # fmt: skip
+    weights = prunable_weights(model)
     layers = tuple((name, *weight.shape, weight.expert is not None) for name, weight in weights.items())
     if not layers:
         raise UsageError(f"{config.path}: its decoder blocks hold no linear that could be pruned.")

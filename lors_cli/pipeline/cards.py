@@ -15,11 +15,10 @@ from lors_cli.models.packed.measured import packed_size
 from lors_cli.models.sources import is_known_as
 from lors_cli.output import console
 from lors_cli.output.markdown import table
+from lors_cli.pipeline.standing import RECIPE_NAME
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
-
-RECIPE_NAME = "recipe.yaml"
 
 
 def made_card(folder: Path, record: StageRecord, name: str, scores: Path | None) -> dict[str, Path | bytes]:

@@ -113,18 +113,10 @@ def changed_settings(stage: str, old: Mapping[str, Any], new: Mapping[str, Any])
         old = hashes.plain(stage_config(stage, dict(old)))
     except UsageError:  # of a version that knew other settings
         old = dict(old)
-    before, after = dict(_flat(old)), dict(_flat(new))
+    before, after = dict(hashes.flat(old)), dict(hashes.flat(new))
     for key in after | before:
         if key not in STAGES[stage].without_effect and before.get(key) != after.get(key):
             yield key, before.get(key), after.get(key)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _shown(value: Any) -> str:

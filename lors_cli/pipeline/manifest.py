@@ -69,31 +69,13 @@ def inputs(recipe: Recipe, data_dir: Path | None, known: Mapping[tuple[str, str]
 
 
 def hub_commit(fingerprint: str) -> str | None:
-    """The commit that this machine's hub cache has of a model or dataset, None for what is no hub's or not cached.
+    """The commit of a model or dataset on the hub, None for what is no hub's, or whose commit is not known.
 
     Args:
-        fingerprint: `hub:<repo>@<revision>:<dtype>` of a model, `hub:<repo>@<commit>/<config>/<split>` of a dataset
-            (without the commit where an older version wrote it).
+        fingerprint: `hub:<repo>@<commit>:<dtype>` of a model, `hub:<repo>@<commit>/<config>/<split>` of a dataset.
     """
-    kind, _, place = fingerprint.partition(":")
-    if kind != "hub":
-        return None
-    from lors_cli.files.revisions import cache_folder, cached_reference
-
-    pinned = re.match("[^@]+@([0-9a-f]{40})[:/]", place)
-    if pinned is not None:
-        return pinned[1]
-    repo, at, rest = place.partition("@")
-    revision = rest.rpartition(":")[0] if at else "main"
-    repo = repo if at else "/".join(repo.split("/")[:2])
-    folder = cache_folder("model" if at else "dataset", repo)
-    found = cached_reference(folder, revision)
-    if found is not None:
-        return found
-    if (folder / "snapshots" / revision).is_dir():
-        return revision
-    snapshots = list((folder / "snapshots").glob("*"))
-    return snapshots[0].name if len(snapshots) == 1 else None
+    pinned = re.match("hub:[^@]+@([0-9a-f]{40})[:/]", fingerprint)
+    return pinned[1] if pinned else None
 
 
 def write_manifest(recipe: Recipe, out: Path, done: list[Entry], data_dir: Path | None) -> None:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from lors_cli.errors import UsageError, nearest
+from lors_cli.errors import UsageError, did_you_mean
 from lors_cli.files import atomic, hashes, records
 from lors_cli.machine import processes
 from lors_cli.output import console
@@ -38,6 +38,11 @@ class StagePlan:
     """What of an earlier result it replaces, and why."""
     num_processes: int = field(default_factory=processes.num_processes)
     """That share its work; in a dry run, that are to."""
+
+    @property
+    def label(self) -> str:
+        """For people: its stage, and which model a sweep's eval scores."""
+        return f"eval {next(iter(self.models))}" if self.stage == "eval" else self.stage
 
 
 def plan_stages(recipe: Recipe, out: Path, data_dir: Path | None) -> list[StagePlan]:
@@ -176,7 +181,9 @@ def select(plans: list[StagePlan], first: str | None, last: str | None, force: t
     names = [plan.stage for plan in plans]
     for flag, stage in (("--from", first), ("--until", last)):
         if stage is not None and stage not in names:
-            raise UsageError(f"{flag} {stage}: this recipe has only {', '.join(names)}.", _meant(stage, names))
+            raise UsageError(
+                f"{flag} {stage}: this recipe has only {', '.join(names)}.", did_you_mean(stage.lower(), names)
+            )
     start = names.index(first) if first else 0
     end = names.index(last) + 1 if last else len(names)
     if start >= end:
@@ -187,15 +194,10 @@ def select(plans: list[StagePlan], first: str | None, last: str | None, force: t
     chosen = plans[start:end]
     odd = [stage for stage in force if stage not in names[start:end]]
     if odd:
-        hint = _meant(odd[0], names[start:end])
+        hint = did_you_mean(odd[0].lower(), names[start:end])
         raise UsageError(f"--force {odd[0]}: that stage is not among {', '.join(names[start:end])}.", hint)
     return [replace(plan, status="run", detail="done again: --force") if plan.stage in force else plan
             for plan in chosen]  # fmt: skip
-
-
-def _meant(word: str, names: list[str]) -> str | None:
-    close = nearest(word.lower(), names)
-    return f"Did you mean {close}?" if close else None
 
 
 def describe(plan: StagePlan) -> str:

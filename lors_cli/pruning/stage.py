@@ -130,26 +130,24 @@ def prune(
     if parts:
         console.info(f"  left as they are: {', '.join(parts)}")
     batches = _calibration_batches(config, source, tokenizer, data_dir)
-    alone = processes.start()
-    if processes.is_main():
-        _work_dir(out, fingerprint, {"config": resolved_prune(config), "inputs": inputs}, str(source.network.dtype))
-    processes.wait_for_all()
-    outcome = prune_blocks(config, source, pattern, out / records.WORK_NAME, batches)
-    metrics = _metrics(outcome, pattern, source, batches)
-    metrics |= _bits(config, outcome, pattern, source, weights)
-    metrics |= {key: names for key, names in (("left_out", parts), ("dense_layers", dense)) if names}
-    if batches:
-        metrics["calibration"]["source"] = inputs["calibration"]
-    record = records.StageRecord(
-        "prune", fingerprint, hashes.plain(resolved_prune(config)), inputs, metrics,
-        environment.environment(), round(outcome.earlier_s + time.monotonic() - started, 2), {},
-    )  # fmt: skip
-    if processes.is_main():
-        _write_checkpoint(out, source, tokenizer, config, model, base_fingerprint, metrics)
-        record = records.publish(out, record)
-    if alone:
-        processes.stop()
-    return record
+    with processes.joined():
+        if processes.is_main():
+            _work_dir(out, fingerprint, {"config": resolved_prune(config), "inputs": inputs}, str(source.network.dtype))
+        processes.wait_for_all()
+        outcome = prune_blocks(config, source, pattern, out / records.WORK_NAME, batches)
+        metrics = _metrics(outcome, pattern, source, batches)
+        metrics |= _bits(config, outcome, pattern, source, weights)
+        metrics |= {key: names for key, names in (("left_out", parts), ("dense_layers", dense)) if names}
+        if batches:
+            metrics["calibration"]["source"] = inputs["calibration"]
+        record = records.StageRecord(
+            "prune", fingerprint, hashes.plain(resolved_prune(config)), inputs, metrics,
+            environment.environment(), round(outcome.earlier_s + time.monotonic() - started, 2), {},
+        )  # fmt: skip
+        if processes.is_main():
+            _write_checkpoint(out, source, tokenizer, config, model, base_fingerprint, metrics)
+            record = records.publish(out, record)
+        return record
 
 
 def check_shared(config: PruneConfig, num_processes: int) -> None:

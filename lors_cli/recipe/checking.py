@@ -90,8 +90,6 @@ def unknown_key(schema: type, key: str, parent: KeyPath, prefix: str = "") -> st
         return "unknown key; every pruned linear gets an adapter, there is no choice to make"
     if plain == "data_dir" and not parent:  # a recipe's, in a stage's settings
         return "unknown key; write --data-dir FOLDER"
-    if plain == "tensorboard" and "report_to" in field_names(schema):
-        return f"this setting is gone; write {dotted((*parent, 'report_to'))}: [tensorboard]"
     plain = _ELSEWHERE.get(plain, plain)
     inner = sorted((path for path in _inner_keys(schema) if path[-1] == plain), key=len)
     if inner:
@@ -119,7 +117,6 @@ def _inner_keys(schema: type) -> Iterator[tuple[str, ...]]:
 def check(schema: type, settings: Settings) -> Any:
     """The settings as an instance of `schema`, or a UsageError with every problem in the order of the places."""
     _refuse_secrets(settings)
-    _pass_over_old(schema, settings.data)
     token = IS_CHECKING.set(True)
     try:
         result = _adapter(schema).validate_json(json.dumps(settings.data, default=repr), strict=True)
@@ -151,13 +148,6 @@ def _refuse_secrets(settings: Settings) -> None:
             look((*path, index), inner)
 
     look((), settings.data)
-
-
-def _pass_over_old(schema: type, data: dict[str, Any]) -> None:
-    """Leave out `tensorboard: false`, which earlier versions stored with every run and which asks for nothing."""
-    tune = {"TuneConfig": data, "Recipe": data.get("tune")}.get(schema.__name__)
-    if isinstance(tune, dict) and tune.get("tensorboard") is False:
-        del tune["tensorboard"]
 
 
 def _report(schema: type, settings: Settings, entry: Any) -> None:

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from lors_cli.errors import UsageError, nearest, shorten
+from lors_cli.errors import UsageError, did_you_mean, shorten
 
 Kind = Literal["recipe", "sweep", "config"]
 _PLACES: dict[Kind, str] = {"recipe": "recipes", "sweep": "recipes/sweeps", "config": "configs"}
@@ -55,8 +55,7 @@ def find(kind: Kind, name: str) -> Path:
         other, command = _INSTEAD[kind]
         if stem in shipped_files(other):
             raise UsageError(f"{shorten(name)} is no {kind}.", f"For it there is: lors {command} {stem}")
-    close = nearest(stem.lower(), shipped)
-    hint = f"Did you mean {close}? {listing}" if close else listing
+    hint = " ".join(filter(None, (did_you_mean(stem.lower(), shipped), listing)))
     raise UsageError(f"There is no {kind} {shorten(name)!r}: neither a file nor a shipped {kind}.", hint)
 
 
@@ -65,8 +64,7 @@ def find_shipped_recipe(name: str) -> Path:
     shipped, stem = {**shipped_files("sweep"), **shipped_files("recipe")}, _stem(name)
     if stem in shipped:
         return shipped[stem]
-    close = nearest(stem.lower(), shipped)
-    hint = f"Did you mean {close}?" if close else f"There are: {', '.join(shipped)}."
+    hint = did_you_mean(stem.lower(), shipped) or f"There are: {', '.join(shipped)}."
     raise UsageError(f"There is no shipped recipe {shorten(name)!r}.", hint)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from lors_cli.evaluation.samples import read_accuracies, read_windows
 from lors_cli.evaluation.significance import Comparison, TextComparison, compare, compare_texts, pair_title
+from lors_cli.files import hashes
 from lors_cli.output.markdown import NONE, Block, escape
 from lors_cli.report.colours import coloured
 from lors_cli.report.differences import differences
@@ -212,20 +213,12 @@ def _settings(sources: Sequence[Source]) -> list[list[str]]:
     shared = [stage for stage in (cells[0].records if cells else ()) if all(stage in cell.records for cell in cells)]
     flat = [
         {"model": cell.base}
-        | {key: value for stage in shared for key, value in _flat(stage, cell.records[stage].config)}
+        | {key: value for stage in shared for key, value in hashes.flat(cell.records[stage].config, f"{stage}.")}
         for cell in cells
     ]
     keys = dict.fromkeys(key for settings in flat for key in settings)
     rows = [[key, *(_spoken(settings.get(key)) for settings in flat)] for key in keys]
     return [row for row in rows if len(set(row[1:])) > 1]
-
-
-def _flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _flat(f"{prefix}.{key}", inner)
-    else:
-        yield prefix, value
 
 
 def _spoken(value: Any) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lors_cli.errors import UsageError, nearest
+from lors_cli.errors import UsageError, did_you_mean
 from lors_cli.files import atomic
 from lors_cli.output.markdown import Block, Figure, escape, table, to_markdown, unescape
 from lors_cli.report.drawing import Draw, draw_all
@@ -23,9 +23,9 @@ def check_formats(formats: Collection[str]) -> None:
     """Raise UsageError, naming the nearest one, when a format is none of `FORMATS`."""
     for name in formats:
         if name not in FORMATS:
-            near = nearest(name, FORMATS, cutoff=0.5)
-            hint = f"Did you mean {near}?" if near else None
-            raise UsageError(f"--format {name} is none of {', '.join(FORMATS)}.", hint)
+            raise UsageError(
+                f"--format {name} is none of {', '.join(FORMATS)}.", did_you_mean(name, FORMATS, cutoff=0.5)
+            )
 
 
 def assemble(title: str, lead: Sequence[Block], sections: Mapping[str, Sequence[Block]]) -> list[Block]:

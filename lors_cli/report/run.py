@@ -6,7 +6,6 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from lors_cli.errors import UsageError
 from lors_cli.evaluation.significance import compare_models
 from lors_cli.evaluation.summary import LOST_IN_ERROR, recovered
 from lors_cli.models.card import versions
@@ -40,17 +39,8 @@ def write_run_report(
         run: a run folder; any stage may be missing.
         finished: the stages whose results belong to the recipe; what others left from earlier settings is not shown.
         out: where the reports go, None for the run folder.
-
-    Raises:
-        UsageError: the folder holds no run.
     """
-    if not run.is_dir():
-        raise UsageError(f"{run} is no folder.", "Give the folder of a run, such as runs/quickstart.")
-    results = read_run(run, finished)
-    (cell,) = results.cells
-    if not (results.text or cell.records or cell.scores):
-        raise UsageError(f"{run} holds no run.", "Give the folder of a run, such as runs/quickstart.")
-    return _write(run, results, formats, out or run)
+    return _write(run, read_run(run, finished), formats, out or run)
 
 
 def write_stage_report(folder: Path, formats: Collection[str] = FORMATS, out: Path | None = None) -> list[Path]:
@@ -145,16 +135,15 @@ def _training(cell: Cell) -> list[Block]:
         return []
     metrics = record.metrics if record else {}
     parts: list[Block] = []
-    first, last = metrics.get("first_loss"), metrics.get("last_loss")
-    if first is None and cell.log:
-        first, last = cell.log[0]["loss"], cell.log[-1]["loss"]
-    steps = metrics.get("steps", cell.log[-1]["step"] if cell.log else None)
     if "loss_before" in metrics:
         teacher = " (with the teacher's part)" if cell.config("tune").get("distill") else ""
-        parts.append(f"Loss{teacher} {loss_text(metrics)}; {steps} optimiser steps.")
-    elif first is not None and last is not None:
-        end = " (mean of the last tenth of the steps)" if "last_loss" in metrics else ""
-        parts.append(f"Loss {first:.4f} at the first step, {last:.4f} at the end{end}; {steps} optimiser steps.")
+        parts.append(f"Loss{teacher} {loss_text(metrics)}; {metrics['steps']} optimiser steps.")
+    elif cell.log:
+        first, last = cell.log[0]["loss"], cell.log[-1]["loss"]
+        if first is not None and last is not None:
+            parts.append(
+                f"Loss {first:.4f} at the first step, {last:.4f} after {cell.log[-1]['step']} optimiser steps."
+            )
     if metrics.get("val_loss_best") is not None:
         parts.append(
             f"Held-out loss of {counted(metrics['val_samples'], 'sample')}: {metrics['val_loss_first']:.4f} first, "

@@ -96,7 +96,6 @@ def cost_table(cells: Sequence[Cell]) -> list[Block]:
     if not rows:
         return []
     columns = ["cell", *STAGE_COLOURS, "tokens/s", "steps", "loss before", "loss after",
-               "loss, first", "loss, last",
                "trainable parameters", "pattern", "sparsity", "violations", "peak memory"]  # fmt: skip
     kept = [index for index in range(len(columns)) if any(row[index] != NONE for row in rows)]
     seconds = {}  # of every stage folder, each once
@@ -120,10 +119,6 @@ def _cost_cells(cell: Cell) -> list[str]:
         f"{tune['tokens_per_s']:,.0f}" if tune.get("tokens_per_s") else NONE,
         str(tune.get("steps", NONE)),
         *(f"{tune[name]:.4f}" if tune.get(name) is not None else NONE for name in ("loss_before", "loss_after")),
-        *(
-            f"{tune[name]:.4f}" if tune.get(name) is not None and "loss_before" not in tune else NONE
-            for name in ("first_loss", "last_loss")
-        ),
         f"{tune['trainable_parameters']:,}" if tune.get("trainable_parameters") else NONE,
         str(last.get("pattern", NONE)),
         f"{last['sparsity']:.4f}" if "sparsity" in last else NONE,

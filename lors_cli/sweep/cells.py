@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lors_cli.errors import UsageError, nearest
+from lors_cli.errors import UsageError, did_you_mean
 from lors_cli.files import hashes
 from lors_cli.recipe.loading import resolve_recipe
 from lors_cli.recipe.schema import Recipe
@@ -85,9 +85,8 @@ def select_cells(sweep: Sweep, only: Sequence[str]) -> tuple[Cell, ...]:
     for pattern in only:
         found = [name for name in names if name == pattern] or fnmatch.filter(names, pattern)
         if not found:
-            close = nearest(pattern, names)
-            hint = f"Did you mean {close}? " if close else ""
-            raise UsageError(f"--only {pattern}: {sweep.name} has no such cell.", f"{hint}Cells: {', '.join(names)}.")
+            hint = " ".join(filter(None, (did_you_mean(pattern, names), f"Cells: {', '.join(names)}.")))
+            raise UsageError(f"--only {pattern}: {sweep.name} has no such cell.", hint)
         chosen.update(found)
     return tuple(cell for cell in sweep.cells if cell.name in chosen) if only else sweep.cells
 

@@ -49,8 +49,7 @@ class Job:
     @property
     def label(self) -> str:
         """For people."""
-        role = f" {next(iter(self.plan.models))}" if self.plan.stage == "eval" else ""
-        return f"{self.cell} · {self.plan.stage}{role}"
+        return f"{self.cell} · {self.plan.label}"
 
     def is_finished(self) -> bool:
         """Whether the stage's record is there."""

@@ -57,8 +57,8 @@ def _state(
     else:
         status, detail = "waiting", "begun" if plan.status == "resume" else ""
     return {
-        "stage": f"eval {next(iter(plan.models))}" if plan.stage == "eval" else plan.stage, "status": status,
-        "detail": detail, "last_line": last, "job": number, "folder": str(plan.folder),
+        "stage": plan.label, "status": status, "detail": detail, "last_line": last, "job": number,
+        "folder": str(plan.folder),
     }  # fmt: skip
 
 

@@ -1,17 +1,5 @@
 """The tuning stage: `tune` recovers a sparse checkpoint with adapters."""
 
-from __future__ import annotations
+from lors_cli.tuning.stage import tune
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from lors_cli.tuning.stage import tune as tune
-
-
-def __getattr__(name: str) -> Any:
-    """`tune`, once it is asked for: this room's other modules need less than the stage does."""
-    if name != "tune":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from lors_cli.tuning.stage import tune
-
-    return tune
+__all__ = ["tune"]

@@ -61,7 +61,7 @@ class AdapterConfig:
         prompt: `data.template` of what was learnt, None of text.
         skipped: full names of the sparse linears that were to have no adapter; their zeros are in `base_mask` too.
         base_grid: digest of the adapted weights and of the grids that they merge to; None without quantization_aware.
-        base_dtype: number format that the base was trained in; None of adapters of earlier versions.
+        base_dtype: number format that the base was trained in.
     """
 
     method: str
@@ -72,12 +72,12 @@ class AdapterConfig:
     base: str
     base_fingerprint: str
     base_mask: str
+    base_dtype: str
     norms: tuple[str, ...] = ()
     rounding: Rounding = "nearest"
     prompt: str | None = None
     skipped: tuple[str, ...] = ()
     base_grid: str | None = None
-    base_dtype: str | None = None
 
 
 def save_adapter(model: nn.Module, folder: Path, config: AdapterConfig) -> None:
@@ -95,9 +95,9 @@ def save_adapter(model: nn.Module, folder: Path, config: AdapterConfig) -> None:
         "target_modules": list(config.layers),
     }
     if content["peft_type"] != "LORA":  # which PEFT reads, and it warns of keys that it does not know
-        content.update(base_fingerprint=config.base_fingerprint, base_mask=config.base_mask)
-        if config.base_dtype is not None:
-            content["base_dtype"] = config.base_dtype
+        content.update(
+            base_fingerprint=config.base_fingerprint, base_mask=config.base_mask, base_dtype=config.base_dtype
+        )
         if config.prompt is not None:
             content["prompt_format"] = config.prompt
     if config.base_grid:
@@ -140,14 +140,14 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
             base=str(content["base_model_name_or_path"]),
             base_fingerprint=str(content["base_fingerprint"]),
             base_mask=str(content["base_mask"]),
+            base_dtype=content["base_dtype"],
             norms=_names(content.get("trained_norms", [])),
             rounding=content.get("rounding", "nearest"),
             prompt=content.get("prompt_format"),
             skipped=_names(content.get("skipped_modules", [])),
             base_grid=str(content["base_grid"]) if kind.endswith(QUANTIZATION_AWARE) else None,
-            base_dtype=content.get("base_dtype"),
         )
-        if found.base_dtype not in (None, "bfloat16", "float16", "float32"):
+        if found.base_dtype not in ("bfloat16", "float16", "float32"):
             raise ValueError(f"base_dtype is {found.base_dtype!r}, none of bfloat16, float16, float32")
         if found.prompt not in (None, "chat", *TEMPLATES):
             raise ValueError(f"prompt_format is {found.prompt!r}, none of chat, {', '.join(TEMPLATES)}")
@@ -202,7 +202,7 @@ def base_of(config: AdapterConfig, given: ModelConfig) -> tuple[ModelConfig, str
         console.info(f"  {given.path} is not what the adapter was trained on, {config.base} as it was then: its zeros "
                      "must be the same, its weights may be others, which the adapter was not made for")  # fmt: skip
     fingerprint = model_fingerprint(base)
-    return (replace(base, dtype=config.base_dtype) if config.base_dtype and base.dtype == "auto" else base), fingerprint  # type: ignore[arg-type]
+    return (replace(base, dtype=config.base_dtype) if base.dtype == "auto" else base), fingerprint  # type: ignore[arg-type]
 
 
 def load_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
@@ -229,7 +229,7 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
             f"It was trained on {config.base}; merging it here would not keep what was tuned.",
         )
     dtype = str(base.dtype).removeprefix("torch.")
-    if config.base_dtype not in (None, dtype):
+    if config.base_dtype != dtype:
         console.info(f"  the adapter was trained on weights in {config.base_dtype}, and these are in {dtype}")
     grids = _grids(config, folder, linears)
     attach(base, list(config.layers), config.rank, config.alpha, use_rslora=config.use_rslora, method=config.method,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from lors_cli.models.card import model_card
 from lors_cli.models.grids import save_grids
 from lors_cli.models.inspection import dense_layers, layer_patterns
 from lors_cli.models.loading import load_model, load_tokenizer, save_checkpoint
-from lors_cli.models.origins import inherited
+from lors_cli.models.origins import inherited, with_dataset
 from lors_cli.output import progress
 from lors_cli.recipe.schema import ModelConfig
 from lors_cli.sparsity import Pattern, measure, summarise
@@ -111,16 +112,28 @@ def merge(
         "merge", hashes.fingerprint("merge", 1, {}, inputs), {"adapter": str(adapter)}, {**inputs, "path": base_path},
         metrics, environment.environment(), round(time.monotonic() - started, 2), {},
     )  # fmt: skip
-    atomic.write_text(staging / records.CARD_NAME, _card(source, fingerprint, base, metrics))
+    write_card(staging, source, fingerprint, method, metrics)
     records.publish(out, record)
     return metrics
 
 
-def _card(source: ModelConfig, fingerprint: str, base: records.StageRecord | None, metrics: dict[str, Any]) -> str:
-    """The model card; of the training it says what the adapter does."""
-    return model_card(
-        base_model=base.inputs.get("path", source.path) if base else source.path,
-        prune=base.config if base and base.stage == "prune" else None, tune=metrics["adapter"], metrics=metrics,
-        environment=environment.environment(), fields=inherited(source),
-        fingerprint=str(base.inputs.get("model")) if base else fingerprint,
+def write_card(
+    staging: Path, base: ModelConfig, fingerprint: str, tune: dict[str, Any], metrics: dict[str, Any],
+    data_fingerprints: Iterable[str] = (),
+) -> None:  # fmt: skip
+    """The model card of what was made from a base; what that is a model of, and how it was pruned, says its record.
+
+    Args:
+        fingerprint: the base's.
+        tune: settings of the training, as far as they are known.
+    """
+    record, fields = records.read_record(Path(base.path)), inherited(base)
+    for each in data_fingerprints:
+        fields = with_dataset(fields, each)
+    card = model_card(
+        base_model=record.inputs.get("path", base.path) if record else base.path,
+        prune=record.config if record and record.stage == "prune" else None, tune=tune, metrics=metrics,
+        environment=environment.environment(), fields=fields,
+        fingerprint=str(record.inputs.get("model")) if record else fingerprint,
     )  # fmt: skip
+    atomic.write_text(staging / records.CARD_NAME, card)

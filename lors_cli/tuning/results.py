@@ -9,14 +9,10 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from lors_cli.errors import SparsityError
-from lors_cli.files import atomic, hashes, records
 from lors_cli.grid import Grid
-from lors_cli.machine import environment
 from lors_cli.models.blocks import prunable_weights
-from lors_cli.models.card import model_card
 from lors_cli.models.grids import save_grids
 from lors_cli.models.loading import save_checkpoint, save_settings
-from lors_cli.models.origins import inherited, with_dataset
 from lors_cli.models.streaming import BlockwiseModel
 from lors_cli.output import console
 from lors_cli.recipe.schema import ModelConfig, TuneConfig
@@ -52,11 +48,11 @@ def adapter_config(
         method=config.method, rank=config.rank, alpha=config.alpha, use_rslora=config.use_rslora,
         layers=tuple(layers), base=model.path,
         base_fingerprint=base_fingerprint, base_mask=mask_of(matrices, weights, skipped),
+        base_dtype=str(network.dtype).removeprefix("torch."),
         norms=tuple(norm_shifts(network)), rounding=config.weight_rounding,
         prompt=prompt,
         skipped=skipped,
         base_grid=grid_digest(matrices, grids) if grids else None,
-        base_dtype=str(network.dtype).removeprefix("torch."),
     )  # fmt: skip
 
 
@@ -103,21 +99,3 @@ def write_results(
             "base_mask": adapter.base_mask,
             **({"skipped_layers": list(adapter.skipped)} if adapter.skipped else {}),
             **grid_metrics(grids, layers, pattern, weights)}  # fmt: skip
-
-
-def write_card(
-    staging: Path, config: TuneConfig, model: ModelConfig, base_fingerprint: str, metrics: dict[str, Any],
-    data_fingerprints: Iterable[str],
-) -> None:  # fmt: skip
-    """The model card of the tuned model."""
-    record = records.read_record(Path(model.path))
-    fields = inherited(model)
-    for fingerprint in data_fingerprints:
-        fields = with_dataset(fields, fingerprint)
-    card = model_card(
-        base_model=record.inputs.get("path", model.path) if record else model.path,
-        prune=record.config if record and record.stage == "prune" else None,
-        tune=hashes.plain(config), metrics=metrics, environment=environment.environment(),
-        fields=fields, fingerprint=str(record.inputs.get("model")) if record else base_fingerprint,
-    )  # fmt: skip
-    atomic.write_text(staging / records.CARD_NAME, card)

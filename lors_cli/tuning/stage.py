@@ -123,8 +123,9 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
     from lors_cli.tuning.attach import adaptable_layers
     from lors_cli.tuning.block_merge import BlockMerge
     from lors_cli.tuning.grids import base_grids
+    from lors_cli.tuning.merge import write_card
     from lors_cli.tuning.prompt_format import fit_to_prompt
-    from lors_cli.tuning.results import adapter_config, write_card, write_results
+    from lors_cli.tuning.results import adapter_config, write_results
     from lors_cli.tuning.training.checkpoints import begin_anew_in
     from lors_cli.tuning.training.distributed import say_how
     from lors_cli.tuning.training.preparation import prepare_trainer
@@ -169,7 +170,9 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
         metrics = {**training, **data_metrics(data), **prompt,
                    **write_results(staging, network, tokenizer, adapter, patterns, grids, merging),
                    **_left_dense(Path(model.path))}  # fmt: skip
-        write_card(staging, stored, model, base_fingerprint, metrics, [read["data"], *read.get("mix", ())])
+        write_card(
+            staging, model, base_fingerprint, hashes.plain(stored), metrics, [read["data"], *read.get("mix", ())]
+        )
         atomic.write_bytes(staging / LOG_NAME, log.path.read_bytes())
         record = records.StageRecord(
             "tune", fingerprint, hashes.plain(stored), inputs, metrics,

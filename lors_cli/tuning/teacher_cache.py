@@ -129,7 +129,7 @@ class TeacherCache:
             "log_rest": np.concatenate([part.log_rest.cpu().numpy() for part in parts]).astype(np.float32),
         }
         name = hashlib.sha256(b"".join(entries)).hexdigest()[:32]
-        make_room(self, sum(part.nbytes for part in content.values()))
+        make_room(self.folder, sum(part.nbytes for part in content.values()))
         with writing(self.folder):  # another run may write the very same
             atomic.write_bytes(self.folder / f"{name}.safetensors", save(content))
 
@@ -160,7 +160,7 @@ class TeacherCache:
                 f"distill.cache: {size}; {gib(free)} are free in {self.folder}.",
                 "Lower distill.cache.top_k, or choose another disk with LORS_CACHE_DIR.",
             )
-        make_room(self, labels * each)
+        make_room(self.folder, labels * each)
 
     def fill(self, missing: dict[bytes, Arrays], teacher: Teacher) -> None:
         """Have the teacher say what is missing; several processes share the work."""

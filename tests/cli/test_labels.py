@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lors_cli.cli.labels import model_labels, read_arguments, reading
+from lors_cli.cli.labels import named_models, read_arguments, reading
 from lors_cli.errors import UsageError
 
 
@@ -23,14 +23,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_model_labels(here: Path) -> None:
-    assert model_labels(["tuned", "./tuned", "org/name", "package://m/x.Q4_1.gguf"]) == {
+    assert named_models(["tuned", "./tuned", "org/name", "package://m/x.Q4_1.gguf"]) == {
         "tuned": "tuned", "tuned-2": "./tuned", "name": "org/name", "x.Q4_1": "package://m/x.Q4_1.gguf",
     }  # fmt: skip
-    assert list(model_labels([".", "a b/c d", "x/stage", "y/.hidden"])) == [
+    assert list(named_models([".", "a b/c d", "x/stage", "y/.hidden"])) == [
         "workshop", "c_d", "stage-model", "hidden",
     ]  # fmt: skip
     with pytest.raises(UsageError, match="no model"):
-        model_labels([])
+        named_models([])
 
 
 def test_names_keep_the_order_and_are_no_others(here: Path) -> None:

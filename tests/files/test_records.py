@@ -259,13 +259,13 @@ class TestPublish:
         assert not is_finished(tmp_path / "nowhere", "f1")
 
     def test_files_of_an_earlier_result_go_and_the_users_stay(self, tmp_path: Path) -> None:
-        stage(tmp_path, {"model-1-of-2": "a", "model-2-of-2": "b", "log": "kept"})
+        stage(tmp_path, {"model-1-of-2": "a", "model-2-of-2": "b"})
         publish(tmp_path, RECORD)
         (tmp_path / "notes.txt").write_text("mine")
         stage(tmp_path, {"model": "c"})
-        record = publish(tmp_path, replace(RECORD, fingerprint="f2"), keep=["log", "absent"])
-        assert names(tmp_path) == {"model", "log", "notes.txt", "stage.json"}
-        assert set(record.files) == {"model", "log"}
+        record = publish(tmp_path, replace(RECORD, fingerprint="f2"))
+        assert names(tmp_path) == {"model", "notes.txt", "stage.json"}
+        assert set(record.files) == {"model"}
 
     def test_a_record_that_cannot_be_written_leaves_the_old_result(self, tmp_path: Path) -> None:
         stage(tmp_path, {"model": "a"})

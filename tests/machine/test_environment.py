@@ -71,18 +71,8 @@ def test_an_installed_package_has_no_commit(tmp_path: Path, monkeypatch: pytest.
     assert version(checkout) is None
 
 
-def test_hub_commits_come_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    model = tmp_path / "models--owner--name"
-    (model / "refs").mkdir(parents=True)
-    (model / "refs" / "main").write_text("abc")
-    (model / "snapshots" / "def").mkdir(parents=True)
-    (tmp_path / "datasets--allenai--c4" / "snapshots" / "123").mkdir(parents=True)
-    assert hub_commit("hub:owner/name@main:auto") == "abc"
-    assert hub_commit("hub:owner/name@def:bfloat16") == "def"
-    assert hub_commit("hub:allenai/c4/en/train") == "123"  # as it was written before
+def test_hub_commits_come_from_the_fingerprint() -> None:
+    assert hub_commit(f"hub:owner/name@{'d' * 40}:bfloat16") == "d" * 40
     assert hub_commit(f"hub:allenai/c4@{'c' * 40}/en/train") == "c" * 40
     assert hub_commit("hub:owner/other@main:auto") is None
     assert hub_commit("jsonl:0123") is None

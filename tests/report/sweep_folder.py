@@ -51,7 +51,7 @@ class SweepFolder:
                           sparse_metrics(), elapsed_s)  # fmt: skip
 
     def tune(self, path: str, method: str, elapsed_s: float = 1000.0, data: str = "alpaca", **config: Any) -> str:
-        metrics = {"steps": 60, "first_loss": 3.25, "last_loss": 1.875, "tokens_per_s": 1234.0,
+        metrics = {"steps": 60, "loss_before": 3.25, "loss_after": 1.875, "tokens_per_s": 1234.0,
                    "trainable_parameters": 4884480, **sparse_metrics()}  # fmt: skip
         self.stage(path, "tune", {"method": method, "rank": 16, "data": {"dataset": data}, **config}, metrics,
                    elapsed_s, origin="stages/prune")  # fmt: skip

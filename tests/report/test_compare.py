@@ -60,8 +60,9 @@ def record(folder: Path, stage: str, config: dict[str, Any], inputs: dict[str, A
 
 def tuned(folder: Path, rank: int) -> Path:
     layers = [{"name": "model.layers.0.mlp.up_proj", "shape": [4, 4], "sparsity": 0.5}]
-    metrics = {"steps": 3, "first_loss": 3.0, "last_loss": 2.0, "pattern": "2:4", "sparsity": 0.5, "violations": 0,
-               "layers": layers, "peak_bytes": 700 * 2**20}  # fmt: skip
+    metrics = {"steps": 3, "loss_before": 3.0, "loss_after": 2.0, "loss_samples": 16, "loss_held_out": False,
+               "pattern": "2:4", "sparsity": 0.5, "violations": 0, "layers": layers,
+               "peak_bytes": 700 * 2**20}  # fmt: skip
     record(folder, "tune", {"method": "lors", "rank": rank}, {"path": "sparse"}, metrics, [])
     rows: list[dict[str, Any]] = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.5, "val_loss": 2.75}]
     (folder / "log.jsonl").write_text("".join(json.dumps({**row, "tokens_per_s": 9.0}) + "\n" for row in rows))
@@ -105,7 +106,7 @@ def test_a_stage_alone_and_out(tmp_path: Path) -> None:
     assert {path.parent for path in paths} == {tmp_path / "elsewhere"}
     text = text_of(paths)
     assert "sparse: tuned with lors at rank 8." in text
-    assert "Loss 3.0000 at the first step" in text
+    assert "Loss 3.0000 → 2.0000 on 16 samples" in text
     assert "figures/loss.png" in text
     assert "figures/sparsity.png" not in text, "a map of one colour"
     page = (tmp_path / "elsewhere/report.html").read_text()

@@ -39,7 +39,8 @@ def _adapted(model: PreTrainedModel) -> PreTrainedModel:
 
 def _saved(model: PreTrainedModel, folder: Path) -> Path:
     layers = adapter_layers(model)
-    config = AdapterConfig("lors", 4, 8.0, True, tuple(layers), "some/base", "fingerprint", base_mask(model, layers))
+    config = AdapterConfig("lors", 4, 8.0, True, tuple(layers), "some/base", "fingerprint", base_mask(model, layers),
+                           "float32")  # fmt: skip
     save_adapter(model, folder, config)
     return folder
 
@@ -160,7 +161,7 @@ def test_the_base_is_loaded_as_it_was_trained_and_another_one_is_told_of(
     layers = adapter_layers(model := _adapted(sparse_llama(torch.bfloat16)))
     source = ModelConfig(path=str(sparse_checkpoint), device="cpu")
     config = AdapterConfig("lors", 4, 8.0, True, tuple(layers), source.path, model_fingerprint(source),
-                           base_mask(model, layers), base_dtype="float32")  # fmt: skip
+                           base_mask(model, layers), "float32")  # fmt: skip
     save_adapter(model, tmp_path / "adapter", config)
     adapter = ModelConfig(path=str(tmp_path / "adapter"), device="cpu")
     assert open_model(adapter)[0].dtype == torch.float32
@@ -173,7 +174,7 @@ def test_the_base_is_loaded_as_it_was_trained_and_another_one_is_told_of(
     assert record.inputs["model"] == config.base_fingerprint
     assert next(iter(load_file(tmp_path / "merged" / "model.safetensors").values())).dtype == torch.float32
 
-    save_adapter(model, tmp_path / "adapter", replace(config, base_dtype=None))  # of an earlier version
+    save_adapter(model, tmp_path / "adapter", replace(config, base_dtype="bfloat16"))
     (other := sparse_llama(torch.bfloat16)).get_parameter("model.norm.weight").mul_(2)
     other.save_pretrained(sparse_checkpoint)
     assert open_model(adapter)[0].dtype == torch.bfloat16
@@ -182,9 +183,11 @@ def test_the_base_is_loaded_as_it_was_trained_and_another_one_is_told_of(
 
 def test_of_the_same_hub_id_the_commit_is_that_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapters, "model_fingerprint", lambda config: f"{config.path}@{config.revision}")
-    config = AdapterConfig("lors", 4, 8.0, True, (), "some/base", "hub:some/base@c0ffee:auto:bos=true", "mask")
+    config = AdapterConfig(
+        "lors", 4, 8.0, True, (), "some/base", "hub:some/base@c0ffee:auto:bos=true", "mask", "float32"
+    )
     base, _ = base_of(config, ModelConfig(path="some/base"))
-    assert (base.revision, base.add_bos_token, base.dtype) == ("c0ffee", True, "auto")
-    given = ModelConfig(path="some/base", revision="v2", add_bos_token=False)
+    assert (base.revision, base.add_bos_token, base.dtype) == ("c0ffee", True, "float32")
+    given = ModelConfig(path="some/base", revision="v2", add_bos_token=False, dtype="bfloat16")
     assert base_of(config, given)[0] == given
     assert base_of(config, ModelConfig(path="other/base"))[0].revision == "main"

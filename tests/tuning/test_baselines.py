@@ -138,7 +138,8 @@ def test_a_saved_adapter_gives_the_same_logits(
     layers = attach(model, list(prunable_weights(model)), 4, 8.0, use_rslora=True, method=method)
     for layer in layers.values():
         nn.init.normal_(layer.lora_B, std=0.1)
-    config = AdapterConfig(method, 4, 8.0, True, tuple(layers), "some/base", "print", base_mask(model, layers))
+    config = AdapterConfig(method, 4, 8.0, True, tuple(layers), "some/base", "print", base_mask(model, layers),
+                           "float32")  # fmt: skip
     save_adapter(model, tmp_path, config)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == peft_type(method)
     loaded = load_adapter(sparse_llama(), tmp_path)

@@ -9,7 +9,7 @@ from typing import Any
 from lors_cli.evaluation.summary import LOST_IN_ERROR
 from lors_cli.files import hashes
 from lors_cli.output import console, progress
-from lors_cli.pipeline.plans import StagePlan, describe
+from lors_cli.pipeline.plans import describe
 from lors_cli.pipeline.resources import free_disk
 from lors_cli.report.scores import INSIDE_ERROR, by_cell
 from lors_cli.sweep.cells import Cell, Sweep
@@ -25,7 +25,7 @@ def plan_document(sweep: Sweep, out: Path, chosen: Sequence[Cell], tflops: float
     mine = [plan for plan in plans if plan.cell.name in names]
     known = index(sweep, plans, out)
     cells = [
-        {**entry, "to_run": [_label(stage) for stage in plan.plans if stage.status != "done"]}
+        {**entry, "to_run": [stage.label for stage in plan.plans if stage.status != "done"]}
         for plan, entry in zip(plans, known["cells"], strict=True)
         if plan.cell.name in names
     ]
@@ -64,10 +64,6 @@ def _stages(plans: Sequence[CellPlan], mine: Sequence[CellPlan], tflops: float |
 def _hours(seconds: list[float | None]) -> float | None:
     known = [value for value in seconds if value is not None]
     return None if len(known) < len(seconds) else sum(known) / 3600
-
-
-def _label(plan: StagePlan) -> str:
-    return f"eval {next(iter(plan.models))}" if plan.stage == "eval" else str(plan.stage)
 
 
 def show_plan(document: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 import numpy as np
 
@@ -220,20 +220,14 @@ def _locked(folder: Path) -> IO[str] | None:
     return None
 
 
-class Kept(Protocol):
-    """A cache: a folder beside those of its kind, with a manifest, that is held while it is used."""
-
-    folder: Path
-
-
-def make_room(cache: Kept, num_bytes: int) -> None:
-    """Remove the caches of its kind that were not used for longest until `cache` has room for more, but none in use.
+def make_room(cache: Path, num_bytes: int) -> None:
+    """Remove the caches beside `cache` that were not used for longest until it has room for more, but none in use.
 
     Raises:
         ResourceError: what is in use takes the whole room.
     """
     limit = size_limit()
-    root = cache.folder.parent
+    root = cache.parent
     for remains in root.glob(".removed-*"):
         shutil.rmtree(remains, ignore_errors=True)
     sizes = {folder: folder_bytes(folder) for folder in root.iterdir() if folder.is_dir()}
@@ -241,7 +235,7 @@ def make_room(cache: Kept, num_bytes: int) -> None:
     for folder in sorted(sizes, key=_last_used):
         if total <= limit:
             return
-        if folder != cache.folder and _remove(folder):
+        if folder != cache and _remove(folder):
             total -= sizes[folder]
     if total > limit:
         raise ResourceError(

@@ -69,7 +69,7 @@ class Filler:
         if number != self._next_shard:  # another process wrote the ones before
             self._shards = self._shards_from(number)
         tokens, starts, after, num_documents = next(self._shards)
-        make_room(self.cache, tokens.nbytes + starts.nbytes)
+        make_room(self.cache.folder, tokens.nbytes + starts.nbytes)
         if len(tokens) < size:
             self.cache.write_end(number * size + len(tokens), num_documents)
         if len(tokens):

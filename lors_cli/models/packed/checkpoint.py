@@ -36,8 +36,6 @@ from lors_cli.output import progress
 if TYPE_CHECKING:
     from lors_cli.recipe.schema import ModelConfig
 
-Tensors = list[tuple[Entry, Loader]]
-
 
 class Checkpoint:
     """A checkpoint's safetensors, and the linears among them that may be, or are, packed.

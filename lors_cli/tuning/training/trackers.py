@@ -6,7 +6,6 @@ A tracker is a function that takes named numbers and their step. To add one: a c
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import uuid
@@ -19,6 +18,7 @@ from typing import Any
 
 from lors_cli.errors import MissingError
 from lors_cli.files import atomic
+from lors_cli.files.hashes import flat
 from lors_cli.machine import processes
 from lors_cli.output import console
 from lors_cli.tuning.training.randomness import random_state, restore_random_state
@@ -64,20 +64,6 @@ class TrackedRun:
     def _ids(self) -> dict[str, str]:
         found = atomic.read_json(self.work / IDS_NAME)
         return found if isinstance(found, dict) else {}
-
-
-def check_installed(names: Sequence[str]) -> None:
-    """Refuse trackers whose package is not here; a folder of that name, as wandb makes it, is none.
-
-    Raises:
-        MissingError: naming what to install.
-    """
-    found = {name: importlib.util.find_spec(name) for name in names}
-    missing = [name for name, spec in found.items() if spec is None or spec.origin is None]
-    if missing:
-        raise MissingError(
-            f"report_to: {', '.join(missing)} is not installed.", f"pip install {' '.join(missing)}, or leave it out."
-        )
 
 
 @contextmanager
@@ -167,7 +153,7 @@ def _mlflow(run: TrackedRun, first_step: int) -> Iterator[Tracker]:
         known = run.known_id("mlflow")
         active = mlflow.start_run(run_id=known, run_name=run.name)
         if known is None:  # it refuses other ones later, and a run may go on with another save_steps
-            mlflow.log_params(_flat(run.config))
+            mlflow.log_params(dict(flat(run.config)))
             run.kept_id("mlflow", lambda: active.info.run_id)
     except mlflow.MlflowException as error:
         raise MissingError(f"report_to: mlflow cannot begin: {error}", "Look at MLFLOW_TRACKING_URI.") from error
@@ -181,7 +167,7 @@ def _trackio(run: TrackedRun, first_step: int) -> Iterator[Tracker]:
     import trackio
 
     name = run.kept_id("trackio", lambda: f"{run.name}-{uuid.uuid4().hex[:8]}")
-    trackio.init(project=PROJECT, name=name, resume="allow", config=_flat(run.config))
+    trackio.init(project=PROJECT, name=name, resume="allow", config=dict(flat(run.config)))
     try:
         yield lambda values, step: trackio.log(values, step=step)
     finally:
@@ -191,11 +177,3 @@ def _trackio(run: TrackedRun, first_step: int) -> Iterator[Tracker]:
 TRACKERS: dict[str, Callable[[TrackedRun, int], AbstractContextManager[Tracker]]] = {
     "wandb": _wandb, "tensorboard": _tensorboard, "mlflow": _mlflow, "trackio": _trackio,
 }  # fmt: skip
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys to plain values."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat

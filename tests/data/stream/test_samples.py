@@ -442,14 +442,14 @@ def test_what_was_not_used_for_longest_makes_room(cache_root: Path, monkeypatch:
     monkeypatch.setenv("LORS_CACHE_GIB", str(350_000 / 2**30))
     old, held, new = (_filled(cache_root, name, 100_000, used) for name, used in (("b", 10), ("a", 20), ("c", 30)))
     held.hold()
-    make_room(new, 10_000)
+    make_room(new.folder, 10_000)
     assert all(cache.folder.is_dir() for cache in (old, held, new))
-    make_room(new, 100_000)
+    make_room(new.folder, 100_000)
     assert [cache.folder.is_dir() for cache in (old, held, new)] == [False, True, True]
     with pytest.raises(ResourceError, match="what is in use needs more"):
-        make_room(new, 300_000)
+        make_room(new.folder, 300_000)
     held.release()
-    make_room(new, 220_000)
+    make_room(new.folder, 220_000)
     assert [cache.folder.is_dir() for cache in (held, new)] == [False, True]
 
 
@@ -458,7 +458,7 @@ def test_a_wrong_bound_is_a_users_mistake(cache_root: Path, monkeypatch: pytest.
     for value in ("much", "0", "-3", "nan"):
         monkeypatch.setenv("LORS_CACHE_GIB", value)
         with pytest.raises(UsageError, match="LORS_CACHE_GIB must be a number above 0"):
-            make_room(cache, 1)
+            make_room(cache.folder, 1)
 
 
 def test_a_cache_that_is_removed_in_that_moment_is_made_again(
@@ -490,7 +490,7 @@ def test_a_file_system_without_locks_keeps_what_may_be_in_use(
     monkeypatch.setenv("LORS_CACHE_GIB", str(150_000 / 2**30))
     old, new = (_filled(cache_root, name, 100_000, 10) for name in "ab")
     with pytest.raises(ResourceError, match="needs more"):
-        make_room(new, 10)
+        make_room(new.folder, 10)
     assert old.folder.is_dir()
     assert "no locks" in capsys.readouterr().err
 

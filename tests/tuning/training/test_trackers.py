@@ -21,7 +21,6 @@ from typer.testing import Result
 
 from lors_cli.errors import MissingError
 from lors_cli.machine import processes
-from lors_cli.recipe.loading import load_recipe
 from lors_cli.recipe.schema import ModelConfig, TuneConfig
 from lors_cli.tuning.stage import stage_fingerprint, tune
 from lors_cli.tuning.training import trackers
@@ -302,19 +301,6 @@ def test_the_main_process_alone_tracks(tmp_path: Path, fakes: Path, monkeypatch:
             track(row)
         assert len(calls(fakes, "wandb")) == (4 if is_main else 0)
     assert named(calls(fakes, "wandb"), "log") == [{"train/loss": 1.0, "train/global_step": 1}]
-
-
-def test_the_old_setting_is_answered_with_the_new_one(tmp_path: Path) -> None:
-    recipe = tmp_path / "old.yaml"
-    recipe.write_text("name: old\nmodel: {path: m}\ntune: {tensorboard: true}\n")
-    with pytest.raises(
-        Exception, match=r"tune\.tensorboard: this setting is gone; write tune\.report_to: \[tensorboard\]"
-    ):
-        load_recipe(recipe)
-    recipe.write_text("name: old\nmodel: {path: m}\ntune: {tensorboard: false}\n")  # as earlier versions stored it
-    tune_config = load_recipe(recipe).tune
-    assert tune_config is not None
-    assert tune_config.report_to == ()
 
 
 def test_real_wandb_offline(

@@ -18,13 +18,13 @@ import torch
 from torch.nn import functional as F
 
 from lors_cli.grid import Grid, GridSpec
+from lors_cli.models.packed.format import wrong_spec
 from lors_cli.models.packed.kernels.build import NATIVE, NoKernels, library
 
 PREFIXES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 """Of the functions in C."""
 SIZED_LIKE = {torch.float16: "bf16", **PREFIXES}
 """To restore a weight, only the size of its values counts."""
-GROUP_SIZES = (32, 64, 128)
 PLAIN = "plain C"
 LARGEST_BATCH = {
     ("AVX-512 with BF16", torch.bfloat16): 256, ("AVX-512 with BF16", torch.float32): 256, ("AVX2", torch.float32): 16,
@@ -54,7 +54,7 @@ def available(dtype: torch.dtype, grid: GridSpec | None = None) -> str | None:
 
 def why_not_this_grid(grid: GridSpec) -> str:
     """Why the kernels cannot read codes of such a grid, empty if they can."""
-    if grid.bits not in (4, 8) or (grid.bits == 8 and not grid.symmetric) or grid.group_size not in GROUP_SIZES:
+    if wrong_spec(grid):
         symmetric = "symmetric" if grid.symmetric else "asymmetric"
         return f"there is none for {symmetric} grids of {grid.bits} bits in groups of {grid.group_size}"
     return ""
