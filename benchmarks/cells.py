@@ -44,10 +44,12 @@ class Cells:
         return {file.stem: json.loads(file.read_text()) for file in sorted((self.work / "cells").glob("*.json"))}
 
     def finish(self, name: str, figures: Figures) -> None:
-        """Keep what a cell has measured."""
+        """Keep what a cell has measured; AMX multiplies bfloat16 several times as quickly, which hours depend on."""
+        import torch
         from common import software
 
-        atomic.write_json(self.file(name), {**figures, **software()})
+        amx = torch.cpu._is_amx_tile_supported()
+        atomic.write_json(self.file(name), {**figures, **software(), "amx": amx})
 
     def run(
         self, wanted: Callable[[dict[str, Figures]], list[str]], *, jobs: int, minutes: float | None = None,

@@ -11,8 +11,8 @@ python benchmarks/frontier.py --plot docs/frontier.png --page docs/frontier.md  
    untuned, for what its pruning leaves of an hour and a half (a worse start was never ahead after that);
 4. the best of those for six hours, from a start that takes an hour and a half of them.
 Trials are chosen by held-out web text and held-out responses together (mean of both losses), never by WikiText-2, which
-is what the table is about. Each is a process of one thread; a killed run goes on from its training checkpoints. Core
-time is the processor's, of pruning and tuning without their measuring.
+is what the table is about. Each is a process of one thread (tuning: `--nproc` of them); a killed run goes on from
+its training checkpoints. Core time is the processor's, of pruning and tuning without their measuring.
 """
 
 from __future__ import annotations
@@ -65,8 +65,7 @@ LONG = {"sparsegpt": 335, "admm": 335, "reconstructed-2": 300, "reconstructed": 
 """Steps by start: with its pruning an hour and a half."""
 FULL = ("reconstructed-512x2", 1250)
 """Start and steps of six hours, where an hour and a half of pruning is no more than its share."""
-TUNING = ("rank=64", "alpha=64", "init=kaiming", "batch_size=4", "per_device_batch_size=4", "save_steps=20",
-          "data.max_length=512")  # fmt: skip
+TUNING = ("rank=64", "alpha=64", "init=kaiming", "batch_size=4", "save_steps=20", "data.max_length=512")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -171,12 +170,13 @@ def _loss(trial: Trial, found: Found) -> float:
 
 @dataclass(frozen=True)
 class Bench:
-    """Where things lie."""
+    """Where things lie, and the processes of a trial's tuning."""
 
     work: Path
     data_dir: Path
     calibration: Path
     model: str = MODEL
+    nproc: int = 1
 
     def measure(self, trial: Trial) -> Figures:
         """Make a trial's model and score it; a model goes on where it was broken off."""
@@ -210,7 +210,8 @@ class Bench:
                  "both": ["--dataset", "slimpajama", f"data.mix=[{{dataset: '{alpaca}', weight: 0.3}}]"]}  # fmt: skip
         return ["tune", str(self.folder(Trial(trial.start))), "--data-dir", str(self.data_dir), *texts[trial.text],
                 *TUNING, *METHODS[trial.method][1], *LOSSES[trial.loss], f"learning_rate={trial.rate}",
-                f"max_steps={trial.steps}", f"warmup_steps={trial.steps // 30}", f"seed={trial.seed}"]  # fmt: skip
+                f"max_steps={trial.steps}", f"warmup_steps={trial.steps // 30}", f"seed={trial.seed}",
+                f"per_device_batch_size={4 // self.nproc}", "--nproc", str(self.nproc)]  # fmt: skip
 
     def scores(self, trial: Trial, folder: Path) -> Figures:
         """Perplexities of WikiText-2 and of held-out web text, the loss of held-out responses."""
@@ -286,6 +287,7 @@ def main() -> None:
     """Read the command line, measure or draw."""
     parser = cells.parser_of(__doc__, HERE / "results" / "frontier-cpu.json")
     parser.add_argument("--minutes", type=float, help="after so long no further trial begins")
+    parser.add_argument("--nproc", type=int, choices=(1, 2, 4), default=1, help="processes of a trial's tuning")
     parser.add_argument("--dry-run", action="store_true", help="say what would be measured next")
     options = parser.parse_args()
     if options.plot or options.page:
@@ -293,8 +295,8 @@ def main() -> None:
         cells.publish(options, "Perplexity over core-hours", MARKS, table(found), lambda: figure(found))
         return
     cells.require_places(parser, options)
-    trials = cells.cells_of_command(options)
-    bench = Bench(options.work, options.data_dir, options.calibration, options.model)
+    trials = cells.cells_of_command(options, "nproc")
+    bench = Bench(options.work, options.data_dir, options.calibration, options.model, options.nproc)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that seconds are counted, and trials end with us
     if options.cell:
         measure = bench.tasks if options.cell.startswith("tasks-") else bench.measure

@@ -14,7 +14,7 @@ from lors_cli.models.packed.kernels.build import NATIVE, library
 from lors_cli.tuning.kernels.rounding import Rounding, is_stochastic, thresholds_for
 
 LARGEST_RANK = 192
-"""Above it MKL adds a product up in parts, in another order."""
+"""Above it MKL adds a product up in parts, on no processor in the order of the ranks."""
 
 
 def why_not_in_c(
@@ -45,14 +45,14 @@ def masked_merge_in_c(
     grid: Grid | None = None,
     rounding: Rounding = "stochastic",
 ) -> torch.Tensor:
-    """W_t in `out`, of W's dtype: bfloat16 rounded by the thresholds, from float32 sums in the order of MKL's addmm.
+    """W_t in `out`, of W's dtype: bfloat16 rounded by the thresholds, from float32 sums in the order of the ranks.
 
     Args:
         grid: that W_t is rounded to, as `rounding` says, instead of W's dtype.
         target: what the compiler may assume of the processor.
     """
     A, B = (adapter.detach().to(weight.dtype).to(torch.float32, copy=True).contiguous() for adapter in (lora_A, lora_B))
-    (B if len(A) == 1 else A).mul_(scale)  # a product of rank 1 is another function of MKL, which scales the other side
+    (B if len(A) == 1 else A).mul_(scale)  # as MKL does, whose product of rank 1 is another function
     rows, columns = weight.shape
     by_thresholds = rounding == "stochastic" if grid is not None else weight.dtype == torch.bfloat16
     table = thresholds_for(columns, out.device).data_ptr() if by_thresholds else None

