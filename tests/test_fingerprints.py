@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 
+from lors_cli.data import sources
 from lors_cli.evaluation import eval_fingerprint
 from lors_cli.pruning import stage as pruning
 from lors_cli.recipe.schema import (
     CalibrationConfig,
     DistillConfig,
     EvalConfig,
+    MixConfig,
     PruneConfig,
     TuneConfig,
     TuneDataConfig,
@@ -27,7 +29,7 @@ ROW = '{"instruction": "say", "input": "", "output": "it"}\n'
 def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "rows.jsonl").write_text(ROW)
     (tmp_path / "text.txt").write_text("some text\n")
-    (tmp_path / "texts.jsonl").write_text('{"text": "some"}\n')  # of such rows blank ones are left out
+    (tmp_path / "texts.jsonl").write_text('{"text": "some"}\n')
     monkeypatch.chdir(tmp_path)
 
 
@@ -36,7 +38,7 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (PruneConfig(method="magnitude"), "8374dc3af0a56308405181043525e581"),
         (PruneConfig(calibration=CalibrationConfig(dataset="text.txt")), "fc39272dca3304b77152c24228769954"),
-        (PruneConfig(calibration=CalibrationConfig(dataset="texts.jsonl")), "5fb8d77a391960522f3f9236c715b56c"),
+        (PruneConfig(calibration=CalibrationConfig(dataset="texts.jsonl")), "880d7b672ed2f6e3381e584cbf59c650"),
         (
             PruneConfig(
                 method="wanda",
@@ -68,15 +70,15 @@ DATA = TuneDataConfig(dataset="rows.jsonl")
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        (TuneConfig(data=DATA, learning_rate=2e-5), "675f8982678eaa24b3d91cd5e70c766c"),
-        (TuneConfig(data=replace(DATA, dataset="texts.jsonl"), learning_rate=2e-5), "76663238954a9c20788becad3f209f10"),
+        (TuneConfig(data=DATA, learning_rate=2e-5), "90299b00d9d93d6262afd2c68f26c5ed"),
+        (TuneConfig(data=replace(DATA, dataset="texts.jsonl"), learning_rate=2e-5), "9821332335e9b92e75ba5e9e6a6ea924"),
         (
             TuneConfig(data=DATA, method="sqft", rank=8, alpha=4, learning_rate=1e-3, max_steps=6),
-            "3abc568a8a79a4afb9de9ef4f83923a3",
+            "3f4b1c910544c94b7d133df9df733299",
         ),
         (
             TuneConfig(data=DATA, init="kaiming", rounding="nearest", epochs=0.5, batch_size=4, learning_rate=2e-5),
-            "a97ad81086b8e768e81bc30ccf9eb34f",
+            "c971fb7240429ac5bd78f65055b2bb33",
         ),
         (
             TuneConfig(
@@ -94,9 +96,9 @@ DATA = TuneDataConfig(dataset="rows.jsonl")
                 distill=DistillConfig(teacher="teacher.gguf", weight=0.5),
                 learning_rate=2e-5,
             ),
-            "f034b66dba457596659bdcde41f0d59d",
+            "ba88830566d612471008ef9b87371c7e",
         ),
-        (TuneConfig(data=DATA, method="sqft-gc", quantization_aware=True), "52c4cbfef6452b0a85c8b08c0b77ff20"),
+        (TuneConfig(data=DATA, method="sqft-gc", quantization_aware=True), "5ce3de724e53c96aa4301c4a201617d4"),
     ],
 )
 def test_of_tuning(config: TuneConfig, expected: str, tmp_path: Path) -> None:
@@ -150,3 +152,23 @@ def test_what_pruning_skips_counts() -> None:
 def test_of_evaluation() -> None:
     config = EvalConfig(tasks=(), limit=3, perplexity=("text.txt",), perplexity_windows=4)
     assert eval_fingerprint(config, {"dense": "model:0", "tuned": "tune:0"}, None) == "65f8557f964ee60a8202287e24887b15"
+
+
+@pytest.mark.parametrize(("name", "depends"), [("rows.jsonl", True), ("texts.jsonl", True), ("text.txt", False)])
+def test_how_the_users_rows_are_read_counts_in_every_stage(
+    name: str, depends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("other.txt").write_text("other text\n")
+    mixed = TuneDataConfig(dataset="other.txt", mix=(MixConfig(dataset=name, weight=0.5),))
+
+    def all_of_them() -> list[str]:
+        return [
+            pruning.stage_fingerprint(PruneConfig(calibration=CalibrationConfig(dataset=name)), "model:0", None),
+            tuning.stage_fingerprint(TuneConfig(data=replace(DATA, dataset=name)), "prune:0", None),
+            tuning.stage_fingerprint(TuneConfig(data=mixed, max_steps=3), "prune:0", None),
+            eval_fingerprint(EvalConfig(tasks=(), perplexity=(name,)), {"dense": "model:0"}, None),
+        ]
+
+    before = all_of_them()
+    monkeypatch.setattr(sources, "_ROWS_MARK", "#another")
+    assert [old != new for old, new in zip(before, all_of_them(), strict=True)] == [depends] * 4

@@ -62,10 +62,11 @@ def _pair(question: str, answer: str) -> Layout:
             row = {**row, answer: [] if isinstance(row.get(question), list) else ""}
         if isinstance(row.get(question), list) or isinstance(row.get(answer), list):  # TRL's conversational form
             given, learnt = (_turns(row, key, place) for key in (question, answer))
-            return {"messages": [*(Turn(turn.role, turn.content) for turn in given), *learnt]}
+            before = [*_system(row, place), *(Turn(turn.role, turn.content) for turn in given)]
+            return {"messages": [*before, *learnt]}
         plain = {
             "instruction": text_of(row, question, place),
-            "input": _first_text(row, ("input", "context"), place) if is_instruction else "",
+            "input": _one_of(row, "input", "context", place) if is_instruction else "",
             "output": text_of(row, answer, place),
         }
         before = [*_system(row, place), *(_history(row, place) if is_instruction else ())]
@@ -241,13 +242,15 @@ def shown_value(value: Any) -> str:
     return shorten(json.dumps(value, ensure_ascii=False, default=str), 41)
 
 
-def _first_text(row: Row, keys: Iterable[str], place: str) -> str:
-    """The first of some optional texts that is not empty."""
-    return next((text for key in keys if (text := text_of(row, key, place))), "")
+def _one_of(row: Row, first: str, second: str, place: str) -> str:
+    """An optional text by either name; beside an empty first one, a second one that is no text is another thing."""
+    text = text_of(row, first, place)
+    is_other = row.get(first) is not None and not isinstance(row.get(second), str)
+    return text if text or is_other else text_of(row, second, place)
 
 
 def _system(row: Row, place: str) -> list[Turn]:
-    prompt = _first_text(row, ("system", "system_prompt"), place)
+    prompt = _one_of(row, "system", "system_prompt", place)
     return [Turn("system", prompt)] if prompt else []
 
 

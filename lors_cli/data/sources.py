@@ -26,7 +26,7 @@ from lors_cli.files.hashes import cached_sha256
 from lors_cli.recipe.schema import CalibrationConfig, ColumnsConfig, TuneDataConfig
 
 Want = Literal["text", "instructions"]
-ROWS_VERSION = 2
+_ROWS_MARK = "#2"
 """Of how rows of the user's are read: 2 since blank texts are left out, and since an input, a context and a history are
 read beside an instruction alone."""
 
@@ -125,7 +125,8 @@ def fingerprint_source(
 
     Returns:
         A SHA-256 of the content for local files, `hub:<repo>@<commit>/<config>/<split>` for the hub (which is asked
-        for the commit once a process), Python's version and this source's own for pydoc.
+        for the commit once a process), Python's version and this source's own for pydoc; of the user's rows also the
+        version of how they are read.
 
     Raises:
         UsageError: no such source or split.
@@ -153,7 +154,7 @@ def _find(
         return f"{known.subset or name.removesuffix('-lines')}{known.mark}:{cached_sha256(path)}", part, path
     part = chosen or ("train" if split == "train" else "held-out")
     if (on_hub := _hub_place(name)) is not None:
-        return on_hub.fingerprint(part) + mapping, part, on_hub
+        return on_hub.fingerprint(part) + mapping + _ROWS_MARK, part, on_hub
     path = _user_file(name)
     form = file_format(path)
     if mapping and form in ("txt", "safetensors"):
@@ -163,7 +164,7 @@ def _find(
             f"split: {chosen} is for datasets, and {name} is one file without splits.",
             "Leave split out, or name another file.",
         )
-    return f"{form}:{cached_sha256(path)}{mapping}", part, path
+    return f"{form}:{cached_sha256(path)}{mapping}{'' if form in ('txt', 'safetensors') else _ROWS_MARK}", part, path
 
 
 def _open(
@@ -275,12 +276,6 @@ def _as_text(rows: Iterator[Row]) -> Iterator[Row]:
     """Instruction rows as whole texts."""
     for row in rows:
         yield {"text": whole_text(row)}
-
-
-def is_own_rows(name: str) -> bool:
-    """Whether a source is rows of the user's, in a file or on the hub."""
-    path = Path(name)
-    return name not in SOURCES and not (is_format(path.name) and file_format(path) in ("txt", "safetensors"))
 
 
 # ---- where things lie

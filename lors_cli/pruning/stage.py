@@ -52,8 +52,6 @@ def _identity(
     config: PruneConfig, model_fingerprint: str, data_dir: Path | None
 ) -> tuple[int, dict[str, Any], dict[str, Any]]:
     """The version of the code, the settings and the inputs that make a result what it is."""
-    from lors_cli.data.sources import ROWS_VERSION, is_own_rows
-
     settings = {**asdict(config), "sparsity": Pattern.of(config).sparsity, "true_sequential": config.sequential}
     del settings["calibration"]["offload"]
     for key in ("skip", "quantize"):  # earlier versions had none
@@ -71,8 +69,6 @@ def _identity(
     else:
         for key in ("dataset", "split", "columns"):  # in the text's fingerprint
             del settings["calibration"][key]
-        if is_own_rows(config.calibration.dataset):
-            settings["calibration"]["rows"] = ROWS_VERSION
         inputs["calibration"] = _text_fingerprint(config, data_dir)
     return RECONSTRUCTION_VERSION if config.reconstruct_epochs else STAGE_VERSION, settings, inputs
 

@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from lors_cli.data.samples import TuneData
     from lors_cli.data.sources import TextSource
 
-_READ_AS_EVER = ("instruction/", "messages", "conversation")
-"""Layouts of rows that `ROWS_VERSION` says nothing of."""
-
 
 @dataclass(frozen=True)
 class ReadData:
@@ -44,13 +41,10 @@ def data_identity(config: TuneConfig, data_dir: Path | None) -> tuple[dict[str, 
 
 
 def _identity(config: TuneConfig, data: TuneDataConfig, source: TextSource) -> dict[str, Any]:
-    from lors_cli.data.sources import ROWS_VERSION, is_own_rows
     from lors_cli.data.stream.samples import is_streamed
     from lors_cli.data.tokens import usual_packing
 
     settings = asdict(data)
-    if is_own_rows(data.dataset) and not str(source.layout).startswith(_READ_AS_EVER):
-        settings["rows"] = ROWS_VERSION
     for key in ("dataset", "split", "columns"):  # in the data's fingerprint
         del settings[key]
     del settings["mix"]
