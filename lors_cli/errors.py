@@ -15,6 +15,8 @@ from pathlib import Path
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C, or a signal that asks to end."""
+SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half a surrogate pair: no character, and what Python makes of a byte that is not UTF-8."""
 
 
 class LorsError(Exception):

@@ -16,7 +16,7 @@ from lors_cli.cli import options as o
 from lors_cli.cli.flags import given
 from lors_cli.cli.framework import AROUND, command
 from lors_cli.cli.labels import named_models
-from lors_cli.errors import UsageError
+from lors_cli.errors import SURROGATE, UsageError, shorten
 from lors_cli.output import console, progress
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def _rows(prompt: list[str], prompts: Path | None) -> list[Row] | None:
     from lors_cli.data.asked import question, read_prompts
     from lors_cli.data.text_files import decode
 
-    rows = [question(decode("--prompt", 1, text.encode(errors="surrogateescape"))) for text in prompt]
+    rows = [question(_utf8(text, "--prompt")) for text in prompt]
     rows += read_prompts(prompts) if prompts is not None else []
     if rows:
         return rows
@@ -80,11 +80,18 @@ def _rows(prompt: list[str], prompts: Path | None) -> list[Row] | None:
         if console.is_json():
             raise UsageError("--json takes no typed lines.", "Give --prompt, --prompts, or lines through a pipe.")
         return None
-    text = decode("stdin", 1, sys.stdin.buffer.read())
+    text = decode("stdin", 1, sys.stdin.buffer.read(), "Prompts are read as UTF-8.")
     rows = [question(line.strip()) for line in text.split("\n") if line.strip()]
     if not rows:
         raise UsageError("there is no prompt.", "Give --prompt TEXT, --prompts FILE, or lines through a pipe.")
     return rows
+
+
+def _utf8(text: str, what: str) -> str:
+    """A text from the command line or terminal, whose bytes that are not UTF-8 Python hides in half surrogates."""
+    if SURROGATE.search(text):
+        raise UsageError(f"{what} is not UTF-8: {shorten(text)}.")
+    return text
 
 
 @contextlib.contextmanager
@@ -157,12 +164,15 @@ def _converse(opened: dict[str, Answer], note: Callable[[str, Generated], None])
     console.info("  Type a prompt a line; Ctrl-D ends.")
     while True:
         try:
-            line = input("> ").strip()
+            line = _utf8(input("> "), "The line").strip()
         except EOFError:
             console.result()
             return
         except UnicodeDecodeError as error:
-            console.warn(f"the line is not UTF-8 ({error.reason}).")
+            console.warn(f"The line is not UTF-8 ({error.reason}).")
+            continue
+        except UsageError as error:
+            console.warn(str(error))
             continue
         if not line:
             continue

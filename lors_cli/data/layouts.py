@@ -10,12 +10,11 @@ from functools import cache
 from typing import Any, Literal
 
 from lors_cli.data.prompts import Turn
-from lors_cli.errors import UsageError, shorten
+from lors_cli.errors import SURROGATE, UsageError, shorten
 from lors_cli.output import console
 
 Kind = Literal["text", "instructions"]
 Row = dict[str, Any]
-SURROGATE = re.compile("[\ud800-\udfff]")
 OPTIONAL = ("input", "context", "system", "system_prompt", "history")
 """Keys that may be absent or null."""
 _PAIRS = (("human", "assistant"), ("user", "assistant"), ("input", "output"))

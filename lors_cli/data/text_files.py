@@ -199,7 +199,7 @@ def _parse(path: Path, number: int, text: str) -> Any:
         raise UsageError(f"{path}:{number}: broken JSON: a number that is too long.", _HINT) from error
 
 
-def decode(place: Path | str, number: int, data: bytes) -> str:
+def decode(place: Path | str, number: int, data: bytes, hint: str = "Save it as UTF-8.") -> str:
     """Lines from `number` on of a file, or of what else `place` names.
 
     Raises:
@@ -209,7 +209,7 @@ def decode(place: Path | str, number: int, data: bytes) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         row = number + data.count(b"\n", 0, error.start)
-        raise UsageError(f"{place}:{row}: not UTF-8 ({error.reason}).", "Save it as UTF-8.") from error
+        raise UsageError(f"{place}:{row}: not UTF-8 ({error.reason}).", hint) from error
 
 
 @contextmanager

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lors_cli.data.layouts import SURROGATE, shown_value
+from lors_cli.data.layouts import shown_value
 from lors_cli.data.text_files import json_values
-from lors_cli.errors import UsageError
+from lors_cli.errors import SURROGATE, UsageError
 
 Row = dict[str, Any]
 

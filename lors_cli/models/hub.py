@@ -134,6 +134,8 @@ def _shown(repo: str, commit: str, patterns: Sequence[str], files: dict[str, int
     tasks: list[progress.Task] = []
 
     class Bar(tqdm):
+        monitor_interval = 0  # its thread waits for ever where, as it starts, another bar is collected
+
         def __init__(self, *arguments: Any, **options: Any) -> None:
             options.pop("name", None)
             self.in_bytes = options.get("unit") == "B"

@@ -33,8 +33,10 @@ def guard_out(out: Path, stage: str, inputs: Iterable[str] = ()) -> None:
         inputs: the models that are read.
 
     Raises:
-        UsageError: it is a file, a model that is read, another stage's result or a folder of others' files.
+        UsageError: it is a file, a model that is read, another stage's result or a folder of others' files, or has a
+            name that is not UTF-8.
     """
+    hashes.check_name(out.absolute())
     elsewhere = "Choose another --out."
     if not out.is_dir():
         above = next((folder for folder in (out, *out.parents) if folder.exists()), Path())
@@ -61,7 +63,6 @@ def claim(out: Path, *, wait_s: float | None = None) -> Iterator[None]:
     Of several processes on one job the first one holds it for all. One that is in use is refused, or looked at every
     `wait_s` seconds until it is free.
     """
-    hashes.check_name(out.absolute())
     if not processes.is_main():
         yield
         return

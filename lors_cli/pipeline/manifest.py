@@ -35,7 +35,7 @@ def inputs(recipe: Recipe, data_dir: Path | None, known: Mapping[tuple[str, str]
 
     Returns:
         {"used_by", "name", "fingerprint", "revision"}: local files by the SHA-256 of their content, what is on the
-        hub by name and, once it is in this machine's cache, by commit.
+        hub by name and, where it is known, by commit.
     """
     from lors_cli.data.sources import fingerprint_source
     from lors_cli.evaluation.tasks import task_fingerprint

@@ -38,6 +38,8 @@ class StagePlan:
     """What of an earlier result it replaces, and why."""
     num_processes: int = field(default_factory=processes.num_processes)
     """That share its work; in a dry run, that are to."""
+    scored: frozenset[str] = frozenset()
+    """Of an eval's models those whose weights it needs no more."""
 
     @property
     def label(self) -> str:
@@ -160,8 +162,9 @@ def plan_eval(
         raise UsageError("models: dense, pruned and tuned are a recipe's; `lors eval` scores the MODELs it is given.")
     pieces = pieces_of(config, {role: fingerprints[role] for role in chosen}, folder, data_dir)
     fingerprint, missing = whole_fingerprint(config, pieces), pending(pieces)
-    plan = partial(StagePlan, "eval", folder, config, chosen, next(iter(models.values())), fingerprint)
     without_texts = lacking_texts(config, {role: fingerprints[role] for role in chosen}, folder)
+    scored = frozenset({*chosen}.difference((piece.label for piece in missing), without_texts))
+    plan = partial(StagePlan, "eval", folder, config, chosen, next(iter(models.values())), fingerprint, scored=scored)
     if not missing and not without_texts and records.is_finished(folder, fingerprint):
         return plan("done", "finished earlier")
     detail = f"{len(missing)} of {len(pieces)} measurements to do"

@@ -95,11 +95,12 @@ def _looks(
     with_template = models or [plan.origin]  # whose tokenizer those that are yet to come will have
     yield partial(STAGES[plan.stage].check_packages, plan.config)
     chat = isinstance(plan.config, TuneConfig) and any(data.template == "chat" for _, data in plan.config.data.parts)
+    loaded = [model for label, model in plan.models.items() if label not in plan.scored]
     for model in with_template if chat else models:
-        yield partial(_check_model, model, chat)
+        yield partial(_check_model, model, chat, model in loaded)
     reads = STAGES[plan.stage].reads(plan.config)
     if reads.teacher is not None:
-        yield partial(_check_model, reads.teacher)
+        yield partial(_check_model, reads.teacher, False, not reads.teacher_is_cached)
     for text in reads.texts:
         yield partial(_check_text, text, data_dir)
     if reads.chat:
@@ -115,16 +116,16 @@ def _looks(
     yield partial(look, plan)
 
 
-def _check_model(model: ModelConfig, chat: bool = False) -> None:
-    """Its configuration and tokenizer, downloaded from the hub if it is there, and that its weights are to be had; a
-    chat template that is needed."""
+def _check_model(model: ModelConfig, chat: bool, loaded: bool) -> None:
+    """Its configuration and tokenizer, downloaded from the hub if it is there; a chat template that is needed, and
+    weights of a model that is `loaded`."""
     from lors_cli.data.prompts import ChatTemplate, Turn
     from lors_cli.data.tokenising import eos_token_id
     from lors_cli.models.hub import check_weights, here
     from lors_cli.models.loading import load_tokenizer
 
     tokenizer, source = load_tokenizer(model), here(model)
-    if source.folder is not None and source.gguf_file is None:
+    if loaded and source.folder is not None and source.gguf_file is None:
         check_weights(model, source.folder)
     if chat:
         talk = [Turn("user", "Say it."), Turn("assistant", "It.", learnt=True)]

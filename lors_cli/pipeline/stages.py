@@ -55,6 +55,8 @@ class Reads:
     texts: Sequence[Text] = ()
     tasks: Sequence[Task] = ()
     teacher: ModelConfig | None = None
+    teacher_is_cached: bool = False
+    """Whether its weights may be needed no more."""
     chat: bool = False
     """Whether the models must have a chat template."""
 
@@ -163,7 +165,7 @@ def _tuning_reads(config: TuneConfig) -> Reads:
     teacher = teacher_model(config.distill) if config.distill and config.distill.teacher else None
     texts = [Text(data.dataset, "train", "instructions", data.columns, data.split, partial(_check_data, config, data))
              for _, data in config.data.parts]  # fmt: skip
-    return Reads(texts, teacher=teacher)
+    return Reads(texts, teacher=teacher, teacher_is_cached=bool(config.distill and config.distill.cache))
 
 
 def _check_data(config: TuneConfig, data: TuneDataConfig, source: TextSource, rows: list[Row]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from lors_cli.errors import nearest, shorten
+from lors_cli.errors import SURROGATE, nearest, shorten
 from lors_cli.output.redaction import redact
 from lors_cli.recipe.rules import broken
 from lors_cli.recipe.settings import KeyPath, Place, Settings, dotted
@@ -116,7 +116,7 @@ def _inner_keys(schema: type) -> Iterator[tuple[str, ...]]:
 
 def check(schema: type, settings: Settings) -> Any:
     """The settings as an instance of `schema`, or a UsageError with every problem in the order of the places."""
-    _refuse_secrets(settings)
+    _refuse_what_no_record_may_hold(settings)
     token = IS_CHECKING.set(True)
     try:
         result = _adapter(schema).validate_json(json.dumps(settings.data, default=repr), strict=True)
@@ -136,18 +136,28 @@ def check(schema: type, settings: Settings) -> Any:
 _adapter: Any = cache(TypeAdapter)  # which takes longer to make than to use
 
 
-def _refuse_secrets(settings: Settings) -> None:
-    """Settings are stored with a run's results, so a token or password may not be among them."""
+def _refuse_what_no_record_may_hold(settings: Settings) -> None:
+    """Settings are stored with a run's results: no token or password may be among them, nor half a character.
+
+    Raises:
+        UsageError: a text is not UTF-8, such as a file's name; nothing more can then be checked.
+    """
 
     def look(path: KeyPath, value: Any) -> None:
         if isinstance(value, str) and redact(value) != value:
             settings.add(path, "holds a token or a password; give it by HF_TOKEN or `hf auth login`, never in settings")
+        if isinstance(value, str) and SURROGATE.search(value):
+            wrong.append(path)
+            settings.add(path, f"is not UTF-8: {shorten(value)}")
         for key, inner in value.items() if isinstance(value, dict) else ():
             look((*path, key), inner)
         for index, inner in enumerate(value) if isinstance(value, list) else ():
             look((*path, index), inner)
 
+    wrong: list[KeyPath] = []
     look((), settings.data)
+    if wrong:
+        settings.fail()
 
 
 def _report(schema: type, settings: Settings, entry: Any) -> None:

@@ -251,6 +251,8 @@ MISTAKES: list[tuple[list[str], int, list[str]]] = [
     (["prune", "dense", "--out", "o", "--device", "gpu"], 2, ["--device", "gpu"]),
     (["prune", "dense", "--out", "o", "--num-samples", "0"], 2, ["--num-samples", "above 0"]),
     (["prune", "./gone", "--out", "o"], 3, ["./gone"]),
+    (["prune", "caf\udce9", "--out", "o"], 2, [r"MODEL: is not UTF-8: caf\udce9"]),
+    (["prune", "dense", "--out", "caf\udce9", "--dry-run"], 2, [r"caf\xe9: the name is not UTF-8"]),
     (["tune", "dense", "--out", "o", "--dataset", "rows.jsonl"], 2, ["the model is dense", "lors prune"]),
     (["tune", "dense", "--out", "o", "--rank", "0"], 2, ["--rank", "above 0"]),
     (["eval", "limit=3"], 2, ["no model is named", "lors eval [NAME=]MODEL"]),

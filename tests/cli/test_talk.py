@@ -102,14 +102,15 @@ def test_typed_lines_are_answered_each_on_its_own(
     lors: Lors, stories: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     undecodable = UnicodeDecodeError("utf-8", b"\xe9\n", 0, 1, "invalid continuation byte")
-    typed(monkeypatch, "Once", "", "the " * 600, undecodable, "Once")
+    typed(monkeypatch, "Once", "", "the " * 600, undecodable, "caf\udce9", "Once")  # as the locale C.UTF-8 has it
     result = lors("generate", f"a={stories}", f"b={stories}", "--out", tmp_path / "t.jsonl", *FEW)
     assert result.exit_code == 0, result.output
     rows = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
     assert [row["model"] for row in rows] == ["a", "b", "a", "b"]
     assert len({row["text"] for row in rows}) == 1
     assert "warning: The prompt has 6" in result.stderr
-    assert "warning: the line is not UTF-8" in result.stderr
+    assert "warning: The line is not UTF-8 (invalid continuation byte)" in result.stderr
+    assert r"warning: The line is not UTF-8: caf\udce9." in result.stderr
 
 
 def test_ctrl_c_keeps_what_was_answered(
@@ -146,7 +147,7 @@ def test_each_model_of_a_run_in_its_own_prompt_format(lors: Lors, at_finished: P
         (("--prompt", "a", "--template", "alpaca", "--raw"), 2, "Give one of the two"),
         (("--prompt", "a", "--top-p", "0.5"), 2, "give a temperature too"),
         (("--prompt", "a", "--max-new-tokens", "0"), 2, "max_new_tokens 0 is not above 0"),
-        (("--prompt", "caf\udce9"), 2, "--prompt:1: not UTF-8"),
+        (("--prompt", "caf\udce9"), 2, r"--prompt is not UTF-8: caf\udce9."),
         (("--prompts", "nowhere.txt"), 3, "There is no file nowhere.txt"),
         ((), 2, "there is no prompt"),
         (("--prompt", "a", "--device", "gpu"), 2, "--device: must be auto"),

@@ -20,7 +20,7 @@ from lors_cli.files.hashes import cached_sha256, file_sha256, fingerprint, plain
 from lors_cli.files.records import StageRecord, is_finished, leftovers, publish, read_record, staging_dir, work_dir
 from lors_cli.machine import environment as machine_environment
 from lors_cli.models.sources import locate
-from lors_cli.pipeline.folders import claim
+from lors_cli.pipeline.folders import guard_out
 
 RECORD = StageRecord("prune", "f1", {"a": 1}, {}, {"sparsity": 0.5}, {}, 1.5, {})
 
@@ -179,8 +179,8 @@ class TestHashes:
         for call in (lambda: cached_sha256(folder / "a.txt"), lambda: locate(str(folder / "dense"))):
             with pytest.raises(UsageError, match=r"caf\\xe9.*: the name is not UTF-8"):
                 call()
-        with pytest.raises(UsageError, match="not UTF-8"), claim(folder):
-            pass
+        with pytest.raises(UsageError, match="not UTF-8"):
+            guard_out(folder, "prune")
 
     @pytest.mark.parametrize("content", ["[]", "{", '{"key": 1}'])
     def test_a_broken_cache_is_replaced(self, content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,6 +59,23 @@ def test_offline_without_the_weights_is_said_before_anything_runs(hub: Hub, lors
         assert "its weights are not all in the hub's cache here" in said(found)
 
 
+def test_offline_weights_of_a_model_that_is_scored_already_are_not_asked_for(
+    lors: Lors, model: str, place: Path, home: Path
+) -> None:
+    (place / "text.txt").write_text("One day a cat sat. " * 40)
+    measured = ("--tasks", "", "--perplexity", "text.txt", "perplexity_length=16", "perplexity_windows=2")
+    score = ("--out", "scores", *measured)
+    assert prune(lors, model).code == 0
+    assert lors("eval", f"dense={model}", *score).code == 0
+    (weights,) = {file.parent for file in home.rglob("*.safetensors") if model.split("/")[1] in str(file)}
+    for file in weights.glob("*.safetensors"):
+        file.unlink()
+    found = lors("eval", f"dense={model}", "pruned=sparse", *score, connected=False)
+    assert found.code == 0, found.output
+    refused = lors("eval", f"dense={model}", *score, "perplexity_windows=1", connected=False)
+    assert "its weights are not all in the hub's cache here" in said(refused)
+
+
 def test_a_hub_that_cannot_be_reached_is_none_that_refuses(hub: Hub, lors: Lors, model: str) -> None:
     """Its word of the last time counts where no connection can be made, and not where it answers otherwise."""
     assert prune(lors, model).code == 0
