@@ -50,7 +50,7 @@ def quantise_dense(weight: torch.Tensor, statistics: InputStatistics, spec: Grid
     """`gptq` of a dense linear (R, C), of 2 to 8 bits.
 
     Args:
-        statistics: of kind "hessian", with the linear's inputs (docs/how-to.md).
+        statistics: of kind "hessian", with the linear's inputs (docs/pruning.md).
 
     Returns:
         The weight with its values on the grid, and the grid.
