@@ -1,4 +1,4 @@
-"""The packed form of a sparse weight: its kept values, and a mask of one bit a place (docs/packing.md, versions 1 and 2).
+"""The packed form of a sparse weight: kept values, and a mask of one bit a place (docs/packing.md; versions 1 and 2).
 
 N:M keeps exactly N values a group, so that row n starts at n·C·N/M; otherwise rows start where those before end. Of a
 weight on a grid of few bits its codes are kept in place of values: 8 bits, or 4 and two a byte, low ones first, those
