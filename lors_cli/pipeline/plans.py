@@ -199,7 +199,7 @@ def select(plans: list[StagePlan], first: str | None, last: str | None, force: t
     if odd:
         hint = did_you_mean(odd[0].lower(), names[start:end])
         raise UsageError(f"--force {odd[0]}: that stage is not among {', '.join(names[start:end])}.", hint)
-    again = {"status": "run", "detail": "done again: --force", "scored": frozenset()}
+    again: dict[str, Any] = {"status": "run", "detail": "done again: --force", "scored": frozenset()}
     return [replace(plan, **again) if plan.stage in force else plan for plan in chosen]
 
 
