@@ -38,7 +38,7 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (PruneConfig(method="magnitude"), "8374dc3af0a56308405181043525e581"),
         (PruneConfig(calibration=CalibrationConfig(dataset="text.txt")), "fc39272dca3304b77152c24228769954"),
-        (PruneConfig(calibration=CalibrationConfig(dataset="texts.jsonl")), "880d7b672ed2f6e3381e584cbf59c650"),
+        (PruneConfig(calibration=CalibrationConfig(dataset="texts.jsonl")), "8272d806c680d93b74afdfd8fabd7200"),
         (
             PruneConfig(
                 method="wanda",
@@ -70,15 +70,15 @@ DATA = TuneDataConfig(dataset="rows.jsonl")
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        (TuneConfig(data=DATA, learning_rate=2e-5), "90299b00d9d93d6262afd2c68f26c5ed"),
-        (TuneConfig(data=replace(DATA, dataset="texts.jsonl"), learning_rate=2e-5), "9821332335e9b92e75ba5e9e6a6ea924"),
+        (TuneConfig(data=DATA, learning_rate=2e-5), "810f5073167b8a205bfee05e259911df"),
+        (TuneConfig(data=replace(DATA, dataset="texts.jsonl"), learning_rate=2e-5), "e1e7e2202c02437be0de65be0be162c3"),
         (
             TuneConfig(data=DATA, method="sqft", rank=8, alpha=4, learning_rate=1e-3, max_steps=6),
-            "3f4b1c910544c94b7d133df9df733299",
+            "9942a486b94d9a5280635b9cd8d5646a",
         ),
         (
             TuneConfig(data=DATA, init="kaiming", rounding="nearest", epochs=0.5, batch_size=4, learning_rate=2e-5),
-            "c971fb7240429ac5bd78f65055b2bb33",
+            "0054b9fdb61f82dcbc21e40f5d005776",
         ),
         (
             TuneConfig(
@@ -96,9 +96,9 @@ DATA = TuneDataConfig(dataset="rows.jsonl")
                 distill=DistillConfig(teacher="teacher.gguf", weight=0.5),
                 learning_rate=2e-5,
             ),
-            "ba88830566d612471008ef9b87371c7e",
+            "93c393f758ded987d0fb3d1e1c2b5faa",
         ),
-        (TuneConfig(data=DATA, method="sqft-gc", quantization_aware=True), "5ce3de724e53c96aa4301c4a201617d4"),
+        (TuneConfig(data=DATA, method="sqft-gc", quantization_aware=True), "88cd4a2782c68cbf6181fc3309affe3b"),
     ],
 )
 def test_of_tuning(config: TuneConfig, expected: str, tmp_path: Path) -> None:

@@ -94,7 +94,11 @@ First = Annotated[str | None, option("Start at this stage.", "--from", panel="St
 Last = Annotated[str | None, option("Stop after this stage.", "--until", panel="Stages", complete=_stages)]
 Force = Annotated[
     list[str] | None,
-    option("Do this stage again, though it is finished; may be repeated.", panel="Stages", complete=_stages),
+    option(
+        "Do this stage again, though it is finished (a begun one goes on); may be repeated.",
+        panel="Stages",
+        complete=_stages,
+    ),
 ]
 
 # lors sweep

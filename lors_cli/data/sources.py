@@ -164,7 +164,8 @@ def _find(
             f"split: {chosen} is for datasets, and {name} is one file without splits.",
             "Leave split out, or name another file.",
         )
-    return f"{form}:{cached_sha256(path)}{mapping}{'' if form in ('txt', 'safetensors') else _ROWS_MARK}", part, path
+    mark = "" if form in ("txt", "safetensors") else _ROWS_MARK
+    return f"{form}{mark}:{cached_sha256(path)}{mapping}", part, path
 
 
 def _open(

@@ -14,7 +14,9 @@ from typing import Any
 from lors_cli.errors import UsageError
 from lors_cli.files.remembered import Remembered
 
-_known = Remembered("sha256", "file hashes", most=500)
+_known = Remembered("sha256", "file hashes", most=5000)
+REMEMBERED_FROM = 1 << 20
+"""Bytes of a file whose hash takes longer to make than to look up."""
 
 
 def file_sha256(path: Path) -> str:
@@ -27,13 +29,15 @@ def file_sha256(path: Path) -> str:
 
 
 def cached_sha256(path: Path) -> str:
-    """`file_sha256`, remembered per user by path, size and modification time.
+    """`file_sha256`, of a large file remembered per user by path, size and modification time.
 
     Raises:
         UsageError: as `check_name`.
     """
     stat, place = path.stat(), path.resolve()
     check_name(place)
+    if stat.st_size < REMEMBERED_FROM:
+        return file_sha256(path)
     key = f"{place}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
     if isinstance(known := _known.get(key), str):
         return known

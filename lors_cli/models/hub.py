@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lors_cli.errors import MissingError, UsageError, offline_hint, translate
-from lors_cli.files.revisions import known_commit, listing_of
+from lors_cli.files.revisions import Listing, known_commit, listing_of
 from lors_cli.models.checks import PICKLE_HINT, safetensors_files
 from lors_cli.models.grids import GRIDS_NAME
 from lors_cli.models.sources import ModelSource, check_folder, locate
@@ -44,13 +44,12 @@ def here(config: ModelConfig, *, weights: bool = False) -> ModelSource:
         return source
     commit = known_commit(source.repo, config.revision)
     listing = listing_of(source.repo, config.revision)
-    files = listing.files if listing else {}
-    if files:
-        _refuse(sorted(files), config.path)
-    folder = _snapshot(source.repo, commit, SETTINGS, files)
+    if listing and listing.files:
+        _refuse(sorted(listing.files), config.path)
+    folder = _snapshot(source.repo, commit, SETTINGS, listing)
     check_folder(folder, config.path)
     if weights:
-        folder = _snapshot(source.repo, commit, (*SETTINGS, *WEIGHTS), files)
+        folder = _snapshot(source.repo, commit, (*SETTINGS, *WEIGHTS), listing)
         check_weights(config, folder)
     return ModelSource(folder=folder)
 
@@ -100,13 +99,15 @@ def _refuse(files: list[str], path: str) -> None:
                          PICKLE_HINT.replace("FOLDER)", f"{path!r})", 1))  # fmt: skip
 
 
-def _snapshot(repo: str, commit: str, patterns: Sequence[str], files: dict[str, int]) -> Path:
-    """The folder of the hub's cache with a repository's files at a commit, downloaded as far as they are not there."""
+def _snapshot(repo: str, commit: str, patterns: Sequence[str], listing: Listing | None) -> Path:
+    """The folder of the hub's cache with a repository's files at a commit, downloaded as far as they are not there; a
+    hub that could not be asked for its `listing` is not asked again, which takes minutes."""
     from huggingface_hub import snapshot_download
 
     try:
-        with _shown(repo, commit, patterns, files) as bar:
-            return Path(snapshot_download(repo, revision=commit, allow_patterns=list(patterns), tqdm_class=bar))
+        with _shown(repo, commit, patterns, listing.files if listing else {}) as bar:
+            return Path(snapshot_download(repo, revision=commit, allow_patterns=list(patterns), tqdm_class=bar,
+                                          local_files_only=listing is None))  # fmt: skip
     except Exception as error:
         known = translate(error)
         if isinstance(known, MissingError):

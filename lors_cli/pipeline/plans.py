@@ -200,7 +200,12 @@ def select(plans: list[StagePlan], first: str | None, last: str | None, force: t
         hint = did_you_mean(odd[0].lower(), names[start:end])
         raise UsageError(f"--force {odd[0]}: that stage is not among {', '.join(names[start:end])}.", hint)
     again: dict[str, Any] = {"status": "run", "detail": "done again: --force", "scored": frozenset()}
-    return [replace(plan, **again) if plan.stage in force else plan for plan in chosen]
+    return [replace(plan, **again) if plan.stage in force and not is_gone_on_with(plan) else plan for plan in chosen]
+
+
+def is_gone_on_with(plan: StagePlan) -> bool:
+    """Whether --force leaves what there is: a model that was begun, maybe by the same command before a kill."""
+    return plan.status == "resume" and STAGES[plan.stage].makes is not None
 
 
 def describe(plan: StagePlan) -> str:

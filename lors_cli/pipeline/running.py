@@ -18,7 +18,7 @@ from lors_cli.machine.determinism import determinism
 from lors_cli.output import console, progress
 from lors_cli.pipeline.folders import claim, forget, guard_out, tidy
 from lors_cli.pipeline.manifest import has_new, write_manifest
-from lors_cli.pipeline.plans import StagePlan, announce, plan_stages, select, warn_of_replaced
+from lors_cli.pipeline.plans import StagePlan, announce, is_gone_on_with, plan_stages, select, warn_of_replaced
 from lors_cli.pipeline.preflight import refuse, troubles
 from lors_cli.pipeline.resources import check_disk, check_memory
 from lors_cli.pipeline.stages import STAGES
@@ -164,7 +164,7 @@ def _run_plans(
 
 def _find(recipe: Recipe, out: Path, stage: str, data_dir: Path | None, again: bool) -> StagePlan:
     plan = next(plan for plan in plan_stages(recipe, out, data_dir) if plan.stage == stage)
-    if not again:
+    if not again or is_gone_on_with(plan):
         return plan
     if plan.folder.is_dir():
         with claim(plan.folder):  # not while another process is at work there

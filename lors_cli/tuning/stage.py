@@ -159,6 +159,7 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
         schedule = replace(config, epochs=1.0, max_steps=None, max_tokens=None)
     trainer = prepare_trainer(schedule, network, layers, data, tokenizer, out / CHECKPOINTS_NAME, fingerprint,
                               device=resolve_device(model.device), grids=grids, source=source)  # fmt: skip
+    trainer.started = started
     training = _train(trainer, data, log, _tracked_run(config, model, out, fingerprint))
     data.close()
 
@@ -176,7 +177,7 @@ def _tune(config: TuneConfig, model: ModelConfig, out: Path, data_dir: Path | No
         atomic.write_bytes(staging / LOG_NAME, log.path.read_bytes())
         record = records.StageRecord(
             "tune", fingerprint, hashes.plain(stored), inputs, metrics,
-            environment.environment(), round(time.monotonic() - started, 2), {},
+            environment.environment(), round(trainer.elapsed_s, 2), {},
         )  # fmt: skip
         return records.publish(out, record)
 

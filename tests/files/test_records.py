@@ -133,12 +133,26 @@ class TestWrite:
 
 
 class TestHashes:
+    @pytest.fixture(autouse=True)
+    def small_ones_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(hashes, "REMEMBERED_FROM", 0)
+
     def test_sha256(self, tmp_path: Path) -> None:
         (tmp_path / "a").write_bytes(b"abc")
         assert file_sha256(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
         large = bytes(range(256)) * 10_000
         (tmp_path / "a").write_bytes(large)
         assert file_sha256(tmp_path / "a") == hashlib.sha256(large).hexdigest()
+
+    def test_what_is_small_is_not_remembered(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        monkeypatch.setattr(hashes, "REMEMBERED_FROM", 4)
+        for name, content in (("small", b"abc"), ("large", b"abcd")):
+            (tmp_path / name).write_bytes(content)
+            os.utime(tmp_path / name, (1e9, 1e9))
+            assert cached_sha256(tmp_path / name) == hashlib.sha256(content).hexdigest()
+        (key,) = json.loads((tmp_path / "cache/lors/sha256.json").read_text())
+        assert key.startswith(str(tmp_path / "large"))
 
     def test_old_files_are_read_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -103,11 +103,11 @@ def test_changed_inputs_are_refused_unless_allowed(at_finished: Path, lors: Lors
         file.write('{"instruction": "one", "input": "", "output": "more"}\n')
     result = lors("run", "--from-manifest", RUN, "--dry-run")
     assert result.exit_code == 2
-    assert "tune: rows.jsonl was jsonl:" in result.stderr
+    assert "tune: rows.jsonl was jsonl#2:" in result.stderr
     assert "--allow-changed-inputs" in result.stderr
     result = lors("run", "--from-manifest", RUN, "--dry-run", "--allow-changed-inputs")
     assert result.exit_code == 0
-    assert "warning: tune: rows.jsonl was jsonl:" in result.stderr
+    assert "warning: tune: rows.jsonl was jsonl#2:" in result.stderr
 
 
 def test_what_differs_of_the_machine_is_a_warning(at_finished: Path, lors: Lors) -> None:

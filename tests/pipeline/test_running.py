@@ -243,7 +243,7 @@ def test_an_interrupted_run_says_so_once_and_goes_on(at_finished: Path, finished
     assert json.loads(result.stdout)["error"]["exit_code"] == 130
     plan = json.loads(lors("run", "tiny.yaml", "--dry-run", "--json").stdout)["stages"]
     assert [stage["status"] for stage in plan][:2] == ["done", "resume"]
-    result = lors("run", "tiny.yaml")
+    result = lors("run", "tiny.yaml", "--force", "tune")  # which may be what was killed: it does not begin anew
     assert result.exit_code == 0
     assert "resuming after step" in result.stderr
     assert weights(RUN) == weights(finished_workshop / RUN)

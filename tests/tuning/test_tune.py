@@ -29,7 +29,7 @@ from lors_cli.tuning.adapter import load_adapter
 from lors_cli.tuning.merge import merge
 from lors_cli.tuning.stage import stage_fingerprint, tune
 from lors_cli.tuning.training import fixed_batch, sampling
-from lors_cli.tuning.training.checkpoints import whole_checkpoints
+from lors_cli.tuning.training.checkpoints import MARKER_NAME, whole_checkpoints
 from lors_cli.tuning.training.step_log import StepLog
 from lors_cli.tuning.training.trainer import AdapterTrainer, num_steps
 
@@ -88,6 +88,19 @@ def test_a_resumed_run_equals_an_unbroken_one(
             assert (whole / name).read_bytes() == (broken / name).read_bytes(), step
         losses = [[row["loss"] for row in log(run)] for run in (whole, broken)]
         assert losses[0] == losses[1], step
+
+
+def test_its_time_is_that_of_all_calls(
+    sparse_checkpoint: Path, config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, out = ModelConfig(path=str(sparse_checkpoint)), tmp_path / "tune"
+    for step, before in ((3, 0), (7, 1000)):  # a checkpoint after every third
+        killed_at(step, config, model, out, monkeypatch)
+        marker = out / f"checkpoints/checkpoint-{step // 3 * 3}" / MARKER_NAME
+        content = json.loads(marker.read_text())
+        assert before < content["elapsed_s"] < before + 600
+        marker.write_text(json.dumps({**content, "elapsed_s": before + 1000}))
+    assert 2000 < tune(config, model, out).elapsed_s < 2600
 
 
 def test_a_run_does_not_go_on_in_another_number_format(

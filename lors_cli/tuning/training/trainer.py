@@ -57,6 +57,8 @@ class AdapterTrainer:
         self.folder, self.fingerprint = folder, fingerprint
         self.step = 0
         """Optimiser steps done."""
+        self.started, self.earlier_s = time.monotonic(), 0.0
+        """When this call of the stage began, and the seconds of those whose checkpoint it goes on from."""
         self.num_steps = num_steps(config, len(samples))
         self.size = micro_batch_size(config, parallel.num_processes())
         self.guard = StepGuard(config.max_bad_steps, config.spike_factor)
@@ -210,6 +212,7 @@ class AdapterTrainer:
             locks.check(self.folder)
             marker: dict[str, Any] = {"fingerprint": self.fingerprint, "guard": self.guard.state()}
             marker["dtype"] = str(self.model.dtype)
+            marker["elapsed_s"] = round(self.elapsed_s, 2)
             if self.validation.samples:
                 marker.update(validation=self.validation.state(), best_step=self.validation.kept_step,
                               unlogged=self.unlogged)  # fmt: skip
@@ -226,7 +229,13 @@ class AdapterTrainer:
         if "validation" in marker:
             self.validation.restore(marker["validation"])
             self.unlogged = marker["unlogged"]
+        self.earlier_s = marker.get("elapsed_s", 0.0)  # earlier versions noted none
         self.step = checkpoints.step_of(checkpoint)
+
+    @property
+    def elapsed_s(self) -> float:
+        """Of all calls that led here."""
+        return self.earlier_s + time.monotonic() - self.started
 
     def take_best(self) -> None:
         """Put the adapters of the best held-out loss on the model.
