@@ -146,7 +146,7 @@ def test_a_record_tells_the_mix(tiny_tokenizer: Any) -> None:
         ("text.jsonl", 0.7, 28), ("rows.jsonl", 0.3, 12),
     ]  # fmt: skip
     assert told[1]["passes"] == 1.2
-    assert told[0]["source"].startswith("jsonl:")
+    assert told[0]["source"].startswith("jsonl#2:")
     assert told[0]["source"] != told[1]["source"]
 
 

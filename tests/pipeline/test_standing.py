@@ -82,7 +82,7 @@ def test_a_text_that_has_changed_since_does_not_take_its_stage_away(at_finished:
     assert lors("run", "tiny.yaml", "--until", "prune").exit_code == 0
     assert lors("report", RUN).exit_code == 0
     assert said() == before
-    assert "tune: rows.jsonl was jsonl:" in lors("run", "--from-manifest", RUN, "--dry-run").stderr
+    assert "tune: rows.jsonl was jsonl#2:" in lors("run", "--from-manifest", RUN, "--dry-run").stderr
 
 
 def test_a_run_that_fails_after_tuning_speaks_of_the_new_model_and_of_no_old_scores(
@@ -192,7 +192,7 @@ def test_every_default_is_filled_in_wherever_settings_are_said(at_finished: Path
             assert stored[stage][key] == manifest[stage][key] == record[key] == made[stage][key] == value
             assert f"{key}: {str(value).lower()}" in report
     calibrated = json.loads((RUN / "prune" / "stage.json").read_text())["metrics"]["calibration"]
-    assert calibrated.pop("source").startswith("jsonl:")
+    assert calibrated.pop("source").startswith("jsonl#2:")
     assert calibrated == {"num_samples": 8, "tokens": 256, "sequence_length": 32}
     result = json.loads(lors("run", RUN / "recipe.yaml", "--json").stdout)  # what is filled in changes no fingerprint
     assert [stage["status"] for stage in result["stages"]] == ["skipped"] * 3
