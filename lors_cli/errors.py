@@ -158,8 +158,12 @@ def _hub_reason(error: BaseException) -> MissingError | None:
 
 def innermost(error: BaseException) -> str:
     """What the innermost cause of an exception says, on one line."""
-    cause = _causes(error)[-1]
-    return (str(cause).strip() or type(cause).__name__).splitlines()[0]
+    return first_line(_causes(error)[-1])
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says, its kind's name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _causes(error: BaseException) -> list[BaseException]:
@@ -175,23 +179,23 @@ def _causes(error: BaseException) -> list[BaseException]:
 def _translate_one(error: BaseException) -> LorsError | None:
     name = type(error).__name__
     text = str(error).strip() or name
-    first_line = text.splitlines()[0]
+    line = first_line(error)
     limit = _limit(error, text)
     if limit is not None:
         return limit
     if "gloo/transport" in text or name in ("DistNetworkError", "DistBackendError"):
         return PeerError(
-            f"Another process of this job is gone: {first_line}",
+            f"Another process of this job is gone: {line}",
             "Look for its own message; if it has none, the system may have ended it for its memory.",
         )
     if _number(error, text) in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return UsageError(f"Cannot write or read there: {first_line}", "Choose a folder you may write to.")
+        return UsageError(f"Cannot write or read there: {line}", "Choose a folder you may write to.")
     if getattr(error, "errno", None) in (errno.ENAMETOOLONG, errno.ELOOP):
-        return UsageError(f"No such file: {first_line[:200]}", "Check the path that was given.")
+        return UsageError(f"No such file: {line[:200]}", "Check the path that was given.")
     if isinstance(error, BrokenPipeError):  # a ConnectionError, but of our own output
         return None
     if is_connection_failure(error) or any(base.__name__ in _HUB_ERRORS for base in type(error).__mro__):
-        return _hub_reason(error) or MissingError(f"Not to be had from the hub: {first_line}", offline_hint())
+        return _hub_reason(error) or MissingError(f"Not to be had from the hub: {line}", offline_hint())
     script = _SCRIPT.search(text)
     if script:
         return MissingError(
@@ -199,13 +203,13 @@ def _translate_one(error: BaseException) -> LorsError | None:
             "Use a copy of it that is plain data files (Parquet, JSON lines), or leave it out.",
         )
     if isinstance(error, OSError) and "is not a local folder" in text:
-        return MissingError(first_line, offline_hint())
+        return MissingError(line, offline_hint())
     if isinstance(error, FileNotFoundError) and "on the Hugging Face Hub either: " in text:  # what datasets says
-        return MissingError(first_line.partition("either: ")[2], offline_hint())
+        return MissingError(line.partition("either: ")[2], offline_hint())
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("lors_cli"):
         return MissingError(f"The package {error.name!r} is not installed.", f"pip install {error.name}")
     if isinstance(error, (NotADirectoryError, IsADirectoryError, FileExistsError)):
-        return UsageError(f"A file stands where a folder should be, or the reverse: {first_line}")
+        return UsageError(f"A file stands where a folder should be, or the reverse: {line}")
     return None
 
 
@@ -224,25 +228,25 @@ _DISK_SIGNS = ("No space left on device", "Not enough disk space. Needed: ")
 
 def _limit(error: BaseException, text: str) -> ResourceError | None:
     """The machine's limit that was met, if it was one."""
-    first_line = getattr(error, "strerror", None) or text.splitlines()[0]
+    line = getattr(error, "strerror", None) or text.splitlines()[0]
     number = _number(error, text)
     if (
         isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or number == errno.ENOMEM
         or (isinstance(error, (RuntimeError, ImportError)) and any(sign in text for sign in _MEMORY_SIGNS))
     ):  # fmt: skip
-        return ResourceError(f"Not enough memory: {first_line}", _MEMORY_HINT)
+        return ResourceError(f"Not enough memory: {line}", _MEMORY_HINT)
     path = getattr(error, "filename", None)
     where = f" writing {path}" if path else ""
     writer_broke = isinstance(error, RuntimeError) and "inline_container.cc" in text  # torch.save on a full disk
     is_full = any(sign in text for sign in _DISK_SIGNS) or number in (errno.ENOSPC, errno.EDQUOT)
     if is_full or writer_broke:
-        return ResourceError(f"The disk is full{where}: {first_line}", _DISK_HINT)
+        return ResourceError(f"The disk is full{where}: {line}", _DISK_HINT)
     if number == errno.EFBIG:
-        return ResourceError(f"No file may be so large{where}: {first_line}", "Raise the limit: ulimit -f")
+        return ResourceError(f"No file may be so large{where}: {line}", "Raise the limit: ulimit -f")
     if number in (errno.EMFILE, errno.ENFILE):
-        return ResourceError(f"{first_line}{where}.", "Raise the limit: ulimit -n")
+        return ResourceError(f"{line}{where}.", "Raise the limit: ulimit -n")
     if number in (errno.EIO, errno.ESTALE):
-        return ResourceError(f"The disk failed{where}: {first_line}", _DEVICE_HINT)
+        return ResourceError(f"The disk failed{where}: {line}", _DEVICE_HINT)
     return None
 
 

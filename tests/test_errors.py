@@ -17,6 +17,7 @@ from lors_cli.errors import (
     ResourceError,
     SparsityError,
     UsageError,
+    first_line,
     nearest,
     require_file,
     translate,
@@ -71,7 +72,7 @@ FOREIGN: list[tuple[BaseException, type[LorsError], str]] = [
     (SafetensorError('IoError(Os { code: 30, kind: ReadOnlyFilesystem, message: "Read-only file system" })'),
      UsageError, "Read-only"),
     (SafetensorError("I/O error: Permission denied (os error 13)"), UsageError, "Permission denied"),
-    (PermissionError(errno.EACCES, "Permission denied", "/root/x"), UsageError, "/root/x"),
+    (PermissionError(errno.EACCES, "Permission denied", "/out/x"), UsageError, "/out/x"),
     (OSError(errno.EROFS, "Read-only file system", "/x"), UsageError, "Read-only"),
     (MemoryError(), ResourceError, "Not enough memory"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"), ResourceError, "Tried to allocate"),
@@ -125,6 +126,12 @@ def test_our_own_errors_pass_through() -> None:
     ours = SparsityError("broken")
     assert translate(ours) is ours
     assert translate(wrapped(ours, explicit=True)) is ours
+
+
+def test_the_first_line_of_an_exception_that_says_nothing_is_its_kind() -> None:
+    """Such as a model's bare NotImplementedError, whose scoring then ended in an IndexError."""
+    assert first_line(NotImplementedError()) == "NotImplementedError"
+    assert first_line(RuntimeError("\n one\ntwo")) == "one"
 
 
 def test_a_suppressed_context_is_not_the_cause() -> None:

@@ -95,7 +95,7 @@ Last = Annotated[str | None, option("Stop after this stage.", "--until", panel="
 Force = Annotated[
     list[str] | None,
     option(
-        "Do this stage again, though it is finished (a begun one goes on); may be repeated.",
+        "Do this stage again, though it is finished (a begun model goes on); may be repeated.",
         panel="Stages",
         complete=_stages,
     ),

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from lors_cli import __version__
-from lors_cli.errors import LorsError
+from lors_cli.errors import LorsError, first_line
 from lors_cli.machine.memory import container_memory
 from lors_cli.output.console import gib
 
@@ -93,8 +93,7 @@ def _needed(name: str) -> Finding:
     try:
         importlib.import_module(module)
     except Exception as error:  # whatever a broken package raises
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        text = f"{found} is broken: {type(error).__name__}: {reason}"
+        text = f"{found} is broken: {type(error).__name__}: {first_line(error)}"
         return Finding(name, "fail", text, f"pip install --force-reinstall {requirement}")
     if limit and _numbers(found) >= _numbers(limit):
         text = f"{found} is newer than what lors was tested with"

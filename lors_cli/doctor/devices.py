@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lors_cli.doctor.checkups import Finding
+from lors_cli.errors import first_line
 from lors_cli.machine.devices import cpu_has_bfloat16, free_memory, processor, resolve_device, usable_cores
 from lors_cli.output.console import gib
 
@@ -85,7 +86,7 @@ def _gpu(index: int) -> Finding:
         free, total = torch.cuda.mem_get_info(index)
         major, minor = torch.cuda.get_device_capability(index)
     except RuntimeError as error:
-        return Finding(name, "warn", f"{torch.cuda.get_device_name(index)}: {str(error).splitlines()[0]}",
+        return Finding(name, "warn", f"{torch.cuda.get_device_name(index)}: {first_line(error)}",
                        "Another process may hold it; choose another with --device.")  # fmt: skip
     text = f"{torch.cuda.get_device_name(index)}, {gib(free)} free of {gib(total)}, compute capability {major}.{minor}"
     if free < total / 2:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lors_cli.errors import first_line
 from lors_cli.evaluation.prefix_tree import ROW_TOKENS, Choice, Row, build_rows, make_batches
 from lors_cli.machine import processes
 from lors_cli.models.blocks import has_plain_head
@@ -191,7 +192,7 @@ def why_not_branches(model: PreTrainedModel, probe: Sequence[Choice]) -> str:
         except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, NotImplementedError) as error:
             if not branches:
                 raise
-            return f"{type(model).__name__} takes no 4-D attention mask ({str(error).splitlines()[0]})"
+            return f"{type(model).__name__} takes no 4-D attention mask ({first_line(error)})"
     plain, packed = logits
     if plain.isnan().any():
         return ""

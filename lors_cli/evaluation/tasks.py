@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lors_cli.data import pydoc_text
-from lors_cli.errors import MissingError, UsageError, translate
+from lors_cli.errors import MissingError, UsageError, first_line, translate
 from lors_cli.evaluation.definitions import definition_text, tasks_folder
 from lors_cli.evaluation.entries import BUILT_IN, PYDOC_TASK, Task, resolve, tasks_of
 from lors_cli.files import atomic, hashes
@@ -174,7 +174,7 @@ def dataset_error(name: str, error: Exception) -> Exception:
     """What to raise where the documents of a task cannot be had; a bug stays itself."""
     known = translate(error)
     if known is None and isinstance(error, FileNotFoundError):  # a metric or script that is fetched by name
-        known = MissingError(str(error).splitlines()[0])
+        known = MissingError(first_line(error))
     if known is None and ("BuilderConfig" in str(error) or "Config name is missing" in str(error)):
         return UsageError(f"The task {name} cannot be loaded: {' '.join(str(error).splitlines()[:2])}")
     if not isinstance(known, MissingError):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lors_cli.errors import UsageError
+from lors_cli.errors import UsageError, first_line
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 WORKSPACES = (":4096:8", ":16:8")
@@ -47,7 +47,7 @@ def determinism(wanted: bool) -> Iterator[None]:
         if REFUSAL not in str(error):
             raise
         raise UsageError(
-            f"deterministic: {str(error).splitlines()[0]}", "Set deterministic: false, or choose another device."
+            f"deterministic: {first_line(error)}", "Set deterministic: false, or choose another device."
         ) from error
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
